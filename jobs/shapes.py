@@ -1,0 +1,237 @@
+"""Small pictures with exactly one true caption each, drawn from a seed: what the demo model reads.
+
+    A small red star at the top left on a white background.        one object, nine positions
+    A large red cross left of a small blue heart on a black background.     two objects, left of or above
+    Four green triangles on a grey background.                     two to six equal objects
+    The number 385 in purple on a white background.                two or three digits
+
+What a caption may say is split once and for all by its hash: held-out captions, a tenth of them, are never
+trained on. Knows nothing of models: Pillow and numpy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = {
+    "red": (215, 35, 35),
+    "orange": (250, 140, 20),
+    "yellow": (245, 215, 40),
+    "green": (35, 160, 60),
+    "blue": (40, 80, 225),
+    "purple": (140, 45, 175),
+}
+BACKGROUNDS = {"white": (246, 246, 246), "grey": (150, 150, 150), "black": (14, 14, 14)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+SIZES = {"small": (0.20, 0.24), "large": (0.34, 0.38)}
+"""Width of an object as a share of the picture's short side: the range it is drawn from."""
+POSITIONS = (
+    ("top left", "top", "top right"),
+    ("left", "centre", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+COUNTS = ("Two", "Three", "Four", "Five", "Six")
+RELATIONS = ("left of", "above")
+
+ONE_TILE_SIZES_PX = ((84, 84), (84, 63), (63, 84))
+"""(width, height); they fit into one 84 px tile."""
+MANY_TILE_SIZES_PX = ((168, 84), (84, 168), (168, 168), (168, 126), (126, 168), (252, 168))
+"""(width, height); Ovis2's rule cuts them into 2, 4 or 6 cells beside the overview."""
+
+Colour = tuple[int, int, int]
+Kind = Literal["one", "two", "count", "number"]
+KINDS: tuple[Kind, ...] = ("one", "two", "count", "number")
+
+_CENTRES = (0.21, 0.5, 0.79)  # of the three columns and rows, as shares of the width and height
+_PAIR_CENTRES = (0.27, 0.73)
+_JITTER = 0.02
+_SUPERSAMPLING = 3  # edges are drawn this much larger and averaged
+_HELD_OUT_OF_256 = 26
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. `x` and `y`: its centre as shares of the width and height; `scale`: its width over the short side."""
+
+    shape: str
+    size: str
+    colour: str
+    x: float
+    y: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be seen. `things` is empty for a number, `number` is empty for things."""
+
+    kind: Kind
+    caption: str
+    background: str
+    width_px: int
+    height_px: int
+    things: tuple[Thing, ...] = ()
+    number: str = ""
+    number_colour: str = ""
+
+
+def is_held_out(caption: str) -> bool:
+    """Whether training never sees a picture with this caption."""
+    return hashlib.sha256(caption.encode()).digest()[0] < _HELD_OUT_OF_256
+
+
+def make_picture(
+    seed: int, *, held_out: bool, kind: Kind | None = None, many_tiles: bool | None = None
+) -> tuple[Image.Image, Scene]:
+    """The picture and the scene of a seed; None leaves the kind and the number of tiles to the seed."""
+    rng = np.random.default_rng([seed, int(held_out)])
+    scene = _any_scene(rng, kind)
+    while is_held_out(scene.caption) is not held_out:
+        scene = _any_scene(rng, kind)
+    scene = _with_picture_size(scene, rng, many_tiles)
+    return draw(scene, rng), scene
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """RGB image of the scene's size; colours and pixels vary a little with `rng`."""
+    size = (scene.width_px * _SUPERSAMPLING, scene.height_px * _SUPERSAMPLING)
+    canvas = Image.new("RGB", size, _vary(BACKGROUNDS[scene.background], rng))
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        pen.polygon(_outline(thing, *size), fill=_vary(COLOURS[thing.colour], rng))
+    if scene.number:
+        _draw_number(pen, scene, _vary(COLOURS[scene.number_colour], rng), *size)
+    return _add_noise(canvas.reduce(_SUPERSAMPLING), rng)
+
+
+def _any_scene(rng: np.random.Generator, kind: Kind | None) -> Scene:
+    kind = kind or KINDS[rng.choice(len(KINDS), p=(0.25, 0.35, 0.2, 0.2))]
+    return {"one": _one, "two": _two, "count": _count, "number": _number}[kind](rng)
+
+
+def _one(rng: np.random.Generator) -> Scene:
+    row, column = (int(i) for i in rng.integers(3, size=2))
+    thing = _thing(rng, _CENTRES[column], _CENTRES[row])
+    return _scene("one", f"{_name(thing)} at the {POSITIONS[row][column]}", rng, (thing,))
+
+
+def _two(rng: np.random.Generator) -> Scene:
+    relation = _pick(rng, RELATIONS)
+    across = float(rng.uniform(0.4, 0.6))
+    centres = [(along, across) if relation == "left of" else (across, along) for along in _PAIR_CENTRES]
+    first, second = (_thing(rng, *centre) for centre in centres)
+    if (first.shape, first.colour) == (second.shape, second.colour):  # that would be "Two red stars"
+        return _two(rng)
+    return _scene("two", f"{_name(first)} {relation} {_name(second).lower()}", rng, (first, second))
+
+
+def _count(rng: np.random.Generator) -> Scene:
+    number = int(rng.integers(2, 2 + len(COUNTS)))
+    like = _thing(rng, 0, 0, size="small")
+    cells = rng.choice(9, size=number, replace=False)
+    things = tuple(_moved(like, rng, _CENTRES[cell % 3], _CENTRES[cell // 3]) for cell in cells)
+    return _scene("count", f"{COUNTS[number - 2]} {like.colour} {_plural(like.shape)}", rng, things)
+
+
+def _number(rng: np.random.Generator) -> Scene:
+    num_digits = rng.integers(2, 4)
+    number = str(rng.integers(10 ** (num_digits - 1), 10**num_digits))
+    colour = _pick(rng, tuple(COLOURS))
+    scene = _scene("number", f"The number {number} in {colour}", rng, ())
+    return replace(scene, number=number, number_colour=colour)
+
+
+def _scene(kind: Kind, what: str, rng: np.random.Generator, things: tuple[Thing, ...]) -> Scene:
+    background = _pick(rng, tuple(BACKGROUNDS))
+    return Scene(kind, f"{what} on a {background} background.", background, 0, 0, things)
+
+
+def _with_picture_size(scene: Scene, rng: np.random.Generator, many_tiles: bool | None) -> Scene:
+    many = bool(rng.random() < 0.2) if many_tiles is None else many_tiles
+    sizes = MANY_TILE_SIZES_PX if many else ONE_TILE_SIZES_PX
+    width_px, height_px = sizes[rng.integers(len(sizes))]
+    return replace(scene, width_px=width_px, height_px=height_px)
+
+
+def _thing(rng: np.random.Generator, x: float, y: float, size: str | None = None) -> Thing:
+    size = size or _pick(rng, tuple(SIZES))
+    scale = float(rng.uniform(*SIZES[size]))
+    thing = Thing(_pick(rng, SHAPES), size, _pick(rng, tuple(COLOURS)), 0, 0, scale)
+    return _moved(thing, rng, x, y)
+
+
+def _moved(thing: Thing, rng: np.random.Generator, x: float, y: float) -> Thing:
+    dx, dy = (float(d) for d in rng.uniform(-_JITTER, _JITTER, size=2))
+    return replace(thing, x=x + dx, y=y + dy)
+
+
+def _name(thing: Thing) -> str:
+    return f"A {thing.size} {thing.colour} {thing.shape}"
+
+
+def _plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _vary(colour: Colour, rng: np.random.Generator) -> Colour:
+    red, green, blue = (int(c) for c in np.clip(np.add(colour, rng.integers(-9, 10, size=3)), 0, 255))
+    return red, green, blue
+
+
+def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Half of the pictures get up to +-6 of 255 on every value, as a camera would."""
+    amplitude = int(rng.integers(1, 7)) if rng.random() < 0.5 else 0
+    if not amplitude:
+        return image
+    pixels = np.asarray(image, dtype=np.int16)
+    noise = rng.integers(-amplitude, amplitude + 1, size=pixels.shape, dtype=np.int16)
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+def _outline(thing: Thing, width: int, height: int) -> list[tuple[float, float]]:
+    """Corners in pixels of a polygon."""
+    radius = thing.scale * min(width, height) / 2
+    return [(thing.x * width + x * radius, thing.y * height + y * radius) for x, y in _UNIT_OUTLINES[thing.shape]]
+
+
+def _ring(num_corners: int, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
+    """Corners around the centre, the first one at the top, with the radii in turn."""
+    angles = [2 * math.pi * i / num_corners for i in range(num_corners)]
+    lengths = [radii[i % len(radii)] for i in range(num_corners)]
+    return [(r * math.sin(a), -r * math.cos(a)) for r, a in zip(lengths, angles, strict=True)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    angles = [2 * math.pi * i / 40 for i in range(40)]
+    tops = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
+    return [(math.sin(a) ** 3, -(y + 2.5) / 14.5) for a, y in zip(angles, tops, strict=True)]
+
+
+_THIRD = 0.36  # half the width of a cross's arm
+_UNIT_OUTLINES = {
+    "circle": _ring(48),
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "triangle": [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)],
+    "star": _ring(10, (1.05, 0.43)),
+    "cross": [
+        *((-_THIRD, -1), (_THIRD, -1), (_THIRD, -_THIRD), (1, -_THIRD), (1, _THIRD), (_THIRD, _THIRD)),
+        *((_THIRD, 1), (-_THIRD, 1), (-_THIRD, _THIRD), (-1, _THIRD), (-1, -_THIRD), (-_THIRD, -_THIRD)),
+    ],
+    "heart": _heart(),
+}
+
+
+def _draw_number(pen: ImageDraw.ImageDraw, scene: Scene, colour: Colour, width: int, height: int) -> None:
+    size_px = min(0.6 * height, 1.35 * width / len(scene.number))
+    font = ImageFont.load_default(size_px)
+    pen.text((width / 2, height / 2), scene.number, fill=colour, font=font, anchor="mm")

@@ -1,0 +1,329 @@
+"""Train the demo checkpoint from nothing: an Ovis2 of 1.6 million parameters that captions `jobs.shapes`.
+
+    python -m jobs.train_demo OUT_DIR [--steps N]
+
+Tokenizer, configuration and weights are made here; pictures reach the model exactly as the captioning job feeds
+them. Interrupted, the same command goes on from OUT_DIR/state.pt. One core, about an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from jobs.shapes import Kind, Scene, make_picture
+from ovis_model.config import OvisConfig
+from ovis_model.model import Ovis
+from ovis_model.processor import Processor
+
+PROMPT = "Describe the image."
+TURNS = ("system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n")
+VOCAB_SIZE = 512
+BATCH_SIZE = 64
+NUM_STEPS = 6000
+PEAK_LEARNING_RATE, WARM_UP_STEPS = 2e-3, 200
+EVALUATE_EVERY = 250
+
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+_PLAIN_ADDED_TOKENS = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """tiles: uint8[N, 3, S, S]; tile_sizes: int32[N, 2]; prompt_ids, target_ids: int64[T]."""
+
+    scene: Scene
+    tiles: NDArray[np.uint8]
+    tile_sizes: NDArray[np.int32]
+    prompt_ids: Tensor
+    target_ids: Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    write_tokenizer_and_config(args.out_dir)
+    train(args.out_dir, args.steps)
+
+
+def train(directory: Path, num_steps: int) -> None:
+    """Writes `model.safetensors` every EVALUATE_EVERY steps and at the end."""
+    model, optimizer, first_step = _start(directory)
+    processor, started_s = Processor.from_pretrained(str(directory)), time.monotonic()
+    for step in range(first_step, num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps)
+        loss = _train_step(model, optimizer, _examples(processor, step))
+        if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == num_steps:
+            _save(directory, model, optimizer, step + 1)
+            right = evaluate(model, processor, 200)
+            print(f"step {step + 1}  {time.monotonic() - started_s:.0f} s  loss {loss:.4f}  {right}", flush=True)
+
+
+def learning_rate(step: int, num_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth."""
+    warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+    return PEAK_LEARNING_RATE * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * step / num_steps)) / 2)
+
+
+def evaluate(model: Ovis, processor: Processor, count: int) -> dict[str, str]:
+    """Share of held-out pictures whose greedy caption is exactly right, by kind and by number of tiles."""
+    examples = [_example(processor, seed, held_out=True) for seed in range(count)]
+    marks: dict[str, list[bool]] = {}
+    for example, text in zip(examples, greedy_captions(model, processor, examples), strict=True):
+        tiles = "one_tile" if len(example.tiles) == 1 else "many_tiles"
+        for key in (example.scene.kind, tiles, "all"):
+            marks.setdefault(key, []).append(text == example.scene.caption)
+    return {key: f"{sum(right)}/{len(right)}" for key, right in sorted(marks.items())}
+
+
+@torch.inference_mode()
+def greedy_captions(model: Ovis, processor: Processor, examples: Sequence[Example]) -> list[str]:
+    """No cache: the whole row again for every token, which is simple and fast enough at this size."""
+    captions: dict[int, str] = {}
+    for group in _by_num_tiles(examples):
+        ids = _greedy(model, group, max_new_tokens=24).tolist()
+        captions.update((id(example), _text(processor, row)) for example, row in zip(group, ids, strict=True))
+    return [captions[id(example)] for example in examples]
+
+
+def _greedy(model: Ovis, group: Sequence[Example], max_new_tokens: int) -> Tensor:
+    """int64[B, max_new_tokens]"""
+    embeds = _embed(model, group, torch.stack([e.prompt_ids for e in group]))
+    chosen = []
+    for _ in range(max_new_tokens):
+        chosen.append(model(embeds, _positions(embeds))[:, -1].argmax(-1))
+        embeds = torch.cat((embeds, model.llm.model.embed_tokens(chosen[-1])[:, None]), dim=1)
+    return torch.stack(chosen, dim=1)
+
+
+def _text(processor: Processor, ids: list[int]) -> str:
+    end = _end_id(processor)
+    return processor.detokenize(ids[: ids.index(end)] if end in ids else ids)
+
+
+def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequence[Example]) -> float:
+    total = 0.0
+    for group in _by_num_tiles(examples):
+        loss = _loss(model, group) * len(group) / len(examples)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def _loss(model: Ovis, group: Sequence[Example]) -> Tensor:
+    """Mean cross-entropy of the target tokens. Rows are padded on the right, where causal attention never looks."""
+    prompts = torch.stack([e.prompt_ids for e in group])
+    targets = nn.utils.rnn.pad_sequence([e.target_ids for e in group], batch_first=True, padding_value=-1)
+    embeds = _embed(model, group, torch.cat((prompts, targets[:, :-1].clamp(min=0)), dim=1))
+    logits = model(embeds, _positions(embeds))[:, prompts.shape[1] - 1 :]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
+    """int64[B, T] -> [B, T, hidden_size]"""
+    tiles = torch.from_numpy(np.concatenate([e.tiles for e in group]))
+    sizes = torch.from_numpy(np.concatenate([e.tile_sizes for e in group]))
+    visual = model.encode_tiles(model.normalize(tiles, sizes)).flatten(0, 1)
+    return model.embed(input_ids.flatten(), visual).view(*input_ids.shape, -1)
+
+
+def _positions(embeds: Tensor) -> Tensor:
+    return torch.arange(embeds.shape[1]).expand(embeds.shape[:2])
+
+
+def _by_num_tiles(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Groups whose prompts have one length."""
+    ordered = sorted(examples, key=lambda e: len(e.prompt_ids))
+    return (list(group) for _, group in groupby(ordered, key=lambda e: len(e.prompt_ids)))
+
+
+def _examples(processor: Processor, step: int) -> list[Example]:
+    first = 1_000_000 + step * BATCH_SIZE
+    return [_example(processor, seed, held_out=False) for seed in range(first, first + BATCH_SIZE)]
+
+
+def _example(processor: Processor, seed: int, *, held_out: bool, kind: Kind | None = None) -> Example:
+    image, scene = make_picture(seed, held_out=held_out, kind=kind)
+    request = processor.request(PROMPT, images=[_through_jpeg(image) if seed % 4 == 3 else image])
+    target = processor.tokenizer.encode(scene.caption, add_special_tokens=False).ids
+    target_ids = torch.tensor([*target, _end_id(processor)])
+    prompt_ids = torch.from_numpy(request.input_ids.astype(np.int64))
+    return Example(scene, request.tiles, request.tile_sizes, prompt_ids, target_ids)
+
+
+def _through_jpeg(image: Image.Image) -> Image.Image:
+    file = BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return Image.open(file).convert("RGB")
+
+
+def _end_id(processor: Processor) -> int:
+    end: int = processor.tokenizer.token_to_id("<|im_end|>")
+    return end
+
+
+def _start(directory: Path) -> tuple[Ovis, torch.optim.Optimizer, int]:
+    torch.manual_seed(0)
+    model = Ovis(OvisConfig.from_directory(directory))
+    _initialize(model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    state_file = directory / "state.pt"
+    if not state_file.exists():
+        return model, optimizer, 0
+    state = torch.load(state_file, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return model, optimizer, state["step"]
+
+
+def _initialize(model: Ovis) -> None:
+    """PyTorch's defaults but for tables, and a peaky head: a flat softmax over words passes hardly any gradient."""
+    nn.init.normal_(model.vte.weight, std=0.1)
+    nn.init.normal_(model.llm.model.embed_tokens.weight, std=0.1)
+    nn.init.normal_(model.visual_tokenizer.backbone.preprocessor.pos_embed, std=0.2)
+    head_norm = model.visual_tokenizer.head[1]
+    assert isinstance(head_norm, nn.LayerNorm)
+    nn.init.constant_(head_norm.weight, 4.0)
+
+
+def _save(directory: Path, model: Ovis, optimizer: torch.optim.Optimizer, step: int) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(state, directory / "state.partial")
+    (directory / "state.partial").replace(directory / "state.pt")
+    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer_and_config(directory: Path) -> None:
+    """`tokenizer.json`, `config.json` and `generation_config.json` in AIDC-AI's layout."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    pad, end = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|im_end|>")
+    generation = {"bos_token_id": pad, "eos_token_id": [end, pad], "pad_token_id": pad}
+    _write_json(directory / "generation_config.json", generation)
+    _write_json(directory / "config.json", _config(bos_token_id=pad, eos_token_id=end))
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE with Qwen2's word pattern, in which every word of a caption or of the prompt is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    _train_tokenizer(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _PLAIN_ADDED_TOKENS])
+    return tokenizer
+
+
+def _train_tokenizer(tokenizer: Tokenizer) -> None:
+    num_added = len(_SPECIAL_TOKENS) + len(_PLAIN_ADDED_TOKENS)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - num_added, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+
+
+def _corpus() -> Iterable[str]:
+    captions = [make_picture(seed, held_out=False)[1].caption for seed in range(4000)]
+    return [*captions, *(PROMPT, *TURNS) * 100]
+
+
+def _config(**text_ids: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Ovis"],
+        "model_type": "ovis",
+        "hidden_size": 128,
+        "conversation_formatter_class": "QwenConversationFormatter",
+        "multimodal_max_length": 32768,
+        "torch_dtype": "float32",
+        "llm_config": {**_LANGUAGE, **text_ids},
+        "visual_tokenizer_config": _VISUAL_TOKENIZER,
+    }
+
+
+_LANGUAGE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "rope_theta": 1_000_000.0,
+    "use_sliding_window": False,
+    "torch_dtype": "float32",
+}
+_VISUAL_TOKENIZER = {
+    "model_type": "aimv2_visual_tokenizer",
+    "vocab_size": 517,  # 512 visual words and the five indicators
+    "tokenize_function": "softmax",
+    "tau": 1.0,
+    "depths": None,
+    "drop_cls_token": False,
+    "use_indicators": False,
+    "hidden_stride": 2,
+    "backbone_config": {
+        "model_type": "aimv2",
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_channels": 3,
+        "image_size": 84,
+        "patch_size": 14,
+        "rms_norm_eps": 1e-5,
+        "qkv_bias": False,
+        "use_bias": False,
+    },
+}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

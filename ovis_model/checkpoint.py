@@ -1,0 +1,135 @@
+"""Where a checkpoint is: "demo", a directory, a Hugging Face hub id or an fsspec URI -> a local directory.
+
+Fetched once per node: the processes of a node share one copy under a file lock. Reads JSON, tokenizer and safetensors
+files only, never code and never pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock
+
+DEMO_DIRECTORY = Path(__file__).parent / "demo"
+
+_TEXT_FILES = ("*.json", "merges.txt", "vocab.txt")
+_WEIGHT_FILES = ("*.safetensors",)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 16
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be found or fetched."""
+
+
+def fetch_checkpoint(path_or_id: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """A local directory that holds the checkpoint's files; without its weights if `weights` is False.
+
+    Raises CheckpointError saying what was tried.
+    """
+    if path_or_id == "demo":
+        return DEMO_DIRECTORY
+    local = Path(path_or_id).expanduser()
+    if local.is_dir():
+        return local
+    if "://" in path_or_id:
+        return _fetch_uri(path_or_id, weights=weights)
+    if _HUB_ID.fullmatch(path_or_id):
+        return _fetch_hub(path_or_id, revision, weights=weights)
+    raise CheckpointError(
+        f"model {path_or_id!r} is no directory, no hub id such as AIDC-AI/Ovis2-1B, no URI and not 'demo'"
+    )
+
+
+def checkpoint_identity(directory: Path) -> str:
+    """A hash of the configuration, the tokenizer and the weights, cheap enough for 70 GB.
+
+    Weights enter with their size, their header (names, shapes, types) and 16 evenly spaced samples of 64 KiB a file.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix == ".json":
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
+        if path.suffix == ".safetensors":
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            _hash_samples(path, digest)
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_revision(path_or_id: str, directory: Path, revision: str | None) -> str | None:
+    """The commit that a hub id resolved to (the snapshot's directory name), else `revision` unchanged."""
+    is_snapshot = directory.parent.name == "snapshots" and _HUB_ID.fullmatch(path_or_id)
+    return directory.name if is_snapshot else revision
+
+
+def _hash_samples(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header_bytes, size)))
+        for i in range(_NUM_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+
+
+def _fetch_hub(repo_id: str, revision: str | None, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"ovis2-{repo_id.replace('/', '--')}.lock"):
+        try:
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # the hub client has no common base: network, HTTP, cache and repository errors
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"cannot fetch {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: {reason}"
+            ) from error
+
+
+def _fetch_uri(uri: str, *, weights: bool) -> Path:
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(uri)
+    target = _uri_cache() / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:24]
+    target.mkdir(parents=True, exist_ok=True)
+    with FileLock(target / ".lock"):
+        try:
+            listing = fs.ls(root, detail=True)
+        except FileNotFoundError:
+            raise CheckpointError(f"model {uri!r} does not exist") from None
+        for info in listing:
+            if info["type"] == "file" and _wanted(info["name"], weights):
+                _fetch_file(fs, info, target / PurePosixPath(info["name"]).name)
+    if not (target / "config.json").exists():
+        raise CheckpointError(f"model {uri!r} has no config.json: it is not a checkpoint")
+    return target
+
+
+def _wanted(name: str, weights: bool) -> bool:
+    patterns = (*_TEXT_FILES, *(_WEIGHT_FILES if weights else ()))
+    return any(PurePosixPath(name).match(pattern) for pattern in patterns)
+
+
+def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
+    """Copy one file unless the same version is here: the store's own mark of a version is kept beside it."""
+    mark = json.dumps([info.get("ETag") or info.get("mtime") or info.get("LastModified"), info["size"]], default=str)
+    mark_file = target.with_name(f".{target.name}.version")
+    if target.exists() and mark_file.exists() and mark_file.read_text() == mark:
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    with fs.open(info["name"], "rb") as source, partial.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 24)
+    partial.replace(target)
+    mark_file.write_text(mark)
+
+
+def _uri_cache() -> Path:
+    return Path(os.environ.get("OVIS2_CACHE", "~/.cache/ovis2")).expanduser()

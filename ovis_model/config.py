@@ -1,0 +1,236 @@
+"""What a checkpoint's `config.json` says, in one form for both layouts, and the six published sizes.
+
+Parsed as JSON: no AutoConfig and no remote code. A value that this implementation does not compute is an error,
+never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+NUM_INDICATORS = 5  # image start, overview end, column, row, image end: the last rows of the vte
+
+Layout = Literal["aidc", "native"]
+Json = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """The checkpoint's configuration is not an Ovis2 that can be run here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """AIMv2 tower and visual head. `vocab_size` counts the visual words and the five indicators."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int = 448
+    patch_size: int = 14
+    hidden_stride: int = 2
+    vocab_size: int = 65536
+    rms_norm_eps: float = 1e-5
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patches_per_side**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (-(-self.patches_per_side // self.hidden_stride)) ** 2
+
+    @property
+    def num_visual_words(self) -> int:
+        return self.vocab_size - NUM_INDICATORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Qwen2.5 decoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class OvisConfig:
+    """An Ovis2 checkpoint. `max_length` bounds prompt + output, in tokens; `dtype` is the stored one."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    max_length: int = 32768
+    eos_token_ids: tuple[int, ...] = (151645, 151643)
+    dtype: str = "bfloat16"
+    layout: Layout = "aidc"
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> OvisConfig:
+        """Read `config.json` and, for the end-of-text ids, `generation_config.json`. Raises ConfigError."""
+        config = _read_json(directory / "config.json")
+        generation = directory / "generation_config.json"
+        return parse_config(config, _read_json(generation) if generation.exists() else {})
+
+
+def parse_config(config: Json, generation: Json) -> OvisConfig:
+    """Raises ConfigError naming the field, its value and what is supported."""
+    if "quantization_config" in config:
+        raise ConfigError("quantized checkpoints (quantization_config) are not supported; use the bfloat16 one")
+    layout = _layout(config)
+    vision, language = (_aidc if layout == "aidc" else _native)(config)
+    eos_ids = _eos_token_ids(generation, config["llm_config" if layout == "aidc" else "text_config"])
+    return OvisConfig(
+        vision=vision,
+        language=language,
+        max_length=min(config.get("multimodal_max_length", 32768), language.max_position_embeddings),
+        eos_token_ids=eos_ids,
+        
+        dtype=config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+        layout=layout,
+    )
+
+
+def _layout(config: Json) -> Layout:
+    model_type = config.get("model_type")
+    if model_type == "ovis" and "llm_config" in config and "visual_tokenizer_config" in config:
+        return "aidc"
+    if model_type == "ovis2" and "text_config" in config and "vision_config" in config:
+        return "native"
+    raise ConfigError(f"config.json has model_type={model_type!r}; an Ovis2 has 'ovis' (AIDC-AI) or 'ovis2'")
+
+
+def _eos_token_ids(generation: Json, text: Json) -> tuple[int, ...]:
+    """generation_config.json decides, then the language model's part, then Qwen2.5-Instruct's two."""
+    for source in (generation, text):
+        if (eos := source.get("eos_token_id")) is not None:
+            return (eos,) if isinstance(eos, int) else tuple(eos)
+    return OvisConfig.eos_token_ids
+
+
+def _aidc(config: Json) -> tuple[VisionConfig, LanguageConfig]:
+    tokenizer, llm = config["visual_tokenizer_config"], config["llm_config"]
+    backbone = tokenizer["backbone_config"]
+    _expect(backbone, "model_type", "aimv2")
+    _expect(backbone, "use_bias", False)
+    return _vision(backbone, tokenizer), _language(llm, bool(llm.get("tie_word_embeddings", False)))
+
+
+def _native(config: Json) -> tuple[VisionConfig, LanguageConfig]:
+    vision, text = config["vision_config"], config["text_config"]
+    _expect(vision, "model_type", "ovis2_vision")
+    _expect(vision, "hidden_act", "silu")
+    _expect(vision, "mlp_bias", False)
+    # Ovis2Config reads the top level only and defaults to tied.
+    return _vision(vision, vision), _language(text, bool(config.get("tie_word_embeddings", True)))
+
+
+def _vision(backbone: Json, tokenizer: Json) -> VisionConfig:
+    _expect(tokenizer, "tokenize_function", "softmax")
+    _expect(backbone, "qkv_bias", False)
+    _expect(backbone, "num_channels", 3)
+    vision = VisionConfig(
+        **_fields(backbone, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        **_fields(backbone, "image_size", "patch_size", "rms_norm_eps"),
+        **_fields(tokenizer, "hidden_stride", "vocab_size"),
+    )
+    _divides(vision.patch_size, vision.image_size, "patch_size", "image_size")
+    _divides(vision.num_attention_heads, vision.hidden_size, "num_attention_heads", "hidden_size")
+    return vision
+
+
+def _language(text: Json, tied: bool) -> LanguageConfig:
+    _expect(text, "model_type", "qwen2")
+    _expect(text, "hidden_act", "silu")
+    _expect(text, "use_sliding_window", False)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    _expect(rope, "rope_type", "default")
+    theta = rope.get("rope_theta") or text.get("rope_theta") or LanguageConfig.rope_theta
+    language = LanguageConfig(
+        **_fields(text, "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
+        **_fields(text, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+        tie_word_embeddings=tied,
+        rope_theta=float(theta),
+    )
+    _divides(language.num_attention_heads, language.hidden_size, "num_attention_heads", "hidden_size")
+    _divides(
+        language.num_key_value_heads, language.num_attention_heads, "num_key_value_heads", "num_attention_heads"
+    )
+    return language
+
+
+def _fields(source: Json, *names: str) -> Json:
+    missing = [name for name in names if source.get(name) is None]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)} in its {source.get('model_type')!r} part")
+    return {name: source[name] for name in names}
+
+
+def _expect(source: Json, name: str, supported: object) -> None:
+    if source.get(name, supported) != supported:
+        raise ConfigError(f"config.json has {name}={source[name]!r}; only {supported!r} is supported")
+
+
+def _divides(part: int, whole: int, part_name: str, whole_name: str) -> None:
+    if part < 1 or whole % part:
+        raise ConfigError(f"config.json has {part_name}={part}, which does not divide {whole_name}={whole}")
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        data: Json = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: {path.parent} is not a model checkpoint") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    return data
+
+
+def _size(vision: tuple[int, int, int], language: tuple[int, int, int, int, int, int], *, tied: bool) -> OvisConfig:
+    width, heads, mlp = vision
+    layers, hidden, q_heads, kv_heads, intermediate, vocab = language
+    return OvisConfig(
+        vision=VisionConfig(
+            hidden_size=width, intermediate_size=mlp, num_hidden_layers=24, num_attention_heads=heads
+        ),
+        language=LanguageConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=q_heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocab,
+            tie_word_embeddings=tied,
+        ),
+    )
+
+
+_LARGE, _HUGE, _ONE_B = (1024, 8, 2816), (1536, 12, 4096), (2048, 16, 5632)
+
+SIZES: dict[str, OvisConfig] = {
+    "1B": _size(_LARGE, (24, 896, 14, 2, 4864, 151936), tied=True),
+    "2B": _size(_LARGE, (28, 1536, 12, 2, 8960, 151936), tied=True),
+    "4B": _size(_HUGE, (36, 2048, 16, 2, 11008, 151936), tied=True),
+    "8B": _size(_HUGE, (28, 3584, 28, 4, 18944, 152064), tied=False),
+    "16B": _size(_HUGE, (48, 5120, 40, 8, 13824, 152064), tied=False),
+    "34B": _size(_ONE_B, (64, 5120, 40, 8, 27648, 152064), tied=False),
+}
+"""Shapes of the published AIDC-AI/Ovis2-* checkpoints, for planning and for runs with random weights."""

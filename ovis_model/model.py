@@ -1,0 +1,92 @@
+"""Ovis2: visual tokens and text meet in one sequence of embeddings (Ovis, arXiv:2405.20797)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ovis_model.attention import CausalPadding
+from ovis_model.config import NUM_INDICATORS, OvisConfig
+from ovis_model.kv_cache import KVCache
+from ovis_model.language import Qwen2ForCausalLM
+from ovis_model.pixels import normalization_table
+from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
+from ovis_model.vision import VisualTokenizer
+
+
+class Ovis(nn.Module):
+    """Attribute names are those of AIDC-AI's checkpoints.
+
+    `post_trunk_norm` applies the tower's last norm, as transformers does and the original does not.
+    """
+
+    def __init__(self, config: OvisConfig, *, post_trunk_norm: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_tokenizer = VisualTokenizer(config.vision, post_trunk_norm=post_trunk_norm)
+        self.vte = nn.Embedding(config.vision.vocab_size, config.language.hidden_size)
+        self.llm = Qwen2ForCausalLM(config.language)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vte.weight.dtype
+
+    def normalize(self, tiles: Tensor, tile_sizes: Tensor) -> Tensor:
+        """uint8[N, 3, S, S], int[N, 2] (height_px, width_px) -> pixels [N, 3, S, S] in the model's dtype.
+
+        CLIP's mean and deviation through a table that is bitwise equal to the original path; the border around the
+        picture becomes 0, the mean colour, because the original pads after it normalises.
+        """
+        table = torch.from_numpy(normalization_table()).to(self.device, self.dtype)
+        channels = [table[c].index_select(0, tiles[:, c].int().flatten()) for c in range(3)]
+        pixels = torch.stack([c.view(tiles.shape[0], *tiles.shape[2:]) for c in channels], dim=1)
+        return pixels.masked_fill(~_inside(tile_sizes, tiles.shape[-1])[:, None], 0.0)
+
+    def encode_tiles(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size].
+
+        The indicators have probability 0 in the original, so their rows of the table are left out.
+        """
+        probabilities: Tensor = self.visual_tokenizer(pixels)
+        return probabilities @ self.vte.weight[:-NUM_INDICATORS]
+
+    def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
+        """int64[T] with placeholders, visual embeddings [n, hidden_size] -> [T, hidden_size].
+
+        The atoms of `input_ids`, in order, take the rows of `visual`: their numbers must be equal.
+        """
+        atoms, indicators = input_ids == IMAGE_ATOM_ID, input_ids <= IMAGE_START_ID
+        assert int(atoms.sum()) == visual.shape[0], (
+            f"{int(atoms.sum())} placeholders for {visual.shape[0]} visual tokens"
+        )
+        embeds: Tensor = self.llm.model.embed_tokens(input_ids.clamp(min=0))
+        indicator_rows = self.config.vision.num_visual_words + IMAGE_START_ID - input_ids[indicators]
+        embeds = embeds.masked_scatter(atoms[:, None], visual.to(embeds.dtype))
+        return embeds.masked_scatter(indicators[:, None], self.vte(indicator_rows))
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        causal: CausalPadding | None = None,
+        kv_cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """[B, T, hidden_size], int64[B, T] -> logits [B, T, vocab_size], or [B, 1, vocab_size] if `last_only`."""
+        if causal is None:
+            causal = CausalPadding(inputs_embeds.new_zeros(inputs_embeds.shape[0], dtype=torch.int32), None)
+        hidden = self.llm.model(inputs_embeds, position_ids, causal, kv_cache)
+        return self.llm.logits(hidden[:, -1:] if last_only else hidden)
+
+
+def _inside(tile_sizes: Tensor, side: int) -> Tensor:
+    """bool[N, S, S]: where the centred picture of (height, width) is in its tile."""
+    at = torch.arange(side, device=tile_sizes.device)
+    start = (side - tile_sizes) // 2  # [N, 2]
+    within = (at >= start[..., None]) & (at < (start + tile_sizes)[..., None])  # [N, 2, S]
+    return within[:, 0, :, None] & within[:, 1, None, :]

@@ -1,0 +1,130 @@
+"""A question about images to the token ids of Ovis2's chat format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ovis_model.types import (
+    COLUMN_SEPARATOR_ID,
+    IMAGE_ATOM_ID,
+    IMAGE_END_ID,
+    IMAGE_START_ID,
+    OVERVIEW_END_ID,
+    ROW_SEPARATOR_ID,
+    Grid,
+)
+
+IMAGE_MARK = "<image>"
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+CHAIN_OF_THOUGHT = (
+    "Provide a step-by-step solution to the problem, and conclude with 'the answer is' "
+    "followed by the final solution."
+)
+"""Asks for reasoning when appended to a question on a line of its own (the model card's wording)."""
+
+
+def image_query(text: str, num_images: int) -> str:
+    """`text` asked about `num_images` images, which come first; several are numbered, as on the model card."""
+    if num_images == 0:
+        return text
+    if num_images == 1:
+        return f"{IMAGE_MARK}\n{text}"
+    return "".join(f"Image {i}: {IMAGE_MARK}\n" for i in range(1, num_images + 1)) + text
+
+
+def video_query(text: str, num_frames: int) -> str:
+    """`text` asked about the `num_frames` frames of a video, which come first."""
+    return f"{IMAGE_MARK}\n" * num_frames + text
+
+
+def without_marks(text: str) -> str:
+    """`text` with every `<image>` removed, so that it stands for no image. The result holds none."""
+    while IMAGE_MARK in text:  # removing one can join the halves of another
+        text = text.replace(IMAGE_MARK, "")
+    return text
+
+
+def image_placeholders(grid: Grid) -> list[int]:
+    """Placeholders of one image, atoms not expanded: the overview, then the cells between separators."""
+    ids = [IMAGE_START_ID, IMAGE_ATOM_ID, OVERVIEW_END_ID]
+    if grid != (1, 1):
+        row = [IMAGE_ATOM_ID, *[COLUMN_SEPARATOR_ID, IMAGE_ATOM_ID] * (grid.cols - 1)]
+        ids += [*row, *[ROW_SEPARATOR_ID, *row] * (grid.rows - 1)]
+    return [*ids, IMAGE_END_ID]
+
+
+def expand_atoms(ids: Sequence[int], tokens_per_tile: int) -> NDArray[np.int32]:
+    """int32[T]: `ids` with each atom repeated once per visual token of its tile."""
+    compact = np.array(ids, np.int32)
+    return np.repeat(compact, np.where(compact == IMAGE_ATOM_ID, tokens_per_tile, 1))
+
+
+class ChatTokenizer:
+    """Encodes prompts so that text can never become a control token, whatever it says."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """`tokenizer` must know Qwen's `<|im_start|>` and `<|im_end|>`; raises ValueError otherwise."""
+        self._start = _control_id(tokenizer, "<|im_start|>")
+        self._end = _control_id(tokenizer, "<|im_end|>")
+        self._text = _text_tokenizer(tokenizer)
+
+    def prompt_ids(
+        self, query: str, grids: Sequence[Grid], system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    ) -> list[int]:
+        """Ids of a prompt whose `<image>` marks stand for images cut by `grids`; atoms are not expanded.
+
+        A mark in `system_prompt` is text. Raises ValueError if marks and grids differ in number or a text is
+        not Unicode.
+        """
+        system = [self._start, *self._encode(f"system\n{system_prompt}"), self._end, *self._encode("\n")]
+        user = [self._start, *self._query_ids(f"user\n{query}", grids), self._end, *self._encode("\n")]
+        return [*system, *user, self._start, *self._encode("assistant\n")]
+
+    def _query_ids(self, query: str, grids: Sequence[Grid]) -> list[int]:
+        first, *others = query.split(IMAGE_MARK)
+        check_marks(len(others), len(grids))
+        ids = self._encode(first)
+        for grid, text in zip(grids, others, strict=True):
+            ids += [*image_placeholders(grid), *self._encode(text)]
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if surrogate := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"the text holds {surrogate[0]!r}, half of a surrogate pair, which is no character; "
+                "decode it with errors='replace'"
+            )
+        ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def check_marks(num_marks: int, num_images: int) -> None:
+    """Raises ValueError unless each image has its mark."""
+    if num_marks != num_images:
+        raise ValueError(
+            f"the text holds {num_marks} {IMAGE_MARK} marks for {num_images} images; write one mark per image, or "
+            "none to have the images put first, or remove them with prompt.without_marks"
+        )
+
+
+def _control_id(tokenizer: Tokenizer, token: str) -> int:
+    token_id: int | None = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise ValueError(f"the tokenizer has no {token}: it is not the one of an Ovis2 checkpoint")
+    return token_id
+
+
+def _text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` without its added tokens.
+
+    Not `encode_special_tokens`: it lets through those not flagged special, such as `<tool_call>`.
+    """
+    text = Tokenizer(tokenizer.model)  # shares the vocabulary
+    text.normalizer = tokenizer.normalizer
+    text.pre_tokenizer = tokenizer.pre_tokenizer
+    return text

@@ -1,0 +1,27 @@
+"""The tokenizer's two uses outside prompts: ids to text, and where a stop string cuts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The checkpoint's `tokenizer.json`, which both layouts ship. Raises ValueError if it is missing."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; save the tokenizer in its fast format (tokenizer.json) there")
+    return Tokenizer.from_file(str(path))
+
+
+def detokenize(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD, as in the original."""
+    text: str = tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    return text
+
+
+def cut_at_stop(text: str, stop: Iterable[str]) -> str:
+    """`text` up to the first stop string in it, which is left out."""
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

@@ -1,0 +1,107 @@
+"""The nouns that both halves and the pipelines share: model input, sampling parameters, model output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Negative ids stand for embeddings that are not text. The numbers are those of the original code
+# (AIDC-AI/Ovis v2.0, `ovis/util/constants.py`).
+IMAGE_ATOM_ID = -300  # one visual token; a tile holds `VisionConfig.tokens_per_tile` of them
+IMAGE_START_ID = -301
+OVERVIEW_END_ID = -302  # after the first tile of an image
+COLUMN_SEPARATOR_ID = -303
+ROW_SEPARATOR_ID = -304
+IMAGE_END_ID = -305
+
+FinishReason = Literal["stop", "length"]
+
+
+class Grid(NamedTuple):
+    """How an image is cut: `rows` x `cols` cells."""
+
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One model input.
+
+    input_ids: int32[T]; text ids >= 0, placeholders < 0, already expanded: T is the true prompt length.
+    tiles: uint8[N, 3, S, S]; each picture centred in its tile, the border is ignored.
+    tile_sizes: int32[N, 2]; (height_px, width_px) of the picture inside each tile.
+    """
+
+    input_ids: NDArray[np.int32]
+    tiles: NDArray[np.uint8]
+    tile_sizes: NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose the output tokens of one request.
+
+    temperature 0 is greedy. top_p 1 and top_k 0 keep every token. repetition_penalty (CTRL, arXiv:1909.05858)
+    counts the tokens generated so far, not the prompt: the original model hands embeddings to `generate`, so
+    its penalty never sees the prompt either. A row's sample depends on its own `seed` only; None draws one.
+    Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off")
+        _require("" not in self.stop, "stop", self.stop, "non-empty strings")
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One model output.
+
+    output_ids: int32[T']; includes the end-of-text id when the model produced one, as the original does.
+    mean_logprob: mean natural-log probability of `output_ids` under the model's own distribution, before
+    penalty, temperature and truncation; NaN when `SamplingParams.logprobs` is off.
+    """
+
+    output_ids: NDArray[np.int32]
+    finish_reason: FinishReason
+    mean_logprob: float
+
+
+class RequestError(ValueError):
+    """This request cannot be generated, others can: it becomes an error row."""
+
+
+class EngineDied(RuntimeError):  # noqa: N818  (the name says what happened)
+    """The device is lost; the process that holds it must be replaced."""
+
+
+class Engine(Protocol):
+    """What the pipeline needs of a model."""
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """Completions in the order of `requests`. Raises RequestError if one of them cannot be generated."""
+        ...
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} must be {rule}")

@@ -1,0 +1,170 @@
+"""The engine against the original model's own outputs, and the laws that batching must keep. float32 on a CPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from ovis_model.config import Layout
+from ovis_model.engine import Budget, OvisEngine
+from ovis_model.processor import Processor
+from ovis_model.text import cut_at_stop
+from ovis_model.types import Request, RequestError, SamplingParams
+from tests.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, expected_arrays, picture
+
+GREEDY = SamplingParams(max_new_tokens=48)
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+both_checkpoints = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+
+
+@cache
+def engine_of(checkpoint: str, layout: Layout = "aidc") -> OvisEngine:
+    return OvisEngine.from_pretrained(str(checkpoint_dir(checkpoint, layout)), device="cpu", dtype="float32")
+
+
+@cache
+def golden_requests(checkpoint: str) -> tuple[Request, ...]:
+    processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
+    return tuple(
+        processor.request(case["query"], [picture(p) for p in case["images"]], max_tiles=case["max_partition"] or 9)
+        for case in expected(checkpoint)["generation"]
+    )
+
+
+def greedy_ids(checkpoint: str) -> list[list[int]]:
+    return [case["greedy_ids"] for case in expected(checkpoint)["generation"]]
+
+
+def ids_of(engine: OvisEngine, requests: Sequence[Request], params: SamplingParams = GREEDY) -> list[list[int]]:
+    return [completion.output_ids.tolist() for completion in engine.generate(requests, params)]
+
+
+@both_layouts
+@both_checkpoints
+def test_greedy_ids_are_the_originals_one_by_one_and_in_one_batch(checkpoint: str, layout: Layout) -> None:
+    engine, requests = engine_of(checkpoint, layout), golden_requests(checkpoint)
+    assert [ids_of(engine, [request])[0] for request in requests] == greedy_ids(checkpoint)
+    assert ids_of(engine, requests) == greedy_ids(checkpoint)
+
+
+@both_checkpoints
+def test_order_neighbours_and_budgets_change_nothing(checkpoint: str) -> None:
+    requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
+    rng = random.Random(7)
+    for budget in (Budget(kv_tokens=400, rows=3), Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)):
+        engine = OvisEngine(engine_of(checkpoint).model, budget=budget)
+        for _ in range(3):
+            order = rng.choices(range(len(requests)), k=13)
+            assert ids_of(engine, [requests[i] for i in order]) == [wanted[i] for i in order]
+
+
+@both_layouts
+@both_checkpoints
+def test_last_logits_are_the_originals(checkpoint: str, layout: Layout) -> None:
+    model = engine_of(checkpoint, layout).model
+    for index, request in enumerate(golden_requests(checkpoint)):
+        wanted = expected_arrays(checkpoint)[f"{checkpoint}_{index}_last_logits"]
+        np.testing.assert_allclose(prompt_logits(model, request)[-1], wanted, atol=1e-5, rtol=0)
+
+
+@both_layouts
+@both_checkpoints
+def test_visual_tokens_are_the_originals(checkpoint: str, layout: Layout) -> None:
+    model, arrays = engine_of(checkpoint, layout).model, expected_arrays(checkpoint)
+    for index, request in enumerate(golden_requests(checkpoint)):
+        if len(request.tiles):
+            with torch.inference_mode():
+                maxima = model.visual_tokenizer(pixels_of(model, request)).max(-1)
+            assert np.array_equal(maxima.indices, arrays[f"{checkpoint}_{index}_visual_argmax"])
+            np.testing.assert_allclose(
+                maxima.values, arrays[f"{checkpoint}_{index}_visual_maxprob"], atol=1e-6, rtol=0
+            )
+
+
+@both_checkpoints
+def test_scoring_in_one_pass_agrees_with_decoding(checkpoint: str) -> None:
+    """Covers cache, mask and positions: the decoded tokens' log-probabilities, computed again without a cache."""
+    engine, requests = engine_of(checkpoint), golden_requests(checkpoint)
+    for request, completion in zip(requests, engine.generate(requests, GREEDY), strict=True):
+        ids = np.concatenate([request.input_ids, completion.output_ids[:-1]])
+        whole = Request(ids, request.tiles, request.tile_sizes)
+        logits = prompt_logits(engine.model, whole)[len(request.input_ids) - 1 :]
+        scores = logits.log_softmax(-1).gather(1, torch.from_numpy(completion.output_ids).long()[:, None])
+        assert completion.mean_logprob == pytest.approx(float(scores.mean()), abs=1e-4)
+
+
+@both_checkpoints
+def test_finish_reasons(checkpoint: str) -> None:
+    engine = engine_of(checkpoint)
+    for completion in engine.generate(golden_requests(checkpoint), GREEDY):
+        ended = completion.output_ids[-1] in engine.config.eos_token_ids
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert ended or len(completion.output_ids) == 48
+
+
+def test_a_sample_depends_on_its_seed_only() -> None:
+    engine, requests = engine_of("tiny56-tied"), golden_requests("tiny56-tied")
+    params = [
+        SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=seed)
+        for seed in range(len(requests))
+    ]
+    alone = [engine.generate([r], p)[0].output_ids.tolist() for r, p in zip(requests, params, strict=True)]
+    mixed_params = [*params, *[GREEDY] * len(requests)]
+    together = engine.generate([*requests, *requests], mixed_params)
+    assert [completion.output_ids.tolist() for completion in together[: len(requests)]] == alone
+    greedy = [completion.output_ids.tolist() for completion in together[len(requests) :]]
+    assert greedy == greedy_ids("tiny56-tied")
+    assert len({tuple(engine.generate(requests[:1], SamplingParams(temperature=1.0, max_new_tokens=12, seed=s))[0]
+                      .output_ids.tolist()) for s in range(4)}) > 1  # fmt: skip
+
+
+def test_a_stop_string_ends_a_row_and_is_cut() -> None:
+    checkpoint = "tiny56-tied"
+    directory = str(checkpoint_dir(checkpoint))
+    engine, processor = engine_of(checkpoint), Processor.from_pretrained(directory)
+    request, text = golden_requests(checkpoint)[0], expected(checkpoint)["generation"][0]["greedy_text"]
+    stop = text[10:14]
+    [completion] = engine.generate([request], SamplingParams(max_new_tokens=48, stop=(stop,)))
+    assert completion.finish_reason == "stop"
+    assert len(completion.output_ids) < 48
+    assert cut_at_stop(processor.detokenize(completion.output_ids), (stop,)) == text[: text.index(stop)]
+
+
+def test_a_request_that_never_fits_says_by_how_much() -> None:
+    engine = engine_of("tiny56-tied")
+    request = Request(np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
+    with pytest.raises(RequestError, match=r"30000 prompt \+ 3000 output tokens are 232 over the limit of 32768"):
+        engine.generate([request], SamplingParams(max_new_tokens=3000))
+
+
+def test_no_requests_no_completions() -> None:
+    assert engine_of("tiny56-tied").generate([], GREEDY) == []
+
+
+def test_wrong_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 sampling parameters for 8 requests"):
+        engine_of("tiny56-tied").generate(golden_requests("tiny56-tied"), [GREEDY])
+
+
+def test_bfloat16_generates() -> None:
+    directory = str(checkpoint_dir("tiny112-untied"))
+    engine = OvisEngine.from_pretrained(directory, device="cpu", dtype="bfloat16")
+    completions = engine.generate(golden_requests("tiny112-untied"), SamplingParams(max_new_tokens=4))
+    assert all(len(completion.output_ids) for completion in completions)
+
+
+@torch.inference_mode()
+def prompt_logits(model: torch.nn.Module, request: Request) -> torch.Tensor:
+    """[T, vocab] without a cache and without padding."""
+    visual = model.encode_tiles(pixels_of(model, request)).flatten(0, 1)
+    embeds = model.embed(torch.from_numpy(request.input_ids).long(), visual)[None]
+    return model(embeds, torch.arange(len(request.input_ids))[None])[0]
+
+
+def pixels_of(model: torch.nn.Module, request: Request) -> torch.Tensor:
+    return model.normalize(torch.from_numpy(request.tiles), torch.from_numpy(request.tile_sizes))

@@ -1,0 +1,104 @@
+"""The demo's pictures: one seed one picture, one caption one scene, held-out captions never in training."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from jobs.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    MANY_TILE_SIZES_PX,
+    ONE_TILE_SIZES_PX,
+    SHAPES,
+    SIZES,
+    Scene,
+    is_held_out,
+    make_picture,
+)
+
+_OBJECT = rf"a (?:{'|'.join(SIZES)}) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
+_POSITION = r"(?:top left|top right|top|left|centre|right|bottom left|bottom right|bottom)"
+_WHAT = {
+    "one": rf"{_OBJECT} at the {_POSITION}",
+    "two": rf"{_OBJECT} (?:left of|above) {_OBJECT}",
+    "count": rf"(?:two|three|four|five|six) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})e?s",
+    "number": rf"the number [1-9]\d\d? in (?:{'|'.join(COLOURS)})",
+}
+
+
+def _scenes(count: int, held_out: bool = False) -> list[Scene]:
+    return [make_picture(seed, held_out=held_out)[1] for seed in range(count)]
+
+
+def test_same_seed_same_picture() -> None:
+    first, again, other = (make_picture(seed, held_out=True) for seed in (7, 7, 8))
+    assert first[1] == again[1] != other[1]
+    np.testing.assert_array_equal(np.asarray(first[0]), np.asarray(again[0]))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_split_is_by_caption(held_out: bool) -> None:
+    assert {is_held_out(scene.caption) for scene in _scenes(300, held_out)} == {held_out}
+
+
+def test_a_tenth_of_the_captions_is_held_out() -> None:
+    captions = {f"The number {n} in {colour} on a white background." for n in range(10, 1000) for colour in COLOURS}
+    assert 0.08 < np.mean([is_held_out(caption) for caption in captions]) < 0.12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_follow_one_grammar(kind: str) -> None:
+    pattern = re.compile(rf"{_WHAT[kind]} on a (?:{'|'.join(BACKGROUNDS)}) background\.", re.IGNORECASE)
+    captions = [scene.caption for scene in _scenes(800) if scene.kind == kind]
+    assert captions and all(pattern.fullmatch(caption) for caption in captions)
+
+
+def test_captions_say_what_is_there() -> None:
+    for scene in _scenes(500):
+        words = scene.caption.lower()
+        assert f"{scene.background} background" in words and scene.number in words
+        assert all(thing.shape in words and thing.colour in words for thing in scene.things)
+
+
+def test_one_caption_never_means_two_scenes() -> None:
+    meanings: dict[str, object] = {}
+    for scene in _scenes(3000):
+        assert meanings.setdefault(scene.caption, _meaning(scene)) == _meaning(scene)
+
+
+def test_relations_are_clear() -> None:
+    for scene in _scenes(500):
+        if scene.kind == "two":
+            first, second = scene.things
+            along, across = abs(second.x - first.x), abs(second.y - first.y)
+            assert (along > 5 * across) if "left of" in scene.caption else (across > 5 * along)
+            assert second.x > first.x if "left of" in scene.caption else second.y > first.y
+
+
+def test_objects_neither_touch_nor_leave_the_picture() -> None:
+    for scene in _scenes(500):
+        short = min(scene.width_px, scene.height_px)
+        for i, thing in enumerate(scene.things):
+            radius = thing.scale * short / 2
+            assert -1 <= thing.x * scene.width_px - radius and thing.x * scene.width_px + radius <= scene.width_px + 1
+            for other in scene.things[:i]:
+                dx, dy = (thing.x - other.x) * scene.width_px, (thing.y - other.y) * scene.height_px
+                assert max(abs(dx), abs(dy)) >= radius + other.scale * short / 2
+
+
+@pytest.mark.parametrize(("many_tiles", "sizes"), [(False, ONE_TILE_SIZES_PX), (True, MANY_TILE_SIZES_PX)])
+def test_picture_sizes(many_tiles: bool, sizes: tuple[tuple[int, int], ...]) -> None:
+    images = [make_picture(seed, held_out=False, many_tiles=many_tiles)[0] for seed in range(60)]
+    assert {image.size for image in images} == set(sizes)
+    assert all(image.mode == "RGB" for image in images)
+
+
+def _meaning(scene: Scene) -> object:
+    things = [(thing.shape, thing.colour) for thing in scene.things]
+    sizes = [thing.size for thing in scene.things] if scene.kind != "count" else []
+    places = [(round(thing.x * 2), round(thing.y * 2)) for thing in scene.things if scene.kind == "one"]
+    return scene.kind, scene.background, things, sizes, places, scene.number, scene.number_colour
