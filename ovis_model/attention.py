@@ -56,7 +56,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | No
     )
 
 
-def _attend_flash(flash: Any, query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | None) -> Tensor:
+def _attend_flash(
+    flash: Any, query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | None
+) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
     if causal is None:
         out: Tensor = flash.flash_attn_func(q, k, v)

@@ -47,29 +47,36 @@ def fetch_checkpoint(path_or_id: str, revision: str | None = None, *, weights: b
     )
 
 
-def checkpoint_identity(directory: Path) -> str:
-    """A hash of the configuration, the tokenizer and the weights, cheap enough for 70 GB.
+def describe_checkpoint(path_or_id: str, revision: str | None = None) -> dict[str, str | None]:
+    """What identifies the model: its `id`, the `revision` that a hub id resolved to, and a hash `weights`.
 
-    Weights enter with their size, their header (names, shapes, types) and 16 evenly spaced samples of 64 KiB a file.
+    Needs no weights here: of a hub id the commit stands for them, of a URI the store's own version marks. Of a local
+    directory they enter with their size, header (names, shapes, types) and 16 evenly spaced samples of 64 KiB a file.
+    Raises CheckpointError.
     """
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix == ".json":
-            digest.update(f"{path.name}\0".encode() + path.read_bytes())
-        if path.suffix == ".safetensors":
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+    directory = fetch_checkpoint(path_or_id, revision, weights=False)
+    is_hub_snapshot = directory.parent.name == "snapshots" and _HUB_ID.fullmatch(path_or_id)
+    commit = directory.name if is_hub_snapshot else None
+    digest = hashlib.sha256(commit.encode() if commit else b"")
+    for path in sorted(directory.glob("*.json")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    if "://" in path_or_id:
+        digest.update(json.dumps(_weight_versions(path_or_id)).encode())
+    elif not commit:
+        for path in sorted(directory.glob("*.safetensors")):
             _hash_samples(path, digest)
-    return digest.hexdigest()[:16]
+    return {"id": path_or_id, "revision": commit or revision, "weights": digest.hexdigest()[:16]}
 
 
-def checkpoint_revision(path_or_id: str, directory: Path, revision: str | None) -> str | None:
-    """The commit that a hub id resolved to (the snapshot's directory name), else `revision` unchanged."""
-    is_snapshot = directory.parent.name == "snapshots" and _HUB_ID.fullmatch(path_or_id)
-    return directory.name if is_snapshot else revision
+def _weight_versions(uri: str) -> list[tuple[str, str]]:
+    fs, root = _file_system(uri)
+    files = [info for info in fs.ls(root, detail=True) if info["name"].endswith(".safetensors")]
+    return sorted((PurePosixPath(info["name"]).name, _version(info)) for info in files)
 
 
 def _hash_samples(path: Path, digest: Any) -> None:
     size = path.stat().st_size
+    digest.update(f"{path.name}\0{size}\0".encode())
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         digest.update(file.read(min(header_bytes, size)))
@@ -87,7 +94,9 @@ def _fetch_hub(repo_id: str, revision: str | None, *, weights: bool) -> Path:
     with FileLock(cache / f"ovis2-{repo_id.replace('/', '--')}.lock"):
         try:
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-        except Exception as error:  # the hub client has no common base: network, HTTP, cache and repository errors
+        except (
+            Exception
+        ) as error:  # the hub client has no common base: network, HTTP, cache and repository errors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"cannot fetch {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: {reason}"
@@ -95,9 +104,7 @@ def _fetch_hub(repo_id: str, revision: str | None, *, weights: bool) -> Path:
 
 
 def _fetch_uri(uri: str, *, weights: bool) -> Path:
-    import fsspec
-
-    fs, root = fsspec.core.url_to_fs(uri)
+    fs, root = _file_system(uri)
     target = _uri_cache() / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:24]
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target / ".lock"):
@@ -120,7 +127,7 @@ def _wanted(name: str, weights: bool) -> bool:
 
 def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
     """Copy one file unless the same version is here: the store's own mark of a version is kept beside it."""
-    mark = json.dumps([info.get("ETag") or info.get("mtime") or info.get("LastModified"), info["size"]], default=str)
+    mark = _version(info)
     mark_file = target.with_name(f".{target.name}.version")
     if target.exists() and mark_file.exists() and mark_file.read_text() == mark:
         return
@@ -129,6 +136,22 @@ def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
         shutil.copyfileobj(source, sink, 1 << 24)
     partial.replace(target)
     mark_file.write_text(mark)
+
+
+def _version(info: dict[str, Any]) -> str:
+    return json.dumps(
+        [info.get("ETag") or info.get("mtime") or info.get("LastModified"), info["size"]], default=str
+    )
+
+
+def _file_system(uri: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, root = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"model {uri!r}: {error}") from error
+    return fs, root
 
 
 def _uri_cache() -> Path:

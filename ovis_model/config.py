@@ -94,7 +94,9 @@ class OvisConfig:
 def parse_config(config: Json, generation: Json) -> OvisConfig:
     """Raises ConfigError naming the field, its value and what is supported."""
     if "quantization_config" in config:
-        raise ConfigError("quantized checkpoints (quantization_config) are not supported; use the bfloat16 one")
+        raise ConfigError(
+            "quantized checkpoints (quantization_config) are not supported; use the bfloat16 one"
+        )
     layout = _layout(config)
     vision, language = (_aidc if layout == "aidc" else _native)(config)
     eos_ids = _eos_token_ids(generation, config["llm_config" if layout == "aidc" else "text_config"])
@@ -103,7 +105,6 @@ def parse_config(config: Json, generation: Json) -> OvisConfig:
         language=language,
         max_length=min(config.get("multimodal_max_length", 32768), language.max_position_embeddings),
         eos_token_ids=eos_ids,
-        
         dtype=config.get("dtype") or config.get("torch_dtype") or "bfloat16",
         layout=layout,
     )
@@ -166,13 +167,18 @@ def _language(text: Json, tied: bool) -> LanguageConfig:
     theta = rope.get("rope_theta") or text.get("rope_theta") or LanguageConfig.rope_theta
     language = LanguageConfig(
         **_fields(text, "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
-        **_fields(text, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+        **_fields(
+            text, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"
+        ),
         tie_word_embeddings=tied,
         rope_theta=float(theta),
     )
     _divides(language.num_attention_heads, language.hidden_size, "num_attention_heads", "hidden_size")
     _divides(
-        language.num_key_value_heads, language.num_attention_heads, "num_key_value_heads", "num_attention_heads"
+        language.num_key_value_heads,
+        language.num_attention_heads,
+        "num_key_value_heads",
+        "num_attention_heads",
     )
     return language
 
@@ -204,7 +210,9 @@ def _read_json(path: Path) -> Json:
     return data
 
 
-def _size(vision: tuple[int, int, int], language: tuple[int, int, int, int, int, int], *, tied: bool) -> OvisConfig:
+def _size(
+    vision: tuple[int, int, int], language: tuple[int, int, int, int, int, int], *, tied: bool
+) -> OvisConfig:
     width, heads, mlp = vision
     layers, hidden, q_heads, kv_heads, intermediate, vocab = language
     return OvisConfig(

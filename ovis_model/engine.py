@@ -42,7 +42,9 @@ class Budget:
 class OvisEngine:
     """One replica of the model on one device. See `types.Engine`."""
 
-    def __init__(self, model: Ovis, *, tokenizer: Tokenizer | None = None, budget: Budget | None = None) -> None:
+    def __init__(
+        self, model: Ovis, *, tokenizer: Tokenizer | None = None, budget: Budget | None = None
+    ) -> None:
         self.model = model
         self.config: OvisConfig = model.config
         self.budget = budget or Budget(kv_tokens=_free_kv_tokens(model))
@@ -67,7 +69,9 @@ class OvisEngine:
             raise ValueError(f"tensor_parallel={tensor_parallel} is not supported yet; use 1")
         target = _device(device)
         directory = fetch_checkpoint(path_or_id, revision)
-        model = load_model(directory, device=target, dtype=_dtype(dtype, target), post_trunk_norm=post_trunk_norm)
+        model = load_model(
+            directory, device=target, dtype=_dtype(dtype, target), post_trunk_norm=post_trunk_norm
+        )
         return cls(model, tokenizer=load_tokenizer(directory))
 
     def generate(
@@ -140,7 +144,11 @@ class OvisEngine:
 
     def _allocate(self, rows: int, capacity: int) -> KVCache:
         return KVCache.allocate(
-            self.config.language, rows=rows, capacity=capacity, device=self.model.device, dtype=self.model.dtype
+            self.config.language,
+            rows=rows,
+            capacity=capacity,
+            device=self.model.device,
+            dtype=self.model.dtype,
         )
 
     def _prefill(self, batch: list[_Row], left_pad: Tensor, width: int, kv_cache: KVCache) -> Tensor:
@@ -251,7 +259,9 @@ class _Row:
 def _rows(requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]) -> list[_Row]:
     each = [params] * len(requests) if isinstance(params, SamplingParams) else params
     if len(each) != len(requests):
-        raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
+        raise ValueError(
+            f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each"
+        )
     return [_Row(request, own) for request, own in zip(requests, each, strict=True)]
 
 
@@ -275,4 +285,7 @@ def _free_kv_tokens(model: Ovis, share: float = 0.5) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
     else:
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(model.config.max_length, int(free_bytes * share) // bytes_per_token(model.config.language, model.dtype))
+    return max(
+        model.config.max_length,
+        int(free_bytes * share) // bytes_per_token(model.config.language, model.dtype),
+    )

@@ -115,7 +115,9 @@ class SelfAttention(nn.Module):
         query, key = rotate(query, rotary), rotate(key, rotary)
         if kv_cache is not None:
             key, value = kv_cache.append(self.layer_index, key, value)
-        out: Tensor = self.o_proj(attend(query, key, value, causal).transpose(1, 2).reshape(batch, length, -1))
+        out: Tensor = self.o_proj(
+            attend(query, key, value, causal).transpose(1, 2).reshape(batch, length, -1)
+        )
         return out
 
 

@@ -16,7 +16,7 @@ def normalization_table() -> NDArray[np.float32]:
     Bitwise what the original's `CLIPImageProcessor` computes. The border of a tile is 0 after normalisation,
     which no byte maps to: set it, do not look it up.
     """
-    # The order and the types below decide the last bit: a float64 product rounded once, then float32 throughout.
+    # Order and types decide the last bit: a float64 product rounded once, then float32 throughout.
     unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.array(CLIP_MEAN, np.float32)[:, None], np.array(CLIP_STD, np.float32)[:, None]
     table: NDArray[np.float32] = (unit - mean) / std

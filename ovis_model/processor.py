@@ -57,7 +57,7 @@ class Processor:
         max_tiles: int = 9,
         system_prompt: str | None = None,
     ) -> list[int]:
-        """Prompt of `request` for images of (width_px, height_px), one atom per tile: its ids before expansion."""
+        """Ids of `request` for images of (width_px, height_px) before expansion: one atom per tile."""
         tile_size = self.config.vision.image_size
         grids = [choose_grid(width, height, max_tiles, tile_size) for width, height in image_sizes]
         query = text if IMAGE_MARK in text else image_query(text, len(grids))

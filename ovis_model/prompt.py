@@ -29,7 +29,7 @@ CHAIN_OF_THOUGHT = (
 
 
 def image_query(text: str, num_images: int) -> str:
-    """`text` asked about `num_images` images, which come first; several are numbered, as on the model card."""
+    """`text` asked about `num_images` images, which come first; several are numbered (model card)."""
     if num_images == 0:
         return text
     if num_images == 1:
@@ -107,8 +107,8 @@ def check_marks(num_marks: int, num_images: int) -> None:
     """Raises ValueError unless each image has its mark."""
     if num_marks != num_images:
         raise ValueError(
-            f"the text holds {num_marks} {IMAGE_MARK} marks for {num_images} images; write one mark per image, or "
-            "none to have the images put first, or remove them with prompt.without_marks"
+            f"the text holds {num_marks} {IMAGE_MARK} marks for {num_images} images; write one per image "
+            "or none, which puts the images first; prompt.without_marks removes them"
         )
 
 

@@ -57,7 +57,7 @@ def tile_images(
     images: Sequence[Image.Image], max_tiles: int, tile_size: int = TILE_SIZE_PX
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """`tile_image` of each of several images, one after the other in the same two arrays."""
-    grids = [choose_grid(image.width, image.height, max_tiles, tile_size) for image in images]
+    grids = [choose_grid(*_checked_size(image), max_tiles, tile_size) for image in images]
     count = sum(num_tiles(grid) for grid in grids)
     tiles = np.zeros((count, 3, tile_size, tile_size), np.uint8)
     sizes = np.empty((count, 2), np.int32)
@@ -83,13 +83,19 @@ def picture_size(width: int, height: int, tile_size: int = TILE_SIZE_PX) -> tupl
     return max(1, int(width / height * tile_size)), tile_size
 
 
+def _checked_size(image: Image.Image) -> tuple[int, int]:
+    if image.mode != "RGB":
+        raise ValueError(f"cannot tile a picture in mode {image.mode!r}; pass image.convert('RGB')")
+    return image.size
+
+
 def _candidates(max_tiles: int) -> list[Grid]:
     sides = range(1, max_tiles + 1)
     return [Grid(rows, cols) for rows in sides for cols in sides if rows * cols <= max_tiles]
 
 
 def _coverage(width: int, height: int, grid: Grid, tile_size: int) -> float:
-    # An explicit loop: from Python 3.12 on, sum() of floats compensates its error, and the last bit decides ties.
+    # Not sum(): from Python 3.12 on it compensates rounding, and the last bit decides ties.
     total: float = 0
     for left, top, right, bottom in _cells(width, height, grid):
         total += _kept_area(right - left, bottom - top, tile_size)

@@ -59,9 +59,7 @@ def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
         if target is None:
             faults.unexpected.append(name)
         elif target.shape != tensor.shape or not tensor.is_floating_point():
-            faults.misshapen.append(
-                f"{name} is {_describe(tensor)} instead of a float {tuple(target.shape)}"
-            )
+            faults.misshapen.append(f"{name} is {_describe(tensor)} instead of a float {tuple(target.shape)}")
         else:
             target.copy_(tensor)
     faults.missing.extend(pending)
@@ -83,9 +81,15 @@ _LM_HEAD: dict[Layout, str] = {"aidc": "llm.lm_head.weight", "native": "lm_head.
 
 _TOWER = "model.vision_tower.transformer"
 _TO_NATIVE = [
-    (r"visual_tokenizer\.backbone\.preprocessor\.patchifier\.proj\.", rf"{_TOWER}.embeddings.patch_embedding."),
+    (
+        r"visual_tokenizer\.backbone\.preprocessor\.patchifier\.proj\.",
+        rf"{_TOWER}.embeddings.patch_embedding.",
+    ),
     (r"visual_tokenizer\.backbone\.preprocessor\.patchifier\.norm\.", rf"{_TOWER}.embeddings.rms_norm."),
-    (r"visual_tokenizer\.backbone\.preprocessor\.pos_embed", rf"{_TOWER}.embeddings.position_embedding.weight"),
+    (
+        r"visual_tokenizer\.backbone\.preprocessor\.pos_embed",
+        rf"{_TOWER}.embeddings.position_embedding.weight",
+    ),
     (r"visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.", rf"{_TOWER}.rms_norm."),
     (r"visual_tokenizer\.backbone\.trunk\.blocks\.", rf"{_TOWER}.encoder.layers."),
     (r"\.norm_([12])\.", r".rms_norm\1."),
@@ -157,5 +161,7 @@ def _shards(directory: Path) -> list[Path]:
         return [directory / name for name in names]
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
-        raise WeightsError(f"{directory} has no .safetensors file; other weight formats can hold code and are refused")
+        raise WeightsError(
+            f"{directory} has no .safetensors file; other weight formats can hold code and are refused"
+        )
     return shards

@@ -34,7 +34,9 @@ def test_a_full_size_tile_is_256_tokens() -> None:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_both_layouts_parse_to_the_same_shapes(checkpoint: str) -> None:
-    aidc, native = (OvisConfig.from_directory(checkpoint_dir(checkpoint, layout)) for layout in ("aidc", "native"))
+    aidc, native = (
+        OvisConfig.from_directory(checkpoint_dir(checkpoint, layout)) for layout in ("aidc", "native")
+    )
     assert (aidc.vision, aidc.language) == (native.vision, native.language)
     assert aidc.eos_token_ids == native.eos_token_ids
     assert (aidc.layout, native.layout) == ("aidc", "native")
@@ -44,7 +46,11 @@ def test_both_layouts_parse_to_the_same_shapes(checkpoint: str) -> None:
     ("path", "value", "message"),
     [
         (("model_type",), "llava", "model_type='llava'"),
-        (("visual_tokenizer_config", "tokenize_function"), "gumbel_argmax", "tokenize_function='gumbel_argmax'"),
+        (
+            ("visual_tokenizer_config", "tokenize_function"),
+            "gumbel_argmax",
+            "tokenize_function='gumbel_argmax'",
+        ),
         (("visual_tokenizer_config", "backbone_config", "qkv_bias"), True, "qkv_bias=True"),
         (("visual_tokenizer_config", "backbone_config", "patch_size"), 15, "patch_size=15"),
         (("llm_config", "rope_scaling"), {"rope_type": "yarn"}, "rope_type='yarn'"),

@@ -46,7 +46,9 @@ def test_split_is_by_caption(held_out: bool) -> None:
 
 
 def test_a_tenth_of_the_captions_is_held_out() -> None:
-    captions = {f"The number {n} in {colour} on a white background." for n in range(10, 1000) for colour in COLOURS}
+    captions = {
+        f"The number {n} in {colour} on a white background." for n in range(10, 1000) for colour in COLOURS
+    }
     assert 0.08 < np.mean([is_held_out(caption) for caption in captions]) < 0.12
 
 
@@ -84,7 +86,10 @@ def test_objects_neither_touch_nor_leave_the_picture() -> None:
         short = min(scene.width_px, scene.height_px)
         for i, thing in enumerate(scene.things):
             radius = thing.scale * short / 2
-            assert -1 <= thing.x * scene.width_px - radius and thing.x * scene.width_px + radius <= scene.width_px + 1
+            assert (
+                -1 <= thing.x * scene.width_px - radius
+                and thing.x * scene.width_px + radius <= scene.width_px + 1
+            )
             for other in scene.things[:i]:
                 dx, dy = (thing.x - other.x) * scene.width_px, (thing.y - other.y) * scene.height_px
                 assert max(abs(dx), abs(dy)) >= radius + other.scale * short / 2

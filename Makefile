@@ -1,0 +1,57 @@
+# make demo    caption the demo pictures with the demo model, on a laptop's CPU
+# make test    run the tests
+# make check   check format, lint, types and import rules
+# make setup   install what `make demo` needs into .venv; the others do it themselves
+# make clean   remove .venv, caches and what the demo wrote
+#
+# Another interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+
+# Tools are run by the interpreter, never as scripts: a script's first line cannot hold a path with spaces.
+RUN := .venv/bin/python -m
+PIP := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUNTIME := .venv/.runtime
+DEV := .venv/.dev
+
+.PHONY: demo test check setup clean
+.DEFAULT_GOAL := demo
+
+demo: $(RUNTIME)
+	@$(RUN) jobs.demo
+
+test: $(DEV)
+	@$(RUN) pytest
+
+check: $(DEV)
+	@$(RUN) ruff format --check
+	@$(RUN) ruff check
+	@$(RUN) mypy
+	@.venv/bin/python .venv/bin/lint-imports --no-cache --no-logo
+
+setup: $(RUNTIME)
+
+# pip is the last thing that venv writes: where it is, the environment is whole.
+.venv/bin/pip:
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "$(PYTHON) is not installed; name a Python >= 3.11: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1); this needs Python >= 3.11: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Creating .venv with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv .venv
+
+# torch goes first and alone, so that its pin decides and nothing else pulls in another build of it.
+$(RUNTIME): pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "Installing torch and Ray into .venv: 1 to 10 minutes the first time, by your connection"
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@echo "Installing the tools for tests and checks into .venv: about a minute the first time"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find jobs pipelines ovis_model tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""What all jobs owe their caller: one JSON line on stdout, everything else on stderr, the documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from pipelines.caption import Summary
+
+OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
+
+
+def run_job(job: Callable[[], Summary], *, max_error_rate: float) -> int:
+    """Run `job` and print its summary -> the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _stdout_to_stderr():
+            summary = job()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return FAILED
+    print(json.dumps(asdict(summary), ensure_ascii=False))
+    return TOO_MANY_ERRORS if summary.error > max_error_rate * summary.rows else OK
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    """`ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """For this process and those that it starts: Ray forwards what workers print to the driver's stdout."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,0 +1,116 @@
+"""Draw pictures that the demo model has never seen, caption them with the real job, count the exactly right ones.
+
+python -m jobs.demo [--output demo_output] [--count 200] [--seed 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.shapes import make_picture
+from pipelines.sink import read_results
+
+SHOWN = 12
+_SEEDS_APART = 1_000_000  # two --seed values share no picture
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the model said about a picture and what is true. `num_tiles` counts the overview."""
+
+    file_name: str
+    caption: str
+    truth: str
+    num_tiles: int
+
+    @property
+    def is_right(self) -> bool:
+        return self.caption == self.truth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="default demo_output")
+    parser.add_argument("--count", type=int, default=200, help="number of pictures (default 200)")
+    parser.add_argument("--seed", type=int, default=1, help="other seeds draw other pictures (default 1)")
+    args = parser.parse_args()
+    sys.exit(run_demo(args.output, args.count, args.seed))
+
+
+def run_demo(output: Path, count: int, seed: int) -> int:
+    """The exit code: 0, or 1 if the job failed."""
+    pictures, captions = output / "pictures", output / "captions"
+    truths = draw_pictures(pictures, count, seed)
+    print(
+        f"{count} pictures drawn in {pictures}; none of their captions was in the training data", flush=True
+    )
+    exit_code = _caption(pictures, captions)
+    if exit_code != 0:
+        print(f"error: the captioning job failed with exit code {exit_code}; its messages are above")
+        return 1
+    _report(compare(captions, truths))
+    print(f"pictures: {pictures}\ncaptions: {captions / 'data'}/*.parquet")
+    print("your own: the same command with another INPUT and OUTPUT; --model AIDC-AI/Ovis2-1B reads photographs")
+    return 0
+
+
+def _caption(pictures: Path, captions: Path) -> int:
+    """The job's exit code. It is run as a user would run it; its progress comes to this terminal on stderr."""
+    command = ["-m", "jobs.caption", str(pictures), str(captions), "--model", "demo", "--overwrite"]
+    print(f"$ {shlex.join(['python', *command])}", flush=True)
+    return subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode
+
+
+def draw_pictures(directory: Path, count: int, seed: int) -> dict[str, str]:
+    """File name -> true caption. Every fourth picture is a JPEG, the others are PNG."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    truths = {}
+    for i in range(count):
+        image, scene = make_picture(seed * _SEEDS_APART + i, held_out=True)
+        name = f"{i:04}.jpg" if i % 4 == 3 else f"{i:04}.png"
+        image.save(directory / name, quality=90)  # which PNG ignores
+        truths[name] = scene.caption
+    return truths
+
+
+def compare(captions: Path, truths: dict[str, str]) -> list[Comparison]:
+    """One for each picture, in the order of the file names."""
+    rows = {Path(row["uri"]).name: row for row in read_results(str(captions)).to_pylist()}
+    return [
+        Comparison(name, rows[name]["text"], truth, rows[name]["num_tiles"]) for name, truth in truths.items()
+    ]
+
+
+def _report(comparisons: list[Comparison]) -> None:
+    for comparison in _sample(comparisons):
+        _show(comparison)
+    print(f"\nexactly right: {_share(comparisons)}")
+    print(f"  in one tile: {_share([c for c in comparisons if c.num_tiles == 1])}")
+    print(f"  in several:  {_share([c for c in comparisons if c.num_tiles > 1])}\n")
+
+
+def _sample(comparisons: list[Comparison]) -> list[Comparison]:
+    """The first ones, and the first mistakes: a share says less than what went wrong."""
+    wrong = [c for c in comparisons[SHOWN:] if not c.is_right]
+    return [*comparisons[:SHOWN], *wrong[: SHOWN // 3]]
+
+
+def _show(comparison: Comparison) -> None:
+    mark = "right" if comparison.is_right else "WRONG"
+    print(f"\n{mark}  {comparison.file_name}  {comparison.caption}\n       truth     {comparison.truth}")
+
+
+def _share(comparisons: list[Comparison]) -> str:
+    num_right, count = sum(c.is_right for c in comparisons), len(comparisons)
+    return f"{num_right} of {count} ({num_right / count:.1%})" if count else "none"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The Ray pipeline around Ovis2, and the only place that knows Ray and Arrow."""

@@ -1,0 +1,174 @@
+"""The captioning job: manifest minus ledger -> Preprocess -> Generate -> files, until no row is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ovis_model.checkpoint import describe_checkpoint
+from pipelines.cluster import Pools, plan_pools, ray_session
+from pipelines.config import CaptionConfig
+from pipelines.generate import EngineFactory, Generate, Replica, load_engine
+from pipelines.ledger import Ledger, Ranges, count, split
+from pipelines.manifest import ROWS_PER_GROUP
+from pipelines.preprocess import BATCH_BYTES, Preprocess
+from pipelines.progress import RunProgress
+from pipelines.run import Run, open_run
+from pipelines.schema import RESULT
+from pipelines.sink import Sink, remove_temporaries
+
+MAX_PASSES = (
+    3  # a second one takes up rows that went missing with a node, a third proves that something is wrong
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of the whole output; seconds and rates of this run."""
+
+    rows: int
+    ok: int
+    error: int
+    skipped_done: int
+    seconds: float
+    rows_per_s: float
+    output_tokens_per_s: float
+    output: str
+
+
+class RowsLost(RuntimeError):  # noqa: N818  (the name says what happened)
+    """Rows of the manifest are not in the output: a fault of ours or of the store."""
+
+
+def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
+    """Caption what is missing of the run in `config.output`.
+
+    Raises ValueError (usage: before any replica starts) and RowsLost.
+    """
+    started_s = time.monotonic()
+    model = describe_checkpoint(config.model, config.revision)
+    run = open_run(config, model)
+    remove_temporaries(run.data_uri)
+    ledger = Ledger.read(run.data_uri)
+    num_done = count(ledger.done)
+    with RunProgress(run.num_rows, num_done) as progress:
+        if ledger.missing(run.num_rows):
+            with ray_session():
+                _caption_missing(config, run, ledger, progress, make_engine)
+    run.update(status="finished", counts={"ok": run.num_rows - ledger.num_errors, "error": ledger.num_errors})
+    return _summary(run, ledger, progress, time.monotonic() - started_s)
+
+
+def _caption_missing(
+    config: CaptionConfig, run: Run, ledger: Ledger, progress: RunProgress, make_engine: EngineFactory
+) -> None:
+    sink = Sink(run.data_uri, ledger, rows_per_file=config.rows_per_file)
+    reasons: Counter[str] = Counter()
+    try:
+        for _ in range(MAX_PASSES):
+            if missing := ledger.missing(run.num_rows):
+                for results in _stream(config, run, missing, make_engine):
+                    _report(sink.add(results), progress, reasons)
+                sink.flush()
+    finally:
+        sink.flush()  # what is finished is kept, whatever ends the run
+        _log_reasons(reasons)
+    if missing := ledger.missing(run.num_rows):
+        raise RowsLost(
+            f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}"
+        )
+
+
+def _stream(
+    config: CaptionConfig, run: Run, missing: Ranges, make_engine: EngineFactory
+) -> Iterator[pa.Table]:
+    """Tables of schema RESULT as replicas finish them, in no particular order."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    available = ray.available_resources()
+    pools = plan_pools(config, cpus=available.get("CPU", 0), gpus=available.get("GPU", 0))
+    logger.info("%s", pools)
+    _configure_ray_data()
+    revision = run.record["model"]["revision"]
+    units = list(split(missing, _rows_per_unit(count(missing), pools)))
+    # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
+    dataset = ray.data.from_items([unit._asdict() for unit in units], override_num_blocks=len(units))
+    prepared = dataset.map_batches(
+        Preprocess,
+        fn_constructor_args=(config, run.output, revision),
+        batch_size=1,
+        num_cpus=pools.preprocessor_cpus,
+        compute=ActorPoolStrategy(size=pools.num_preprocessors),
+    )
+    results = prepared.map_batches(
+        Generate,
+        fn_constructor_args=(config, revision, Replica(pools.device, pools.threads_per_replica), make_engine),
+        batch_size=_rows_per_batch(count(missing), pools),
+        num_cpus=pools.replica_cpus,
+        num_gpus=pools.replica_gpus,
+        compute=ActorPoolStrategy(size=pools.num_replicas, max_tasks_in_flight_per_actor=2),
+    )
+    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield table.cast(RESULT)
+
+
+def _rows_per_unit(num_rows: int, pools: Pools) -> int:
+    """A power of two that gives every preprocessor many units, and the driver no more than about 20,000 to hold."""
+    wanted = max(num_rows // (16 * pools.num_preprocessors), num_rows // 20_000)
+    return min(
+        max(8, 1 << wanted.bit_length() >> 1), ROWS_PER_GROUP, 64 if num_rows < 1_000_000 else ROWS_PER_GROUP
+    )
+
+
+def _rows_per_batch(num_rows: int, pools: Pools) -> int:
+    """As many as a replica decodes side by side, fewer in a short run so that it starts early."""
+    return min(64, max(8, num_rows // (8 * pools.num_replicas)))
+
+
+def _configure_ray_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts rows
+    context.target_max_block_size = BATCH_BYTES
+    # Half an hour without a block fails a run by default: less than a large model may need to load.
+    context.execution_no_progress_timeout_s = 4 * 3600
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
+
+
+def _report(results: pa.Table, progress: RunProgress, reasons: Counter[str]) -> None:
+    errors = results.filter(pc.equal(results.column("status"), "error"))
+    pairs = zip(errors.column("stage").to_pylist(), errors.column("error").to_pylist(), strict=True)
+    reasons.update(f"{stage}: {error}" for stage, error in pairs)
+    tokens = pc.sum(results.column("num_output_tokens")).as_py() or 0
+    progress.add(rows=len(results), errors=len(errors), tokens=tokens)
+
+
+def _log_reasons(reasons: Counter[str], limit: int = 10) -> None:
+    if reasons:
+        logger.warning("%d error rows. The most frequent reasons:", reasons.total())
+    for reason, times in reasons.most_common(limit):
+        logger.warning("  %d x %s", times, reason)
+
+
+def _summary(run: Run, ledger: Ledger, progress: RunProgress, seconds: float) -> Summary:
+    return Summary(
+        rows=run.num_rows,
+        ok=run.num_rows - ledger.num_errors,
+        error=ledger.num_errors,
+        skipped_done=progress.num_done,
+        seconds=round(seconds, 3),
+        rows_per_s=round(progress.num_new / seconds, 3),
+        output_tokens_per_s=round(progress.num_tokens / seconds, 3),
+        output=run.output,
+    )

@@ -1,0 +1,122 @@
+"""The Ray that a run uses, and how its CPUs and GPUs are shared between the pools of actors."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.config import CaptionConfig
+
+PREPROCESSORS_PER_GPU = 12  # one core prepares about 12 full-HD images a second, a GPU takes many more
+_CPUS_PER_CPU_REPLICA = 8
+
+logger = logging.getLogger(__name__)
+
+
+class ResourceError(ValueError):
+    """The cluster cannot hold the run, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Actors and what each reserves. Together they never ask for more than there is: a pool that cannot start waits
+    for ever (ray-project/ray#44687)."""
+
+    device: Literal["cpu", "cuda"]
+    num_replicas: int
+    replica_cpus: float
+    replica_gpus: int
+    num_preprocessors: int
+    preprocessor_cpus: float
+
+    @property
+    def cpus(self) -> float:
+        return self.num_replicas * self.replica_cpus + self.num_preprocessors * self.preprocessor_cpus
+
+    @property
+    def threads_per_replica(self) -> int:
+        return max(1, int(self.replica_cpus))
+
+
+def plan_pools(config: CaptionConfig, *, cpus: float, gpus: float) -> Pools:
+    """Raises ResourceError if the cluster has too few CPUs or GPUs for what was asked."""
+    device = config.device if config.device != "auto" else "cuda" if gpus >= 1 else "cpu"
+    if cpus <= 0:
+        raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
+    num_replicas = _num_replicas(config, device, cpus, gpus)
+    wanted = max(1, (cpus * 3 / 4) // num_replicas) if device == "cpu" else 1
+    # At least half of a small cluster's CPUs stay with the preprocessors.
+    replica_cpus = _share(wanted, cpus * (3 / 4 if cpus >= 4 else 1 / 2), num_replicas)
+    left = cpus - replica_cpus * num_replicas
+    num_preprocessors = _num_preprocessors(config, device, left, num_replicas)
+    return Pools(
+        device=device,
+        num_replicas=num_replicas,
+        replica_cpus=replica_cpus,
+        replica_gpus=1 if device == "cuda" else 0,
+        num_preprocessors=num_preprocessors,
+        preprocessor_cpus=_share(1, left, num_preprocessors),
+    )
+
+
+def _num_replicas(config: CaptionConfig, device: str, cpus: float, gpus: float) -> int:
+    if device == "cpu":
+        return (
+            max(1, int(cpus // _CPUS_PER_CPU_REPLICA))
+            if config.num_replicas == "auto"
+            else config.num_replicas
+        )
+    if gpus < 1:
+        raise ResourceError("device=cuda, but the cluster has no GPU; use --device cpu or add a GPU node")
+    wanted = int(gpus) if config.num_replicas == "auto" else config.num_replicas
+    if wanted > gpus:
+        raise ResourceError(
+            f"{wanted} replicas need {wanted} GPUs, the cluster has {gpus:g}; lower --num-replicas"
+        )
+    return wanted
+
+
+def _num_preprocessors(config: CaptionConfig, device: str, cpus: float, num_replicas: int) -> int:
+    if config.num_preprocessors != "auto":
+        return config.num_preprocessors
+    most = PREPROCESSORS_PER_GPU * num_replicas if device == "cuda" else int(cpus)
+    return max(1, min(int(cpus), most))
+
+
+def _share(wanted: float, cpus: float, actors: int) -> float:
+    """CPUs for each of `actors`: as many as wanted or an equal part of what there is, in Ray's steps of 1e-4."""
+    part = min(wanted, cpus / actors)
+    return int(part) if part >= 1 else int(part * 10_000) / 10_000
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS or of a submitted job, else start one on this machine and end it afterwards."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # For the local cluster's processes: see generate.load_engine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Or each pool's start prints an error about arguments that are far too small to be evicted (ray#53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if ray.is_initialized():  # by a program that calls us
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,175 @@
+"""The options of a captioning run: one definition for flags, YAML and Python."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from ovis_model.prompt import CHAIN_OF_THOUGHT
+from ovis_model.types import SamplingParams
+
+SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES = 9, 4  # the model card's
+
+
+class CaptionConfig(BaseModel):
+    """A captioning run. `fingerprint_fields` says which options decide what the rows hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    input: tuple[str, ...] = Field(
+        min_length=1, description="a file, directory, glob or URI; may be repeated"
+    )
+    output: str = Field(description="a directory or URI")
+    model: str = Field(description='a directory, a hub id such as AIDC-AI/Ovis2-1B, a URI, or "demo"')
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id")
+
+    prompt: str = Field("Describe the image.", description="what to ask about every image")
+    system_prompt: str | None = Field(None, description="instead of the model's own")
+    chain_of_thought: bool = Field(False, description="ask for step-by-step reasoning before the answer")
+    max_tiles: PositiveInt | None = Field(
+        None, description="most cells an image is cut into; default 9 for one image a row, 4 for several"
+    )
+
+    max_new_tokens: PositiveInt = Field(512, description="longest answer, in tokens")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the most probable tokens of this mass")
+    top_k: int = Field(0, ge=0, description="keep this many most probable tokens; 0 keeps all")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1 discourages tokens already generated")
+    stop: tuple[str, ...] = Field((), description="end an answer before this text; may be repeated")
+    seed: int = Field(0, description="of sampling; a row's sample depends on it and the row's id only")
+
+    num_replicas: PositiveInt | Literal["auto"] = Field("auto", description="copies of the model")
+    tensor_parallel: PositiveInt = Field(1, description="GPUs per copy of the model")
+    num_preprocessors: PositiveInt | Literal["auto"] = Field(
+        "auto", description="CPU actors that decode and tile"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto is bfloat16 on CUDA and float32 on a CPU"
+    )
+
+    rows_per_file: PositiveInt = Field(10_000, description="rows of an output file at most")
+    limit: PositiveInt | None = Field(None, description="only the first rows of the input")
+    max_error_rate: float = Field(0.1, ge=0, le=1, description="exit 3 when more of the rows are errors")
+    overwrite: bool = Field(False, description="remove an earlier run from OUTPUT first")
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _one_gpu_a_replica(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("tensor-parallel replicas are not supported yet; use 1")
+        return value
+
+    @property
+    def question(self) -> str:
+        """What is asked about every image."""
+        return f"{self.prompt}\n{CHAIN_OF_THOUGHT}" if self.chain_of_thought else self.prompt
+
+    def tiles_for(self, num_images: int) -> int:
+        """`max_tiles` of each image in a row of `num_images`."""
+        return self.max_tiles or (SINGLE_IMAGE_MAX_TILES if num_images <= 1 else MULTI_IMAGE_MAX_TILES)
+
+    def sampling_for(self, row_id: str) -> SamplingParams:
+        """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
+        digest = hashlib.blake2b(f"{self.seed}\0{row_id}".encode(), digest_size=8).digest()
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
+            seed=int.from_bytes(digest) >> 1,  # torch takes signed 64-bit seeds
+        )
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The options that decide what the rows hold; the others say how the work is done."""
+        return self.model_dump(mode="json", exclude=_HOW_NOT_WHAT)
+
+
+_HOW_NOT_WHAT = {
+    "output",
+    "num_replicas",
+    "tensor_parallel",
+    "num_preprocessors",
+    "device",
+    "rows_per_file",
+    "max_error_rate",
+    "overwrite",
+}
+
+
+def parse_command_line(prog: str, description: str, argv: Sequence[str]) -> CaptionConfig:
+    """Flags over --config's YAML over defaults. Prints what is wrong and exits with 2 on bad usage."""
+    parser = _parser(prog, description)
+    flags = vars(parser.parse_args(argv))
+    paths, config_file = flags.pop("paths"), flags.pop("config", None)
+    try:
+        values = {**_read_yaml(config_file), **flags}
+        return CaptionConfig(**_with_paths(values, paths))
+    except ValidationError as error:
+        parser.error("; ".join(map(_describe, error.errors())))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    # Built from the fields by hand: a library that maps flags to them splits list values at commas, and a path or
+    # a stop string may hold one.
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "paths", nargs="*", metavar="INPUT OUTPUT", help="input and output; or only OUTPUT with --input"
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="these options, same names; flags win")
+    for name, field in CaptionConfig.model_fields.items():
+        if name != "output":
+            parser.add_argument(f"--{name.replace('_', '-')}", **_argument(name))
+    return parser
+
+
+def _argument(name: str) -> dict[str, Any]:
+    field = CaptionConfig.model_fields[name]
+    has_default = not field.is_required() and field.default not in (None, ())
+    help_text = (field.description or "") + (f" (default {field.default})" if has_default else "")
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": help_text}
+    is_list = field.annotation == tuple[str, ...]
+    return {"action": "append" if is_list else "store", "help": help_text, "metavar": "X"}
+
+
+def _with_paths(values: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+    """`INPUT OUTPUT`, or `OUTPUT` alone when the inputs are given by name."""
+    inputs = values.get("input", ())
+    named = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    if len(paths) > 2 or (len(paths) == 1 and not named):
+        raise ValueError(f"expected INPUT and OUTPUT, got {paths}; give further inputs with --input")
+    if paths:
+        values = {**values, "output": paths[-1]}
+    return {**values, "input": (*paths[:-1], *named)}
+
+
+def _read_yaml(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    values = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold options as `name: value` lines")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _describe(error: Any) -> str:
+    name = "--" + str(error["loc"][0]).replace("_", "-") if error["loc"] else "options"
+    if name == "--output":
+        return "OUTPUT is missing"
+    if name == "--input":
+        return "INPUT is missing"
+    given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+    return f"{name}: {error['msg']}{given}"

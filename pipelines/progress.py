@@ -1,0 +1,79 @@
+"""How far a run is and when it will end, on stderr: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LOG_EVERY_S = 10.0
+
+
+class RunProgress:
+    """Counts rows of one run. `num_done` were done before it."""
+
+    def __init__(self, num_rows: int, num_done: int) -> None:
+        self.num_rows, self.num_done, self.num_new, self.num_errors, self.num_tokens = (
+            num_rows,
+            num_done,
+            0,
+            0,
+            0,
+        )
+        self._started_s = self._logged_s = time.monotonic()
+        self._bar = Progress(
+            TextColumn("captioning"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(file=sys.stderr),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=num_rows, completed=num_done, rate="starting")
+
+    def __enter__(self) -> RunProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def restart_clock(self) -> None:
+        """Start-up is over: rates count from here."""
+        self._started_s = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def add(self, *, rows: int, errors: int, tokens: int) -> None:
+        self.num_new += rows
+        self.num_errors += errors
+        self.num_tokens += tokens
+        self._bar.update(self._task, advance=rows, rate=self._rates())
+        if self._bar.disable and (time.monotonic() - self._logged_s > _LOG_EVERY_S or self._is_complete()):
+            self._logged_s = time.monotonic()
+            print(f"{self._done()}/{self.num_rows} rows, {self._rates()}, ETA {self._eta()}", file=sys.stderr)
+
+    def _done(self) -> int:
+        return self.num_done + self.num_new
+
+    def _is_complete(self) -> bool:
+        return self._done() == self.num_rows
+
+    def _rates(self) -> str:
+        elapsed_s = max(self.elapsed_s, 1e-3)
+        errors = f", {self.num_errors} errors" if self.num_errors else ""
+        return f"{self.num_new / elapsed_s:.1f} rows/s, {self.num_tokens / elapsed_s:.0f} tokens/s{errors}"
+
+    def _eta(self) -> str:
+        remaining_s = (self.num_rows - self._done()) * self.elapsed_s / max(self.num_new, 1)
+        hours, rest_s = divmod(round(remaining_s), 3600)
+        return f"{hours}:{rest_s // 60:02}:{rest_s % 60:02}"

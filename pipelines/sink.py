@@ -1,0 +1,101 @@
+"""Results -> Parquet files that appear whole or not at all, and back."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import schema, store
+from pipelines.ledger import FOOTER_KEY, FileEntry, Ledger, to_ranges
+
+FLUSH_S = 30.0  # so that a killed run loses no more than this of finished work
+
+logger = logging.getLogger(__name__)
+
+
+class Sink:
+    """Collects result rows in the driver and writes them to `data_uri`; `ledger` says which rows are there.
+
+    One writer: results are text, about 1 KB a row, so one process keeps up with thousands of rows a second, and it
+    alone knows what has arrived, when to write and how far the run is.
+    """
+
+    def __init__(self, data_uri: str, ledger: Ledger, *, rows_per_file: int) -> None:
+        self._data_uri, self._ledger, self._rows_per_file = data_uri, ledger, rows_per_file
+        self._waiting: list[pa.Table] = []
+        self._last_flush_s = time.monotonic()
+
+    def add(self, results: pa.Table) -> pa.Table:
+        """Take rows of schema RESULT and write what is due -> the rows that were new.
+
+        A stage that is run again after its process died may hand over rows that it handed over before.
+        """
+        rows = results.column(schema.ROW).to_numpy()
+        is_new = self._ledger.new_rows(rows) & ~np.isin(rows, self._waiting_rows())
+        new = results.filter(pa.array(is_new))
+        self._waiting.append(new)
+        is_late = time.monotonic() - self._last_flush_s > FLUSH_S
+        if is_late or self._num_waiting() >= self._rows_per_file:
+            self.flush()
+        return new
+
+    def flush(self) -> None:
+        """Write all waiting rows."""
+        table = pa.concat_tables([schema.RESULT.empty_table(), *self._waiting]).sort_by(schema.ROW)
+        for start in range(0, len(table), self._rows_per_file):
+            entry = write_file(self._data_uri, table.slice(start, self._rows_per_file))
+            self._ledger.add(entry)
+        self._waiting.clear()
+        self._last_flush_s = time.monotonic()
+
+    def _num_waiting(self) -> int:
+        return sum(map(len, self._waiting))
+
+    def _waiting_rows(self) -> np.ndarray:
+        return np.concatenate(
+            [np.empty(0, np.int64), *(t.column(schema.ROW).to_numpy() for t in self._waiting)]
+        )
+
+
+def write_file(data_uri: str, results: pa.Table) -> FileEntry:
+    """Rows sorted by row number -> one file of schema OUTPUT whose footer says which rows it holds."""
+    num_errors = pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
+    entry = FileEntry(to_ranges(results.column(schema.ROW).to_numpy()), num_errors)
+    table = results.drop_columns([schema.ROW]).cast(schema.OUTPUT)
+    buffer = io.BytesIO()
+    metadata = {FOOTER_KEY: entry.to_json().encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
+    store.write_bytes(store.join(data_uri, entry.file_name), buffer.getvalue())
+    return entry
+
+
+def read_results(output: str) -> pa.Table:
+    """All rows of a run, in the order of the input. Schema OUTPUT."""
+    data_uri = store.join(output, "data")
+    tables = []
+    for uri in [info.uri for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]:
+        with store.open_file(uri) as file:
+            table = pq.read_table(file)
+        ranges = FileEntry.from_json(table.schema.metadata[FOOTER_KEY]).ranges
+        rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        tables.append(
+            table.replace_schema_metadata(None).add_column(0, schema.RESULT.field(0), pa.array(rows))
+        )
+    return (
+        pa.concat_tables([schema.RESULT.empty_table(), *tables])
+        .sort_by(schema.ROW)
+        .drop_columns([schema.ROW])
+    )
+
+
+def remove_temporaries(data_uri: str) -> None:
+    """What a killed writer left under a temporary name."""
+    for info in store.list_files(data_uri):
+        if info.uri.endswith(store.TEMPORARY_SUFFIX):
+            store.remove(info.uri)

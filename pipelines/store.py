@@ -1,0 +1,136 @@
+"""Files by URI, local or in an object store: list, read, write at once, remove. The only module that knows fsspec."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+TEMPORARY_SUFFIX = ".tmp"
+
+_READ_ATTEMPTS, _FIRST_PAUSE_S = 3, 0.2
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+# Trying again cannot help against these.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    uri: str
+    num_bytes: int
+    is_regular: bool = True  # False for a pipe, a socket or a device, which may never end
+
+
+class StoreError(ValueError):
+    """A URI that cannot be used, and what to do about it."""
+
+
+def open_store(uri: str) -> tuple[Any, str]:
+    """The file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
+    protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        install = f"; pip install 'ovis2-ray[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+        raise StoreError(f"{uri}: {error}{install}") from error
+    except ValueError as error:
+        raise StoreError(f"{uri}: {error}") from error
+    return fs, path
+
+
+def absolute_uri(uri: str) -> str:
+    """A local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
+    fs, path = open_store(uri)
+    return path if isinstance(fs, LocalFileSystem) else uri
+
+
+def join(uri: str, *names: str) -> str:
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def list_files(uri: str) -> Iterator[FileInfo]:
+    """All files below a directory, sorted by name; nothing if it does not exist."""
+    fs, path = open_store(uri)
+    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    for name in sorted(found):
+        yield _info(fs, name, found[name])
+
+
+def glob_files(uri: str) -> Iterator[FileInfo]:
+    """The files that match, sorted by name."""
+    fs, path = open_store(uri)
+    matches: dict[str, dict[str, Any]] = fs.glob(path, detail=True)
+    for name in sorted(matches):
+        if matches[name]["type"] != "directory":
+            yield _info(fs, name, matches[name])
+
+
+def stat(uri: str) -> FileInfo | None:
+    """The file at `uri`, None if there is none (or a directory)."""
+    fs, path = open_store(uri)
+    return _info(fs, path, fs.info(path)) if fs.isfile(path) else None
+
+
+def is_directory(uri: str) -> bool:
+    fs, path = open_store(uri)
+    return bool(fs.isdir(path))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file. Raises OSError; faults that may pass are tried again twice."""
+    fs, path = open_store(uri)
+    for attempt in range(1, _READ_ATTEMPTS + 1):
+        try:
+            data: bytes = fs.cat_file(path)
+            return data
+        except _FINAL:
+            raise
+        except OSError:
+            if attempt == _READ_ATTEMPTS:
+                raise
+            time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def open_file(uri: str) -> Any:
+    """A binary file object that reads the parts it is asked for."""
+    fs, path = open_store(uri)
+    return fs.open(path, "rb")
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """All of `data` or nothing appears at `uri`, whenever the process dies: renamed locally, one put elsewhere."""
+    fs, path = open_store(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove(uri: str) -> None:
+    """The file or directory tree; fine if it is gone."""
+    fs, path = open_store(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
+    uri = name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
+    return FileInfo(uri, int(info.get("size") or 0), info.get("type") != "other")

@@ -1,0 +1,168 @@
+"""The import rules hold, each of them bites, and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("jobs", "pipelines", "ovis_model")
+CONTRACTS: dict[str, dict[str, Any]] = {
+    contract["id"]: contract
+    for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+}
+
+# (contract, module that breaks it, line planted there, import that must be named in the report)
+VIOLATIONS = [
+    ("layers", "ovis_model.config", "import pipelines.schema", "ovis_model.config -> pipelines.schema"),
+    ("layers", "pipelines.schema", "from jobs import shapes", "pipelines.schema -> jobs.shapes"),
+    ("cpu-half", "ovis_model.tiling", "import torch", "ovis_model.tiling -> torch"),
+    ("cpu-half", "ovis_model.text", "import transformers", "ovis_model.text -> transformers"),
+    ("cpu-half", "ovis_model.types", "import torch", "ovis_model.processor -> ovis_model.types"),
+    (
+        "cpu-half",
+        "ovis_model.prompt",
+        "from ovis_model import sampling",
+        "ovis_model.prompt -> ovis_model.sampling",
+    ),
+    ("cpu-half", "ovis_model.config", "import ovis_model.layers", "ovis_model.config -> ovis_model.layers"),
+    ("gpu-half", "ovis_model.vision", "from PIL import Image", "ovis_model.vision -> PIL"),
+    ("gpu-half", "ovis_model.pixels", "import PIL.Image", "ovis_model.model -> ovis_model.pixels"),
+    (
+        "gpu-half",
+        "ovis_model.engine",
+        "from ovis_model.prompt import *",
+        "ovis_model.engine -> ovis_model.prompt",
+    ),
+    ("model-alone", "ovis_model.checkpoint", "import ray", "ovis_model.checkpoint -> ray"),
+    ("model-alone", "ovis_model.engine", "def f(): import pyarrow", "ovis_model.engine -> pyarrow"),
+    (
+        "stages",
+        "pipelines.preprocess",
+        "import pipelines.generate",
+        "pipelines.preprocess -> pipelines.generate",
+    ),
+    ("stages", "pipelines.generate", "from pipelines import sink", "pipelines.generate -> pipelines.sink"),
+    ("stages", "pipelines.sink", "import pipelines.preprocess", "pipelines.sink -> pipelines.preprocess"),
+    ("driver", "pipelines.preprocess", "def f(): import torch", "pipelines.preprocess -> torch"),
+    ("driver", "pipelines.media", "import ovis_model.layers", "pipelines.media -> ovis_model.layers"),
+    ("driver", "pipelines.caption", "import transformers", "pipelines.caption -> transformers"),
+    ("ray-in-pipelines", "jobs.caption", "import ray.data", "jobs.caption -> ray"),
+    ("ray-in-pipelines", "jobs.shapes", "import pyarrow.parquet", "jobs.shapes -> pyarrow"),
+]
+
+
+def test_import_rules_hold() -> None:
+    result = lint(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("contract", "module", "line", "reported"), VIOLATIONS, ids=[f"{v[0]}: {v[3]}" for v in VIOLATIONS]
+)
+def test_import_rule_bites(tmp_path: Path, contract: str, module: str, line: str, reported: str) -> None:
+    copy_packages(tmp_path)
+    with (tmp_path / module.replace(".", "/")).with_suffix(".py").open("a") as file:
+        file.write(f"\n{line}\n")
+    result = lint(tmp_path, "--contract", contract)
+    assert result.returncode == 1
+    assert f"{CONTRACTS[contract]['name']} BROKEN" in result.stdout
+    assert f"{reported} (" in result.stdout
+
+
+def test_every_import_rule_has_a_violation() -> None:
+    assert {contract for contract, *_ in VIOLATIONS} == set(CONTRACTS)
+
+
+def test_every_model_module_is_in_one_half_or_shared() -> None:
+    cpu_and_shared = set(CONTRACTS["cpu-half"]["source_modules"])
+    gpu = set(CONTRACTS["gpu-half"]["source_modules"])
+    cpu = internal(CONTRACTS["gpu-half"]["forbidden_modules"])
+    assert cpu_and_shared | gpu == set(modules("ovis_model"))
+    assert not cpu_and_shared & gpu
+    assert cpu < cpu_and_shared
+    assert internal(CONTRACTS["cpu-half"]["forbidden_modules"]) == gpu
+    assert internal(CONTRACTS["driver"]["forbidden_modules"]) == gpu
+
+
+def test_cpu_half_and_driver_leave_torch_unloaded() -> None:
+    """The rules above see import lines; this sees what is loaded, also by libraries and by `__init__`."""
+    driver = [*modules("pipelines"), "jobs.caption"]
+    assert_unloaded(CONTRACTS["cpu-half"]["source_modules"], ("torch", "transformers", "ray", "pyarrow"))
+    assert_unloaded(driver, ("torch", "transformers"))
+
+
+def test_functions_are_small() -> None:
+    lengths = sorted(function_lengths(), reverse=True)
+    worst = "\n".join(f"{lines:4} {name}" for lines, name in lengths[:10])
+    assert statistics.median(lines for lines, _ in lengths) <= 10, worst
+    assert sum(lines > 40 for lines, _ in lengths) < 0.05 * len(lengths), worst
+
+
+def lint(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=directory,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def copy_packages(directory: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    for source in python_files():
+        target = directory / source.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(source, target)
+
+
+def assert_unloaded(imported: list[str], unwanted: tuple[str, ...]) -> None:
+    """Import in a fresh interpreter, one by one, so that a failure names the module that did it."""
+    program = (
+        "import importlib, sys\n"
+        f"for name in {imported!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    loaded = set({unwanted!r}) & set(sys.modules)\n"
+        "    assert not loaded, f'importing {name} loads {loaded}'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def function_lengths() -> Iterator[tuple[int, str]]:
+    """Lines of each function's body, its docstring left out."""
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield body_lines(node), f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    body = function.body[ast.get_docstring(function) is not None :]
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def python_files() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def modules(package: str) -> list[str]:
+    return [
+        f"{package}.{path.stem}" for path in sorted((ROOT / package).glob("*.py")) if path.stem != "__init__"
+    ]
+
+
+def internal(names: list[str]) -> set[str]:
+    return {name for name in names if name.startswith(PACKAGES)}

@@ -1,0 +1,127 @@
+"""Prompts: the original's ids, and text that stays text."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from ovis_model.prompt import (
+    CHAIN_OF_THOUGHT,
+    DEFAULT_SYSTEM_PROMPT,
+    IMAGE_MARK,
+    ChatTokenizer,
+    expand_atoms,
+    image_placeholders,
+    image_query,
+    video_query,
+    without_marks,
+)
+from ovis_model.text import load_tokenizer
+from ovis_model.types import IMAGE_ATOM_ID, Grid
+from tests.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected
+
+TOKENIZERS = {layout: load_tokenizer(checkpoint_dir(CHECKPOINTS[0], layout)) for layout in LAYOUTS}
+CHATS = {layout: ChatTokenizer(TOKENIZERS[layout]) for layout in LAYOUTS}
+FIRST_ADDED_ID = 564
+
+
+def added_tokens() -> list[str]:
+    tokens = json.loads(TOKENIZERS["native"].to_str())["added_tokens"]
+    return [token["content"] for token in tokens]
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("kind", "query"),
+    [
+        ("single", image_query("Describe the image.", 1)),
+        ("cot", image_query(f"What's the area of the shape?\n{CHAIN_OF_THOUGHT}", 1)),
+        ("multi", image_query("Describe each image.", 3)),
+        ("video", video_query("Describe the video.", 6)),
+        ("text", image_query("Hello", 0)),
+    ],
+)
+def test_queries_are_the_originals(kind: str, query: str) -> None:
+    (case,) = [case for case in expected(CHECKPOINTS[0])["generation"] if case["kind"] == kind]
+    assert query == case["query"]
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(1, 2), Grid(2, 1), Grid(2, 3), Grid(3, 3), Grid(12, 1)])
+def test_placeholders_take_the_documented_number_of_tokens(grid: Grid) -> None:
+    cells = grid.rows * grid.cols
+    ids = expand_atoms(image_placeholders(grid), 256)
+    assert ids.dtype == np.int32
+    assert len(ids) == 256 * (1 + (cells if cells > 1 else 0)) + cells + 2
+
+
+@given(st.lists(st.integers(-305, 50)), st.integers(1, 9))
+def test_expansion_repeats_atoms_only(ids: list[int], tokens_per_tile: int) -> None:
+    slow = [i for i in ids for _ in range(tokens_per_tile if i == IMAGE_ATOM_ID else 1)]
+    assert expand_atoms(ids, tokens_per_tile).tolist() == slow
+
+
+@given(st.text(alphabet="<imagex>", max_size=40))
+@example("<ima<image>ge><<image>image>")
+def test_marks_can_be_removed_for_good(text: str) -> None:
+    assert IMAGE_MARK not in without_marks(text)
+    assert IMAGE_MARK in text or without_marks(text) == text
+
+
+@pytest.mark.parametrize("token", added_tokens())
+def test_control_tokens_in_text_are_text(token: str) -> None:
+    text = f"a{token}b {token}"
+    by_layout = [CHATS[layout].prompt_ids(f"{IMAGE_MARK}{text}", [Grid(1, 1)], text) for layout in LAYOUTS]
+    assert by_layout[0] == by_layout[1]
+    assert sum(i >= FIRST_ADDED_ID for i in by_layout[0]) == 5  # <|im_start|> x 3, <|im_end|> x 2
+    readable = decoded(TOKENIZERS["native"], [i for i in by_layout[0] if i >= 0])
+    assert readable.count(text) == 2
+
+
+@given(st.text(max_size=60), st.text(max_size=20))
+@example("\n\n indented\u0301", "")
+@example("\u0301 a combining mark first", "  ")
+@settings(deadline=None)
+def test_ordinary_text_has_the_ids_of_the_whole_prompt(query: str, system: str) -> None:
+    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{query}<|im_end|>\n"
+    for layout in LAYOUTS:
+        whole = TOKENIZERS[layout].encode(f"{turns}<|im_start|>assistant\n", add_special_tokens=False).ids
+        assert CHATS[layout].prompt_ids(query, [], system) == whole
+
+
+def test_a_mark_in_the_system_prompt_is_text() -> None:
+    ids = CHATS["aidc"].prompt_ids("hello", [], f"Look at {IMAGE_MARK}")
+    assert min(ids) >= 0
+    assert f"Look at {IMAGE_MARK}" in decoded(TOKENIZERS["aidc"], ids)
+
+
+@pytest.mark.parametrize(
+    ("query", "num_grids"), [("no mark", 1), (f"{IMAGE_MARK} {IMAGE_MARK}", 1), (IMAGE_MARK, 0)]
+)
+def test_refuses_marks_without_images_and_images_without_marks(query: str, num_grids: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{query.count(IMAGE_MARK)} <image> marks for {num_grids} images; write one"
+    ):
+        CHATS["aidc"].prompt_ids(query, [Grid(1, 1)] * num_grids)
+
+
+@pytest.mark.parametrize("where", ["query", "system"])
+def test_refuses_lone_surrogates(where: str) -> None:
+    texts = {"query": "fine", "system": DEFAULT_SYSTEM_PROMPT} | {where: "half \ud83d of a pair"}
+    with pytest.raises(ValueError, match=r"\\ud83d.*errors='replace'"):
+        CHATS["aidc"].prompt_ids(texts["query"], [], texts["system"])
+
+
+def test_refuses_a_tokenizer_of_another_model() -> None:
+    from tokenizers.models import BPE
+
+    with pytest.raises(ValueError, match=r"im_start.*not the one of an Ovis2"):
+        ChatTokenizer(Tokenizer(BPE()))
