@@ -15,9 +15,7 @@ from pipelines.config import parse_command_line
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    config = parse_command_line(
-        "python -m jobs.caption", "Caption images with Ovis2 into Parquet.", arguments
-    )
+    config = parse_command_line("python -m jobs.caption", "Caption images with Ovis2 into Parquet.", arguments)
     return run_job(lambda: caption(config), max_error_rate=config.max_error_rate)
 
 

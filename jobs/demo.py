@@ -1,6 +1,8 @@
-"""Draw pictures that the demo model has never seen, caption them with the real job, count the exactly right ones.
+"""What the demo model says about pictures that it has never seen, and the share that is exactly right.
 
-python -m jobs.demo [--output demo_output] [--count 200] [--seed 1]
+    python -m jobs.demo [--output demo_output] [--count 200] [--seed 1]
+
+Draws the pictures and runs the captioning job on them as a user would.
 """
 
 from __future__ import annotations
@@ -47,21 +49,19 @@ def run_demo(output: Path, count: int, seed: int) -> int:
     """The exit code: 0, or 1 if the job failed."""
     pictures, captions = output / "pictures", output / "captions"
     truths = draw_pictures(pictures, count, seed)
-    print(
-        f"{count} pictures drawn in {pictures}; none of their captions was in the training data", flush=True
-    )
+    print(f"{count} pictures drawn in {pictures}; none of their captions was in the training data", flush=True)
     exit_code = _caption(pictures, captions)
     if exit_code != 0:
         print(f"error: the captioning job failed with exit code {exit_code}; its messages are above")
         return 1
     _report(compare(captions, truths))
     print(f"pictures: {pictures}\ncaptions: {captions / 'data'}/*.parquet")
-    print("your own: the same command with another INPUT and OUTPUT; --model AIDC-AI/Ovis2-1B reads photographs")
+    print("your own: the same command with your own directories; --model AIDC-AI/Ovis2-1B reads photographs")
     return 0
 
 
 def _caption(pictures: Path, captions: Path) -> int:
-    """The job's exit code. It is run as a user would run it; its progress comes to this terminal on stderr."""
+    """The job's exit code. Its progress comes to this terminal on stderr."""
     command = ["-m", "jobs.caption", str(pictures), str(captions), "--model", "demo", "--overwrite"]
     print(f"$ {shlex.join(['python', *command])}", flush=True)
     return subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode
@@ -83,9 +83,7 @@ def draw_pictures(directory: Path, count: int, seed: int) -> dict[str, str]:
 def compare(captions: Path, truths: dict[str, str]) -> list[Comparison]:
     """One for each picture, in the order of the file names."""
     rows = {Path(row["uri"]).name: row for row in read_results(str(captions)).to_pylist()}
-    return [
-        Comparison(name, rows[name]["text"], truth, rows[name]["num_tiles"]) for name, truth in truths.items()
-    ]
+    return [Comparison(name, rows[name]["text"], truth, rows[name]["num_tiles"]) for name, truth in truths.items()]
 
 
 def _report(comparisons: list[Comparison]) -> None:

@@ -57,7 +57,7 @@ _HELD_OUT_OF_256 = 26
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `x` and `y`: its centre as shares of the width and height; `scale`: its width over the short side."""
+    """One object: its centre (`x`, `y`) in shares of width and height, its width in shares of the short side."""
 
     shape: str
     size: str
@@ -201,9 +201,7 @@ def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _outline(thing: Thing, width: int, height: int) -> list[tuple[float, float]]:
     """Corners in pixels of a polygon."""
     radius = thing.scale * min(width, height) / 2
-    return [
-        (thing.x * width + x * radius, thing.y * height + y * radius) for x, y in _UNIT_OUTLINES[thing.shape]
-    ]
+    return [(thing.x * width + x * radius, thing.y * height + y * radius) for x, y in _UNIT_OUTLINES[thing.shape]]
 
 
 def _ring(num_corners: int, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:

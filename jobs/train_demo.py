@@ -1,4 +1,4 @@
-"""Train the demo checkpoint from nothing: an Ovis2 of 1.6 million parameters that captions `jobs.shapes`.
+"""Train the demo checkpoint from nothing: an Ovis2 of 1.8 million parameters that captions `jobs.shapes`.
 
     python -m jobs.train_demo OUT_DIR [--steps N]
 
@@ -22,27 +22,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from jobs.shapes import Kind, Scene, make_picture
+from jobs.shapes import Scene, make_picture
 from ovis_model.config import OvisConfig
+from ovis_model.engine import OvisEngine
 from ovis_model.model import Ovis
 from ovis_model.processor import Processor
 from ovis_model.text import load_tokenizer
+from ovis_model.types import Request, SamplingParams
 
 PROMPT = "Describe the image."
 TURNS = ("system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n")
 VOCAB_SIZE = 512
 BATCH_SIZE = 32
-NUM_STEPS = 12000
+NUM_STEPS = 10500
 PEAK_LEARNING_RATE, WARM_UP_STEPS = 5e-4, 100  # at 1e-3 it learns the grammar and never looks at the picture
 EVALUATE_EVERY = 500
 
-_QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
@@ -65,24 +69,20 @@ class Codec:
     @classmethod
     def from_directory(cls, directory: Path) -> Codec:
         tokenizer = load_tokenizer(directory)
-        return cls(Processor.from_pretrained(str(directory)), tokenizer, tokenizer.token_to_id("<|im_end|>"))
+        return cls(Processor.from_pretrained(str(directory)), tokenizer, _id_of(tokenizer, "<|im_end|>"))
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """tiles: uint8[N, 3, S, S]; tile_sizes: int32[N, 2]; prompt_ids, target_ids: int64[T]."""
+    """A picture and its caption; target_ids: int64[T], the last one ends the caption."""
 
     scene: Scene
-    tiles: NDArray[np.uint8]
-    tile_sizes: NDArray[np.int32]
-    prompt_ids: Tensor
+    request: Request
     target_ids: Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     args = parser.parse_args()
@@ -102,9 +102,7 @@ def train(directory: Path, num_steps: int) -> None:
         if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == num_steps:
             _save(directory, model, optimizer, step + 1)
             right = evaluate(model, codec, 200)
-            print(
-                f"step {step + 1}  {time.monotonic() - started_s:.0f} s  loss {loss:.4f}  {right}", flush=True
-            )
+            print(f"step {step + 1}  {time.monotonic() - started_s:.0f} s  loss {loss:.4f}  {right}", flush=True)
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -116,37 +114,15 @@ def learning_rate(step: int, num_steps: int) -> float:
 def evaluate(model: Ovis, codec: Codec, count: int) -> dict[str, str]:
     """Share of held-out pictures whose greedy caption is exactly right, by kind and by number of tiles."""
     examples = [_example(codec, seed, held_out=True) for seed in range(count)]
+    requests, params = [e.request for e in examples], SamplingParams(max_new_tokens=32)
+    completions = OvisEngine(model).generate(requests, params)
     marks: dict[str, list[bool]] = {}
-    for example, text in zip(examples, greedy_captions(model, codec, examples), strict=True):
-        tiles = "one_tile" if len(example.tiles) == 1 else "many_tiles"
+    for example, completion in zip(examples, completions, strict=True):
+        is_right = codec.processor.detokenize(completion.output_ids) == example.scene.caption
+        tiles = "one_tile" if len(example.request.tiles) == 1 else "many_tiles"
         for key in (example.scene.kind, tiles, "all"):
-            marks.setdefault(key, []).append(text == example.scene.caption)
+            marks.setdefault(key, []).append(is_right)
     return {key: f"{sum(right)}/{len(right)}" for key, right in sorted(marks.items())}
-
-
-@torch.inference_mode()
-def greedy_captions(model: Ovis, codec: Codec, examples: Sequence[Example]) -> list[str]:
-    """No cache: the whole row again for every token, which is simple and fast enough at this size."""
-    captions: dict[int, str] = {}
-    for group in _by_num_tiles(examples):
-        ids = _greedy(model, group, max_new_tokens=24).tolist()
-        captions.update((id(example), _text(codec, row)) for example, row in zip(group, ids, strict=True))
-    return [captions[id(example)] for example in examples]
-
-
-def _greedy(model: Ovis, group: Sequence[Example], max_new_tokens: int) -> Tensor:
-    """int64[B, max_new_tokens]"""
-    embeds = _embed(model, group, torch.stack([e.prompt_ids for e in group]))
-    chosen = []
-    for _ in range(max_new_tokens):
-        chosen.append(model(embeds, _positions(embeds))[:, -1].argmax(-1))
-        embeds = torch.cat((embeds, model.llm.model.embed_tokens(chosen[-1])[:, None]), dim=1)
-    return torch.stack(chosen, dim=1)
-
-
-def _text(codec: Codec, ids: list[int]) -> str:
-    end = codec.end_id
-    return codec.processor.detokenize(ids[: ids.index(end)] if end in ids else ids)
 
 
 def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequence[Example]) -> float:
@@ -163,29 +139,30 @@ def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequenc
 
 def _loss(model: Ovis, group: Sequence[Example]) -> Tensor:
     """Mean cross-entropy of the target tokens. Rows are padded on the right, where causal attention never looks."""
-    prompts = torch.stack([e.prompt_ids for e in group])
+    prompts = torch.from_numpy(np.stack([e.request.input_ids for e in group])).long()
     targets = nn.utils.rnn.pad_sequence([e.target_ids for e in group], batch_first=True, padding_value=-1)
     embeds = _embed(model, group, torch.cat((prompts, targets[:, :-1].clamp(min=0)), dim=1))
-    logits = model(embeds, _positions(embeds))[:, prompts.shape[1] - 1 :]
+    position_ids = torch.arange(embeds.shape[1]).expand(embeds.shape[:2])
+    logits = model(embeds, position_ids)[:, prompts.shape[1] - 1 :]
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
     """int64[B, T] -> [B, T, hidden_size]"""
-    tiles = torch.from_numpy(np.concatenate([e.tiles for e in group]))
-    sizes = torch.from_numpy(np.concatenate([e.tile_sizes for e in group]))
+    tiles = torch.from_numpy(np.concatenate([e.request.tiles for e in group]))
+    sizes = torch.from_numpy(np.concatenate([e.request.tile_sizes for e in group]))
     visual = model.encode_tiles(model.normalize(tiles, sizes)).flatten(0, 1)
     return model.embed(input_ids.flatten(), visual).view(*input_ids.shape, -1)
 
 
-def _positions(embeds: Tensor) -> Tensor:
-    return torch.arange(embeds.shape[1]).expand(embeds.shape[:2])
-
-
 def _by_num_tiles(examples: Sequence[Example]) -> Iterator[list[Example]]:
     """Groups whose prompts have one length."""
-    ordered = sorted(examples, key=lambda e: len(e.prompt_ids))
-    return (list(group) for _, group in groupby(ordered, key=lambda e: len(e.prompt_ids)))
+    ordered = sorted(examples, key=_prompt_length)
+    return (list(group) for _, group in groupby(ordered, key=_prompt_length))
+
+
+def _prompt_length(example: Example) -> int:
+    return len(example.request.input_ids)
 
 
 def _examples(codec: Codec, step: int) -> list[Example]:
@@ -193,13 +170,12 @@ def _examples(codec: Codec, step: int) -> list[Example]:
     return [_example(codec, seed, held_out=False) for seed in range(first, first + BATCH_SIZE)]
 
 
-def _example(codec: Codec, seed: int, *, held_out: bool, kind: Kind | None = None) -> Example:
-    image, scene = make_picture(seed, held_out=held_out, kind=kind)
+def _example(codec: Codec, seed: int, *, held_out: bool) -> Example:
+    """Every fourth picture has been through a JPEG file."""
+    image, scene = make_picture(seed, held_out=held_out)
     request = codec.processor.request(PROMPT, images=[_through_jpeg(image) if seed % 4 == 3 else image])
     target = codec.tokenizer.encode(scene.caption, add_special_tokens=False).ids
-    target_ids = torch.tensor([*target, codec.end_id])
-    prompt_ids = torch.from_numpy(request.input_ids.astype(np.int64))
-    return Example(scene, request.tiles, request.tile_sizes, prompt_ids, target_ids)
+    return Example(scene, request, torch.tensor([*target, codec.end_id]))
 
 
 def _through_jpeg(image: Image.Image) -> Image.Image:
@@ -233,10 +209,12 @@ def _initialize(model: Ovis) -> None:
 
 
 def _save(directory: Path, model: Ovis, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The state of the training in float32, and the checkpoint in bfloat16 as the published ones."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     torch.save(state, directory / "state.partial")
     (directory / "state.partial").replace(directory / "state.pt")
-    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+    weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_tokenizer_and_config(directory: Path) -> None:
@@ -244,10 +222,16 @@ def write_tokenizer_and_config(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
-    pad, end = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|im_end|>")
+    pad, end = _id_of(tokenizer, "<|endoftext|>"), _id_of(tokenizer, "<|im_end|>")
     generation = {"bos_token_id": pad, "eos_token_id": [end, pad], "pad_token_id": pad}
     _write_json(directory / "generation_config.json", generation)
     _write_json(directory / "config.json", _config(bos_token_id=pad, eos_token_id=end))
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None, f"the tokenizer lacks {token}"
+    return token_id
 
 
 def make_tokenizer() -> Tokenizer:
@@ -260,18 +244,14 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     _train_tokenizer(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
-    tokenizer.add_tokens(
-        [AddedToken(token, special=False, normalized=False) for token in _PLAIN_ADDED_TOKENS]
-    )
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _PLAIN_ADDED_TOKENS])
     return tokenizer
 
 
 def _train_tokenizer(tokenizer: Tokenizer) -> None:
     num_added = len(_SPECIAL_TOKENS) + len(_PLAIN_ADDED_TOKENS)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - num_added, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - num_added, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_corpus(), trainer)
 
 
@@ -287,7 +267,7 @@ def _config(**text_ids: int) -> dict[str, Any]:
         "hidden_size": 128,
         "conversation_formatter_class": "QwenConversationFormatter",
         "multimodal_max_length": 32768,
-        "torch_dtype": "float32",
+        "torch_dtype": "bfloat16",
         "llm_config": {**_LANGUAGE, **text_ids},
         "visual_tokenizer_config": _VISUAL_TOKENIZER,
     }
@@ -308,7 +288,7 @@ _LANGUAGE = {
     "hidden_act": "silu",
     "rope_theta": 1_000_000.0,
     "use_sliding_window": False,
-    "torch_dtype": "float32",
+    "torch_dtype": "bfloat16",
 }
 _VISUAL_TOKENIZER = {
     "model_type": "aimv2_visual_tokenizer",

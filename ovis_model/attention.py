@@ -28,7 +28,7 @@ class CausalPadding:
             return cls(left_pad, None)
         at = torch.arange(length, device=left_pad.device)
         seen = (at[None, :] <= at[:, None]) & (at[None, None, :] >= left_pad[:, None, None])
-        # A query inside the padding would see nothing and its NaN would spread through the zero weights: it sees itself.
+        # A query inside the padding would see nothing and its NaN would spread through zero weights: it sees itself.
         return cls(left_pad, (seen | torch.eye(length, dtype=torch.bool, device=at.device))[:, None])
 
     @classmethod
@@ -56,17 +56,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | No
     )
 
 
-def _attend_flash(
-    flash: Any, query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | None
-) -> Tensor:
+def _attend_flash(flash: Any, query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
     if causal is None:
         out: Tensor = flash.flash_attn_func(q, k, v)
     else:
         lengths = torch.full_like(causal.left_pad, k.shape[1])
-        out = flash.flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=lengths, cache_leftpad=causal.left_pad, causal=True
-        )
+        out = flash.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, cache_leftpad=causal.left_pad, causal=True)
     return out.transpose(1, 2)
 
 

@@ -94,9 +94,7 @@ def _fetch_hub(repo_id: str, revision: str | None, *, weights: bool) -> Path:
     with FileLock(cache / f"ovis2-{repo_id.replace('/', '--')}.lock"):
         try:
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-        except (
-            Exception
-        ) as error:  # the hub client has no common base: network, HTTP, cache and repository errors
+        except Exception as error:  # the hub client has no common base: network, HTTP, cache and repository errors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"cannot fetch {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: {reason}"
@@ -139,9 +137,7 @@ def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return json.dumps(
-        [info.get("ETag") or info.get("mtime") or info.get("LastModified"), info["size"]], default=str
-    )
+    return json.dumps([info.get("ETag") or info.get("mtime") or info.get("LastModified"), info["size"]], default=str)
 
 
 def _file_system(uri: str) -> tuple[Any, str]:

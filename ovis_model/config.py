@@ -94,9 +94,7 @@ class OvisConfig:
 def parse_config(config: Json, generation: Json) -> OvisConfig:
     """Raises ConfigError naming the field, its value and what is supported."""
     if "quantization_config" in config:
-        raise ConfigError(
-            "quantized checkpoints (quantization_config) are not supported; use the bfloat16 one"
-        )
+        raise ConfigError("quantized checkpoints (quantization_config) are not supported; use the bfloat16 one")
     layout = _layout(config)
     vision, language = (_aidc if layout == "aidc" else _native)(config)
     eos_ids = _eos_token_ids(generation, config["llm_config" if layout == "aidc" else "text_config"])
@@ -167,9 +165,7 @@ def _language(text: Json, tied: bool) -> LanguageConfig:
     theta = rope.get("rope_theta") or text.get("rope_theta") or LanguageConfig.rope_theta
     language = LanguageConfig(
         **_fields(text, "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
-        **_fields(
-            text, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"
-        ),
+        **_fields(text, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
         tie_word_embeddings=tied,
         rope_theta=float(theta),
     )
@@ -210,15 +206,11 @@ def _read_json(path: Path) -> Json:
     return data
 
 
-def _size(
-    vision: tuple[int, int, int], language: tuple[int, int, int, int, int, int], *, tied: bool
-) -> OvisConfig:
+def _size(vision: tuple[int, int, int], language: tuple[int, int, int, int, int, int], *, tied: bool) -> OvisConfig:
     width, heads, mlp = vision
     layers, hidden, q_heads, kv_heads, intermediate, vocab = language
     return OvisConfig(
-        vision=VisionConfig(
-            hidden_size=width, intermediate_size=mlp, num_hidden_layers=24, num_attention_heads=heads
-        ),
+        vision=VisionConfig(hidden_size=width, intermediate_size=mlp, num_hidden_layers=24, num_attention_heads=heads),
         language=LanguageConfig(
             hidden_size=hidden,
             intermediate_size=intermediate,

@@ -42,9 +42,7 @@ class Budget:
 class OvisEngine:
     """One replica of the model on one device. See `types.Engine`."""
 
-    def __init__(
-        self, model: Ovis, *, tokenizer: Tokenizer | None = None, budget: Budget | None = None
-    ) -> None:
+    def __init__(self, model: Ovis, *, tokenizer: Tokenizer | None = None, budget: Budget | None = None) -> None:
         self.model = model
         self.config: OvisConfig = model.config
         self.budget = budget or Budget(kv_tokens=_free_kv_tokens(model))
@@ -69,9 +67,7 @@ class OvisEngine:
             raise ValueError(f"tensor_parallel={tensor_parallel} is not supported yet; use 1")
         target = _device(device)
         directory = fetch_checkpoint(path_or_id, revision)
-        model = load_model(
-            directory, device=target, dtype=_dtype(dtype, target), post_trunk_norm=post_trunk_norm
-        )
+        model = load_model(directory, device=target, dtype=_dtype(dtype, target), post_trunk_norm=post_trunk_norm)
         return cls(model, tokenizer=load_tokenizer(directory))
 
     def generate(
@@ -259,9 +255,7 @@ class _Row:
 def _rows(requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]) -> list[_Row]:
     each = [params] * len(requests) if isinstance(params, SamplingParams) else params
     if len(each) != len(requests):
-        raise ValueError(
-            f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each"
-        )
+        raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
     return [_Row(request, own) for request, own in zip(requests, each, strict=True)]
 
 

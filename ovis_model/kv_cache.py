@@ -19,9 +19,7 @@ class KVCache:
         cls, config: LanguageConfig, *, rows: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> KVCache:
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
-        return cls(
-            torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
-        )
+        return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
 
     def rows(self, start: int, stop: int) -> KVCache:
         """The same storage narrowed to some rows, with a length of its own."""

@@ -23,9 +23,7 @@ class Qwen2ForCausalLM(nn.Module):
         self.model = Qwen2Model(config)
         # Tied checkpoints have no output matrix of their own: the embedding table is it.
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -86,12 +84,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, hidden: Tensor, rotary: Rotary, causal: CausalPadding, kv_cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary, causal: CausalPadding, kv_cache: KVCache | None) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, causal, kv_cache)
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out
 
 
 class SelfAttention(nn.Module):
@@ -105,9 +101,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, hidden: Tensor, rotary: Rotary, causal: CausalPadding, kv_cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary, causal: CausalPadding, kv_cache: KVCache | None) -> Tensor:
         batch, length, _ = hidden.shape
         shape = (batch, length, -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -115,9 +109,7 @@ class SelfAttention(nn.Module):
         query, key = rotate(query, rotary), rotate(key, rotary)
         if kv_cache is not None:
             key, value = kv_cache.append(self.layer_index, key, value)
-        out: Tensor = self.o_proj(
-            attend(query, key, value, causal).transpose(1, 2).reshape(batch, length, -1)
-        )
+        out: Tensor = self.o_proj(attend(query, key, value, causal).transpose(1, 2).reshape(batch, length, -1))
         return out
 
 

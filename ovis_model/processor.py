@@ -61,9 +61,7 @@ class Processor:
         tile_size = self.config.vision.image_size
         grids = [choose_grid(width, height, max_tiles, tile_size) for width, height in image_sizes]
         query = text if IMAGE_MARK in text else image_query(text, len(grids))
-        return self._chat.prompt_ids(
-            query, grids, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt
-        )
+        return self._chat.prompt_ids(query, grids, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Text of output ids, without special tokens."""

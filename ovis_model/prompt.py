@@ -22,8 +22,7 @@ from ovis_model.types import (
 IMAGE_MARK = "<image>"
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 CHAIN_OF_THOUGHT = (
-    "Provide a step-by-step solution to the problem, and conclude with 'the answer is' "
-    "followed by the final solution."
+    "Provide a step-by-step solution to the problem, and conclude with 'the answer is' followed by the final solution."
 )
 """Asks for reasoning when appended to a question on a line of its own (the model card's wording)."""
 
@@ -73,9 +72,7 @@ class ChatTokenizer:
         self._end = _control_id(tokenizer, "<|im_end|>")
         self._text = _text_tokenizer(tokenizer)
 
-    def prompt_ids(
-        self, query: str, grids: Sequence[Grid], system_prompt: str = DEFAULT_SYSTEM_PROMPT
-    ) -> list[int]:
+    def prompt_ids(self, query: str, grids: Sequence[Grid], system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> list[int]:
         """Ids of a prompt whose `<image>` marks stand for images cut by `grids`; atoms are not expanded.
 
         A mark in `system_prompt` is text. Raises ValueError if marks and grids differ in number or a text is

@@ -25,9 +25,7 @@ class Sampler:
         self._wants_logprobs = any(p.logprobs for p in params)
         self._penalty = _column([p.repetition_penalty for p in params], device)
         penalised = any(p.repetition_penalty != 1 for p in params)
-        self._seen = (
-            torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device) if penalised else None
-        )
+        self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device) if penalised else None
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[B, vocab] -> ids int64[B] and their log-probabilities float32[B] under the unmodified logits."""

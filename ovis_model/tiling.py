@@ -61,9 +61,7 @@ def tile_images(
     count = sum(num_tiles(grid) for grid in grids)
     tiles = np.zeros((count, 3, tile_size, tile_size), np.uint8)
     sizes = np.empty((count, 2), np.int32)
-    pictures = (
-        p for image, grid in zip(images, grids, strict=True) for p in _pictures(image, grid, tile_size)
-    )
+    pictures = (p for image, grid in zip(images, grids, strict=True) for p in _pictures(image, grid, tile_size))
     for i, picture in enumerate(pictures):
         sizes[i] = picture.height, picture.width
         _paste(picture, tiles[i])

@@ -66,9 +66,7 @@ class SamplingParams:
         _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _require(
-            self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off"
-        )
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off")
         _require("" not in self.stop, "stop", self.stop, "non-empty strings")
 
 

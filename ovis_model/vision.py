@@ -105,8 +105,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.attn(self.norm_1(hidden))
-        hidden = hidden + self.mlp(self.norm_2(hidden))
-        return hidden
+        out: Tensor = hidden + self.mlp(self.norm_2(hidden))
+        return out
 
 
 class Attention(nn.Module):

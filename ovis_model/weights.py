@@ -23,9 +23,7 @@ class WeightsError(ValueError):
     """The checkpoint's tensors are not those of its configuration."""
 
 
-def load_model(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False
-) -> Ovis:
+def load_model(directory: Path, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False) -> Ovis:
     """The checkpoint in `directory` as an Ovis in eval mode. Raises ConfigError or WeightsError.
 
     The model is laid out empty on `device`; each tensor is read from its mapped file, cast and copied into place, so
@@ -37,9 +35,7 @@ def load_model(
     return model
 
 
-def empty_model(
-    config: OvisConfig, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False
-) -> Ovis:
+def empty_model(config: OvisConfig, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False) -> Ovis:
     """An Ovis in eval mode whose parameters are allocated and not initialised."""
     with torch.device("meta"):
         model = Ovis(config, post_trunk_norm=post_trunk_norm).to(dtype)
@@ -161,7 +157,5 @@ def _shards(directory: Path) -> list[Path]:
         return [directory / name for name in names]
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
-        raise WeightsError(
-            f"{directory} has no .safetensors file; other weight formats can hold code and are refused"
-        )
+        raise WeightsError(f"{directory} has no .safetensors file; other weight formats can hold code and are refused")
     return shards

@@ -23,9 +23,7 @@ from pipelines.run import Run, open_run
 from pipelines.schema import RESULT
 from pipelines.sink import Sink, remove_temporaries
 
-MAX_PASSES = (
-    3  # a second one takes up rows that went missing with a node, a third proves that something is wrong
-)
+MAX_PASSES = 3  # a second one takes up rows that went missing with a node, a third proves that something is wrong
 
 logger = logging.getLogger(__name__)
 
@@ -82,20 +80,17 @@ def _caption_missing(
         sink.flush()  # what is finished is kept, whatever ends the run
         _log_reasons(reasons)
     if missing := ledger.missing(run.num_rows):
-        raise RowsLost(
-            f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}"
-        )
+        raise RowsLost(f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}")
 
 
-def _stream(
-    config: CaptionConfig, run: Run, missing: Ranges, make_engine: EngineFactory
-) -> Iterator[pa.Table]:
+def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
     """Tables of schema RESULT as replicas finish them, in no particular order."""
     import ray
     from ray.data import ActorPoolStrategy
 
-    available = ray.available_resources()
-    pools = plan_pools(config, cpus=available.get("CPU", 0), gpus=available.get("GPU", 0))
+    # What there is, not what is free now: Ray waits for what another job or the pass before still holds.
+    total = ray.cluster_resources()
+    pools = plan_pools(config, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
     logger.info("%s", pools)
     _configure_ray_data()
     revision = run.record["model"]["revision"]
@@ -124,9 +119,7 @@ def _stream(
 def _rows_per_unit(num_rows: int, pools: Pools) -> int:
     """A power of two that gives every preprocessor many units, and the driver no more than about 20,000 to hold."""
     wanted = max(num_rows // (16 * pools.num_preprocessors), num_rows // 20_000)
-    return min(
-        max(8, 1 << wanted.bit_length() >> 1), ROWS_PER_GROUP, 64 if num_rows < 1_000_000 else ROWS_PER_GROUP
-    )
+    return min(max(8, 1 << wanted.bit_length() >> 1), ROWS_PER_GROUP, 64 if num_rows < 1_000_000 else ROWS_PER_GROUP)
 
 
 def _rows_per_batch(num_rows: int, pools: Pools) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,13 @@ from pipelines.config import CaptionConfig
 PREPROCESSORS_PER_GPU = 12  # one core prepares about 12 full-HD images a second, a GPU takes many more
 _CPUS_PER_CPU_REPLICA = 8
 
-logger = logging.getLogger(__name__)
+_LOCAL = {
+    "address": "local",
+    "num_cpus": max(2, os.cpu_count() or 2),
+    "include_dashboard": False,
+    "logging_level": logging.ERROR,
+    "log_to_driver": False,
+}
 
 
 class ResourceError(ValueError):
@@ -65,18 +73,12 @@ def plan_pools(config: CaptionConfig, *, cpus: float, gpus: float) -> Pools:
 
 def _num_replicas(config: CaptionConfig, device: str, cpus: float, gpus: float) -> int:
     if device == "cpu":
-        return (
-            max(1, int(cpus // _CPUS_PER_CPU_REPLICA))
-            if config.num_replicas == "auto"
-            else config.num_replicas
-        )
+        return max(1, int(cpus // _CPUS_PER_CPU_REPLICA)) if config.num_replicas == "auto" else config.num_replicas
     if gpus < 1:
         raise ResourceError("device=cuda, but the cluster has no GPU; use --device cpu or add a GPU node")
     wanted = int(gpus) if config.num_replicas == "auto" else config.num_replicas
     if wanted > gpus:
-        raise ResourceError(
-            f"{wanted} replicas need {wanted} GPUs, the cluster has {gpus:g}; lower --num-replicas"
-        )
+        raise ResourceError(f"{wanted} replicas need {wanted} GPUs, the cluster has {gpus:g}; lower --num-replicas")
     return wanted
 
 
@@ -106,17 +108,23 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():  # by a program that calls us
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 2),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+    with _own_sigterm_handler():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address="auto", logging_level=logging.WARNING)
+        else:
+            ray.init(**_LOCAL)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Ray puts a handler of its own in place, which prints a stack and ends the process with code 15."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)

@@ -22,9 +22,7 @@ class CaptionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    input: tuple[str, ...] = Field(
-        min_length=1, description="a file, directory, glob or URI; may be repeated"
-    )
+    input: tuple[str, ...] = Field(min_length=1, description="a file, directory, glob or URI; may be repeated")
     output: str = Field(description="a directory or URI")
     model: str = Field(description='a directory, a hub id such as AIDC-AI/Ovis2-1B, a URI, or "demo"')
     revision: str | None = Field(None, description="commit, tag or branch of a hub id")
@@ -46,9 +44,7 @@ class CaptionConfig(BaseModel):
 
     num_replicas: PositiveInt | Literal["auto"] = Field("auto", description="copies of the model")
     tensor_parallel: PositiveInt = Field(1, description="GPUs per copy of the model")
-    num_preprocessors: PositiveInt | Literal["auto"] = Field(
-        "auto", description="CPU actors that decode and tile"
-    )
+    num_preprocessors: PositiveInt | Literal["auto"] = Field("auto", description="CPU actors that decode and tile")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto is bfloat16 on CUDA and float32 on a CPU"
@@ -109,7 +105,7 @@ def parse_command_line(prog: str, description: str, argv: Sequence[str]) -> Capt
     """Flags over --config's YAML over defaults. Prints what is wrong and exits with 2 on bad usage."""
     parser = _parser(prog, description)
     flags = vars(parser.parse_args(argv))
-    paths, config_file = flags.pop("paths"), flags.pop("config", None)
+    paths, config_file = flags.pop("paths", []), flags.pop("config", None)
     try:
         values = {**_read_yaml(config_file), **flags}
         return CaptionConfig(**_with_paths(values, paths))
@@ -129,7 +125,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         "paths", nargs="*", metavar="INPUT OUTPUT", help="input and output; or only OUTPUT with --input"
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="these options, same names; flags win")
-    for name, field in CaptionConfig.model_fields.items():
+    for name in CaptionConfig.model_fields:
         if name != "output":
             parser.add_argument(f"--{name.replace('_', '-')}", **_argument(name))
     return parser

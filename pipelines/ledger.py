@@ -118,9 +118,7 @@ class Ledger:
         every_range = [r for entry in entries for r in entry.ranges]
         done = union(every_range)
         if count(done) < count(tuple(every_range)):
-            raise ValueError(
-                f"files in {data_uri} hold the same rows twice: did two runs write there at once?"
-            )
+            raise ValueError(f"files in {data_uri} hold the same rows twice: did two runs write there at once?")
         return cls(done, sum(entry.num_errors for entry in entries))
 
     def add(self, entry: FileEntry) -> None:
@@ -129,13 +127,12 @@ class Ledger:
 
     def new_rows(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool[N]: which of the row numbers are not done."""
-        starts = np.array([r.start for r in self.done], np.int64)
-        stops = np.array([r.stop for r in self.done], np.int64)
-        at = np.searchsorted(starts, rows, side="right") - 1
-        if not len(starts):
+        if not self.done:
             return np.ones(len(rows), bool)
-        inside: NDArray[np.bool_] = (at >= 0) & (rows < stops[at])
-        return ~inside
+        starts, stops = np.array(self.done, np.int64).T
+        at = np.searchsorted(starts, rows, side="right") - 1
+        is_done: NDArray[np.bool_] = (at >= 0) & (rows < stops[at])
+        return ~is_done
 
     def missing(self, num_rows: int) -> Ranges:
         return difference(RowRange(0, num_rows), self.done)
@@ -146,6 +143,4 @@ def _read_entry(uri: str) -> FileEntry:
         with store.open_file(uri) as file:
             return FileEntry.from_json((pq.read_metadata(file).metadata or {})[FOOTER_KEY])
     except Exception as error:
-        raise ValueError(
-            f"{uri} is not an output file of this tool ({error!r}); move it away and run again"
-        ) from error
+        raise ValueError(f"{uri} is not an output file of this tool ({error!r}); move it away and run again") from error

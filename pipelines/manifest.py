@@ -49,6 +49,4 @@ def _table(items: Sequence[Item], start: int, prompt: str) -> pa.Table:
         "prompt": [prompt] * len(items),
         "error": [item.error for item in items],
     }
-    return pa.table(
-        {name: pa.array(values, MANIFEST.field(name).type) for name, values in columns.items()}, MANIFEST
-    )
+    return pa.table({name: pa.array(values, MANIFEST.field(name).type) for name, values in columns.items()}, MANIFEST)

@@ -37,7 +37,7 @@ class RowError(ValueError):
 
 
 class Preprocess:
-    """Takes ranges of row numbers, gives batches of prepared rows; a row that fails is a row with a stage and an error."""
+    """Takes ranges of row numbers, gives batches of prepared rows; one that fails is a row with stage and error."""
 
     def __init__(self, config: CaptionConfig, output: str, revision: str | None) -> None:
         self._config, self._output = config, output
@@ -102,9 +102,7 @@ def _fetch(row: Row) -> bytes:
     if row["error"]:
         raise RowError("list", row["error"])
     if row["num_bytes"] > MAX_FILE_BYTES:
-        raise RowError(
-            "read", f"the file has {row['num_bytes']:,} bytes, more than the limit of {MAX_FILE_BYTES:,}"
-        )
+        raise RowError("read", f"the file has {row['num_bytes']:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
     return store.read_bytes(row["uri"])
 
 

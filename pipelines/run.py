@@ -58,9 +58,7 @@ def open_run(config: CaptionConfig, model: Json) -> Run:
 
 def _start(output: str, config: CaptionConfig, what: Json) -> Json:
     if next(store.list_files(store.join(output, "data")), None):
-        raise RunError(
-            f"{output}/data holds files but {output} has no run.json; use another OUTPUT or --overwrite"
-        )
+        raise RunError(f"{output}/data holds files but {output} has no run.json; use another OUTPUT or --overwrite")
     items = list_items(config.input, config.limit)
     write_manifest(output, items, config.question)
     # Last: a run.json says that the manifest is whole.
@@ -78,9 +76,7 @@ def _start(output: str, config: CaptionConfig, what: Json) -> Json:
 
 def _check_same(output: str, record: Json, what: Json) -> None:
     """Raises RunError with each difference between the run there and this one."""
-    there, here = (
-        {**r["config"], **{f"model {k}": v for k, v in r["model"].items()}} for r in (record, what)
-    )
+    there, here = ({**r["config"], **{f"model {k}": v for k, v in r["model"].items()}} for r in (record, what))
     differences = [
         f"{name.replace('_', '-')} {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there.keys() | here.keys())
@@ -100,7 +96,7 @@ def _remove_run(output: str) -> None:
 
 def _read_record(output: str) -> Json | None:
     uri = store.join(output, "run.json")
-    if store.stat(uri) is None:
+    if store.find_file(uri) is None:
         return None
     try:
         record: Json = json.loads(store.read_bytes(uri))
@@ -110,9 +106,7 @@ def _read_record(output: str) -> Json | None:
 
 
 def _write_record(output: str, record: Json) -> None:
-    store.write_bytes(
-        store.join(output, "run.json"), json.dumps(record, indent=2, ensure_ascii=False).encode()
-    )
+    store.write_bytes(store.join(output, "run.json"), json.dumps(record, indent=2, ensure_ascii=False).encode())
 
 
 def _now() -> str:

@@ -58,9 +58,7 @@ class Sink:
         return sum(map(len, self._waiting))
 
     def _waiting_rows(self) -> np.ndarray:
-        return np.concatenate(
-            [np.empty(0, np.int64), *(t.column(schema.ROW).to_numpy() for t in self._waiting)]
-        )
+        return np.concatenate([np.empty(0, np.int64), *(t.column(schema.ROW).to_numpy() for t in self._waiting)])
 
 
 def write_file(data_uri: str, results: pa.Table) -> FileEntry:
@@ -84,14 +82,8 @@ def read_results(output: str) -> pa.Table:
             table = pq.read_table(file)
         ranges = FileEntry.from_json(table.schema.metadata[FOOTER_KEY]).ranges
         rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
-        tables.append(
-            table.replace_schema_metadata(None).add_column(0, schema.RESULT.field(0), pa.array(rows))
-        )
-    return (
-        pa.concat_tables([schema.RESULT.empty_table(), *tables])
-        .sort_by(schema.ROW)
-        .drop_columns([schema.ROW])
-    )
+        tables.append(table.replace_schema_metadata(None).add_column(0, schema.RESULT.field(0), pa.array(rows)))
+    return pa.concat_tables([schema.RESULT.empty_table(), *tables]).sort_by(schema.ROW).drop_columns([schema.ROW])
 
 
 def remove_temporaries(data_uri: str) -> None:

@@ -12,9 +12,8 @@ from pathlib import PurePosixPath
 from pipelines import store
 from pipelines.store import FileInfo
 
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
+_IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split())
 _SHARD_SUFFIXES = frozenset([".tar", ".tgz", ".parquet", ".jsonl"])
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -37,7 +36,10 @@ class Item:
 
 def list_items(inputs: Iterable[str], limit: int | None = None) -> list[Item]:
     """The rows of all inputs, in order. Raises SourceError if there are none or if two share an id."""
-    items = list(islice((item for uri in inputs for item in _list_input(uri)), limit))
+    try:
+        items = list(islice((item for uri in inputs for item in _list_input(uri)), limit))
+    except OSError as error:
+        raise SourceError(f"cannot list {', '.join(inputs)}: {error}") from error
     if not items:
         raise SourceError(f"no images in {', '.join(inputs)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     _check_unique(items)
@@ -45,7 +47,7 @@ def list_items(inputs: Iterable[str], limit: int | None = None) -> list[Item]:
 
 
 def _list_input(uri: str) -> Iterator[Item]:
-    if info := store.stat(uri):
+    if info := store.find_file(uri):
         return iter([_item(_only_image(info))])
     if store.is_directory(uri):
         return map(_item, _images_below(uri))

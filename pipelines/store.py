@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -56,8 +57,11 @@ def join(uri: str, *names: str) -> str:
 
 
 def list_files(uri: str) -> Iterator[FileInfo]:
-    """All files below a directory, sorted by name; nothing if it does not exist."""
+    """All files below a directory, sorted by name, links followed; nothing if it does not exist. Raises OSError."""
     fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        yield from sorted(_walk(path), key=lambda info: info.uri)
+        return
     found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
     for name in sorted(found):
         yield _info(fs, name, found[name])
@@ -72,7 +76,7 @@ def glob_files(uri: str) -> Iterator[FileInfo]:
             yield _info(fs, name, matches[name])
 
 
-def stat(uri: str) -> FileInfo | None:
+def find_file(uri: str) -> FileInfo | None:
     """The file at `uri`, None if there is none (or a directory)."""
     fs, path = open_store(uri)
     return _info(fs, path, fs.info(path)) if fs.isfile(path) else None
@@ -132,5 +136,36 @@ def remove(uri: str) -> None:
 
 
 def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
-    uri = name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
-    return FileInfo(uri, int(info.get("size") or 0), info.get("type") != "other")
+    if isinstance(fs, LocalFileSystem):
+        return _local_info(name)
+    return FileInfo(fs.unstrip_protocol(name), int(info.get("size") or 0))
+
+
+def _walk(directory: str) -> Iterator[FileInfo]:
+    """fsspec's own walk does not follow links to directories, and passes over those that it may not read."""
+    seen = {os.path.realpath(directory)}
+    for parent, directories, names in os.walk(directory, followlinks=True, onerror=_raise_unless_missing):
+        directories[:] = [name for name in directories if _is_new(f"{parent}/{name}", seen)]
+        yield from (_local_info(f"{parent}/{name}") for name in names)
+
+
+def _is_new(directory: str, seen: set[str]) -> bool:
+    """A link to a directory that was walked already, such as a parent, would never end."""
+    real = os.path.realpath(directory)
+    is_new = real not in seen
+    seen.add(real)
+    return is_new
+
+
+def _local_info(path: str) -> FileInfo:
+    """A link counts as what it leads to; one that leads nowhere is found missing when it is read."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return FileInfo(path, 0)
+    return FileInfo(path, status.st_size, stat.S_ISREG(status.st_mode))
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

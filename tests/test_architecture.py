@@ -1,9 +1,10 @@
-"""The import rules hold, each of them bites, and functions stay small."""
+"""The import rules hold, each of them bites, functions stay small, and dependencies are pinned."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -17,9 +18,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jobs", "pipelines", "ovis_model")
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS: dict[str, dict[str, Any]] = {
-    contract["id"]: contract
-    for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    contract["id"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]
 }
 
 # (contract, module that breaks it, line planted there, import that must be named in the report)
@@ -97,7 +98,7 @@ def test_every_model_module_is_in_one_half_or_shared() -> None:
 
 def test_cpu_half_and_driver_leave_torch_unloaded() -> None:
     """The rules above see import lines; this sees what is loaded, also by libraries and by `__init__`."""
-    driver = [*modules("pipelines"), "jobs.caption"]
+    driver = [*modules("pipelines"), "jobs.caption", "jobs.demo"]
     assert_unloaded(CONTRACTS["cpu-half"]["source_modules"], ("torch", "transformers", "ray", "pyarrow"))
     assert_unloaded(driver, ("torch", "transformers"))
 
@@ -107,6 +108,14 @@ def test_functions_are_small() -> None:
     worst = "\n".join(f"{lines:4} {name}" for lines, name in lengths[:10])
     assert statistics.median(lines for lines, _ in lengths) <= 10, worst
     assert sum(lines > 40 for lines, _ in lengths) < 0.05 * len(lengths), worst
+
+
+def test_every_dependency_is_pinned() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    wanted = [*PYPROJECT["project"]["dependencies"], *extras["dev"], *extras["s3"], *extras["video"]]
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    names = [re.split(r"[\[<>=~!; ]", requirement)[0] for requirement in wanted]
+    assert {normalized(name) for name in names} <= {normalized(name) for name in pinned}
 
 
 def lint(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -159,10 +168,13 @@ def python_files() -> list[Path]:
 
 
 def modules(package: str) -> list[str]:
-    return [
-        f"{package}.{path.stem}" for path in sorted((ROOT / package).glob("*.py")) if path.stem != "__init__"
-    ]
+    return [f"{package}.{path.stem}" for path in sorted((ROOT / package).glob("*.py")) if path.stem != "__init__"]
 
 
 def internal(names: list[str]) -> set[str]:
     return {name for name in names if name.startswith(PACKAGES)}
+
+
+def normalized(name: str) -> str:
+    """As the package index compares names."""
+    return re.sub(r"[-_.]+", "-", name).lower()

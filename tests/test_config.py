@@ -34,9 +34,7 @@ def test_a_full_size_tile_is_256_tokens() -> None:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_both_layouts_parse_to_the_same_shapes(checkpoint: str) -> None:
-    aidc, native = (
-        OvisConfig.from_directory(checkpoint_dir(checkpoint, layout)) for layout in ("aidc", "native")
-    )
+    aidc, native = (OvisConfig.from_directory(checkpoint_dir(checkpoint, layout)) for layout in ("aidc", "native"))
     assert (aidc.vision, aidc.language) == (native.vision, native.language)
     assert aidc.eos_token_ids == native.eos_token_ids
     assert (aidc.layout, native.layout) == ("aidc", "native")

@@ -31,9 +31,7 @@ def engine_of(checkpoint: str, layout: Layout = "aidc") -> OvisEngine:
 def golden_requests(checkpoint: str) -> tuple[Request, ...]:
     processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
     return tuple(
-        processor.request(
-            case["query"], [picture(p) for p in case["images"]], max_tiles=case["max_partition"] or 9
-        )
+        processor.request(case["query"], [picture(p) for p in case["images"]], max_tiles=case["max_partition"] or 9)
         for case in expected(checkpoint)["generation"]
     )
 
@@ -42,9 +40,7 @@ def greedy_ids(checkpoint: str) -> list[list[int]]:
     return [case["greedy_ids"] for case in expected(checkpoint)["generation"]]
 
 
-def ids_of(
-    engine: OvisEngine, requests: Sequence[Request], params: SamplingParams = GREEDY
-) -> list[list[int]]:
+def ids_of(engine: OvisEngine, requests: Sequence[Request], params: SamplingParams = GREEDY) -> list[list[int]]:
     return [completion.output_ids.tolist() for completion in engine.generate(requests, params)]
 
 
@@ -85,9 +81,7 @@ def test_visual_tokens_are_the_originals(checkpoint: str, layout: Layout) -> Non
             with torch.inference_mode():
                 maxima = model.visual_tokenizer(pixels_of(model, request)).max(-1)
             assert np.array_equal(maxima.indices, arrays[f"{checkpoint}_{index}_visual_argmax"])
-            np.testing.assert_allclose(
-                maxima.values, arrays[f"{checkpoint}_{index}_visual_maxprob"], atol=1e-6, rtol=0
-            )
+            np.testing.assert_allclose(maxima.values, arrays[f"{checkpoint}_{index}_visual_maxprob"], atol=1e-6, rtol=0)
 
 
 @both_checkpoints
@@ -114,9 +108,7 @@ def test_finish_reasons(checkpoint: str) -> None:
 def test_a_sample_depends_on_its_seed_only() -> None:
     engine, requests = engine_of("tiny56-tied"), golden_requests("tiny56-tied")
     params = [
-        SamplingParams(
-            max_new_tokens=12, temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=seed
-        )
+        SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=seed)
         for seed in range(len(requests))
     ]
     alone = [engine.generate([r], p)[0].output_ids.tolist() for r, p in zip(requests, params, strict=True)]
@@ -143,12 +135,8 @@ def test_a_stop_string_ends_a_row_and_is_cut() -> None:
 
 def test_a_request_that_never_fits_says_by_how_much() -> None:
     engine = engine_of("tiny56-tied")
-    request = Request(
-        np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32)
-    )
-    with pytest.raises(
-        RequestError, match=r"30000 prompt \+ 3000 output tokens are 232 over the limit of 32768"
-    ):
+    request = Request(np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
+    with pytest.raises(RequestError, match=r"30000 prompt \+ 3000 output tokens are 232 over the limit of 32768"):
         engine.generate([request], SamplingParams(max_new_tokens=3000))
 
 

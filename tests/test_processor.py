@@ -49,9 +49,7 @@ def test_prompts_are_the_originals(checkpoint: str, layout: Layout) -> None:
     assert len(cases) == 8
     for case in cases:
         images = [picture(image) for image in case["images"]]
-        ids = processor(checkpoint, layout).prompt_ids(
-            case["query"], [i.size for i in images], max_tiles(case)
-        )
+        ids = processor(checkpoint, layout).prompt_ids(case["query"], [i.size for i in images], max_tiles(case))
         request = processor(checkpoint, layout).request(case["query"], images, max_tiles(case))
         assert ids == case["input_ids"], case["kind"]
         assert len(request.input_ids) == case["num_prompt_tokens"]
@@ -80,9 +78,7 @@ def test_detokenize_gives_the_originals_text(checkpoint: str, layout: Layout) ->
 def test_images_come_first_if_the_text_has_no_mark() -> None:
     images = [Image.new("RGB", (30, 20))] * 2
     marked = "Image 1: <image>\nImage 2: <image>\nCompare."
-    assert (
-        processor().request("Compare.", images).input_ids == processor().request(marked, images).input_ids
-    ).all()
+    assert (processor().request("Compare.", images).input_ids == processor().request(marked, images).input_ids).all()
 
 
 def test_marks_place_images_inside_the_text() -> None:
@@ -159,7 +155,5 @@ request = processor.request("What is it?", [Image.new("RGB", (90, 60))])
 heavy = {{"torch", "transformers", "ray", "pyarrow"}} & set(sys.modules)
 assert not heavy and processor.detokenize(request.input_ids[request.input_ids >= 0]), heavy
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

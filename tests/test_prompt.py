@@ -103,13 +103,9 @@ def test_a_mark_in_the_system_prompt_is_text() -> None:
     assert f"Look at {IMAGE_MARK}" in decoded(TOKENIZERS["aidc"], ids)
 
 
-@pytest.mark.parametrize(
-    ("query", "num_grids"), [("no mark", 1), (f"{IMAGE_MARK} {IMAGE_MARK}", 1), (IMAGE_MARK, 0)]
-)
+@pytest.mark.parametrize(("query", "num_grids"), [("no mark", 1), (f"{IMAGE_MARK} {IMAGE_MARK}", 1), (IMAGE_MARK, 0)])
 def test_refuses_marks_without_images_and_images_without_marks(query: str, num_grids: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"{query.count(IMAGE_MARK)} <image> marks for {num_grids} images; write one"
-    ):
+    with pytest.raises(ValueError, match=rf"{query.count(IMAGE_MARK)} <image> marks for {num_grids} images; write one"):
         CHATS["aidc"].prompt_ids(query, [Grid(1, 1)] * num_grids)
 
 

@@ -46,9 +46,7 @@ def test_split_is_by_caption(held_out: bool) -> None:
 
 
 def test_a_tenth_of_the_captions_is_held_out() -> None:
-    captions = {
-        f"The number {n} in {colour} on a white background." for n in range(10, 1000) for colour in COLOURS
-    }
+    captions = {f"The number {n} in {colour} on a white background." for n in range(10, 1000) for colour in COLOURS}
     assert 0.08 < np.mean([is_held_out(caption) for caption in captions]) < 0.12
 
 
@@ -83,16 +81,9 @@ def test_relations_are_clear() -> None:
 
 def test_objects_neither_touch_nor_leave_the_picture() -> None:
     for scene in _scenes(500):
-        short = min(scene.width_px, scene.height_px)
-        for i, thing in enumerate(scene.things):
-            radius = thing.scale * short / 2
-            assert (
-                -1 <= thing.x * scene.width_px - radius
-                and thing.x * scene.width_px + radius <= scene.width_px + 1
-            )
-            for other in scene.things[:i]:
-                dx, dy = (thing.x - other.x) * scene.width_px, (thing.y - other.y) * scene.height_px
-                assert max(abs(dx), abs(dy)) >= radius + other.scale * short / 2
+        for i, (x, y, radius) in enumerate(circles := _circles(scene)):
+            assert min(x, y, scene.width_px - x, scene.height_px - y) > radius - 1
+            assert all(max(abs(x - u), abs(y - v)) > radius + r for u, v, r in circles[:i])
 
 
 @pytest.mark.parametrize(("many_tiles", "sizes"), [(False, ONE_TILE_SIZES_PX), (True, MANY_TILE_SIZES_PX)])
@@ -100,6 +91,12 @@ def test_picture_sizes(many_tiles: bool, sizes: tuple[tuple[int, int], ...]) -> 
     images = [make_picture(seed, held_out=False, many_tiles=many_tiles)[0] for seed in range(60)]
     assert {image.size for image in images} == set(sizes)
     assert all(image.mode == "RGB" for image in images)
+
+
+def _circles(scene: Scene) -> list[tuple[float, float, float]]:
+    """(x, y, radius) of the objects, in pixels."""
+    width, height = scene.width_px, scene.height_px
+    return [(t.x * width, t.y * height, t.scale * min(width, height) / 2) for t in scene.things]
 
 
 def _meaning(scene: Scene) -> object:

@@ -151,9 +151,7 @@ def test_tiles_are_the_resized_crops(width: int, height: int, max_tiles: int, se
     assert len(tiles) == len(crops)
     for tile, size, crop in zip(tiles, sizes, crops, strict=True):
         w, h = picture_size(*crop.size, tile_size)
-        resized = crop.resize((w, crop.height), Image.Resampling.BICUBIC).resize(
-            (w, h), Image.Resampling.BICUBIC
-        )
+        resized = crop.resize((w, crop.height), Image.Resampling.BICUBIC).resize((w, h), Image.Resampling.BICUBIC)
         assert (h, w) == tuple(size)
         inside_rows, inside_cols = pasted(tile_size, size)
         assert (tile[:, inside_rows, inside_cols] == np.asarray(resized).transpose(2, 0, 1)).all()

@@ -20,9 +20,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.mark.parametrize("post_trunk_norm", [True, False])
 def test_logits_and_greedy_ids_equal_transformers(checkpoint: str, post_trunk_norm: bool) -> None:
     directory = checkpoint_dir(checkpoint, "native")
-    engine = OvisEngine.from_pretrained(
-        str(directory), device="cpu", dtype="float32", post_trunk_norm=post_trunk_norm
-    )
+    engine = OvisEngine.from_pretrained(str(directory), device="cpu", dtype="float32", post_trunk_norm=post_trunk_norm)
     peer = transformers.Ovis2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     if not post_trunk_norm:
         peer.model.vision_tower.transformer.rms_norm = torch.nn.Identity()

@@ -1,0 +1,50 @@
+"""An engine for tests of the plumbing: one token a row, a fixed time for it, failures where they are told."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ovis_model.types import Completion, Request, RequestError, SamplingParams
+from pipelines.config import CaptionConfig
+from pipelines.generate import Replica
+
+
+@dataclass(frozen=True)
+class FakeEngineFactory:
+    """`busy_log` gets a line "start_s stop_s rows" for every call; rows of `fails_on_tiles` tiles are refused."""
+
+    seconds_per_row: float = 0.0
+    busy_log: Path | None = None
+    fails_on_tiles: int | None = None
+
+    def __call__(self, config: CaptionConfig, revision: str | None, replica: Replica) -> FakeEngine:
+        return FakeEngine(self)
+
+
+class FakeEngine:
+    def __init__(self, factory: FakeEngineFactory) -> None:
+        self._factory = factory
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        start_s = time.time()
+        time.sleep(self._factory.seconds_per_row * len(requests))
+        for request in requests:
+            if len(request.tiles) == self._factory.fails_on_tiles:
+                raise RequestError(f"{len(request.tiles)} tiles are an unlucky number")
+        self._log(start_s, len(requests))
+        return [Completion(np.array([len(r.tiles)], np.int32), "stop", -0.5) for r in requests]
+
+    def _log(self, start_s: float, rows: int) -> None:
+        if self._factory.busy_log is not None:
+            line = f"{start_s} {time.time()} {rows}\n".encode()
+            log = os.open(self._factory.busy_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.write(log, line)
+            os.close(log)

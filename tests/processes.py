@@ -1,0 +1,137 @@
+"""Jobs as their users run them: processes, their whole tree, and the files that they open."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+_MARK = "OVIS_TEST_RUN"
+_IN_OPEN, _IN_ISDIR, _IN_NONBLOCK = 0x20, 0x40000000, 0o4000
+
+
+@dataclass
+class Job:
+    """`python -m jobs.<name> ...` in a process group of its own."""
+
+    arguments: list[str]
+    process: subprocess.Popen[str] = field(init=False)
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def start(self) -> Job:
+        environment = {**os.environ, _MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        environment.pop("RAY_ADDRESS", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *self.arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def finish(self, timeout_s: float = 110) -> Finished:
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return Finished(self.process.returncode, out, err)
+
+    def kill(self) -> None:
+        """SIGKILL the driver alone, as an out-of-memory killer would."""
+        self.process.kill()
+        self.process.communicate()
+
+    def wait_until_all_gone(self, timeout_s: float = 30) -> None:
+        """Until no process that this job started is left. Raises AssertionError if some stay."""
+        deadline_s = time.monotonic() + timeout_s
+        while left := self._descendants():
+            assert time.monotonic() < deadline_s, f"left running: {left}"
+            time.sleep(0.2)
+
+    def _descendants(self) -> dict[int, str]:
+        found = {}
+        for directory in Path("/proc").iterdir():
+            if directory.name.isdigit():
+                try:
+                    if self.mark.encode() in (directory / "environ").read_bytes():
+                        found[int(directory.name)] = (directory / "comm").read_text().strip()
+                except OSError:
+                    continue  # gone, or not ours
+        return found
+
+
+@dataclass(frozen=True)
+class Finished:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        assert self.stdout, f"exit code {self.exit_code}, nothing on stdout: {self.stderr}"
+        summary: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
+        return summary
+
+
+def run_caption(*arguments: object) -> Finished:
+    """`python -m jobs.caption ...` to its end, with nothing left behind."""
+    job = Job(["jobs.caption", *map(str, arguments)]).start()
+    finished = job.finish()
+    job.wait_until_all_gone()
+    return finished
+
+
+class OpenCounter:
+    """Counts, by name, the opens of files in a directory by any process: what the kernel (inotify) saw."""
+
+    def __init__(self, directory: Path) -> None:
+        self.opens: Counter[str] = Counter()
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = libc.inotify_init1(_IN_NONBLOCK)
+        assert self._fd >= 0, os.strerror(ctypes.get_errno())
+        assert libc.inotify_add_watch(self._fd, os.fsencode(directory), _IN_OPEN) >= 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> OpenCounter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._drain()
+        os.close(self._fd)
+
+    def _follow(self) -> None:
+        while not self._stopped.wait(0.02):
+            self._drain()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                events = os.read(self._fd, 1 << 16)
+            except BlockingIOError:
+                return
+            at = 0
+            while at < len(events):
+                _, mask, _, length = struct.unpack_from("iIII", events, at)
+                name = events[at + 16 : at + 16 + length].rstrip(b"\0")
+                if name and not mask & _IN_ISDIR:
+                    self.opens[os.fsdecode(name)] += 1
+                at += 16 + length

@@ -1,0 +1,55 @@
+"""How a cluster is shared: never more than there is, and something for everybody."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.cluster import Pools, ResourceError, plan_pools
+from pipelines.config import CaptionConfig
+
+
+def config(**options: object) -> CaptionConfig:
+    return CaptionConfig(input=("in",), output="out", model="demo", **options)  # type: ignore[arg-type]
+
+
+@given(
+    cpus=st.floats(0.5, 2000),
+    gpus=st.integers(0, 64),
+    num_replicas=st.sampled_from(["auto", 1, 3]),
+    num_preprocessors=st.sampled_from(["auto", 1, 2, 50]),
+)
+def test_pools_never_ask_for_more_cpus_than_there_are(
+    cpus: float, gpus: int, num_replicas: int | str, num_preprocessors: int | str
+) -> None:
+    options = config(num_replicas=num_replicas, num_preprocessors=num_preprocessors)
+    if isinstance(num_replicas, int) and 0 < gpus < num_replicas:
+        return
+    pools = plan_pools(options, cpus=cpus, gpus=gpus)
+    assert pools.cpus <= cpus + 1e-6
+    assert pools.replica_cpus > 0 and pools.preprocessor_cpus > 0
+    assert pools.num_replicas * pools.replica_gpus <= gpus
+    assert num_preprocessors in ("auto", pools.num_preprocessors)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wanted"),
+    [
+        (2, 0, Pools("cpu", 1, 1, 0, 1, 1)),
+        (16, 0, Pools("cpu", 2, 6, 0, 4, 1)),
+        (32, 8, Pools("cuda", 8, 1, 1, 24, 1)),
+        (256, 8, Pools("cuda", 8, 1, 1, 96, 1)),
+    ],
+)
+def test_typical_machines(cpus: float, gpus: float, wanted: Pools) -> None:
+    assert plan_pools(config(), cpus=cpus, gpus=gpus) == wanted
+
+
+def test_impossible_requests_say_what_to_do() -> None:
+    with pytest.raises(ResourceError, match="--device cpu"):
+        plan_pools(config(device="cuda"), cpus=8, gpus=0)
+    with pytest.raises(ResourceError, match="lower --num-replicas"):
+        plan_pools(config(num_replicas=9), cpus=8, gpus=8)
+    with pytest.raises(ResourceError, match="no CPUs"):
+        plan_pools(config(), cpus=0, gpus=8)

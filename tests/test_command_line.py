@@ -1,0 +1,80 @@
+"""Flags, YAML and Python give the same configuration; bad usage says which option and exits with 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import CaptionConfig, parse_command_line
+
+
+def parse(*argv: str) -> CaptionConfig:
+    return parse_command_line("caption", "Caption.", argv)
+
+
+def test_flags() -> None:
+    config = parse("in", "out", "--model", "demo", "--max-tiles", "4", "--top-p", "0.5", "--overwrite")
+    wanted = CaptionConfig(input=("in",), output="out", model="demo", max_tiles=4, top_p=0.5, overwrite=True)
+    assert config == wanted
+
+
+def test_several_inputs_and_values_with_commas() -> None:
+    config = parse("a,b.jpg", "out", "--input", "c d.jpg", "--model", "demo", "--stop", ",", "--stop", ". ")
+    assert config.input == ("a,b.jpg", "c d.jpg")
+    assert config.stop == (",", ". ")
+    assert parse("out", "--input", "x", "--model", "demo").input == ("x",)
+
+
+def test_yaml_with_flags_on_top(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "input: [a, b]\noutput: out\nmodel: demo\nmax-new-tokens: 7\nprompt: |\n  Two\n  lines\ntop_p: 0.5\n"
+    )
+    config = parse("--config", str(file), "--top-p", "0.9")
+    assert (config.input, config.output, config.max_new_tokens) == (("a", "b"), "out", 7)
+    assert (config.prompt, config.top_p) == ("Two\nlines\n", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["in", "out"], "--model: Field required"),
+        (["out", "--model", "demo"], "expected INPUT and OUTPUT"),
+        (["a", "b", "c", "--model", "demo"], "--input"),
+        (
+            ["in", "out", "--model", "demo", "--top-p", "2"],
+            "--top-p: Input should be less than or equal to 1 (got '2')",
+        ),
+        (["in", "out", "--model", "demo", "--num-replicas", "some"], "--num-replicas"),
+        (["in", "out", "--model", "demo", "--tensor-parallel", "2"], "not supported yet; use 1"),
+        (["in", "out", "--model", "demo", "--max-tokens", "2"], "unrecognized arguments: --max-tokens"),
+        (["in", "out", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_usage_exits_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(*argv)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_option_in_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("modle: demo\n")
+    with pytest.raises(SystemExit):
+        parse("in", "out", "--model", "demo", "--config", str(file))
+    assert "--modle: Extra inputs are not permitted" in capsys.readouterr().err
+
+
+def test_a_seed_belongs_to_a_row() -> None:
+    config = parse("in", "out", "--model", "demo", "--seed", "5")
+    seeds = {config.sampling_for(row_id).seed for row_id in "abc"}
+    assert len(seeds) == 3 and all(0 <= seed < 2**63 for seed in seeds if seed is not None)
+    assert config.sampling_for("a") == config.sampling_for("a")
+
+
+def test_tiles_by_number_of_images() -> None:
+    config = parse("in", "out", "--model", "demo")
+    assert (config.tiles_for(1), config.tiles_for(3)) == (9, 4)
+    assert parse("in", "out", "--model", "demo", "--max-tiles", "2").tiles_for(3) == 2

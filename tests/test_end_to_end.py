@@ -1,0 +1,275 @@
+"""The job on real files: a row in is a row out, whatever is in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ovis_model.processor import Processor
+from ovis_model.types import SamplingParams
+from pipelines import schema
+from pipelines.caption import caption
+from pipelines.config import CaptionConfig
+from pipelines.run import RunError
+from pipelines.sink import read_results
+from tests.fake_engine import FakeEngineFactory
+from tests.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.photographs import photographs
+from tests.processes import run_caption
+from tests.test_engine import engine_of
+
+MODEL = str(checkpoint_dir("tiny56-tied"))
+
+
+def draw(path: Path, seed: int, width: int = 90, height: int = 60) -> Path:
+    """A picture of smooth colours, the format by the suffix."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    directory = tmp_path / "pictures"
+    directory.mkdir()
+    for i in range(24):
+        draw(directory / f"{i:02}.{('jpg', 'png', 'webp')[i % 3]}", seed=i, width=60 + 7 * i)
+    return directory
+
+
+def config(inputs: Path | str, output: Path, **options: object) -> CaptionConfig:
+    values = {"model": MODEL, "max_new_tokens": 8, **options}
+    return CaptionConfig(input=(str(inputs),), output=str(output), **values)  # type: ignore[arg-type]
+
+
+def test_a_folder_becomes_parquet(pictures: Path, tmp_path: Path) -> None:
+    """As a user runs it, in a Ray of its own that leaves nothing behind."""
+    output = tmp_path / "out"
+    finished = run_caption(pictures, output, "--model", MODEL, "--max-new-tokens", 8, "--rows-per-file", 10)
+    assert finished.exit_code == 0, finished.stderr
+    assert len(finished.stdout.splitlines()) == 1
+    summary = finished.summary
+    assert (summary["rows"], summary["ok"], summary["error"], summary["skipped_done"]) == (24, 24, 0, 0)
+    assert summary["output"] == str(output)
+    assert summary["seconds"] > 0 and summary["rows_per_s"] > 0 and summary["output_tokens_per_s"] > 0
+    assert "24/24 rows" in finished.stderr and "ETA" in finished.stderr
+    files = sorted((output / "data").iterdir())
+    assert len(files) >= 3 and all(pq.read_schema(file).equals(schema.OUTPUT) for file in files)
+    for table in (pd.read_parquet(output / "data"), pyarrow.dataset.dataset(output / "data").to_table().to_pandas()):
+        assert sorted(table["id"]) == sorted(str(p) for p in pictures.iterdir())
+    record = json.loads((output / "run.json").read_text())
+    assert record["status"] == "finished" and record["counts"] == {"ok": 24, "error": 0}
+
+
+def test_texts_are_those_of_the_engine_alone(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    caption(config(pictures, tmp_path / "out"))
+    rows = read_results(str(tmp_path / "out")).to_pylist()
+    processor = Processor.from_pretrained(MODEL)
+    for row in rows:
+        with Image.open(row["uri"]) as image:
+            request = processor.request("Describe the image.", [image.convert("RGB")])
+        [completion] = engine_of("tiny56-tied").generate([request], SamplingParams(max_new_tokens=8))
+        assert row["text"] == processor.detokenize(completion.output_ids)
+        assert row["num_prompt_tokens"] == len(request.input_ids)
+        assert row["num_tiles"] == len(request.tiles)
+        assert row["num_output_tokens"] == len(completion.output_ids)
+        assert row["mean_logprob"] == pytest.approx(completion.mean_logprob, abs=1e-4)
+        assert row["finish_reason"] == completion.finish_reason
+        assert (row["num_images"], row["status"], row["stage"], row["error"]) == (1, "ok", "", "")
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_photographs_are_ok_rows(ray_cluster: None, tmp_path: Path, checkpoint: str) -> None:
+    """All that scikit-learn and scikit-image ship: RGB, grey, RGBA, palette, 16 bits."""
+    links = tmp_path / "photographs"
+    links.mkdir()
+    for i, photograph in enumerate(photographs()):
+        (links / f"{i:03}{photograph.suffix}").symlink_to(photograph)
+    model = str(checkpoint_dir(checkpoint))
+    summary = caption(config(links, tmp_path / "out", model=model, max_new_tokens=4, max_tiles=4))
+    rows = read_results(str(tmp_path / "out")).to_pylist()
+    assert [row["error"] for row in rows if row["status"] != "ok"] == []
+    assert summary.ok == len(photographs()) >= 20
+
+
+BAD = {
+    "empty.jpg": ("decode", "empty"),
+    "truncated.jpg": ("decode", ""),
+    "text.png": ("decode", "not an image"),
+    "missing.png": ("read", "No such file"),
+    "huge.png": ("decode", "pixels"),
+    "pipe.png": ("list", "not a regular file"),
+    os.fsdecode(b"name-\xff.png"): ("list", "not UTF-8"),
+}
+GOOD = ("one-pixel-high.png", "png-named.jpg", "animated.gif", "ünïcödé 图片 #%?.png", "grey16.png", "[brackets].png")
+
+
+@pytest.fixture
+def mixed(pictures: Path) -> Iterator[Path]:
+    """The good pictures among every kind of bad one."""
+    (pictures / "empty.jpg").touch()
+    whole = draw(pictures / "whole.jpg", seed=50).read_bytes()
+    (pictures / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x55
+    (pictures / "flipped.jpg").write_bytes(flipped)
+    (pictures / "text.png").write_text("<html>not found</html>")
+    (pictures / "missing.png").symlink_to(pictures / "nowhere.png")
+    (pictures / "huge.png").write_bytes(_png_of(20_000, 20_000))
+    os.mkfifo(pictures / "pipe.png")
+    draw(pictures / os.fsdecode(b"name-\xff.png"), seed=51)
+    draw(pictures / GOOD[0], seed=52, width=500, height=1)
+    draw(pictures / "png-named.png", seed=53).rename(pictures / GOOD[1])
+    frames = [Image.new("RGB", (50, 40), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(pictures / GOOD[2], save_all=True, append_images=frames[1:])
+    draw(pictures / GOOD[3], seed=54)
+    Image.fromarray(np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)).save(pictures / GOOD[4])
+    draw(pictures / GOOD[5], seed=55)
+    yield pictures
+
+
+def test_bad_rows_are_error_rows_and_the_others_are_untouched(ray_cluster: None, mixed: Path, tmp_path: Path) -> None:
+    summary = caption(config(mixed, tmp_path / "out"))
+    rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
+    assert summary.rows == len(rows) == len(list(mixed.iterdir())) == summary.ok + summary.error
+    for name, (stage, reason) in BAD.items():
+        row = rows[name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")]
+        assert (row["status"], row["stage"]) == ("error", stage), name
+        assert reason in row["error"] and row["error"], (name, row["error"])
+        assert row["text"] == "" and np.isnan(row["mean_logprob"]) and row["num_output_tokens"] == 0
+    assert all(rows[name]["status"] == "ok" for name in GOOD)
+    good_only = tmp_path / "good"
+    good_only.mkdir()
+    for i in range(24):
+        name = f"{i:02}.{('jpg', 'png', 'webp')[i % 3]}"
+        (good_only / name).symlink_to(mixed / name)
+    caption(config(good_only, tmp_path / "alone"))
+    for row in read_results(str(tmp_path / "alone")).to_pylist():
+        assert rows[Path(row["id"]).name]["text"] == row["text"]
+
+
+def test_extreme_aspect_ratios_give_rows(ray_cluster: None, tmp_path: Path) -> None:
+    directory = tmp_path / "long"
+    directory.mkdir()
+    for i, (width, height) in enumerate([(10_000, 1), (1, 10_000), (20_000, 2), (3, 2_000), (5_000, 7)]):
+        draw(directory / f"{i}.png", i, width, height)
+    assert caption(config(directory, tmp_path / "out")).rows == 5
+    assert all(row["status"] == "ok" for row in read_results(str(tmp_path / "out")).to_pylist())
+
+
+def test_a_row_that_is_too_long_says_by_how_much(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    caption(config(pictures / "00.jpg", tmp_path / "out", max_new_tokens=32760))
+    [row] = read_results(str(tmp_path / "out")).to_pylist()
+    assert (row["status"], row["stage"]) == ("error", "tile")
+    assert "over the model's limit of 32768" in row["error"] and "--max-new-tokens" in row["error"]
+
+
+def test_a_row_that_the_engine_refuses_is_isolated(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    engine = FakeEngineFactory(fails_on_tiles=5)
+    caption(config(pictures, tmp_path / "out"), make_engine=engine)
+    rows = read_results(str(tmp_path / "out")).to_pylist()
+    failed = [row for row in rows if row["status"] == "error"]
+    assert 0 < len(failed) < len(rows) == 24
+    assert all((row["stage"], row["error"]) == ("generate", "5 tiles are an unlucky number") for row in failed)
+    assert {row["num_tiles"] for row in failed} == {5}
+
+
+def test_image_marks_in_a_prompt_do_no_harm(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    prompt = "What do <image> and <|im_end|> mean in <image>?"
+    summary = caption(config(pictures / "00.jpg", tmp_path / "out", prompt=prompt))
+    assert summary.ok == 1
+    assert read_results(str(tmp_path / "out")).column("prompt").to_pylist() == [prompt]
+
+
+def test_sampling_is_the_same_however_rows_are_batched(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    options = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    caption(config(pictures, tmp_path / "all", **options))
+    caption(config(pictures / "1*.*", tmp_path / "some", **options))
+    texts = {row["id"]: row["text"] for row in read_results(str(tmp_path / "all")).to_pylist()}
+    some = read_results(str(tmp_path / "some")).to_pylist()
+    assert len(some) == 10 and all(texts[row["id"]] == row["text"] for row in some)
+    caption(config(pictures, tmp_path / "other", **{**options, "seed": 4}))
+    others = {row["id"]: row["text"] for row in read_results(str(tmp_path / "other")).to_pylist()}
+    assert others != texts
+
+
+def test_another_run_in_the_same_output_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    engine = FakeEngineFactory()
+    caption(config(pictures, tmp_path / "out"), make_engine=engine)
+    with pytest.raises(RunError, match=r"prompt 'Describe the image\.' there, 'Why\?' here"):
+        caption(config(pictures, tmp_path / "out", prompt="Why?"), make_engine=engine)
+    assert set(read_results(str(tmp_path / "out")).column("prompt").to_pylist()) == {"Describe the image."}
+    caption(config(pictures, tmp_path / "out", prompt="Why?", overwrite=True), make_engine=engine)
+    assert set(read_results(str(tmp_path / "out")).column("prompt").to_pylist()) == {"Why?"}
+
+
+def test_what_does_not_change_the_rows_may_change(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    engine = FakeEngineFactory()
+    caption(config(pictures, tmp_path / "out"), make_engine=engine)
+    again = caption(config(pictures, tmp_path / "out", rows_per_file=3, num_replicas=2), make_engine=engine)
+    assert again.skipped_done == again.rows == 24
+
+
+def test_foreign_files_in_output_are_refused_and_kept(pictures: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "out" / "data" / "mine.parquet"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"mine")
+    with pytest.raises(RunError, match=r"no run\.json"):
+        caption(config(pictures, tmp_path / "out"))
+    assert foreign.read_bytes() == b"mine"
+
+
+def test_rows_are_in_the_order_of_the_input(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    engine = FakeEngineFactory(seconds_per_row=0.01)
+    caption(config(pictures, tmp_path / "out", rows_per_file=5, num_preprocessors=2), make_engine=engine)
+    assert read_results(str(tmp_path / "out")).column("id").to_pylist() == sorted(map(str, pictures.iterdir()))
+    assert all(pq.read_metadata(file).num_rows <= 5 for file in (tmp_path / "out" / "data").iterdir())
+
+
+def test_exit_codes(mixed: Path, tmp_path: Path) -> None:
+    assert run_caption(mixed, tmp_path / "a", "--model", "nowhere/at all").exit_code == 2
+    assert run_caption(tmp_path / "nothing", tmp_path / "b", "--model", MODEL).exit_code == 2
+    for file in mixed.glob("*.webp"):
+        file.unlink()
+    finished = run_caption(mixed, tmp_path / "c", "--model", MODEL, "--max-new-tokens", 2)
+    assert finished.exit_code == 3
+    assert finished.summary["error"] / finished.summary["rows"] > 0.1
+    assert "The most frequent reasons" in finished.stderr
+
+
+def test_the_engine_is_busy_while_images_are_prepared(ray_cluster: None, tmp_path: Path) -> None:
+    """50 ms a row against the decoding and tiling of 640 x 480 JPEGs in two CPU actors."""
+    directory = tmp_path / "pictures"
+    directory.mkdir()
+    one = draw(directory / "000.jpg", seed=0, width=640, height=480)
+    for i in range(1, 200):
+        (directory / f"{i:03}.jpg").write_bytes(one.read_bytes())
+    log = tmp_path / "busy"
+    engine = FakeEngineFactory(seconds_per_row=0.05, busy_log=log)
+    caption(config(directory, tmp_path / "out", num_preprocessors=2), make_engine=engine)
+    calls = np.loadtxt(io.StringIO(log.read_text()))
+    busy_s, window_s = (calls[:, 1] - calls[:, 0]).sum(), calls[:, 1].max() - calls[:, 0].min()
+    assert calls[:, 2].sum() == 200
+    assert busy_s / window_s >= 0.9, f"busy {busy_s:.2f} s of {window_s:.2f} s"
+
+
+def _png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises this size."""
+    buffer = io.BytesIO()
+    Image.new("1", (8, 8)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = width.to_bytes(4) + height.to_bytes(4)
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    return bytes(data)

@@ -1,0 +1,79 @@
+"""Sets of row numbers as ranges, against Python's own sets; the file names and footers that carry them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.ledger import FileEntry, Ledger, Ranges, RowRange, count, difference, split, to_ranges, union
+from pipelines.sink import write_file
+from tests.test_sink import results_of
+
+NUMBERS = st.sets(st.integers(0, 60), max_size=40)
+
+
+def numbers_in(ranges: Ranges) -> set[int]:
+    return {number for start, stop in ranges for number in range(start, stop)}
+
+
+@given(NUMBERS)
+def test_ranges_hold_the_same_numbers_in_one_form(numbers: set[int]) -> None:
+    ranges = to_ranges(list(numbers) * 2)
+    assert numbers_in(ranges) == numbers
+    assert count(ranges) == len(numbers)
+    assert all(a.stop < b.start for a, b in pairwise(ranges))
+
+
+@given(NUMBERS, NUMBERS)
+def test_union_and_difference_are_those_of_sets(a: set[int], b: set[int]) -> None:
+    assert numbers_in(union([*to_ranges(a), *to_ranges(b)])) == a | b
+    assert union([*to_ranges(a), *to_ranges(b)]) == to_ranges(a | b)
+    assert numbers_in(difference(RowRange(0, 61), to_ranges(a))) == set(range(61)) - a
+
+
+@given(NUMBERS, st.integers(1, 20))
+def test_split_keeps_all_rows_and_cuts_at_multiples(numbers: set[int], size: int) -> None:
+    parts = list(split(to_ranges(numbers), size))
+    assert numbers_in(tuple(parts)) == numbers
+    assert all(start // size == (stop - 1) // size for start, stop in parts)
+
+
+@given(NUMBERS, NUMBERS)
+def test_new_rows_are_those_not_done(done: set[int], rows: set[int]) -> None:
+    asked = np.array(sorted(rows), np.int64)
+    is_new = Ledger(to_ranges(done)).new_rows(asked)
+    assert set(asked[is_new].tolist()) == rows - done
+
+
+@given(NUMBERS.filter(bool), NUMBERS.filter(bool))
+def test_a_file_name_stands_for_its_rows(a: set[int], b: set[int]) -> None:
+    one, other = FileEntry(to_ranges(a), 0), FileEntry(to_ranges(b), 1)
+    assert (one.file_name == other.file_name) == (a == b)
+    assert FileEntry.from_json(other.to_json()) == other
+
+
+def test_a_ledger_is_read_from_the_footers(tmp_path: Path) -> None:
+    write_file(str(tmp_path), results_of([0, 1, 5], errors=[5]))
+    write_file(str(tmp_path), results_of([2, 3]))
+    ledger = Ledger.read(str(tmp_path))
+    assert ledger.done == ((0, 4), (5, 6))
+    assert ledger.num_errors == 1
+    assert ledger.missing(8) == ((4, 5), (6, 8))
+
+
+def test_files_that_overlap_are_reported(tmp_path: Path) -> None:
+    write_file(str(tmp_path), results_of([0, 1]))
+    write_file(str(tmp_path), results_of([1, 2]))
+    with pytest.raises(ValueError, match="same rows twice"):
+        Ledger.read(str(tmp_path))
+
+
+def test_a_foreign_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"mine\.parquet is not an output file"):
+        Ledger.read(str(tmp_path))

@@ -1,0 +1,108 @@
+"""A driver that is killed at any moment loses no row, repeats none and opens no finished image again."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.shapes import make_picture
+from pipelines.sink import read_results
+from tests.processes import Job, OpenCounter, run_caption
+
+NUM_ROWS = 200
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pictures")
+    for seed in range(NUM_ROWS):
+        make_picture(seed, held_out=True)[0].save(directory / f"{seed:03}.png")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, object]], float]:
+    """The rows of a run that nobody disturbed, and how long it took."""
+    output = tmp_path_factory.mktemp("whole")
+    started_s = time.monotonic()
+    finished = run_caption(*arguments(pictures, output))
+    assert finished.exit_code == 0, finished.stderr
+    return rows_of(output), time.monotonic() - started_s
+
+
+def arguments(pictures: Path, output: Path) -> list[str]:
+    # Small files, so that there is finished work on disk at most moments of a short run.
+    return [str(pictures), str(output), "--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "16"]
+
+
+def rows_of(output: Path) -> list[dict[str, object]]:
+    """Without `mean_logprob`, whose last bits may depend on the batch."""
+    columns = read_results(str(output)).drop_columns(["mean_logprob"])
+    rows: list[dict[str, object]] = columns.to_pylist()
+    return rows
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_again_and_again(
+    pictures: Path, uninterrupted: tuple[list[dict[str, object]], float], tmp_path: Path, kills: int
+) -> None:
+    whole, duration_s = uninterrupted
+    rng = random.Random(kills)
+    output = tmp_path / "out"
+    for kill in range(kills):
+        done_before = done_names(output)
+        with OpenCounter(pictures) as counter:
+            job = Job(["jobs.caption", *arguments(pictures, output)]).start()
+            # The first kill falls where rows are being written, the others anywhere.
+            time.sleep(duration_s * (0.9 if kill == 0 else rng.random()))
+            job.kill()
+            job.wait_until_all_gone()
+        assert not done_before & counter.opens.keys()
+    done_before = done_names(output)
+    with OpenCounter(pictures) as counter:
+        finished = run_caption(*arguments(pictures, output))
+    assert finished.exit_code == 0, finished.stderr
+    assert finished.summary["skipped_done"] == len(done_before)
+    assert finished.summary["rows"] == finished.summary["ok"] == NUM_ROWS
+    assert set(counter.opens) == {path.name for path in pictures.iterdir()} - done_before
+    assert max(counter.opens.values(), default=1) == 1
+    assert rows_of(output) == whole
+
+
+def done_names(output: Path) -> set[str]:
+    return {Path(str(row["id"])).name for row in rows_of(output)}
+
+
+def test_a_finished_run_opens_nothing_and_starts_no_ray(
+    pictures: Path, uninterrupted: tuple[list[dict[str, object]], float], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    some = pictures / "00*.png"
+    assert run_caption(*arguments(some, output)).exit_code == 0
+    with OpenCounter(pictures) as counter:
+        started_s = time.monotonic()
+        again = run_caption(*arguments(some, output))
+    assert not counter.opens
+    assert again.summary["skipped_done"] == again.summary["rows"] == 10
+    assert time.monotonic() - started_s < 5
+
+
+def test_termination_keeps_what_is_finished(pictures: Path, tmp_path: Path) -> None:
+    """`ray job stop` sends SIGTERM and, three seconds later, SIGKILL."""
+    output = tmp_path / "out"
+    job = Job(["jobs.caption", *arguments(pictures, output), "--rows-per-file", "10000"]).start()
+    assert job.process.stderr is not None
+    for line in job.process.stderr:
+        if " rows, " in line:  # the first rows have arrived
+            break
+    job.process.send_signal(signal.SIGTERM)
+    finished = job.finish()
+    job.wait_until_all_gone()
+    assert finished.exit_code == 1
+    assert "goes on from here" in finished.stderr
+    assert 0 < len(rows_of(output)) <= NUM_ROWS

@@ -1,0 +1,97 @@
+"""Files appear whole, hold each row once and say which; late and repeated rows are handled."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import schema, sink, store
+from pipelines.ledger import Ledger
+from pipelines.sink import Sink, read_results, remove_temporaries, write_file
+
+
+def results_of(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
+    """Result rows with these row numbers."""
+    return pa.Table.from_pylist([_result(row, row in errors) for row in rows], schema.RESULT)
+
+
+def _result(row: int, is_error: bool) -> dict[str, object]:
+    return {
+        "row": row,
+        "id": f"id-{row}",
+        "uri": f"uri-{row}",
+        "prompt": "",
+        "text": "" if is_error else f"text {row}",
+        "status": "error" if is_error else "ok",
+        "stage": "decode" if is_error else "",
+        "error": "why" if is_error else "",
+        "finish_reason": "stop",
+        "num_images": 1,
+        "num_tiles": 1,
+        "num_prompt_tokens": 5,
+        "num_output_tokens": 2,
+        "mean_logprob": math.nan if is_error else -1.0,
+        "frame_timestamps_s": [],
+    }
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+def test_rows_come_back_once_and_in_order(data: Path) -> None:
+    ledger = Ledger()
+    out = Sink(str(data), ledger, rows_per_file=4)
+    for rows in ([7, 3], [0, 1, 9], [1, 7, 2], [8, 5, 4, 6], [3]):
+        out.add(results_of(rows))
+    out.flush()
+    assert read_results(str(data.parent)).column("id").to_pylist() == [f"id-{row}" for row in range(10)]
+    assert ledger.done == Ledger.read(str(data)).done == ((0, 10),)
+    assert all(pq.read_metadata(file).num_rows <= 4 for file in data.iterdir())
+
+
+def test_add_tells_which_rows_were_new(data: Path) -> None:
+    out = Sink(str(data), Ledger(done=((0, 2),)), rows_per_file=100)
+    assert out.add(results_of([1, 2, 3])).column("row").to_pylist() == [2, 3]
+    assert out.add(results_of([3, 4])).column("row").to_pylist() == [4]
+
+
+def test_what_is_finished_does_not_wait_for_a_full_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink, "FLUSH_S", 0.0)
+    Sink(str(data), Ledger(), rows_per_file=1000).add(results_of([0]))
+    assert len(list(data.iterdir())) == 1
+
+
+def test_the_same_rows_give_the_same_name(data: Path) -> None:
+    assert write_file(str(data), results_of([1, 3])).file_name == write_file(str(data), results_of([1, 3])).file_name
+    assert len(list(data.iterdir())) == 1
+
+
+def test_a_failed_write_leaves_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_file(str(data), results_of([0]))
+    assert list(data.iterdir()) == []
+
+
+def test_temporaries_of_a_killed_writer_are_removed(data: Path) -> None:
+    data.mkdir()
+    (data / f".rows-0-1.parquet.abc{store.TEMPORARY_SUFFIX}").write_bytes(b"half")
+    write_file(str(data), results_of([0]))
+    remove_temporaries(str(data))
+    assert len(list(data.iterdir())) == 1
+
+
+def test_an_object_store_gets_one_put() -> None:
+    write_file("memory://bucket/data", results_of([0, 1]))
+    assert read_results("memory://bucket").column("text").to_pylist() == ["text 0", "text 1"]
