@@ -1,0 +1,102 @@
+"""Where checkpoints come from: directories, the hub's cache, URIs; each fetched once, described without its weights."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from ovis_model.checkpoint import CheckpointError, describe_checkpoint, fetch_checkpoint
+from ovis_model.engine import OvisEngine
+from ovis_model.processor import Processor
+from tests.golden_data import checkpoint_dir
+
+SOURCE = checkpoint_dir("tiny56-tied")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def memory_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A checkpoint in an object store, with an empty cache on this node."""
+    monkeypatch.setenv("OVIS2_CACHE", str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    uri = f"memory://models/{tmp_path.name}"
+    for file in SOURCE.iterdir():
+        fs.pipe_file(f"/models/{tmp_path.name}/{file.name}", file.read_bytes())
+    fs.pipe_file(f"/models/{tmp_path.name}/modeling_ovis.py", b"raise SystemExit('remote code ran')")
+    fs.pipe_file(f"/models/{tmp_path.name}/pytorch_model.bin", b"pickle")
+    return uri
+
+
+def test_a_uri_is_copied_once_and_only_what_is_data(memory_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = fetch_checkpoint(memory_uri, weights=False)
+    assert not list(directory.glob("*.safetensors"))
+    directory = fetch_checkpoint(memory_uri)
+    visible = {file.name for file in directory.iterdir() if not file.name.startswith(".")}
+    assert visible == {file.name for file in SOURCE.iterdir() if file.suffix in (".json", ".safetensors", ".txt")}
+    copied = []
+    monkeypatch.setattr(shutil, "copyfileobj", lambda *args: copied.append(args))
+    fetch_checkpoint(memory_uri)
+    assert copied == []
+
+
+def test_processes_of_a_node_share_one_copy(memory_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[object] = []
+    copy = shutil.copyfileobj
+
+    def counted(source: object, sink: object, *args: object) -> None:
+        copies.append(sink)
+        copy(source, sink, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shutil, "copyfileobj", counted)
+    threads = [threading.Thread(target=fetch_checkpoint, args=(memory_uri,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(copies) == len([f for f in SOURCE.iterdir() if f.suffix in (".json", ".safetensors", ".txt")])
+
+
+def test_a_changed_file_is_fetched_again_and_changes_the_description(memory_uri: str) -> None:
+    before = describe_checkpoint(memory_uri)
+    assert before == describe_checkpoint(memory_uri)
+    path = memory_uri.removeprefix("memory://")
+    fsspec.filesystem("memory").pipe_file(f"/{path}/config.json", (SOURCE / "config.json").read_bytes() + b"\n")
+    assert describe_checkpoint(memory_uri)["weights"] != before["weights"]
+
+
+def test_a_hub_id_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub's client leaves behind, read without a network."""
+    repository = tmp_path / "hub" / "models--AIDC-AI--Ovis2-tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(SOURCE, repository / "snapshots" / COMMIT)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    description = describe_checkpoint("AIDC-AI/Ovis2-tiny")
+    assert (description["id"], description["revision"]) == ("AIDC-AI/Ovis2-tiny", COMMIT)
+    assert Processor.from_pretrained("AIDC-AI/Ovis2-tiny", revision=COMMIT).config.vision.image_size == 56
+    assert OvisEngine.from_pretrained("AIDC-AI/Ovis2-tiny", device="cpu", revision=COMMIT).model
+    with pytest.raises(CheckpointError, match="cannot fetch 'AIDC-AI/Ovis2-none'"):
+        fetch_checkpoint("AIDC-AI/Ovis2-none")
+
+
+def test_other_weights_under_the_same_name_are_another_model(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(SOURCE, copy)
+    assert describe_checkpoint(str(copy))["weights"] == describe_checkpoint(str(SOURCE))["weights"]
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert describe_checkpoint(str(copy))["weights"] != describe_checkpoint(str(SOURCE))["weights"]
+
+
+@pytest.mark.parametrize("model", ["nowhere", "/no/such/directory", "memory://models/nothing"])
+def test_what_is_no_checkpoint_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVIS2_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="model"):
+        fetch_checkpoint(model)

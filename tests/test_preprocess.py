@@ -1,0 +1,111 @@
+"""The CPU stage as plain Python: no Ray, no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import preprocess
+from pipelines.config import CaptionConfig
+from pipelines.manifest import write_manifest
+from pipelines.preprocess import Preprocess
+from pipelines.sources import list_items
+from tests.conftest import ROOT
+from tests.golden_data import checkpoint_dir
+
+MODEL = str(checkpoint_dir("tiny112-untied"))
+
+
+def rows_of(directory: Path, output: Path, **options: object) -> list[dict[str, object]]:
+    """Prepared rows of all images in `directory`."""
+    stage, units = stage_of(directory, output, **options)
+    return [
+        dict(zip(batch, values, strict=True)) for batch in stage(units) for values in zip(*batch.values(), strict=True)
+    ]
+
+
+def stage_of(directory: Path, output: Path, **options: object) -> tuple[Preprocess, dict[str, np.ndarray]]:
+    config = CaptionConfig(input=(str(directory),), output=str(output), model=MODEL, **options)  # type: ignore[arg-type]
+    items = list_items(config.input)
+    write_manifest(str(output), items, config.question)
+    return Preprocess(config, str(output), None), {"start": np.array([0]), "stop": np.array([len(items)])}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    directory = tmp_path / "pictures"
+    directory.mkdir()
+    for i in range(40):
+        Image.new("RGB", (200, 150 + i), (i, 2 * i, 3 * i)).save(directory / f"{i:02}.png")
+    return directory
+
+
+def test_rows_keep_their_order_and_their_numbers(pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures, tmp_path / "out")
+    assert [row["row"] for row in rows] == list(range(40))
+    assert [Path(str(row["uri"])).name for row in rows] == [f"{i:02}.png" for i in range(40)]
+    assert {row["stage"] for row in rows} == {""}
+
+
+def test_batches_are_bounded_in_bytes(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "BATCH_BYTES", 1_000_000)
+    stage, units = stage_of(pictures, tmp_path / "out")
+    sizes = [sum(tiles.nbytes for tiles in batch["tiles"]) for batch in stage(units)]
+    assert len(sizes) > 3 and max(sizes) <= 1_000_000
+
+
+def test_chain_of_thought_and_system_prompt_reach_the_prompt(pictures: Path, tmp_path: Path) -> None:
+    plain = rows_of(pictures, tmp_path / "a")[0]
+    reasoned = rows_of(pictures, tmp_path / "b", chain_of_thought=True)[0]
+    instructed = rows_of(pictures, tmp_path / "c", system_prompt="Be brief.")[0]
+    assert "step-by-step" in str(reasoned["prompt"])
+    lengths = [len(row["input_ids"]) for row in (plain, reasoned, instructed)]  # type: ignore[arg-type]
+    assert lengths[1] > lengths[0] != lengths[2]
+
+
+def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "MAX_FILE_BYTES", 100)
+    rows = rows_of(pictures, tmp_path / "out")
+    assert {row["stage"] for row in rows} == {"read"}
+    assert "more than the limit of 100" in str(rows[0]["error"])
+
+
+def test_an_unreadable_file_is_an_error_row(pictures: Path, tmp_path: Path) -> None:
+    """As a user who may not read it, also where the tests run as root."""
+    (pictures / "00.png").chmod(0)
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.owner() == Path(tmp_path).owner() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o055)
+    script = f"""
+import os
+from pathlib import Path
+from tests.test_preprocess import stage_of
+stage, units = stage_of(Path({str(pictures)!r}), Path({str(tmp_path / "out")!r}))
+if os.getuid() == 0:
+    os.setuid(65534)
+for batch in stage(units):
+    for stage_name, error in zip(batch["stage"], batch["error"]):
+        print(stage_name, error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("read") and "Permission denied" in lines[0]
+    assert all(not line.strip() for line in lines[1:]) and len(lines) == 40
+
+
+def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Path) -> None:
+    stage, units = stage_of(pictures, tmp_path / "out")
+    (pictures / "03.png").unlink()
+    (pictures / "04.png").unlink()
+    (pictures / "04.png").mkdir()
+    os.truncate(pictures / "05.png", 60)
+    rows = [(s, e) for batch in stage(units) for s, e in zip(batch["stage"], batch["error"], strict=True)]
+    assert [stage for stage, _ in rows[3:6]] == ["read", "read", "decode"]
+    assert all(error for _, error in rows[3:6])
+    assert {stage for stage, _ in rows[:3] + rows[6:]} == {""}
