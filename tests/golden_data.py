@@ -1,6 +1,6 @@
 """What the original Ovis2 code gave for two tiny checkpoints, and the pictures that it was given.
 
-Made once with AIDC-AI/Ovis v2.0 in float32 on a CPU; `golden/<checkpoint>/{aidc,native}` hold the checkpoint in both layouts.
+Made once with AIDC-AI/Ovis v2.0 in float32 on a CPU; `golden/<checkpoint>/{aidc,native}` are its two layouts.
 """
 
 from __future__ import annotations
