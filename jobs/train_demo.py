@@ -39,8 +39,10 @@ PROMPT = "Describe the image."
 TURNS = ("system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n")
 VOCAB_SIZE = 512
 BATCH_SIZE = 32
-NUM_STEPS = 10500
-PEAK_LEARNING_RATE, WARM_UP_STEPS = 5e-4, 100  # at 1e-3 it learns the grammar and never looks at the picture
+NUM_STEPS = 11000
+# At 1e-3 it learns the grammar and never looks at the picture; shapes and digits it tells apart below 2e-4 only.
+COARSE_LEARNING_RATE, COARSE_STEPS, WARM_UP_STEPS = 5e-4, 3000, 100
+FINE_LEARNING_RATE = 2e-4
 EVALUATE_EVERY = 500
 
 _QWEN_WORDS = (
@@ -106,9 +108,11 @@ def train(directory: Path, num_steps: int) -> None:
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth."""
-    warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
-    return PEAK_LEARNING_RATE * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * step / num_steps)) / 2)
+    """Warm-up and a coarse plateau, then half a cosine from the fine rate down to a hundredth of it."""
+    if step < COARSE_STEPS:
+        return COARSE_LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS)
+    progress = (step - COARSE_STEPS) / max(1, num_steps - COARSE_STEPS)
+    return FINE_LEARNING_RATE * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def evaluate(model: Ovis, codec: Codec, count: int) -> dict[str, str]:

@@ -1,8 +1,10 @@
-"""Scaled dot-product attention behind one function, whatever kernel computes it."""
+"""Scaled dot-product attention behind three functions, one for each shape of the work, whatever kernel computes it.
+
+flash-attn computes it on CUDA in half precision where it is installed, torch's own kernels everywhere else.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,63 +13,49 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class CausalPadding:
-    """The T queries are the last of the S keys; row b sees keys from `left_pad[b]` up to the query itself.
+def attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every query sees every key; all [B, T, heads, head_dim], so is the result."""
+    if flash := _flash_attn(query):
+        out: Tensor = flash.flash_attn_func(query, key, value)
+        return out
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    left_pad: int32[B]; mask: bool[B, 1, T, S] for kernels that take one, None where plain causal says the same.
+
+def attend_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A query sees the keys up to its own place: [B, T, heads, head_dim] over [B, T, kv_heads, head_dim].
+
+    Rows may be padded on the right: nothing before the padding sees it.
     """
-
-    left_pad: Tensor
-    mask: Tensor | None
-
-    @classmethod
-    def prefill(cls, left_pad: Tensor, length: int) -> CausalPadding:
-        """For T = S = `length`."""
-        if not left_pad.any():
-            return cls(left_pad, None)
-        at = torch.arange(length, device=left_pad.device)
-        seen = (at[None, :] <= at[:, None]) & (at[None, None, :] >= left_pad[:, None, None])
-        # A query inside the padding would see nothing and its NaN would spread through zero weights: it sees itself.
-        return cls(left_pad, (seen | torch.eye(length, dtype=torch.bool, device=at.device))[:, None])
-
-    @classmethod
-    def decode(cls, left_pad: Tensor, length: int) -> CausalPadding:
-        """For T = 1, S = `length`."""
-        at = torch.arange(length, device=left_pad.device)
-        return cls(left_pad, (at[None, :] >= left_pad[:, None])[:, None, None])
+    if flash := _flash_attn(query):
+        out: Tensor = flash.flash_attn_func(query, key, value, causal=True)
+        return out
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | None = None) -> Tensor:
-    """Attention of [B, H, T, D] queries over [B, Hkv, S, D] keys and values -> [B, H, T, D].
+def attend_cached(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+    """The newest token of each row over the row's own cache: [B, 1, heads, head_dim], also the result.
 
-    `causal` None means that every query sees every key. Hkv must divide H (grouped queries). flash-attn computes it
-    on CUDA in half precision where it is installed, torch's own kernels everywhere else.
+    keys, values: [B, S, kv_heads, head_dim], of which row b holds the first `lengths[b]` (int32[B]);
+    mask: bool[B, 1, 1, S] says the same to kernels that take one.
     """
-    if query.is_cuda and query.dtype != torch.float32 and (flash := _flash_attn()) is not None:
-        return _attend_flash(flash, query, key, value, causal)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=causal.mask if causal else None,
-        is_causal=causal is not None and causal.mask is None,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    if flash := _flash_attn(query):
+        out: Tensor = flash.flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths)
+        return out
+    batch, _, heads, head_dim = query.shape
+    # The queries that share a key head take the place of its time steps: no key is repeated for them.
+    grouped = query.view(batch, keys.shape[2], heads // keys.shape[2], head_dim)
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(batch, 1, heads, head_dim)
 
 
-def _attend_flash(flash: Any, query: Tensor, key: Tensor, value: Tensor, causal: CausalPadding | None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
-    if causal is None:
-        out: Tensor = flash.flash_attn_func(q, k, v)
-    else:
-        lengths = torch.full_like(causal.left_pad, k.shape[1])
-        out = flash.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, cache_leftpad=causal.left_pad, causal=True)
-    return out.transpose(1, 2)
+def _flash_attn(query: Tensor) -> Any | None:
+    return _import_flash_attn() if query.is_cuda and query.dtype != torch.float32 else None
 
 
 @cache
-def _flash_attn() -> Any | None:
+def _import_flash_attn() -> Any | None:
     try:
         import flash_attn
     except ImportError:

@@ -1,4 +1,4 @@
-"""Batched generation: requests in, completions out; tiles to visual tokens, prefill, decode steps.
+"""Generation with row replacement: a finished row leaves and the next one enters at the next step.
 
 Knows token ids only: no prompts, no pictures.
 """
@@ -6,21 +6,25 @@ Knows token ids only: no prompts, no pictures.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovis_model.attention import CausalPadding
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.kv_cache import KVCache, bytes_per_token
+from ovis_model.kv_cache import DecodeStep, KVCache, Memory, Prefill, bytes_per_token
 from ovis_model.model import Ovis
-from ovis_model.sampling import Sampler
+from ovis_model.sampling import RandomStream, Sampler
+from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
 from ovis_model.text import cut_at_stop, detokenize, load_tokenizer
 from ovis_model.types import Completion, EngineDied, FinishReason, Request, RequestError, SamplingParams
 from ovis_model.weights import load_model
@@ -29,14 +33,18 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What one pass over the device may hold, so that the largest one fits by construction."""
+@dataclass
+class Stats:
+    """Of all work so far. `row_steps` counts the rows of each decode step, `slot_steps` the slots there were."""
 
-    kv_tokens: int  # of all rows that decode side by side, padding included
-    rows: int = 128
-    prefill_tokens: int = 16384
-    vision_tiles: int = 16  # a tile of a published size takes about 0.1 GB in the visual head
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    tiles: int = 0
+    prompt_tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    slot_steps: int = 0
 
 
 class OvisEngine:
@@ -45,8 +53,13 @@ class OvisEngine:
     def __init__(self, model: Ovis, *, tokenizer: Tokenizer | None = None, budget: Budget | None = None) -> None:
         self.model = model
         self.config: OvisConfig = model.config
-        self.budget = budget or Budget(kv_tokens=_free_kv_tokens(model))
+        self.stats = Stats()
+        self._scheduler = Scheduler(budget or Budget(kv_tokens=_free_kv_tokens(model)))
         self._tokenizer = tokenizer  # for stop strings only
+        self._cache: KVCache | None = None
+        self._sampler: Sampler | None = None
+        self._lock = threading.Lock()
+        self._fault: BaseException | None = None
 
     @classmethod
     def from_pretrained(
@@ -75,19 +88,38 @@ class OvisEngine:
     ) -> list[Completion]:
         """Completions in the order of `requests`; `params` for all of them or one for each.
 
-        In float32 a row's tokens are those that it gets alone. Raises RequestError naming the first request that can
+        In float32 a row's tokens are those that it gets alone. Several threads may call at once: their rows run side
+        by side, so that the last rows of one call do not leave slots empty. Raises RequestError if a request can
         never be generated, EngineDied when the device is lost.
         """
-        rows = _rows(requests, params)
+        each = [params] * len(requests) if isinstance(params, SamplingParams) else params
+        if len(each) != len(requests):
+            raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
+        rows = [Row(request, own, RandomStream(own.seed)) for request, own in zip(requests, each, strict=True)]
         for index, row in enumerate(rows):
             self._check(index, row)
-        for batch in self._batches(rows):
-            self._run(batch)
+        with self._lock:
+            self._scheduler.waiting.extend(rows)
+        for row in rows:
+            while not row.has_left:
+                self._step_for_all_threads()
         return [row.completion() for row in rows]
 
-    def _check(self, index: int, row: _Row) -> None:
+    def _step_for_all_threads(self) -> None:
+        """Whichever thread has the lock takes a step, for its own rows and for those of the others."""
+        with self._lock:
+            if self._fault is not None:
+                raise self._fault
+            try:
+                self._step_within_memory()
+            except BaseException as fault:
+                self._fault = fault  # the state of the rows is unknown now, to all threads
+                raise
+
+    def _check(self, index: int, row: Row) -> None:
+        budget = self._scheduler.budget
         needed = row.num_prompt_tokens + row.params.max_new_tokens
-        limit = min(self.config.max_length, self.budget.kv_tokens)
+        limit = min(self.config.max_length, budget.kv_tokens)
         if needed > limit:
             raise RequestError(
                 f"request {index}: {row.num_prompt_tokens} prompt + {row.params.max_new_tokens} output tokens are "
@@ -96,122 +128,149 @@ class OvisEngine:
         if row.params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer: give OvisEngine one")
 
-    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        """Rows of like length together: a batch is as wide as its longest row."""
-        batch: list[_Row] = []
-        for row in sorted(rows, key=lambda row: -row.num_tokens_at_most):
-            width = batch[0].num_tokens_at_most if batch else 0
-            if len(batch) == self.budget.rows or width * (len(batch) + 1) > self.budget.kv_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
-
-    def _run(self, batch: list[_Row]) -> None:
-        """Generate all rows of `batch`, in halves if the device says that it is too large after all."""
+    def _step_within_memory(self) -> None:
+        """A step; if the device is out of memory after all, the rows start again with half the budget."""
         try:
-            self._decode(batch)
-            return
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise RequestError(f"out of device memory on a request of its own: {error}") from error
+            self._step()
         except torch.AcceleratorError as error:
             raise EngineDied(str(error)) from error
-        half = len(batch) // 2
-        for part in (batch[:half], batch[half:]):
-            self._run([row.restarted() for row in part])
+        except torch.OutOfMemoryError as error:
+            self._shrink(error)
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        scheduler = self._scheduler
+        scheduler.restart_all()
+        if scheduler.budget.slots == 1:
+            failed = scheduler.waiting.popleft()
+            failed.error = RequestError(f"out of device memory on a request of its own: {error}")
+        scheduler.budget = _halved(scheduler.budget)
+        self._cache = self._sampler = None
 
     @torch.inference_mode()
-    def _decode(self, batch: list[_Row]) -> None:
-        width = max(row.num_prompt_tokens for row in batch)
-        left_pad = torch.tensor([width - row.num_prompt_tokens for row in batch], dtype=torch.int32)
-        left_pad = left_pad.to(self.model.device)
-        capacity = width + max(row.params.max_new_tokens for row in batch)
-        kv_cache = self._allocate(len(batch), capacity)
-        sampler = Sampler([row.params for row in batch], self.config.language.vocab_size, self.model.device)
-        logits = self._prefill(batch, left_pad, width, kv_cache)
-        while True:
-            ids, logprobs = sampler(logits)
-            self._record(batch, ids.tolist(), logprobs.tolist())
-            if all(row.finish_reason for row in batch):
-                return
-            logits = self._step(ids, left_pad, kv_cache)
+    def _step(self) -> None:
+        """Rows enter and leave, then one token of every row."""
+        self._replace_finished()
+        running = self._scheduler.running
+        if not running:
+            return
+        with self._timed("decode_s"):
+            lengths = [row.num_cached for row in running]
+            step = DecodeStep(self._held_cache(), self._tensor(lengths), max(lengths))
+            ids = self._tensor([row.output_ids[-1] for row in running])
+            embeds = self.model.llm.model.embed_tokens(ids[:, None])
+            logits = self._logits(embeds, self._tensor(lengths)[:, None], step)[:, -1]
+            self._sampler = self._sampler or self._sampler_of(running)
+            self._record(running, self._sampler, logits)
+        self.stats.steps += 1
+        self.stats.row_steps += len(running)
+        self.stats.slot_steps += self._scheduler.slots
 
-    def _allocate(self, rows: int, capacity: int) -> KVCache:
-        return KVCache.allocate(
+    def _replace_finished(self) -> None:
+        """Waiting rows take free slots until none is free or none waits; a row may be finished by its first token."""
+        while True:
+            admitted = self._scheduler.admit()
+            for move in self._scheduler.retire():
+                self._held_cache().move(move.source, move.target, move.length)
+                self._sampler = None
+            if self._scheduler.plan_cache():
+                self._allocate()
+                continue
+            if not admitted:
+                return
+            self._prefill(admitted)
+
+    def _allocate(self) -> None:
+        self._cache = None  # before the next one, not beside it
+        self._cache = KVCache(
             self.config.language,
-            rows=rows,
-            capacity=capacity,
+            slots=self._scheduler.slots,
+            capacity=self._scheduler.capacity,
             device=self.model.device,
             dtype=self.model.dtype,
         )
 
-    def _prefill(self, batch: list[_Row], left_pad: Tensor, width: int, kv_cache: KVCache) -> Tensor:
-        """Prompts into the cache, a few rows at a time -> logits [B, vocab] after each row's last token."""
-        rows_at_once = max(1, self.budget.prefill_tokens // width)
-        logits = []
-        for start in range(0, len(batch), rows_at_once):
-            part = batch[start : start + rows_at_once]
-            pad = left_pad[start : start + len(part)]
-            embeds = self._left_padded(self._embed([row.request for row in part]), width)
-            position_ids = (torch.arange(width, device=pad.device) - pad[:, None]).clamp(min=0)
-            causal = CausalPadding.prefill(pad, width)
-            view = kv_cache.rows(start, start + len(part))
-            logits.append(self.model(embeds, position_ids, causal, view, last_only=True)[:, -1])
-        kv_cache.length = width
-        return torch.cat(logits)
+    def _held_cache(self) -> KVCache:
+        assert self._cache is not None, "rows run without a cache"
+        return self._cache
 
-    def _step(self, ids: Tensor, left_pad: Tensor, kv_cache: KVCache) -> Tensor:
-        """One token of every row, int64[B] -> logits [B, vocab]."""
-        embeds = self.model.llm.model.embed_tokens(ids[:, None])
-        causal = CausalPadding.decode(left_pad, kv_cache.length + 1)
-        position_ids = kv_cache.length - left_pad[:, None]
-        logits: Tensor = self.model(embeds, position_ids, causal, kv_cache)
-        return logits[:, -1]
+    def _prefill(self, admitted: dict[int, Row]) -> None:
+        """Prompts into their slots, and the first token of each row."""
+        self._encode_ahead(list(admitted.values()))
+        slot_of = {id(row): slot for slot, row in admitted.items()}
+        with self._timed("prefill_s"):
+            for group in prefill_groups(list(admitted.values()), self._scheduler.budget.prefill_tokens):
+                slots = self._tensor([slot_of[id(row)] for row in group])
+                self._record(group, self._sampler_of(group), self._prompt_logits(group, slots))
+        self._sampler = None
 
-    def _embed(self, requests: Sequence[Request]) -> list[Tensor]:
-        """The embeddings [T, hidden_size] of each prompt; tiles of all requests share the passes over the tower."""
-        visual = self._encode(requests)
-        counts = [len(request.tiles) * self.config.vision.tokens_per_tile for request in requests]
-        device = self.model.device
-        return [
-            self.model.embed(torch.from_numpy(request.input_ids.astype(np.int64)).to(device), part)
-            for request, part in zip(requests, torch.split(visual, counts), strict=True)
-        ]
+    def _prompt_logits(self, group: list[Row], slots: Tensor) -> Tensor:
+        """[B, vocab] after the last prompt token of each row."""
+        width = group[0].num_prompt_tokens
+        embeds = self.model.vte.weight.new_zeros(len(group), width, self.config.language.hidden_size)
+        for place, row in zip(embeds, group, strict=True):
+            place[: row.num_prompt_tokens] = self.model.embed(self._tensor(row.request.input_ids), row.visual)
+            row.visual = None
+        position_ids = torch.arange(width, device=self.model.device).expand(len(group), -1)
+        hidden = self.model.llm.model(embeds, position_ids, Prefill(self._held_cache(), slots))
+        last = self._tensor([row.num_prompt_tokens - 1 for row in group])
+        self.stats.prompt_tokens += sum(row.num_prompt_tokens for row in group)
+        return self.model.llm.logits(hidden[torch.arange(len(group), device=last.device), last])
+
+    def _encode_ahead(self, admitted: list[Row]) -> None:
+        """Visual embeddings of the rows let in, and of those next in line until the passes are full."""
+        rows = [row for row in admitted if row.visual is None]
+        num_tiles = sum(len(row.request.tiles) for row in rows)
+        most = self._scheduler.budget.vision_tiles
+        wanted = -(-num_tiles // most) * most
+        for row in self._scheduler.waiting:
+            if row.visual is None and num_tiles < wanted:
+                if num_tiles + len(row.request.tiles) > wanted:
+                    break
+                rows.append(row)
+                num_tiles += len(row.request.tiles)
+        with self._timed("vision_s"):
+            visual = self._encode([row.request for row in rows])
+        counts = [len(row.request.tiles) * self.config.vision.tokens_per_tile for row in rows]
+        for row, part in zip(rows, torch.split(visual, counts), strict=True):
+            row.visual = part
+        self.stats.tiles += num_tiles
 
     def _encode(self, requests: Sequence[Request]) -> Tensor:
-        """Visual embeddings [all tokens, hidden_size] of all tiles, in order."""
+        """Visual embeddings [all tokens, hidden_size] of all tiles, in order; passes cross the borders of rows."""
         parts = [self.model.vte.weight.new_empty(0, self.config.language.hidden_size)]
         tiles = [tile for request in requests for tile in request.tiles]
         sizes = [size for request in requests for size in request.tile_sizes]
-        for start in range(0, len(tiles), self.budget.vision_tiles):
-            chunk = slice(start, start + self.budget.vision_tiles)
-            pixels = self.model.normalize(self._to_device(tiles[chunk]), self._to_device(sizes[chunk]))
+        most = self._scheduler.budget.vision_tiles
+        for start in range(0, len(tiles), most):
+            chunk = slice(start, start + most)
+            pixels = self.model.normalize(self._stack(tiles[chunk]), self._stack(sizes[chunk]))
             parts.append(self.model.encode_tiles(pixels).flatten(0, 1))
         return torch.cat(parts)
 
-    def _to_device(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays)).to(self.model.device)
+    def _logits(self, embeds: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
+        return self.model.llm.logits(self.model.llm.model(embeds, position_ids, memory))
 
-    def _left_padded(self, embeds: Sequence[Tensor], width: int) -> Tensor:
-        padded = embeds[0].new_zeros(len(embeds), width, embeds[0].shape[1])
-        for row, embed in enumerate(embeds):
-            padded[row, width - len(embed) :] = embed
-        return padded
+    def _sampler_of(self, rows: Sequence[Row]) -> Sampler:
+        return Sampler(
+            [row.params for row in rows],
+            [row.stream for row in rows],
+            self.config.language.vocab_size,
+            self.model.device,
+            [row.output_ids for row in rows],
+        )
 
-    def _record(self, batch: list[_Row], ids: list[int], logprobs: list[float]) -> None:
-        for row, token_id, logprob in zip(batch, ids, logprobs, strict=True):
-            if not row.finish_reason:
-                row.append(token_id, logprob)
-                row.finish_reason = self._finish_reason(row)
+    def _record(self, rows: Sequence[Row], sampler: Sampler, logits: Tensor) -> None:
+        ids, logprobs = sampler(logits)
+        for row, token_id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+            row.append(token_id, logprob)
+            row.finish_reason = self._finish_reason(row)
 
-    def _finish_reason(self, row: _Row) -> FinishReason | None:
+    def _finish_reason(self, row: Row) -> FinishReason | None:
         if row.output_ids[-1] in self.config.eos_token_ids or self._is_stopped(row):
             return "stop"
         return "length" if len(row.output_ids) == row.params.max_new_tokens else None
 
-    def _is_stopped(self, row: _Row) -> bool:
+    def _is_stopped(self, row: Row) -> bool:
         if not row.params.stop or self._tokenizer is None:
             return False
         # A character takes up to four byte tokens: only the tail can newly hold a stop string.
@@ -219,44 +278,26 @@ class OvisEngine:
         text = detokenize(self._tokenizer, tail)
         return cut_at_stop(text, row.params.stop) != text
 
+    def _tensor(self, values: Sequence[int] | NDArray[np.int32]) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int64).to(self.model.device)
 
-@dataclass
-class _Row:
-    """A request on its way to a completion."""
+    def _stack(self, arrays: Sequence[NDArray[np.uint8]] | Sequence[NDArray[np.int32]]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays)).to(self.model.device)
 
-    request: Request
-    params: SamplingParams
-    output_ids: list[int] = field(default_factory=list)
-    logprob_sum: float = 0.0
-    finish_reason: FinishReason | None = None
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.input_ids)
-
-    @property
-    def num_tokens_at_most(self) -> int:
-        return self.num_prompt_tokens + self.params.max_new_tokens
-
-    def append(self, token_id: int, logprob: float) -> None:
-        self.output_ids.append(token_id)
-        self.logprob_sum += logprob
-
-    def restarted(self) -> _Row:
-        self.output_ids, self.logprob_sum, self.finish_reason = [], 0.0, None
-        return self
-
-    def completion(self) -> Completion:
-        assert self.finish_reason is not None, "a row left the engine unfinished"
-        mean = self.logprob_sum / len(self.output_ids) if self.params.logprobs else float("nan")
-        return Completion(np.array(self.output_ids, dtype=np.int32), self.finish_reason, mean)
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started_s = perf_counter()
+        yield
+        setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
 
 
-def _rows(requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]) -> list[_Row]:
-    each = [params] * len(requests) if isinstance(params, SamplingParams) else params
-    if len(each) != len(requests):
-        raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
-    return [_Row(request, own) for request, own in zip(requests, each, strict=True)]
+def _halved(budget: Budget) -> Budget:
+    return replace(
+        budget,
+        slots=max(1, budget.slots // 2),
+        prefill_tokens=max(1, budget.prefill_tokens // 2),
+        vision_tiles=max(1, budget.vision_tiles // 2),
+    )
 
 
 def _device(name: Device) -> torch.device:
@@ -279,7 +320,4 @@ def _free_kv_tokens(model: Ovis, share: float = 0.5) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
     else:
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(
-        model.config.max_length,
-        int(free_bytes * share) // bytes_per_token(model.config.language, model.dtype),
-    )
+    return max(model.config.max_length, int(free_bytes * share) // bytes_per_token(model.config.language, model.dtype))

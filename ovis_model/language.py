@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ovis_model.attention import CausalPadding, attend
 from ovis_model.config import LanguageConfig
-from ovis_model.kv_cache import KVCache
+from ovis_model.kv_cache import Memory
 from ovis_model.layers import RMSNorm
 
 
@@ -25,6 +24,14 @@ class Qwen2ForCausalLM(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+
+    def fuse(self) -> None:
+        """Lay out for inference: see `FusedRows`."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.qkv.fuse()
+            if isinstance(module, GatedMLP):
+                module.gate_up.fuse()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size]"""
@@ -40,15 +47,11 @@ class Qwen2Model(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, hidden: Tensor, position_ids: Tensor, causal: CausalPadding, kv_cache: KVCache | None = None
-    ) -> Tensor:
-        """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `kv_cache` grows by T tokens."""
+    def forward(self, hidden: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
+        """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `memory` takes in what the layers add."""
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, rotary, causal, kv_cache)
-        if kv_cache is not None:
-            kv_cache.length += hidden.shape[1]
+            hidden = layer(hidden, rotary, memory)
         out: Tensor = self.norm(hidden)
         return out
 
@@ -57,10 +60,13 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_table(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Cosines and sines [B, 1, T, head_dim] of RoPE (arXiv:2104.09864), angles in float32."""
-    angles = position_ids[:, None, :, None].float() * _frequencies(head_dim, theta, position_ids.device)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """Cosines and sines [B, T, 1, head_dim] of RoPE (arXiv:2104.09864), angles in float32.
+
+    The first half of the sines is negated: see `rotate`.
+    """
+    angles = position_ids[:, :, None, None].float() * _frequencies(head_dim, theta, position_ids.device)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 @cache
@@ -70,10 +76,9 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Apply RoPE to [B, heads, T, head_dim]; the two halves of a head are the pairs."""
+    """Apply RoPE to [B, T, heads, head_dim]; the two halves of a head are the pairs."""
     cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class DecoderLayer(nn.Module):
@@ -84,32 +89,34 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, causal: CausalPadding, kv_cache: KVCache | None) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, causal, kv_cache)
+    def forward(self, hidden: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, memory)
         out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return out
 
 
 class SelfAttention(nn.Module):
+    """Grouped-query attention. The three input projections are one product over `FusedRows`."""
+
     def __init__(self, config: LanguageConfig, index: int) -> None:
         super().__init__()
         self.layer_index = index
-        self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv = FusedRows(self.q_proj, self.k_proj, self.v_proj)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, causal: CausalPadding, kv_cache: KVCache | None) -> Tensor:
-        batch, length, _ = hidden.shape
-        shape = (batch, length, -1, self.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (proj(hidden).view(shape).transpose(1, 2) for proj in projections)
-        query, key = rotate(query, rotary), rotate(key, rotary)
-        if kv_cache is not None:
-            key, value = kv_cache.append(self.layer_index, key, value)
-        out: Tensor = self.o_proj(attend(query, key, value, causal).transpose(1, 2).reshape(batch, length, -1))
+    def forward(self, hidden: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
+        batch, length, size = hidden.shape
+        heads = self.qkv(hidden).view(batch, length, self.num_heads + 2 * self.num_kv_heads, -1)
+        turned = rotate(heads[:, :, : -self.num_kv_heads], rotary)
+        query, key = turned[:, :, : self.num_heads], turned[:, :, self.num_heads :]
+        value = heads[:, :, -self.num_kv_heads :]
+        attended = memory.attend(self.layer_index, query, key, value)
+        out: Tensor = self.o_proj(attended.reshape(batch, length, size))
         return out
 
 
@@ -119,7 +126,43 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = FusedRows(self.gate_proj, self.up_proj)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
+
+
+class FusedRows:
+    """Several linear layers over the same input as one matrix product.
+
+    `fuse` lays their parameters out as parts of one matrix, so that names and state dict stay those of the checkpoint
+    and no weight is held twice; until then, and while training, the matrix is put together for each product.
+    """
+
+    def __init__(self, *parts: nn.Linear) -> None:
+        self._parts = parts
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def fuse(self) -> None:
+        """On the device and in the type that the parameters have now; moving them later would undo it."""
+        with torch.no_grad():
+            self._weight, self._bias = self._stacked()
+        start = 0
+        for part in self._parts:
+            rows = slice(start, start + part.out_features)
+            part.weight.data = self._weight[rows]
+            if self._bias is not None:
+                part.bias.data = self._bias[rows]
+            start = rows.stop
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self._stacked() if self._weight is None else (self._weight, self._bias)
+        return F.linear(x, weight, bias)
+
+    def _stacked(self) -> tuple[Tensor, Tensor | None]:
+        weights: list[Tensor] = [part.weight for part in self._parts]
+        biases: list[Tensor] = [part.bias for part in self._parts if part.bias is not None]
+        return torch.cat(weights), torch.cat(biases) if biases else None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ovis_model.attention import CausalPadding
 from ovis_model.config import NUM_INDICATORS, OvisConfig
-from ovis_model.kv_cache import KVCache
+from ovis_model.kv_cache import NoMemory
 from ovis_model.language import Qwen2ForCausalLM
 from ovis_model.pixels import normalization_table
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
@@ -68,20 +67,9 @@ class Ovis(nn.Module):
         embeds = embeds.masked_scatter(atoms[:, None], visual.to(embeds.dtype))
         return embeds.masked_scatter(indicators[:, None], self.vte(indicator_rows))
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        position_ids: Tensor,
-        causal: CausalPadding | None = None,
-        kv_cache: KVCache | None = None,
-        *,
-        last_only: bool = False,
-    ) -> Tensor:
-        """[B, T, hidden_size], int64[B, T] -> logits [B, T, vocab_size], or [B, 1, vocab_size] if `last_only`."""
-        if causal is None:
-            causal = CausalPadding(inputs_embeds.new_zeros(inputs_embeds.shape[0], dtype=torch.int32), None)
-        hidden = self.llm.model(inputs_embeds, position_ids, causal, kv_cache)
-        return self.llm.logits(hidden[:, -1:] if last_only else hidden)
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T, hidden_size], int64[B, T] -> logits [B, T, vocab_size]: for training and for scoring whole texts."""
+        return self.llm.logits(self.llm.model(inputs_embeds, position_ids, NoMemory()))
 
 
 def _inside(tile_sizes: Tensor, side: int) -> Tensor:

@@ -11,21 +11,46 @@ from torch import Tensor
 from ovis_model.types import SamplingParams
 
 
-class Sampler:
-    """For a batch of rows that are generated side by side.
+class RandomStream:
+    """A row's own random numbers; None draws a seed."""
 
-    Order of operations as in transformers: repetition penalty, temperature, top-k, top-p. A row draws one uniform
-    number a step from a generator of its own on the CPU, so neighbours and device cannot change its sample.
+    def __init__(self, seed: int | None) -> None:
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def uniform(self) -> float:
+        """The next number in [0, 1)."""
+        return float(torch.rand(1, generator=self._generator))
+
+
+class Sampler:
+    """For rows that are generated side by side; made anew when one of them leaves or enters.
+
+    Order of operations as in transformers: repetition penalty, temperature, top-k, top-p. A sampled row draws one
+    number a step from its own stream on the CPU, so neighbours and device cannot change its sample.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> None:
-        self._params = params
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        streams: Sequence[RandomStream],
+        vocab_size: int,
+        device: torch.device,
+        output_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """`output_ids`: what each row has generated before, for the penalty."""
+        self._params, self._streams = params, streams
         self._sampled = [row for row, p in enumerate(params) if p.temperature > 0]
-        self._generators = [_generator(params[row].seed) for row in self._sampled]
         self._wants_logprobs = any(p.logprobs for p in params)
         self._penalty = _column([p.repetition_penalty for p in params], device)
-        penalised = any(p.repetition_penalty != 1 for p in params)
-        self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device) if penalised else None
+        self._seen: Tensor | None = None
+        if any(p.repetition_penalty != 1 for p in params):
+            self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
+            for row, ids in enumerate(output_ids or ()):
+                self._seen[row, list(ids)] = True
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[B, vocab] -> ids int64[B] and their log-probabilities float32[B] under the unmodified logits."""
@@ -50,7 +75,7 @@ class Sampler:
         sorted_p, order = probabilities.sort(dim=-1, descending=True, stable=True)
         kept = _truncate(sorted_p, params)
         cumulative = kept.cumsum(-1)
-        uniform = torch.cat([torch.rand(1, generator=g) for g in self._generators]).to(scores.device)
+        uniform = torch.tensor([self._streams[row].uniform() for row in self._sampled], device=scores.device)
         # `right`: a draw of exactly 0 must not choose a token of probability 0.
         at = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
         return order.gather(1, at.clamp(max=_last_kept(kept))).squeeze(1)
@@ -79,12 +104,3 @@ def _last_kept(kept: Tensor) -> Tensor:
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None]
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator

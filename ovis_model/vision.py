@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ovis_model.attention import attend
+from ovis_model.attention import attend_all
 from ovis_model.config import VisionConfig
 from ovis_model.layers import RMSNorm
 
@@ -121,8 +121,7 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         n, patches, size = hidden.shape
         qkv = self.qkv(hidden).view(n, patches, 3, self.num_heads, size // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, patches, head_dim]
-        out: Tensor = self.proj(attend(query, key, value).transpose(1, 2).reshape(n, patches, size))
+        out: Tensor = self.proj(attend_all(*qkv.unbind(2)).reshape(n, patches, size))
         return out
 
 

@@ -39,8 +39,9 @@ def empty_model(config: OvisConfig, *, device: torch.device, dtype: torch.dtype,
     """An Ovis in eval mode whose parameters are allocated and not initialised."""
     with torch.device("meta"):
         model = Ovis(config, post_trunk_norm=post_trunk_norm).to(dtype)
-    model = model.to_empty(device=device).eval()
-    return model.requires_grad_(False)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    model.llm.fuse()
+    return model
 
 
 def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:

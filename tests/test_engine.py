@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from ovis_model.config import Layout
-from ovis_model.engine import Budget, OvisEngine
+from ovis_model.engine import OvisEngine
+from ovis_model.kv_cache import DecodeStep, KVCache
 from ovis_model.processor import Processor
+from ovis_model.scheduler import Budget
 from ovis_model.text import cut_at_stop
 from ovis_model.types import Request, RequestError, SamplingParams
 from tests.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, expected_arrays, picture
@@ -56,7 +59,7 @@ def test_greedy_ids_are_the_originals_one_by_one_and_in_one_batch(checkpoint: st
 def test_order_neighbours_and_budgets_change_nothing(checkpoint: str) -> None:
     requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
     rng = random.Random(7)
-    for budget in (Budget(kv_tokens=400, rows=3), Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)):
+    for budget in (Budget(kv_tokens=600, slots=3), Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)):
         engine = OvisEngine(engine_of(checkpoint).model, budget=budget)
         for _ in range(3):
             order = rng.choices(range(len(requests)), k=13)
@@ -131,6 +134,36 @@ def test_a_stop_string_ends_a_row_and_is_cut() -> None:
     assert completion.finish_reason == "stop"
     assert len(completion.output_ids) < 48
     assert cut_at_stop(processor.detokenize(completion.output_ids), (stop,)) == text[: text.index(stop)]
+
+
+def test_threads_share_the_slots_and_get_their_own_rows() -> None:
+    checkpoint = "tiny56-tied"
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=4))
+    requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
+    orders = [random.Random(seed).sample(range(len(requests)), k=len(requests)) for seed in range(5)]
+    with ThreadPoolExecutor(len(orders)) as pool:
+        found = list(pool.map(lambda order: ids_of(engine, [requests[i] for i in order]), orders))
+    assert found == [[wanted[i] for i in order] for order in orders]
+    assert engine.stats.row_steps > 0.9 * engine.stats.slot_steps
+
+
+def test_out_of_memory_halves_the_batch_then_fails_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device reports it above two rows at once, then always."""
+    checkpoint = "tiny56-tied"
+    requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
+    step, most_rows = DecodeStep.__init__, 2
+
+    def limited(self: DecodeStep, cache: KVCache, lengths: torch.Tensor, longest: int) -> None:
+        if len(lengths) > most_rows:
+            raise torch.OutOfMemoryError("too many rows")
+        step(self, cache, lengths, longest)
+
+    monkeypatch.setattr(DecodeStep, "__init__", limited)
+    assert ids_of(engine, requests) == wanted
+    most_rows = 0
+    with pytest.raises(RequestError, match="out of device memory on a request of its own"):
+        engine.generate(requests, GREEDY)
 
 
 def test_a_request_that_never_fits_says_by_how_much() -> None:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ovis_model.sampling import Sampler
+from ovis_model.sampling import RandomStream, Sampler
 from ovis_model.types import SamplingParams
 
 CPU = torch.device("cpu")
 VOCAB = 23
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 3
+
+
+def sampler_of(params: list[SamplingParams]) -> Sampler:
+    return Sampler(params, [RandomStream(p.seed) for p in params], VOCAB, CPU)
 
 
 def peer_probabilities(params: SamplingParams, seen: list[int]) -> Tensor:
@@ -46,7 +50,7 @@ def peer_probabilities(params: SamplingParams, seen: list[int]) -> Tensor:
 def test_frequencies_are_those_of_transformers(options: dict[str, float]) -> None:
     num_rows = 4000
     params = [SamplingParams(**{"temperature": 1.0, **options}, seed=seed) for seed in range(num_rows)]  # type: ignore[arg-type]
-    sampler = Sampler(params, VOCAB, CPU)
+    sampler = sampler_of(params)
     first = int(LOGITS.argmax())
     forced = torch.full((num_rows, VOCAB), -1e9)
     forced[:, first] = 0
@@ -60,7 +64,7 @@ def test_frequencies_are_those_of_transformers(options: dict[str, float]) -> Non
 
 
 def test_greedy_is_the_argmax_after_the_penalty() -> None:
-    sampler = Sampler([SamplingParams(repetition_penalty=1e6), SamplingParams()], VOCAB, CPU)
+    sampler = sampler_of([SamplingParams(repetition_penalty=1e6), SamplingParams()])
     logits = LOGITS.clamp(min=0.1).expand(2, -1)
     order = LOGITS.argsort(descending=True).tolist()
     assert [sampler(logits)[0].tolist() for _ in range(3)] == [[order[i], order[0]] for i in range(3)]
@@ -70,7 +74,7 @@ def test_a_row_draws_the_same_whoever_its_neighbours_are() -> None:
     rows = [SamplingParams(temperature=1.0, seed=seed) for seed in range(6)]
 
     def draws(params: list[SamplingParams]) -> list[list[int]]:
-        sampler = Sampler(params, VOCAB, CPU)
+        sampler = sampler_of(params)
         steps = [sampler(LOGITS.expand(len(params), -1))[0].tolist() for _ in range(8)]
         return [list(row) for row in zip(*steps, strict=True)]
 
@@ -82,12 +86,12 @@ def test_a_row_draws_the_same_whoever_its_neighbours_are() -> None:
 
 def test_without_a_seed_rows_differ_from_run_to_run() -> None:
     params = [SamplingParams(temperature=1.0)] * 40
-    first, second = (Sampler(params, VOCAB, CPU)(LOGITS.expand(40, -1))[0].tolist() for _ in range(2))
+    first, second = (sampler_of(params)(LOGITS.expand(40, -1))[0].tolist() for _ in range(2))
     assert first != second
 
 
 def test_logprobs_can_be_off() -> None:
-    assert Sampler([SamplingParams(logprobs=False)], VOCAB, CPU)(LOGITS[None])[1].isnan().all()
+    assert sampler_of([SamplingParams(logprobs=False)])(LOGITS[None])[1].isnan().all()
 
 
 @pytest.mark.parametrize(
