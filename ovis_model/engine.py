@@ -168,10 +168,11 @@ class OvisEngine:
     def _replace_finished(self) -> None:
         """Waiting rows take free slots until none is free or none waits; a row may be finished by its first token."""
         while True:
+            if any(row.has_left for row in self._scheduler.running):
+                self._sampler = None
             admitted = self._scheduler.admit()
             for move in self._scheduler.retire():
                 self._held_cache().move(move.source, move.target, move.length)
-                self._sampler = None
             if self._scheduler.plan_cache():
                 self._allocate()
                 continue

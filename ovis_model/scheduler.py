@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ovis_model.sampling import RandomStream
-from ovis_model.types import Completion, FinishReason, Request, RequestError, SamplingParams
+from ovis_model.types import ROWS_SIDE_BY_SIDE, Completion, FinishReason, Request, RequestError, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Budget:
     """What the device may hold at once, so that the largest pass fits by construction."""
 
     kv_tokens: int  # slots x capacity of the cache
-    slots: int = 64  # rows that decode side by side at most
+    slots: int = ROWS_SIDE_BY_SIDE  # rows that decode side by side at most
     prefill_tokens: int = 8192  # of one pass, padding included
     vision_tiles: int = 16  # of one pass; a tile of a published size takes about 0.1 GB in the visual head
 

@@ -18,6 +18,9 @@ COLUMN_SEPARATOR_ID = -303
 ROW_SEPARATOR_ID = -304
 IMAGE_END_ID = -305
 
+ROWS_SIDE_BY_SIDE = 64
+"""Rows that an engine decodes at once if its memory allows: what feeds it should keep this many at hand."""
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -98,7 +101,10 @@ class Engine(Protocol):
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Completions in the order of `requests`. Raises RequestError if one of them cannot be generated."""
+        """Completions in the order of `requests`; several threads may call at once.
+
+        Raises RequestError if one of the requests cannot be generated, EngineDied if the device is lost.
+        """
         ...
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ovis_model.checkpoint import describe_checkpoint
+from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint
+from ovis_model.config import OvisConfig
+from ovis_model.types import ROWS_SIDE_BY_SIDE
 from pipelines.cluster import Pools, plan_pools, ray_session
 from pipelines.config import CaptionConfig
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
@@ -91,10 +93,11 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     # What there is, not what is free now: Ray waits for what another job or the pass before still holds.
     total = ray.cluster_resources()
     pools = plan_pools(config, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
-    logger.info("%s", pools)
+    sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config))
+    logger.info("%s %s", pools, sizes)
     _configure_ray_data()
     revision = run.record["model"]["revision"]
-    units = list(split(missing, _rows_per_unit(count(missing), pools)))
+    units = list(split(missing, sizes.rows_per_unit))
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
     dataset = ray.data.from_items([unit._asdict() for unit in units], override_num_blocks=len(units))
     prepared = dataset.map_batches(
@@ -107,24 +110,48 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     results = prepared.map_batches(
         Generate,
         fn_constructor_args=(config, revision, Replica(pools.device, pools.threads_per_replica), make_engine),
-        batch_size=_rows_per_batch(count(missing), pools),
+        batch_size=sizes.rows_per_batch,
         num_cpus=pools.replica_cpus,
         num_gpus=pools.replica_gpus,
-        compute=ActorPoolStrategy(size=pools.num_replicas, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(
+            size=pools.num_replicas,
+            max_concurrent_calls_per_actor=sizes.calls_per_replica,
+            enable_true_multi_threading=True,
+            max_tasks_in_flight_per_actor=sizes.calls_per_replica + 1,
+        ),
     )
     for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield table.cast(RESULT)
 
 
-def _rows_per_unit(num_rows: int, pools: Pools) -> int:
-    """A power of two that gives every preprocessor many units, and the driver no more than about 20,000 to hold."""
-    wanted = max(num_rows // (16 * pools.num_preprocessors), num_rows // 20_000)
-    return min(max(8, 1 << wanted.bit_length() >> 1), ROWS_PER_GROUP, 64 if num_rows < 1_000_000 else ROWS_PER_GROUP)
+@dataclass(frozen=True)
+class Sizes:
+    """`rows_per_unit`: what a preprocessor takes at once; `calls_per_replica`: batches that its engine mixes."""
+
+    rows_per_unit: int
+    rows_per_batch: int
+    calls_per_replica: int
 
 
-def _rows_per_batch(num_rows: int, pools: Pools) -> int:
-    """As many as a replica decodes side by side, fewer in a short run so that it starts early."""
-    return min(64, max(8, num_rows // (8 * pools.num_replicas)))
+def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int) -> Sizes:
+    """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
+
+    Many units, so that every actor has work early and late; few enough for the driver to hold (about 20,000).
+    """
+    fair_share = num_rows // (16 * pools.num_preprocessors)
+    rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // 20_000), 8)
+    rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
+    return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, 1 + -(-ROWS_SIDE_BY_SIDE // rows_per_batch))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one up to `number`, so that units fit into the row groups of the manifest."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def _most_tile_bytes(config: CaptionConfig) -> int:
+    side = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False)).vision.image_size
+    return (config.tiles_for(1) + 1) * 3 * side * side
 
 
 def _configure_ray_data() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,16 +31,18 @@ class FakeEngineFactory:
 class FakeEngine:
     def __init__(self, factory: FakeEngineFactory) -> None:
         self._factory = factory
+        self._lock = threading.Lock()  # one device: calls take turns
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        start_s = time.time()
-        time.sleep(self._factory.seconds_per_row * len(requests))
         for request in requests:
             if len(request.tiles) == self._factory.fails_on_tiles:
                 raise RequestError(f"{len(request.tiles)} tiles are an unlucky number")
-        self._log(start_s, len(requests))
+        with self._lock:
+            start_s = time.time()
+            time.sleep(self._factory.seconds_per_row * len(requests))
+            self._log(start_s, len(requests))
         return [Completion(np.array([len(r.tiles)], np.int32), "stop", -0.5) for r in requests]
 
     def _log(self, start_s: float, rows: int) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ovis_model.config import Layout
 from ovis_model.engine import OvisEngine
@@ -108,20 +111,38 @@ def test_finish_reasons(checkpoint: str) -> None:
         assert ended or len(completion.output_ids) == 48
 
 
-def test_a_sample_depends_on_its_seed_only() -> None:
-    engine, requests = engine_of("tiny56-tied"), golden_requests("tiny56-tied")
-    params = [
-        SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=seed)
-        for seed in range(len(requests))
-    ]
-    alone = [engine.generate([r], p)[0].output_ids.tolist() for r, p in zip(requests, params, strict=True)]
-    mixed_params = [*params, *[GREEDY] * len(requests)]
-    together = engine.generate([*requests, *requests], mixed_params)
-    assert [completion.output_ids.tolist() for completion in together[: len(requests)]] == alone
-    greedy = [completion.output_ids.tolist() for completion in together[len(requests) :]]
-    assert greedy == greedy_ids("tiny56-tied")
-    assert len({tuple(engine.generate(requests[:1], SamplingParams(temperature=1.0, max_new_tokens=12, seed=s))[0]
-                      .output_ids.tolist()) for s in range(4)}) > 1  # fmt: skip
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), slots=st.integers(1, 16))
+def test_rows_of_any_kind_enter_and_leave_without_touching_each_other(data: st.DataObject, slots: int) -> None:
+    """Greedy, penalised and sampled rows of any length, in any order, over any number of slots."""
+    requests = golden_requests("tiny56-tied")
+    picked = data.draw(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(sorted(PARAMS))), min_size=1, max_size=24))
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=len(picked), max_size=len(picked)))
+    params = [replace(PARAMS[kind], max_new_tokens=n) for (_, kind), n in zip(picked, lengths, strict=True)]
+    engine = OvisEngine(engine_of("tiny56-tied").model, budget=Budget(kv_tokens=200 * slots, slots=slots))
+    found = engine.generate([requests[i] for i, _ in picked], params)
+    for completion, (index, kind), length in zip(found, picked, lengths, strict=True):
+        assert completion.output_ids.tolist() == alone(index, kind)[:length]
+
+
+PARAMS = {
+    "greedy": GREEDY,
+    "penalised": SamplingParams(repetition_penalty=1.3),
+    "sampled": SamplingParams(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=1),
+    "other seed": SamplingParams(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=2),
+    "hot": SamplingParams(temperature=3.0, seed=3),
+}
+
+
+@cache
+def alone(index: int, kind: str) -> list[int]:
+    """The first 12 tokens of a golden request that has the engine to itself."""
+    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[index]
+    return ids_of(engine, [request], replace(PARAMS[kind], max_new_tokens=12))[0]
+
+
+def test_seeds_matter() -> None:
+    assert alone(0, "sampled") != alone(0, "other seed")
 
 
 def test_a_stop_string_ends_a_row_and_is_cut() -> None:
