@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.caption import Summary
+from pipelines.caption import StageFailed, Summary
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 
@@ -27,6 +27,9 @@ def run_job(job: Callable[[], Summary], *, max_error_rate: float) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
+    except StageFailed as error:
+        print(f"{error.__cause__}\n\nerror: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return FAILED

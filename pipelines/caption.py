@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -48,10 +49,14 @@ class RowsLost(RuntimeError):  # noqa: N818  (the name says what happened)
     """Rows of the manifest are not in the output: a fault of ours or of the store."""
 
 
+class StageFailed(RuntimeError):  # noqa: N818
+    """An actor raised what is no row's fault; the message is the actor's own, the cause its trace."""
+
+
 def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
     """Caption what is missing of the run in `config.output`.
 
-    Raises ValueError (usage: before any replica starts) and RowsLost.
+    Raises ValueError (usage: before any replica starts), StageFailed and RowsLost.
     """
     started_s = time.monotonic()
     model = describe_checkpoint(config.model, config.revision)
@@ -120,8 +125,11 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
             max_tasks_in_flight_per_actor=sizes.calls_per_replica + 1,
         ),
     )
-    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield table.cast(RESULT)
+    try:
+        for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield table.cast(RESULT)
+    except ray.exceptions.RayError as error:
+        raise StageFailed(_last_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,12 @@ def _most_tile_bytes(config: CaptionConfig) -> int:
     return (config.tiles_for(1) + 1) * 3 * side * side
 
 
+def _last_line(error: Exception) -> str:
+    """Of a remote trace: the exception's type and message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Died)\b", line)), lines[-1])
+
+
 def _configure_ray_data() -> None:
     from ray.data import DataContext
 
@@ -163,6 +177,9 @@ def _configure_ray_data() -> None:
     # Half an hour without a block fails a run by default: less than a large model may need to load.
     context.execution_no_progress_timeout_s = 4 * 3600
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # What an actor raises is told once, by us, and not with a request to open an issue at Ray's.
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
 
 

@@ -20,7 +20,7 @@ _LOCAL = {
     "address": "local",
     "num_cpus": max(2, os.cpu_count() or 2),
     "include_dashboard": False,
-    "logging_level": logging.ERROR,
+    "logging_level": logging.CRITICAL,
     "log_to_driver": False,
 }
 

@@ -27,12 +27,15 @@ class Job:
     """`python -m jobs.<name> ...` in a process group of its own."""
 
     arguments: list[str]
+    ray_address: str | None = None  # None: the job starts a Ray of its own
     process: subprocess.Popen[str] = field(init=False)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self) -> Job:
         environment = {**os.environ, _MARK: self.mark, "PYTHONPATH": str(ROOT)}
         environment.pop("RAY_ADDRESS", None)
+        if self.ray_address:
+            environment["RAY_ADDRESS"] = self.ray_address
         self.process = subprocess.Popen(
             [sys.executable, "-m", *self.arguments],
             cwd=ROOT,
@@ -88,9 +91,9 @@ class Finished:
         return summary
 
 
-def run_caption(*arguments: object) -> Finished:
+def run_caption(*arguments: object, ray_address: str | None = None) -> Finished:
     """`python -m jobs.caption ...` to its end, with nothing left behind."""
-    job = Job(["jobs.caption", *map(str, arguments)]).start()
+    job = Job(["jobs.caption", *map(str, arguments)], ray_address).start()
     finished = job.finish()
     job.wait_until_all_gone()
     return finished

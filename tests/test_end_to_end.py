@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ import pandas as pd
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ovis_model.processor import Processor
 from ovis_model.types import SamplingParams
@@ -247,6 +250,27 @@ def test_exit_codes(mixed: Path, tmp_path: Path) -> None:
     assert finished.exit_code == 3
     assert finished.summary["error"] / finished.summary["rows"] > 0.1
     assert "The most frequent reasons" in finished.stderr
+
+
+def test_a_running_cluster_is_joined_and_left_running(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    """As inside `ray job submit`, which sets RAY_ADDRESS."""
+    address = ray.get_runtime_context().gcs_address
+    finished = run_caption(pictures, tmp_path / "out", "--model", MODEL, "--max-new-tokens", 2, ray_address=address)
+    assert finished.exit_code == 0, finished.stderr
+    assert finished.summary["ok"] == 24
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 1
+
+
+def test_a_model_that_does_not_load_is_named(pictures: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(MODEL, broken)
+    tensors = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    save_file({name: tensor for name, tensor in tensors.items() if name != "vte.weight"}, broken / "model.safetensors")
+    finished = run_caption(pictures, tmp_path / "out", "--model", broken)
+    assert finished.exit_code == 1
+    assert finished.stderr.splitlines()[-1].endswith("do not fit its config.json; missing: vte.weight")
+    assert not finished.stdout
 
 
 def test_the_engine_is_busy_while_images_are_prepared(ray_cluster: None, tmp_path: Path) -> None:
