@@ -19,7 +19,7 @@ from pipelines.cluster import Pools, plan_pools, ray_session
 from pipelines.config import CaptionConfig
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.ledger import Ledger, Ranges, count, split
-from pipelines.manifest import ROWS_PER_GROUP
+from pipelines.manifest import ROWS_PER_GROUP, KeptColumns
 from pipelines.preprocess import BATCH_BYTES, Preprocess
 from pipelines.progress import RunProgress
 from pipelines.run import Run, open_run
@@ -75,7 +75,7 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
 def _caption_missing(
     config: CaptionConfig, run: Run, ledger: Ledger, progress: RunProgress, make_engine: EngineFactory
 ) -> None:
-    sink = Sink(run.data_uri, ledger, rows_per_file=config.rows_per_file)
+    sink = Sink(run.data_uri, ledger, rows_per_file=config.rows_per_file, kept=KeptColumns(run.output))
     reasons: Counter[str] = Counter()
     try:
         for _ in range(MAX_PASSES):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from ovis_model.prompt import CHAIN_OF_THOUGHT
 from ovis_model.types import SamplingParams
+from pipelines.schema import OUTPUT
 
 SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES = 9, 4  # the model card's
 
@@ -22,12 +23,21 @@ class CaptionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    input: tuple[str, ...] = Field(min_length=1, description="a file, directory, glob or URI; may be repeated")
+    input: tuple[str, ...] = Field(
+        min_length=1, description="a file, directory, glob or URI of images, tar, Parquet or JSONL; may be repeated"
+    )
     output: str = Field(description="a directory or URI")
     model: str = Field(description='a directory, a hub id such as AIDC-AI/Ovis2-1B, a URI, or "demo"')
     revision: str | None = Field(None, description="commit, tag or branch of a hub id")
 
-    prompt: str = Field("Describe the image.", description="what to ask about every image")
+    image_column: str | None = Field(None, description="column that holds the images; '' for none")
+    id_column: str | None = Field(None, description="column of unique ids; default the place in the input")
+    prompt_column: str | None = Field(None, description="column of questions; a row without one is asked --prompt")
+    keep_columns: tuple[str, ...] = Field((), description="columns C1,C2 to copy into the output")
+
+    prompt: str = Field(
+        "Describe the image.", description="what to ask; {name} stands for a column if the input has columns"
+    )
     system_prompt: str | None = Field(None, description="instead of the model's own")
     chain_of_thought: bool = Field(False, description="ask for step-by-step reasoning before the answer")
     max_tiles: PositiveInt | None = Field(
@@ -62,10 +72,23 @@ class CaptionConfig(BaseModel):
             raise ValueError("tensor-parallel replicas are not supported yet; use 1")
         return value
 
-    @property
-    def question(self) -> str:
-        """What is asked about every image."""
-        return f"{self.prompt}\n{CHAIN_OF_THOUGHT}" if self.chain_of_thought else self.prompt
+    @field_validator("keep_columns", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _no_clash(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted(set(names).intersection(OUTPUT.names)):
+            raise ValueError(f"the output has columns {', '.join(taken)} of its own; rename yours in the input")
+        if len(set(names)) < len(names):
+            raise ValueError("name each column once")
+        return names
+
+    def question(self, prompt: str) -> str:
+        """What is asked of a row with this prompt."""
+        return f"{prompt}\n{CHAIN_OF_THOUGHT}" if self.chain_of_thought else prompt
 
     def tiles_for(self, num_images: int) -> int:
         """`max_tiles` of each image in a row of `num_images`."""
@@ -137,7 +160,7 @@ def _argument(name: str) -> dict[str, Any]:
     help_text = (field.description or "") + (f" (default {field.default})" if has_default else "")
     if field.annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": help_text}
-    is_list = field.annotation == tuple[str, ...]
+    is_list = field.annotation == tuple[str, ...] and name != "keep_columns"
     return {"action": "append" if is_list else "store", "help": help_text, "metavar": "X"}
 
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipelines import store
 from pipelines.ledger import RowRange
-from pipelines.schema import MANIFEST
-from pipelines.sources import Item
+from pipelines.schema import KEPT, MANIFEST, ROW
 
 ROWS_PER_GROUP = 1 << 12
 ROWS_PER_FILE = 1 << 17
 
 
-def write_manifest(output: str, items: Sequence[Item], prompt: str) -> None:
-    """Row k is `items[k]`."""
-    for start in range(0, len(items), ROWS_PER_FILE):
-        table = _table(items[start : start + ROWS_PER_FILE], start, prompt)
+def write_manifest(output: str, tables: Iterable[pa.Table]) -> None:
+    """Tables of one schema, `schema.manifest` without the row number -> numbered files of ROWS_PER_FILE rows."""
+    for start, table in _files(tables):
+        numbers = pa.array(range(start, start + len(table)), pa.int64())
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, row_group_size=ROWS_PER_GROUP, compression="zstd")
+        numbered = table.add_column(0, MANIFEST.field(ROW), numbers)
+        pq.write_table(numbered, buffer, row_group_size=ROWS_PER_GROUP, compression="zstd")
         store.write_bytes(_file_of(output, start), buffer.getvalue())
 
 
@@ -30,23 +33,52 @@ def read_rows(output: str, rows: RowRange) -> pa.Table:
     """Schema MANIFEST. `rows` must lie within one row group: cut them at ROWS_PER_GROUP or a divisor of it."""
     first, last = rows.start // ROWS_PER_GROUP, (rows.stop - 1) // ROWS_PER_GROUP
     assert first == last, f"rows {rows} cross a row group of {ROWS_PER_GROUP}"
+    return _read_group(output, first, MANIFEST.names).slice(rows.start - first * ROWS_PER_GROUP, rows.stop - rows.start)
+
+
+class KeptColumns:
+    """The columns of the input that go on into the output; their values are read when the rows are written."""
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        with store.open_file(_file_of(self._output, 0)) as file:
+            columns = pq.read_schema(file)
+        return pa.schema(list(columns.field(KEPT).type) if KEPT in columns.names else [])
+
+    def read(self, rows: NDArray[np.int64]) -> list[pa.ChunkedArray]:
+        """The columns of `schema` for sorted row numbers."""
+        if not len(self.schema):
+            return []
+        groups = [
+            _read_group(self._output, group, [KEPT]).take(rows[rows // ROWS_PER_GROUP == group] % ROWS_PER_GROUP)
+            for group in np.unique(rows // ROWS_PER_GROUP).tolist()
+        ]
+        columns: list[pa.ChunkedArray] = pa.concat_tables(groups).column(KEPT).flatten()
+        return columns
+
+
+def _read_group(output: str, group: int, columns: list[str]) -> pa.Table:
     groups_per_file = ROWS_PER_FILE // ROWS_PER_GROUP
-    with store.open_file(_file_of(output, rows.start)) as file:
-        table = pq.ParquetFile(file).read_row_group(first % groups_per_file)
-    return table.slice(rows.start - first * ROWS_PER_GROUP, rows.stop - rows.start)
+    with store.open_file(_file_of(output, group * ROWS_PER_GROUP)) as file:
+        return pq.ParquetFile(file).read_row_group(group % groups_per_file, columns=columns)
 
 
 def _file_of(output: str, row: int) -> str:
     return store.join(output, "manifest", f"rows-{row // ROWS_PER_FILE * ROWS_PER_FILE:012}.parquet")
 
 
-def _table(items: Sequence[Item], start: int, prompt: str) -> pa.Table:
-    columns = {
-        "row": range(start, start + len(items)),
-        "id": [item.id for item in items],
-        "uri": [item.uri for item in items],
-        "num_bytes": [item.num_bytes for item in items],
-        "prompt": [prompt] * len(items),
-        "error": [item.error for item in items],
-    }
-    return pa.table({name: pa.array(values, MANIFEST.field(name).type) for name, values in columns.items()}, MANIFEST)
+def _files(tables: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
+    """The same rows in tables of ROWS_PER_FILE, with the number of the first row of each."""
+    waiting: list[pa.Table] = []
+    start = 0
+    for table in tables:
+        waiting.append(table)
+        while sum(map(len, waiting)) >= ROWS_PER_FILE:
+            joined = pa.concat_tables(waiting)
+            yield start, joined.slice(0, ROWS_PER_FILE)
+            waiting, start = [joined.slice(ROWS_PER_FILE)], start + ROWS_PER_FILE
+    if any(map(len, waiting)):
+        yield start, pa.concat_tables(waiting)

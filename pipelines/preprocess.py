@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, without_marks
-from ovis_model.types import Request
-from pipelines import store
+from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines.config import CaptionConfig
+from pipelines.fetch import AT_ONCE, Fetcher
 from pipelines.ledger import RowRange
 from pipelines.manifest import read_rows
 from pipelines.media import MediaError, decode_image
 from pipelines.schema import Stage
+from pipelines.sources.rows import ImageRef
 
 BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
-MAX_FILE_BYTES = 256 << 20
-_FETCHES = 16  # files on their way at once: object stores answer slowly and in parallel
 
 Row = dict[str, Any]
+Images = Future[list[bytes]]
 Batch = dict[str, np.ndarray]
 
 
@@ -42,43 +43,61 @@ class Preprocess:
     def __init__(self, config: CaptionConfig, output: str, revision: str | None) -> None:
         self._config, self._output = config, output
         self._processor = Processor.from_pretrained(config.model, revision)
-        self._fetcher = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch")
+        self._fetcher = Fetcher()
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """int64 `start`, `stop` -> columns of `_prepared` rows, at most BATCH_BYTES or one row at once."""
         for start, stop in zip(batch["start"], batch["stop"], strict=True):
             rows: list[Row] = read_rows(self._output, RowRange(int(start), int(stop))).to_pylist()
-            yield from _batches(self._prepare(row, data) for row, data in self._fetched(rows))
+            yield from _batches(self._prepare(row, images) for row, images in self._fetched(rows))
 
-    def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Future[bytes]]]:
-        """Rows in order with their bytes, a bounded number of fetches ahead."""
-        ahead: deque[tuple[Row, Future[bytes]]] = deque()
+    def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Images]]:
+        """Rows in order with the bytes of their images, a bounded number of rows ahead."""
+        ahead: deque[tuple[Row, Images]] = deque()
         for row in rows:
-            ahead.append((row, self._fetcher.submit(_fetch, row)))
-            if len(ahead) == _FETCHES:
+            ahead.append((row, self._submit(row)))
+            if len(ahead) == AT_ONCE:
                 yield ahead.popleft()
         yield from ahead
 
-    def _prepare(self, row: Row, data: Future[bytes]) -> Row:
+    def _submit(self, row: Row) -> Images:
+        """Nothing is fetched for a row that fails anyway."""
+        too_many = len(row["images"]) > self._most_images
+        images = [] if row["error"] or too_many else [ImageRef(**image) for image in row["images"]]
+        return self._fetcher.submit(images)
+
+    def _prepare(self, row: Row, images: Images) -> Row:
         try:
-            return _prepared(row, self._request(row, data), num_images=1)
+            return _prepared(row, *self._request(row, images))
         except RowError as error:
             return _failed(row, error, self._processor.config.vision.image_size)
 
-    def _request(self, row: Row, data: Future[bytes]) -> Request:
+    def _request(self, row: Row, images: Images) -> tuple[Request, int]:
+        """The model input and the number of its images."""
+        if row["error"]:
+            raise RowError("list", row["error"])
         with _stage("read", OSError):
-            encoded = data.result()
-        with _stage("decode", MediaError):
-            image = decode_image(encoded)
+            encoded = images.result()
         with _stage("tile", ValueError):
-            request = self._processor.request(
-                _harmless(row["prompt"], num_images=1),
-                [image],
-                max_tiles=self._config.tiles_for(1),
-                system_prompt=self._config.system_prompt,
-            )
-            self._check_length(len(request.input_ids))
-        return request
+            self._check_number(max(len(encoded), len(row["images"])))
+        if not encoded and not row["has_own_prompt"]:
+            raise RowError("read", "no image, and no prompt of its own")
+        with _stage("decode", MediaError):
+            pictures = _decoded(encoded)
+        with _stage("tile", ValueError):
+            return self._tiled(row["prompt"], pictures), len(pictures)
+
+    def _tiled(self, prompt: str, pictures: list[Image.Image]) -> Request:
+        question, max_tiles = _harmless(prompt, num_images=len(pictures)), self._config.tiles_for(len(pictures))
+        sizes = [picture.size for picture in pictures]
+        ids = self._processor.prompt_ids(question, sizes, max_tiles, self._config.system_prompt)
+        # Before tiling: a row that is far too long would also need far too much memory.
+        self._check_length(len(ids) + ids.count(IMAGE_ATOM_ID) * (self._tokens_per_tile - 1))
+        return self._processor.request(question, pictures, max_tiles, self._config.system_prompt)
+
+    def _check_number(self, num_images: int) -> None:
+        if num_images > self._most_images:
+            raise ValueError(f"{num_images} images are more than the {self._most_images} that the model's limit allows")
 
     def _check_length(self, num_prompt_tokens: int) -> None:
         limit = self._processor.config.max_length
@@ -89,6 +108,15 @@ class Preprocess:
                 f"model's limit of {limit}; lower --max-new-tokens or --max-tiles, or shorten the prompt"
             )
 
+    @property
+    def _tokens_per_tile(self) -> int:
+        return self._processor.config.vision.tokens_per_tile
+
+    @property
+    def _most_images(self) -> int:
+        """An image is a tile at least. One is always tried, for the message that says by how much it is too long."""
+        return max(1, self._processor.config.max_length // self._tokens_per_tile)
+
 
 @contextmanager
 def _stage(stage: Stage, expected: type[Exception]) -> Iterator[None]:
@@ -98,12 +126,14 @@ def _stage(stage: Stage, expected: type[Exception]) -> Iterator[None]:
         raise RowError(stage, str(error) or type(error).__name__) from error
 
 
-def _fetch(row: Row) -> bytes:
-    if row["error"]:
-        raise RowError("list", row["error"])
-    if row["num_bytes"] > MAX_FILE_BYTES:
-        raise RowError("read", f"the file has {row['num_bytes']:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
-    return store.read_bytes(row["uri"])
+def _decoded(encoded: list[bytes]) -> list[Image.Image]:
+    pictures = []
+    for number, data in enumerate(encoded, 1):
+        try:
+            pictures.append(decode_image(data))
+        except MediaError as error:
+            raise MediaError(f"image {number} of {len(encoded)}: {error}" if len(encoded) > 1 else error) from error
+    return pictures
 
 
 def _harmless(prompt: str, *, num_images: int) -> str:
@@ -111,7 +141,7 @@ def _harmless(prompt: str, *, num_images: int) -> str:
     return prompt if prompt.count(IMAGE_MARK) == num_images else without_marks(prompt)
 
 
-def _prepared(row: Row, request: Request, *, num_images: int) -> Row:
+def _prepared(row: Row, request: Request, num_images: int) -> Row:
     return {
         "row": row["row"],
         "id": row["id"],
@@ -131,7 +161,7 @@ def _failed(row: Row, error: RowError, tile_size: int) -> Row:
     nothing = Request(
         np.zeros(0, np.int32), np.zeros((0, 3, tile_size, tile_size), np.uint8), np.zeros((0, 2), np.int32)
     )
-    return {**_prepared(row, nothing, num_images=0), "stage": error.stage, "error": str(error)}
+    return {**_prepared(row, nothing, 0), "stage": error.stage, "error": str(error)}
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines import store
 from pipelines.config import CaptionConfig
 from pipelines.manifest import write_manifest
-from pipelines.sources import list_items
+from pipelines.sources import list_rows
 
 _VERSIONS_OF = ("ovis2-ray", "ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
 
@@ -59,13 +59,14 @@ def open_run(config: CaptionConfig, model: Json) -> Run:
 def _start(output: str, config: CaptionConfig, what: Json) -> Json:
     if next(store.list_files(store.join(output, "data")), None):
         raise RunError(f"{output}/data holds files but {output} has no run.json; use another OUTPUT or --overwrite")
-    items = list_items(config.input, config.limit)
-    write_manifest(output, items, config.question)
+    listing = list_rows(config)
+    store.remove(store.join(output, "manifest"))  # of a start that was killed
+    write_manifest(output, listing.tables())
     # Last: a run.json says that the manifest is whole.
     record = {
         **what,
         "fingerprint": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16],
-        "num_rows": len(items),
+        "num_rows": listing.num_rows,
         "versions": {name: version(name) for name in _VERSIONS_OF},
         "status": "running",
         "started_at": _now(),

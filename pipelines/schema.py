@@ -16,16 +16,31 @@ def _column(name: str, type_: pa.DataType) -> pa.Field:
 
 ROW = "row"
 
+_IMAGE = pa.struct(
+    [
+        _column("kind", pa.string()),  # how to read it: sources.rows.ImageRef
+        _column("uri", pa.string()),
+        _column("offset", pa.int64()),  # bytes; -1: the whole file
+        _column("num_bytes", pa.int64()),  # as listed; -1: unknown
+        _column("member", pa.string()),  # name in a tar, column of a Parquet file, else ""
+        _column("row", pa.int64()),  # of a Parquet file, else -1
+    ]
+)
+
 MANIFEST = pa.schema(
     [
         _column(ROW, pa.int64()),  # row number
         _column("id", pa.string()),
         _column("uri", pa.string()),
-        _column("num_bytes", pa.int64()),  # of the file as listed
+        _column("images", pa.list_(pa.field("item", _IMAGE, nullable=False))),
         _column("prompt", pa.string()),
+        _column("has_own_prompt", pa.bool_()),  # from the input, so that it means something without an image
         _column("error", pa.string()),  # why the row cannot even be read, or ""
     ]
 )
+
+KEPT = "kept"
+"""The manifest's last column if the run keeps columns of its input: a struct of them."""
 
 OUTPUT = pa.schema(
     [
@@ -48,3 +63,25 @@ OUTPUT = pa.schema(
 
 RESULT = OUTPUT.insert(0, MANIFEST.field(ROW))
 """What `Generate` hands to the driver: the output and the row number."""
+
+
+def manifest(kept: pa.Schema) -> pa.Schema:
+    """MANIFEST of a run that keeps these columns."""
+    return MANIFEST.append(_column(KEPT, pa.struct(list(kept)))) if len(kept) else MANIFEST
+
+
+def output(kept: pa.Schema) -> pa.Schema:
+    """OUTPUT of a run that keeps these columns: the same for all of its files."""
+    return pa.schema([*OUTPUT, *kept])
+
+
+def struct_of(columns: list[pa.ChunkedArray], fields: pa.Schema) -> pa.Array:
+    """Columns as one of structs, each cast to the type of its field."""
+    arrays = [_cast(column.combine_chunks(), field.type) for column, field in zip(columns, fields, strict=True)]
+    return pa.StructArray.from_arrays(arrays, fields=list(fields))
+
+
+def _cast(column: pa.Array, type_: pa.DataType) -> pa.Array:
+    if column.type == type_:
+        return column
+    return pa.nulls(len(column), type_) if pa.types.is_null(column.type) else column.cast(type_)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines import schema, store
 from pipelines.ledger import FOOTER_KEY, FileEntry, Ledger, to_ranges
+from pipelines.manifest import KeptColumns
 
 FLUSH_S = 30.0  # so that a killed run loses no more than this of finished work
 
@@ -26,8 +27,8 @@ class Sink:
     alone knows what has arrived, when to write and how far the run is.
     """
 
-    def __init__(self, data_uri: str, ledger: Ledger, *, rows_per_file: int) -> None:
-        self._data_uri, self._ledger, self._rows_per_file = data_uri, ledger, rows_per_file
+    def __init__(self, data_uri: str, ledger: Ledger, *, rows_per_file: int, kept: KeptColumns | None = None) -> None:
+        self._data_uri, self._ledger, self._rows_per_file, self._kept = data_uri, ledger, rows_per_file, kept
         self._waiting: list[pa.Table] = []
         self._last_flush_s = time.monotonic()
 
@@ -49,7 +50,7 @@ class Sink:
         """Write all waiting rows."""
         table = pa.concat_tables([schema.RESULT.empty_table(), *self._waiting]).sort_by(schema.ROW)
         for start in range(0, len(table), self._rows_per_file):
-            entry = write_file(self._data_uri, table.slice(start, self._rows_per_file))
+            entry = write_file(self._data_uri, table.slice(start, self._rows_per_file), self._kept)
             self._ledger.add(entry)
         self._waiting.clear()
         self._last_flush_s = time.monotonic()
@@ -61,11 +62,15 @@ class Sink:
         return np.concatenate([np.empty(0, np.int64), *(t.column(schema.ROW).to_numpy() for t in self._waiting)])
 
 
-def write_file(data_uri: str, results: pa.Table) -> FileEntry:
-    """Rows sorted by row number -> one file of schema OUTPUT whose footer says which rows it holds."""
+def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None) -> FileEntry:
+    """Rows sorted by row number -> one file of schema OUTPUT + kept columns whose footer says which rows it holds."""
     num_errors = pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
-    entry = FileEntry(to_ranges(results.column(schema.ROW).to_numpy()), num_errors)
+    rows = results.column(schema.ROW).to_numpy()
+    entry = FileEntry(to_ranges(rows), num_errors)
     table = results.drop_columns([schema.ROW]).cast(schema.OUTPUT)
+    if kept is not None:
+        # Read here, not handed through the stages: they keep their types, and the stages stay light.
+        table = pa.table([*table.columns, *kept.read(rows)], schema=schema.output(kept.schema))
     buffer = io.BytesIO()
     metadata = {FOOTER_KEY: entry.to_json().encode()}
     pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
@@ -74,7 +79,7 @@ def write_file(data_uri: str, results: pa.Table) -> FileEntry:
 
 
 def read_results(output: str) -> pa.Table:
-    """All rows of a run, in the order of the input. Schema OUTPUT."""
+    """All rows of a run, in the order of the input. Schema OUTPUT + kept columns."""
     data_uri = store.join(output, "data")
     tables = []
     for uri in [info.uri for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]:
@@ -83,7 +88,9 @@ def read_results(output: str) -> pa.Table:
         ranges = FileEntry.from_json(table.schema.metadata[FOOTER_KEY]).ranges
         rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         tables.append(table.replace_schema_metadata(None).add_column(0, schema.RESULT.field(0), pa.array(rows)))
-    return pa.concat_tables([schema.RESULT.empty_table(), *tables]).sort_by(schema.ROW).drop_columns([schema.ROW])
+    # Indices, not sort_by(), which cannot carry columns of every type.
+    whole = pa.concat_tables(tables or [schema.RESULT.empty_table()])
+    return whole.take(np.argsort(whole.column(schema.ROW).to_numpy())).drop_columns([schema.ROW])
 
 
 def remove_temporaries(data_uri: str) -> None:

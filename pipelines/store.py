@@ -87,12 +87,17 @@ def is_directory(uri: str) -> bool:
     return bool(fs.isdir(path))
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises OSError; faults that may pass are tried again twice."""
+def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """The whole file or bytes `start` up to `stop`, fewer if it ends before.
+
+    Raises OSError; faults that may pass are tried again twice.
+    """
     fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(f"{path} is not a regular file")  # a pipe may never end
     for attempt in range(1, _READ_ATTEMPTS + 1):
         try:
-            data: bytes = fs.cat_file(path)
+            data: bytes = fs.cat_file(path, start=start, end=stop)
             return data
         except _FINAL:
             raise
@@ -103,10 +108,10 @@ def read_bytes(uri: str) -> bytes:
     raise AssertionError("unreachable")
 
 
-def open_file(uri: str) -> Any:
-    """A binary file object that reads the parts it is asked for."""
+def open_file(uri: str, block_bytes: int | None = None) -> Any:
+    """A binary file object that reads the parts it is asked for, from an object store in blocks of this size."""
     fs, path = open_store(uri)
-    return fs.open(path, "rb")
+    return fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {}))
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -1,0 +1,180 @@
+"""References to images -> their bytes: whole files, ranges of a tar, an unpacked tar.gz, cells of a Parquet file."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import store
+from pipelines.sources.parquet import BUFFER_BYTES
+from pipelines.sources.rows import ImageRef, resolve
+
+AT_ONCE = 16  # files on their way at once: object stores answer slowly and in parallel
+MAX_IMAGE_BYTES = 256 << 20
+_CELLS_AT_ONCE = 16
+_BLOCK_BYTES = 4 << 20
+
+
+class Fetcher:
+    """Fetches the images of rows. What has to be read in order is, by one thread, in the order of the rows."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fetch")
+        self._in_order = ThreadPoolExecutor(1, thread_name_prefix="fetch-in-order")
+        self._unpacked = _UnpackedTar()
+        self._cells = _ParquetCells()
+
+    def submit(self, images: Sequence[ImageRef]) -> Future[list[bytes]]:
+        """The bytes of all images, in order; the future raises OSError if one of them cannot be read."""
+        in_order = any(image.kind in ("tgz", "parquet") for image in images)
+        return (self._in_order if in_order else self._pool).submit(self._fetch, images)
+
+    def _fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
+        return [data for image in images for data in self._bytes(image)]
+
+    def _bytes(self, image: ImageRef) -> list[bytes]:
+        _check_size(image.num_bytes)
+        match image.kind:
+            case "file":
+                return [_read_file(image.uri, image.num_bytes)]
+            case "tar":
+                return [_exactly(image, store.read_bytes(image.uri, image.offset, image.offset + image.num_bytes))]
+            case "tgz":
+                return [_exactly(image, self._unpacked.read(image))]
+            case "parquet":
+                return list(_images_in(self._cells.read(image), image))
+
+
+def _read_file(uri: str, num_bytes: int) -> bytes:
+    """One request, whether the size is known or not."""
+    if num_bytes >= 0:
+        return store.read_bytes(uri)
+    data = store.read_bytes(uri, 0, MAX_IMAGE_BYTES + 1)
+    _check_size(len(data))
+    return data
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise OSError(f"the file has {num_bytes:,} bytes or more, over the limit of {MAX_IMAGE_BYTES:,}")
+
+
+def _exactly(image: ImageRef, data: bytes) -> bytes:
+    if len(data) != image.num_bytes:
+        raise OSError(
+            f"{image.uri} ends within {image.member} ({len(data):,} of {image.num_bytes:,} bytes): it is truncated "
+            "or has changed since it was listed"
+        )
+    return data
+
+
+class _UnpackedTar:
+    """One tar.gz, unpacked as far as the last image read; a step back unpacks it from the start again."""
+
+    def __init__(self) -> None:
+        self._uri = ""
+        self._file: Any = None
+
+    def read(self, image: ImageRef) -> bytes:
+        if self._uri != image.uri:
+            self._close()
+            self._file = gzip.GzipFile(fileobj=store.open_file(image.uri, block_bytes=_BLOCK_BYTES))
+            self._uri = image.uri
+        try:
+            self._file.seek(image.offset)
+            data: bytes = self._file.read(image.num_bytes)
+            return data
+        except (EOFError, zlib.error) as error:
+            self._close()
+            raise OSError(f"{image.uri} is damaged before the end of {image.member}: {error}") from error
+        except OSError:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.fileobj.close()
+        self._uri, self._file = "", None
+
+
+class _ParquetCells:
+    """One column of one row group, read forward some cells at a time; a step back reads the group again."""
+
+    def __init__(self) -> None:
+        self._open: Any = None
+        self._place: tuple[str, str, int] = ("", "", -1)
+        self._stream: Iterator[Any] = iter(())
+        self._first, self._cells = 0, pa.nulls(0)  # the cells at hand and the row of the first of them
+        self._parquet: Any = None
+        self._uri = ""
+        self._broken: tuple[Any, int] = (None, 0)  # where a row group cannot be read on: tried once, not for each row
+
+    def read(self, image: ImageRef) -> Any:
+        """The cell as Python has it. Raises OSError."""
+        try:
+            self._turn_to(image)
+            if self._broken[0] == self._place and image.row >= self._broken[1]:
+                raise OSError(f"this row group cannot be read from row {self._broken[1]} on")
+            self._advance(image.row)
+        except (pa.ArrowException, OSError) as error:
+            raise OSError(f"row {image.row} of {image.uri} cannot be read: {error}") from error
+        return self._cells[image.row - self._first].as_py()
+
+    def _advance(self, row: int) -> None:
+        while row >= self._first + len(self._cells):
+            self._first += len(self._cells)
+            self._cells = pa.nulls(0)
+            try:
+                self._cells = next(self._stream).column(0)
+            except (pa.ArrowException, OSError, StopIteration) as error:
+                self._broken = (self._place, self._first)
+                raise OSError(repr(error)) from error
+
+    def _turn_to(self, image: ImageRef) -> None:
+        self._turn_to_file(image.uri)
+        metadata = self._parquet.metadata
+        starts = [0, *accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))]
+        group = bisect_right(starts, image.row) - 1
+        place = (image.uri, image.member, group)
+        if not 0 <= group < metadata.num_row_groups:
+            raise OSError("the file has changed since it was listed")
+        if place != self._place or image.row < self._first:
+            self._stream = self._parquet.iter_batches(_CELLS_AT_ONCE, row_groups=[group], columns=[image.member])
+            self._place, self._first, self._cells = place, starts[group], pa.nulls(0)
+
+    def _turn_to_file(self, uri: str) -> None:
+        if uri != self._uri:
+            if self._open is not None:
+                self._open.close()
+            self._open, self._uri = store.open_file(uri, block_bytes=_BLOCK_BYTES), ""
+            self._parquet = pq.ParquetFile(self._open, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            self._uri = uri
+
+
+def _images_in(cell: Any, image: ImageRef) -> Iterator[bytes]:
+    """Of bytes, a struct of bytes or path, a list of either, or nothing."""
+    if cell is None:
+        return
+    for number, value in enumerate(cell if isinstance(cell, list) else [cell], 1):
+        data = _image_of(value, image)
+        if data is not None:
+            yield data
+        elif isinstance(cell, list):
+            raise OSError(f"image {number} of {len(cell)} in row {image.row} of {image.uri} is null")
+
+
+def _image_of(value: Any, image: ImageRef) -> bytes | None:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None and isinstance(value, dict) and value.get("path"):
+        return _read_file(resolve(value["path"], image.uri), -1)
+    if data is not None:
+        _check_size(len(data))
+    return data

@@ -1,0 +1,51 @@
+"""Image files, each of them a row."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+
+from pipelines import store
+from pipelines.sources.rows import Chunk, ImageRef, Row, chunks_of
+from pipelines.store import FileInfo
+
+_IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split())
+
+logger = logging.getLogger(__name__)
+
+
+def list_files(infos: Iterable[FileInfo], keep: Sequence[str] = ()) -> Iterator[Chunk]:
+    """A row a file; it has no columns, so what is kept is null."""
+    return chunks_of(map(_row, infos), keep)
+
+
+def images_below(uri: str) -> Iterator[FileInfo]:
+    """The files of a directory that are named as images; the others are counted and told."""
+    others: Counter[str] = Counter()
+    for info in store.list_files(uri):
+        suffix = PurePosixPath(info.uri).suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            yield info
+        else:
+            others[suffix or "no suffix"] += 1
+    log_left_out(uri, others)
+
+
+def log_left_out(uri: str, others: Counter[str]) -> None:
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        logger.warning("%s: left out %d files that are not named as images (%s)", uri, others.total(), counts)
+
+
+def _row(info: FileInfo) -> Row:
+    try:
+        info.uri.encode()
+    except UnicodeEncodeError:
+        # Bytes that are no UTF-8 cannot be stored in a column of text, and no other spelling would open the file.
+        uri = info.uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return Row(uri, uri, error="the file name is not UTF-8; rename the file")
+    error = "" if info.is_regular else "not a regular file"
+    return Row(info.uri, info.uri, (ImageRef("file", info.uri, num_bytes=info.num_bytes),), error=error)

@@ -1,0 +1,113 @@
+"""What a source says of its rows: identity, references to images, the text of a prompt and columns. No payload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+
+ROWS_PER_CHUNK = 1 << 12
+
+Kind = Literal["file", "tar", "tgz", "parquet"]
+
+
+class SourceError(ValueError):
+    """An INPUT that cannot be listed, and what to do about it."""
+
+
+class ImageRef(NamedTuple):
+    """Where the bytes of an image are.
+
+    kind      fields that count
+    file      uri; num_bytes as listed, -1 if nobody asked
+    tar       uri, offset, num_bytes, member (its name)
+    tgz       the same, offset in the unpacked stream
+    parquet   uri, row (of the file), member (the column); stands for all images of that cell, maybe none
+    """
+
+    kind: Kind
+    uri: str
+    offset: int = -1
+    num_bytes: int = -1
+    member: str = ""
+    row: int = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to be. `prompt` is its own, None if it has none; `error` says why it cannot even be read."""
+
+    id: str
+    uri: str
+    images: tuple[ImageRef, ...] = ()
+    prompt: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the input are what. None or empty: not asked for."""
+
+    id: str | None = None
+    image: str | None = None
+    prompt: str | None = None
+    keep: tuple[str, ...] = ()
+    in_prompt: frozenset[str] = frozenset()
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """All but the images: what the listing must read."""
+        return self.in_prompt.union(self.keep, filter(None, (self.id, self.prompt)))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of one source, the columns that it has, and those that are kept (as long as `rows`)."""
+
+    rows: Sequence[Row]
+    names: frozenset[str] = frozenset()
+    kept: pa.Table | None = None
+
+    def first(self, count: int) -> Chunk:
+        return Chunk(self.rows[:count], self.names, None if self.kept is None else self.kept.slice(0, count))
+
+
+def chunks_of(rows: Iterable[Row], keep: Sequence[str] = (), names: frozenset[str] | None = None) -> Iterator[Chunk]:
+    """Chunks of rows whose columns are `names` or those of their `values`, where the types of the kept are found."""
+    remaining = iter(rows)
+    while some := list(islice(remaining, ROWS_PER_CHUNK)):
+        found = names if names is not None else frozenset(name for row in some for name in row.values)
+        yield Chunk(some, found, pa.table({name: _array(some, name) for name in keep}) if keep else None)
+
+
+def _array(rows: Sequence[Row], name: str) -> pa.Array:
+    try:
+        return pa.array([row.values.get(name) for row in rows])
+    except (pa.ArrowException, OverflowError) as error:
+        raise SourceError(
+            f"column {name!r} holds values of several types between {rows[0].id} and {rows[-1].id} ({error}); "
+            "make them one type or leave it out of --keep-columns"
+        ) from error
+
+
+def text_of(value: Any) -> str | None:
+    """A value as an id or a prompt; None if there is none."""
+    if value is None or value == "":
+        return None
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def resolve(path: str, of_file: str) -> str:
+    """`path` as given in `of_file`: a URI or absolute, else relative to that file."""
+    if "://" in path or path.startswith("/"):
+        return path
+    return f"{of_file.rpartition('/')[0]}/{path}"
+
+
+def row_error(images: Sequence[ImageRef], prompt: str | None, where: str) -> str:
+    """A row needs an image or a question of its own: asking the run's question about nothing helps nobody."""
+    return "" if images or prompt else f"{where}: no image, and no prompt of its own"
