@@ -39,7 +39,7 @@ PROMPT = "Describe the image."
 TURNS = ("system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n")
 VOCAB_SIZE = 512
 BATCH_SIZE = 32
-NUM_STEPS = 9000
+NUM_STEPS = 12000
 # At 1e-3 it learns the grammar and never looks at the picture; shapes and digits it tells apart below 2e-4 only.
 COARSE_LEARNING_RATE, COARSE_STEPS, WARM_UP_STEPS = 5e-4, 3000, 100
 FINE_LEARNING_RATE = 2e-4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,13 +13,11 @@ import pyarrow.compute as pc
 
 from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.cluster import Pools, plan_pools, ray_session
+from pipelines.cluster import configure_ray_data, last_line, plan_batches, plan_pools, ray_session
 from pipelines.config import CaptionConfig
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.ledger import Ledger, Ranges, count, split
-from pipelines.manifest import ROWS_PER_GROUP
-from pipelines.preprocess import BATCH_BYTES, Preprocess
+from pipelines.preprocess import Preprocess
 from pipelines.progress import RunProgress
 from pipelines.run import Run, open_run
 from pipelines.schema import RESULT
@@ -100,7 +97,7 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     pools = plan_pools(config, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
     sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config))
     logger.info("%s %s", pools, sizes)
-    _configure_ray_data()
+    configure_ray_data()
     revision = run.record["model"]["revision"]
     units = list(split(missing, sizes.rows_per_unit))
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
@@ -129,58 +126,12 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
         for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield table.cast(RESULT)
     except ray.exceptions.RayError as error:
-        raise StageFailed(_last_line(error)) from error
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """`rows_per_unit`: what a preprocessor takes at once; `calls_per_replica`: batches that its engine mixes."""
-
-    rows_per_unit: int
-    rows_per_batch: int
-    calls_per_replica: int
-
-
-def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int) -> Sizes:
-    """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
-
-    Many units, so that every actor has work early and late; few enough for the driver to hold (about 20,000).
-    """
-    fair_share = num_rows // (16 * pools.num_preprocessors)
-    rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // 20_000), 8)
-    rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
-    return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, 1 + -(-ROWS_SIDE_BY_SIDE // rows_per_batch))
-
-
-def _power_of_two(number: int) -> int:
-    """The largest one up to `number`, so that units fit into the row groups of the manifest."""
-    return 1 << max(0, number.bit_length() - 1)
+        raise StageFailed(last_line(error)) from error
 
 
 def _most_tile_bytes(config: CaptionConfig) -> int:
     side = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False)).vision.image_size
     return (config.tiles_for(1) + 1) * 3 * side * side
-
-
-def _last_line(error: Exception) -> str:
-    """Of a remote trace: the exception's type and message."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Died)\b", line)), lines[-1])
-
-
-def _configure_ray_data() -> None:
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts rows
-    context.target_max_block_size = BATCH_BYTES
-    # Half an hour without a block fails a run by default: less than a large model may need to load.
-    context.execution_no_progress_timeout_s = 4 * 3600
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # What an actor raises is told once, by us, and not with a request to open an issue at Ray's.
-    for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
 
 
 def _report(results: pa.Table, progress: RunProgress, reasons: Counter[str]) -> None:

@@ -1,9 +1,10 @@
-"""The Ray that a run uses, and how its CPUs and GPUs are shared between the pools of actors."""
+"""The Ray that a run uses, and how its CPUs, GPUs and rows are shared between the pools of actors."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from ovis_model.types import ROWS_SIDE_BY_SIDE
 from pipelines.config import CaptionConfig
+from pipelines.manifest import ROWS_PER_GROUP
+
+BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
 
 PREPROCESSORS_PER_GPU = 12  # one core prepares about 12 full-HD images a second, a GPU takes many more
 _CPUS_PER_CPU_REPLICA = 8
@@ -95,6 +100,31 @@ def _share(wanted: float, cpus: float, actors: int) -> float:
     return int(part) if part >= 1 else int(part * 10_000) / 10_000
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """`rows_per_unit`: what a preprocessor takes at once; `calls_per_replica`: batches that its engine mixes."""
+
+    rows_per_unit: int
+    rows_per_batch: int
+    calls_per_replica: int
+
+
+def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int) -> Sizes:
+    """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
+
+    Many units, so that every actor has work early and late; few enough for the driver to hold (about 20,000).
+    """
+    fair_share = num_rows // (16 * pools.num_preprocessors)
+    rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // 20_000), 8)
+    rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
+    return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, 1 + -(-ROWS_SIDE_BY_SIDE // rows_per_batch))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one up to `number`, so that units fit into the row groups of the manifest."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS or of a submitted job, else start one on this machine and end it afterwards."""
@@ -128,3 +158,25 @@ def _own_sigterm_handler() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
+
+
+def last_line(error: Exception) -> str:
+    """Of a remote trace: the exception's type and message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Died)\b", line)), lines[-1])
+
+
+def configure_ray_data() -> None:
+    """For the datasets that this process runs."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts rows
+    context.target_max_block_size = BATCH_BYTES
+    # Half an hour without a block fails a run by default: less than a large model may need to load.
+    context.execution_no_progress_timeout_s = 4 * 3600
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # What an actor raises is told once, by us, and not with a request to open an issue at Ray's.
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off

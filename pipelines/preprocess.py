@@ -14,13 +14,13 @@ from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, without_marks
 from ovis_model.types import Request
 from pipelines import store
+from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
 from pipelines.ledger import RowRange
 from pipelines.manifest import read_rows
 from pipelines.media import MediaError, decode_image
 from pipelines.schema import Stage
 
-BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
 MAX_FILE_BYTES = 256 << 20
 _FETCHES = 16  # files on their way at once: object stores answer slowly and in parallel
 
