@@ -6,16 +6,28 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint
+from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint, local_path
 from ovis_model.config import OvisConfig
-from pipelines.cluster import configure_ray_data, last_line, plan_batches, plan_pools, ray_session
+from ovis_model.processor import Processor
+from pipelines.attempts import AttemptCounts, RemoteAttempts
+from pipelines.cluster import (
+    MAX_BLOCKS,
+    configure_ray_data,
+    last_line,
+    plan_batches,
+    plan_pools,
+    ray_session,
+    settled_dtype,
+)
 from pipelines.config import CaptionConfig
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
+from pipelines.lease import Lease
 from pipelines.ledger import Ledger, Ranges, count, split
 from pipelines.preprocess import Preprocess
 from pipelines.progress import RunProgress
@@ -56,34 +68,54 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
     Raises ValueError (usage: before any replica starts), StageFailed and RowsLost.
     """
     started_s = time.monotonic()
-    model = describe_checkpoint(config.model, config.revision)
-    run = open_run(config, model)
-    remove_temporaries(run.data_uri)
-    ledger = Ledger.read(run.data_uri)
-    num_done = count(ledger.done)
-    with RunProgress(run.num_rows, num_done) as progress:
-        if ledger.missing(run.num_rows):
-            with ray_session():
-                _caption_missing(config, run, ledger, progress, make_engine)
-    run.update(status="finished", counts={"ok": run.num_rows - ledger.num_errors, "error": ledger.num_errors})
+    config = config.model_copy(update={"model": local_path(config.model)})
+    check_model(config)
+    run = open_run(config, describe_checkpoint(config.model, config.revision))
+    lease = Lease(run.output)
+    lease.take()
+    try:
+        remove_temporaries(run.data_uri)
+        ledger = Ledger.read(run.data_uri)
+        with RunProgress(run.num_rows, count(ledger.done)) as progress:
+            if ledger.missing(run.num_rows):
+                run.update(status="running")
+                with ray_session():
+                    _caption_missing(config, run, ledger, lease, progress, make_engine)
+        run.update(status="finished", counts={"ok": run.num_rows - ledger.num_errors, "error": ledger.num_errors})
+    except BaseException:
+        with suppress(OSError):
+            run.update(status="stopped")
+        raise
+    finally:
+        lease.release()
     return _summary(run, ledger, progress, time.monotonic() - started_s)
 
 
+def check_model(config: CaptionConfig) -> None:
+    """What can be known of the model and the options without weights. Raises ValueError."""
+    processor = Processor.from_pretrained(config.model, config.revision)
+    sampling = config.sampling_for("")
+    if sampling.max_new_tokens >= processor.config.max_length:
+        raise ValueError(
+            f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{processor.config.max_length} tokens; lower it"
+        )
+
+
 def _caption_missing(
-    config: CaptionConfig, run: Run, ledger: Ledger, progress: RunProgress, make_engine: EngineFactory
+    config: CaptionConfig, run: Run, ledger: Ledger, lease: Lease, progress: RunProgress, make_engine: EngineFactory
 ) -> None:
-    sink = Sink(run.data_uri, ledger, rows_per_file=config.rows_per_file)
     reasons: Counter[str] = Counter()
     try:
         for _ in range(MAX_PASSES):
             if missing := ledger.missing(run.num_rows):
-                for results in _stream(config, run, missing, make_engine):
-                    _report(sink.add(results), progress, reasons)
-                sink.flush()
+                with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file) as sink:
+                    for results in _stream(config, run, missing, make_engine):
+                        _report(sink.add(results), progress, reasons)
     finally:
-        sink.flush()  # what is finished is kept, whatever ends the run
         _log_reasons(reasons)
-    if missing := ledger.missing(run.num_rows):
+    written = Ledger.read(run.data_uri)  # what is there, not what we think that we put there
+    if missing := written.missing(run.num_rows):
         raise RowsLost(f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}")
 
 
@@ -96,22 +128,23 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     total = ray.cluster_resources()
     pools = plan_pools(config, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
     sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config))
-    logger.info("%s %s", pools, sizes)
+    run.settle_dtype(settled_dtype(config, pools))
     configure_ray_data()
     revision = run.record["model"]["revision"]
+    attempts = RemoteAttempts(ray.remote(AttemptCounts).options(num_cpus=0, max_restarts=-1).remote())
     units = list(split(missing, sizes.rows_per_unit))
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
-    dataset = ray.data.from_items([unit._asdict() for unit in units], override_num_blocks=len(units))
+    dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))
     prepared = dataset.map_batches(
         Preprocess,
-        fn_constructor_args=(config, run.output, revision),
+        fn_constructor_args=(config, run.output, revision, attempts),
         batch_size=1,
         num_cpus=pools.preprocessor_cpus,
         compute=ActorPoolStrategy(size=pools.num_preprocessors),
     )
     results = prepared.map_batches(
         Generate,
-        fn_constructor_args=(config, revision, Replica(pools.device, pools.threads_per_replica), make_engine),
+        fn_constructor_args=(config, revision, Replica(pools.device, pools.threads_per_replica), make_engine, attempts),
         batch_size=sizes.rows_per_batch,
         num_cpus=pools.replica_cpus,
         num_gpus=pools.replica_gpus,

@@ -14,6 +14,7 @@ from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, without_marks
 from ovis_model.types import Request
 from pipelines import store
+from pipelines.attempts import MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
 from pipelines.ledger import RowRange
@@ -39,16 +40,19 @@ class RowError(ValueError):
 class Preprocess:
     """Takes ranges of row numbers, gives batches of prepared rows; one that fails is a row with stage and error."""
 
-    def __init__(self, config: CaptionConfig, output: str, revision: str | None) -> None:
-        self._config, self._output = config, output
+    def __init__(self, config: CaptionConfig, output: str, revision: str | None, attempts: Attempts) -> None:
+        self._config, self._output, self._attempts = config, output, attempts
         self._processor = Processor.from_pretrained(config.model, revision)
         self._fetcher = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch")
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """int64 `start`, `stop` -> columns of `_prepared` rows, at most BATCH_BYTES or one row at once."""
         for start, stop in zip(batch["start"], batch["stop"], strict=True):
+            work = f"prepare rows {start} to {stop}"
+            prepare = self._prepare if self._attempts.begin(work) <= MAX_TRIES else self._prepare_alone
             rows: list[Row] = read_rows(self._output, RowRange(int(start), int(stop))).to_pylist()
-            yield from _batches(self._prepare(row, data) for row, data in self._fetched(rows))
+            yield from _batches(prepare(row, data) for row, data in self._fetched(rows))
+            self._attempts.end(work)
 
     def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Future[bytes]]]:
         """Rows in order with their bytes, a bounded number of fetches ahead."""
@@ -63,7 +67,20 @@ class Preprocess:
         try:
             return _prepared(row, self._request(row, data), num_images=1)
         except RowError as error:
-            return _failed(row, error, self._processor.config.vision.image_size)
+            return self._failed(row, error)
+
+    def _prepare_alone(self, row: Row, data: Future[bytes]) -> Row:
+        """A row among others of which one killed its process again and again."""
+        work = f"prepare row {row['row']}"
+        tries = self._attempts.begin(work)
+        if tries > MAX_TRIES:
+            return self._failed(row, RowError("decode", f"the process died {tries - 1} times on this row alone"))
+        prepared = self._prepare(row, data)
+        self._attempts.end(work)
+        return prepared
+
+    def _failed(self, row: Row, error: RowError) -> Row:
+        return _failed(row, error, self._processor.config.vision.image_size)
 
     def _request(self, row: Row, data: Future[bytes]) -> Request:
         with _stage("read", OSError):
@@ -95,7 +112,9 @@ def _stage(stage: Stage, expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        raise RowError(stage, str(error) or type(error).__name__) from error
+        # Of an OSError the plain reason: its path is in the row, and reasons are counted.
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise RowError(stage, reason) from error
 
 
 def _fetch(row: Row) -> bytes:
