@@ -222,15 +222,15 @@ def _heart() -> list[tuple[float, float]]:
     return [(math.sin(a) ** 3, -(y + 2.5) / 14.5) for a, y in zip(angles, tops, strict=True)]
 
 
-_THIRD = 0.36  # half the width of a cross's arm
+_ARM = 0.3  # half the width of a cross's arm
 _UNIT_OUTLINES = {
     "circle": _hollow(0.4),
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)],
-    "star": _ring(10, (1.05, 0.43)),
+    "star": _ring(10, (1.05, 0.4)),
     "cross": [
-        *((-_THIRD, -1), (_THIRD, -1), (_THIRD, -_THIRD), (1, -_THIRD), (1, _THIRD), (_THIRD, _THIRD)),
-        *((_THIRD, 1), (-_THIRD, 1), (-_THIRD, _THIRD), (-1, _THIRD), (-1, -_THIRD), (-_THIRD, -_THIRD)),
+        *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+        *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
     ],
     "heart": _heart(),
 }
