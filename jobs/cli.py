@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.caption import StageFailed, Summary
+from pipelines.caption import RowsLost, StageFailed, Summary
+from pipelines.lease import LeaseLost
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 
@@ -30,8 +31,13 @@ def run_job(job: Callable[[], Summary], *, max_error_rate: float) -> int:
     except StageFailed as error:
         print(f"{error.__cause__}\n\nerror: {error}", file=sys.stderr)
         return FAILED
+    except (OSError, RowsLost, LeaseLost) as error:
+        print(
+            f"error: {error}. What is finished is kept: the same command, without --overwrite, goes on", file=sys.stderr
+        )
+        return FAILED
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command, without --overwrite, goes on from here", file=sys.stderr)
         return FAILED
     print(json.dumps(asdict(summary), ensure_ascii=False))
     return TOO_MANY_ERRORS if summary.error > max_error_rate * summary.rows else OK

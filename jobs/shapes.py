@@ -41,7 +41,7 @@ RELATIONS = ("left of", "above")
 
 ONE_TILE_SIZES_PX = ((84, 84), (84, 63), (63, 84))
 """(width, height); they fit into one 84 px tile."""
-MANY_TILE_SIZES_PX = ((168, 84), (84, 168), (168, 168), (168, 126), (126, 168), (252, 168))
+MANY_TILE_SIZES_PX = ((126, 84), (84, 126), (168, 168), (168, 126), (126, 168), (252, 168))
 """(width, height); Ovis2's rule cuts them into 2, 4 or 6 cells beside the overview."""
 
 Colour = tuple[int, int, int]
@@ -153,7 +153,7 @@ def _scene(kind: Kind, what: str, rng: np.random.Generator, things: tuple[Thing,
 
 
 def _with_picture_size(scene: Scene, rng: np.random.Generator, many_tiles: bool | None) -> Scene:
-    many = bool(rng.random() < 0.2) if many_tiles is None else many_tiles
+    many = bool(rng.random() < 0.25) if many_tiles is None else many_tiles
     sizes = MANY_TILE_SIZES_PX if many else ONE_TILE_SIZES_PX
     width_px, height_px = sizes[rng.integers(len(sizes))]
     return replace(scene, width_px=width_px, height_px=height_px)
@@ -211,21 +211,26 @@ def _ring(num_corners: int, radii: tuple[float, ...] = (1.0,)) -> list[tuple[flo
     return [(r * math.sin(a), -r * math.cos(a)) for r, a in zip(lengths, angles, strict=True)]
 
 
+def _hollow(width: float) -> list[tuple[float, float]]:
+    """A circular line: around the outside, then back around the inside."""
+    return [*_ring(48), (0.0, -1.0), (0.0, width - 1), *reversed(_ring(48, (1 - width,)))]
+
+
 def _heart() -> list[tuple[float, float]]:
     angles = [2 * math.pi * i / 40 for i in range(40)]
     tops = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
     return [(math.sin(a) ** 3, -(y + 2.5) / 14.5) for a, y in zip(angles, tops, strict=True)]
 
 
-_THIRD = 0.36  # half the width of a cross's arm
+_ARM = 0.3  # half the width of a cross's arm
 _UNIT_OUTLINES = {
-    "circle": _ring(48),
+    "circle": _hollow(0.4),
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)],
-    "star": _ring(10, (1.05, 0.43)),
+    "star": _ring(10, (1.05, 0.4)),
     "cross": [
-        *((-_THIRD, -1), (_THIRD, -1), (_THIRD, -_THIRD), (1, -_THIRD), (1, _THIRD), (_THIRD, _THIRD)),
-        *((_THIRD, 1), (-_THIRD, 1), (-_THIRD, _THIRD), (-1, _THIRD), (-1, -_THIRD), (-_THIRD, -_THIRD)),
+        *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+        *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
     ],
     "heart": _heart(),
 }

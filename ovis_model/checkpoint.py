@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ DEMO_DIRECTORY = Path(__file__).parent / "demo"
 _TEXT_FILES = ("*.json", "merges.txt", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 16
 
 
@@ -45,6 +47,12 @@ def fetch_checkpoint(path_or_id: str, revision: str | None = None, *, weights: b
     raise CheckpointError(
         f"model {path_or_id!r} is no directory, no hub id such as AIDC-AI/Ovis2-1B, no URI and not 'demo'"
     )
+
+
+def local_path(path_or_id: str) -> str:
+    """A local directory as an absolute path, so that a process that runs elsewhere does not look for a hub id."""
+    local = Path(path_or_id).expanduser()
+    return str(local.absolute()) if path_or_id != "demo" and local.is_dir() else path_or_id
 
 
 def describe_checkpoint(path_or_id: str, revision: str | None = None) -> dict[str, str | None]:
@@ -86,19 +94,40 @@ def _hash_samples(path: Path, digest: Any) -> None:
 
 
 def _fetch_hub(repo_id: str, revision: str | None, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"ovis2-{repo_id.replace('/', '--')}.lock"):
         try:
-            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+            directory = _download(repo_id, revision, weights=weights)
         except Exception as error:  # the hub client has no common base: network, HTTP, cache and repository errors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"cannot fetch {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: {reason}"
             ) from error
+    if weights and not _has_weights(directory):
+        raise CheckpointError(f"the weights of {repo_id!r} are not all in {directory} and cannot be fetched now")
+    return directory
+
+
+def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if revision and _COMMIT.fullmatch(revision):
+        # A commit does not change: what is here needs no question to the hub, which each actor of a node would ask.
+        with suppress(LocalEntryNotFoundError):
+            directory = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            if (directory / "config.json").exists() and (_has_weights(directory) or not weights):
+                return directory
+    patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
+    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+
+def _has_weights(directory: Path) -> bool:
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return any(directory.glob("*.safetensors"))
+    return all((directory / name).exists() for name in json.loads(index.read_text())["weight_map"].values())
 
 
 def _fetch_uri(uri: str, *, weights: bool) -> Path:
@@ -107,15 +136,23 @@ def _fetch_uri(uri: str, *, weights: bool) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target / ".lock"):
         try:
-            listing = fs.ls(root, detail=True)
+            listing = [info for info in fs.ls(root, detail=True) if info["type"] == "file"]
         except FileNotFoundError:
             raise CheckpointError(f"model {uri!r} does not exist") from None
+        _drop_all_but(target, {PurePosixPath(info["name"]).name for info in listing})
         for info in listing:
-            if info["type"] == "file" and _wanted(info["name"], weights):
+            if _wanted(info["name"], weights):
                 _fetch_file(fs, info, target / PurePosixPath(info["name"]).name)
     if not (target / "config.json").exists():
         raise CheckpointError(f"model {uri!r} has no config.json: it is not a checkpoint")
     return target
+
+
+def _drop_all_but(target: Path, names: set[str]) -> None:
+    """A shard that is gone from the store must not be loaded from here."""
+    for path in target.iterdir():
+        if not path.name.startswith(".") and path.name not in names:
+            path.unlink()
 
 
 def _wanted(name: str, weights: bool) -> bool:

@@ -127,6 +127,8 @@ def _eos_token_ids(generation: Json, text: Json) -> tuple[int, ...]:
 
 def _aidc(config: Json) -> tuple[VisionConfig, LanguageConfig]:
     tokenizer, llm = config["visual_tokenizer_config"], config["llm_config"]
+    if "backbone_config" not in tokenizer:
+        raise ConfigError("config.json lacks backbone_config in its visual_tokenizer_config")
     backbone = tokenizer["backbone_config"]
     _expect(backbone, "model_type", "aimv2")
     _expect(backbone, "use_bias", False)
@@ -161,7 +163,7 @@ def _language(text: Json, tied: bool) -> LanguageConfig:
     _expect(text, "hidden_act", "silu")
     _expect(text, "use_sliding_window", False)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    _expect(rope, "rope_type", "default")
+    _expect(rope, "type" if "type" in rope else "rope_type", "default")
     theta = rope.get("rope_theta") or text.get("rope_theta") or LanguageConfig.rope_theta
     language = LanguageConfig(
         **_fields(text, "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),

@@ -54,7 +54,8 @@ class OvisEngine:
         self.model = model
         self.config: OvisConfig = model.config
         self.stats = Stats()
-        self._scheduler = Scheduler(budget or Budget(kv_tokens=_free_kv_tokens(model)))
+        self._budget = budget or Budget(kv_tokens=_free_kv_tokens(model))
+        self._scheduler = Scheduler(self._budget)
         self._tokenizer = tokenizer  # for stop strings only
         self._cache: KVCache | None = None
         self._sampler: Sampler | None = None
@@ -140,10 +141,12 @@ class OvisEngine:
     def _shrink(self, error: torch.OutOfMemoryError) -> None:
         scheduler = self._scheduler
         scheduler.restart_all()
-        if scheduler.budget.slots == 1:
+        if scheduler.budget.slots > 1:
+            scheduler.budget = _halved(scheduler.budget)
+        else:
             failed = scheduler.waiting.popleft()
             failed.error = RequestError(f"out of device memory on a request of its own: {error}")
-        scheduler.budget = _halved(scheduler.budget)
+            scheduler.budget = self._budget
         self._cache = self._sampler = None
 
     @torch.inference_mode()

@@ -9,11 +9,14 @@ from tokenizers import Tokenizer
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The checkpoint's `tokenizer.json`, which both layouts ship. Raises ValueError if it is missing."""
+    """The checkpoint's `tokenizer.json`, which both layouts ship. Raises ValueError if it is missing or broken."""
     path = directory / "tokenizer.json"
     if not path.exists():
         raise ValueError(f"{path} is missing; save the tokenizer in its fast format (tokenizer.json) there")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
 def detokenize(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint
+from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint, local_path
 from ovis_model.config import OvisConfig
-from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.cluster import Pools, plan_pools, ray_session
+from ovis_model.processor import Processor
+from pipelines.attempts import AttemptCounts, RemoteAttempts
+from pipelines.cluster import (
+    MAX_BLOCKS,
+    configure_ray_data,
+    last_line,
+    plan_batches,
+    plan_pools,
+    ray_session,
+    settled_dtype,
+)
 from pipelines.config import CaptionConfig
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
+from pipelines.lease import Lease
 from pipelines.ledger import Ledger, Ranges, count, split
-from pipelines.manifest import ROWS_PER_GROUP, KeptColumns
-from pipelines.preprocess import BATCH_BYTES, Preprocess
+from pipelines.manifest import KeptColumns
+from pipelines.preprocess import Preprocess
 from pipelines.progress import RunProgress
 from pipelines.run import Run, open_run
 from pipelines.schema import RESULT
@@ -59,34 +69,55 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
     Raises ValueError (usage: before any replica starts), StageFailed and RowsLost.
     """
     started_s = time.monotonic()
-    model = describe_checkpoint(config.model, config.revision)
-    run = open_run(config, model)
-    remove_temporaries(run.data_uri)
-    ledger = Ledger.read(run.data_uri)
-    num_done = count(ledger.done)
-    with RunProgress(run.num_rows, num_done) as progress:
-        if ledger.missing(run.num_rows):
-            with ray_session():
-                _caption_missing(config, run, ledger, progress, make_engine)
-    run.update(status="finished", counts={"ok": run.num_rows - ledger.num_errors, "error": ledger.num_errors})
+    config = config.model_copy(update={"model": local_path(config.model)})
+    check_model(config)
+    run = open_run(config, describe_checkpoint(config.model, config.revision))
+    lease = Lease(run.output)
+    lease.take()
+    try:
+        remove_temporaries(run.data_uri)
+        ledger = Ledger.read(run.data_uri)
+        with RunProgress(run.num_rows, count(ledger.done)) as progress:
+            if ledger.missing(run.num_rows):
+                run.update(status="running")
+                with ray_session():
+                    _caption_missing(config, run, ledger, lease, progress, make_engine)
+        run.update(status="finished", counts={"ok": run.num_rows - ledger.num_errors, "error": ledger.num_errors})
+    except BaseException:
+        with suppress(OSError):
+            run.update(status="stopped")
+        raise
+    finally:
+        lease.release()
     return _summary(run, ledger, progress, time.monotonic() - started_s)
 
 
+def check_model(config: CaptionConfig) -> None:
+    """What can be known of the model and the options without weights. Raises ValueError."""
+    processor = Processor.from_pretrained(config.model, config.revision)
+    sampling = config.sampling_for("")
+    if sampling.max_new_tokens >= processor.config.max_length:
+        raise ValueError(
+            f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{processor.config.max_length} tokens; lower it"
+        )
+
+
 def _caption_missing(
-    config: CaptionConfig, run: Run, ledger: Ledger, progress: RunProgress, make_engine: EngineFactory
+    config: CaptionConfig, run: Run, ledger: Ledger, lease: Lease, progress: RunProgress, make_engine: EngineFactory
 ) -> None:
-    sink = Sink(run.data_uri, ledger, rows_per_file=config.rows_per_file, kept=KeptColumns(run.output))
+    kept = KeptColumns(run.output)
     reasons: Counter[str] = Counter()
     try:
         for _ in range(MAX_PASSES):
             if missing := ledger.missing(run.num_rows):
-                for results in _stream(config, run, missing, make_engine):
-                    _report(sink.add(results), progress, reasons)
-                sink.flush()
+                with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink:
+                    for results in _stream(config, run, missing, make_engine):
+                        _report(sink.add(results), progress, reasons)
     finally:
-        sink.flush()  # what is finished is kept, whatever ends the run
         _log_reasons(reasons)
-    if missing := ledger.missing(run.num_rows):
+    written = Ledger.read(run.data_uri)  # what is there, not what we think that we put there
+    if missing := written.missing(run.num_rows):
         raise RowsLost(f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}")
 
 
@@ -99,22 +130,23 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     total = ray.cluster_resources()
     pools = plan_pools(config, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
     sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config))
-    logger.info("%s %s", pools, sizes)
-    _configure_ray_data()
+    run.settle_dtype(settled_dtype(config, pools))
+    configure_ray_data()
     revision = run.record["model"]["revision"]
+    attempts = RemoteAttempts(ray.remote(AttemptCounts).options(num_cpus=0, max_restarts=-1).remote())
     units = list(split(missing, sizes.rows_per_unit))
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
-    dataset = ray.data.from_items([unit._asdict() for unit in units], override_num_blocks=len(units))
+    dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))
     prepared = dataset.map_batches(
         Preprocess,
-        fn_constructor_args=(config, run.output, revision),
+        fn_constructor_args=(config, run.output, revision, attempts),
         batch_size=1,
         num_cpus=pools.preprocessor_cpus,
         compute=ActorPoolStrategy(size=pools.num_preprocessors),
     )
     results = prepared.map_batches(
         Generate,
-        fn_constructor_args=(config, revision, Replica(pools.device, pools.threads_per_replica), make_engine),
+        fn_constructor_args=(config, revision, Replica(pools.device, pools.threads_per_replica), make_engine, attempts),
         batch_size=sizes.rows_per_batch,
         num_cpus=pools.replica_cpus,
         num_gpus=pools.replica_gpus,
@@ -129,58 +161,12 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
         for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield table.cast(RESULT)
     except ray.exceptions.RayError as error:
-        raise StageFailed(_last_line(error)) from error
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """`rows_per_unit`: what a preprocessor takes at once; `calls_per_replica`: batches that its engine mixes."""
-
-    rows_per_unit: int
-    rows_per_batch: int
-    calls_per_replica: int
-
-
-def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int) -> Sizes:
-    """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
-
-    Many units, so that every actor has work early and late; few enough for the driver to hold (about 20,000).
-    """
-    fair_share = num_rows // (16 * pools.num_preprocessors)
-    rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // 20_000), 8)
-    rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
-    return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, 1 + -(-ROWS_SIDE_BY_SIDE // rows_per_batch))
-
-
-def _power_of_two(number: int) -> int:
-    """The largest one up to `number`, so that units fit into the row groups of the manifest."""
-    return 1 << max(0, number.bit_length() - 1)
+        raise StageFailed(last_line(error)) from error
 
 
 def _most_tile_bytes(config: CaptionConfig) -> int:
     side = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False)).vision.image_size
     return (config.tiles_for(1) + 1) * 3 * side * side
-
-
-def _last_line(error: Exception) -> str:
-    """Of a remote trace: the exception's type and message."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Died)\b", line)), lines[-1])
-
-
-def _configure_ray_data() -> None:
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts rows
-    context.target_max_block_size = BATCH_BYTES
-    # Half an hour without a block fails a run by default: less than a large model may need to load.
-    context.execution_no_progress_timeout_s = 4 * 3600
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # What an actor raises is told once, by us, and not with a request to open an issue at Ray's.
-    for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
 
 
 def _report(results: pa.Table, progress: RunProgress, reasons: Counter[str]) -> None:

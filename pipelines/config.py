@@ -65,6 +65,18 @@ class CaptionConfig(BaseModel):
     max_error_rate: float = Field(0.1, ge=0, le=1, description="exit 3 when more of the rows are errors")
     overwrite: bool = Field(False, description="remove an earlier run from OUTPUT first")
 
+    @field_validator("prompt", "system_prompt", "stop")
+    @classmethod
+    def _is_unicode(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for text in (value,) if isinstance(value, str) else value or ():
+            if text == "":
+                raise ValueError("may not be empty")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError("is not UTF-8") from None
+        return value
+
     @field_validator("tensor_parallel")
     @classmethod
     def _one_gpu_a_replica(cls, value: int) -> int:
@@ -130,8 +142,7 @@ def parse_command_line(prog: str, description: str, argv: Sequence[str]) -> Capt
     flags = vars(parser.parse_args(argv))
     paths, config_file = flags.pop("paths", []), flags.pop("config", None)
     try:
-        values = {**_read_yaml(config_file), **flags}
-        return CaptionConfig(**_with_paths(values, paths))
+        return CaptionConfig(**_with_paths(_read_yaml(config_file), flags, paths))
     except ValidationError as error:
         parser.error("; ".join(map(_describe, error.errors())))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -164,15 +175,16 @@ def _argument(name: str) -> dict[str, Any]:
     return {"action": "append" if is_list else "store", "help": help_text, "metavar": "X"}
 
 
-def _with_paths(values: dict[str, Any], paths: list[str]) -> dict[str, Any]:
-    """`INPUT OUTPUT`, or `OUTPUT` alone when the inputs are given by name."""
-    inputs = values.get("input", ())
-    named = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-    if len(paths) > 2 or (len(paths) == 1 and not named):
+def _with_paths(file: dict[str, Any], flags: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+    """All options: flags over the file's; `INPUT OUTPUT`, or `OUTPUT` alone when the inputs are given by name."""
+    values = {**file, **flags}
+    if isinstance(file.get("input"), str):
+        values["input"] = flags.get("input", [file["input"]])
+    if len(paths) > 2 or (len(paths) == 1 and not values.get("input")):
         raise ValueError(f"expected INPUT and OUTPUT, got {paths}; give further inputs with --input")
-    if paths:
-        values = {**values, "output": paths[-1]}
-    return {**values, "input": (*paths[:-1], *named)}
+    if len(paths) == 2:
+        values["input"] = [paths[0], *flags.get("input", [])]
+    return {**values, "output": paths[-1]} if paths else values
 
 
 def _read_yaml(path: str | None) -> dict[str, Any]:
@@ -189,6 +201,6 @@ def _describe(error: Any) -> str:
     if name == "--output":
         return "OUTPUT is missing"
     if name == "--input":
-        return "INPUT is missing"
+        return "INPUT is missing" if error["type"] in ("missing", "too_short") else f"INPUT: {error['msg']}"
     given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
     return f"{name}: {error['msg']}{given}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import pyarrow as pa
 from ovis_model.processor import Processor
 from ovis_model.text import cut_at_stop
 from ovis_model.types import Completion, Engine, EngineDied, Request, RequestError, SamplingParams
+from pipelines.attempts import MAX_TRIES, AloneOrTogether, Attempts
 from pipelines.config import CaptionConfig
 from pipelines.schema import RESULT
 
@@ -53,23 +55,48 @@ class Generate:
     """One replica. `make_engine` is the seam for a fake engine in tests of the plumbing."""
 
     def __init__(
-        self, config: CaptionConfig, revision: str | None, replica: Replica, make_engine: EngineFactory
+        self,
+        config: CaptionConfig,
+        revision: str | None,
+        replica: Replica,
+        make_engine: EngineFactory,
+        attempts: Attempts,
     ) -> None:
-        self._config = config
+        self._config, self._attempts, self._process = config, attempts, AloneOrTogether()
         self._processor = Processor.from_pretrained(config.model, revision)
         self._engine = make_engine(config, revision, replica)
 
     def __call__(self, batch: Batch) -> pa.Table:
-        """Columns of prepared rows -> a table of schema RESULT, a row for each."""
+        """Columns of prepared rows -> a table of schema RESULT, a row for each. Several threads may call at once."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        work = f"generate {len(rows)} rows from {rows[0]['row']}"
+        if self._attempts.begin(work) <= MAX_TRIES:
+            with self._process.together():
+                results = self._results(rows)
+        else:
+            results = [result for row in rows for result in self._results_alone(row)]
+        self._attempts.end(work)
+        return pa.Table.from_pylist(results, RESULT)
+
+    def _results_alone(self, row: Row) -> list[Row]:
+        """Of a row in a batch that killed its process again and again."""
+        work = f"generate row {row['row']}"
+        with self._process.alone():
+            tries = self._attempts.begin(work)
+            if tries > MAX_TRIES:
+                return [_error_result(row, "generate", f"the process died {tries - 1} times on this row alone")]
+            results = self._results([row])
+            self._attempts.end(work)
+        return results
+
+    def _results(self, rows: list[Row]) -> list[Row]:
         prepared = [row for row in rows if not row["stage"]]
         outcomes = self._generate(
             [Request(row["input_ids"], row["tiles"], row["tile_sizes"]) for row in prepared],
             [self._config.sampling_for(row["id"]) for row in prepared],
         )
         results = [self._result(row, outcome) for row, outcome in zip(prepared, outcomes, strict=True)]
-        results += [_error_result(row, row["stage"], row["error"]) for row in rows if row["stage"]]
-        return pa.Table.from_pylist(results, RESULT)
+        return results + [_error_result(row, row["stage"], row["error"]) for row in rows if row["stage"]]
 
     def _generate(
         self, requests: Sequence[Request], params: Sequence[SamplingParams]
@@ -79,7 +106,8 @@ class Generate:
             return self._engine.generate(requests, params)
         except RequestError:
             return [self._generate_alone(request, own) for request, own in zip(requests, params, strict=True)]
-        except EngineDied:
+        except EngineDied as error:
+            print(f"the engine died: {error}", file=sys.stderr, flush=True)
             # Raising would end the run, a clean exit of the actor as well; Ray replaces a process that is gone.
             os._exit(1)
 

@@ -14,6 +14,8 @@ from PIL import Image
 from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
+from pipelines.attempts import MAX_TRIES, Attempts
+from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
 from pipelines.fetch import AT_ONCE, Fetcher
 from pipelines.ledger import RowRange
@@ -21,8 +23,6 @@ from pipelines.manifest import read_rows
 from pipelines.media import MediaError, decode_image
 from pipelines.schema import Stage
 from pipelines.sources.rows import ImageRef
-
-BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
 
 Row = dict[str, Any]
 Images = Future[list[bytes]]
@@ -40,16 +40,19 @@ class RowError(ValueError):
 class Preprocess:
     """Takes ranges of row numbers, gives batches of prepared rows; one that fails is a row with stage and error."""
 
-    def __init__(self, config: CaptionConfig, output: str, revision: str | None) -> None:
-        self._config, self._output = config, output
+    def __init__(self, config: CaptionConfig, output: str, revision: str | None, attempts: Attempts) -> None:
+        self._config, self._output, self._attempts = config, output, attempts
         self._processor = Processor.from_pretrained(config.model, revision)
         self._fetcher = Fetcher()
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """int64 `start`, `stop` -> columns of `_prepared` rows, at most BATCH_BYTES or one row at once."""
         for start, stop in zip(batch["start"], batch["stop"], strict=True):
+            work = f"prepare rows {start} to {stop}"
+            prepare = self._prepare if self._attempts.begin(work) <= MAX_TRIES else self._prepare_alone
             rows: list[Row] = read_rows(self._output, RowRange(int(start), int(stop))).to_pylist()
-            yield from _batches(self._prepare(row, images) for row, images in self._fetched(rows))
+            yield from _batches(prepare(row, images) for row, images in self._fetched(rows))
+            self._attempts.end(work)
 
     def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Images]]:
         """Rows in order with the bytes of their images, a bounded number of rows ahead."""
@@ -70,7 +73,20 @@ class Preprocess:
         try:
             return _prepared(row, *self._request(row, images))
         except RowError as error:
-            return _failed(row, error, self._processor.config.vision.image_size)
+            return self._failed(row, error)
+
+    def _prepare_alone(self, row: Row, images: Images) -> Row:
+        """A row among others of which one killed its process again and again."""
+        work = f"prepare row {row['row']}"
+        tries = self._attempts.begin(work)
+        if tries > MAX_TRIES:
+            return self._failed(row, RowError("decode", f"the process died {tries - 1} times on this row alone"))
+        prepared = self._prepare(row, images)
+        self._attempts.end(work)
+        return prepared
+
+    def _failed(self, row: Row, error: RowError) -> Row:
+        return _failed(row, error, self._processor.config.vision.image_size)
 
     def _request(self, row: Row, images: Images) -> tuple[Request, int]:
         """The model input and the number of its images."""
@@ -123,7 +139,9 @@ def _stage(stage: Stage, expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        raise RowError(stage, str(error) or type(error).__name__) from error
+        # Of an OSError the plain reason: its path is in the row, and reasons are counted.
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise RowError(stage, reason) from error
 
 
 def _decoded(encoded: list[bytes]) -> list[Image.Image]:

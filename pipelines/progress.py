@@ -45,14 +45,6 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def restart_clock(self) -> None:
-        """Start-up is over: rates count from here."""
-        self._started_s = time.monotonic()
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._started_s
-
     def add(self, *, rows: int, errors: int, tokens: int) -> None:
         self.num_new += rows
         self.num_errors += errors
@@ -62,6 +54,9 @@ class RunProgress:
             self._logged_s = time.monotonic()
             print(f"{self._done()}/{self.num_rows} rows, {self._rates()}, ETA {self._eta()}", file=sys.stderr)
 
+    def _elapsed_s(self) -> float:
+        return max(time.monotonic() - self._started_s, 1e-3)
+
     def _done(self) -> int:
         return self.num_done + self.num_new
 
@@ -69,11 +64,11 @@ class RunProgress:
         return self._done() == self.num_rows
 
     def _rates(self) -> str:
-        elapsed_s = max(self.elapsed_s, 1e-3)
+        elapsed_s = self._elapsed_s()
         errors = f", {self.num_errors} errors" if self.num_errors else ""
         return f"{self.num_new / elapsed_s:.1f} rows/s, {self.num_tokens / elapsed_s:.0f} tokens/s{errors}"
 
     def _eta(self) -> str:
-        remaining_s = (self.num_rows - self._done()) * self.elapsed_s / max(self.num_new, 1)
+        remaining_s = (self.num_rows - self._done()) * self._elapsed_s() / max(self.num_new, 1)
         hours, rest_s = divmod(round(remaining_s), 3600)
         return f"{hours}:{rest_s // 60:02}:{rest_s % 60:02}"

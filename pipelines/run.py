@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import metadata
 from typing import Any
 
-from pipelines import store
+from pipelines import __version__, store
 from pipelines.config import CaptionConfig
 from pipelines.manifest import write_manifest
 from pipelines.sources import list_rows
 
-_VERSIONS_OF = ("ovis2-ray", "ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
+_VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
+_OUR_FILES = re.compile(r"\.?rows-\d{12}[^/]*\.parquet(\.\w+\.tmp)?")
+_REPLACED = "replaced"
 
 Json = dict[str, Any]
 
@@ -36,38 +39,55 @@ class Run:
         return store.join(self.output, "data")
 
     def update(self, **fields: Any) -> None:
-        _write_record(self.output, {**self.record, **fields, "updated_at": _now()})
+        self.record.update(fields, updated_at=_now())
+        _write_record(self.output, self.record)
+
+    def settle_dtype(self, dtype: str) -> None:
+        """What `auto` came to. Raises RunError if the rows that are done were generated in another type."""
+        settled = self.record.setdefault("settled_dtype", dtype)
+        if settled != dtype:
+            raise RunError(
+                f"{self.output} holds rows generated in {settled}, this machine would go on in {dtype}; "
+                f"give --dtype {settled} in a new OUTPUT, or go on where there is a device as before"
+            )
+        self.update()
 
 
 def open_run(config: CaptionConfig, model: Json) -> Run:
     """Go on with the run that OUTPUT holds, or list the input and start one.
 
     `model` says which model it is (id, revision, weights). Raises RunError if OUTPUT holds another run or something
-    else, SourceError if the input cannot be listed.
+    else or cannot be written, SourceError if the input cannot be listed; nothing has changed then.
     """
     output = store.absolute_uri(config.output)
-    what = {**config.fingerprint_fields(), "input": [store.absolute_uri(uri) for uri in config.input]}
-    if config.overwrite:
-        _remove_run(output)
-    record = _read_record(output)
-    if record is None:
-        record = _start(output, config, {"config": what, "model": model})
-    _check_same(output, record, {"config": what, "model": model})
+    what = {
+        "config": {**config.fingerprint_fields(), "input": [store.absolute_uri(uri) for uri in config.input]},
+        "model": model,
+    }
+    try:
+        record = _read_record(output)
+        if config.overwrite or record is None:
+            record = _start(output, config, what, replaces=record)
+    except OSError as error:
+        raise RunError(f"cannot use {output} as OUTPUT: {error}") from error
+    _check_same(output, record, what)
     return Run(output, record["num_rows"], record)
 
 
-def _start(output: str, config: CaptionConfig, what: Json) -> Json:
-    if next(store.list_files(store.join(output, "data")), None):
-        raise RunError(f"{output}/data holds files but {output} has no run.json; use another OUTPUT or --overwrite")
+def _start(output: str, config: CaptionConfig, what: Json, *, replaces: Json | None) -> Json:
+    _check_foreign(output, what["config"]["input"], replaces)
     listing = list_rows(config)
-    store.remove(store.join(output, "manifest"))  # of a start that was killed
+    if replaces is not None:
+        _write_record(output, {"status": _REPLACED})
+    _remove_ours(output)
     write_manifest(output, listing.tables())
     # Last: a run.json says that the manifest is whole.
     record = {
         **what,
         "fingerprint": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16],
+        "options": config.model_dump(mode="json"),
         "num_rows": listing.num_rows,
-        "versions": {name: version(name) for name in _VERSIONS_OF},
+        "versions": {"ovis2-ray": __version__, **{name: _version(name) for name in _VERSIONS_OF}},
         "status": "running",
         "started_at": _now(),
     }
@@ -75,8 +95,32 @@ def _start(output: str, config: CaptionConfig, what: Json) -> Json:
     return record
 
 
+def _check_foreign(output: str, inputs: list[str], replaces: Json | None) -> None:
+    """Only what a run.json vouches for is ever removed, and never the input."""
+    for name in ("data", "manifest"):
+        place = store.join(output, name)
+        if any(f"{uri}/".startswith(f"{place}/") for uri in inputs):
+            raise RunError(f"the input is in {place}, where the results go; use another OUTPUT")
+        foreign = [info.uri for info in store.list_files(place) if replaces is None or not _is_ours(info.uri)]
+        if foreign and not (name == "manifest" and all(map(_is_ours, foreign))):
+            raise RunError(f"{place} holds files of something else, such as {foreign[0]}; use another OUTPUT")
+
+
+def _remove_ours(output: str) -> None:
+    for name in ("data", "manifest"):
+        for info in store.list_files(store.join(output, name)):
+            if _is_ours(info.uri):
+                store.remove(info.uri)
+
+
+def _is_ours(uri: str) -> bool:
+    return _OUR_FILES.fullmatch(uri.rsplit("/", 1)[-1]) is not None
+
+
 def _check_same(output: str, record: Json, what: Json) -> None:
     """Raises RunError with each difference between the run there and this one."""
+    if record.get("status") == _REPLACED:
+        raise RunError(f"an --overwrite of {output} was interrupted; give --overwrite again")
     there, here = ({**r["config"], **{f"model {k}": v for k, v in r["model"].items()}} for r in (record, what))
     differences = [
         f"{name.replace('_', '-')} {there.get(name)!r} there, {here.get(name)!r} here"
@@ -90,11 +134,6 @@ def _check_same(output: str, record: Json, what: Json) -> None:
         )
 
 
-def _remove_run(output: str) -> None:
-    for name in ("run.json", "data", "manifest"):
-        store.remove(store.join(output, name))
-
-
 def _read_record(output: str) -> Json | None:
     uri = store.join(output, "run.json")
     if store.find_file(uri) is None:
@@ -102,12 +141,20 @@ def _read_record(output: str) -> Json | None:
     try:
         record: Json = json.loads(store.read_bytes(uri))
     except json.JSONDecodeError as error:
-        raise RunError(f"{uri} is not JSON ({error}); use another OUTPUT or --overwrite") from error
+        raise RunError(f"{uri} is not JSON ({error}); use another OUTPUT") from error
     return record
 
 
 def _write_record(output: str, record: Json) -> None:
-    store.write_bytes(store.join(output, "run.json"), json.dumps(record, indent=2, ensure_ascii=False).encode())
+    # ASCII: a path whose bytes are no UTF-8 survives the way there and back.
+    store.write_bytes(store.join(output, "run.json"), json.dumps(record, indent=2).encode())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None  # a head node needs no torch
 
 
 def _now() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import logging
+import threading
 import time
 
 import numpy as np
@@ -12,51 +12,92 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import schema, store
+from pipelines.lease import Lease
 from pipelines.ledger import FOOTER_KEY, FileEntry, Ledger, to_ranges
 from pipelines.manifest import KeptColumns
 
 FLUSH_S = 30.0  # so that a killed run loses no more than this of finished work
-
-logger = logging.getLogger(__name__)
 
 
 class Sink:
     """Collects result rows in the driver and writes them to `data_uri`; `ledger` says which rows are there.
 
     One writer: results are text, about 1 KB a row, so one process keeps up with thousands of rows a second, and it
-    alone knows what has arrived, when to write and how far the run is.
+    alone knows what has arrived, when to write and how far the run is. A context: inside it a thread writes rows that
+    have waited for FLUSH_S; on the way out all that wait are written, whatever ends the run.
     """
 
-    def __init__(self, data_uri: str, ledger: Ledger, *, rows_per_file: int, kept: KeptColumns | None = None) -> None:
-        self._data_uri, self._ledger, self._rows_per_file, self._kept = data_uri, ledger, rows_per_file, kept
+    def __init__(
+        self,
+        data_uri: str,
+        ledger: Ledger,
+        lease: Lease,
+        *,
+        rows_per_file: int,
+        kept: KeptColumns | None = None,
+    ) -> None:
+        self._data_uri, self._ledger, self._lease, self._rows_per_file = data_uri, ledger, lease, rows_per_file
+        self._kept = kept
         self._waiting: list[pa.Table] = []
-        self._last_flush_s = time.monotonic()
+        self._oldest_s = 0.0  # when the first waiting row came
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._fault: Exception | None = None
+        self._thread = threading.Thread(target=self._flush_late_rows, name="flush", daemon=True)
+
+    def __enter__(self) -> Sink:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        self.flush()
 
     def add(self, results: pa.Table) -> pa.Table:
         """Take rows of schema RESULT and write what is due -> the rows that were new.
 
-        A stage that is run again after its process died may hand over rows that it handed over before.
+        A stage that is run again after its process died may hand over rows that it handed over before. Raises
+        OSError or LeaseError if rows cannot be written.
         """
-        rows = results.column(schema.ROW).to_numpy()
-        is_new = self._ledger.new_rows(rows) & ~np.isin(rows, self._waiting_rows())
-        new = results.filter(pa.array(is_new))
-        self._waiting.append(new)
-        is_late = time.monotonic() - self._last_flush_s > FLUSH_S
-        if is_late or self._num_waiting() >= self._rows_per_file:
-            self.flush()
-        return new
+        with self._lock:
+            if self._fault is not None:
+                raise self._fault
+            rows = results.column(schema.ROW).to_numpy()
+            is_new = self._ledger.new_rows(rows) & ~np.isin(rows, self._waiting_rows())
+            new = results.filter(pa.array(is_new))
+            self._oldest_s = self._oldest_s if self._waiting else time.monotonic()
+            self._waiting.append(new)
+            if sum(map(len, self._waiting)) >= self._rows_per_file:
+                self._flush()
+            return new
 
     def flush(self) -> None:
         """Write all waiting rows."""
-        table = pa.concat_tables([schema.RESULT.empty_table(), *self._waiting]).sort_by(schema.ROW)
-        for start in range(0, len(table), self._rows_per_file):
-            entry = write_file(self._data_uri, table.slice(start, self._rows_per_file), self._kept)
-            self._ledger.add(entry)
-        self._waiting.clear()
-        self._last_flush_s = time.monotonic()
+        with self._lock:
+            self._flush()
 
-    def _num_waiting(self) -> int:
-        return sum(map(len, self._waiting))
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        self._lease.check()
+        table = pa.concat_tables(self._waiting).sort_by(schema.ROW)
+        while len(table):
+            self._ledger.add(write_file(self._data_uri, table.slice(0, self._rows_per_file), self._kept))
+            table = table.slice(self._rows_per_file)
+            self._waiting = [table]  # one that fails leaves no row written and waiting
+        self._waiting.clear()
+
+    def _flush_late_rows(self) -> None:
+        while not self._closed.wait(min(1.0, FLUSH_S / 2)):
+            try:
+                with self._lock:
+                    self._lease.renew()
+                    if self._waiting and time.monotonic() - self._oldest_s > FLUSH_S:
+                        self._flush()
+            except Exception as fault:  # told to the thread that hands over rows
+                self._fault = fault
+                return
 
     def _waiting_rows(self) -> np.ndarray:
         return np.concatenate([np.empty(0, np.int64), *(t.column(schema.ROW).to_numpy() for t in self._waiting)])

@@ -7,6 +7,7 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from fsspec.implementations.local import LocalFileSystem
 TEMPORARY_SUFFIX = ".tmp"
 
 _READ_ATTEMPTS, _FIRST_PAUSE_S = 3, 0.2
-_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_EXTRAS = {
+    "http": "http",
+    "https": "http",
+    "s3": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+}
 # Trying again cannot help against these.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -35,15 +45,30 @@ class StoreError(ValueError):
 
 def open_store(uri: str) -> tuple[Any, str]:
     """The file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
-    protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+    if "://" not in uri:
+        local = LocalFileSystem()
+        return local, local._strip_protocol(uri)
+    protocol = uri.split("://", 1)[0]
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
+        # Not fsspec's url_to_fs: it takes a `::` in a name for a chain of file systems.
+        kind = fsspec.get_filesystem_class(protocol)
+        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
         install = f"; pip install 'ovis2-ray[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
         raise StoreError(f"{uri}: {error}{install}") from error
     except ValueError as error:
         raise StoreError(f"{uri}: {error}") from error
-    return fs, path
+
+
+@contextmanager
+def _faults_as_os_errors() -> Iterator[None]:
+    """Each store's client has exceptions of its own: whoever uses a store handles OSError."""
+    try:
+        yield
+    except (OSError, StoreError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def absolute_uri(uri: str) -> str:
@@ -56,35 +81,36 @@ def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/"), *names])
 
 
-def list_files(uri: str) -> Iterator[FileInfo]:
+def list_files(uri: str) -> list[FileInfo]:
     """All files below a directory, sorted by name, links followed; nothing if it does not exist. Raises OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
-        yield from sorted(_walk(path), key=lambda info: info.uri)
-        return
-    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
-    for name in sorted(found):
-        yield _info(fs, name, found[name])
+        return sorted(_walk(path), key=lambda info: info.uri)
+    with _faults_as_os_errors():
+        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    return [_info(fs, name, found[name]) for name in sorted(found)]
 
 
-def glob_files(uri: str) -> Iterator[FileInfo]:
-    """The files that match, sorted by name."""
+def glob_files(uri: str) -> list[FileInfo]:
+    """The files that match, without directories, sorted by name. Raises OSError."""
     fs, path = open_store(uri)
-    matches: dict[str, dict[str, Any]] = fs.glob(path, detail=True)
-    for name in sorted(matches):
-        if matches[name]["type"] != "directory":
-            yield _info(fs, name, matches[name])
+    with _faults_as_os_errors():
+        found: dict[str, dict[str, Any]] = fs.glob(path, detail=True)
+    return [_info(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
 
 
 def find_file(uri: str) -> FileInfo | None:
-    """The file at `uri`, None if there is none (or a directory)."""
+    """What is at `uri` unless that is a directory or nothing. Raises OSError."""
     fs, path = open_store(uri)
-    return _info(fs, path, fs.info(path)) if fs.isfile(path) else None
+    with _faults_as_os_errors():
+        return _info(fs, path, fs.info(path)) if fs.exists(path) and not fs.isdir(path) else None
 
 
 def is_directory(uri: str) -> bool:
+    """Raises OSError."""
     fs, path = open_store(uri)
-    return bool(fs.isdir(path))
+    with _faults_as_os_errors():
+        return bool(fs.isdir(path))
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -97,7 +123,8 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
         raise OSError(f"{path} is not a regular file")  # a pipe may never end
     for attempt in range(1, _READ_ATTEMPTS + 1):
         try:
-            data: bytes = fs.cat_file(path, start=start, end=stop)
+            with _faults_as_os_errors():
+                data: bytes = fs.cat_file(path, start=start, end=stop)
             return data
         except _FINAL:
             raise
@@ -109,16 +136,24 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:
-    """A binary file object that reads the parts it is asked for, from an object store in blocks of this size."""
+    """A binary file object that reads the parts it is asked for, from an object store in blocks of this size.
+
+    Raises OSError.
+    """
     fs, path = open_store(uri)
-    return fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {}))
+    with _faults_as_os_errors():
+        return fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {}))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """All of `data` or nothing appears at `uri`, whenever the process dies: renamed locally, one put elsewhere."""
+    """All of `data` or nothing appears at `uri`, whenever the process dies: renamed locally, one put elsewhere.
+
+    Raises OSError.
+    """
     fs, path = open_store(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
+        with _faults_as_os_errors():
+            fs.pipe_file(path, data)
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,10 +169,11 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def remove(uri: str) -> None:
-    """The file or directory tree; fine if it is gone."""
+    """One file; fine if it is gone. Raises OSError."""
     fs, path = open_store(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with _faults_as_os_errors():
+        if fs.exists(path):
+            fs.rm_file(path)
 
 
 def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:

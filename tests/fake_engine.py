@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ovis_model.types import Completion, Request, RequestError, SamplingParams
+from ovis_model.types import Completion, EngineDied, Request, RequestError, SamplingParams
 from pipelines.config import CaptionConfig
 from pipelines.generate import Replica
 
 
 @dataclass(frozen=True)
 class FakeEngineFactory:
-    """`busy_log` gets a line "start_s stop_s rows" for every call; rows of `fails_on_tiles` tiles are refused."""
+    """`busy_log` gets a line "start_s stop_s rows" for every call; rows of `fails_on_tiles` tiles are
+    refused, and the device is lost on rows of `dies_on_tiles`."""
 
     seconds_per_row: float = 0.0
     busy_log: Path | None = None
     fails_on_tiles: int | None = None
+    dies_on_tiles: int | None = None
 
     def __call__(self, config: CaptionConfig, revision: str | None, replica: Replica) -> FakeEngine:
         return FakeEngine(self)
@@ -39,6 +41,8 @@ class FakeEngine:
         for request in requests:
             if len(request.tiles) == self._factory.fails_on_tiles:
                 raise RequestError(f"{len(request.tiles)} tiles are an unlucky number")
+            if len(request.tiles) == self._factory.dies_on_tiles:
+                raise EngineDied("a cosmic ray")
         with self._lock:
             start_s = time.time()
             time.sleep(self._factory.seconds_per_row * len(requests))

@@ -59,7 +59,7 @@ class Job:
         self.process.kill()
         self.process.communicate()
 
-    def wait_until_all_gone(self, timeout_s: float = 30) -> None:
+    def wait_until_all_gone(self, timeout_s: float = 60) -> None:
         """Until no process that this job started is left. Raises AssertionError if some stay."""
         deadline_s = time.monotonic() + timeout_s
         while left := self._descendants():

@@ -32,6 +32,8 @@ def test_yaml_with_flags_on_top(tmp_path: Path) -> None:
         "input: [a, b]\noutput: out\nmodel: demo\nmax-new-tokens: 7\nprompt: |\n  Two\n  lines\ntop_p: 0.5\n"
     )
     config = parse("--config", str(file), "--top-p", "0.9")
+    assert parse("c", "other", "--config", str(file)).input == ("c",)
+    assert parse("other", "--config", str(file)).output == "other"
     assert (config.input, config.output, config.max_new_tokens) == (("a", "b"), "out", 7)
     assert (config.prompt, config.top_p) == ("Two\nlines\n", 0.9)
 
@@ -50,6 +52,8 @@ def test_yaml_with_flags_on_top(tmp_path: Path) -> None:
         (["in", "out", "--model", "demo", "--tensor-parallel", "2"], "not supported yet; use 1"),
         (["in", "out", "--model", "demo", "--max-tokens", "2"], "unrecognized arguments: --max-tokens"),
         (["in", "out", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["in", "out", "--model", "demo", "--stop", ""], "--stop: Value error, may not be empty"),
+        (["in", "out", "--model", "demo", "--prompt", "a\udcff"], "--prompt: Value error, is not UTF-8"),
     ],
 )
 def test_bad_usage_exits_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +61,15 @@ def test_bad_usage_exits_with_2(argv: list[str], message: str, capsys: pytest.Ca
         parse(*argv)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["input: 5", "input:", "input: [1]"])
+def test_a_wrong_type_in_yaml_is_named(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{line}\nmodel: demo\noutput: out\n")
+    with pytest.raises(SystemExit):
+        parse("--config", str(file))
+    assert "INPUT" in capsys.readouterr().err
 
 
 def test_an_unknown_option_in_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,8 @@ def test_both_layouts_parse_to_the_same_shapes(checkpoint: str) -> None:
         (("visual_tokenizer_config", "backbone_config", "qkv_bias"), True, "qkv_bias=True"),
         (("visual_tokenizer_config", "backbone_config", "patch_size"), 15, "patch_size=15"),
         (("llm_config", "rope_scaling"), {"rope_type": "yarn"}, "rope_type='yarn'"),
+        (("llm_config", "rope_scaling"), {"type": "yarn"}, "type='yarn'"),
+        (("visual_tokenizer_config",), {}, "lacks backbone_config"),
         (("llm_config", "num_key_value_heads"), 3, "num_key_value_heads=3"),
         (("llm_config", "hidden_size"), None, "lacks hidden_size"),
         (("quantization_config",), {"bits": 4}, "quantized"),

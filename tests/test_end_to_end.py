@@ -24,8 +24,10 @@ from ovis_model.types import SamplingParams
 from pipelines import schema
 from pipelines.caption import caption
 from pipelines.config import CaptionConfig
+from pipelines.lease import Lease, LeaseError
 from pipelines.run import RunError
 from pipelines.sink import read_results
+from pipelines.sources import SourceError
 from tests.fake_engine import FakeEngineFactory
 from tests.golden_data import CHECKPOINTS, checkpoint_dir
 from tests.photographs import photographs
@@ -225,13 +227,71 @@ def test_what_does_not_change_the_rows_may_change(ray_cluster: None, pictures: P
     assert again.skipped_done == again.rows == 24
 
 
-def test_foreign_files_in_output_are_refused_and_kept(pictures: Path, tmp_path: Path) -> None:
-    foreign = tmp_path / "out" / "data" / "mine.parquet"
+@pytest.mark.parametrize(
+    "place", ["data/mine.parquet", "data/rows-000000000000-000000000001.parquet", "manifest/a.csv"]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_files_in_output_are_refused_and_kept(
+    pictures: Path, tmp_path: Path, place: str, overwrite: bool
+) -> None:
+    foreign = tmp_path / "out" / place
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"mine")
-    with pytest.raises(RunError, match=r"no run\.json"):
-        caption(config(pictures, tmp_path / "out"))
+    with pytest.raises(RunError, match="holds files of something else"):
+        caption(config(pictures, tmp_path / "out", overwrite=overwrite))
     assert foreign.read_bytes() == b"mine"
+
+
+def test_the_input_is_never_removed(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    mine = draw(output / "data" / "mine.jpg", seed=1)
+    with pytest.raises(RunError, match="the input is in"):
+        caption(config(output / "data", output, overwrite=True))
+    with pytest.raises(RunError, match="something else"):
+        caption(config(pictures, output, overwrite=True))
+    assert mine.exists()
+
+
+def test_a_mistyped_input_removes_nothing(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    with pytest.raises(SourceError, match="does not exist"):
+        caption(config(tmp_path / "picz", output, overwrite=True))
+    assert len(read_results(str(output))) == 24
+
+
+def test_an_output_that_cannot_be_written_is_bad_usage(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot use"):
+        caption(config(pictures, tmp_path / "file"))
+
+
+def test_an_output_in_use_is_refused(pictures: Path, tmp_path: Path) -> None:
+    Lease(str(tmp_path / "out")).take()
+    with pytest.raises(LeaseError, match="another run writes here"):
+        caption(config(pictures, tmp_path / "out"))
+
+
+def test_another_type_of_numbers_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    """A run on a GPU in bfloat16 does not go on in float32 on a CPU."""
+    output = tmp_path / "out"
+    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    record = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**record, "settled_dtype": "bfloat16"}))
+    min((output / "data").iterdir()).unlink()
+    with pytest.raises(RunError, match="generated in bfloat16"):
+        caption(config(pictures, output), make_engine=FakeEngineFactory())
+
+
+@pytest.mark.timeout(240)
+def test_a_row_that_kills_its_replica_is_an_error_row(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    draw(pictures / "poison.png", seed=60, width=600, height=500)
+    summary = caption(config(pictures, tmp_path / "out"), make_engine=FakeEngineFactory(dies_on_tiles=10))
+    rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
+    assert (summary.rows, summary.error) == (25, 1)
+    assert (rows["poison.png"]["num_tiles"], rows["poison.png"]["stage"]) == (10, "generate")
+    assert rows["poison.png"]["error"] == "the process died 2 times on this row alone"
 
 
 def test_rows_are_in_the_order_of_the_input(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipelines import preprocess
+from pipelines.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
 from pipelines.manifest import write_manifest
 from pipelines.preprocess import Preprocess
@@ -34,7 +35,10 @@ def stage_of(directory: Path, output: Path, **options: object) -> tuple[Preproce
     config = CaptionConfig(input=(str(directory),), output=str(output), model=MODEL, **options)  # type: ignore[arg-type]
     items = list_items(config.input)
     write_manifest(str(output), items, config.question)
-    return Preprocess(config, str(output), None), {"start": np.array([0]), "stop": np.array([len(items)])}
+    return Preprocess(config, str(output), None, AttemptCounts()), {
+        "start": np.array([0]),
+        "stop": np.array([len(items)]),
+    }
 
 
 @pytest.fixture
@@ -97,6 +101,16 @@ for batch in stage(units):
     lines = run.stdout.splitlines()
     assert lines[0].startswith("read") and "Permission denied" in lines[0]
     assert all(not line.strip() for line in lines[1:]) and len(lines) == 40
+
+
+def test_a_row_that_kills_its_process_is_given_up_alone(pictures: Path, tmp_path: Path) -> None:
+    """As seen by the third and fourth process that Ray starts for the same unit."""
+    stage, units = stage_of(pictures, tmp_path / "out")
+    for work in ("prepare rows 0 to 40", "prepare rows 0 to 40", "prepare row 7", "prepare row 7"):
+        stage._attempts.begin(work)
+    rows = [(s, e) for batch in stage(units) for s, e in zip(batch["stage"], batch["error"], strict=True)]
+    assert rows.pop(7) == ("decode", "the process died 2 times on this row alone")
+    assert set(rows) == {("", "")}
 
 
 def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import schema, sink, store
-from pipelines.ledger import Ledger
+from pipelines.lease import Lease, LeaseLost
+from pipelines.ledger import Ledger, RowRange
 from pipelines.sink import Sink, read_results, remove_temporaries, write_file
 
 
@@ -46,27 +48,44 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def sink_of(data: Path, ledger: Ledger, *, rows_per_file: int) -> Sink:
+    lease = Lease(str(data.parent))
+    lease._write()
+    return Sink(str(data), ledger, lease, rows_per_file=rows_per_file)
+
+
 def test_rows_come_back_once_and_in_order(data: Path) -> None:
     ledger = Ledger()
-    out = Sink(str(data), ledger, rows_per_file=4)
-    for rows in ([7, 3], [0, 1, 9], [1, 7, 2], [8, 5, 4, 6], [3]):
-        out.add(results_of(rows))
-    out.flush()
+    with sink_of(data, ledger, rows_per_file=4) as out:
+        for rows in ([7, 3], [0, 1, 9], [1, 7, 2], [8, 5, 4, 6], [3]):
+            out.add(results_of(rows))
     assert read_results(str(data.parent)).column("id").to_pylist() == [f"id-{row}" for row in range(10)]
     assert ledger.done == Ledger.read(str(data)).done == ((0, 10),)
     assert all(pq.read_metadata(file).num_rows <= 4 for file in data.iterdir())
 
 
 def test_add_tells_which_rows_were_new(data: Path) -> None:
-    out = Sink(str(data), Ledger(done=((0, 2),)), rows_per_file=100)
+    out = sink_of(data, Ledger(done=(RowRange(0, 2),)), rows_per_file=100)
     assert out.add(results_of([1, 2, 3])).column("row").to_pylist() == [2, 3]
     assert out.add(results_of([3, 4])).column("row").to_pylist() == [4]
 
 
-def test_what_is_finished_does_not_wait_for_a_full_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink, "FLUSH_S", 0.0)
-    Sink(str(data), Ledger(), rows_per_file=1000).add(results_of([0]))
-    assert len(list(data.iterdir())) == 1
+def test_what_is_finished_is_written_though_nothing_more_arrives(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink, "FLUSH_S", 0.2)
+    with sink_of(data, Ledger(), rows_per_file=1000) as out:
+        out.add(results_of([0]))
+        deadline_s = time.monotonic() + 10
+        while not data.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        assert len(list(data.iterdir())) == 1
+
+
+def test_a_driver_that_was_replaced_writes_nothing(data: Path) -> None:
+    out = sink_of(data, Ledger(), rows_per_file=1)
+    sink_of(data, Ledger(), rows_per_file=1)  # takes the lease over
+    with pytest.raises(LeaseLost):
+        out.add(results_of([0]))
+    assert not data.exists()
 
 
 def test_the_same_rows_give_the_same_name(data: Path) -> None:

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from pipelines.sources import SourceError, list_items
+from pipelines.store import read_bytes
 
 
 @pytest.fixture
@@ -38,6 +39,14 @@ def test_globs(tree: Path) -> None:
     assert names(list_items([str(tree / "**" / "*.jpg")])) == ["1.jpg", "img[1].jpg"]
     with pytest.raises(SourceError, match="no images"):
         list_items([str(tree / "*.bmp")])
+
+
+def test_a_name_is_never_taken_for_an_instruction(tree: Path) -> None:
+    for name in ("1.jpg::x.jpg", "a#b?.jpg", "memory:c.jpg", "~d.jpg"):
+        (tree / name).write_bytes(b"123456789")
+    items = {Path(item.uri).name: item for item in list_items([str(tree)])}
+    assert all(items[name].num_bytes == 9 for name in ("1.jpg::x.jpg", "a#b?.jpg", "memory:c.jpg", "~d.jpg"))
+    assert read_bytes(items["1.jpg::x.jpg"].uri) == b"123456789"
 
 
 def test_links_are_followed_once(tree: Path) -> None:
