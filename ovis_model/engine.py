@@ -283,7 +283,7 @@ class OvisEngine:
         return cut_at_stop(text, row.params.stop) != text
 
     def _tensor(self, values: Sequence[int] | NDArray[np.int32]) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(self.model.device)
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.model.device)
 
     def _stack(self, arrays: Sequence[NDArray[np.uint8]] | Sequence[NDArray[np.int32]]) -> Tensor:
         return torch.from_numpy(np.stack(arrays)).to(self.model.device)
