@@ -59,9 +59,9 @@ def open_run(config: CaptionConfig, model: Json) -> Run:
 def _start(output: str, config: CaptionConfig, what: Json) -> Json:
     if next(store.list_files(store.join(output, "data")), None):
         raise RunError(f"{output}/data holds files but {output} has no run.json; use another OUTPUT or --overwrite")
-    listing = list_rows(config)
-    store.remove(store.join(output, "manifest"))  # of a start that was killed
-    write_manifest(output, listing.tables())
+    with list_rows(config) as listing:
+        store.remove(store.join(output, "manifest"))  # of a start that was killed
+        write_manifest(output, listing.tables())
     # Last: a run.json says that the manifest is whole.
     record = {
         **what,

@@ -95,7 +95,7 @@ class _Index:
                     break
                 self._check(member, number)
                 self._add(tar, member)
-                self.end = tar.offset  # type: ignore[attr-defined]
+                self.end = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             _check_tail(file)
 
