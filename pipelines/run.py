@@ -76,11 +76,11 @@ def open_run(config: CaptionConfig, model: Json) -> Run:
 
 def _start(output: str, config: CaptionConfig, what: Json, *, replaces: Json | None) -> Json:
     _check_foreign(output, what["config"]["input"], replaces)
-    listing = list_rows(config)
-    if replaces is not None:
-        _write_record(output, {"status": _REPLACED})
-    _remove_ours(output)
-    write_manifest(output, listing.tables())
+    with list_rows(config) as listing:
+        if replaces is not None:
+            _write_record(output, {"status": _REPLACED})
+        _remove_ours(output)
+        write_manifest(output, listing.tables())
     # Last: a run.json says that the manifest is whole.
     record = {
         **what,

@@ -122,16 +122,15 @@ def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None
 def read_results(output: str) -> pa.Table:
     """All rows of a run, in the order of the input. Schema OUTPUT + kept columns."""
     data_uri = store.join(output, "data")
-    tables = []
+    tables, numbers = [], [np.empty(0, np.int64)]
     for uri in [info.uri for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]:
         with store.open_file(uri) as file:
             table = pq.read_table(file)
         ranges = FileEntry.from_json(table.schema.metadata[FOOTER_KEY]).ranges
-        rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
-        tables.append(table.replace_schema_metadata(None).add_column(0, schema.RESULT.field(0), pa.array(rows)))
-    # Indices, not sort_by(), which cannot carry columns of every type.
-    whole = pa.concat_tables(tables or [schema.RESULT.empty_table()])
-    return whole.take(np.argsort(whole.column(schema.ROW).to_numpy())).drop_columns([schema.ROW])
+        numbers += [np.arange(start, stop) for start, stop in ranges]
+        tables.append(table.replace_schema_metadata(None))
+    whole = pa.concat_tables(tables or [schema.OUTPUT.empty_table()])
+    return whole.take(np.argsort(np.concatenate(numbers)))
 
 
 def remove_temporaries(data_uri: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import preprocess
+from ovis_model.types import IMAGE_START_ID
+from pipelines import fetch, preprocess
 from pipelines.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
 from pipelines.manifest import write_manifest
 from pipelines.preprocess import Preprocess
-from pipelines.sources import list_items
+from pipelines.sources import list_rows
 from tests.conftest import ROOT
 from tests.golden_data import checkpoint_dir
 
@@ -33,11 +35,11 @@ def rows_of(directory: Path, output: Path, **options: object) -> list[dict[str, 
 
 def stage_of(directory: Path, output: Path, **options: object) -> tuple[Preprocess, dict[str, np.ndarray]]:
     config = CaptionConfig(input=(str(directory),), output=str(output), model=MODEL, **options)  # type: ignore[arg-type]
-    items = list_items(config.input)
-    write_manifest(str(output), items, config.question)
+    with list_rows(config) as listing:
+        write_manifest(str(output), listing.tables())
     return Preprocess(config, str(output), None, AttemptCounts()), {
         "start": np.array([0]),
-        "stop": np.array([len(items)]),
+        "stop": np.array([listing.num_rows]),
     }
 
 
@@ -74,10 +76,10 @@ def test_chain_of_thought_and_system_prompt_reach_the_prompt(pictures: Path, tmp
 
 
 def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 100)
     rows = rows_of(pictures, tmp_path / "out")
     assert {row["stage"] for row in rows} == {"read"}
-    assert "more than the limit of 100" in str(rows[0]["error"])
+    assert "over the limit of 100" in str(rows[0]["error"])
 
 
 def test_an_unreadable_file_is_an_error_row(pictures: Path, tmp_path: Path) -> None:
@@ -123,3 +125,49 @@ def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Pa
     assert [stage for stage, _ in rows[3:6]] == ["read", "read", "decode"]
     assert all(error for _, error in rows[3:6])
     assert {stage for stage, _ in rows[:3] + rows[6:]} == {""}
+
+
+@pytest.fixture
+def lines(pictures: Path) -> Path:
+    """Rows of three images, of none, of a bad one, of far too many."""
+    (pictures / "bad.png").write_bytes(b"\x89PNG nonsense")
+    rows = [
+        {"id": "three", "image": ["00.png", "01.png", "02.png"]},
+        {"id": "placed", "image": ["00.png", "01.png"], "prompt": "Is <image> like <image>?"},
+        {"id": "unplaced", "image": ["00.png", "01.png"], "prompt": "Is <image> one?"},
+        {"id": "text", "prompt": "What does <image> mean?"},
+        {"id": "bad", "image": ["00.png", "bad.png"]},
+        {"id": "missing", "image": ["00.png", "nowhere.png"]},
+        {"id": "many", "image": ["00.png"] * 3000},
+        {"id": "long", "image": ["00.png"] * 500, "prompt": "word " * 30_000},
+    ]
+    path = pictures / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_rows_of_several_images_and_of_none(lines: Path, tmp_path: Path) -> None:
+    rows = {row["id"]: row for row in rows_of(lines, tmp_path / "out", max_new_tokens=8)}
+    image_starts = {id_: list(row["input_ids"]).count(IMAGE_START_ID) for id_, row in rows.items()}  # type: ignore[call-overload]
+    assert {id_: row["num_images"] for id_, row in rows.items() if not row["stage"]} == {
+        "three": 3,
+        "placed": 2,
+        "unplaced": 2,
+        "text": 0,
+    }
+    assert [image_starts[id_] for id_ in ("three", "placed", "unplaced", "text")] == [3, 2, 2, 0]
+    assert rows["text"]["tiles"].shape == (0, 3, 112, 112)  # type: ignore[attr-defined]
+    assert (rows["bad"]["stage"], rows["missing"]["stage"]) == ("decode", "read")
+    assert "image 2 of 2" in str(rows["bad"]["error"])
+    assert (rows["many"]["stage"], rows["long"]["stage"]) == ("tile", "tile")
+    assert "3000 images are more than" in str(rows["many"]["error"])
+    assert "over the model's limit" in str(rows["long"]["error"])
+
+
+def test_several_images_are_cut_less(pictures: Path, tmp_path: Path) -> None:
+    large = pictures / "large.png"
+    Image.new("RGB", (700, 650)).save(large)
+    (pictures / "a.jsonl").write_text('{"image": ["large.png", "large.png", "large.png"]}')
+    [one], [three] = rows_of(large, tmp_path / "one"), rows_of(pictures / "a.jsonl", tmp_path / "three")
+    [alike] = rows_of(large, tmp_path / "alike", max_tiles=4)
+    assert len(three["tiles"]) == 3 * len(alike["tiles"]) < 3 * len(one["tiles"])  # type: ignore[arg-type]

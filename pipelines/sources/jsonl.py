@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pipelines.store import FileInfo
 
 MAX_LINE_BYTES = 16 << 20
 _IMAGE_FIELDS = ("image", "uri")
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
 
 
 def list_jsonl(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
@@ -37,14 +36,16 @@ def _rows(uri: str, columns: Columns) -> Iterator[Row]:
 
 
 def _lines(file: Any, uri: str) -> Iterator[bytes]:
-    """Lines of at most MAX_LINE_BYTES + 1 bytes; what is longer is cut there."""
-    packed = gzip.GzipFile(fileobj=file) if uri.lower().endswith(".gz") else file
-    reader = io.BufferedReader(packed, 1 << 20)
-    while line := reader.readline(MAX_LINE_BYTES + 1):
-        rest = line
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = reader.readline(MAX_LINE_BYTES + 1)
-        yield line
+    """Lines; what is longer than MAX_LINE_BYTES is cut one byte behind it."""
+    # read1: what was unpacked before damage is not lost with it.
+    read = gzip.GzipFile(fileobj=file).read1 if uri.lower().endswith(".gz") else file.read
+    begun = b""
+    while block := read(_READ_BYTES):
+        *lines, begun = (begun + block).split(b"\n")
+        yield from lines
+        begun = begun[: MAX_LINE_BYTES + 1]
+    if begun:
+        yield begun
 
 
 def _row(uri: str, number: int, line: bytes, columns: Columns) -> Row:
@@ -75,6 +76,8 @@ def _values(line: bytes) -> dict[str, Any]:
     text = line.decode("utf-8-sig")
     try:
         values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(values, dict):

@@ -40,14 +40,20 @@ logger = logging.getLogger(__name__)
 
 
 class Listing:
-    """All rows, in order. `kept` has the type of each kept column over the whole input."""
+    """All rows, in order. `kept` has the type of each kept column over the whole input. To be closed."""
 
     def __init__(self, keep: Sequence[str]) -> None:
         self.num_rows = 0
         self.kept = pa.schema([pa.field(name, pa.null()) for name in keep])
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the listing)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the listing)
         self._lengths: list[int] = []
         self._hashes = array("Q")
+
+    def __enter__(self) -> Listing:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
 
     def add(self, table: pa.Table, kept: pa.Table | None) -> None:
         """Rows of schema MANIFEST without `row`, and their kept columns."""
@@ -104,13 +110,22 @@ class Listing:
 
 def list_rows(config: CaptionConfig) -> Listing:
     """The rows of all inputs. Raises SourceError if there are none, if two share an id or if a column is unknown."""
-    asker = _Asker(config)
     listing = Listing(config.keep_columns)
     try:
-        for chunk in _limited(_chunks(config.input, asker.columns), config.limit):
-            listing.add(asker.table(chunk), chunk.kept)
+        _list_into(listing, config)
     except OSError as error:
+        listing.__exit__()
         raise SourceError(f"cannot list {', '.join(config.input)}: {error}") from error
+    except BaseException:
+        listing.__exit__()
+        raise
+    return listing
+
+
+def _list_into(listing: Listing, config: CaptionConfig) -> None:
+    asker = _Asker(config)
+    for chunk in _limited(_chunks(config.input, asker.columns), config.limit):
+        listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
             f"no images in {', '.join(config.input)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
@@ -118,7 +133,6 @@ def list_rows(config: CaptionConfig) -> Listing:
         )
     asker.finish()
     listing.check_unique()
-    return listing
 
 
 class _Asker:

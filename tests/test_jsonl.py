@@ -1,0 +1,118 @@
+"""JSON lines: paths, prompts, ids and bad lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.sources import SourceError, jsonl
+from tests.test_sources import rows_of
+
+
+def write_lines(path: Path, *objects: object) -> Path:
+    lines = [o if isinstance(o, bytes) else json.dumps(o, ensure_ascii=False).encode() for o in objects]
+    data = b"\n".join(lines)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_lines_become_rows(tmp_path: Path, name: str) -> None:
+    path = write_lines(
+        tmp_path / name,
+        {"image": "sub/1.jpg", "id": "one", "prompt": "Why?", "n": 1},
+        {"uri": "s3://bucket/2.jpg", "n": None},
+        {"image": ["/abs/3.jpg", "http://host/4.jpg", "5.jpg"], "id": 3, "n": 3},
+    )
+    one, two, three = rows_of(path, keep_columns="n")
+    assert (one["id"], one["uri"], one["prompt"]) == ("one", f"{tmp_path}/sub/1.jpg", "Why?")
+    assert (two["id"], two["uri"], two["prompt"]) == (f"{path}#2", "s3://bucket/2.jpg", "Describe the image.")
+    assert three["id"] == "3"
+    assert [i["uri"] for i in three["images"]] == ["/abs/3.jpg", "http://host/4.jpg", f"{tmp_path}/5.jpg"]
+    assert [row["kept"]["n"] for row in (one, two, three)] == [1, None, 3]
+
+
+def test_bad_lines_are_error_rows_with_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"image": "1.jpg"},
+        b"{broken",
+        b"",
+        b"[1, 2]",
+        b'{"image": "\xff.jpg"}',
+        b'{"image": "\\ud800.jpg"}',
+        {"image": 5},
+        {"image": ["ok.jpg", ""]},
+        {"caption": "no image"},
+        {"image": "x" * 5000},
+        b"[" * 900,
+        {"image": "last.jpg"},
+    )
+    rows = rows_of(path)
+    bad = rows[1:-1]
+    assert not rows[0]["error"] and not rows[-1]["error"]
+    assert [row["error"].split(":")[0] for row in bad] == [f"line {n}" for n in (2, 4, 5, 6, 7, 8, 9, 10, 11)]
+    assert [row["id"] for row in bad] == [f"{path}#{n}" for n in (2, 4, 5, 6, 7, 8, 9, 10, 11)]
+    assert "no prompt of its own" in bad[6]["error"] and "longer than" in bad[7]["error"]
+
+
+def test_text_only_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    [row] = rows_of(write_lines(tmp_path / "a.jsonl", {"prompt": "What is 2 + 2?"}))
+    assert (row["images"], row["error"], row["prompt"]) == ([], "", "What is 2 + 2?")
+    assert "1 rows have no image" in caplog.text
+
+
+def test_a_truncated_gz_tells_the_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl.gz", *({"image": f"{hash(str(i))}.jpg"} for i in range(2000)))
+    path.write_bytes(path.read_bytes()[:-2000])
+    *readable, damage = rows_of(path)
+    assert len(readable) > 100 and f"damaged behind line {len(readable)}" in damage["error"]
+
+
+def test_templates(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"image": "1", "what": "a cat", "prompt": "Mine {what}"},
+        {"image": "2", "what": "a dog"},
+        {"image": "3", "what": None},
+    )
+    mine, dog, none = rows_of(path, prompt='Is it {what}? Say {{"yes"}}.', chain_of_thought=True)
+    assert mine["prompt"].startswith("Mine {what}\n") and dog["prompt"].startswith('Is it a dog? Say {"yes"}.\n')
+    assert "names the column 'what', which is empty" in none["error"]
+    with pytest.raises(SourceError, match=r"no column colour; its columns: image, prompt, what"):
+        rows_of(path, prompt="Is it {colour}?")
+    with pytest.raises(SourceError, match="no column what!r"):
+        rows_of(path, prompt="Is it {what!r}?")
+    with pytest.raises(SourceError, match="single brace"):
+        rows_of(path, prompt="Is it {what}? }")
+
+
+def test_named_columns_must_exist(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"pic": "1", "q": "Why?", "k": "a"})
+    [row] = rows_of(path, image_column="pic", prompt_column="q", id_column="k")
+    assert (row["id"], row["uri"], row["prompt"]) == ("a", f"{tmp_path}/1", "Why?")
+    for option in ("prompt_column", "id_column", "keep_columns"):
+        with pytest.raises(SourceError, match="no column nowhere"):
+            rows_of(path, image_column="pic", **{option: "nowhere"})
+
+
+def test_types_are_those_of_the_whole_input(tmp_path: Path) -> None:
+    """Integers, floats and nulls in files of their own."""
+    for name, value in (("1", 1), ("2", None), ("3", 2.5)):
+        write_lines(tmp_path / f"{name}.jsonl", {"image": name, "n": value, "l": [name]})
+    rows = rows_of(tmp_path / "*.jsonl", keep_columns="n,l")
+    assert [row["kept"] for row in rows] == [
+        {"n": 1.0, "l": ["1"]},
+        {"n": None, "l": ["2"]},
+        {"n": 2.5, "l": ["3"]},
+    ]
+    write_lines(tmp_path / "4.jsonl", {"image": "4", "n": "text"})
+    with pytest.raises(SourceError, match=r"another type from .*4\.jsonl#1 on.*--keep-columns"):
+        rows_of(tmp_path / "*.jsonl", keep_columns="n")
+    write_lines(tmp_path / "5.jsonl", {"image": "4", "n": "text"}, {"image": "5", "n": 5})
+    with pytest.raises(SourceError, match=r"column 'n' holds values of several types"):
+        rows_of(tmp_path / "5.jsonl", keep_columns="n")

@@ -1,0 +1,83 @@
+"""A run whose input and output lie in an S3 store, set up as a user would: by the environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines.fetch import Fetcher
+from pipelines.sink import read_results
+from pipelines.sources.rows import ImageRef
+from tests.golden_data import checkpoint_dir
+from tests.processes import run_caption
+from tests.test_parquet import HF, write
+from tests.test_shards import picture
+from tests.test_sources import rows_of
+from tests.test_tar import write_tar
+
+MODEL = str(checkpoint_dir("tiny56-tied"))
+BUCKET = "s3://bucket"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def store(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[fsspec.AbstractFileSystem]:
+    """With a file, a tar, a Parquet file and JSON lines in it: 12 good rows and a bad one."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    fs.call_s3("create_bucket", Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    for i in range(4):
+        fs.pipe_file(f"bucket/in/{i}.png", picture(i))
+    members = [(f"{i}.png", picture(i)) for i in range(4)]
+    fs.put_file(str(write_tar(tmp_path / "a.tar", members)), "bucket/in/a.tar")
+    fs.put_file(str(write_tar(tmp_path / "b.tgz", members, "w:gz")), "bucket/in/b.tgz")
+    images = pa.array([{"bytes": picture(i), "path": None} for i in range(2)], HF)
+    fs.put_file(str(write(tmp_path / "c.parquet", {"image": images, "n": [0, 1]})), "bucket/in/c.parquet")
+    lines = [{"image": ["0.png", "1.png"], "n": 2}, {"prompt": "2 + 2?", "n": 3}, {"image": "nowhere.png"}]
+    fs.pipe_file("bucket/in/d.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    yield fs
+    fs.rm("bucket", recursive=True)
+
+
+def test_references_are_read_by_range(store: fsspec.AbstractFileSystem) -> None:
+    rows = rows_of(f"{BUCKET}/in", f"{BUCKET}/in/a.tar", f"{BUCKET}/in/b.tgz", f"{BUCKET}/in/c.parquet")
+    assert len(rows) == 14 and all(row["uri"].startswith(f"{BUCKET}/in/") for row in rows)
+    fetcher = Fetcher()
+    data = [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+    assert data == [[picture(i)] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
+
+
+def test_a_run_from_s3_to_s3_and_once_more(store: fsspec.AbstractFileSystem) -> None:
+    inputs = [f"--input={BUCKET}/in/{name}" for name in ("a.tar", "b.tgz", "c.parquet", "d.jsonl")]
+    arguments = [f"{BUCKET}/in", f"{BUCKET}/out", *inputs, "--keep-columns", "n", "--model", MODEL]
+    finished = run_caption(*arguments, "--max-new-tokens", 2)
+    assert finished.exit_code == 0, finished.stderr
+    assert (finished.summary["rows"], finished.summary["ok"], finished.summary["error"]) == (17, 16, 1)
+    again = run_caption(*arguments, "--max-new-tokens", 2)
+    assert again.summary["skipped_done"] == again.summary["rows"] == 17
+    fsspec.filesystem("s3").invalidate_cache()
+    rows = read_results(f"{BUCKET}/out").to_pylist()
+    assert [row["n"] for row in rows] == [*[None] * 12, 0, 1, 2, 3, None]
+    assert [row["num_images"] for row in rows] == [*[1] * 14, 2, 0, 0]
+    assert (rows[-1]["uri"], rows[-1]["stage"]) == (f"{BUCKET}/in/nowhere.png", "read")
+    assert rows[1]["text"] == rows[5]["text"] == rows[9]["text"] == rows[13]["text"]

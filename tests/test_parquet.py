@@ -1,0 +1,160 @@
+"""Parquet: which column holds the images, what is read when, and that types survive."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.fetch import Fetcher
+from pipelines.sources import SourceError, list_rows
+from pipelines.sources.rows import ImageRef
+from tests.test_sources import Row, config_of, rows_of
+
+HF = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write(path: Path, table: dict[str, Any] | pa.Table, **options: Any) -> Path:
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), path, **options)
+    return path
+
+
+def images_of(rows: list[Row], fetcher: Fetcher | None = None) -> list[list[bytes]]:
+    fetcher = fetcher or Fetcher()
+    return [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+
+
+@pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_bytes(tmp_path: Path, type_: pa.DataType) -> None:
+    values = [bytes([i]) for i in range(50)]
+    path = write(tmp_path / "a.parquet", {"jpg": pa.array(values, type_), "n": range(50)}, row_group_size=7)
+    rows = rows_of(path)
+    assert [row["id"] for row in rows] == [f"{path}#{i}" for i in range(50)]
+    assert images_of(rows) == [[value] for value in values]
+    assert images_of(rows[::-1]) == [[value] for value in values[::-1]]
+
+
+def test_hugging_face_structs_and_lists_of_them(tmp_path: Path) -> None:
+    (tmp_path / "beside.jpg").write_bytes(b"beside")
+    one = [{"bytes": b"1", "path": "1.jpg"}, {"bytes": None, "path": "beside.jpg"}, None, {"bytes": None, "path": None}]
+    rows = rows_of(write(tmp_path / "a.parquet", {"image": pa.array(one, HF)}))
+    assert images_of(rows) == [[b"1"], [b"beside"], [], []]
+    many = [[{"bytes": b"1", "path": None}, {"bytes": b"2", "path": None}], [], None, [{"bytes": b"3", "path": None}]]
+    rows = rows_of(write(tmp_path / "b.parquet", {"images": pa.array(many, pa.list_(HF))}))
+    assert images_of(rows) == [[b"1", b"2"], [], [], [b"3"]]
+    rows = rows_of(write(tmp_path / "c.parquet", {"images": pa.array([[b"1", None]], pa.list_(pa.binary()))}))
+    with pytest.raises(OSError, match="image 2 of 2 in row 0"):
+        images_of(rows)
+
+
+def test_uris(tmp_path: Path) -> None:
+    table = {"url": ["a.jpg", "s3://b/c.jpg", None, None], "q": [None, "Why?", "What?", None]}
+    rows = rows_of(write(tmp_path / "a.parquet", table), prompt_column="q")
+    assert [row["uri"] for row in rows] == [f"{tmp_path}/a.jpg", "s3://b/c.jpg", *[f"{tmp_path}/a.parquet"] * 2]
+    assert [row["prompt"] for row in rows[:3]] == ["Describe the image.", "Why?", "What?"]
+    assert [bool(row["error"]) for row in rows] == [False, False, False, True]
+    several = {"pics": [["a", "b"], []], "q": ["1", "2"]}
+    rows = rows_of(write(tmp_path / "b.parquet", several), prompt_column="q", image_column="pics")
+    assert [len(row["images"]) for row in rows] == [2, 0]
+    dictionary = {"path": pa.array(["a", "b", "a"]).dictionary_encode()}
+    rows = rows_of(write(tmp_path / "c.parquet", dictionary))
+    assert [Path(row["uri"]).name for row in rows] == ["a", "b", "a"]
+
+
+def test_the_image_column_is_guessed_only_if_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"a, b may all be the images.*--image-column"):
+        rows_of(write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"]}))
+    with pytest.raises(SourceError, match=r"no column looks like the images.*caption \(string\)"):
+        rows_of(write(tmp_path / "b.parquet", {"caption": ["x"]}))
+    with pytest.raises(SourceError, match=r"column 'n' holds neither bytes nor URIs"):
+        rows_of(write(tmp_path / "c.parquet", {"n": [1]}), image_column="n")
+    [row] = rows_of(tmp_path / "b.parquet", image_column="", prompt_column="caption")
+    assert (row["images"], row["prompt"], row["error"]) == ([], "x", "")
+
+
+def test_ids(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [b"1", b"2", b"3"], "key": [7, None, 9], "same": ["x", "x", "y"]})
+    assert [row["id"] for row in rows_of(path, id_column="key")] == ["7", f"{path}#1", "9"]
+    with pytest.raises(SourceError, match=r"1 rows repeat an id.*--id-column.*x \(2 times\)"):
+        rows_of(path, id_column="same")
+
+
+def test_unknown_columns_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [b"1"], "kind": ["a"]})
+    for options in ({"keep_columns": "nowhere"}, {"id_column": "nowhere"}, {"prompt": "A {nowhere}?"}):
+        with pytest.raises(SourceError, match=r"has no column nowhere.*it has image \(binary\), kind \(string\)"):
+            rows_of(path, **options)
+    assert rows_of(path, prompt="A {kind}, {{}}?")[0]["prompt"] == "A a, {}?"
+
+
+def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
+    columns = kept_columns(3)
+    write(tmp_path / "a.parquet", {"image": pa.array([b"1"] * 3), **columns})
+    config = config_of(tmp_path / "a.parquet", image_column="image", keep_columns=tuple(columns))
+    with list_rows(config) as listing:
+        [table] = listing.tables()
+    assert {field.name: field.type for field in table.schema.field("kept").type} == {
+        name: array.type for name, array in columns.items()
+    }
+    assert table.column("kept").to_pylist() == pa.table(columns).to_pylist()
+
+
+def kept_columns(count: int) -> dict[str, pa.Array]:
+    """Columns of types that do not survive a detour through Python or numpy."""
+    moment = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    return {
+        "row": pa.array([*range(count - 1), None], pa.uint8()),
+        "when": pa.array([moment] * count, pa.timestamp("ns", "Europe/Berlin")),
+        "price": pa.array([decimal.Decimal("1.50")] * count, pa.decimal128(10, 2)),
+        "category": pa.array([f"c{i % 3}" for i in range(count)]).dictionary_encode(),
+        "box": pa.array([[float(i), 2.0] for i in range(count)], pa.list_(pa.float32(), 2)),
+        "nested": pa.array(
+            [{"a": [{"b": None}]}] * count, pa.struct([("a", pa.list_(pa.struct([("b", pa.int16())])))])
+        ),
+        "blob": pa.array([b"\xff"] * count, pa.large_binary()),
+        "nothing": pa.nulls(count),
+    }
+
+
+def test_a_file_that_cannot_be_read_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(SourceError, match=r"cannot read .*a\.parquet as Parquet"):
+        rows_of(tmp_path / "a.parquet")
+
+
+def test_a_damaged_row_group_is_error_rows_and_is_tried_once(tmp_path: Path) -> None:
+    import random
+
+    noise = random.Random(0).randbytes
+    path = write(
+        tmp_path / "a.parquet",
+        {"image": [noise(2000) for _ in range(90)]},
+        row_group_size=30,
+        compression="snappy",
+        use_dictionary=False,
+    )
+    rows = rows_of(path)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset : column.data_page_offset + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    fetcher, outcomes = Fetcher(), []
+    for row in rows:
+        future = fetcher.submit([ImageRef(**image) for image in row["images"]])
+        outcomes.append(isinstance(future.exception(), OSError))
+    assert outcomes == [False] * 30 + [True] * 30 + [False] * 30
+
+
+def test_no_image_is_read_while_listing(tmp_path: Path) -> None:
+    table = {"image": [bytes([i]) * 100_000 for i in range(20)], "key": [f"k{i}" for i in range(20)]}
+    path = write(tmp_path / "a.parquet", table, compression="none")
+    start = pq.ParquetFile(path).metadata.row_group(0).column(0).dictionary_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 1_000_000] = b"\xff" * 1_000_000
+    path.write_bytes(data)
+    assert [row["id"] for row in rows_of(path, id_column="key")] == [f"k{i}" for i in range(20)]

@@ -1,0 +1,166 @@
+"""Runs over every kind of input: a row in is a row out, with its columns."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ovis_model.processor import Processor
+from ovis_model.types import Completion, Request, SamplingParams
+from pipelines import schema
+from pipelines.caption import StageFailed, caption
+from pipelines.config import CaptionConfig
+from pipelines.generate import Replica
+from pipelines.sink import read_results
+from tests.fake_engine import FakeEngine, FakeEngineFactory
+from tests.golden_data import checkpoint_dir
+from tests.test_engine import engine_of
+from tests.test_jsonl import write_lines
+from tests.test_parquet import HF, kept_columns, write
+from tests.test_tar import write_tar
+
+MODEL = str(checkpoint_dir("tiny56-tied"))
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (60 + 9 * (seed % 8), 50), (seed * 7 % 256, seed * 31 % 256, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def config(inputs: Sequence[object], output: Path | str, **options: object) -> CaptionConfig:
+    values = {"model": MODEL, "max_new_tokens": 4, **options}
+    return CaptionConfig(input=tuple(map(str, inputs)), output=str(output), **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    """A file, tars, Parquet and JSON lines: 40 good rows with a label 0, 1, ... and 6 bad ones."""
+    (tmp_path / "file.png").write_bytes(picture(0))
+    members = [
+        member
+        for i in range(1, 21)
+        for member in ((f"{i:02}.png", picture(i)), (f"{i:02}.json", json.dumps({"label": i}).encode()))
+    ]
+    write_tar(tmp_path / "a.tar", [*members[:20:2], *members[1:20:2], ("bad.png", b"no image")])
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:100])
+    write_tar(tmp_path / "c.tgz", [*members[20:], ("bad.json", b"{}")], "w:gz")
+    images = [{"bytes": picture(i), "path": None} for i in range(21, 31)]
+    table = {
+        "image": pa.array([*images, None], HF),
+        "label": range(21, 32),
+        "question": [None, "Why?", *[None] * 9],
+    }
+    write(tmp_path / "d.parquet", table, row_group_size=4)
+    lines = [{"image": "file.png", "label": i} for i in range(31, 38)]
+    three = {"image": ["file.png"] * 3, "label": 38}
+    write_lines(tmp_path / "e.jsonl", *lines, three, {"question": "2 + 2?", "label": 39}, b"{", {"image": "nowhere"})
+    return [tmp_path / name for name in ("file.png", "a.tar", "b.tar", "c.tgz", "d.parquet", "e.jsonl")]
+
+
+def test_every_kind_of_input_in_one_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
+    options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 7}
+    summary = caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    rows = read_results(str(tmp_path / "out")).to_pylist()
+    ids = [row["id"] for row in rows]
+    assert summary.rows == len(rows) == len(set(ids)) == 46
+    assert (summary.ok, summary.error) == (40, 6)
+    good = [row for row in rows if row["status"] == "ok"]
+    assert [row["label"] for row in good] == [None, *range(1, 40)]
+    assert [row["num_images"] for row in good] == [1] * 38 + [3, 0]
+    assert good[38]["num_tiles"] == 3 * good[0]["num_tiles"] and good[39]["num_tiles"] == 0
+    assert [row["prompt"] for row in good if row["prompt"] != "Describe the image."] == ["Why?", "2 + 2?"]
+    errors = [(Path(row["uri"]).name, row["stage"]) for row in rows if row["status"] == "error"]
+    assert errors == [
+        ("a.tar", "decode"),
+        ("b.tar", "list"),
+        ("c.tgz", "list"),
+        ("d.parquet", "read"),
+        ("e.jsonl", "list"),
+        ("nowhere", "read"),
+    ]
+    assert {row["id"]: row["label"] for row in rows}[f"{tmp_path}/d.parquet#10"] == 31  # also of rows that fail
+    wanted = schema.output(pa.schema([("label", pa.int64())]))
+    assert all(pq.read_schema(file).equals(wanted) for file in (tmp_path / "out" / "data").iterdir())
+
+
+def test_kept_columns_keep_their_types_to_the_output(ray_cluster: None, tmp_path: Path) -> None:
+    columns = kept_columns(20)
+    table = {"image": [picture(i) for i in range(19)] + [b"bad"], **columns}
+    write(tmp_path / "a.parquet", table, row_group_size=6)
+    options = {"image_column": "image", "keep_columns": tuple(columns), "rows_per_file": 6}
+    caption(config([tmp_path / "a.parquet"], tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    results = read_results(str(tmp_path / "out"))
+    assert results.select(list(columns)).to_pylist() == pa.table(columns).to_pylist()
+    wanted = schema.output(pa.table(columns).schema)
+    files = list((tmp_path / "out" / "data").iterdir())
+    assert len(files) >= 4 and all(pq.read_schema(file).equals(wanted) for file in files)
+
+
+@dataclass(frozen=True)
+class DiesOnce(FakeEngineFactory):
+    """Its engine raises at its third call. `calls` is a file to count them in."""
+
+    calls: Path = Path()
+
+    def __call__(self, config: CaptionConfig, revision: str | None, replica: Replica) -> FakeEngine:
+        return DyingEngine(self)
+
+
+class DyingEngine(FakeEngine):
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        factory: Any = self._factory
+        with factory.calls.open("a") as file:
+            file.write("call\n")
+        if len(factory.calls.read_text().splitlines()) == 3:
+            time.sleep(3)  # the others' rows arrive meanwhile
+            raise RuntimeError("out of luck")
+        return super().generate(requests, params)
+
+
+def test_a_run_that_died_goes_on(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
+    options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 4}
+    dying = DiesOnce(calls=tmp_path / "calls")
+    with pytest.raises(StageFailed):
+        caption(config(shards, tmp_path / "out", **options), make_engine=dying)
+    done = len(read_results(str(tmp_path / "out")))
+    assert 0 < done < 46
+    for shard in shards[1:3]:
+        shard.rename(
+            shard.with_suffix(".moved")
+        )  # the listing is frozen: shards whose rows are all done are not opened
+        shard.with_suffix(".moved").rename(shard)
+    summary = caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    assert (summary.rows, summary.skipped_done) == (46, done)
+    caption(config(shards, tmp_path / "whole", **options), make_engine=FakeEngineFactory())
+    resumed, whole = (read_results(str(tmp_path / name)).to_pylist() for name in ("out", "whole"))
+    assert repr(resumed) == repr(whole)  # repr, for NaN
+
+
+def test_rows_without_images_are_answered_by_the_model() -> None:
+    """Alone in a batch and beside rows of one and of three images."""
+    processor, image = Processor.from_pretrained(MODEL), Image.new("RGB", (90, 60), "red")
+    requests = [processor.request("2 + 2?", images) for images in ([], [image], [image] * 3)]
+    params = SamplingParams(max_new_tokens=4)
+    together = engine_of("tiny56-tied").generate(requests, params)
+    [alone] = engine_of("tiny56-tied").generate(requests[:1], params)
+    assert together[0].output_ids.tolist() == alone.output_ids.tolist() != []
+
+
+def test_another_choice_of_columns_is_another_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
+    engine = FakeEngineFactory()
+    caption(config(shards[-1:], tmp_path / "out", keep_columns=("label",)), make_engine=engine)
+    with pytest.raises(ValueError, match="keep-columns"):
+        caption(config(shards[-1:], tmp_path / "out"), make_engine=engine)

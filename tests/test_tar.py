@@ -1,0 +1,220 @@
+"""WebDataset shards: what becomes a row, whatever the order, the duplicates and the damage."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.fetch import Fetcher
+from pipelines.sources import SourceError, tar
+from pipelines.sources.rows import ImageRef
+from tests.test_sources import Row, rows_of
+
+Members = list[tuple[str, bytes]]
+
+
+def write_tar(path: Path, members: Members, mode: str = "w", **options: Any) -> Path:
+    with tarfile.open(path, mode, **options) as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def images_of(rows: list[Row]) -> list[list[bytes]]:
+    """What is read through the references of each row."""
+    fetcher = Fetcher()
+    return [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+
+
+def keys(rows: list[Row]) -> list[str]:
+    return [row["id"].partition("#")[2] for row in rows]
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tgz", "w:gz")])
+def test_members_of_a_key_are_a_row_in_any_order(tmp_path: Path, name: str, mode: str) -> None:
+    path = write_tar(
+        tmp_path / name,
+        [
+            ("d/1.txt", b"What?\n"),
+            ("d/2.jpg", b"two"),
+            ("e/1.jpg", b"another one"),
+            ("d/1.jpg", b"one"),
+            ("d/2.json", b'{"label": "x", "n": 2}'),
+            ("d/3.v1.PNG", b"three"),
+            ("d/2.txt", b""),
+        ],
+        mode,
+    )
+    rows = rows_of(path, prompt_column="txt", keep_columns=("label", "n"))
+    assert keys(rows) == ["d/1", "d/2", "e/1", "d/3"]
+    assert images_of(rows) == [[b"one"], [b"two"], [b"another one"], [b"three"]]
+    assert [row["prompt"] for row in rows] == ["What?", *["Describe the image."] * 3]
+    assert [row["kept"] for row in rows][:2] == [{"label": None, "n": None}, {"label": "x", "n": 2}]
+    assert {row["uri"] for row in rows} == {str(path)} and not any(row["error"] for row in rows)
+
+
+def test_several_images_of_a_key_are_one_row(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("k.left.jpg", b"l"), ("other.png", b"o"), ("k.right.jpg", b"r")])
+    rows = rows_of(path)
+    assert keys(rows) == ["k", "other"]
+    assert images_of(rows) == [[b"l", b"r"], [b"o"]]
+
+
+def test_a_repeated_member_is_a_further_row(tmp_path: Path) -> None:
+    members = [("k.jpg", b"1"), ("k.json", b'{"n": 1}'), ("x.jpg", b"x"), ("k.jpg", b"2"), ("k.json", b'{"n": 2}')]
+    rows = rows_of(write_tar(tmp_path / "a.tar", [*members, ("k.jpg", b"3")]), keep_columns=("n",))
+    assert keys(rows) == ["k", "x", "k~2", "k~3"]
+    assert images_of(rows) == [[b"1"], [b"x"], [b"2"], [b"3"]]
+    assert [row["kept"]["n"] for row in rows] == [1, None, 2, None]
+
+
+def test_no_payload_is_read_and_sidecars_only_if_a_column_is_wanted(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x" * 5000), ("1.json", b"not JSON")])
+    assert [row["error"] for row in rows_of(path)] == [""]
+    [row] = rows_of(path, keep_columns=())
+    assert row["images"][0]["offset"] == 512 and row["images"][0]["num_bytes"] == 5000
+    [row] = rows_of(path, prompt="{a}{", limit=1)  # no sidecar is readable: no columns, so braces are text
+    assert row["prompt"] == "{a}{" and "1.json cannot be read" in row["error"]
+
+
+def test_other_members_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"3"), ("README", b""), ("._1.jpg", b"junk")])
+    assert keys(rows_of(path)) == ["1"]
+    assert "left out 3 files" in caplog.text
+
+
+def test_a_sample_without_image_needs_a_prompt_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.txt", b"Why?"), ("2.json", b"{}")])
+    asked, silent = rows_of(path, prompt_column="txt")
+    assert (asked["prompt"], asked["error"], asked["has_own_prompt"]) == ("Why?", "", True)
+    assert "no image" in silent["error"]
+    assert "1 rows have no image" in caplog.text
+
+
+def test_names_that_would_escape_are_names_and_links_are_error_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as file:
+        for name in ("../../etc/passwd.jpg", "/absolute/1.jpg", "dir/./1.jpg", "n" * 300 + ".jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            file.addfile(info, io.BytesIO(b"x"))
+        for name, type_ in (("sym.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("dev.jpg", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = type_, "/etc/passwd"
+            file.addfile(info)
+        file.addfile(tarfile.TarInfo("folder.jpg"))
+        info = tarfile.TarInfo("a.directory.jpg")
+        info.type = tarfile.DIRTYPE
+        file.addfile(info)
+    rows = rows_of(path)
+    assert keys(rows)[:4] == ["../../etc/passwd", "/absolute/1", "dir/./1", "n" * 300]
+    assert keys(rows)[4:] == ["sym", "hard", "dev", "folder"]
+    assert images_of(rows[:4]) == [[b"x"]] * 4
+    assert all("link or device" in row["error"] for row in rows[4:7]) and not rows[7]["error"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
+
+
+def whole_tar(tmp_path: Path) -> bytes:
+    return write_tar(tmp_path / "whole.tar", [(f"{i}.jpg", bytes([i]) * 700) for i in range(10)]).read_bytes()
+
+
+@pytest.mark.parametrize("keep", [512 * 3 * 5, 512 * 3 * 5 + 100, 512 * 3 * 5 + 512])
+def test_a_truncated_tar_gives_what_is_readable_and_one_error_row(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(whole_tar(tmp_path)[:keep])
+    rows = rows_of(path)
+    *readable, damage = rows
+    assert keys(readable)[:5] == [f"{i}" for i in range(5)] and not any(row["error"] for row in readable)
+    assert images_of(readable[:5]) == [[bytes([i]) * 700] for i in range(5)]
+    assert damage["id"].startswith(f"{path}#byte-") and "damaged at byte" in damage["error"]
+    if len(readable) > 5:  # its header is whole, its data is not
+        with pytest.raises(OSError, match=r"ends within 5\.jpg"):
+            images_of(readable[5:])
+
+
+@pytest.mark.parametrize("junk", [b"\xff" * 512, b"\0" * 512, b"junk" * 128])
+def test_a_damaged_header_is_not_the_end(tmp_path: Path, junk: bytes) -> None:
+    """tarfile alone takes each of these for the end of the archive."""
+    data = bytearray(whole_tar(tmp_path))
+    data[512 * 3 * 4 : 512 * 3 * 4 + 512] = junk
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    *readable, damage = rows_of(path)
+    assert keys(readable) == [f"{i}" for i in range(4)]
+    assert "damaged at byte 6,144" in damage["error"]
+
+
+def test_a_truncated_gz_gives_what_is_readable(tmp_path: Path) -> None:
+    import random
+
+    noise = random.Random(0).randbytes
+    path = write_tar(tmp_path / "a.tgz", [(f"{i}.jpg", noise(50_000)) for i in range(10)], "w:gz")
+    path.write_bytes(path.read_bytes()[:250_000])
+    *readable, damage = rows_of(path)
+    assert 4 <= len(readable) <= 6 and "damaged at byte" in damage["error"]
+    assert [len(images[0]) for images in images_of(readable[:4])] == [50_000] * 4
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar at all", b"<html>" * 1000])
+def test_what_is_no_tar_is_one_error_row(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(data)
+    [row] = rows_of(tmp_path / "a.tar")
+    assert "damaged at byte 0" in row["error"]
+
+
+def test_headers_that_lie_about_their_size_are_damage(tmp_path: Path) -> None:
+    for size in (-1024, 1 << 40):
+        info = tarfile.TarInfo("1.jpg")
+        info.size, info.type = size, tarfile.GNUTYPE_LONGNAME
+        (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 10240)
+        [row] = rows_of(tmp_path / "a.tar")
+        assert "damaged at byte 0" in row["error"]
+
+
+def test_the_number_of_members_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar, "MAX_MEMBERS", 3)
+    (tmp_path / "a.tar").write_bytes(whole_tar(tmp_path))
+    *readable, damage = rows_of(tmp_path / "a.tar")
+    assert len(readable) == 3 and "more than 3 members" in damage["error"]
+
+
+def test_bad_sidecars_are_error_rows(tmp_path: Path) -> None:
+    bad = [b"[1]", b"{", b"\xff\xfe", json.dumps({"n": "\ud800"}).encode()]
+    members = [member for i, data in enumerate(bad) for member in ((f"{i}.jpg", b"x"), (f"{i}.json", data))]
+    rows = rows_of(
+        write_tar(tmp_path / "a.tar", [*members, ("9.jpg", b"x"), ("9.json", b'{"n": "y"}')]), keep_columns=("n",)
+    )
+    assert [bool(row["error"]) for row in rows] == [True] * 4 + [False]
+    assert all("cannot be read" in row["error"] for row in rows[:4])
+
+
+def test_ids_and_prompts_from_json(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.json", b'{"key": 17, "what": "a dog"}')])
+    [row] = rows_of(path, id_column="key", prompt="Is it {what}?")
+    assert (row["id"], row["prompt"]) == ("17", "Is it a dog?")
+    with pytest.raises(SourceError, match=r"no column colour; its columns: key, what"):
+        rows_of(path, prompt="Is it {colour}?")
+
+
+def test_many_tars_keep_their_order_and_the_limit_holds(tmp_path: Path) -> None:
+    for i in range(30):
+        write_tar(tmp_path / f"{i:02}.tar", [(f"{j}.jpg", b"x") for j in range(3)])
+    rows = rows_of(tmp_path / "*.tar")
+    assert [row["id"] for row in rows] == [f"{tmp_path}/{i:02}.tar#{j}" for i in range(30) for j in range(3)]
+    assert [row["id"] for row in rows_of(tmp_path / "*.tar", limit=5)] == [row["id"] for row in rows[:5]]
+
+
+def test_a_gz_is_unpacked_once_when_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewinds = []
+    original = tar.gzip.GzipFile.rewind
+    monkeypatch.setattr(tar.gzip.GzipFile, "rewind", lambda self: (rewinds.append(1), original(self)))
+    path = write_tar(tmp_path / "a.tgz", [(f"{i}.jpg", bytes([i])) for i in range(50)], "w:gz")
+    assert images_of(rows_of(path)) == [[bytes([i])] for i in range(50)]
+    assert len(rewinds) <= 1
