@@ -29,7 +29,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (246, 246, 246), "grey": (150, 150, 150), "black": (14, 14, 14)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-SIZES = {"small": (0.20, 0.24), "large": (0.34, 0.38)}
+SIZES = {"small": (0.20, 0.22), "large": (0.36, 0.38)}
 """Width of an object as a share of the picture's short side: the range it is drawn from."""
 POSITIONS = (
     ("top left", "top", "top right"),
@@ -227,7 +227,7 @@ _UNIT_OUTLINES = {
     "circle": _hollow(0.4),
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)],
-    "star": _ring(10, (1.05, 0.4)),
+    "star": _ring(10, (1.05, 0.3)),
     "cross": [
         *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
         *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),

@@ -1,0 +1,21 @@
+"""The benchmark runs end to end and both sides generate the same tokens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+from tests.golden_data import checkpoint_dir
+
+
+def test_both_sides_generate_the_same() -> None:
+    command = ["jobs.benchmark", "--model", str(checkpoint_dir("tiny56-tied")), "--image-size", "100x60", "--rows", "6"]
+    options = ["--output-median", "5", "--output-cap", "9", "--rounds", "1", "--peer-batch", "4"]
+    run = subprocess.run(
+        [sys.executable, "-m", *command, *options], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["equal_rows"] == {"engine": 6, "transformers, batch 4": 6}
+    assert result["ratio"] > 0 and result["floor_s"] > 0 and 0 < result["slot_occupancy"] <= 1
