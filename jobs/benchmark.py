@@ -161,7 +161,7 @@ def _peer(model: Ovis) -> Any:
         tie_word_embeddings=tied,
     )
     with torch.device("meta"):
-        peer = transformers.Ovis2ForConditionalGeneration(peer_config)
+        peer: Any = transformers.Ovis2ForConditionalGeneration(peer_config)
     peer.to_empty(device=model.device)
     peer.load_state_dict(tensor_targets(model, "native"), strict=False, assign=True)
     peer.tie_weights()
