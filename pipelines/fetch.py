@@ -38,7 +38,13 @@ class Fetcher:
         return (self._in_order if in_order else self._pool).submit(self._fetch, images)
 
     def _fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
-        return [data for image in images for data in self._bytes(image)]
+        try:
+            return [data for image in images for data in self._bytes(image)]
+        except OSError:
+            raise
+        except Exception as error:
+            # A URI may be anything, and each store's client has exceptions of its own: one row's fault, not the run's.
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _bytes(self, image: ImageRef) -> list[bytes]:
         _check_size(image.num_bytes)

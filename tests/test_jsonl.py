@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from pipelines.fetch import Fetcher
 from pipelines.sources import SourceError, jsonl
+from pipelines.sources.rows import ImageRef
 from tests.test_sources import rows_of
 
 
@@ -116,3 +119,15 @@ def test_types_are_those_of_the_whole_input(tmp_path: Path) -> None:
     write_lines(tmp_path / "5.jsonl", {"image": "4", "n": "text"}, {"image": "5", "n": 5})
     with pytest.raises(SourceError, match=r"column 'n' holds values of several types"):
         rows_of(tmp_path / "5.jsonl", keep_columns="n")
+
+
+def test_whatever_a_uri_is_only_its_row_fails(tmp_path: Path) -> None:
+    (tmp_path / "ok.jpg").write_bytes(b"ok")
+    os.mkfifo(tmp_path / "pipe")
+    uris = ["a\0b", "nosuch://x/y", "http://[bad", "", "pipe", ".", "n" * 5000, "s3://", "ok.jpg"]
+    rows = rows_of(write_lines(tmp_path / "a.jsonl", *({"image": [uri]} for uri in uris)))
+    fetcher = Fetcher()
+    futures = [fetcher.submit([ImageRef(**image) for image in row["images"]]) for row in rows]
+    assert [bool(row["error"]) for row in rows] == [not uri for uri in uris]
+    assert futures[-1].result() == [b"ok"]
+    assert all(isinstance(f.exception(), OSError) for f, uri in zip(futures[:-1], uris[:-1], strict=True) if uri)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from pipelines import store
-from pipelines.sources.rows import Chunk, ImageRef, Row, chunks_of
+from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, chunks_of
 from pipelines.store import FileInfo
 
 _IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
@@ -17,9 +17,9 @@ IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split())
 logger = logging.getLogger(__name__)
 
 
-def list_files(infos: Iterable[FileInfo], keep: Sequence[str] = ()) -> Iterator[Chunk]:
+def list_files(infos: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
     """A row a file; it has no columns, so what is kept is null."""
-    return chunks_of(map(_row, infos), keep)
+    return chunks_of(map(_row, infos), columns.keep)
 
 
 def images_below(uri: str) -> Iterator[FileInfo]:

@@ -9,7 +9,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,10 @@ _KINDS = {
 }
 _MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".arrow", ".feather", ".lance")
 _GLOB_CHARACTERS = frozenset("*?[")
-_TARS_AT_ONCE = 8
+_SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
+
+Begun = tuple[list[Chunk], Iterator[Chunk]]
+"""The first chunks of a shard, and the others."""
 
 logger = logging.getLogger(__name__)
 
@@ -209,34 +212,44 @@ def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
 
 def _chunks(inputs: Iterable[str], columns: Columns) -> Iterator[Chunk]:
     infos = (info for uri in inputs for info in _expand(uri))
-    for kind, group in groupby(infos, key=_kind):
-        if kind == "file":
-            yield from list_files(group, columns.keep)
-        elif kind == "tar" or kind == "tgz":
-            yield from _tars(group, columns)
-        else:
-            list_shard = list_parquet if kind == "parquet" else list_jsonl
-            for info in group:
-                yield from list_shard(info, columns)
+    for are_files, group in groupby(infos, key=lambda info: _kind(info) == "file"):
+        list_group = list_files if are_files else _in_parallel
+        yield from list_group(group, columns)
 
 
-def _tars(infos: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
-    """Some at once: reading an index is waiting for headers."""
-    ahead: deque[Future[list[Chunk]]] = deque()
-    with ThreadPoolExecutor(_TARS_AT_ONCE) as pool:
-        try:
-            for info in infos:
-                ahead.append(pool.submit(_tar, info, columns))
-                if len(ahead) > _TARS_AT_ONCE:
-                    yield from ahead.popleft().result()
-            while ahead:
-                yield from ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _in_parallel(shards: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
+    """Chunks in the order of the shards. The next shards are begun meanwhile: listing is waiting for their headers."""
+    ahead: deque[Future[Begun]] = deque()
+    pool = ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="list")
+    try:
+        for shard in shards:
+            ahead.append(pool.submit(_begin, _list_shard(shard, columns)))
+            if len(ahead) > _SHARDS_AT_ONCE:
+                yield from _all_of(ahead.popleft().result())
+        while ahead:
+            yield from _all_of(ahead.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _tar(info: FileInfo, columns: Columns) -> list[Chunk]:
-    return list(list_tar(info, "tar" if _kind(info) == "tar" else "tgz", columns))
+def _begin(shard: Iterator[Chunk]) -> Begun:
+    return list(islice(shard, _CHUNKS_AHEAD)), shard
+
+
+def _all_of(begun: Begun) -> Iterator[Chunk]:
+    first, others = begun
+    yield from first
+    yield from others
+
+
+def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
+    match _kind(shard):
+        case "parquet":
+            return list_parquet(shard, columns)
+        case "jsonl":
+            return list_jsonl(shard, columns)
+        case kind:
+            return list_tar(shard, "tar" if kind == "tar" else "tgz", columns)
 
 
 def _expand(uri: str) -> Iterable[FileInfo]:

@@ -32,7 +32,7 @@ def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
         with store.open_file(info.uri) as file:
             parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
             yield from _chunks(info.uri, parquet, columns)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read {info.uri} as Parquet: {error}") from error
 
 
