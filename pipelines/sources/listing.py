@@ -186,7 +186,8 @@ class _Asker:
         """Raises SourceError for columns that no row has."""
         if self._num_text_only:
             logger.warning("%d rows have no image and are asked as text", self._num_text_only)
-        wanted = self.columns.wanted if self._names else self.columns.wanted - self.columns.in_prompt
+        named = self.columns.wanted.union(filter(None, [self.columns.image]))
+        wanted = named if self._names else named - self.columns.in_prompt
         if unknown := sorted(wanted - self._names):
             known = ", ".join(sorted(self._names)) or "none: files and tars without .json or .txt have no columns"
             raise SourceError(
@@ -266,11 +267,19 @@ def _kind(info: FileInfo) -> str:
     """A file that is named is taken as an image whatever it is called, unless it holds many rows."""
     name = info.uri.lower()
     kind = next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), "file")
-    if kind != "file" and not info.is_regular:
-        raise SourceError(f"{info.uri} is not a regular file")
+    if kind != "file" and (not info.is_regular or not _is_unicode(info.uri)):
+        raise SourceError(f"{info.uri!r} is not a regular file with a name in UTF-8; rename or replace it")
     if name.endswith(_MANY_ROWS):
         raise SourceError(f"{info.uri}: shards of this kind are not read; make them {' '.join(_KINDS)}")
     return kind
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _hash(id_: str) -> int:
