@@ -81,3 +81,10 @@ def test_shards_must_be_files_with_names(tmp_path: Path) -> None:
     for pattern in ("*.tar", "*.jsonl"):
         with pytest.raises(SourceError, match="not a regular file with a name in UTF-8"):
             rows_of(tmp_path / pattern)
+
+
+def test_a_damaged_shard_has_no_columns_and_that_is_fine(inputs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "b.tar").write_bytes(b"damaged")
+    write_lines(tmp_path / "d.jsonl", b"{")
+    rows = rows_of(*inputs[1:], tmp_path / "b.tar", tmp_path / "d.jsonl", prompt="Is it {n}?")
+    assert [bool(row["error"]) for row in rows] == [False] * 9 + [True] * 2
