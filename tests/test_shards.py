@@ -24,6 +24,7 @@ from pipelines.generate import Replica
 from pipelines.sink import read_results
 from tests.fake_engine import FakeEngine, FakeEngineFactory
 from tests.golden_data import checkpoint_dir
+from tests.processes import OpenCounter
 from tests.test_engine import engine_of
 from tests.test_jsonl import write_lines
 from tests.test_parquet import HF, kept_columns, write
@@ -147,6 +148,20 @@ def test_a_run_that_died_goes_on(ray_cluster: None, shards: list[Path], tmp_path
     caption(config(shards, tmp_path / "whole", **options), make_engine=FakeEngineFactory())
     resumed, whole = (read_results(str(tmp_path / name)).to_pylist() for name in ("out", "whole"))
     assert repr(resumed) == repr(whole)  # repr, for NaN
+
+
+def test_resume_opens_only_shards_with_missing_rows(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
+    options = {"prompt_column": "question", "rows_per_file": 7}
+    caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    whole = read_results(str(tmp_path / "out")).to_pylist()
+    max((tmp_path / "out" / "data").iterdir()).unlink()
+    done = {row["id"] for row in read_results(str(tmp_path / "out")).to_pylist()}
+    needed = {Path(row["uri"]).name for row in whole if row["id"] not in done}
+    with OpenCounter(tmp_path) as counter:
+        caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    assert 0 < len(done) < 46 and not needed & {"a.tar", "b.tar"}
+    assert counter.opens.keys() <= needed
+    assert repr(read_results(str(tmp_path / "out")).to_pylist()) == repr(whole)
 
 
 def test_rows_without_images_are_answered_by_the_model() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines.fetch import Fetcher
 from pipelines.sources import SourceError, tar
@@ -218,3 +221,19 @@ def test_a_gz_is_unpacked_once_when_read_in_order(tmp_path: Path, monkeypatch: p
     path = write_tar(tmp_path / "a.tgz", [(f"{i}.jpg", bytes([i])) for i in range(50)], "w:gz")
     assert images_of(rows_of(path)) == [[bytes([i])] for i in range(50)]
     assert len(rewinds) <= 1
+
+
+_NAMES = st.builds("{}.{}".format, st.sampled_from("abc"), st.sampled_from(["jpg", "v2.png", "json", "txt", "cls"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(_NAMES, max_size=12), mode=st.sampled_from(["w", "w:gz"]))
+def test_every_image_is_in_one_row_and_every_id_is_there_once(names: list[str], mode: str) -> None:
+    members = [(name, b"{}" if name.endswith("json") else f"{i} {name}".encode()) for i, name in enumerate(names)]
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_tar(Path(directory) / ("a.tar" if mode == "w" else "a.tgz"), [*members, ("z.jpg", b"last")], mode)
+        rows = rows_of(path, prompt_column="txt") if any(".txt" in name for name in names) else rows_of(path)
+        read = [data for images in images_of(rows) for data in images]
+    assert sorted(read) == sorted([data for name, data in members if name.endswith(("jpg", "png"))] + [b"last"])
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert all(row["images"] or row["error"] or row["has_own_prompt"] for row in rows)

@@ -88,7 +88,7 @@ def _values(line: bytes) -> dict[str, Any]:
 
 
 def _images(uri: str, values: dict[str, Any], column: str | None) -> tuple[ImageRef, ...]:
-    given = [values[name] for name in ([column] if column else _IMAGE_FIELDS) if values.get(name)]
+    given = [values[name] for name in (_IMAGE_FIELDS if column is None else [column]) if values.get(name)]
     paths = given[0] if given and isinstance(given[0], list) else given[:1]
     for path in paths:
         if not isinstance(path, str) or not path:

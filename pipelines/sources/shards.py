@@ -1,0 +1,103 @@
+"""INPUT -> files -> chunks of rows, in order, several shards begun at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby, islice
+
+from pipelines import store
+from pipelines.sources.files import images_below, list_files
+from pipelines.sources.jsonl import list_jsonl
+from pipelines.sources.parquet import list_parquet
+from pipelines.sources.rows import Chunk, Columns, SourceError
+from pipelines.sources.tar import list_tar
+from pipelines.store import FileInfo
+
+_KINDS = {
+    ".tar": "tar",
+    ".tar.gz": "tgz",
+    ".tgz": "tgz",
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+}
+_MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".arrow", ".feather", ".lance")
+_GLOB_CHARACTERS = frozenset("*?[")
+_SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
+
+Begun = tuple[list[Chunk], Iterator[Chunk]]
+"""The first chunks of a shard, and the others."""
+
+
+def list_chunks(inputs: Iterable[str], columns: Columns) -> Iterator[Chunk]:
+    """The rows of all inputs, in order. Raises SourceError or OSError if one of them cannot be listed."""
+    infos = (info for uri in inputs for info in _expand(uri))
+    for are_files, group in groupby(infos, key=lambda info: _kind(info) == "file"):
+        list_group = list_files if are_files else _in_parallel
+        yield from list_group(group, columns)
+
+
+def _in_parallel(shards: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
+    """Chunks in the order of the shards. The next shards are begun meanwhile: listing is waiting for their headers."""
+    ahead: deque[Future[Begun]] = deque()
+    pool = ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="list")
+    try:
+        for shard in shards:
+            ahead.append(pool.submit(_begin, _list_shard(shard, columns)))
+            if len(ahead) > _SHARDS_AT_ONCE:
+                yield from _all_of(ahead.popleft().result())
+        while ahead:
+            yield from _all_of(ahead.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(shard: Iterator[Chunk]) -> Begun:
+    return list(islice(shard, _CHUNKS_AHEAD)), shard
+
+
+def _all_of(begun: Begun) -> Iterator[Chunk]:
+    first, others = begun
+    yield from first
+    yield from others
+
+
+def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
+    match _kind(shard):
+        case "parquet":
+            return list_parquet(shard, columns)
+        case "jsonl":
+            return list_jsonl(shard, columns)
+        case kind:
+            return list_tar(shard, "tar" if kind == "tar" else "tgz", columns)
+
+
+def _expand(uri: str) -> Iterable[FileInfo]:
+    if info := store.find_file(uri):
+        return [info]
+    if store.is_directory(uri):
+        return images_below(uri)
+    if _GLOB_CHARACTERS & set(uri):
+        return store.glob_files(uri)
+    raise SourceError(f"input {uri!r} does not exist")
+
+
+def _kind(info: FileInfo) -> str:
+    """A file that is named is taken as an image whatever it is called, unless it holds many rows."""
+    name = info.uri.lower()
+    kind = next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), "file")
+    if kind != "file" and (not info.is_regular or not _is_unicode(info.uri)):
+        raise SourceError(f"{info.uri!r} is not a regular file with a name in UTF-8; rename or replace it")
+    if name.endswith(_MANY_ROWS):
+        raise SourceError(f"{info.uri}: shards of this kind are not read; make them {' '.join(_KINDS)}")
+    return kind
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""Options that name columns, over inputs of every kind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import parse_command_line
+from pipelines.sources import SourceError
+from tests.test_jsonl import write_lines
+from tests.test_parquet import write
+from tests.test_sources import config_of, rows_of
+from tests.test_tar import write_tar
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    """Three rows each of files, tar, Parquet and JSON lines; all but the files have a column n."""
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+    members = [(f"{i}.{end}", json.dumps({"n": i}).encode()) for i in range(3) for end in ("jpg", "json")]
+    write_tar(tmp_path / "a.tar", members)
+    write(tmp_path / "b.parquet", {"image": [b""] * 3, "n": [3, 4, 5]})
+    write_lines(tmp_path / "c.jsonl", *({"image": f"{i}.png", "n": i} for i in (6, 7, 8)))
+    return [tmp_path / "*.png", tmp_path / "a.tar", tmp_path / "b.parquet", tmp_path / "c.jsonl"]
+
+
+def test_kept_columns_on_the_command_line_and_in_python() -> None:
+    config = parse_command_line("", "", ["in", "out", "--model", "demo", "--keep-columns", "a,b c"])
+    assert config.keep_columns == ("a", "b c") == config_of("in", keep_columns=["a", "b c"]).keep_columns
+    assert config.fingerprint_fields()["keep_columns"] == ["a", "b c"]
+    assert config.fingerprint_fields() != config.model_copy(update={"id_column": "x"}).fingerprint_fields()
+
+
+@pytest.mark.parametrize(("names", "message"), [("a,text", "columns text of its own; rename"), ("a,a", "once")])
+def test_kept_columns_that_clash_are_refused(names: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_command_line("", "", ["in", "out", "--model", "demo", "--keep-columns", names])
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 5, 7, 11])
+def test_the_limit_counts_over_all_inputs(inputs: list[Path], limit: int | None) -> None:
+    everything = rows_of(*inputs, keep_columns="n")
+    assert [row["kept"]["n"] for row in everything] == [None] * 3 + list(range(9))
+    assert len({row["id"] for row in everything}) == 12
+    if limit != 1:  # a file alone has no columns
+        assert [row["id"] for row in rows_of(*inputs, limit=limit)] == [row["id"] for row in everything[:limit]]
+
+
+def test_braces_are_text_for_inputs_without_columns(inputs: list[Path], tmp_path: Path) -> None:
+    prompt = 'Answer as {"n": number} }'
+    write_tar(tmp_path / "bare.tar", [("1.jpg", b"")])
+    assert {row["prompt"] for row in rows_of(inputs[0], tmp_path / "bare.tar", prompt=prompt)} == {prompt}
+    with pytest.raises(SourceError, match="no column n; its columns: none"):
+        rows_of(inputs[0], keep_columns="n")
+
+
+def test_a_prompt_with_columns_over_all_inputs_that_have_them(inputs: list[Path]) -> None:
+    rows = rows_of(*inputs[1:], prompt="Is it {n}?")
+    assert [row["prompt"] for row in rows] == [f"Is it {n}?" for n in range(9)]
+    with pytest.raises(SourceError, match=r"names columns, and 3 rows come from inputs that have none"):
+        rows_of(*inputs, prompt="Is it {n}?")
+    for shard in inputs[1:]:
+        with pytest.raises(SourceError, match=r"(?s)no column colour.*\{\{ and \}\}"):
+            rows_of(shard, prompt="Is it {colour}?")
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_image_column_that_nothing_has_is_refused(inputs: list[Path], at: int) -> None:
+    with pytest.raises(SourceError, match="no column nowhere"):
+        rows_of(inputs[at], image_column="nowhere")
+
+
+def test_shards_must_be_files_with_names(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text("{}")
+    for pattern in ("*.tar", "*.jsonl"):
+        with pytest.raises(SourceError, match="not a regular file with a name in UTF-8"):
+            rows_of(tmp_path / pattern)
+
+
+def test_a_damaged_shard_has_no_columns_and_that_is_fine(inputs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "b.tar").write_bytes(b"damaged")
+    write_lines(tmp_path / "d.jsonl", b"{")
+    rows = rows_of(*inputs[1:], tmp_path / "b.tar", tmp_path / "d.jsonl", prompt="Is it {n}?")
+    assert [bool(row["error"]) for row in rows] == [False] * 9 + [True] * 2
