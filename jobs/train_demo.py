@@ -3,10 +3,11 @@
     python -m jobs.train_demo OUT_DIR [--steps N]
 
 Tokenizer, configuration and weights are made here; pictures reach the model exactly as the captioning job feeds
-them. Interrupted, the same command goes on from OUT_DIR/state.pt. One core, about an hour.
+them. Interrupted, the same command goes on from OUT_DIR/state.pt. One core, about 75 minutes.
 
-The checkpoint in ovis_model/demo was made so, but while the drawings and these settings were being tuned: up to step
-9000 some shapes and sizes were harder to tell apart than they are now.
+The checkpoint in ovis_model/demo comes from these 11,500 steps, but the recipe was tuned while it ran: up to step 9000
+the drawings were harder to tell apart (filled circles, blunt stars, sizes closer together), and pairs were not yet
+every other picture up to step 7500. The recipe as it stands has not been run from nothing.
 """
 
 from __future__ import annotations

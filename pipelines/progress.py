@@ -24,6 +24,7 @@ class RunProgress:
             0,
         )
         self._started_s = self._logged_s = time.monotonic()
+        self._warm_up: tuple[float, int, int] | None = None  # when the first rows came, how many, of how many tokens
         self._bar = Progress(
             TextColumn("captioning"),
             BarColumn(),
@@ -46,6 +47,8 @@ class RunProgress:
         self._bar.stop()
 
     def add(self, *, rows: int, errors: int, tokens: int) -> None:
+        if self._warm_up is None:
+            self._warm_up = (time.monotonic(), rows, tokens)
         self.num_new += rows
         self.num_errors += errors
         self.num_tokens += tokens
@@ -54,9 +57,6 @@ class RunProgress:
             self._logged_s = time.monotonic()
             print(f"{self._done()}/{self.num_rows} rows, {self._rates()}, ETA {self._eta()}", file=sys.stderr)
 
-    def _elapsed_s(self) -> float:
-        return max(time.monotonic() - self._started_s, 1e-3)
-
     def _done(self) -> int:
         return self.num_done + self.num_new
 
@@ -64,11 +64,19 @@ class RunProgress:
         return self._done() == self.num_rows
 
     def _rates(self) -> str:
-        elapsed_s = self._elapsed_s()
         errors = f", {self.num_errors} errors" if self.num_errors else ""
-        return f"{self.num_new / elapsed_s:.1f} rows/s, {self.num_tokens / elapsed_s:.0f} tokens/s{errors}"
+        rows_per_s, tokens_per_s = self._per_s()
+        return f"{rows_per_s:.1f} rows/s, {tokens_per_s:.0f} tokens/s{errors}"
+
+    def _per_s(self) -> tuple[float, float]:
+        """Rows and tokens a second, without the start and what came at its end as soon as there is more."""
+        since_s, rows, tokens = self._warm_up or (self._started_s, 0, 0)
+        if self.num_new == rows:
+            since_s, rows, tokens = self._started_s, 0, 0
+        elapsed_s = max(time.monotonic() - since_s, 1e-3)
+        return (self.num_new - rows) / elapsed_s, (self.num_tokens - tokens) / elapsed_s
 
     def _eta(self) -> str:
-        remaining_s = (self.num_rows - self._done()) * self._elapsed_s() / max(self.num_new, 1)
+        remaining_s = (self.num_rows - self._done()) / max(self._per_s()[0], 1e-6)
         hours, rest_s = divmod(round(remaining_s), 3600)
         return f"{hours}:{rest_s // 60:02}:{rest_s % 60:02}"

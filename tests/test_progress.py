@@ -1,0 +1,25 @@
+"""Rates and the time left, as told."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines import progress
+from pipelines.progress import RunProgress
+
+
+def test_the_start_does_not_count_into_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    with RunProgress(num_rows=1000, num_done=100) as run:
+        now_s = 60.0  # actors start, the model loads
+        run.add(rows=10, errors=1, tokens=100)
+        now_s = 70.0
+        run.add(rows=90, errors=0, tokens=900)
+        now_s = 81.0
+        run.add(rows=99, errors=0, tokens=990)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "110/1000 rows, 0.2 rows/s, 2 tokens/s, 1 errors, ETA 1:29:00"
+    assert lines[-1] == "299/1000 rows, 9.0 rows/s, 90 tokens/s, 1 errors, ETA 0:01:18"
