@@ -10,6 +10,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from pipelines.fetch import Fetcher
 from pipelines.sink import read_results
@@ -44,7 +45,9 @@ def store(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
         "AWS_DEFAULT_REGION": "eu-central-1",
     }.items():
         monkeypatch.setenv(name, value)
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    # fsspec keeps its file systems, with the environment of their first use.
+    S3FileSystem.clear_instance_cache()
+    fs = fsspec.filesystem("s3")
     fs.call_s3("create_bucket", Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
     for i in range(4):
         fs.pipe_file(f"bucket/in/{i}.png", picture(i))
@@ -57,6 +60,7 @@ def store(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     fs.pipe_file("bucket/in/d.jsonl", "\n".join(map(json.dumps, lines)).encode())
     yield fs
     fs.rm("bucket", recursive=True)
+    S3FileSystem.clear_instance_cache()
 
 
 def test_references_are_read_by_range(store: fsspec.AbstractFileSystem) -> None:
