@@ -8,8 +8,8 @@ Draws the pictures and runs the captioning job on them as a user would.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -69,8 +69,10 @@ def _caption(pictures: Path, captions: Path) -> int:
 
 def draw_pictures(directory: Path, count: int, seed: int) -> dict[str, str]:
     """File name -> true caption. Every fourth picture is a JPEG, the others are PNG."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    for picture in directory.iterdir():
+        if re.fullmatch(r"\d{4}\.(png|jpg)", picture.name):  # of an earlier demo; nothing else is touched
+            picture.unlink()
     truths = {}
     for i in range(count):
         image, scene = make_picture(seed * _SEEDS_APART + i, held_out=True)

@@ -6,6 +6,7 @@ Knows token ids only: no prompts, no pictures.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ from ovis_model.weights import load_model
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+# The CUDA libraries' faults come as plain RuntimeErrors.
+_DEVICE_FAULT = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS")
 
 
 @dataclass
@@ -113,8 +118,11 @@ class OvisEngine:
                 raise self._fault
             try:
                 self._step_within_memory()
-            except BaseException as fault:
+            except Exception as fault:
                 self._fault = fault  # the state of the rows is unknown now, to all threads
+                raise
+            except BaseException:  # Ctrl-C: the engine is whole, its rows are not
+                self._abandon_rows()
                 raise
 
     def _check(self, index: int, row: Row) -> None:
@@ -133,10 +141,18 @@ class OvisEngine:
         """A step; if the device is out of memory after all, the rows start again with half the budget."""
         try:
             self._step()
-        except torch.AcceleratorError as error:
-            raise EngineDied(str(error)) from error
         except torch.OutOfMemoryError as error:
             self._shrink(error)
+        except RuntimeError as error:
+            if not isinstance(error, torch.AcceleratorError) and not _DEVICE_FAULT.search(str(error)):
+                raise
+            raise EngineDied(str(error)) from error
+
+    def _abandon_rows(self) -> None:
+        for row in (*self._scheduler.running, *self._scheduler.waiting):
+            row.error = RequestError("interrupted")
+        self._scheduler = Scheduler(self._budget)
+        self._cache = self._sampler = None
 
     def _shrink(self, error: torch.OutOfMemoryError) -> None:
         scheduler = self._scheduler

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import secrets
 from collections.abc import Sequence
 
 import torch
@@ -12,25 +14,25 @@ from ovis_model.types import SamplingParams
 
 
 class RandomStream:
-    """A row's own random numbers; None draws a seed."""
+    """A row's own random keys, one a step; None draws a seed."""
 
     def __init__(self, seed: int | None) -> None:
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
+        self._seed = secrets.randbits(63) if seed is None else seed
+        self._step = 0
 
-    def uniform(self) -> float:
-        """The next number in [0, 1)."""
-        return float(torch.rand(1, generator=self._generator))
+    def next_key(self) -> int:
+        """63 bits that depend on the seed and the step only."""
+        digest = hashlib.blake2b(f"{self._seed} {self._step}".encode(), digest_size=8).digest()
+        self._step += 1
+        return int.from_bytes(digest) >> 1
 
 
 class Sampler:
     """For rows that are generated side by side; made anew when one of them leaves or enters.
 
-    Order of operations as in transformers: repetition penalty, temperature, top-k, top-p. A sampled row draws one
-    number a step from its own stream on the CPU, so neighbours and device cannot change its sample.
+    Order of operations as in transformers: repetition penalty, temperature, top-k, top-p. A sampled row takes the
+    token with the largest score plus Gumbel noise, where the noise of a token is a hash of it and of the row's key: so
+    neighbours cannot change a sample, and the last bits of a logit do only where two tokens all but tie.
     """
 
     def __init__(
@@ -71,14 +73,15 @@ class Sampler:
 
     def _draw(self, scores: Tensor) -> Tensor:
         params = [self._params[row] for row in self._sampled]
-        probabilities = (scores / _column([p.temperature for p in params], scores.device)).softmax(-1)
-        sorted_p, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        kept = _truncate(sorted_p, params)
-        cumulative = kept.cumsum(-1)
-        uniform = torch.tensor([self._streams[row].uniform() for row in self._sampled], device=scores.device)
-        # `right`: a draw of exactly 0 must not choose a token of probability 0.
-        at = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-        return order.gather(1, at.clamp(max=_last_kept(kept))).squeeze(1)
+        scores = scores / _column([p.temperature for p in params], scores.device)
+        keys = torch.tensor([self._streams[row].next_key() for row in self._sampled], device=scores.device)
+        noise = gumbel_noise(keys, scores.shape[1])
+        if all(p.top_p == 1 and p.top_k == 0 for p in params):
+            return (scores + noise).argmax(-1)
+        probabilities, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        kept = _truncate(probabilities, params)
+        best = (kept.log() + noise.gather(1, order)).argmax(-1, keepdim=True)
+        return order.gather(1, best).squeeze(1)
 
     def _logprobs(self, logits: Tensor, ids: Tensor) -> Tensor:
         if not self._wants_logprobs:
@@ -98,8 +101,26 @@ def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return kept.masked_fill((mass_before >= top_p * kept.sum(-1, keepdim=True)) & (top_p < 1), 0)
 
 
-def _last_kept(kept: Tensor) -> Tensor:
-    return (kept > 0).sum(-1, keepdim=True).clamp(min=1) - 1
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """float64[B, vocab] of the standard Gumbel distribution, from int64[B] keys.
+
+    The uniform number behind each is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
+    2014) of the key and the token: integers, so it is the same on every device.
+    """
+    x = keys[:, None] + torch.arange(1, vocab_size + 1, device=keys.device) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    uniform = (_shifted(x ^ _shifted(x, 31), 11).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log()
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right without the sign, which torch would repeat."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64)
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:

@@ -98,13 +98,18 @@ class Scheduler:
     def plan_cache(self) -> bool:
         """Size the cache for the rows at hand -> whether it must be allocated anew; only between rows.
 
-        A waiting row that needs more than the capacity is let in when all others have left.
+        A waiting row that needs more than the capacity is let in when all others have left. With one slot there is no
+        reason to make it longer than the next row needs.
         """
-        if self.running or not self.waiting or self.waiting[0].max_tokens <= self.capacity:
+        if self.running or not self.waiting:
             return False
-        longest = max(row.max_tokens for row in self.waiting)
-        self.capacity = min(-(-longest // 64) * 64, self.budget.kv_tokens)
-        self.slots = max(1, min(self.budget.slots, self.budget.kv_tokens // self.capacity))
+        at_hand = self.waiting if self.budget.slots > 1 else [self.waiting[0]]
+        longest = max(row.max_tokens for row in at_hand)
+        capacity = min(-(-longest // 64) * 64, self.budget.kv_tokens)
+        slots = max(1, min(self.budget.slots, self.budget.kv_tokens // capacity))
+        if self.waiting[0].max_tokens <= self.capacity and slots <= self.slots:
+            return False
+        self.capacity, self.slots = capacity, slots
         return True
 
     def admit(self) -> dict[int, Row]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 MAX_TRIES = 2  # of a batch before its rows are tried alone, and of a row alone before it is given up
+GIVEN_UP = f"the process died {MAX_TRIES} times on this row alone"
 
 
 class Attempts(Protocol):
@@ -34,6 +35,16 @@ class AttemptCounts:
 
     def end(self, work: str) -> None:
         del self._begun[work]
+
+
+def start_attempt_counts() -> Any:
+    """An AttemptCounts actor on the driver's own node: it lives as long as the run, whatever other nodes do."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(AttemptCounts).options(**options).remote()
 
 
 class RemoteAttempts:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint, local_path
 from ovis_model.config import OvisConfig
 from ovis_model.processor import Processor
-from pipelines.attempts import AttemptCounts, RemoteAttempts
+from pipelines.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster import (
     MAX_BLOCKS,
     configure_ray_data,
@@ -27,12 +27,12 @@ from pipelines.cluster import (
 )
 from pipelines.config import CaptionConfig
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
-from pipelines.lease import Lease
+from pipelines.lease import Lease, LeaseLost
 from pipelines.ledger import Ledger, Ranges, count, split
 from pipelines.manifest import KeptColumns
 from pipelines.preprocess import Preprocess
 from pipelines.progress import RunProgress
-from pipelines.run import Run, open_run
+from pipelines.run import Run, hold_lease, open_run
 from pipelines.schema import RESULT
 from pipelines.sink import Sink, remove_temporaries
 
@@ -71,25 +71,32 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
     started_s = time.monotonic()
     config = config.model_copy(update={"model": local_path(config.model)})
     check_model(config)
-    run = open_run(config, describe_checkpoint(config.model, config.revision))
-    lease = Lease(run.output)
-    lease.take()
-    try:
-        remove_temporaries(run.data_uri)
-        ledger = Ledger.read(run.data_uri)
-        with RunProgress(run.num_rows, count(ledger.done)) as progress:
-            if ledger.missing(run.num_rows):
-                run.update(status="running")
-                with ray_session():
-                    _caption_missing(config, run, ledger, lease, progress, make_engine)
+    model = describe_checkpoint(config.model, config.revision)
+    with hold_lease(config) as lease:
+        run = open_run(config, model)
+        try:
+            ledger, progress = _caption_run(config, run, lease, make_engine)
+        except BaseException:
+            with suppress(OSError, LeaseLost):
+                lease.check()
+                run.update(status="stopped")
+            raise
+        lease.check()
         run.update(status="finished", counts={"ok": run.num_rows - ledger.num_errors, "error": ledger.num_errors})
-    except BaseException:
-        with suppress(OSError):
-            run.update(status="stopped")
-        raise
-    finally:
-        lease.release()
     return _summary(run, ledger, progress, time.monotonic() - started_s)
+
+
+def _caption_run(
+    config: CaptionConfig, run: Run, lease: Lease, make_engine: EngineFactory
+) -> tuple[Ledger, RunProgress]:
+    remove_temporaries(run.data_uri)
+    ledger = Ledger.read(run.data_uri)
+    with RunProgress(run.num_rows, count(ledger.done)) as progress:
+        if ledger.missing(run.num_rows):
+            run.update(status="running")
+            with ray_session():
+                _caption_missing(config, run, ledger, lease, progress, make_engine)
+    return ledger, progress
 
 
 def check_model(config: CaptionConfig) -> None:
@@ -133,7 +140,7 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     run.settle_dtype(settled_dtype(config, pools))
     configure_ray_data()
     revision = run.record["model"]["revision"]
-    attempts = RemoteAttempts(ray.remote(AttemptCounts).options(num_cpus=0, max_restarts=-1).remote())
+    attempts = RemoteAttempts(start_attempt_counts())
     units = list(split(missing, sizes.rows_per_unit))
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
     dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))

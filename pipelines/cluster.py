@@ -174,7 +174,10 @@ def _check_address(address: str) -> None:
 def last_line(error: Exception) -> str:
     """Of a remote trace: the exception's type and message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Died)\b", line)), lines[-1])
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Died|Unavailable)\b", line)]
+    # Ray's own wrapper comes last and says nothing.
+    told = [line for line in named if not re.match(r"ray\.exceptions\.(UserCodeException|RayTaskError)", line)]
+    return (told or named or lines)[-1]
 
 
 def configure_ray_data() -> None:

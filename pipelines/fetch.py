@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -124,25 +125,36 @@ class _ParquetCells:
         self._broken: tuple[Any, int] = (None, 0)  # where a row group cannot be read on: tried once, not for each row
 
     def read(self, image: ImageRef) -> Any:
-        """The cell as Python has it. Raises OSError."""
-        try:
-            self._turn_to(image)
-            if self._broken[0] == self._place and image.row >= self._broken[1]:
-                raise OSError(f"this row group cannot be read from row {self._broken[1]} on")
-            self._advance(image.row)
-        except (pa.ArrowException, OSError) as error:
-            raise OSError(f"row {image.row} of {image.uri} cannot be read: {error}") from error
-        return self._cells[image.row - self._first].as_py()
+        """The cell as Python has it. Raises OSError; a fault of the store is tried again."""
+        for attempt in range(1, store.READ_ATTEMPTS + 1):
+            try:
+                self._turn_to(image)
+                if self._broken[0] == self._place and image.row >= self._broken[1]:
+                    raise OSError(
+                        f"row {image.row} of {image.uri}: its group cannot be read from row {self._broken[1]} on"
+                    )
+                self._advance(image.row)
+                return self._cells[image.row - self._first].as_py()
+            except (pa.ArrowException, OSError, StopIteration) as error:
+                is_known = self._broken[0] == self._place
+                if attempt == store.READ_ATTEMPTS or is_known or isinstance(error, FileNotFoundError):
+                    self._broken = (self._place, self._first)
+                    raise OSError(f"row {image.row} of {image.uri} cannot be read: {error!r}") from error
+                self._forget()
+                time.sleep(store.pause_s(attempt))
+        raise AssertionError("unreachable")
 
     def _advance(self, row: int) -> None:
         while row >= self._first + len(self._cells):
             self._first += len(self._cells)
             self._cells = pa.nulls(0)
-            try:
-                self._cells = next(self._stream).column(0)
-            except (pa.ArrowException, OSError, StopIteration) as error:
-                self._broken = (self._place, self._first)
-                raise OSError(repr(error)) from error
+            self._cells = next(self._stream).column(0)
+
+    def _forget(self) -> None:
+        """So that the next read opens the file again."""
+        if self._open is not None:
+            self._open.close()
+        self._open, self._uri, self._place = None, "", ("", "", -1)
 
     def _turn_to(self, image: ImageRef) -> None:
         self._turn_to_file(image.uri)
@@ -158,9 +170,8 @@ class _ParquetCells:
 
     def _turn_to_file(self, uri: str) -> None:
         if uri != self._uri:
-            if self._open is not None:
-                self._open.close()
-            self._open, self._uri = store.open_file(uri, block_bytes=_BLOCK_BYTES), ""
+            self._forget()
+            self._open = store.open_file(uri, block_bytes=_BLOCK_BYTES)
             self._parquet = pq.ParquetFile(self._open, buffer_size=BUFFER_BYTES, pre_buffer=False)
             self._uri = uri
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from ovis_model.processor import Processor
 from ovis_model.text import cut_at_stop
 from ovis_model.types import Completion, Engine, EngineDied, Request, RequestError, SamplingParams
-from pipelines.attempts import MAX_TRIES, AloneOrTogether, Attempts
+from pipelines.attempts import GIVEN_UP, MAX_TRIES, AloneOrTogether, Attempts
 from pipelines.config import CaptionConfig
 from pipelines.schema import RESULT
 
@@ -70,10 +70,10 @@ class Generate:
         """Columns of prepared rows -> a table of schema RESULT, a row for each. Several threads may call at once."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         work = f"generate {len(rows)} rows from {rows[0]['row']}"
-        if self._attempts.begin(work) <= MAX_TRIES:
-            with self._process.together():
-                results = self._results(rows)
-        else:
+        with self._process.together():
+            tries = self._attempts.begin(work)
+            results = self._results(rows) if tries <= MAX_TRIES else []
+        if tries > MAX_TRIES:
             results = [result for row in rows for result in self._results_alone(row)]
         self._attempts.end(work)
         return pa.Table.from_pylist(results, RESULT)
@@ -82,9 +82,8 @@ class Generate:
         """Of a row in a batch that killed its process again and again."""
         work = f"generate row {row['row']}"
         with self._process.alone():
-            tries = self._attempts.begin(work)
-            if tries > MAX_TRIES:
-                return [_error_result(row, "generate", f"the process died {tries - 1} times on this row alone")]
+            if self._attempts.begin(work) > MAX_TRIES:
+                return [_error_result(row, "generate", GIVEN_UP)]
             results = self._results([row])
             self._attempts.end(work)
         return results

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ RENEW_S, STALE_S = 10.0, 60.0
 
 
 class LeaseError(ValueError):
-    """Another driver writes to OUTPUT."""
+    """This driver cannot write to OUTPUT, because another one does or for another reason."""
 
 
 class LeaseLost(RuntimeError):  # noqa: N818
@@ -24,7 +26,8 @@ class LeaseLost(RuntimeError):  # noqa: N818
 
 
 class Lease:
-    """Held while its file says so. The file is renewed as a sign of life; one that is stale may be taken over.
+    """Held while its file says so, as a context. A thread renews the file as a sign of life; one that is stale may be
+    taken over.
 
     Object stores have no exclusive create, so two drivers that start within the same moment both think that they have
     it, until the first `check`: the one that wrote last keeps it, the other stops before it writes a row.
@@ -33,10 +36,19 @@ class Lease:
     def __init__(self, output: str) -> None:
         self._uri = store.join(output, "driver.json")
         self._me = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id()}
-        self._renewed_s = 0.0
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
-    def take(self) -> None:
-        """Raises LeaseError saying who has it."""
+    def __enter__(self) -> Lease:
+        """Raises LeaseError saying who has it, or that OUTPUT cannot be written."""
+        try:
+            self._take()
+        except OSError as error:
+            raise LeaseError(f"cannot use {self._uri.rpartition('/')[0]} as OUTPUT: {error}") from error
+        self._thread.start()
+        return self
+
+    def _take(self) -> None:
         holder = self._read()
         if holder and not self._is_dead(holder):
             raise LeaseError(
@@ -45,22 +57,28 @@ class Lease:
             )
         self._write()
 
+    def __exit__(self, *exception: object) -> None:
+        self._released.set()
+        self._thread.join()
+        with suppress(OSError):
+            if self._is_mine():
+                store.remove(self._uri)
+
     def check(self) -> None:
         """Before anything is written to OUTPUT. Raises LeaseLost."""
-        holder = self._read()
-        if holder is None or holder["token"] != self._me["token"]:
+        if not self._is_mine():
             raise LeaseLost("another run has taken over this OUTPUT; this one stops")
 
-    def renew(self) -> None:
-        """A sign of life, when the last one is old enough."""
-        if time.monotonic() - self._renewed_s > RENEW_S:
-            self.check()
-            self._write()
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW_S):
+            # A store that does not answer now may answer next time, well before the lease is stale.
+            with suppress(OSError):
+                if self._is_mine():
+                    self._write()
 
-    def release(self) -> None:
+    def _is_mine(self) -> bool:
         holder = self._read()
-        if holder and holder["token"] == self._me["token"]:
-            store.remove(self._uri)
+        return holder is not None and holder["token"] == self._me["token"]
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
         if time.time() - holder["at_s"] > STALE_S:
@@ -76,7 +94,6 @@ class Lease:
 
     def _write(self) -> None:
         store.write_bytes(self._uri, json.dumps({**self._me, "at_s": time.time()}).encode())
-        self._renewed_s = time.monotonic()
 
 
 def _boot_id() -> str:

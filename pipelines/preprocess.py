@@ -14,7 +14,7 @@ from PIL import Image
 from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
-from pipelines.attempts import MAX_TRIES, Attempts
+from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
 from pipelines.fetch import AT_ONCE, Fetcher
@@ -49,9 +49,11 @@ class Preprocess:
         """int64 `start`, `stop` -> columns of `_prepared` rows, at most BATCH_BYTES or one row at once."""
         for start, stop in zip(batch["start"], batch["stop"], strict=True):
             work = f"prepare rows {start} to {stop}"
-            prepare = self._prepare if self._attempts.begin(work) <= MAX_TRIES else self._prepare_alone
             rows: list[Row] = read_rows(self._output, RowRange(int(start), int(stop))).to_pylist()
-            yield from _batches(prepare(row, images) for row, images in self._fetched(rows))
+            if self._attempts.begin(work) <= MAX_TRIES:
+                yield from _batches(self._prepare(row, images) for row, images in self._fetched(rows))
+            else:
+                yield from _batches(map(self._prepare_alone, rows))
             self._attempts.end(work)
 
     def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Images]]:
@@ -75,13 +77,12 @@ class Preprocess:
         except RowError as error:
             return self._failed(row, error)
 
-    def _prepare_alone(self, row: Row, images: Images) -> Row:
-        """A row among others of which one killed its process again and again."""
+    def _prepare_alone(self, row: Row) -> Row:
+        """A row among others of which one killed its process again and again; nothing else is on its way meanwhile."""
         work = f"prepare row {row['row']}"
-        tries = self._attempts.begin(work)
-        if tries > MAX_TRIES:
-            return self._failed(row, RowError("decode", f"the process died {tries - 1} times on this row alone"))
-        prepared = self._prepare(row, images)
+        if self._attempts.begin(work) > MAX_TRIES:
+            return self._failed(row, RowError("decode", GIVEN_UP))
+        prepared = self._prepare(row, self._submit(row))
         self._attempts.end(work)
         return prepared
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines import __version__, store
 from pipelines.config import CaptionConfig
+from pipelines.lease import Lease
 from pipelines.manifest import write_manifest
 from pipelines.sources import list_rows
 
@@ -51,6 +52,14 @@ class Run:
                 f"give --dtype {settled} in a new OUTPUT, or go on where there is a device as before"
             )
         self.update()
+
+
+def hold_lease(config: CaptionConfig) -> Lease:
+    """On the OUTPUT, to be entered before anything there is looked at or changed. Raises RunError."""
+    output = store.absolute_uri(config.output)
+    if not output.strip("/") or output.rstrip("/").endswith(":"):
+        raise RunError(f"{config.output!r} names no place for an OUTPUT; give a directory or a URI with a path")
+    return Lease(output)
 
 
 def open_run(config: CaptionConfig, model: Json) -> Run:

@@ -53,6 +53,8 @@ class Sink:
         self._closed.set()
         self._thread.join()
         self.flush()
+        if self._fault is not None and exception[0] is None:
+            raise self._fault
 
     def add(self, results: pa.Table) -> pa.Table:
         """Take rows of schema RESULT and write what is due -> the rows that were new.
@@ -92,7 +94,6 @@ class Sink:
         while not self._closed.wait(min(1.0, FLUSH_S / 2)):
             try:
                 with self._lock:
-                    self._lease.renew()
                     if self._waiting and time.monotonic() - self._oldest_s > FLUSH_S:
                         self._flush()
             except Exception as fault:  # told to the thread that hands over rows

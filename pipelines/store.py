@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 TEMPORARY_SUFFIX = ".tmp"
 
-_READ_ATTEMPTS, _FIRST_PAUSE_S = 3, 0.2
+READ_ATTEMPTS, _FIRST_PAUSE_S = 3, 0.2
 _EXTRAS = {
     "http": "http",
     "https": "http",
@@ -121,7 +121,7 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(f"{path} is not a regular file")  # a pipe may never end
-    for attempt in range(1, _READ_ATTEMPTS + 1):
+    for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             with _faults_as_os_errors():
                 data: bytes = fs.cat_file(path, start=start, end=stop)
@@ -129,10 +129,15 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
         except _FINAL:
             raise
         except OSError:
-            if attempt == _READ_ATTEMPTS:
+            if attempt == READ_ATTEMPTS:
                 raise
-            time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+            time.sleep(pause_s(attempt))
     raise AssertionError("unreachable")
+
+
+def pause_s(attempt: int) -> float:
+    """How long to wait after the first, second ... attempt failed."""
+    return float(_FIRST_PAUSE_S * 2 ** (attempt - 1))
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:

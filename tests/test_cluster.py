@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.cluster import BATCH_BYTES, Pools, ResourceError, plan_batches, plan_pools, ray_session
+from pipelines.cluster import BATCH_BYTES, Pools, ResourceError, last_line, plan_batches, plan_pools, ray_session
 from pipelines.config import CaptionConfig
 from pipelines.manifest import ROWS_PER_GROUP
 
@@ -84,3 +84,13 @@ def test_units_and_batches(num_rows: int, num_replicas: int, num_preprocessors: 
     assert sizes.rows_per_batch * (sizes.calls_per_replica - 1) >= ROWS_SIDE_BY_SIDE
     if num_rows <= 20_000 * ROWS_PER_GROUP:
         assert num_rows / sizes.rows_per_unit <= 41_000
+
+
+def test_the_last_line_is_the_actors_own() -> None:
+    trace = (
+        'ray::MapWorker.submit()\n  File "x.py", line 1\npipelines.store.StoreError: no such bucket\n\n'
+        "The above exception was the direct cause of the following exception:\n\n"
+        "ray.exceptions.UserCodeException: UDF failed to process a data block.\nsee the log"
+    )
+    assert last_line(RuntimeError(trace)) == "pipelines.store.StoreError: no such bucket"
+    assert last_line(RuntimeError("nothing named\nlast")) == "last"

@@ -263,14 +263,19 @@ def test_a_mistyped_input_removes_nothing(ray_cluster: None, pictures: Path, tmp
 
 def test_an_output_that_cannot_be_written_is_bad_usage(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot use"):
+    with pytest.raises(LeaseError, match="cannot use"):
         caption(config(pictures, tmp_path / "file"))
 
 
-def test_an_output_in_use_is_refused(pictures: Path, tmp_path: Path) -> None:
-    Lease(str(tmp_path / "out")).take()
-    with pytest.raises(LeaseError, match="another run writes here"):
-        caption(config(pictures, tmp_path / "out"))
+def test_an_output_in_use_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    """Before a byte of it is changed."""
+    output = tmp_path / "out"
+    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    with Lease(str(output)):
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        with pytest.raises(LeaseError, match="another run writes here"):
+            caption(config(pictures, output, prompt="Why?", overwrite=True))
+        assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_another_type_of_numbers_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:

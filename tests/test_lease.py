@@ -10,36 +10,51 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import lease
 from pipelines.lease import STALE_S, Lease, LeaseError, LeaseLost
 
 
 def test_a_second_driver_is_told_who_has_it(tmp_path: Path) -> None:
     first, second = Lease(str(tmp_path)), Lease(str(tmp_path))
-    first.take()
-    with pytest.raises(LeaseError, match=r"another run writes here: process \d+"):
-        second.take()
-    first.release()
-    second.take()
-    second.check()
-    with pytest.raises(LeaseLost):
+    with first:
+        with pytest.raises(LeaseError, match=r"another run writes here: process \d+"), second:
+            pass
         first.check()
-    first.release()  # does not take away what is another's
-    second.check()
+    with Lease(str(tmp_path)) as third:
+        third.check()
+        with pytest.raises(LeaseLost):
+            first.check()
+        first.__exit__()  # does not take away what is another's
+        third.check()
+    assert not (tmp_path / "driver.json").exists()
 
 
 def test_a_dead_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
-    script = f"from pipelines.lease import Lease; Lease({str(tmp_path)!r}).take()"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    script = f"import os\nfrom pipelines.lease import Lease\nLease({str(tmp_path)!r}).__enter__()\nos._exit(1)"
+    subprocess.run([sys.executable, "-c", script], check=False)
     assert (tmp_path / "driver.json").exists()
-    Lease(str(tmp_path)).take()
+    with Lease(str(tmp_path)):
+        pass
 
 
 def test_a_driver_elsewhere_is_replaced_when_it_is_silent(tmp_path: Path) -> None:
-    Lease(str(tmp_path)).take()
     file = tmp_path / "driver.json"
-    holder = {**json.loads(file.read_text()), "host": "elsewhere", "pid": 1}
+    with Lease(str(tmp_path)):
+        holder = {**json.loads(file.read_text()), "host": "elsewhere", "pid": 1}
     file.write_text(json.dumps(holder))
-    with pytest.raises(LeaseError, match="on elsewhere"):
-        Lease(str(tmp_path)).take()
+    with pytest.raises(LeaseError, match="on elsewhere"), Lease(str(tmp_path)):
+        pass
     file.write_text(json.dumps({**holder, "at_s": time.time() - STALE_S - 1}))
-    Lease(str(tmp_path)).take()
+    with Lease(str(tmp_path)):
+        pass
+
+
+def test_a_living_driver_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    file = tmp_path / "driver.json"
+    with Lease(str(tmp_path)):
+        first = json.loads(file.read_text())["at_s"]
+        deadline_s = time.monotonic() + 10
+        while json.loads(file.read_text())["at_s"] == first:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)

@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> Path:
 
 def sink_of(data: Path, ledger: Ledger, *, rows_per_file: int) -> Sink:
     lease = Lease(str(data.parent))
-    lease._write()
+    lease._write()  # without the thread that a run has
     return Sink(str(data), ledger, lease, rows_per_file=rows_per_file)
 
 

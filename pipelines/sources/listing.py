@@ -39,10 +39,11 @@ def _list_into(listing: Listing, config: CaptionConfig) -> None:
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
-            f"no images in {', '.join(config.input)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
+            f"no rows in {', '.join(config.input)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "shards (.tar .parquet .jsonl) in a directory are given as a glob such as DIRECTORY/*.tar"
         )
     asker.finish()
+    listing.check_kept()
     listing.check_unique()
 
 
@@ -101,8 +102,23 @@ class Listing:
         for table in self._stored():
             columns = [table.column(name) for name in schema.MANIFEST.names[1:]]
             if len(self.kept):
-                columns.append(schema.struct_of([table.column(f"kept {f.name}") for f in self.kept], self.kept))
+                columns.append(self._kept_of(table))
             yield pa.table(columns, schema=whole)
+
+    def check_kept(self) -> None:
+        """Raises SourceError if a kept column does not fit the type that it has over the whole input."""
+        if len(self.kept):
+            for table in self._stored():
+                self._kept_of(table)
+
+    def _kept_of(self, table: pa.Table) -> pa.Array:
+        try:
+            return schema.struct_of([table.column(f"kept {f.name}") for f in self.kept], self.kept)
+        except pa.ArrowException as error:
+            raise SourceError(
+                f"a kept column does not fit one type over the whole input ({error}); its columns: "
+                f"{', '.join(map(str, self.kept))}. Leave it out of --keep-columns or make it one type"
+            ) from error
 
     def _stored(self) -> Iterator[pa.Table]:
         self._file.seek(0)

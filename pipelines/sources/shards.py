@@ -79,9 +79,11 @@ def _expand(uri: str) -> Iterable[FileInfo]:
         return [info]
     if store.is_directory(uri):
         return images_below(uri)
-    if _GLOB_CHARACTERS & set(uri):
-        return store.glob_files(uri)
-    raise SourceError(f"input {uri!r} does not exist")
+    if not _GLOB_CHARACTERS & set(uri):
+        raise SourceError(f"input {uri!r} does not exist")
+    if not (infos := store.glob_files(uri)):
+        raise SourceError(f"no files match {uri!r}")
+    return infos
 
 
 def _kind(info: FileInfo) -> str:
