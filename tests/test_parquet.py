@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.fetch import Fetcher
+from pipelines.fetch import Fetcher, _ParquetCells
 from pipelines.sources import SourceError, list_rows
 from pipelines.sources.rows import ImageRef
 from tests.test_sources import Row, config_of, rows_of
@@ -158,3 +158,35 @@ def test_no_image_is_read_while_listing(tmp_path: Path) -> None:
     data[start : start + 1_000_000] = b"\xff" * 1_000_000
     path.write_bytes(data)
     assert [row["id"] for row in rows_of(path, id_column="key")] == [f"k{i}" for i in range(20)]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([b"1"]), pa.array([1]), pa.array([2])], names=["image", "c", "c"])
+    with pytest.raises(SourceError, match="several columns named c"):
+        rows_of(write(tmp_path / "a.parquet", table))
+
+
+def test_a_fault_that_passes_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [bytes([i]) for i in range(200)]
+    rows = rows_of(write(tmp_path / "a.parquet", {"image": values}))
+    advance, faults = _ParquetCells._advance, iter([False] * 70 + [True] + [False] * 1000)
+
+    def unreliable(self: _ParquetCells, row: int) -> None:
+        if next(faults):
+            raise OSError("connection reset")
+        advance(self, row)
+
+    monkeypatch.setattr(_ParquetCells, "_advance", unreliable)
+    assert images_of(rows) == [[value] for value in values]
+
+
+def test_a_file_that_is_gone_does_not_spoil_the_one_before(tmp_path: Path) -> None:
+    values = [bytes([i]) for i in range(40)]
+    first = rows_of(write(tmp_path / "a.parquet", {"image": values}))
+    gone = rows_of(write(tmp_path / "b.parquet", {"image": values}))
+    (tmp_path / "b.parquet").unlink()
+    fetcher = Fetcher()
+    assert images_of(first[:20], fetcher) == [[value] for value in values[:20]]
+    with pytest.raises(OSError, match=r"b\.parquet"):
+        images_of(gone[:1], fetcher)
+    assert images_of(first[20:], fetcher) == [[value] for value in values[20:]]

@@ -76,3 +76,19 @@ def test_prefill_groups_fit_their_budget(lengths: list[int], max_tokens: int) ->
         widths = [row.num_prompt_tokens for row in group]
         assert len(group) == 1 or max(widths) * len(group) <= max_tokens
         assert widths[0] == max(widths) and min(widths) >= 0.8 * max(widths)
+
+
+def test_one_long_row_does_not_cost_the_others_their_slots_for_ever() -> None:
+    scheduler = Scheduler(Budget(kv_tokens=300, slots=4))
+    scheduler.waiting.append(row_of(199, 2))
+    assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (1, 256)
+    scheduler.waiting.clear()
+    scheduler.waiting.extend(row_of(10, 2) for _ in range(8))
+    assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (4, 64)
+    assert not scheduler.plan_cache()
+
+
+def test_with_one_slot_the_cache_is_as_long_as_the_next_row_needs() -> None:
+    scheduler = Scheduler(Budget(kv_tokens=1000, slots=1))
+    scheduler.waiting.extend([row_of(20, 2), row_of(400, 2)])
+    assert scheduler.plan_cache() and scheduler.capacity == 64

@@ -39,6 +39,8 @@ def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
 def _chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chunk]:
     schema = parquet.schema_arrow
     names = frozenset(schema.names)
+    if doubled := sorted(name for name in names if schema.names.count(name) > 1):
+        raise SourceError(f"{uri} has several columns named {', '.join(doubled)}; rename them")
     if missing := sorted(columns.wanted - names):
         braces = " ({{ and }} in --prompt stand for braces)" if columns.in_prompt - names else ""
         raise SourceError(f"{uri} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
