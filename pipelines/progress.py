@@ -31,7 +31,7 @@ class RunProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
