@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -23,7 +24,7 @@ class RunProgress:
             0,
             0,
         )
-        self._started_s = self._logged_s = time.monotonic()
+        self._started_s, self._logged_s = time.monotonic(), -math.inf
         self._warm_up: tuple[float, int, int] | None = None  # when the first rows came, how many, of how many tokens
         self._bar = Progress(
             TextColumn("captioning"),

@@ -51,8 +51,12 @@ class Sink:
 
     def __exit__(self, *exception: object) -> None:
         self._closed.set()
-        self._thread.join()
-        self.flush()
+        try:
+            self._thread.join()
+            self.flush()
+        except KeyboardInterrupt:  # on the way out, when everything has arrived
+            self.flush()
+            raise
         if self._fault is not None and exception[0] is None:
             raise self._fault
 

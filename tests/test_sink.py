@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_what_is_finished_is_written_though_nothing_more_arrives(data: Path, mon
         while not data.exists() and time.monotonic() < deadline_s:
             time.sleep(0.02)
         assert len(list(data.iterdir())) == 1
+
+
+def test_an_interrupt_on_the_way_out_loses_no_row(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    out = sink_of(data, Ledger(), rows_per_file=1000)
+    with pytest.raises(KeyboardInterrupt), out:
+        out.add(results_of([0, 1]))
+        monkeypatch.setattr(threading.Thread, "join", interrupted)
+    assert len(read_results(str(data.parent))) == 2
 
 
 def test_a_driver_that_was_replaced_writes_nothing(data: Path) -> None:
