@@ -35,7 +35,12 @@ class Lease:
 
     def __init__(self, output: str) -> None:
         self._uri = store.join(output, "driver.json")
-        self._me = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id()}
+        self._me = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "boot": _boot_id(),
+            **_process(os.getpid()),
+        }
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -84,7 +89,7 @@ class Lease:
         if time.time() - holder["at_s"] > STALE_S:
             return True
         is_here = (holder["host"], holder["boot"]) == (self._me["host"], self._me["boot"])
-        return is_here and not Path(f"/proc/{holder['pid']}").exists() and Path("/proc").exists()
+        return is_here and holder["started"] != _process(holder["pid"])["started"]
 
     def _read(self) -> dict[str, Any] | None:
         if store.find_file(self._uri) is None:
@@ -94,6 +99,19 @@ class Lease:
 
     def _write(self) -> None:
         store.write_bytes(self._uri, json.dumps({**self._me, "at_s": time.time()}).encode())
+
+
+def _process(pid: int) -> dict[str, int | str]:
+    """The process and when it started, in ticks since boot, so that a later one of the same id is not taken for it.
+
+    "" if it has ended, waited for or not, and where there is no /proc.
+    """
+    try:
+        # After the name in brackets, which may hold anything: the state, and 19 fields on the start.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return {"pid": pid, "started": ""}
+    return {"pid": pid, "started": "" if fields[0] in "ZX" else fields[19]}
 
 
 def _boot_id() -> str:

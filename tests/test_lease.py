@@ -37,6 +37,31 @@ def test_a_dead_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> No
         pass
 
 
+def test_a_killed_driver_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
+    script = f"import time\nfrom pipelines.lease import Lease\nLease({str(tmp_path)!r}).__enter__()\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        deadline_s = time.monotonic() + 20
+        while not (tmp_path / "driver.json").exists():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        with pytest.raises(LeaseError), Lease(str(tmp_path)):
+            pass
+        process.kill()
+        while "Z" not in Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]:
+            time.sleep(0.01)
+        with Lease(str(tmp_path)):
+            pass
+
+
+def test_a_process_of_the_same_id_is_another(tmp_path: Path) -> None:
+    file = tmp_path / "driver.json"
+    with Lease(str(tmp_path)):
+        holder = json.loads(file.read_text())
+    file.write_text(json.dumps({**holder, "started": "1"}))
+    with Lease(str(tmp_path)):
+        pass
+
+
 def test_a_driver_elsewhere_is_replaced_when_it_is_silent(tmp_path: Path) -> None:
     file = tmp_path / "driver.json"
     with Lease(str(tmp_path)):
