@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.kv_cache import DecodeStep, KVCache, Memory, Prefill, bytes_per_token
+from ovis_model.kv_cache import DecodeStep, KVCache, Prefill, bytes_per_token
 from ovis_model.model import Ovis
 from ovis_model.sampling import RandomStream, Sampler
 from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
@@ -173,11 +173,11 @@ class OvisEngine:
         if not running:
             return
         with self._timed("decode_s"):
-            lengths = [row.num_cached for row in running]
-            step = DecodeStep(self._held_cache(), self._tensor(lengths), max(lengths))
+            lengths = self._tensor([row.num_cached for row in running])
+            step = DecodeStep(self._held_cache(), lengths, max(row.num_cached for row in running))
             ids = self._tensor([row.output_ids[-1] for row in running])
             embeds = self.model.llm.model.embed_tokens(ids[:, None])
-            logits = self._logits(embeds, self._tensor(lengths)[:, None], step)[:, -1]
+            logits = self.model.llm.logits(self.model.llm.model(embeds, lengths[:, None], step)[:, -1])
             self._sampler = self._sampler or self._sampler_of(running)
             self._record(running, self._sampler, logits)
         self.stats.steps += 1
@@ -266,9 +266,6 @@ class OvisEngine:
             pixels = self.model.normalize(self._stack(tiles[chunk]), self._stack(sizes[chunk]))
             parts.append(self.model.encode_tiles(pixels).flatten(0, 1))
         return torch.cat(parts)
-
-    def _logits(self, embeds: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
-        return self.model.llm.logits(self.model.llm.model(embeds, position_ids, memory))
 
     def _sampler_of(self, rows: Sequence[Row]) -> Sampler:
         return Sampler(

@@ -47,8 +47,12 @@ class Processor:
         """
         pictures = [_as_rgb(image) for image in images]
         ids = self.prompt_ids(text, [image.size for image in pictures], max_tiles, system_prompt)
+        return self.with_tiles(ids, pictures, max_tiles)
+
+    def with_tiles(self, prompt_ids: Sequence[int], pictures: Sequence[Image.Image], max_tiles: int = 9) -> Request:
+        """The second half of `request`: ids from `prompt_ids`, and the RGB pictures whose sizes it was given."""
         tiles, sizes = tile_images(pictures, max_tiles, self.config.vision.image_size)
-        return Request(expand_atoms(ids, self.config.vision.tokens_per_tile), tiles, sizes)
+        return Request(expand_atoms(prompt_ids, self.config.vision.tokens_per_tile), tiles, sizes)
 
     def prompt_ids(
         self,

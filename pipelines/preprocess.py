@@ -110,7 +110,7 @@ class Preprocess:
         ids = self._processor.prompt_ids(question, sizes, max_tiles, self._config.system_prompt)
         # Before tiling: a row that is far too long would also need far too much memory.
         self._check_length(len(ids) + ids.count(IMAGE_ATOM_ID) * (self._tokens_per_tile - 1))
-        return self._processor.request(question, pictures, max_tiles, self._config.system_prompt)
+        return self._processor.with_tiles(ids, pictures, max_tiles)
 
     def _check_number(self, num_images: int) -> None:
         if num_images > self._most_images:
