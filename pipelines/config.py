@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from ovis_model.prompt import CHAIN_OF_THOUGHT
 from ovis_model.types import SamplingParams
@@ -34,6 +34,9 @@ class CaptionConfig(BaseModel):
     id_column: str | None = Field(None, description="column of unique ids; default the place in the input")
     prompt_column: str | None = Field(None, description="column of questions; a row without one is asked --prompt")
     keep_columns: tuple[str, ...] = Field((), description="columns C1,C2 to copy into the output")
+    on_duplicate_id: Literal["error", "suffix", "skip"] = Field(
+        "error", description="what a row is whose id an earlier one has: an error, a row ID~2, or left out"
+    )
 
     prompt: str = Field(
         "Describe the image.", description="what to ask; {name} stands for a column if the input has columns"
@@ -63,7 +66,12 @@ class CaptionConfig(BaseModel):
     rows_per_file: PositiveInt = Field(10_000, description="rows of an output file at most")
     limit: PositiveInt | None = Field(None, description="only the first rows of the input")
     max_error_rate: float = Field(0.1, ge=0, le=1, description="exit 3 when more of the rows are errors")
+    stop_error_rate: float = Field(
+        0.9, gt=0, le=1, description="stop early when more of the rows so far, at least 500, are errors; 1 never stops"
+    )
     overwrite: bool = Field(False, description="remove an earlier run from OUTPUT first")
+    retry_errors: bool = Field(False, description="take up the error rows of the run in OUTPUT again")
+    extend: bool = Field(False, description="add the rows of INPUT that the run in OUTPUT does not have yet")
 
     @field_validator("prompt", "system_prompt", "stop")
     @classmethod
@@ -97,6 +105,14 @@ class CaptionConfig(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError("name each column once")
         return names
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> CaptionConfig:
+        if self.overwrite and (self.extend or self.retry_errors):
+            raise ValueError("--overwrite leaves nothing to extend or to retry; give one of them")
+        if self.extend and self.on_duplicate_id == "suffix":
+            raise ValueError("--extend needs ids that do not depend on the order of a listing; suffixes do")
+        return self
 
     def question(self, prompt: str) -> str:
         """What is asked of a row with this prompt."""
@@ -132,7 +148,10 @@ _HOW_NOT_WHAT = {
     "device",
     "rows_per_file",
     "max_error_rate",
+    "stop_error_rate",
     "overwrite",
+    "retry_errors",
+    "extend",
 }
 
 
@@ -197,7 +216,9 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
 
 
 def _describe(error: Any) -> str:
-    name = "--" + str(error["loc"][0]).replace("_", "-") if error["loc"] else "options"
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    name = "--" + str(error["loc"][0]).replace("_", "-")
     if name == "--output":
         return "OUTPUT is missing"
     if name == "--input":

@@ -173,6 +173,20 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def move(source: str, target: str) -> None:
+    """One file to another place of the same store: renamed locally, copied there and removed elsewhere.
+
+    The target is whole whenever the process dies. Raises OSError.
+    """
+    fs, path = open_store(source)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).replace(target)
+        return
+    with _faults_as_os_errors():
+        fs.cp_file(path, open_store(target)[1])
+        fs.rm_file(path)
+
+
 def remove(uri: str) -> None:
     """One file; fine if it is gone. Raises OSError."""
     fs, path = open_store(uri)
