@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import store
+from pipelines.retries import is_final, pause_s
 from pipelines.sources.parquet import BUFFER_BYTES
 from pipelines.sources.rows import ImageRef, resolve
 
 AT_ONCE = 16  # files on their way at once: object stores answer slowly and in parallel
 MAX_IMAGE_BYTES = 256 << 20
 _CELLS_AT_ONCE = 16
+_TRIES = 2  # of a cell: damage looks like a fault of the store, whose own retries lie below
 _BLOCK_BYTES = 4 << 20
 
 
@@ -51,7 +53,7 @@ class Fetcher:
         _check_size(image.num_bytes)
         match image.kind:
             case "file":
-                return [_read_file(image.uri, image.num_bytes)]
+                return [_read_file(image.uri)]
             case "tar":
                 return [_exactly(image, store.read_bytes(image.uri, image.offset, image.offset + image.num_bytes))]
             case "tgz":
@@ -60,10 +62,8 @@ class Fetcher:
                 return list(_images_in(self._cells.read(image), image))
 
 
-def _read_file(uri: str, num_bytes: int) -> bytes:
-    """One request, whether the size is known or not."""
-    if num_bytes >= 0:
-        return store.read_bytes(uri)
+def _read_file(uri: str) -> bytes:
+    """One request, bounded whatever was listed."""
     data = store.read_bytes(uri, 0, MAX_IMAGE_BYTES + 1)
     _check_size(len(data))
     return data
@@ -77,8 +77,8 @@ def _check_size(num_bytes: int) -> None:
 def _exactly(image: ImageRef, data: bytes) -> bytes:
     if len(data) != image.num_bytes:
         raise OSError(
-            f"{image.uri} ends within {image.member} ({len(data):,} of {image.num_bytes:,} bytes): it is truncated "
-            "or has changed since it was listed"
+            f"{store.shown(image.uri)} ends within {image.member} ({len(data):,} of {image.num_bytes:,} bytes): "
+            "it is truncated or has changed since it was listed"
         )
     return data
 
@@ -101,7 +101,7 @@ class _UnpackedTar:
             return data
         except (EOFError, zlib.error) as error:
             self._close()
-            raise OSError(f"{image.uri} is damaged before the end of {image.member}: {error}") from error
+            raise OSError(f"{store.shown(image.uri)} is damaged before the end of {image.member}: {error}") from error
         except OSError:
             self._close()
             raise
@@ -126,22 +126,20 @@ class _ParquetCells:
 
     def read(self, image: ImageRef) -> Any:
         """The cell as Python has it. Raises OSError; a fault of the store is tried again."""
-        for attempt in range(1, store.READ_ATTEMPTS + 1):
+        for attempt in range(1, _TRIES + 1):
             try:
                 self._turn_to(image)
                 if self._broken[0] == self._place and image.row >= self._broken[1]:
-                    raise OSError(
-                        f"row {image.row} of {image.uri}: its group cannot be read from row {self._broken[1]} on"
-                    )
+                    raise OSError(f"its row group cannot be read from row {self._broken[1]} on")
                 self._advance(image.row)
                 return self._cells[image.row - self._first].as_py()
             except (pa.ArrowException, OSError, StopIteration) as error:
                 is_known = self._broken[0] == self._place
-                if attempt == store.READ_ATTEMPTS or is_known or isinstance(error, FileNotFoundError):
+                if attempt == _TRIES or is_known or (isinstance(error, OSError) and is_final(error)):
                     self._broken = (self._place, self._first)
-                    raise OSError(f"row {image.row} of {image.uri} cannot be read: {error!r}") from error
+                    raise OSError(f"row {image.row} of {store.shown(image.uri)} cannot be read: {error!r}") from error
                 self._forget()
-                time.sleep(store.pause_s(attempt))
+                time.sleep(pause_s(attempt))
         raise AssertionError("unreachable")
 
     def _advance(self, row: int) -> None:
@@ -185,13 +183,13 @@ def _images_in(cell: Any, image: ImageRef) -> Iterator[bytes]:
         if data is not None:
             yield data
         elif isinstance(cell, list):
-            raise OSError(f"image {number} of {len(cell)} in row {image.row} of {image.uri} is null")
+            raise OSError(f"image {number} of {len(cell)} in row {image.row} of {store.shown(image.uri)} is null")
 
 
 def _image_of(value: Any, image: ImageRef) -> bytes | None:
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None and isinstance(value, dict) and value.get("path"):
-        return _read_file(resolve(value["path"], image.uri), -1)
+        return _read_file(resolve(value["path"], image.uri))
     if data is not None:
         _check_size(len(data))
     return data
