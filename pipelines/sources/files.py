@@ -37,7 +37,9 @@ def images_below(uri: str) -> Iterator[FileInfo]:
 def log_left_out(uri: str, others: Counter[str]) -> None:
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        logger.warning("%s: left out %d files that are not named as images (%s)", uri, others.total(), counts)
+        logger.warning(
+            "%s: left out %d files that are not named as images (%s)", store.shown(uri), others.total(), counts
+        )
 
 
 def _row(info: FileInfo) -> Row:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from pipelines import schema
+from pipelines import schema, store
 from pipelines.config import CaptionConfig
 from pipelines.sources.files import IMAGE_SUFFIXES
 from pipelines.sources.questions import Asker
@@ -21,16 +21,21 @@ from pipelines.sources.shards import list_chunks
 
 def list_rows(config: CaptionConfig) -> Listing:
     """The rows of all inputs. Raises SourceError if there are none, if two share an id or if a column is unknown."""
+    store.allow_private_addresses(config.allow_private_addresses)
     listing = Listing(config.keep_columns)
     try:
         _list_into(listing, config)
     except OSError as error:
         listing.__exit__()
-        raise SourceError(f"cannot list {', '.join(config.input)}: {error}") from error
+        raise SourceError(f"cannot list {_shown(config)}: {error}") from error
     except BaseException:
         listing.__exit__()
         raise
     return listing
+
+
+def _shown(config: CaptionConfig) -> str:
+    return ", ".join(map(store.shown, config.input))
 
 
 def _list_into(listing: Listing, config: CaptionConfig) -> None:
@@ -39,7 +44,7 @@ def _list_into(listing: Listing, config: CaptionConfig) -> None:
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
-            f"no rows in {', '.join(config.input)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
+            f"no rows in {_shown(config)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "shards (.tar .parquet .jsonl) in a directory are given as a glob such as DIRECTORY/*.tar"
         )
     asker.finish()
@@ -89,7 +94,7 @@ class Listing:
         try:
             self.kept = pa.unify_schemas([self.kept, types], promote_options="permissive")
         except pa.ArrowException as error:
-            id_ = table.column("id")[0]
+            id_ = store.shown(table.column("id")[0].as_py())
             raise SourceError(
                 f"a kept column has another type from {id_} on than before ({error}); make it one type or leave it "
                 "out of --keep-columns"
@@ -134,7 +139,7 @@ class Listing:
         ids = (id_ for table in self._stored() for id_ in table.column("id").to_pylist())
         counts = Counter(id_ for id_ in ids if _hash(id_) in repeated)
         if num_extra := counts.total() - len(counts):
-            shown = ", ".join(f"{id_} ({n} times)" for id_, n in counts.most_common(10) if n > 1)
+            shown = ", ".join(f"{store.shown(id_)} ({n} times)" for id_, n in counts.most_common(10) if n > 1)
             raise SourceError(
                 f"{num_extra} rows repeat an id; list each file once, or choose an --id-column whose values are "
                 f"unique. The most frequent: {shown}"

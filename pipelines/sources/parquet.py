@@ -33,17 +33,17 @@ def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
             parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
             yield from _chunks(info.uri, parquet, columns)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot read {info.uri} as Parquet: {error}") from error
+        raise SourceError(f"cannot read {store.shown(info.uri)} as Parquet: {error}") from error
 
 
 def _chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chunk]:
     schema = parquet.schema_arrow
     names = frozenset(schema.names)
     if doubled := sorted(name for name in names if schema.names.count(name) > 1):
-        raise SourceError(f"{uri} has several columns named {', '.join(doubled)}; rename them")
+        raise SourceError(f"{store.shown(uri)} has several columns named {', '.join(doubled)}; rename them")
     if missing := sorted(columns.wanted - names):
         braces = " ({{ and }} in --prompt stand for braces)" if columns.in_prompt - names else ""
-        raise SourceError(f"{uri} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
+        raise SourceError(f"{store.shown(uri)} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
     image = _image_column(uri, schema, columns.image)
     holds_uris = image is not None and _holds_uris(schema.field(image).type)
     read = sorted(columns.wanted.union([image] if image and holds_uris else []))
@@ -92,13 +92,14 @@ def _image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
     if given is not None:
         if given in schema.names and (_holds_bytes(schema.field(given).type) or _holds_uris(schema.field(given).type)):
             return given
-        raise SourceError(f"{uri}: column {given!r} holds neither bytes nor URIs; {_describe(schema)}")
+        raise SourceError(f"{store.shown(uri)}: column {given!r} holds neither bytes nor URIs; {_describe(schema)}")
     holders = [field.name for field in schema if _holds_bytes(field.type)]
     candidates: list[str] = holders or [f.name for f in schema if f.name.lower() in _URI_NAMES and _holds_uris(f.type)]
     if len(candidates) != 1:
         found = f"{', '.join(candidates)} may all be" if candidates else "no column looks like"
         raise SourceError(
-            f"{uri}: {found} the images; name the column with --image-column, or '' for none; {_describe(schema)}"
+            f"{store.shown(uri)}: {found} the images; name the column with --image-column, or '' for none; "
+            f"{_describe(schema)}"
         )
     return candidates[0]
 

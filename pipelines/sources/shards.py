@@ -80,20 +80,20 @@ def _expand(uri: str) -> Iterable[FileInfo]:
     if store.is_directory(uri):
         return images_below(uri)
     if not _GLOB_CHARACTERS & set(uri):
-        raise SourceError(f"input {uri!r} does not exist")
+        raise SourceError(f"input {store.shown(uri)!r} does not exist")
     if not (infos := store.glob_files(uri)):
-        raise SourceError(f"no files match {uri!r}")
+        raise SourceError(f"no files match {store.shown(uri)!r}")
     return infos
 
 
 def _kind(info: FileInfo) -> str:
     """A file that is named is taken as an image whatever it is called, unless it holds many rows."""
-    name = info.uri.lower()
+    name = store.name_of(info.uri).lower()
     kind = next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), "file")
     if kind != "file" and (not info.is_regular or not _is_unicode(info.uri)):
-        raise SourceError(f"{info.uri!r} is not a regular file with a name in UTF-8; rename or replace it")
+        raise SourceError(f"{store.shown(info.uri)!r} is not a regular file with a name in UTF-8; rename or replace it")
     if name.endswith(_MANY_ROWS):
-        raise SourceError(f"{info.uri}: shards of this kind are not read; make them {' '.join(_KINDS)}")
+        raise SourceError(f"{store.shown(info.uri)}: shards of this kind are not read; make them {' '.join(_KINDS)}")
     return kind
 
 
