@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines import store
 from pipelines.retries import is_final, pause_s
+from pipelines.sources.arrow import read_batch, read_schema
 from pipelines.sources.parquet import BUFFER_BYTES
 from pipelines.sources.rows import ImageRef, resolve
 
@@ -24,6 +25,7 @@ MAX_IMAGE_BYTES = 256 << 20
 _CELLS_AT_ONCE = 16
 _TRIES = 2  # of a cell: damage looks like a fault of the store, whose own retries lie below
 _BLOCK_BYTES = 4 << 20
+_IN_ORDER = ("tgz", "parquet", "arrow")
 
 
 class Fetcher:
@@ -34,10 +36,11 @@ class Fetcher:
         self._in_order = ThreadPoolExecutor(1, thread_name_prefix="fetch-in-order")
         self._unpacked = _UnpackedTar()
         self._cells = _ParquetCells()
+        self._batch = _ArrowBatch()
 
     def submit(self, images: Sequence[ImageRef]) -> Future[list[bytes]]:
         """The bytes of all images, in order; the future raises OSError if one of them cannot be read."""
-        in_order = any(image.kind in ("tgz", "parquet") for image in images)
+        in_order = any(image.kind in _IN_ORDER for image in images)
         return (self._in_order if in_order else self._pool).submit(self._fetch, images)
 
     def _fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
@@ -50,7 +53,8 @@ class Fetcher:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _bytes(self, image: ImageRef) -> list[bytes]:
-        _check_size(image.num_bytes)
+        if image.kind != "arrow":  # there it is the batch that is as large
+            _check_size(image.num_bytes)
         match image.kind:
             case "file":
                 return [_read_file(image.uri)]
@@ -60,6 +64,8 @@ class Fetcher:
                 return [_exactly(image, self._unpacked.read(image))]
             case "parquet":
                 return list(_images_in(self._cells.read(image), image))
+            case "arrow":
+                return list(_images_in(self._batch.read(image), image))
 
 
 def _read_file(uri: str) -> bytes:
@@ -172,6 +178,31 @@ class _ParquetCells:
             self._open = store.open_file(uri, block_bytes=_BLOCK_BYTES)
             self._parquet = pq.ParquetFile(self._open, buffer_size=BUFFER_BYTES, pre_buffer=False)
             self._uri = uri
+
+
+class _ArrowBatch:
+    """The images of one batch of an Arrow stream: of a local file they are where the file is, else one request."""
+
+    def __init__(self) -> None:
+        self._place: tuple[str, int] = ("", -1)
+        self._cells: Any = None
+
+    def read(self, image: ImageRef) -> Any:
+        """The cell as Python has it. Raises OSError."""
+        try:
+            if self._place != (image.uri, image.offset):
+                self._place, self._cells = ("", -1), None
+                self._cells = self._read_batch(image)
+                self._place = (image.uri, image.offset)
+            return self._cells[image.row].as_py()
+        except (pa.ArrowException, EOFError, IndexError) as error:
+            raise OSError(f"row {image.row} of the batch at byte {image.offset:,} cannot be read: {error}") from error
+
+    def _read_batch(self, image: ImageRef) -> Any:
+        with store.map_file(image.uri) as file:
+            schema = read_schema(file)
+            file.seek(image.offset)
+            return read_batch(pa.ipc.read_message(file), schema, [image.member]).column(0)
 
 
 def _images_in(cell: Any, image: ImageRef) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.retries import FinalFault, retried
@@ -30,6 +31,7 @@ _EXTRAS = {
     "abfss": "azure",
 }
 _WEB = ("http", "https")
+_MAPPED_BLOCK_BYTES = 4 << 20
 
 
 T = TypeVar("T")
@@ -167,6 +169,14 @@ def open_file(uri: str, block_bytes: int | None = None) -> Any:
     """
     fs, path = open_store(uri)
     return _tried(lambda: fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {})))
+
+
+def map_file(uri: str) -> Any:
+    """A binary file for Arrow, in memory only where it is looked at if it is local. Raises OSError."""
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pa.memory_map(path)
+    return pa.PythonFile(open_file(uri, _MAPPED_BLOCK_BYTES), mode="r")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
