@@ -65,6 +65,7 @@ class CaptionConfig(BaseModel):
 
     rows_per_file: PositiveInt = Field(10_000, description="rows of an output file at most")
     limit: PositiveInt | None = Field(None, description="only the first rows of the input")
+    allow_private_addresses: bool = Field(False, description="read http(s) URLs of hosts inside your network too")
     max_error_rate: float = Field(0.1, ge=0, le=1, description="exit 3 when more of the rows are errors")
     stop_error_rate: float = Field(
         0.9, gt=0, le=1, description="stop early when more of the rows so far, at least 500, are errors; 1 never stops"
@@ -147,6 +148,7 @@ _HOW_NOT_WHAT = {
     "num_preprocessors",
     "device",
     "rows_per_file",
+    "allow_private_addresses",
     "max_error_rate",
     "stop_error_rate",
     "overwrite",

@@ -14,6 +14,7 @@ from PIL import Image
 from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
+from pipelines import store
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
@@ -43,6 +44,7 @@ class Preprocess:
     def __init__(self, config: CaptionConfig, output: str, revision: str | None, attempts: Attempts) -> None:
         self._config, self._output, self._attempts = config, output, attempts
         self._processor = Processor.from_pretrained(config.model, revision)
+        store.allow_private_addresses(config.allow_private_addresses)
         self._fetcher = Fetcher()
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.retries import FinalFault, retried
 
 TEMPORARY_SUFFIX = ".tmp"
 
-READ_ATTEMPTS, _FIRST_PAUSE_S = 3, 0.2
 _EXTRAS = {
     "http": "http",
     "https": "http",
@@ -28,14 +30,17 @@ _EXTRAS = {
     "abfs": "azure",
     "abfss": "azure",
 }
-# Trying again cannot help against these.
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_WEB = ("http", "https")
+_MAPPED_BLOCK_BYTES = 4 << 20
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class FileInfo:
     uri: str
-    num_bytes: int
+    num_bytes: int  # -1: the store does not say
     is_regular: bool = True  # False for a pipe, a socket or a device, which may never end
 
 
@@ -51,13 +56,37 @@ def open_store(uri: str) -> tuple[Any, str]:
     protocol = uri.split("://", 1)[0]
     try:
         # Not fsspec's url_to_fs: it takes a `::` in a name for a chain of file systems.
-        kind = fsspec.get_filesystem_class(protocol)
+        kind = _file_system(protocol)
         return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
         install = f"; pip install 'ovis2-ray[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
-        raise StoreError(f"{uri}: {error}{install}") from error
+        raise StoreError(f"{shown(uri)}: {error}{install}") from error
     except ValueError as error:
-        raise StoreError(f"{uri}: {error}") from error
+        raise StoreError(f"{shown(uri)}: {error}") from error
+
+
+def _file_system(protocol: str) -> Any:
+    if protocol not in _WEB:
+        return fsspec.get_filesystem_class(protocol)
+    from pipelines.http import WebFileSystem  # fsspec's own follows any redirect anywhere and reads without end
+
+    return WebFileSystem
+
+
+def allow_private_addresses(allowed: bool) -> None:
+    """Whether this process may ask hosts inside its own network by http, as INPUT of strangers should not make it."""
+    fsspec.config.conf.setdefault("http", {})["allow_private"] = allowed
+
+
+def shown(uri: str) -> str:
+    """A URI or an id for people to read: without user and password, of a URL without its query (a signature?)."""
+    plain = re.sub(r"(?<=://)[^/?#]*@", "", uri)
+    return re.sub(r"\?[^#]*", "", plain) if uri.partition("://")[0] in _WEB else plain
+
+
+def name_of(uri: str) -> str:
+    """Where the suffix of a file is found: of a URL, without its query."""
+    return re.split("[?#]", uri, maxsplit=1)[0] if uri.partition("://")[0] in _WEB else uri
 
 
 @contextmanager
@@ -67,6 +96,8 @@ def _faults_as_os_errors() -> Iterator[None]:
         yield
     except (OSError, StoreError):
         raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise FinalFault(f"{type(error).__name__}: {error}") from error
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
@@ -86,58 +117,49 @@ def list_files(uri: str) -> list[FileInfo]:
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path), key=lambda info: info.uri)
-    with _faults_as_os_errors():
-        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    found: dict[str, dict[str, Any]] = _tried(lambda: fs.find(path, detail=True))
     return [_info(fs, name, found[name]) for name in sorted(found)]
 
 
 def glob_files(uri: str) -> list[FileInfo]:
     """The files that match, without directories, sorted by name. Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        found: dict[str, dict[str, Any]] = fs.glob(path, detail=True)
+    found: dict[str, dict[str, Any]] = _tried(lambda: fs.glob(path, detail=True))
     return [_info(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
 
 
 def find_file(uri: str) -> FileInfo | None:
     """What is at `uri` unless that is a directory or nothing. Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        return _info(fs, path, fs.info(path)) if fs.exists(path) and not fs.isdir(path) else None
+    return _tried(lambda: _info(fs, path, fs.info(path)) if fs.exists(path) and not fs.isdir(path) else None)
 
 
 def is_directory(uri: str) -> bool:
     """Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        return bool(fs.isdir(path))
+    return bool(_tried(lambda: fs.isdir(path)))
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """The whole file or bytes `start` up to `stop`, fewer if it ends before.
 
-    Raises OSError; faults that may pass are tried again twice.
+    Raises OSError.
     """
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(f"{path} is not a regular file")  # a pipe may never end
-    for attempt in range(1, READ_ATTEMPTS + 1):
-        try:
-            with _faults_as_os_errors():
-                data: bytes = fs.cat_file(path, start=start, end=stop)
-            return data
-        except _FINAL:
-            raise
-        except OSError:
-            if attempt == READ_ATTEMPTS:
-                raise
-            time.sleep(pause_s(attempt))
-    raise AssertionError("unreachable")
+    data: bytes = _tried(lambda: fs.cat_file(path, start=start, end=stop))
+    return data
 
 
-def pause_s(attempt: int) -> float:
-    """How long to wait after the first, second ... attempt failed."""
-    return float(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+def _tried(action: Callable[[], T]) -> T:
+    """`action` with the faults that may pass tried again, and every fault an OSError."""
+
+    def attempt() -> T:
+        with _faults_as_os_errors():
+            return action()
+
+    return retried(attempt)
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:
@@ -146,8 +168,15 @@ def open_file(uri: str, block_bytes: int | None = None) -> Any:
     Raises OSError.
     """
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        return fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {}))
+    return _tried(lambda: fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {})))
+
+
+def map_file(uri: str) -> Any:
+    """A binary file for Arrow, in memory only where it is looked at if it is local. Raises OSError."""
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pa.memory_map(path)
+    return pa.PythonFile(open_file(uri, _MAPPED_BLOCK_BYTES), mode="r")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -157,8 +186,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     fs, path = open_store(uri)
     if not isinstance(fs, LocalFileSystem):
-        with _faults_as_os_errors():
-            fs.pipe_file(path, data)
+        _tried(lambda: fs.pipe_file(path, data))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,15 +218,14 @@ def move(source: str, target: str) -> None:
 def remove(uri: str) -> None:
     """One file; fine if it is gone. Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        if fs.exists(path):
-            fs.rm_file(path)
+    _tried(lambda: fs.rm_file(path) if fs.exists(path) else None)
 
 
 def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
     if isinstance(fs, LocalFileSystem):
         return _local_info(name)
-    return FileInfo(fs.unstrip_protocol(name), int(info.get("size") or 0))
+    size = info.get("size")
+    return FileInfo(fs.unstrip_protocol(name), -1 if size is None else int(size))
 
 
 def _walk(directory: str) -> Iterator[FileInfo]:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines import store
 from pipelines.sources.rows import SourceError
 
 OnDuplicate = Literal["error", "suffix", "skip"]
@@ -105,7 +106,7 @@ class IdIndex:
     def _apply(
         self, on_duplicate: OnDuplicate, duplicates: dict[int, str], changes: Changes, counts: Counter[str]
     ) -> None:
-        shown = ", ".join(f"{id_} ({n} times)" for id_, n in counts.most_common(10) if n > 1)
+        shown = ", ".join(f"{store.shown(id_)} ({n} times)" for id_, n in counts.most_common(10) if n > 1)
         match on_duplicate:
             case "error":
                 raise SourceError(

@@ -13,7 +13,7 @@ from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, SourceError, c
 from pipelines.store import FileInfo
 
 MAX_LINE_BYTES = 16 << 20
-_IMAGE_FIELDS = ("image", "uri")
+_IMAGE_FIELDS = ("image", "uri", "file_name")
 _BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
 
 
@@ -32,13 +32,13 @@ def _rows(uri: str, columns: Columns) -> Iterator[Row]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         yield _error_row(uri, number + 1, f"the file is damaged behind line {number}, nothing more is read: {error}")
     except OSError as error:
-        raise SourceError(f"cannot read {uri}: {error}") from error
+        raise SourceError(f"cannot read {store.shown(uri)}: {error}") from error
 
 
 def _lines(file: Any, uri: str) -> Iterator[bytes]:
     """Lines; what is longer than MAX_LINE_BYTES is cut one byte behind it."""
     # read1: what was unpacked before damage is not lost with it.
-    read = gzip.GzipFile(fileobj=file).read1 if uri.lower().endswith(".gz") else file.read
+    read = gzip.GzipFile(fileobj=file).read1 if store.name_of(uri).lower().endswith(".gz") else file.read
     begun = b""
     while block := read(_READ_BYTES):
         *lines, begun = (begun + block).split(b"\n")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from pipelines import schema
+from pipelines import schema, store
 from pipelines.config import CaptionConfig
 from pipelines.sources.files import IMAGE_SUFFIXES
 from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
@@ -22,17 +22,22 @@ def list_rows(config: CaptionConfig, known: Known | None = None) -> Listing:
     Raises SourceError if there are none at all, if a column is unknown or, unless --on-duplicate-id says otherwise, if
     two share an id.
     """
+    store.allow_private_addresses(config.allow_private_addresses)
     listing = Listing(config.keep_columns)
     try:
         _list_into(listing, config)
         listing.settle_ids(config.on_duplicate_id, known or Known())
     except OSError as error:
         listing.__exit__()
-        raise SourceError(f"cannot list {', '.join(config.input)}: {error}") from error
+        raise SourceError(f"cannot list {_shown(config)}: {error}") from error
     except BaseException:
         listing.__exit__()
         raise
     return listing
+
+
+def _shown(config: CaptionConfig) -> str:
+    return ", ".join(map(store.shown, config.input))
 
 
 def _list_into(listing: Listing, config: CaptionConfig) -> None:
@@ -41,7 +46,7 @@ def _list_into(listing: Listing, config: CaptionConfig) -> None:
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
-            f"no rows in {', '.join(config.input)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
+            f"no rows in {_shown(config)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "shards (.tar .parquet .jsonl) in a directory are given as a glob such as DIRECTORY/*.tar"
         )
     asker.finish()
@@ -91,7 +96,7 @@ class Listing:
         try:
             self.kept = pa.unify_schemas([self.kept, types], promote_options="permissive")
         except pa.ArrowException as error:
-            id_ = table.column("id")[0]
+            id_ = store.shown(table.column("id")[0].as_py())
             raise SourceError(
                 f"a kept column has another type from {id_} on than before ({error}); make it one type or leave it "
                 "out of --keep-columns"

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 ROWS_PER_CHUNK = 1 << 12
 
-Kind = Literal["file", "tar", "tgz", "parquet"]
+Kind = Literal["file", "tar", "tgz", "parquet", "arrow"]
 
 
 class SourceError(ValueError):
@@ -26,6 +26,7 @@ class ImageRef(NamedTuple):
     tar       uri, offset, num_bytes, member (its name)
     tgz       the same, offset in the unpacked stream
     parquet   uri, row (of the file), member (the column); stands for all images of that cell, maybe none
+    arrow     the same, row of the batch that is the message at offset, of num_bytes
     """
 
     kind: Kind

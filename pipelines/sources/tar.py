@@ -84,7 +84,7 @@ class _Index:
         except _DAMAGE as error:
             return f"the tar is damaged at byte {self.end:,} of its unpacked form, nothing behind is read: {error}"
         except OSError as error:
-            raise SourceError(f"cannot read {self.uri}: {error}") from error
+            raise SourceError(f"cannot read {store.shown(self.uri)}: {error}") from error
         return None
 
     def _read_members(self, file: Any) -> None:
