@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pipelines.caption import RowsLost, StageFailed
 from pipelines.lease import LeaseLost
 from pipelines.reasons import EverythingFails
+from pipelines.retries import StoreFault
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 
@@ -38,7 +39,7 @@ def run_job(job: Callable[[], Report], exit_code: Callable[[Report], int] = lamb
     except EverythingFails as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    except (OSError, RowsLost, LeaseLost) as error:
+    except (OSError, StoreFault, RowsLost, LeaseLost) as error:
         print(
             f"error: {error}. What is finished is kept: the same command, without --overwrite, goes on", file=sys.stderr
         )

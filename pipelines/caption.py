@@ -17,6 +17,7 @@ from ovis_model.processor import Processor
 from pipelines.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster import (
     MAX_BLOCKS,
+    cause_of,
     configure_ray_data,
     last_line,
     plan_batches,
@@ -32,6 +33,7 @@ from pipelines.manifest import KeptColumns
 from pipelines.preprocess import Preprocess
 from pipelines.progress import RunProgress
 from pipelines.reasons import Reasons
+from pipelines.retries import StoreFault
 from pipelines.rewrite import drop_error_rows
 from pipelines.run import Run, hold_lease, open_run
 from pipelines.schema import RESULT
@@ -67,7 +69,7 @@ class StageFailed(RuntimeError):  # noqa: N818
 def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
     """Caption what is missing of the run in `config.output`.
 
-    Raises ValueError (usage: before any replica starts), StageFailed, EverythingFails and RowsLost.
+    Raises ValueError (usage: before any replica starts), StageFailed, StoreFault, EverythingFails and RowsLost.
     """
     started_s = time.monotonic()
     config = config.model_copy(update={"model": local_path(config.model)})
@@ -78,7 +80,7 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
         try:
             ledger, progress = _caption_run(config, run, lease, make_engine)
         except BaseException:
-            with suppress(OSError, LeaseLost):
+            with suppress(OSError, StoreFault, LeaseLost):
                 lease.check()
                 run.update(status="stopped")
             raise
@@ -173,6 +175,8 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
         for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield table.cast(RESULT)
     except ray.exceptions.RayError as error:
+        if fault := cause_of(error, StoreFault):
+            raise fault from error
         raise StageFailed(last_line(error)) from error
 
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ovis_model.types import ROWS_SIDE_BY_SIDE
 from pipelines.config import CaptionConfig
@@ -169,6 +169,16 @@ def _check_address(address: str) -> None:
         raise ResourceError(
             f"RAY_ADDRESS={address} does not answer ({error}); unset it to run on this machine, or start that cluster"
         ) from error
+
+
+Cause = TypeVar("Cause", bound=Exception)
+
+
+def cause_of(error: BaseException | None, kind: type[Cause]) -> Cause | None:
+    """The exception of this kind that an actor raised, below the wrappers that Ray puts around it."""
+    while error is not None and not isinstance(error, kind):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 def last_line(error: Exception) -> str:

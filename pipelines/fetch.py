@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import store
-from pipelines.retries import is_final, pause_s
+from pipelines.retries import StoreFault, is_final, pause_s
 from pipelines.sources.arrow import read_batch, read_schema
 from pipelines.sources.parquet import BUFFER_BYTES
 from pipelines.sources.rows import ImageRef, resolve
@@ -46,7 +46,7 @@ class Fetcher:
     def _fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
         try:
             return [data for image in images for data in self._bytes(image)]
-        except OSError:
+        except (OSError, StoreFault):
             raise
         except Exception as error:
             # A URI may be anything, and each store's client has exceptions of its own: one row's fault, not the run's.
@@ -139,6 +139,9 @@ class _ParquetCells:
                     raise OSError(f"its row group cannot be read from row {self._broken[1]} on")
                 self._advance(image.row)
                 return self._cells[image.row - self._first].as_py()
+            except StoreFault:
+                self._forget()
+                raise
             except (pa.ArrowException, OSError, StopIteration) as error:
                 is_known = self._broken[0] == self._place
                 if attempt == _TRIES or is_known or (isinstance(error, OSError) and is_final(error)):

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import store
+from pipelines.retries import StoreFault
 
 FOOTER_KEY = b"ovis.rows"
 _THREADS = 32
@@ -152,5 +153,7 @@ def _read_entry(uri: str) -> FileEntry:
     try:
         with store.open_file(uri) as file:
             return FileEntry.from_json((pq.read_metadata(file).metadata or {})[FOOTER_KEY])
+    except StoreFault:
+        raise
     except Exception as error:
         raise ValueError(f"{uri} is not an output file of this tool ({error!r}); move it away and run again") from error

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipelines import store
 from pipelines.ledger import RowRange
 from pipelines.schema import KEPT, MANIFEST, ROW
+from pipelines.sources.rows import ImageRef
 
 ROWS_PER_GROUP = 1 << 12
 ROWS_PER_FILE = 1 << 17
@@ -53,6 +54,22 @@ def read_rows(output: str, rows: RowRange) -> pa.Table:
     first, last = rows.start // ROWS_PER_GROUP, (rows.stop - 1) // ROWS_PER_GROUP
     assert first == last, f"rows {rows} cross a row group of {ROWS_PER_GROUP}"
     return _read_group(output, first, MANIFEST.names).slice(rows.start - first * ROWS_PER_GROUP, rows.stop - rows.start)
+
+
+def sample_images(output: str) -> Iterator[ImageRef]:
+    """Some images, from the first, the middle and the last rows."""
+    files = store.list_files(store.join(output, "manifest"))
+    for number in _spread(len(files)):
+        with store.open_file(files[number].uri) as file:
+            parquet = pq.ParquetFile(file)
+            for group in _spread(parquet.num_row_groups):
+                rows = parquet.read_row_group(group, columns=["images"]).column(0)
+                for row in _spread(len(rows)):
+                    yield from (ImageRef(**image) for image in rows[row].as_py())
+
+
+def _spread(length: int) -> list[int]:
+    return sorted({0, length // 2, length - 1}) if length else []
 
 
 class KeptColumns:

@@ -20,8 +20,9 @@ from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
 from pipelines.fetch import AT_ONCE, Fetcher
 from pipelines.ledger import RowRange
-from pipelines.manifest import read_rows
+from pipelines.manifest import read_rows, sample_images
 from pipelines.media import MediaError, decode_image
+from pipelines.retries import StoreFault
 from pipelines.schema import Stage
 from pipelines.sources.rows import ImageRef
 
@@ -96,7 +97,7 @@ class Preprocess:
         if row["error"]:
             raise RowError("list", row["error"])
         with _stage("read", OSError):
-            encoded = images.result()
+            encoded = self._result(row, images)
         with _stage("tile", ValueError):
             self._check_number(max(len(encoded), len(row["images"])))
         if not encoded and not row["has_own_prompt"]:
@@ -105,6 +106,25 @@ class Preprocess:
             pictures = _decoded(encoded)
         with _stage("tile", ValueError):
             return self._tiled(row["prompt"], pictures), len(pictures)
+
+    def _result(self, row: Row, images: Images) -> list[bytes]:
+        """Raises OSError if the row cannot be read, StoreFault if no other can be either: then the run has to stop."""
+        try:
+            return images.result()
+        except StoreFault as fault:
+            if self._is_any_other_read(row):
+                raise OSError(f"{fault}; other files there are read") from fault
+            raise
+
+    def _is_any_other_read(self, row: Row) -> bool:
+        own = {(image["uri"], image["offset"]) for image in row["images"]}
+        places = {store.place_of(image["uri"]) for image in row["images"]}
+        others = (
+            image
+            for image in sample_images(self._output)
+            if (image.uri, image.offset) not in own and store.place_of(image.uri) in places
+        )
+        return any(store.can_read(image.uri, image.offset if image.kind == "tar" else 0) for image in others)
 
     def _tiled(self, prompt: str, pictures: list[Image.Image]) -> Request:
         question, max_tiles = _harmless(prompt, num_images=len(pictures)), self._config.tiles_for(len(pictures))

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 ATTEMPTS = 5
-PATIENCE_S = (
-    120.0  # after the first attempt none is begun: 60 s of a stalled server are waited for twice, not five times
-)
+MORE_ATTEMPTS = 8  # half a minute and more: of a store that holds a whole run, where a host of the web is one of many
+PATIENCE_S = 120.0  # none is begun later: 60 s of a stalled server are waited for twice, not five times
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 60.0
 
 T = TypeVar("T")
@@ -19,6 +18,13 @@ T = TypeVar("T")
 
 class FinalFault(OSError):  # noqa: N818  (the name says what happened)
     """What trying again cannot change."""
+
+
+class StoreFault(RuntimeError):  # noqa: N818
+    """A store that did not answer however often it was asked.
+
+    No OSError: no fault of the row, and the next would fare no better.
+    """
 
 
 class BusyFault(OSError):  # noqa: N818
@@ -37,10 +43,10 @@ def is_final(error: OSError) -> bool:
     return isinstance(error, _FINAL) or error.errno in _FINAL_NUMBERS
 
 
-def retried(action: Callable[[], T]) -> T:
+def retried(action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     """The result of `action`, which may be done several times. Raises the OSError of the last attempt."""
     deadline_s = time.monotonic() + PATIENCE_S
-    for attempt in range(1, ATTEMPTS):
+    for attempt in range(1, attempts):
         try:
             return action()
         except OSError as error:

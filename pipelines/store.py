@@ -1,4 +1,7 @@
-"""Files by URI, local or in an object store: list, read, write at once, remove. The only module that knows fsspec."""
+"""Files by URI, local or in an object store: list, read, write at once, remove. The only module that knows fsspec.
+
+What fails for a reason of its own raises OSError; what fails because the store does, StoreFault.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +19,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.retries import FinalFault, retried
+from pipelines.retries import MORE_ATTEMPTS, FinalFault, StoreFault, is_final, retried
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -108,6 +111,11 @@ def absolute_uri(uri: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
+def place_of(uri: str) -> str:
+    """The store of `uri`: protocol and bucket or host, "" for this machine's files."""
+    return "/".join(uri.split("/")[:3]) if "://" in uri else ""
+
+
 def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/"), *names])
 
@@ -117,27 +125,33 @@ def list_files(uri: str) -> list[FileInfo]:
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path), key=lambda info: info.uri)
-    found: dict[str, dict[str, Any]] = _tried(lambda: fs.find(path, detail=True))
+    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.find(path, detail=True))
     return [_info(fs, name, found[name]) for name in sorted(found)]
 
 
 def glob_files(uri: str) -> list[FileInfo]:
     """The files that match, without directories, sorted by name. Raises OSError."""
     fs, path = open_store(uri)
-    found: dict[str, dict[str, Any]] = _tried(lambda: fs.glob(path, detail=True))
+    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.glob(path, detail=True))
     return [_info(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
 
 
 def find_file(uri: str) -> FileInfo | None:
     """What is at `uri` unless that is a directory or nothing. Raises OSError."""
     fs, path = open_store(uri)
-    return _tried(lambda: _info(fs, path, fs.info(path)) if fs.exists(path) and not fs.isdir(path) else None)
+    if isinstance(fs, LocalFileSystem):
+        return _local_info(path) if fs.exists(path) and not fs.isdir(path) else None
+    try:
+        info = _tried(fs, lambda: fs.info(path))
+    except FileNotFoundError:
+        return None
+    return _info(fs, path, info) if info["type"] != "directory" else None
 
 
 def is_directory(uri: str) -> bool:
     """Raises OSError."""
     fs, path = open_store(uri)
-    return bool(_tried(lambda: fs.isdir(path)))
+    return bool(_tried(fs, lambda: fs.isdir(path)))
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -148,27 +162,46 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(f"{path} is not a regular file")  # a pipe may never end
-    data: bytes = _tried(lambda: fs.cat_file(path, start=start, end=stop))
+    data: bytes = _tried(fs, lambda: fs.cat_file(path, start=start, end=stop))
     return data
 
 
-def _tried(action: Callable[[], T]) -> T:
-    """`action` with the faults that may pass tried again, and every fault an OSError."""
+def can_read(uri: str, offset: int) -> bool:
+    """Whether the store hands out the byte there now, asked once."""
+    fs, path = open_store(uri)
+    try:
+        with _faults_as_os_errors():
+            return len(fs.cat_file(path, start=offset, end=offset + 1)) == 1
+    except OSError:
+        return False
+
+
+def _tried(fs: Any, action: Callable[[], T]) -> T:
+    """`action`, with the faults that may pass tried again. One that never does is a StoreFault, but on the web, where
+    each host is one of many: there every fault is an OSError."""
 
     def attempt() -> T:
         with _faults_as_os_errors():
             return action()
 
-    return retried(attempt)
+    if "http" in fs.protocol:
+        return retried(attempt)
+    try:
+        return retried(attempt, MORE_ATTEMPTS)
+    except OSError as error:
+        if is_final(error):
+            raise
+        raise StoreFault(f"the store failed {MORE_ATTEMPTS} times: {error}") from error
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:
     """A binary file object that reads the parts it is asked for, from an object store in blocks of this size.
 
-    Raises OSError.
+    Raises OSError, as its `read` does.
     """
     fs, path = open_store(uri)
-    return _tried(lambda: fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {})))
+    file = _tried(fs, lambda: fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {})))
+    return file if isinstance(fs, LocalFileSystem) else _PatientFile(fs, file)
 
 
 def map_file(uri: str) -> Any:
@@ -179,6 +212,32 @@ def map_file(uri: str) -> Any:
     return pa.PythonFile(open_file(uri, _MAPPED_BLOCK_BYTES), mode="r")
 
 
+class _PatientFile:
+    """A file of a store whose reads are tried again."""
+
+    def __init__(self, fs: Any, file: Any) -> None:
+        self._fs, self._file = fs, file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _PatientFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def read(self, size: int = -1) -> bytes:
+        at = self._file.tell()
+
+        def read() -> bytes:
+            self._file.seek(at)
+            data: bytes = self._file.read(size)
+            return data
+
+        return _tried(self._fs, read)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """All of `data` or nothing appears at `uri`, whenever the process dies: renamed locally, one put elsewhere.
 
@@ -186,7 +245,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     fs, path = open_store(uri)
     if not isinstance(fs, LocalFileSystem):
-        _tried(lambda: fs.pipe_file(path, data))
+        _tried(fs, lambda: fs.pipe_file(path, data))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +277,8 @@ def move(source: str, target: str) -> None:
 def remove(uri: str) -> None:
     """One file; fine if it is gone. Raises OSError."""
     fs, path = open_store(uri)
-    _tried(lambda: fs.rm_file(path) if fs.exists(path) else None)
+    with suppress(FileNotFoundError):
+        _tried(fs, lambda: fs.rm_file(path))
 
 
 def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:

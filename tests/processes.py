@@ -102,10 +102,10 @@ class Finished:
         return summary
 
 
-def run_caption(*arguments: object, ray_address: str | None = None) -> Finished:
+def run_caption(*arguments: object, ray_address: str | None = None, timeout_s: float = 110) -> Finished:
     """`python -m jobs.caption ...` to its end, with nothing left behind."""
     job = Job(["jobs.caption", *map(str, arguments)], ray_address).start()
-    finished = job.finish()
+    finished = job.finish(timeout_s)
     job.wait_until_all_gone()
     return finished
 
