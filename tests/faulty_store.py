@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -48,6 +49,7 @@ class FaultyStore:
 
     def __init__(self) -> None:
         self.faults = Faults()
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of every request
         self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         self._moto.start()
         upstream = self._moto.get_host_and_port()

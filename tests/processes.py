@@ -31,11 +31,12 @@ class Job:
 
     arguments: list[str]
     ray_address: str | None = None  # None: the job starts a Ray of its own
+    environment: dict[str, str] = field(default_factory=dict)  # added to that of this process
     process: subprocess.Popen[str] = field(init=False)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self) -> Job:
-        environment = {**os.environ, _MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **self.environment, _MARK: self.mark, "PYTHONPATH": str(ROOT)}
         environment.pop("RAY_ADDRESS", None)
         if self.ray_address:
             environment["RAY_ADDRESS"] = self.ray_address
@@ -62,6 +63,10 @@ class Job:
         self.process.kill()
         self.process.communicate()
 
+    def actors(self, stage: str) -> list[int]:
+        """Processes of the actors of a stage, by the name that Ray gives them."""
+        return [pid for pid in self._descendants() if stage in _command_of(pid)]
+
     def wait_until_all_gone(self, timeout_s: float = 60) -> None:
         """Until no process that this job started is left. Raises AssertionError if some stay.
 
@@ -87,6 +92,13 @@ class Job:
                 except OSError:
                     continue  # gone, or not ours
         return found
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+    except OSError:
+        return ""  # gone
 
 
 @dataclass(frozen=True)
