@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -31,13 +32,14 @@ from tests.fake_engine import FakeEngineFactory
 from tests.processes import OpenCounter
 
 Figures = dict[str, float]
-_PICTURE_SIZE = (84, 84)
+_PICTURE_SIZE = (252, 252)  # nine cells and the overview: 211 KB of tiles
 _RUN = "import sys; from tests.bench_scale import run; run(*sys.argv[1:])"
 
 
 def run(source: str, output: str) -> None:
-    """In a process of its own: a run with the demo model's processor and an engine that answers at once."""
-    caption(CaptionConfig(input=(source,), output=output, model="demo"), make_engine=FakeEngineFactory())
+    """In a process of its own: a run with the demo model's processor and a fake engine."""
+    engine = FakeEngineFactory(float(os.environ.get("OVIS_BENCH_SECONDS_PER_ROW", "0")))
+    caption(CaptionConfig(input=(source,), output=output, model="demo"), make_engine=engine)
 
 
 def listing(place: Path, num_files: int, num_tars: int) -> Figures:
@@ -127,7 +129,12 @@ def _picture(seed: int) -> bytes:
 def _peaks(source: Path, output: Path) -> Figures:
     """MB of each kind of process, and of the object store, while a run of `source` goes on."""
     peaks: Figures = {}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OVIS_BENCH": str(output)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OVIS_BENCH": str(output),
+        "OVIS_BENCH_SECONDS_PER_ROW": "0.005",
+    }
     process = subprocess.Popen([sys.executable, "-c", _RUN, str(source), str(output)], env=environment)
     while process.poll() is None:
         for name, megabytes in _resident(process.pid, str(output)):
@@ -147,15 +154,25 @@ def _resident(driver: int, mark: str) -> Iterator[tuple[str, float]]:
             status = dict(line.split(":", 1) for line in (directory / "status").read_text().splitlines())
         except OSError:
             continue  # gone
-        megabytes = {name: int(status.get(name, "0 kB").split()[0]) / 1024 for name in ("RssAnon", "RssShmem")}
+        private_mb = int(status.get("RssAnon", "0 kB").split()[0]) / 1024
         if int(directory.name) == driver:
-            yield "driver", megabytes["RssAnon"]
+            yield "driver", private_mb
         elif command.endswith("raylet"):
-            yield "object store", megabytes["RssShmem"]
-        else:
-            for stage in ("Preprocess", "Generate"):
-                if stage in command:
-                    yield stage, megabytes["RssAnon"]
+            yield "object store", _plasma_mb(directory / "fd")
+        for stage in ("Preprocess", "Generate"):
+            if stage in command:
+                yield stage, private_mb
+
+
+def _plasma_mb(descriptors: Path) -> float:
+    """What Ray's shared memory has taken so far: pages that were once written."""
+    taken = {}
+    for descriptor in descriptors.iterdir():
+        with suppress(OSError):
+            if "plasma" in os.readlink(descriptor):  # noqa: PTH115  (the file has no name any more)
+                status = descriptor.stat()
+                taken[status.st_ino] = status.st_blocks * 512 / 2**20
+    return sum(taken.values())
 
 
 def main() -> None:

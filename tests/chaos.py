@@ -43,13 +43,15 @@ class Moment:
     num_files: int
     extra_s: float
 
-    def wait(self, job: Job, output: Path) -> None:
+    def wait(self, job: Job, output: Path) -> bool:
+        """Whether the job still runs then."""
         wait_for(lambda: job.process.poll() is not None or len(files_in(output)) >= self.num_files, 600)
         time.sleep(self.extra_s)
+        return job.process.poll() is None
 
 
-Disturb = Callable[[Job, Path, Moment], None]
-"""Disturbs a job that writes to a directory, at a moment."""
+Disturb = Callable[[Job, Path, Moment], bool]
+"""Disturbs a job that writes to a directory, at a moment -> whether it was still running then."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Outcome:
     """Of one run: are its rows those of a run in peace, how often was the command given, what was read twice?"""
 
     event: str
+    is_hit: bool
     is_equal: bool
     attempts: int
     seconds: float
@@ -89,13 +92,13 @@ class Chaos:
             return self._disturbed(event, disturb, output, moment)
 
     def _disturbed(self, event: str, disturb: Disturb, output: Path, moment: Moment) -> Outcome:
-        started_s, opens, again = time.monotonic(), Counter[str](), 0
+        started_s, opens, again, is_hit = time.monotonic(), Counter[str](), 0, False
         for attempt in range(1, MOST_ATTEMPTS + 1):
             written = names_in(output)
             with OpenCounter(self.pictures) as counter:
                 job = self._job(self.pictures, output).start()
                 if attempt == 1:
-                    disturb(job, output, moment)
+                    is_hit = disturb(job, output, moment)
                 exit_code = _end_of(job)
             opens += counter.opens
             again += sum(counter.opens[name] for name in written)
@@ -105,7 +108,7 @@ class Chaos:
         num_bytes = sum((self.pictures / name).stat().st_size * times for name, times in twice.items())
         is_equal = exit_code == 0 and rows_of(output) == self._rows
         seconds = time.monotonic() - started_s
-        return Outcome(event, is_equal, attempt, seconds, sum(twice.values()), num_bytes, again)
+        return Outcome(event, is_hit, is_equal, attempt, seconds, sum(twice.values()), num_bytes, again)
 
     def _with_failing_store(self, output: Path, seed: int) -> Outcome:
         """Input and output in a store that answers one request in twenty with an error, half a body or 10 s late."""
@@ -127,7 +130,9 @@ class Chaos:
             num_bytes = sum(sizes[path] * times for path, times in twice.items())
             is_equal = rows_of(output) == self._rows
             seconds = time.monotonic() - started_s
-            return Outcome("store", is_equal, attempts, seconds, sum(twice.values()), num_bytes, 0)
+            return Outcome(
+                "store", faults.num_faults > 0, is_equal, attempts, seconds, sum(twice.values()), num_bytes, 0
+            )
         finally:
             server.close()
 
@@ -135,37 +140,41 @@ class Chaos:
         return Job(["jobs.caption", str(source), str(output), *_OPTIONS], environment=environment or {})
 
 
-def kill_driver(job: Job, output: Path, moment: Moment) -> None:
-    moment.wait(job, output)
+def kill_driver(job: Job, output: Path, moment: Moment) -> bool:
+    is_hit = moment.wait(job, output)
     job.kill()
+    return is_hit
 
 
-def kill_preprocessor(job: Job, output: Path, moment: Moment) -> None:
-    _kill_actor(job, "Preprocess", output, moment)
+def kill_preprocessor(job: Job, output: Path, moment: Moment) -> bool:
+    return _kill_actor(job, "Preprocess", output, moment)
 
 
-def kill_replica(job: Job, output: Path, moment: Moment) -> None:
-    _kill_actor(job, "Generate", output, moment)
+def kill_replica(job: Job, output: Path, moment: Moment) -> bool:
+    return _kill_actor(job, "Generate", output, moment)
 
 
-def kill_writing(job: Job, output: Path, moment: Moment) -> None:
-    """While a file has its temporary name, or else between two files."""
+def kill_writing(job: Job, output: Path, moment: Moment) -> bool:
+    """While a file has its temporary name."""
     moment.wait(job, output)
     wait_for(lambda: job.process.poll() is not None or any((output / "data").glob(".*.tmp")), 20)
+    is_hit = job.process.poll() is None
     job.kill()
+    return is_hit
 
 
-def stop(job: Job, output: Path, moment: Moment) -> None:
+def stop(job: Job, output: Path, moment: Moment) -> bool:
     """As `ray job stop`: SIGTERM and, three seconds later, SIGKILL."""
-    moment.wait(job, output)
+    is_hit = moment.wait(job, output)
     job.process.send_signal(signal.SIGTERM)
     wait_for(lambda: job.process.poll() is not None, 3)
     job.kill()
+    return is_hit
 
 
-def fill_disk(job: Job, output: Path, moment: Moment) -> None:
+def fill_disk(job: Job, output: Path, moment: Moment) -> bool:
     """No byte is left when the next file is written; before the next attempt there is room again."""
-    moment.wait(job, output)
+    is_hit = moment.wait(job, output)
     filler = output / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -175,6 +184,7 @@ def fill_disk(job: Job, output: Path, moment: Moment) -> None:
             pass
     _end_of(job)
     filler.unlink()
+    return is_hit
 
 
 EVENTS: dict[str, Disturb] = {
@@ -188,12 +198,14 @@ EVENTS: dict[str, Disturb] = {
 ALL_EVENTS = (*EVENTS, "store")
 
 
-def _kill_actor(job: Job, stage: str, output: Path, moment: Moment) -> None:
+def _kill_actor(job: Job, stage: str, output: Path, moment: Moment) -> bool:
     """Once it runs, or not at all if the run ends before."""
     moment.wait(job, output)
     wait_for(lambda: job.process.poll() is not None or bool(job.actors(stage)), 60)
     for pid in job.actors(stage)[:1]:
         os.kill(pid, signal.SIGKILL)
+        return True
+    return False
 
 
 def files_in(output: Path) -> list[Path]:
@@ -259,15 +271,12 @@ def main() -> None:
 
 
 def _print_table(outcomes: list[Outcome]) -> None:
-    print(f"{'event':14}{'runs':>6}{'equal':>6}{'commands':>10}{'rows again':>12}{'bytes again':>13}{'of written':>12}")
+    columns = ("is_hit", "is_equal", "attempts", "rows_read_again", "bytes_read_again", "written_rows_read_again")
+    print(f"{'event':13}{'runs':>6}", *(f"{name:>{len(name) + 1}}" for name in columns))
     for event in ALL_EVENTS:
         some = [outcome for outcome in outcomes if outcome.event == event]
-        if some:
-            print(
-                f"{event:14}{len(some):6}{sum(o.is_equal for o in some):6}{sum(o.attempts for o in some):10}"
-                f"{sum(o.rows_read_again for o in some):12}{sum(o.bytes_read_again for o in some):13}"
-                f"{sum(o.written_rows_read_again for o in some):12}"
-            )
+        sums = [sum(getattr(outcome, name) for outcome in some) for name in columns]
+        print(f"{event:13}{len(some):6}", *(f"{n:{len(name) + 1}}" for name, n in zip(columns, sums, strict=True)))
     print(json.dumps({"runs": len(outcomes), "equal": sum(outcome.is_equal for outcome in outcomes)}))
 
 
