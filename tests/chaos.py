@@ -91,6 +91,9 @@ class Chaos:
         with disk:
             return self._disturbed(event, disturb, output, moment)
 
+    def equals_peace(self, output: Path) -> bool:
+        return rows_of(output) == self._rows
+
     def _disturbed(self, event: str, disturb: Disturb, output: Path, moment: Moment) -> Outcome:
         started_s, opens, again, is_hit = time.monotonic(), Counter[str](), 0, False
         for attempt in range(1, MOST_ATTEMPTS + 1):
@@ -106,7 +109,7 @@ class Chaos:
                 break
         twice = {name: times - 1 for name, times in opens.items() if times > 1}
         num_bytes = sum((self.pictures / name).stat().st_size * times for name, times in twice.items())
-        is_equal = exit_code == 0 and rows_of(output) == self._rows
+        is_equal = exit_code == 0 and self.equals_peace(output)
         seconds = time.monotonic() - started_s
         return Outcome(event, is_hit, is_equal, attempt, seconds, sum(twice.values()), num_bytes, again)
 
@@ -128,7 +131,7 @@ class Chaos:
             sizes = {f"/bucket/pictures/{path.name}": path.stat().st_size for path in self.pictures.iterdir()}
             twice = {path: faults.reads[path] - 1 for path in sizes if faults.reads[path] > 1}
             num_bytes = sum(sizes[path] * times for path, times in twice.items())
-            is_equal = rows_of(output) == self._rows
+            is_equal = self.equals_peace(output)
             seconds = time.monotonic() - started_s
             return Outcome(
                 "store", faults.num_faults > 0, is_equal, attempts, seconds, sum(twice.values()), num_bytes, 0
@@ -147,11 +150,13 @@ def kill_driver(job: Job, output: Path, moment: Moment) -> bool:
 
 
 def kill_preprocessor(job: Job, output: Path, moment: Moment) -> bool:
-    return _kill_actor(job, "Preprocess", output, moment)
+    """Soon after it starts: all pictures are prepared long before the first file is written."""
+    return _kill_actor(job, "Preprocess", moment.extra_s % 1)
 
 
 def kill_replica(job: Job, output: Path, moment: Moment) -> bool:
-    return _kill_actor(job, "Generate", output, moment)
+    moment.wait(job, output)
+    return _kill_actor(job, "Generate", 0)
 
 
 def kill_writing(job: Job, output: Path, moment: Moment) -> bool:
@@ -198,10 +203,10 @@ EVENTS: dict[str, Disturb] = {
 ALL_EVENTS = (*EVENTS, "store")
 
 
-def _kill_actor(job: Job, stage: str, output: Path, moment: Moment) -> bool:
-    """Once it runs, or not at all if the run ends before."""
-    moment.wait(job, output)
+def _kill_actor(job: Job, stage: str, after_s: float) -> bool:
+    """Once it runs and so many seconds later, or not at all if the run ends before."""
     wait_for(lambda: job.process.poll() is not None or bool(job.actors(stage)), 60)
+    time.sleep(after_s)
     for pid in job.actors(stage)[:1]:
         os.kill(pid, signal.SIGKILL)
         return True
