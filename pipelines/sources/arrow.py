@@ -24,7 +24,7 @@ def list_arrow(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
             yield from _chunks(table, file, schema)
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(
-            f"cannot read {store.shown(info.uri)} as an Arrow stream: {error or 'it is empty'}"
+            f"cannot read {store.shown(info.uri)} as an Arrow stream: {str(error) or 'it is empty'}"
         ) from error
 
 
