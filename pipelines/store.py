@@ -34,6 +34,7 @@ _EXTRAS = {
     "abfss": "azure",
 }
 _WEB = ("http", "https")
+_FINAL_NAMES = ("ParamValidationError",)  # botocore's, for the name of a bucket that cannot be one
 _MAPPED_BLOCK_BYTES = 4 << 20
 
 
@@ -102,7 +103,8 @@ def _faults_as_os_errors() -> Iterator[None]:
     except (ValueError, TypeError, NotImplementedError) as error:
         raise FinalFault(f"{type(error).__name__}: {error}") from error
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        name = type(error).__name__
+        raise (FinalFault if name in _FINAL_NAMES else OSError)(f"{name}: {error}") from error
 
 
 def absolute_uri(uri: str) -> str:

@@ -120,7 +120,7 @@ def test_a_file_that_the_store_alone_never_gives_is_an_error_row(
     """Others of its store are read, so it is the file; a run that could never end would help nobody."""
     rows = prepared(tmp_path, server, Faults(broken=("in/07.png", "in/00.png")))
     assert [row["stage"] == "read" for row in rows] == [i in (0, 7) for i in range(12)]
-    assert "other files there are read" in str(rows[7]["error"])
+    assert "other files are read" in str(rows[7]["error"])
 
 
 def test_rows_of_a_store_that_is_down_are_no_error_rows(

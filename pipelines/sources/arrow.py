@@ -24,7 +24,7 @@ def list_arrow(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
             yield from _chunks(table, file, schema)
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(
-            f"cannot read {store.shown(info.uri)} as an Arrow stream: {error or 'it is empty'}"
+            f"cannot read {store.shown(info.uri)} as an Arrow stream: {str(error) or 'it is empty'}"
         ) from error
 
 
@@ -32,7 +32,7 @@ def read_schema(file: Any) -> pa.Schema:
     """Leaves `file` at the first batch. Raises ArrowException or SourceError."""
     if file.read(len(_FILE_START)) != _FILE_START:
         file.seek(0)
-    schema = pa.ipc.read_schema(pa.ipc.read_message(file))
+    schema = pa.ipc.read_schema(_checked(pa.ipc.read_message(file), "schema"))
     if any(pa.types.is_dictionary(field.type) for field in schema):
         raise SourceError("Arrow streams with dictionaries are not read; save the dataset as Parquet")
     return schema
@@ -40,9 +40,16 @@ def read_schema(file: Any) -> pa.Schema:
 
 def read_batch(message: pa.ipc.Message, schema: pa.Schema, names: list[str]) -> pa.RecordBatch:
     """The columns `names`, checked: what points out of a damaged batch would end the process."""
-    batch = pa.ipc.read_record_batch(message, schema).select(names)
+    batch = pa.ipc.read_record_batch(_checked(message, "record batch"), schema).select(names)
     batch.validate(full=True)
     return batch
+
+
+def _checked(message: pa.ipc.Message, type_: str) -> pa.ipc.Message:
+    """Arrow reads a message of any type as what it is asked for, and ends the process."""
+    if message.type != type_:
+        raise pa.ArrowInvalid(f"a message of type {message.type!r} where one of type {type_!r} belongs")
+    return message
 
 
 def _chunks(table: Table, file: Any, schema: pa.Schema) -> Iterator[Chunk]:

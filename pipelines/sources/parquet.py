@@ -13,6 +13,7 @@ from pipelines.sources.tables import Table
 from pipelines.store import FileInfo
 
 BUFFER_BYTES = 1 << 20  # or a column of a row group would be held whole
+_HARMLESS_BYTES = 64 << 20  # that a column of a row group may unpack to from nearly nothing
 
 
 def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
@@ -27,8 +28,22 @@ def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
 
 def _chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chunk]:
     table = Table.of(uri, parquet.schema_arrow, columns)
+    _check_packing(uri, parquet.metadata, {*table.read, table.image})
     at = 0
     for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.read):
+        batch.validate(full=True)  # text that is no UTF-8 would be found when the run is done
         numbers = range(at, at + len(batch))
         yield table.chunk(batch, at, [ImageRef("parquet", uri, member=table.image or "", row=i) for i in numbers])
         at += len(batch)
+
+
+def _check_packing(uri: str, metadata: pq.FileMetaData, names: set[str | None]) -> None:
+    """Raises SourceError for a column that would unpack to far more than it is."""
+    for group in range(metadata.num_row_groups):
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+            if column.path_in_schema.partition(".")[0] in names and unpacked > max(_HARMLESS_BYTES, 200 * packed):
+                raise SourceError(
+                    f"{store.shown(uri)}: column {column.path_in_schema} unpacks from {packed:,} to {unpacked:,} "
+                    f"bytes in row group {group}; write the file again with smaller row groups if that is meant"
+                )
