@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
 from ovis_model.kv_cache import Memory
-from ovis_model.layers import RMSNorm
+from ovis_model.layers import RMSNorm, lay_out
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -26,7 +26,10 @@ class Qwen2ForCausalLM(nn.Module):
         )
 
     def fuse(self) -> None:
-        """Lay out for inference: see `FusedRows`."""
+        """Lay out for inference: see `lay_out` and `FusedRows`."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = lay_out(module.weight.data)
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.qkv.fuse()
@@ -149,7 +152,8 @@ class FusedRows:
     def fuse(self) -> None:
         """On the device and in the type that the parameters have now; moving them later would undo it."""
         with torch.no_grad():
-            self._weight, self._bias = self._stacked()
+            weight, self._bias = self._stacked()
+            self._weight = lay_out(weight)
         start = 0
         for part in self._parts:
             rows = slice(start, start + part.out_features)
