@@ -53,7 +53,7 @@ class Ovis(nn.Module):
         features, table = self.visual_tokenizer.features(pixels), self.vte.weight[:-NUM_INDICATORS]
         chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
         embeds = torch.cat([self.visual_tokenizer.probabilities(chunk) @ table for chunk in chunks])
-        return embeds.view(len(pixels), -1, table.shape[1])
+        return embeds.view(*features.shape[:2], table.shape[1])
 
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
         """int64[T] with placeholders, visual embeddings [n, hidden_size] -> [T, hidden_size].
