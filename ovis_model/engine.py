@@ -129,6 +129,14 @@ class OvisEngine:
         by side, so that the last rows of one call do not leave slots empty. Raises RequestError if a request can
         never be generated, EngineDied when the device is lost.
         """
+        rows = self.enqueue(requests, params)
+        for row in rows:
+            while not row.has_left:
+                self.step()
+        return [row.completion() for row in rows]
+
+    def enqueue(self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]) -> list[Row]:
+        """Let `requests` wait for the next steps. Raises as `generate`."""
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
         if len(each) != len(requests):
             raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
@@ -137,12 +145,9 @@ class OvisEngine:
             self._check(index, row)
         with self._lock:
             self._scheduler.waiting.extend(rows)
-        for row in rows:
-            while not row.has_left:
-                self._step_for_all_threads()
-        return [row.completion() for row in rows]
+        return rows
 
-    def _step_for_all_threads(self) -> None:
+    def step(self) -> None:
         """Whichever thread has the lock takes a step, for its own rows and for those of the others."""
         with self._lock:
             if self._fault is not None:

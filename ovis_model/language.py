@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
 from ovis_model.kv_cache import Memory
-from ovis_model.layers import RMSNorm, lay_out
+from ovis_model.layers import FusedRMSNorm, lay_out
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -48,7 +48,7 @@ class Qwen2Model(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = FusedRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
         """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `memory` takes in what the layers add."""
@@ -81,7 +81,7 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Apply RoPE to [B, T, heads, head_dim]; the two halves of a head are the pairs."""
     cos, sin = rotary
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class DecoderLayer(nn.Module):
@@ -89,8 +89,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, index)
         self.mlp = GatedMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = FusedRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = FusedRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 
@@ -18,6 +19,17 @@ class RMSNorm(nn.Module):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
+
+
+class FusedRMSNorm(RMSNorm):
+    """Bitwise the same in fewer kernels, but always contiguous.
+
+    The tower's features are not, and the original's products with them add up in another order than contiguous ones.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without a weight, because torch would multiply by it before it casts back.
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 def lay_out(weight: Tensor) -> Tensor:
