@@ -33,7 +33,7 @@ def attend_cached(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, 
     """The newest token of each row over the row's own cache: [B, 1, heads, head_dim], also the result.
 
     keys, values: [B, S, kv_heads, head_dim], of which row b holds the first `lengths[b]` (int32[B]);
-    mask: bool[B, 1, 1, S] says the same to kernels that take one.
+    mask: bool[B, 1, 1, S], or 0 and -inf to add to the scores, says the same to kernels that take one.
     """
     return kernels(query).attend_cached(query, keys, values, lengths, mask)
 

@@ -74,7 +74,11 @@ class DecodeStep:
         self._keys, self._values = (store[:, :rows, :seen].unbind() for store in (cache.keys, cache.values))
         self._at = torch.arange(rows, device=lengths.device), lengths
         self._lengths = (lengths + 1).int()
-        self._mask = (torch.arange(seen, device=lengths.device) <= lengths[:, None])[:, None, None]
+        places = torch.arange(seen, device=lengths.device)
+        unseen = (places > lengths[:, None])[:, None, None]
+        # Added to the scores. A kernel that is given bools makes this of them, again in every layer.
+        self._mask = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=unseen.device)
+        self._mask.masked_fill_(unseen, -math.inf)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]

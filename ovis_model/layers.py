@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 
@@ -21,15 +20,13 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-class FusedRMSNorm(RMSNorm):
-    """Bitwise the same in fewer kernels, but always contiguous.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Bitwise as `RMSNorm`, in two kernels, but always contiguous.
 
-    The tower's features are not, and the original's products with them add up in another order than contiguous ones.
+    The tower's features are not, and products with contiguous ones add up in another order than the original's.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Without a weight, because torch would multiply by it before it casts back.
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+    # Without a weight, because torch would multiply by it before it casts back.
+    return weight * torch.rms_norm(x, weight.shape, None, eps)
 
 
 def lay_out(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from ovis_model.memory import (
     transient_bytes,
     vision_bytes,
 )
-from ovis_model.model import Ovis
 from ovis_model.scheduler import Budget
+from ovis_model.weights import empty_model
 
 META = torch.device("meta")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -63,27 +64,28 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def model_of(config: OvisConfig, dtype: torch.dtype) -> Ovis:
-    with META:
-        return Ovis(config).to(dtype).eval().requires_grad_(False)
+def shallow(config: OvisConfig) -> OvisConfig:
+    """Two layers of each kind: what is alive at once does not depend on their number."""
+    vision, language = (replace(part, num_hidden_layers=2) for part in (config.vision, config.language))
+    return replace(config, vision=vision, language=language)
 
 
 @DTYPES
 @sizes
 def test_a_vision_pass_stays_within_its_formula(size: str, dtype: torch.dtype) -> None:
-    config, tiles = SIZES[size], 4
-    model = model_of(config, dtype)
+    config, tiles = shallow(SIZES[size]), 4
+    model = empty_model(config, device=META, dtype=dtype)
     side = config.vision.image_size
     with torch.inference_mode(), Allocations() as allocations:
         model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=dtype, device=META))
-    assert 0.3 < allocations.peak / vision_bytes(config, dtype, tiles) <= 1
+    assert 0.4 < allocations.peak / vision_bytes(config, dtype, tiles) <= 1
 
 
 @DTYPES
 @sizes
 def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype) -> None:
-    config, rows, width = SIZES[size], 4, 1024
-    model = model_of(config, dtype)
+    config, rows, width = shallow(SIZES[size]), 4, 1024
+    model = empty_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=rows, capacity=width, device=META, dtype=dtype)
     positions = torch.arange(width, device=META).expand(rows, -1)
     slots = torch.arange(rows, device=META)
@@ -91,7 +93,7 @@ def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype) -> No
         embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=dtype, device=META)
         hidden = model.llm.model(embeds, positions, Prefill(cache, slots))
         model.llm.logits(hidden[:, -1]).float().softmax(-1)
-    assert 0.3 < allocations.peak / prefill_bytes(config, dtype, rows * width, rows) <= 1
+    assert 0.4 < allocations.peak / prefill_bytes(config, dtype, rows * width, rows) <= 1
 
 
 @DTYPES
