@@ -72,7 +72,7 @@ class DecodeStep:
     def __init__(self, cache: KVCache, lengths: Tensor, longest: int) -> None:
         rows, seen = len(lengths), longest + 1
         self._keys, self._values = (store[:, :rows, :seen].unbind() for store in (cache.keys, cache.values))
-        self._at = torch.arange(rows, device=lengths.device), lengths
+        self._at = torch.arange(rows, device=lengths.device)[:, None], lengths[:, None]
         self._lengths = (lengths + 1).int()
         places = torch.arange(seen, device=lengths.device)
         unseen = (places > lengths[:, None])[:, None, None]
@@ -82,8 +82,8 @@ class DecodeStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        keys.index_put_(self._at, key.squeeze(1))
-        values.index_put_(self._at, value.squeeze(1))
+        keys.index_put_(self._at, key)
+        values.index_put_(self._at, value)
         return attend_cached(query, keys, values, self._lengths, self._mask)
 
 
