@@ -78,7 +78,7 @@ class Timing:
 def main() -> None:
     args = _parse()
     torch.set_num_threads(args.threads)
-    model = _model(args.model, args.device, getattr(torch, args.dtype))
+    model = load(args.model, torch.device(args.device), getattr(torch, args.dtype))
     work = _work(model.config, args)
     engine = OvisEngine(model)
     engine.config = replace(engine.config, eos_token_ids=())
@@ -111,13 +111,12 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _model(name: str, device: str, dtype: torch.dtype) -> Ovis:
+def load(name: str, device: torch.device, dtype: torch.dtype) -> Ovis:
     """With the norm that transformers adds to the tower, so that both compute the same."""
-    target = torch.device(device)
     if name not in SHAPES:
-        return load_model(fetch_checkpoint(name), device=target, dtype=dtype, post_trunk_norm=True)
-    model = empty_model(SHAPES[name], device=target, dtype=dtype, post_trunk_norm=True)
-    generator = torch.Generator(target).manual_seed(0)
+        return load_model(fetch_checkpoint(name), device=device, dtype=dtype, post_trunk_norm=True)
+    model = empty_model(SHAPES[name], device=device, dtype=dtype, post_trunk_norm=True)
+    generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(std=0.05, generator=generator)
     return model
