@@ -262,10 +262,8 @@ def report(rounds: list[dict[str, Timing]], engine: OvisEngine, work: Work) -> d
     )
     return {
         "sides": sides,
-        "ratio": min((s["cpu_s_per_image"] for n, s in sides.items() if n != "engine"), default=math.nan)
-        / sides["engine"]["cpu_s_per_image"],
-        "wall_ratio": sides["engine"]["images_per_s"]
-        / max((s["images_per_s"] for n, s in sides.items() if n != "engine"), default=math.nan),
+        "ratio": _least(sides, "cpu_s_per_image"),
+        "wall_ratio": _least(sides, "wall_s_per_image"),
         "seconds": seconds,
         "slots": slots,
         "slot_occupancy": stats.row_steps / max(1, stats.slot_steps),
@@ -287,10 +285,17 @@ def _side(timings: Sequence[Timing], ours: list[list[int]]) -> dict[str, float]:
     wall_s = statistics.median(t.wall_s for t in timings)
     return {
         "cpu_s_per_image": statistics.median(t.cpu_s for t in timings) / rows,
+        "wall_s_per_image": wall_s / rows,
         "images_per_s": rows / wall_s,
         "output_tokens_per_s": tokens / wall_s,
         "equal_rows": sum(a == b for a, b in zip(ours, timings[0].outputs, strict=True)),
     }
+
+
+def _least(sides: dict[str, dict[str, float]], figure: str) -> float | None:
+    """Of transformers' sides, over the engine's; None if there is none."""
+    theirs = [side[figure] for name, side in sides.items() if name != "engine"]
+    return min(theirs) / sides["engine"][figure] if theirs else None
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -123,12 +123,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def row(name: str, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"| {name} | {result['error']} | | | | | | |"
-    ours, device = result["sides"]["engine"], "wall_ratio" if result["hardware"].startswith("NVIDIA") else "ratio"
+    ours, ratio = result["sides"]["engine"], result["wall_ratio" if "NVIDIA" in result["hardware"] else "ratio"]
     theirs = [side["cpu_s_per_image"] for name, side in result["sides"].items() if name != "engine"]
-    best = f"{min(theirs):.4f}" if theirs else "-"
+    best, times = (f"{min(theirs):.4f}", f"{ratio:.2f}") if theirs else ("-", "-")
     return (
         f"| {name} | {ours['images_per_s']:.2f} | {ours['output_tokens_per_s']:.0f} | {ours['cpu_s_per_image']:.4f} "
-        f"| {best} | {result[device]:.2f} | {result['floor_ratio']:.2f} x | {result['slot_occupancy']:.0%} |"
+        f"| {best} | {times} | {result['floor_ratio']:.2f} x | {result['slot_occupancy']:.0%} |"
     )
 
 
