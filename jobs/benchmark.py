@@ -3,10 +3,12 @@
     python -m jobs.benchmark --model demo
     python -m jobs.benchmark --model 24x128 --rows 96
     python -m jobs.benchmark --model 1B --dtype bfloat16 --rows 8 --image-size 448x448 --output-median 32
+    python -m jobs.benchmark --model demo --pipeline
 
 `--model` is a checkpoint, or a shape with random weights: 1B 2B 4B 8B 16B 34B, or 24x128 (24 layers of width 128, where
 the cost of a step is everything but arithmetic). Answers end after a drawn number of tokens, log-normal, not at an
-end-of-text id. Transformers gets its best batch size of those tried. The last line is JSON.
+end-of-text id. Transformers gets its best batch size of those tried. `--pipeline` runs `jobs.caption` over pictures in
+files instead, where answers end as the model likes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,23 +16,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from jobs.floor import ceilings, cost
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig, VisionConfig
+from ovis_model.decoding import run_eagerly
 from ovis_model.engine import OvisEngine, Stats
 from ovis_model.model import Ovis
 from ovis_model.prompt import expand_atoms, image_placeholders
-from ovis_model.tiling import choose_grid, num_tiles
+from ovis_model.tiling import choose_grid, tile_image
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Request, SamplingParams
 from ovis_model.weights import empty_model, load_model, tensor_targets
 
@@ -56,16 +66,18 @@ SHAPES = {
         ),
     ),
 }
+ROOT = Path(__file__).parent.parent
 NUM_TEXT_TOKENS = 37
 """Of a prompt beside the image: "Describe the image." in Qwen's chat format is about as long."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Rows and how many tokens each is to get."""
+    """Rows, how many tokens each is to get, and how long their pictures took to tile."""
 
     requests: list[Request]
     lengths: list[int]
+    preprocess_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,20 +89,25 @@ class Timing:
 
 def main() -> None:
     args = _parse()
+    if args.pipeline:
+        print(json.dumps(run_pipeline(args)))
+        return
     torch.set_num_threads(args.threads)
     model = load(args.model, torch.device(args.device), getattr(torch, args.dtype))
     work = _work(model.config, args)
-    engine = OvisEngine(model)
+    engine = OvisEngine(model, make_runner=None if args.graphs else lambda: run_eagerly)
     engine.config = replace(engine.config, eos_token_ids=())
+    print(engine.describe(), file=sys.stderr)
     sides: dict[str, Callable[[], list[list[int]]]] = {"engine": lambda: _ours(engine, work)}
     if args.peer:
         peer = _peer(model)
         for size in args.peer_batch:
             sides[f"transformers, batch {size}"] = lambda size=size: _theirs(peer, model, work, size)  # type: ignore[misc]
-    _ours(engine, Work(work.requests[:2], [2, 2]))  # warm
+    if model.device.type == "cuda":
+        engine.warm_up()
+    _ours(engine, Work(work.requests[:2], [2, 2]))
     engine.stats = Stats()
-    rounds = [{name: _timed(side) for name, side in sides.items()} for _ in range(args.rounds)]
-    report(rounds, engine.stats, work, model, args.rounds)
+    tell(report([{name: _timed(side) for name, side in sides.items()} for _ in range(args.rounds)], engine, work))
 
 
 def _parse() -> argparse.Namespace:
@@ -108,6 +125,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="also run transformers")
     parser.add_argument("--peer-batch", type=int, nargs="+", default=[8, 32], help="batch sizes (default 8 32)")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs, on CUDA")
+    parser.add_argument("--pipeline", action="store_true", help="the whole job over files, not the engine alone")
     return parser.parse_args()
 
 
@@ -124,19 +143,27 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> Ovis:
 
 def _work(config: OvisConfig, args: argparse.Namespace) -> Work:
     rng = np.random.default_rng(args.seed)
-    width, height = map(int, args.image_size.split("x"))
-    grid = choose_grid(width, height, args.max_tiles, config.vision.image_size)
-    image = expand_atoms(image_placeholders(grid), config.vision.tokens_per_tile)
     lengths = np.exp(rng.normal(math.log(args.output_median), 0.6, args.rows)).clip(1, args.output_cap)
-    return Work([_request(config, rng, image, num_tiles(grid)) for _ in range(args.rows)], lengths.astype(int).tolist())
+    pictures = _pictures(args.image_size, args.rows, args.seed)
+    begun_s = time.perf_counter()
+    requests = [_request(config, rng, picture, args.max_tiles) for picture in pictures]
+    return Work(requests, lengths.astype(int).tolist(), time.perf_counter() - begun_s)
 
 
-def _request(config: OvisConfig, rng: np.random.Generator, image: Any, tiles: int) -> Request:
+def _pictures(size: str, count: int, seed: int) -> Iterator[Image.Image]:
+    """Coarse noise of `size`, "640x480", made larger."""
+    rng = np.random.default_rng(seed)
+    width, height = map(int, size.split("x"))
+    for _ in range(count):
+        yield Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((width, height))
+
+
+def _request(config: OvisConfig, rng: np.random.Generator, picture: Image.Image, max_tiles: int) -> Request:
     side = config.vision.image_size
+    tiles, sizes = tile_image(picture, max_tiles, side)
+    image = expand_atoms(image_placeholders(choose_grid(*picture.size, max_tiles, side)), config.vision.tokens_per_tile)
     text = rng.integers(0, config.language.vocab_size // 2, NUM_TEXT_TOKENS, dtype=np.int32)
-    ids = np.concatenate([text[:12], image, text[12:]]).astype(np.int32)
-    pixels = rng.integers(0, 256, (tiles, 3, side, side), dtype=np.uint8)
-    return Request(ids, pixels, np.full((tiles, 2), side, np.int32))
+    return Request(np.concatenate([text[:12], image, text[12:]]).astype(np.int32), tiles, sizes)
 
 
 def _ours(engine: OvisEngine, work: Work) -> list[list[int]]:
@@ -211,70 +238,114 @@ def _pixels(model: Ovis, request: Request) -> Tensor:
 def _timed(side: Callable[[], list[list[int]]]) -> Timing:
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     outputs = side()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return Timing(time.process_time() - cpu_s, time.perf_counter() - wall_s, outputs)
 
 
-def report(rounds: list[dict[str, Timing]], stats: Stats, work: Work, model: Ovis, num_rounds: int) -> None:
-    """Medians of the rounds, where the engine's time went, and one JSON line."""
-    num_rows, num_tokens = len(work.requests), sum(work.lengths)
-    medians = {name: statistics.median(r[name].cpu_s for r in rounds) for name in rounds[0]}
-    walls = {name: statistics.median(r[name].wall_s for r in rounds) for name in rounds[0]}
-    print(f"{num_rows} rows, {num_tokens} output tokens, {model.dtype}, {model.device}, medians of {num_rounds} rounds")
-    for name, cpu_s in medians.items():
-        rates = f"{num_rows / walls[name]:8.2f} images/s  {num_tokens / walls[name]:8.1f} tokens/s"
-        print(f"{name:24} {cpu_s / num_rows:8.4f} CPU s/image  {rates}  {cpu_s / medians['engine']:5.2f} x the engine")
-    ours = rounds[0]["engine"].outputs
-    equal = {name: sum(a == b for a, b in zip(ours, t.outputs, strict=True)) for name, t in rounds[0].items()}
-    busy_s = {part: getattr(stats, f"{part}_s") / num_rounds for part in ("vision", "prefill", "decode")}
-    occupancy = stats.row_steps / max(1, stats.slot_steps)
-    floor = floor_s(model, work)
-    print(f"equal rows: {equal}; seconds of the engine: {busy_s}; slots in use {occupancy:.1%}; floor {floor:.2f} s")
-    result = {
-        "cpu_s_per_image": {name: cpu_s / num_rows for name, cpu_s in medians.items()},
-        "images_per_s": num_rows / walls["engine"],
-        "output_tokens_per_s": num_tokens / walls["engine"],
-        "ratio": min((s for name, s in medians.items() if name != "engine"), default=math.nan) / medians["engine"],
-        "seconds": busy_s,
-        "slot_occupancy": occupancy,
-        "equal_rows": equal,
-        "floor_s": floor,
-        "floor_ratio": walls["engine"] / floor,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+def report(rounds: list[dict[str, Timing]], engine: OvisEngine, work: Work) -> dict[str, Any]:
+    """Medians of the rounds: each side, where the engine's time went, and what no engine could save."""
+    ours, stats, model = rounds[0]["engine"].outputs, engine.stats, engine.model
+    sides = {name: _side([r[name] for r in rounds], ours) for name in rounds[0]}
+    wall_s = sum(r["engine"].wall_s for r in rounds) / len(rounds)
+    busy_s = {part: getattr(stats, f"{part}_s") / len(rounds) for part in ("vision", "prefill", "decode")}
+    seconds = {"preprocess": work.preprocess_s, **busy_s, "idle": wall_s - sum(busy_s.values())}
+    most = ceilings(model.device, model.dtype)
+    first, slots = work.requests[0], max(1, stats.slot_steps // max(1, stats.steps))
+    needed = cost(
+        model.config,
+        model.dtype,
+        tiles=len(first.tiles),
+        prompt=len(first.input_ids),
+        lengths=work.lengths,
+        slots=slots,
+    )
+    return {
+        "sides": sides,
+        "ratio": _least(sides, "cpu_s_per_image"),
+        "wall_ratio": _least(sides, "wall_s_per_image"),
+        "seconds": seconds,
+        "slots": slots,
+        "slot_occupancy": stats.row_steps / max(1, stats.slot_steps),
+        "peak_memory_gb": _peak_memory_gb(model.device),
+        "tflops_ceiling": most.flops_per_s / 1e12,
+        "gb_per_s_ceiling": most.bytes_per_s / 1e9,
+        "floor_s": needed.seconds(most),
+        "floor_ratio": wall_s / needed.seconds(most),
+        "flops_share_of_vision_and_prefill": (needed.vision_flops + needed.prefill_flops)
+        / (busy_s["vision"] + busy_s["prefill"])
+        / most.flops_per_s,
+        "bandwidth_share_of_decode": needed.decode_bytes / max(busy_s["decode"], 1e-9) / most.bytes_per_s,
+        **_where(model),
     }
+
+
+def _side(timings: Sequence[Timing], ours: list[list[int]]) -> dict[str, float]:
+    rows, tokens = len(ours), sum(map(len, ours))
+    wall_s = statistics.median(t.wall_s for t in timings)
+    return {
+        "cpu_s_per_image": statistics.median(t.cpu_s for t in timings) / rows,
+        "wall_s_per_image": wall_s / rows,
+        "images_per_s": rows / wall_s,
+        "output_tokens_per_s": tokens / wall_s,
+        "equal_rows": sum(a == b for a, b in zip(ours, timings[0].outputs, strict=True)),
+    }
+
+
+def _least(sides: dict[str, dict[str, float]], figure: str) -> float | None:
+    """Of transformers' sides, over the engine's; None if there is none."""
+    theirs = [side[figure] for name, side in sides.items() if name != "engine"]
+    return min(theirs) / sides["engine"][figure] if theirs else None
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def _where(model: Ovis) -> dict[str, str]:
+    """Device, type and commit that the figures are of."""
+    cuda = model.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    return {"hardware": name, "dtype": str(model.dtype), "torch": torch.__version__, "commit": git.stdout.strip()}
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def tell(result: dict[str, Any]) -> None:
+    """The report in lines, then as JSON."""
+    print(f"{result['hardware']}, {result['dtype']}, commit {result['commit']}")
+    for name, side in result["sides"].items():
+        print(
+            f"{name:24} {side['cpu_s_per_image']:8.4f} CPU s/image {side['images_per_s']:8.2f} images/s "
+            f"{side['output_tokens_per_s']:8.1f} tokens/s, {side['equal_rows']} rows as the engine's"
+        )
+    split = ", ".join(f"{part} {s:.2f} s" for part, s in result["seconds"].items())
+    print(f"{split}; slots in use {result['slot_occupancy']:.1%}; {result['peak_memory_gb']:.1f} GB at most")
+    print(f"floor {result['floor_s']:.2f} s: the engine takes {result['floor_ratio']:.2f} times as long")
     print(json.dumps(result))
 
 
-def floor_s(model: Ovis, work: Work) -> float:
-    """Seconds that the matrix products alone take at the best rate that this device gives a large one now."""
-    flops = _flops(model.config, work)
-    side = 2048
-    a = torch.randn(side, side, device=model.device).to(model.dtype)
-    a @ a
-    seconds = []
-    for _ in range(5):
-        started_s = time.perf_counter()
-        a @ a
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started_s)
-    return flops / (2 * side**3 / min(seconds))
-
-
-def _flops(config: OvisConfig, work: Work) -> float:
-    """Two for each multiply-add: of weights by tokens, and of queries by keys and weights by values."""
-    v, t = config.vision, config.language
-    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size + 2 * v.num_patches * v.hidden_size
-    merged = v.hidden_size * v.hidden_stride**2
-    head = v.tokens_per_tile * v.num_visual_words * (merged + t.hidden_size)
-    tile = v.num_patches * (v.num_hidden_layers * block + 3 * v.patch_size**2 * v.hidden_size) + head
-    kv_size = t.num_key_value_heads * t.head_dim
-    layer = 2 * t.hidden_size**2 + 2 * t.hidden_size * kv_size + 3 * t.hidden_size * t.intermediate_size
-    prompt = len(work.requests[0].input_ids)
-    total = len(work.requests) * len(work.requests[0].tiles) * tile
-    for length in work.lengths:
-        tokens = prompt + length
-        total += tokens * t.num_hidden_layers * (layer + tokens * t.hidden_size) + length * t.hidden_size * t.vocab_size
-    return 2.0 * total
+def run_pipeline(args: argparse.Namespace) -> dict[str, Any]:
+    """`jobs.caption` over picture files, start included; its last line, and its CPU time with that of its actors."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "pictures")
+        source.mkdir()
+        for number, picture in enumerate(_pictures(args.image_size, args.rows, args.seed)):
+            picture.save(source / f"{number:06}.jpg", quality=90)
+        command = [sys.executable, "-m", "jobs.caption", str(source), str(Path(directory, "output"))]
+        options = ["--model", args.model, "--device", args.device, "--dtype", args.dtype]
+        limits = ["--max-new-tokens", str(args.output_cap), "--max-tiles", str(args.max_tiles)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = subprocess.run([*command, *options, *limits], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {**json.loads(run.stdout.splitlines()[-1]), "cpu_s_per_image": cpu_s / args.rows}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
 from ovis_model.decoding import CudaGraphs, Decoder, Runner, run_eagerly
 from ovis_model.kv_cache import KVCache, Prefill
-from ovis_model.memory import describe, free_bytes, halved, plan
+from ovis_model.memory import describe, halved, plan_for
 from ovis_model.model import Ovis
 from ovis_model.sampling import Choice, RandomStream, Sampler
 from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
@@ -69,7 +69,7 @@ class OvisEngine:
         self.model = model
         self.config: OvisConfig = model.config
         self.stats = Stats()
-        self._budget = budget or plan(model.config, model.dtype, free_bytes(model.device))
+        self._budget = budget or plan_for(model.config, model.dtype, model.device)
         self._scheduler = Scheduler(self._budget)
         self._tokenizer = tokenizer  # for stop strings only
         self._decoder: Decoder | None = None
@@ -349,6 +349,8 @@ class OvisEngine:
     def _timed(self, name: str) -> Iterator[None]:
         started_s = perf_counter()
         yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()  # tokens are awaited anyway; vision alone would end before its kernels do
         setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
 
 

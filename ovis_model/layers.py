@@ -20,11 +20,22 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Bitwise as `RMSNorm`, in two kernels, but always contiguous.
+class PatchNorm(RMSNorm):
+    """Of features [N, P, H], in float32 bitwise as `RMSNorm` on features that lie channel by channel.
 
-    The tower's features are not, and products with contiguous ones add up in another order than the original's.
+    The original's lie so, and torch adds up in another order along a dimension that is contiguous: so the squares are
+    laid out like the original's, and nothing else, because products of contiguous features are faster.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return super().forward(x)
+        squares = x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2).copy_(x).square_()
+        return self.weight * (x * torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Bitwise as `RMSNorm` of a contiguous x, in two kernels."""
     # Without a weight, because torch would multiply by it before it casts back.
     return weight * torch.rms_norm(x, weight.shape, None, eps)
 

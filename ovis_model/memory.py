@@ -29,6 +29,12 @@ def free_bytes(device: torch.device) -> int:
     return min(_available_bytes(), _cgroup_bytes()) // 2
 
 
+def plan_for(config: OvisConfig, dtype: torch.dtype, device: torch.device) -> Budget:
+    """`plan` over what is free now. On CUDA all of the cache is taken at once; a CPU's grows with the rows."""
+    budget = plan(config, dtype, free_bytes(device))
+    return replace(budget, slot_tokens=budget.kv_tokens // budget.slots) if device.type == "cuda" else budget
+
+
 def plan(config: OvisConfig, dtype: torch.dtype, free: int) -> Budget:
     """The largest budget that fits in `free` bytes, of which a tenth stays unused: memory is handed out in pieces.
 

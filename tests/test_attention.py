@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ovis_model.attention import attend_all, attend_cached, attend_causal
+from ovis_model.attention import (
+    Sdpa,
+    _kernels,
+    attend_all,
+    attend_cached,
+    attend_causal,
+    available,
+    reads_lengths,
+)
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, num_seen: int) -> Tensor:
@@ -55,21 +63,38 @@ def test_attend_cached(heads: tuple[int, int]) -> None:
         assert_close(out[b, 0], reference(query[b, 0], key[b], value[b], num_seen))
 
 
+def test_on_a_cpu_and_in_float32_torch_computes_it() -> None:
+    assert list(available(False)) == ["sdpa"]
+    assert not reads_lengths(torch.zeros(1))
+
+
+def test_kernels_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVIS_ATTENTION", "vendor")
+    with pytest.raises(ValueError, match="OVIS_ATTENTION=vendor is not to be had here"):
+        _kernels.__wrapped__(True)
+    assert isinstance(_kernels.__wrapped__(False), Sdpa)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash", "varlen", "sdpa"])
 @HEADS
-def test_flash_attention_agrees(heads: tuple[int, int]) -> None:
-    """In bfloat16 on CUDA, where flash-attn is installed; against torch's kernels in float32."""
-    pytest.importorskip("flash_attn")
-    query, key, value = (random(3, 9, h, 64).cuda() for h in (heads[0], heads[1], heads[1]))
-    lengths = torch.tensor([1, 4, 9], dtype=torch.int32, device="cuda")
-    mask = (torch.arange(9, device="cuda") < lengths[:, None])[:, None, None]
-    half = [x.bfloat16() for x in (query, key, value)]
+def test_all_kernels_agree_on_cuda(heads: tuple[int, int], name: str) -> None:
+    """In bfloat16, against torch's in float32; caches longer than any row, as captured steps see them."""
+    if name not in available(True):
+        pytest.skip(f"{name} is not installed")
+    kernels = available(True)[name]
+    query, key, value = (random(3, 256, h, 64).cuda() for h in (heads[0], heads[1], heads[1]))
+    lengths = torch.tensor([1, 40, 256], dtype=torch.int32, device="cuda")
+    mask = (torch.arange(256, device="cuda") < lengths[:, None])[:, None, None]
+    half, exact = [x.bfloat16() for x in (query, key, value)], Sdpa()
     pairs = [
-        (attend_causal(*half), attend_causal(query, key, value)),
+        (kernels.attend_causal(*half), exact.attend_causal(query, key, value)),
         (
-            attend_cached(half[0][:, :1], half[1], half[2], lengths, mask),
-            attend_cached(query[:, :1], key, value, lengths, mask),
+            kernels.attend_cached(half[0][:, :1], half[1], half[2], lengths, mask),
+            exact.attend_cached(query[:, :1], key, value, lengths, mask),
         ),
     ]
-    for flash, exact in pairs:
-        torch.testing.assert_close(flash.float(), exact, atol=2e-2, rtol=2e-2)
+    if heads[0] == heads[1]:
+        pairs.append((kernels.attend_all(*half), exact.attend_all(query, key, value)))
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.float(), wanted, atol=2e-2, rtol=2e-2)

@@ -6,6 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from jobs.floor import Ceilings, cost
+from ovis_model.config import SIZES
 from tests.conftest import ROOT
 from tests.golden_data import checkpoint_dir
 
@@ -17,5 +22,19 @@ def test_both_sides_generate_the_same() -> None:
         [sys.executable, "-m", *command, *options], cwd=ROOT, capture_output=True, text=True, check=True
     )
     result = json.loads(run.stdout.splitlines()[-1])
-    assert result["equal_rows"] == {"engine": 6, "transformers, batch 4": 6}
-    assert result["ratio"] > 0 and result["floor_s"] > 0 and 0 < result["slot_occupancy"] <= 1
+    assert {name: side["equal_rows"] for name, side in result["sides"].items()} == {
+        "engine": 6,
+        "transformers, batch 4": 6,
+    }
+    assert set(result["seconds"]) == {"preprocess", "vision", "prefill", "decode", "idle"}
+    assert result["ratio"] > 0 and result["floor_ratio"] > 1 and 0 < result["slot_occupancy"] <= 1
+
+
+def test_the_floor_counts_what_a_published_size_needs() -> None:
+    """Against the sums of the architecture's own tables: Ovis2-1B, one tile, 0.5 G parameters of decoder."""
+    needed = cost(SIZES["1B"], torch.bfloat16, tiles=1, prompt=293, lengths=[32, 32], slots=2)
+    assert needed.vision_flops == pytest.approx(2 * 903e9, rel=0.02)
+    assert needed.prefill_flops == pytest.approx(2 * 293 * 0.72e9, rel=0.05)
+    assert needed.decode_bytes == pytest.approx(31 * 2 * 494e6, rel=0.05)
+    fast, slow = Ceilings(1e15, 1e12), Ceilings(1e12, 1e9)
+    assert needed.seconds(slow) == pytest.approx(1000 * needed.seconds(fast))

@@ -71,7 +71,8 @@ def test_a_few_graphs_serve_all_steps() -> None:
 
 def test_warming_up_captures_every_bucket_of_rows() -> None:
     make = Recorded()
-    engine = OvisEngine(engine_of(CHECKPOINT).model, budget=Budget(kv_tokens=20_000, slots=20), make_runner=make)
+    budget = Budget(kv_tokens=20_000, slots=20, slot_tokens=1000)  # all of the cache at once, as on CUDA
+    engine = OvisEngine(engine_of(CHECKPOINT).model, budget=budget, make_runner=make)
     config, engine.config = engine.config, replace(engine.config, eos_token_ids=())
     engine.warm_up()
     engine.config = config

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +169,41 @@ def test_threads_share_the_slots_and_get_their_own_rows() -> None:
         found = list(pool.map(lambda order: ids_of(engine, [requests[i] for i in order]), orders))
     assert found == [[wanted[i] for i in order] for order in orders]
     assert engine.stats.row_steps > 0.9 * engine.stats.slot_steps
+
+
+def test_slots_are_full_until_the_last_rows() -> None:
+    """Of the steps before fewer rows than slots are left."""
+    checkpoint, slots = "tiny56-tied", 8
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=slots))
+    engine.config = replace(engine.config, eos_token_ids=())
+    lengths = random.Random(5).choices([2, 5, 9, 20, 60], k=150)
+    requests = [golden_requests(checkpoint)[i % 8] for i in range(len(lengths))]
+    rows = engine.enqueue(requests, [SamplingParams(max_new_tokens=n) for n in lengths])
+    while sum(not row.has_left for row in rows) > slots:
+        engine.step()
+    assert engine.stats.row_steps >= 0.95 * engine.stats.slot_steps
+    while not all(row.has_left for row in rows):
+        engine.step()
+    assert [len(row.output_ids) for row in rows] == lengths
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux' /proc")
+def test_memory_does_not_grow_over_two_thousand_rows() -> None:
+    checkpoint = "tiny56-tied"
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=16))
+    requests = [golden_requests(checkpoint)[i % 8] for i in range(100)]
+    params = [SamplingParams(max_new_tokens=1 + i % 2) for i in range(100)]
+    sizes_bytes = []
+    for _ in range(20):
+        engine.generate(requests, params)
+        gc.collect()
+        sizes_bytes.append(_resident_bytes())
+    assert max(sizes_bytes[5:]) < max(sizes_bytes[:5]) + 8 * 2**20
+    assert not engine._scheduler.waiting
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_out_of_memory_halves_the_batch_then_fails_the_row(monkeypatch: pytest.MonkeyPatch) -> None:

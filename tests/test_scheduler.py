@@ -92,3 +92,12 @@ def test_with_one_slot_the_cache_is_as_long_as_the_next_row_needs() -> None:
     scheduler = Scheduler(Budget(kv_tokens=1000, slots=1))
     scheduler.waiting.extend([row_of(20, 2), row_of(400, 2)])
     assert scheduler.plan_cache() and scheduler.capacity == 64
+
+
+def test_slots_have_room_for_rows_to_come_where_there_is_memory() -> None:
+    scheduler = Scheduler(Budget(kv_tokens=100_000, slots=4))
+    scheduler.waiting.append(row_of(100, 2))
+    assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (4, 256)
+    scheduler = Scheduler(Budget(kv_tokens=100_000, slots=4, slot_tokens=25_000))
+    scheduler.waiting.append(row_of(100, 2))
+    assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (4, 24_960)
