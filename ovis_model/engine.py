@@ -24,6 +24,7 @@ from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
 from ovis_model.kv_cache import DecodeStep, KVCache, Prefill, bytes_per_token
 from ovis_model.model import Ovis
+from ovis_model.ranks import TensorParallelEngine
 from ovis_model.sampling import RandomStream, Sampler
 from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
 from ovis_model.text import cut_at_stop, detokenize, load_tokenizer
@@ -59,7 +60,7 @@ class OvisEngine:
         self.model = model
         self.config: OvisConfig = model.config
         self.stats = Stats()
-        self._budget = budget or Budget(kv_tokens=_free_kv_tokens(model))
+        self._budget = budget or Budget(kv_tokens=model.shard.least(_free_kv_tokens(model)))
         self._scheduler = Scheduler(self._budget)
         self._tokenizer = tokenizer  # for stop strings only
         self._cache: KVCache | None = None
@@ -77,16 +78,24 @@ class OvisEngine:
         post_trunk_norm: bool = False,
         *,
         revision: str | None = None,
-    ) -> OvisEngine:
+    ) -> OvisEngine | TensorParallelEngine:
         """Load "demo", a directory, a hub id or a URI. `auto` is CUDA in bfloat16 if there is one, else CPU in float32.
 
+        With `tensor_parallel` the model is loaded by that many processes of this machine, which end with the engine.
         Raises CheckpointError, ConfigError or WeightsError, all ValueErrors that say what to do.
         """
         if tensor_parallel != 1:
-            raise ValueError(f"tensor_parallel={tensor_parallel} is not supported yet; use 1")
-        target = _device(device)
+            return TensorParallelEngine(
+                path_or_id,
+                tensor_parallel=tensor_parallel,
+                device=device,
+                dtype=dtype,
+                post_trunk_norm=post_trunk_norm,
+                revision=revision,
+            )
+        target = torch_device(device)
         directory = fetch_checkpoint(path_or_id, revision)
-        model = load_model(directory, device=target, dtype=_dtype(dtype, target), post_trunk_norm=post_trunk_norm)
+        model = load_model(directory, device=target, dtype=model_dtype(dtype, target), post_trunk_norm=post_trunk_norm)
         return cls(model, tokenizer=load_tokenizer(directory))
 
     def generate(
@@ -98,6 +107,14 @@ class OvisEngine:
         by side, so that the last rows of one call do not leave slots empty. Raises RequestError if a request can
         never be generated, EngineDied when the device is lost.
         """
+        rows = self.enqueue(requests, params)
+        for row in rows:
+            while not row.has_left:
+                self.step()
+        return [row.completion() for row in rows]
+
+    def enqueue(self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]) -> list[Row]:
+        """Let `requests` wait for the next steps. Raises as `generate`."""
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
         if len(each) != len(requests):
             raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
@@ -106,12 +123,9 @@ class OvisEngine:
             self._check(index, row)
         with self._lock:
             self._scheduler.waiting.extend(rows)
-        for row in rows:
-            while not row.has_left:
-                self._step_for_all_threads()
-        return [row.completion() for row in rows]
+        return rows
 
-    def _step_for_all_threads(self) -> None:
+    def step(self) -> None:
         """Whichever thread has the lock takes a step, for its own rows and for those of the others."""
         with self._lock:
             if self._fault is not None:
@@ -122,7 +136,7 @@ class OvisEngine:
                 self._fault = fault  # the state of the rows is unknown now, to all threads
                 raise
             except BaseException:  # Ctrl-C: the engine is whole, its rows are not
-                self._abandon_rows()
+                self.abandon_rows()
                 raise
 
     def _check(self, index: int, row: Row) -> None:
@@ -142,13 +156,16 @@ class OvisEngine:
         try:
             self._step()
         except torch.OutOfMemoryError as error:
+            if self.model.shard.size > 1:  # the other ranks are in the middle of the step
+                raise EngineDied(f"rank {self.model.shard.rank} is out of memory: {error}") from error
             self._shrink(error)
         except RuntimeError as error:
             if not isinstance(error, torch.AcceleratorError) and not _DEVICE_FAULT.search(str(error)):
                 raise
             raise EngineDied(str(error)) from error
 
-    def _abandon_rows(self) -> None:
+    def abandon_rows(self) -> None:
+        """All rows that run or wait fail."""
         for row in (*self._scheduler.running, *self._scheduler.waiting):
             row.error = RequestError("interrupted")
         self._scheduler = Scheduler(self._budget)
@@ -202,7 +219,7 @@ class OvisEngine:
     def _allocate(self) -> None:
         self._cache = None  # before the next one, not beside it
         self._cache = KVCache(
-            self.config.language,
+            self.model.shard.local(self.config.language),
             slots=self._scheduler.slots,
             capacity=self._scheduler.capacity,
             device=self.model.device,
@@ -278,7 +295,9 @@ class OvisEngine:
 
     def _record(self, rows: Sequence[Row], sampler: Sampler, logits: Tensor) -> None:
         ids, logprobs = sampler(logits)
-        for row, token_id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+        for row, token_id, logprob in zip(
+            rows, self.model.shard.of_leader(ids).tolist(), logprobs.tolist(), strict=True
+        ):
             row.append(token_id, logprob)
             row.finish_reason = self._finish_reason(row)
 
@@ -317,7 +336,8 @@ def _halved(budget: Budget) -> Budget:
     )
 
 
-def _device(name: Device) -> torch.device:
+def torch_device(name: Device) -> torch.device:
+    """Raises ValueError if there is no such device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device; use device='cpu' or check the driver")
     if name == "auto":
@@ -325,7 +345,8 @@ def _device(name: Device) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
+def model_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -336,5 +357,6 @@ def _free_kv_tokens(model: Ovis, share: float = 0.5) -> int:
     if model.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
     else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(model.config.max_length, int(free_bytes * share) // bytes_per_token(model.config.language, model.dtype))
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // model.shard.size
+    token_bytes = bytes_per_token(model.shard.local(model.config.language), model.dtype)
+    return max(model.config.max_length, int(free_bytes * share) // token_bytes)

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from ovis_model.config import LanguageConfig
 from ovis_model.kv_cache import Memory
 from ovis_model.layers import RMSNorm
+from ovis_model.parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
 
 class Qwen2ForCausalLM(nn.Module):
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard = ALONE) -> None:
         super().__init__()
-        self.model = Qwen2Model(config)
+        self.shard = shard
+        self.model = Qwen2Model(config, shard)
         # Tied checkpoints have no output matrix of their own: the embedding table is it.
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else ShardedLinear(config.hidden_size, config.vocab_size, shard.part(0))
         )
 
     def fuse(self) -> None:
@@ -36,15 +38,15 @@ class Qwen2ForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size]"""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return self.shard.gather(F.linear(hidden, head.weight))
 
 
 class Qwen2Model(nn.Module):
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.embed_tokens = ShardedEmbedding(config.vocab_size, config.hidden_size, shard)
+        self.layers = nn.ModuleList(DecoderLayer(config, index, shard) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
@@ -82,10 +84,10 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: LanguageConfig, index: int) -> None:
+    def __init__(self, config: LanguageConfig, index: int, shard: Shard) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, index)
-        self.mlp = GatedMLP(config)
+        self.self_attn = SelfAttention(config, index, shard)
+        self.mlp = GatedMLP(config, shard)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -98,40 +100,40 @@ class DecoderLayer(nn.Module):
 class SelfAttention(nn.Module):
     """Grouped-query attention. The three input projections are one product over `FusedRows`."""
 
-    def __init__(self, config: LanguageConfig, index: int) -> None:
+    def __init__(self, config: LanguageConfig, index: int, shard: Shard) -> None:
         super().__init__()
-        self.layer_index = index
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.layer_index, self.shard = index, shard
+        self.num_heads = config.num_attention_heads // shard.size
+        self.num_kv_heads = shard.local(config).num_key_value_heads
+        kv_size, kv_part = config.num_key_value_heads * config.head_dim, shard.kv_part(config.num_key_value_heads)
+        self.q_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.part(0), bias=True)
+        self.k_proj = ShardedLinear(config.hidden_size, kv_size, kv_part, bias=True)
+        self.v_proj = ShardedLinear(config.hidden_size, kv_size, kv_part, bias=True)
+        self.o_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.part(1))
         self.qkv = FusedRows(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, hidden: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
-        batch, length, size = hidden.shape
+        batch, length, _ = hidden.shape
         heads = self.qkv(hidden).view(batch, length, self.num_heads + 2 * self.num_kv_heads, -1)
         turned = rotate(heads[:, :, : -self.num_kv_heads], rotary)
         query, key = turned[:, :, : self.num_heads], turned[:, :, self.num_heads :]
         value = heads[:, :, -self.num_kv_heads :]
         attended = memory.attend(self.layer_index, query, key, value)
-        out: Tensor = self.o_proj(attended.reshape(batch, length, size))
-        return out
+        return self.shard.sum(self.o_proj(attended.flatten(2)))
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.shard = shard
+        self.gate_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.part(0))
+        self.up_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.part(0))
+        self.down_proj = ShardedLinear(config.intermediate_size, config.hidden_size, shard.part(1))
         self.gate_up = FusedRows(self.gate_proj, self.up_proj)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        return self.shard.sum(self.down_proj(F.silu(gate) * up))
 
 
 class FusedRows:
