@@ -1,0 +1,138 @@
+"""Runs on clusters of several nodes and GPUs that only Ray believes in, in which everything dies that can."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.sink import read_results
+from tests.clusters import Driver, FakeGpuCluster, fake_gpu_cluster
+from tests.golden_data import checkpoint_dir
+from tests.test_end_to_end import draw
+
+MODEL = str(checkpoint_dir("tiny56-tied"))
+NUM_ROWS = 96
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one tile; `poison.png` has ten."""
+    directory = tmp_path_factory.mktemp("pictures")
+    for i in range(NUM_ROWS):
+        draw(directory / f"{i:03}.png", seed=i, width=50, height=40)
+    draw(directory / "poison.png", seed=500, width=600, height=500)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def four_gpus() -> Iterator[FakeGpuCluster]:
+    with fake_gpu_cluster(head={"num_cpus": 4, "num_gpus": 4}) as cluster:
+        yield cluster
+
+
+@pytest.mark.timeout(300)
+def test_ranks_leaders_preprocessors_and_a_poison_row(
+    four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path
+) -> None:
+    """Two replicas of two ranks. Every row is there once, one is an error, and nothing is left."""
+    driver = Driver(
+        four_gpus,
+        pictures,
+        tmp_path / "out",
+        model=MODEL,
+        tensor_parallel=2,
+        max_new_tokens=4,
+        seconds_per_row=0.05,
+        poison_tiles=10,
+        num_preprocessors=2,
+    )
+    os.kill(four_gpus.wait_for_process("MapBatches(Preprocess)"), signal.SIGKILL)  # they are done in a moment
+    driver.wait_for_rows(8)
+    first = [event for event in driver.events() if "leader" in event]
+    assert sorted(",".join(event["gpus"] for event in first).split(",")) == ["0", "1", "2", "3"]
+    os.kill(first[0]["ranks"][1], signal.SIGKILL)
+    driver.wait_for_rows(24)
+    os.kill(first[1]["leader"], signal.SIGKILL)
+    code, out, err = driver.finish()
+    assert code == 0, err
+    assert "plan: 2 x the model on 2 GPUs in 2 ranks" in err
+    rows = read_results(str(tmp_path / "out")).to_pylist()
+    assert [Path(row["id"]).name for row in rows] == sorted(path.name for path in pictures.iterdir())
+    failed = [row for row in rows if row["status"] == "error"]
+    assert [(Path(row["id"]).name, row["stage"]) for row in failed] == [("poison.png", "generate")]
+    assert failed[0]["error"] == "the process died 2 times on this row alone"
+    assert json.loads(out.splitlines()[-1])["rows"] == NUM_ROWS + 1
+    four_gpus.assert_nothing_is_left()
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("by", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
+    four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path, by: signal.Signals
+) -> None:
+    """Of the driver, with ranks at work."""
+    options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 0.2}
+    driver = Driver(four_gpus, pictures, tmp_path / "out", num_preprocessors=2, **options)
+    driver.wait_for_rows(4)
+    assert len(four_gpus.processes("ovis_model.rank_process")) in (2, 4)  # the second replica may still be starting
+    driver.process.send_signal(by)
+    code, _, err = driver.finish(60)
+    assert code == (1 if by is signal.SIGINT else -signal.SIGKILL), err
+    four_gpus.assert_nothing_is_left()
+
+
+@pytest.mark.timeout(200)
+def test_what_the_cluster_cannot_hold_is_said_at_once(
+    four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path
+) -> None:
+    started_s = time.monotonic()
+    driver = Driver(four_gpus, pictures, tmp_path / "out", model=MODEL, tensor_parallel=2, num_replicas=3)
+    code, _, err = driver.finish(60)
+    assert code == 2
+    assert "3 replicas of 2 GPUs on one node need 6 GPUs; the cluster has 4, room for 2" in err
+    assert time.monotonic() - started_s < 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> None:
+    """A GPU node is taken away, later another one comes: its replica works, and every row is there once."""
+    gpu_node = {"num_cpus": 2, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
+    with fake_gpu_cluster(gpu_node, gpu_node, head={"num_cpus": 3}) as cluster:
+        options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.5, "num_preprocessors": 3}
+        driver = Driver(cluster, pictures, tmp_path / "out", **options)
+        driver.wait_for_rows(12)
+        cluster.kill(cluster.nodes[1])
+        killed_s = time.time()
+        joined = cluster.add(**gpu_node)
+        code, _, err = driver.finish(300)
+        assert code == 0, err
+        assert "plan: 2 x the model on 1 GPU, more as GPUs join; 3 preprocessors" in err
+        batches = [event for event in driver.events() if "node" in event]
+        assert {event["node"] for event in batches} == {joined.node_id, *(node.node_id for node in cluster.nodes)}
+        first_s = min(event["at_s"] for event in batches if event["node"] == joined.node_id)
+        print(f"the new node's first batch {first_s - killed_s:.1f} s after the other was killed")
+        rows = read_results(str(tmp_path / "out")).to_pylist()
+        assert [Path(row["id"]).name for row in rows] == sorted(path.name for path in pictures.iterdir())
+        assert all(row["status"] == "ok" for row in rows)
+        cluster.assert_nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_preprocessors_keep_off_the_nodes_with_gpus(pictures: Path, tmp_path: Path) -> None:
+    gpu_node = {"num_cpus": 4, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
+    with fake_gpu_cluster(gpu_node, head={"num_cpus": 2}) as cluster:
+        options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.2, "num_preprocessors": 2}
+        driver = Driver(cluster, pictures, tmp_path / "out", **options)
+        cluster.wait_for_process("MapBatches(Preprocess)")
+        free = {}
+        while "MapBatches(Preprocess)" in str(cluster.state()) and not free:
+            free = {node: resources.get("CPU") for node, resources in cluster.free().items()}
+        driver.finish()
