@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from pipelines.sink import read_results
 from tests.clusters import Driver, FakeGpuCluster, fake_gpu_cluster
+from tests.conftest import ROOT
 from tests.golden_data import checkpoint_dir
 from tests.test_end_to_end import draw
 
@@ -124,15 +127,30 @@ def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> 
         cluster.assert_nothing_is_left()
 
 
+_WHERE_ACTORS_ARE = """
+import sys
+import ray
+from ray.data import ActorPoolStrategy
+from pipelines.cluster import Hardware, prefer_nodes_without
+class Where:
+    def __call__(self, batch):
+        return {"node": [ray.get_runtime_context().get_node_id()] * len(batch["id"])}
+ray.init(address=sys.argv[1], log_to_driver=False)
+for size in (2, 4):
+    where = ray.data.range(40, override_num_blocks=20).map_batches(
+        Where, batch_size=1, num_cpus=1, compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+        **prefer_nodes_without(Hardware.of_cluster().gpu_types),
+    )
+    print(*sorted({row["node"] for row in where.take_all()}))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_preprocessors_keep_off_the_nodes_with_gpus(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(200)
+def test_preprocessors_are_beside_gpus_only_if_there_is_no_other_place() -> None:
     gpu_node = {"num_cpus": 4, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
-    with fake_gpu_cluster(gpu_node, head={"num_cpus": 2}) as cluster:
-        options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.2, "num_preprocessors": 2}
-        driver = Driver(cluster, pictures, tmp_path / "out", **options)
-        cluster.wait_for_process("MapBatches(Preprocess)")
-        free = {}
-        while "MapBatches(Preprocess)" in str(cluster.state()) and not free:
-            free = {node: resources.get("CPU") for node, resources in cluster.free().items()}
-        driver.finish()
+    with fake_gpu_cluster(gpu_node, {"num_cpus": 3}) as cluster:
+        command = [sys.executable, "-c", _WHERE_ACTORS_ARE, cluster.address]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        beside, other = (node.node_id for node in cluster.nodes)
+        assert [line.split() for line in told.splitlines()[-2:]] == [[other], sorted([other, beside])]
