@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ovis_model.config import OvisConfig
-from ovis_model.memory import device_bytes, fewest_ranks
+from ovis_model.footprint import device_bytes, fewest_ranks
 from ovis_model.ranks import check_tensor_parallel
 from ovis_model.types import ROWS_SIDE_BY_SIDE
 from pipelines.config import CaptionConfig
@@ -95,7 +95,7 @@ class Pools:
         ranks = f" in {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
         share = f"on {each}" if self.device == "cuda" else f"with {self.threads_per_replica} threads on CPUs"
         more = ", more as GPUs join" * self.may_grow + ", as soon as their GPUs are there" * self.waits_for_gpus
-        return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} preprocessors"
+        return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} to prepare images"
 
 
 def plan_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int = 1) -> Pools:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovis_model.config import SIZES
-from ovis_model.memory import language_parameters, vision_parameters
+from ovis_model.footprint import language_parameters, vision_parameters
 from ovis_model.model import Ovis
 from ovis_model.types import ROWS_SIDE_BY_SIDE
 from pipelines import cluster
@@ -93,7 +93,7 @@ def test_a_replica_is_on_one_node() -> None:
     two_by_three = Hardware(64, (3, 3), ("L4",))
     pools = plan_pools(config(), two_by_three, 2)
     assert (pools.num_replicas, pools.replica_gpus, pools.may_grow, pools.waits_for_gpus) == (2, 2, True, False)
-    assert str(pools) == "2 x the model on 2 GPUs in 2 ranks, more as GPUs join; 48 preprocessors"
+    assert str(pools) == "2 x the model on 2 GPUs in 2 ranks, more as GPUs join; 48 to prepare images"
     with pytest.raises(ResourceError, match="4 GPUs of one node, and the largest node has 3; lower --tensor-parallel"):
         plan_pools(config(), two_by_three, 4)
     with pytest.raises(

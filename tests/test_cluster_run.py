@@ -116,7 +116,7 @@ def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> 
         joined = cluster.add(**gpu_node)
         code, _, err = driver.finish(300)
         assert code == 0, err
-        assert "plan: 2 x the model on 1 GPU, more as GPUs join; 3 preprocessors" in err
+        assert "plan: 2 x the model on 1 GPU, more as GPUs join; 3 to prepare images" in err
         batches = [event for event in driver.events() if "node" in event]
         assert {event["node"] for event in batches} == {joined.node_id, *(node.node_id for node in cluster.nodes)}
         first_s = min(event["at_s"] for event in batches if event["node"] == joined.node_id)
