@@ -100,7 +100,7 @@ class Pools:
 
 def plan_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
     """For replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
-    if hardware.cpus <= 0:
+    if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
     if uses_gpus(config, hardware):
         return _gpu_pools(config, hardware, tensor_parallel)
@@ -114,10 +114,11 @@ def uses_gpus(config: CaptionConfig, hardware: Hardware) -> bool:
 def _gpu_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int) -> Pools:
     room = hardware.room_for(tensor_parallel)
     wanted = _chosen(config.num_replicas, room)
-    if not config.autoscale:
+    preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
+    if not config.autoscale:  # which has cores started for them too
         _check_room(wanted, room, hardware, tensor_parallel)
-    spare = max(1, int(hardware.cpus) - wanted)  # a replica's own thread keeps a core busy
-    preprocessors = _chosen(config.num_preprocessors, min(spare, PREPROCESSORS_PER_GPU * wanted * tensor_parallel))
+        preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted))  # a replica's thread keeps a core busy
+    preprocessors = _chosen(config.num_preprocessors, preprocessors)
     return Pools(
         device="cuda",
         num_replicas=wanted,
@@ -126,7 +127,7 @@ def _gpu_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int) 
         replica_gpus=tensor_parallel,
         threads_per_replica=1,
         num_preprocessors=preprocessors,
-        preprocessor_cpus=_share(hardware.cpus, preprocessors),
+        preprocessor_cpus=1 if config.autoscale else _share(hardware.cpus, preprocessors),
         tensor_parallel=tensor_parallel,
         may_grow=config.num_replicas == "auto",
         waits_for_gpus=wanted > room,

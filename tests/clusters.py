@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.cluster_utils import Cluster
 
 from tests.conftest import ROOT
 
 _MARK = "OVIS_TEST_CLUSTER"
+BIN = Path(sys.executable).parent
 _STATE = """
 import json, sys
 import ray
@@ -37,7 +42,7 @@ class FakeGpuCluster:
 
     def __init__(self, *nodes: dict[str, Any], head: dict[str, Any] | None = None) -> None:
         self.mark = uuid.uuid4().hex
-        self.drivers: list[subprocess.Popen[str]] = []
+        self.drivers: list[subprocess.Popen[str]] = []  # ended with the cluster
         os.environ[_MARK] = self.mark
         try:
             self._cluster = Cluster(initialize_head=True, head_node_args=_node(**(head or {"num_cpus": 0})))
@@ -115,10 +120,123 @@ def fake_gpu_cluster(*nodes: dict[str, Any], head: dict[str, Any] | None = None)
         cluster.close()
 
 
+class RayHead:
+    """`ray start --head`, with ports and a directory of its own.
+
+    `node_types`, of Ray's launcher: an autoscaler starts nodes of them on this machine; the head has no CPU then.
+    """
+
+    def __init__(self, node_types: dict[str, Any] | None = None) -> None:
+        self.drivers: list[subprocess.Popen[str]] = []
+        self._directory = tempfile.mkdtemp(prefix="ray-")  # its sockets' paths must be short
+        ports = _free_ports(4)
+        self.dashboard = f"http://127.0.0.1:{ports[0]}"
+        self.address = f"{ray.util.get_node_ip_address()}:{ports[1]}"
+        autoscaling: tuple[str, ...] = ()
+        if node_types:
+            autoscaling = ("--autoscaling-config", self._autoscaling_config(node_types))
+        self._environment = {
+            **os.environ,
+            "OVIS_TEST_HEAD": uuid.uuid4().hex,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the cluster's
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_FAKE_CLUSTER": "1",  # takes effect with the provider of that name
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        self._process = subprocess.Popen(
+            [
+                *(
+                    BIN / "ray",
+                    "start",
+                    "--head",
+                    "--block",
+                    "--num-cpus",
+                    "0" if node_types else "4",
+                    "--disable-usage-stats",
+                ),
+                *("--temp-dir", self._directory, "--object-store-memory", str(256 << 20)),
+                *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports[0]), "--port", str(ports[1])),
+                *("--dashboard-agent-listen-port", str(ports[2]), "--ray-client-server-port", str(ports[3])),
+                *autoscaling,
+            ],
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait_until_up(ports[0])
+
+    def ray(self, *command: str) -> subprocess.Popen[str]:
+        """`ray job ...` on the user's side."""
+        return subprocess.Popen(
+            [str(BIN / "ray"), "job", command[0], "--address", self.dashboard, *command[1:]],
+            cwd=ROOT,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def submit(self, *arguments: object) -> tuple[int, str]:
+        """The command of the README, to its end -> the exit code and what the user sees."""
+        process = self.ray("submit", "--working-dir", ".", "--", "python", "-m", "jobs.caption", *map(str, arguments))
+        out, _ = process.communicate(timeout=120)
+        return process.returncode, out
+
+    def _autoscaling_config(self, node_types: dict[str, Any]) -> str:
+        config = {
+            "cluster_name": "fake",
+            "max_workers": 8,
+            "upscaling_speed": 10,
+            "idle_timeout_minutes": 5,
+            "provider": {"type": "fake_multinode", "gcs_address": self.address},
+            "head_node_type": "head",
+            "available_node_types": {
+                "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                **{name: {"node_config": {}, "min_workers": 0, **node} for name, node in node_types.items()},
+            },
+            **{name: {} for name in ("auth", "docker", "file_mounts")},
+            **{name: [] for name in ("cluster_synced_files", "initialization_commands", "setup_commands")},
+            **{name: [] for name in ("head_setup_commands", "worker_setup_commands", "rsync_exclude", "rsync_filter")},
+            **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
+            "file_mounts_sync_continuously": False,
+        }
+        path = Path(self._directory) / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        return str(path)
+
+    def close(self) -> None:
+        for driver in self.drivers:
+            driver.kill()
+        # SIGTERM would let it drain for half a minute.
+        for pid in self._left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _left(self) -> list[int]:
+        mark = self._environment["OVIS_TEST_HEAD"].encode()
+        return [
+            int(directory.name)
+            for directory in Path("/proc").iterdir()
+            if directory.name.isdigit() and mark in _environ(directory)
+        ]
+
+    def _wait_until_up(self, port: int) -> None:
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline_s and self._process.poll() is None, "Ray does not start"
+                time.sleep(0.2)
+
+
 class Driver:
     """`python -m tests.run_on_fake_gpus`: a run on a cluster, as a process of its own."""
 
-    def __init__(self, cluster: FakeGpuCluster, inputs: Path, output: Path, **options: Any) -> None:
+    def __init__(self, cluster: FakeGpuCluster | RayHead, inputs: Path, output: Path, **options: Any) -> None:
         self.log = output.with_suffix(".log")
         self.log.touch()
         given = json.dumps({"input": [str(inputs)], "output": str(output), **options})
@@ -151,3 +269,22 @@ class Driver:
             assert self.process.poll() is None, self.finish()
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
+
+
+def _environ(directory: Path) -> bytes:
+    try:
+        return (directory / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def _free_ports(number: int) -> list[int]:
+    """Outside of 10002-19999, which Ray gives to its workers."""
+    found: list[int] = []
+    for port in range(20_000 + os.getpid() % 10_000, 65_000):
+        with socket.socket() as candidate:
+            if candidate.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+        if len(found) == number:
+            return found
+    raise AssertionError("no free ports")

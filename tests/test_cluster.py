@@ -103,9 +103,10 @@ def test_a_replica_is_on_one_node() -> None:
 
 
 def test_what_an_autoscaler_is_asked_for() -> None:
-    """GPUs that are not there yet, also by a cluster that has none now."""
-    pools = plan_pools(config(num_replicas=8, autoscale=True), Hardware(16), 2)
+    """GPUs and cores that are not there yet: a cluster may begin with its head alone."""
+    pools = plan_pools(config(num_replicas=8, autoscale=True), Hardware(0), 2)
     assert (pools.device, pools.num_replicas, pools.replica_gpus) == ("cuda", 8, 2)
+    assert (pools.num_preprocessors, pools.preprocessor_cpus) == (192, 1)
     assert pools.waits_for_gpus and not pools.may_grow
     with pytest.raises(ValueError, match="--autoscale needs to know for how many"):
         config(autoscale=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.sink import read_results
-from tests.clusters import Driver, FakeGpuCluster, fake_gpu_cluster
+from tests.clusters import Driver, FakeGpuCluster, RayHead, fake_gpu_cluster
 from tests.conftest import ROOT
 from tests.golden_data import checkpoint_dir
 from tests.test_end_to_end import draw
@@ -154,3 +154,28 @@ def test_preprocessors_are_beside_gpus_only_if_there_is_no_other_place() -> None
         told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         beside, other = (node.node_id for node in cluster.nodes)
         assert [line.split() for line in told.splitlines()[-2:]] == [[other], sorted([other, beside])]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_autoscaler_starts_what_a_run_asks_for(pictures: Path, tmp_path: Path) -> None:
+    """From a head that can do no work: nodes for preprocessors, nodes for replicas."""
+    head = RayHead(
+        {
+            "cpu": {"resources": {"CPU": 2}, "max_workers": 2},
+            "gpu": {"resources": {"CPU": 1, "GPU": 2}, "max_workers": 2},
+        }
+    )
+    try:
+        options = {"model": MODEL, "tensor_parallel": 2, "num_replicas": 2, "autoscale": True, "num_preprocessors": 2}
+        driver = Driver(head, pictures, tmp_path / "out", max_new_tokens=4, seconds_per_row=1.0, **options)
+        code, _, err = driver.finish(300)
+        assert code == 0, err
+        assert "plan: 2 x the model on 2 GPUs in 2 ranks, as soon as their GPUs are there" in err
+        assert len({event["leader"] for event in driver.events() if "leader" in event}) == 2
+        rows = read_results(str(tmp_path / "out"))
+        assert sorted(Path(id).name for id in rows.column("id").to_pylist()) == sorted(
+            p.name for p in pictures.iterdir()
+        )
+    finally:
+        head.close()
