@@ -188,10 +188,10 @@ class RayHead:
             "max_workers": 8,
             "upscaling_speed": 10,
             "idle_timeout_minutes": 5,
-            "provider": {"type": "fake_multinode", "gcs_address": self.address},
-            "head_node_type": "head",
+            "provider": {"type": "fake_multinode", "gcs_address": self.address, "disable_node_updaters": True},
+            "head_node_type": "ray.head.default",  # as that provider calls it
             "available_node_types": {
-                "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
                 **{name: {"node_config": {}, "min_workers": 0, **node} for name, node in node_types.items()},
             },
             **{name: {} for name in ("auth", "docker", "file_mounts")},
