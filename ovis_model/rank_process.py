@@ -6,6 +6,7 @@ The whole engine over a part of the model, in step with the other ranks.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
@@ -35,7 +37,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner
     link = Connection(int(sys.argv[1]))
     options: RankOptions = link.recv()
-    inbox, pulse = Inbox(link), Pulse(link)
+    inbox, pulse = Inbox(link, options.meeting_point.parent), Pulse(link)
     try:
         with joined(options.rank, options.size, options.meeting_point, pulse.beat) as shard:
             engine = _load(options, shard)
@@ -68,10 +70,10 @@ def serve(engine: OvisEngine, shard: Shard, inbox: Inbox, link: Connection) -> N
 
 
 class Inbox:
-    """What the owner sends, in order. When the owner is gone, so is this process."""
+    """What the owner sends, in order. When the owner is gone, so are this process and the ranks' `directory`."""
 
-    def __init__(self, link: Connection) -> None:
-        self._link = link
+    def __init__(self, link: Connection, directory: Path) -> None:
+        self._link, self._directory = link, directory
         self._changed = threading.Condition()
         self._messages: deque[Message] = deque()
         self._num_taken = 0
@@ -104,6 +106,7 @@ class Inbox:
                     self._messages.append(message)
                     self._changed.notify_all()
         except (EOFError, OSError):
+            shutil.rmtree(self._directory, ignore_errors=True)
             os._exit(1)
 
 

@@ -12,7 +12,6 @@ for all, and the ranks compare their counts of work before each step.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import signal
@@ -26,6 +25,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -38,8 +38,6 @@ LOAD_S = 3600.0  # a large checkpoint from a slow disk; a rank that dies while i
 HANG_S = {"cuda": 30.0, "cpu": 600.0}
 """Without a sign of life from a working rank. One is given before each exchange between ranks: the longest time without
 is a pass over 16 tiles, a second on a GPU and minutes on a core."""
-
-logger = logging.getLogger(__name__)
 
 
 def rank_counts(config: LanguageConfig) -> list[int]:
@@ -262,9 +260,10 @@ class _Ranks:
 
     def _send(self, message: Call | Abandon) -> None:
         """A rank that is gone is the watcher's business."""
+        data = ForkingPickler.dumps(message)
         for link in self._links:
             with suppress(OSError):
-                link.send(message)
+                link.send_bytes(data)
 
     def _watch(self) -> None:
         """Until a rank dies, hangs or fails."""

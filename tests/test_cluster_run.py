@@ -70,6 +70,8 @@ def test_ranks_leaders_preprocessors_and_a_poison_row(
     failed = [row for row in rows if row["status"] == "error"]
     assert [(Path(row["id"]).name, row["stage"]) for row in failed] == [("poison.png", "generate")]
     assert failed[0]["error"] == "the process died 2 times on this row alone"
+    rebuilt = [event for event in driver.events() if event.get("leader") == first[0]["leader"]]
+    assert len(rebuilt) > 1 and rebuilt[0]["ranks"] != rebuilt[1]["ranks"]  # in place
     assert json.loads(out.splitlines()[-1])["rows"] == NUM_ROWS + 1
     four_gpus.assert_nothing_is_left()
 

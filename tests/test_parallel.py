@@ -176,16 +176,17 @@ def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: s
 def test_ranks_end_with_their_owner() -> None:
     program = (
         "import sys\nfrom tests.test_parallel import start\n"
-        "engine = start('tiny56-tied', 2)\nprint(*engine.pids, flush=True)\nsys.stdin.read()"
+        "engine = start('tiny56-tied', 2)\nprint(*engine.pids, engine._ranks._meeting.name, flush=True)\nsys.stdin.read()"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        *told, directory = owner.stdout.readline().split()
+        pids = [int(pid) for pid in told]
         assert len(pids) == 2 and all(map(is_alive, pids))
         owner.kill()
     deadline_s = time.monotonic() + 10
-    while any(map(is_alive, pids)):
+    while any(map(is_alive, pids)) or Path(directory).exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
 
