@@ -88,7 +88,7 @@ def main() -> None:
             spawn(_run_rank, (Path(directory) / "meeting_point", args), nprocs=args.ranks)  # type: ignore[no-untyped-call]
         return
     torch.set_num_threads(args.threads)
-    model = _model(args.model, args.device, getattr(torch, args.dtype))
+    model = load(args.model, torch.device(args.device), getattr(torch, args.dtype))
     work = _work(model.config, args)
     engine = OvisEngine(model)
     engine.config = replace(engine.config, eos_token_ids=())
@@ -122,17 +122,16 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _model(name: str, device: str, dtype: torch.dtype) -> Ovis:
+def load(name: str, device: torch.device, dtype: torch.dtype) -> Ovis:
     """With the norm that transformers adds to the tower, so that both compute the same."""
-    target = torch.device(device)
     if name not in SHAPES:
-        return load_model(fetch_checkpoint(name), device=target, dtype=dtype, post_trunk_norm=True)
-    return _random_model(SHAPES[name], target, dtype, ALONE)
+        return load_model(fetch_checkpoint(name), device=device, dtype=dtype, post_trunk_norm=True)
+    return _random_model(SHAPES[name], device, dtype, ALONE)
 
 
-def _random_model(config: OvisConfig, target: torch.device, dtype: torch.dtype, shard: Shard) -> Ovis:
-    model = empty_model(config, device=target, dtype=dtype, post_trunk_norm=True, shard=shard)
-    generator = torch.Generator(target).manual_seed(0)
+def _random_model(config: OvisConfig, device: torch.device, dtype: torch.dtype, shard: Shard) -> Ovis:
+    model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=True, shard=shard)
+    generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(std=0.05, generator=generator)
     return model

@@ -10,28 +10,36 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-from pipelines.caption import RowsLost, StageFailed, Summary
+from pipelines.caption import RowsLost, StageFailed
 from pipelines.lease import LeaseLost
+from pipelines.reasons import EverythingFails
+from pipelines.retries import StoreFault
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 
 
-def run_job(job: Callable[[], Summary], *, max_error_rate: float) -> int:
-    """Run `job` and print its summary -> the exit code."""
+Report = TypeVar("Report")
+
+
+def run_job(job: Callable[[], Report], exit_code: Callable[[Report], int] = lambda _: OK) -> int:
+    """Run `job` and print the dataclass that it returns -> the exit code, of a job that ends by `exit_code`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _stdout_to_stderr():
-            summary = job()
+            report = job()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
     except StageFailed as error:
         print(f"{error.__cause__}\n\nerror: {error}", file=sys.stderr)
         return FAILED
-    except (OSError, RowsLost, LeaseLost) as error:
+    except EverythingFails as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except (OSError, StoreFault, RowsLost, LeaseLost) as error:
         print(
             f"error: {error}. What is finished is kept: the same command, without --overwrite, goes on", file=sys.stderr
         )
@@ -39,8 +47,8 @@ def run_job(job: Callable[[], Summary], *, max_error_rate: float) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command, without --overwrite, goes on from here", file=sys.stderr)
         return FAILED
-    print(json.dumps(asdict(summary), ensure_ascii=False))
-    return TOO_MANY_ERRORS if summary.error > max_error_rate * summary.rows else OK
+    print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
+    return exit_code(report)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

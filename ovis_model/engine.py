@@ -5,10 +5,10 @@ Knows token ids only: no prompts, no pictures.
 
 from __future__ import annotations
 
-import os
 import re
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -22,13 +22,15 @@ from torch import Tensor
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.kv_cache import DecodeStep, KVCache, Prefill, bytes_per_token
+from ovis_model.decoding import CudaGraphs, Decoder, Runner, run_eagerly
+from ovis_model.kv_cache import KVCache, Prefill
+from ovis_model.memory import describe, free_bytes, halved, plan
 from ovis_model.model import Ovis
 from ovis_model.ranks import TensorParallelEngine
-from ovis_model.sampling import RandomStream, Sampler
+from ovis_model.sampling import Choice, RandomStream, Sampler
 from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
 from ovis_model.text import cut_at_stop, detokenize, load_tokenizer
-from ovis_model.types import Completion, EngineDied, FinishReason, Request, RequestError, SamplingParams
+from ovis_model.types import IMAGE_ATOM_ID, Completion, EngineDied, FinishReason, Request, RequestError, SamplingParams
 from ovis_model.weights import load_model
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -56,15 +58,24 @@ class Stats:
 class OvisEngine:
     """One replica of the model on one device. See `types.Engine`."""
 
-    def __init__(self, model: Ovis, *, tokenizer: Tokenizer | None = None, budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        model: Ovis,
+        *,
+        tokenizer: Tokenizer | None = None,
+        budget: Budget | None = None,
+        make_runner: Callable[[], Runner] | None = None,
+    ) -> None:
+        """`make_runner`: how decode steps are run; by default from CUDA graphs on CUDA and eagerly on a CPU."""
         self.model = model
         self.config: OvisConfig = model.config
         self.stats = Stats()
-        self._budget = budget or Budget(kv_tokens=model.shard.least(_free_kv_tokens(model)))
+        self._budget = budget or self._plan()
         self._scheduler = Scheduler(self._budget)
         self._tokenizer = tokenizer  # for stop strings only
-        self._cache: KVCache | None = None
+        self._decoder: Decoder | None = None
         self._sampler: Sampler | None = None
+        self._make_runner = make_runner or (CudaGraphs if model.device.type == "cuda" else lambda: run_eagerly)
         self._lock = threading.Lock()
         self._fault: BaseException | None = None
 
@@ -96,7 +107,34 @@ class OvisEngine:
         target = torch_device(device)
         directory = fetch_checkpoint(path_or_id, revision)
         model = load_model(directory, device=target, dtype=model_dtype(dtype, target), post_trunk_norm=post_trunk_norm)
-        return cls(model, tokenizer=load_tokenizer(directory))
+        engine = cls(model, tokenizer=load_tokenizer(directory))
+        if target.type == "cuda":  # on a CPU there is nothing to capture, and it would take minutes
+            engine.warm_up()
+        print(f"{path_or_id} on {target}: {engine.describe()}", file=sys.stderr)
+        return engine
+
+    def _plan(self) -> Budget:
+        """The same for all ranks; on a CPU they share its memory."""
+        shard, device = self.model.shard, self.model.device
+        config = replace(self.config, language=shard.local(self.config.language))
+        free = shard.least(free_bytes(device) // (1 if device.type == "cuda" else shard.size))
+        return plan(config, self.model.dtype, free)
+
+    def describe(self) -> str:
+        """What it may hold at once."""
+        return describe(self.config, self.model.dtype, self._scheduler.budget)
+
+    def warm_up(self) -> None:
+        """Generate for the most rows, tiles and prompt tokens at once, then for one row less a step.
+
+        So memory runs out here if it ever does, and all buckets of rows are captured.
+        """
+        tile = np.zeros((1, 3, self.config.vision.image_size, self.config.vision.image_size), np.uint8)
+        ids = np.full(self.config.vision.tokens_per_tile, IMAGE_ATOM_ID, np.int32)
+        request = Request(ids, tile, np.array([tile.shape[2:]], np.int32))
+        rows = min(self._budget.slots, self._budget.kv_tokens // (len(ids) + self._budget.slots + 1))
+        self.generate([request] * rows, [SamplingParams(max_new_tokens=n) for n in range(rows + 1, 1, -1)])
+        self.stats = Stats()
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
@@ -140,13 +178,17 @@ class OvisEngine:
                 raise
 
     def _check(self, index: int, row: Row) -> None:
-        budget = self._scheduler.budget
-        needed = row.num_prompt_tokens + row.params.max_new_tokens
-        limit = min(self.config.max_length, budget.kv_tokens)
-        if needed > limit:
+        prompt, output = row.num_prompt_tokens, row.params.max_new_tokens
+        limit = min(self.config.max_length, self._budget.kv_tokens)
+        if prompt + output > limit:
             raise RequestError(
-                f"request {index}: {row.num_prompt_tokens} prompt + {row.params.max_new_tokens} output tokens are "
-                f"{needed - limit} over the limit of {limit}"
+                f"request {index}: {prompt} prompt + {output} output tokens are {prompt + output - limit} over the "
+                f"limit of {limit}"
+            )
+        if prompt > self._budget.prompt_tokens:
+            raise RequestError(
+                f"request {index}: {prompt} prompt tokens are {prompt - self._budget.prompt_tokens} over the "
+                f"{self._budget.prompt_tokens} that the device has memory for"
             )
         if row.params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer: give OvisEngine one")
@@ -169,18 +211,18 @@ class OvisEngine:
         for row in (*self._scheduler.running, *self._scheduler.waiting):
             row.error = RequestError("interrupted")
         self._scheduler = Scheduler(self._budget)
-        self._cache = self._sampler = None
+        self._decoder = self._sampler = None
 
     def _shrink(self, error: torch.OutOfMemoryError) -> None:
         scheduler = self._scheduler
         scheduler.restart_all()
         if scheduler.budget.slots > 1:
-            scheduler.budget = _halved(scheduler.budget)
+            scheduler.budget = halved(scheduler.budget)
         else:
             failed = scheduler.waiting.popleft()
             failed.error = RequestError(f"out of device memory on a request of its own: {error}")
             scheduler.budget = self._budget
-        self._cache = self._sampler = None
+        self._decoder = self._sampler = None
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -190,13 +232,15 @@ class OvisEngine:
         if not running:
             return
         with self._timed("decode_s"):
-            lengths = self._tensor([row.num_cached for row in running])
-            step = DecodeStep(self._held_cache(), lengths, max(row.num_cached for row in running))
-            ids = self._tensor([row.output_ids[-1] for row in running])
-            embeds = self.model.llm.model.embed_tokens(ids[:, None])
-            logits = self.model.llm.logits(self.model.llm.model(embeds, lengths[:, None], step)[:, -1])
-            self._sampler = self._sampler or self._sampler_of(running)
-            self._record(running, self._sampler, logits)
+            decoder = self._held_decoder()
+            lengths = [row.num_cached for row in running]
+            if self._sampler is None:  # other rows than at the last step
+                self._sampler = self._sampler_of(running)
+                decoder.load([row.output_ids[-1] for row in running], lengths)
+            logits, greedy = decoder.step(len(running), max(lengths))
+            choice = self._agreed(greedy if self._sampler.is_greedy else self._sampler(logits))
+            decoder.advance(choice.ids)
+            self._record(running, choice)
         self.stats.steps += 1
         self.stats.row_steps += len(running)
         self.stats.slot_steps += self._scheduler.slots
@@ -208,7 +252,7 @@ class OvisEngine:
                 self._sampler = None
             admitted = self._scheduler.admit()
             for move in self._scheduler.retire():
-                self._held_cache().move(move.source, move.target, move.length)
+                self._held_decoder().cache.move(move.source, move.target, move.length)
             if self._scheduler.plan_cache():
                 self._allocate()
                 continue
@@ -217,18 +261,19 @@ class OvisEngine:
             self._prefill(admitted)
 
     def _allocate(self) -> None:
-        self._cache = None  # before the next one, not beside it
-        self._cache = KVCache(
+        self._decoder = None  # before the next cache, not beside it
+        cache = KVCache(
             self.model.shard.local(self.config.language),
             slots=self._scheduler.slots,
             capacity=self._scheduler.capacity,
             device=self.model.device,
             dtype=self.model.dtype,
         )
+        self._decoder = Decoder(self.model, cache, self._make_runner())
 
-    def _held_cache(self) -> KVCache:
-        assert self._cache is not None, "rows run without a cache"
-        return self._cache
+    def _held_decoder(self) -> Decoder:
+        assert self._decoder is not None, "rows run without a cache"
+        return self._decoder
 
     def _prefill(self, admitted: dict[int, Row]) -> None:
         """Prompts into their slots, and the first token of each row."""
@@ -237,7 +282,7 @@ class OvisEngine:
         with self._timed("prefill_s"):
             for group in prefill_groups(list(admitted.values()), self._scheduler.budget.prefill_tokens):
                 slots = self._tensor([slot_of[id(row)] for row in group])
-                self._record(group, self._sampler_of(group), self._prompt_logits(group, slots))
+                self._record(group, self._agreed(self._sampler_of(group)(self._prompt_logits(group, slots))))
         self._sampler = None
 
     def _prompt_logits(self, group: list[Row], slots: Tensor) -> Tensor:
@@ -248,7 +293,7 @@ class OvisEngine:
             place[: row.num_prompt_tokens] = self.model.embed(self._tensor(row.request.input_ids), row.visual)
             row.visual = None
         position_ids = torch.arange(width, device=self.model.device).expand(len(group), -1)
-        hidden = self.model.llm.model(embeds, position_ids, Prefill(self._held_cache(), slots))
+        hidden = self.model.llm.model(embeds, position_ids, Prefill(self._held_decoder().cache, slots))
         last = self._tensor([row.num_prompt_tokens - 1 for row in group])
         self.stats.prompt_tokens += sum(row.num_prompt_tokens for row in group)
         return self.model.llm.logits(hidden[torch.arange(len(group), device=last.device), last])
@@ -293,12 +338,15 @@ class OvisEngine:
             [row.output_ids for row in rows],
         )
 
-    def _record(self, rows: Sequence[Row], sampler: Sampler, logits: Tensor) -> None:
-        ids, logprobs = sampler(logits)
-        for row, token_id, logprob in zip(
-            rows, self.model.shard.of_leader(ids).tolist(), logprobs.tolist(), strict=True
-        ):
-            row.append(token_id, logprob)
+    def _agreed(self, choice: Choice) -> Choice:
+        """Of all ranks: that of the first."""
+        return Choice(self.model.shard.of_leader(choice.ids), choice.logprobs)
+
+    def _record(self, rows: Sequence[Row], choice: Choice) -> None:
+        # One copy from the device, as float64, which holds both exactly.
+        ids, logprobs = torch.stack([part.double() for part in choice]).tolist()
+        for row, token_id, logprob in zip(rows, ids, logprobs, strict=True):
+            row.append(int(token_id), logprob)
             row.finish_reason = self._finish_reason(row)
 
     def _finish_reason(self, row: Row) -> FinishReason | None:
@@ -327,15 +375,6 @@ class OvisEngine:
         setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
 
 
-def _halved(budget: Budget) -> Budget:
-    return replace(
-        budget,
-        slots=max(1, budget.slots // 2),
-        prefill_tokens=max(1, budget.prefill_tokens // 2),
-        vision_tiles=max(1, budget.vision_tiles // 2),
-    )
-
-
 def torch_device(name: Device) -> torch.device:
     """Raises ValueError if there is no such device."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -350,13 +389,3 @@ def model_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _free_kv_tokens(model: Ovis, share: float = 0.5) -> int:
-    """How many tokens of keys and values fit in `share` of the memory that is free now; the rest is for activations."""
-    if model.device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(model.device)
-    else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // model.shard.size
-    token_bytes = bytes_per_token(model.shard.local(model.config.language), model.dtype)
-    return max(model.config.max_length, int(free_bytes * share) // token_bytes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ovis_model.attention import attend_cached, attend_causal
+from ovis_model.attention import attend_cached, attend_causal, reads_lengths
 from ovis_model.config import LanguageConfig
 
 
@@ -34,13 +36,21 @@ class KVCache:
     ) -> None:
         shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
         # Zeros: a mask makes the weight of an unused place 0, and 0 times the NaN of stray memory is NaN.
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.keys, self.values = (_zeros(shape, device, dtype) for _ in range(2))
         self.slots, self.capacity = slots, capacity
+        self.attention_reads_lengths = reads_lengths(self.keys)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
         for store in (self.keys, self.values):
             store[:, target, :length] = store[:, source, :length]
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a CPU only the pages that rows come to use take memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class Prefill:
@@ -57,19 +67,23 @@ class Prefill:
 
 
 class DecodeStep:
-    """One more token for each of the first B slots, which hold `lengths` (int64[B]) tokens so far."""
+    """One more token for each of the first B slots, which hold `lengths` (int64[B]) <= `longest` tokens so far."""
 
     def __init__(self, cache: KVCache, lengths: Tensor, longest: int) -> None:
         rows, seen = len(lengths), longest + 1
-        self._keys, self._values = cache.keys[:, :rows, :seen], cache.values[:, :rows, :seen]
-        self._rows, self._at = torch.arange(rows, device=lengths.device), lengths
+        self._keys, self._values = (store[:, :rows, :seen].unbind() for store in (cache.keys, cache.values))
+        self._at = torch.arange(rows, device=lengths.device)[:, None], lengths[:, None]
         self._lengths = (lengths + 1).int()
-        self._mask = (torch.arange(seen, device=lengths.device) <= lengths[:, None])[:, None, None]
+        places = torch.arange(seen, device=lengths.device)
+        unseen = (places > lengths[:, None])[:, None, None]
+        # Added to the scores. A kernel that is given bools makes this of them, again in every layer.
+        self._mask = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=unseen.device)
+        self._mask.masked_fill_(unseen, -math.inf)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        keys[self._rows, self._at] = key[:, 0]
-        values[self._rows, self._at] = value[:, 0]
+        keys.index_put_(self._at, key)
+        values.index_put_(self._at, value)
         return attend_cached(query, keys, values, self._lengths, self._mask)
 
 

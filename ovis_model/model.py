@@ -11,7 +11,7 @@ from ovis_model.language import Qwen2ForCausalLM
 from ovis_model.parallel import ALONE, Shard
 from ovis_model.pixels import normalization_table
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
-from ovis_model.vision import VisualTokenizer
+from ovis_model.vision import HEAD_CHUNK_TOKENS, VisualTokenizer
 
 
 class Ovis(nn.Module):
@@ -54,8 +54,10 @@ class Ovis(nn.Module):
         return self.shard.deal(pixels, self._encode_tiles)
 
     def _encode_tiles(self, pixels: Tensor) -> Tensor:
-        probabilities: Tensor = self.visual_tokenizer(pixels)
-        return probabilities @ self.vte.weight[:-NUM_INDICATORS]
+        features, table = self.visual_tokenizer.features(pixels), self.vte.weight[:-NUM_INDICATORS]
+        chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
+        embeds = torch.cat([self.visual_tokenizer.probabilities(chunk) @ table for chunk in chunks])
+        return embeds.view(*features.shape[:2], table.shape[1])
 
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
         """int64[T] with placeholders, visual embeddings [n, hidden_size] -> [T, hidden_size].

@@ -138,7 +138,12 @@ def _load(options: RankOptions, shard: Shard) -> OvisEngine:
         post_trunk_norm=options.post_trunk_norm,
         shard=shard,
     )
-    return OvisEngine(model, tokenizer=load_tokenizer(options.directory))
+    engine = OvisEngine(model, tokenizer=load_tokenizer(options.directory))
+    if device.type == "cuda":
+        engine.warm_up()
+    if options.rank == 0:
+        print(f"each of {options.size} ranks on {device}: {engine.describe()}", file=sys.stderr)
+    return engine
 
 
 def _agreed_arrivals(engine: OvisEngine, shard: Shard, inbox: Inbox) -> int:

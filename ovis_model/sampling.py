@@ -6,6 +6,7 @@ import hashlib
 import math
 import secrets
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,24 @@ class RandomStream:
         digest = hashlib.blake2b(f"{self._seed} {self._step}".encode(), digest_size=8).digest()
         self._step += 1
         return int.from_bytes(digest) >> 1
+
+
+class Choice(NamedTuple):
+    """The next token of each row: ids int64[B] and their log-probabilities float32[B] under the unmodified logits."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+def choose_greedily(logits: Tensor) -> Choice:
+    """[B, vocab] -> the largest of each row."""
+    raw = logits.float()
+    ids = raw.argmax(-1)
+    return Choice(ids, _logprobs(raw, ids))
+
+
+def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
 class Sampler:
@@ -47,15 +66,20 @@ class Sampler:
         self._params, self._streams = params, streams
         self._sampled = [row for row, p in enumerate(params) if p.temperature > 0]
         self._wants_logprobs = any(p.logprobs for p in params)
-        self._penalty = _column([p.repetition_penalty for p in params], device)
         self._seen: Tensor | None = None
         if any(p.repetition_penalty != 1 for p in params):
+            self._penalty = _column([p.repetition_penalty for p in params], device)
             self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
             for row, ids in enumerate(output_ids or ()):
                 self._seen[row, list(ids)] = True
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, vocab] -> ids int64[B] and their log-probabilities float32[B] under the unmodified logits."""
+    @property
+    def is_greedy(self) -> bool:
+        """Chooses as `choose_greedily`."""
+        return not self._sampled and self._seen is None
+
+    def __call__(self, logits: Tensor) -> Choice:
+        """[B, vocab] -> a token for each row"""
         raw = logits.float()
         scores = self._penalise(raw)
         ids = scores.argmax(-1)
@@ -63,7 +87,7 @@ class Sampler:
             ids[self._sampled] = self._draw(scores[self._sampled])
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
-        return ids, self._logprobs(raw, ids)
+        return Choice(ids, _logprobs(raw, ids) if self._wants_logprobs else torch.full_like(raw[:, 0], math.nan))
 
     def _penalise(self, logits: Tensor) -> Tensor:
         if self._seen is None:
@@ -82,12 +106,6 @@ class Sampler:
         kept = _truncate(probabilities, params)
         best = (kept.log() + noise.gather(1, order)).argmax(-1, keepdim=True)
         return order.gather(1, best).squeeze(1)
-
-    def _logprobs(self, logits: Tensor, ids: Tensor) -> Tensor:
-        if not self._wants_logprobs:
-            return torch.full((len(ids),), math.nan)
-        chosen = logits.gather(1, ids[:, None]).squeeze(1)
-        return chosen - logits.logsumexp(-1)
 
 
 def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -24,7 +24,8 @@ class Budget:
 
     kv_tokens: int  # slots x capacity of the cache
     slots: int = ROWS_SIDE_BY_SIDE  # rows that decode side by side at most
-    prefill_tokens: int = 8192  # of one pass, padding included
+    prefill_tokens: int = 8192  # of one pass of several rows, padding included
+    prompt_tokens: int = 32768  # of one row, which may be a pass of its own
     vision_tiles: int = 16  # of one pass; a tile of a published size takes about 0.1 GB in the visual head
 
 
@@ -98,14 +99,16 @@ class Scheduler:
     def plan_cache(self) -> bool:
         """Size the cache for the rows at hand -> whether it must be allocated anew; only between rows.
 
-        A waiting row that needs more than the capacity is let in when all others have left. With one slot there is no
-        reason to make it longer than the next row needs.
+        All slots at the greatest capacity that they can have, so that rows to come fit too; fewer if a row at hand
+        needs more, which is let in when all others have left. With one slot there is no reason to make it longer than
+        the next row needs.
         """
         if self.running or not self.waiting:
             return False
         at_hand = self.waiting if self.budget.slots > 1 else [self.waiting[0]]
         longest = max(row.max_tokens for row in at_hand)
-        capacity = min(-(-longest // 64) * 64, self.budget.kv_tokens)
+        shared = self.budget.kv_tokens // self.budget.slots // 64 * 64 if self.budget.slots > 1 else 0
+        capacity = min(max(-(-longest // 64) * 64, shared), self.budget.kv_tokens)
         slots = max(1, min(self.budget.slots, self.budget.kv_tokens // capacity))
         if self.waiting[0].max_tokens <= self.capacity and slots <= self.slots:
             return False

@@ -13,6 +13,10 @@ from ovis_model.attention import attend_all
 from ovis_model.config import VisionConfig
 from ovis_model.layers import RMSNorm
 
+HEAD_CHUNK_TOKENS = 1024
+"""Visual tokens that the head takes at once: over 65,536 words they are 0.13 GB in bfloat16, and two or three such
+tensors are alive; the tiles of a whole pass would be 0.5 GB each."""
+
 
 class VisualTokenizer(nn.Module):
     """A tile becomes `tokens_per_tile` visual tokens, each a probability vector (Ovis, arXiv:2405.20797)."""
@@ -27,9 +31,17 @@ class VisualTokenizer(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[N, 3, S, S] normalised -> [N, tokens_per_tile, num_visual_words]; softmax in the module's dtype."""
-        tokens: Tensor = self.head(merge_patches(self.backbone(pixels), self.config.hidden_stride))
-        return tokens.softmax(-1)
+        """[N, 3, S, S] normalised -> [N, tokens_per_tile, num_visual_words]"""
+        return self.probabilities(self.features(pixels))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """[N, 3, S, S] normalised -> [N, tokens_per_tile, hidden_stride^2 * hidden_size]"""
+        return merge_patches(self.backbone(pixels), self.config.hidden_stride)
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """[..., hidden_stride^2 * hidden_size] -> [..., num_visual_words]; softmax in the module's dtype."""
+        words: Tensor = self.head(features)
+        return words.softmax(-1)
 
 
 def merge_patches(features: Tensor, stride: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pipelines.cluster import (
     MAX_BLOCKS,
     Hardware,
     asked_for_gpus,
+    cause_of,
     configure_ray_data,
     last_line,
     plan_batches,
@@ -38,6 +38,9 @@ from pipelines.ledger import Ledger, Ranges, count, split
 from pipelines.manifest import KeptColumns
 from pipelines.preprocess import Preprocess
 from pipelines.progress import RunProgress
+from pipelines.reasons import Reasons
+from pipelines.retries import StoreFault
+from pipelines.rewrite import drop_error_rows
 from pipelines.run import Run, hold_lease, open_run
 from pipelines.schema import RESULT
 from pipelines.sink import Sink, remove_temporaries
@@ -72,18 +75,18 @@ class StageFailed(RuntimeError):  # noqa: N818
 def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
     """Caption what is missing of the run in `config.output`.
 
-    Raises ValueError (usage: before any replica starts), StageFailed and RowsLost.
+    Raises ValueError (usage: before any replica starts), StageFailed, StoreFault, EverythingFails and RowsLost.
     """
     started_s = time.monotonic()
     config = config.model_copy(update={"model": local_path(config.model)})
     check_model(config)
     model = describe_checkpoint(config.model, config.revision)
-    with hold_lease(config) as lease:
+    with hold_lease(config.output) as lease:
         run = open_run(config, model)
         try:
             ledger, progress = _caption_run(config, run, lease, make_engine)
         except BaseException:
-            with suppress(OSError, LeaseLost):
+            with suppress(OSError, StoreFault, LeaseLost):
                 lease.check()
                 run.update(status="stopped")
             raise
@@ -96,6 +99,8 @@ def _caption_run(
     config: CaptionConfig, run: Run, lease: Lease, make_engine: EngineFactory
 ) -> tuple[Ledger, RunProgress]:
     remove_temporaries(run.data_uri)
+    if config.retry_errors and (num_dropped := drop_error_rows(run.output)):
+        logger.warning("%d error rows are taken up again", num_dropped)
     ledger = Ledger.read(run.data_uri)
     with RunProgress(run.num_rows, count(ledger.done)) as progress:
         if ledger.missing(run.num_rows):
@@ -122,15 +127,17 @@ def _caption_missing(
     config: CaptionConfig, run: Run, ledger: Ledger, lease: Lease, progress: RunProgress, make_engine: EngineFactory
 ) -> None:
     kept = KeptColumns(run.output)
-    reasons: Counter[str] = Counter()
+    reasons = Reasons(config.stop_error_rate)
     try:
         for _ in range(MAX_PASSES):
             if missing := ledger.missing(run.num_rows):
                 with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink:
                     for results in _stream(config, run, missing, make_engine):
-                        _report(sink.add(results), progress, reasons)
+                        new = sink.add(results)
+                        _report(new, progress)
+                        reasons.add(new)
     finally:
-        _log_reasons(reasons)
+        reasons.log()
     written = Ledger.read(run.data_uri)  # what is there, not what we think that we put there
     if missing := written.missing(run.num_rows):
         raise RowsLost(f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}")
@@ -181,6 +188,8 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
             for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield table.cast(RESULT)
     except ray.exceptions.RayError as error:
+        if fault := cause_of(error, StoreFault):
+            raise fault from error
         raise StageFailed(last_line(error)) from error
 
 
@@ -188,19 +197,10 @@ def _most_tile_bytes(config: CaptionConfig, model: OvisConfig) -> int:
     return (config.tiles_for(1) + 1) * 3 * model.vision.image_size**2
 
 
-def _report(results: pa.Table, progress: RunProgress, reasons: Counter[str]) -> None:
-    errors = results.filter(pc.equal(results.column("status"), "error"))
-    pairs = zip(errors.column("stage").to_pylist(), errors.column("error").to_pylist(), strict=True)
-    reasons.update(f"{stage}: {error}" for stage, error in pairs)
+def _report(results: pa.Table, progress: RunProgress) -> None:
+    errors = pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
     tokens = pc.sum(results.column("num_output_tokens")).as_py() or 0
-    progress.add(rows=len(results), errors=len(errors), tokens=tokens)
-
-
-def _log_reasons(reasons: Counter[str], limit: int = 10) -> None:
-    if reasons:
-        logger.warning("%d error rows. The most frequent reasons:", reasons.total())
-    for reason, times in reasons.most_common(limit):
-        logger.warning("  %d x %s", times, reason)
+    progress.add(rows=len(results), errors=errors, tokens=tokens)
 
 
 def _summary(run: Run, ledger: Ledger, progress: RunProgress, seconds: float) -> Summary:

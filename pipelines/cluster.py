@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ovis_model.config import OvisConfig
 from ovis_model.footprint import device_bytes, fewest_ranks
@@ -314,6 +314,16 @@ def _check_address(address: str) -> None:
         raise ResourceError(
             f"RAY_ADDRESS={address} does not answer ({error}); unset it to run on this machine, or start that cluster"
         ) from error
+
+
+Cause = TypeVar("Cause", bound=Exception)
+
+
+def cause_of(error: BaseException | None, kind: type[Cause]) -> Cause | None:
+    """The exception of this kind that an actor raised, below the wrappers that Ray puts around it."""
+    while error is not None and not isinstance(error, kind):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 def last_line(error: Exception) -> str:

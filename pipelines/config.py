@@ -34,6 +34,9 @@ class CaptionConfig(BaseModel):
     id_column: str | None = Field(None, description="column of unique ids; default the place in the input")
     prompt_column: str | None = Field(None, description="column of questions; a row without one is asked --prompt")
     keep_columns: tuple[str, ...] = Field((), description="columns C1,C2 to copy into the output")
+    on_duplicate_id: Literal["error", "suffix", "skip"] = Field(
+        "error", description="what a row is whose id an earlier one has: an error, a row ID~2, or left out"
+    )
 
     prompt: str = Field(
         "Describe the image.", description="what to ask; {name} stands for a column if the input has columns"
@@ -65,8 +68,14 @@ class CaptionConfig(BaseModel):
 
     rows_per_file: PositiveInt = Field(10_000, description="rows of an output file at most")
     limit: PositiveInt | None = Field(None, description="only the first rows of the input")
+    allow_private_addresses: bool = Field(False, description="read http(s) URLs of hosts inside your network too")
     max_error_rate: float = Field(0.1, ge=0, le=1, description="exit 3 when more of the rows are errors")
+    stop_error_rate: float = Field(
+        0.9, gt=0, le=1, description="stop early when more of the rows so far, at least 500, are errors; 1 never stops"
+    )
     overwrite: bool = Field(False, description="remove an earlier run from OUTPUT first")
+    retry_errors: bool = Field(False, description="take up the error rows of the run in OUTPUT again")
+    extend: bool = Field(False, description="add the rows of INPUT that the run in OUTPUT does not have yet")
 
     @field_validator("prompt", "system_prompt", "stop")
     @classmethod
@@ -99,6 +108,14 @@ class CaptionConfig(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError("name each column once")
         return names
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> CaptionConfig:
+        if self.overwrite and (self.extend or self.retry_errors):
+            raise ValueError("--overwrite leaves nothing to extend or to retry; give one of them")
+        if self.extend and self.on_duplicate_id == "suffix":
+            raise ValueError("--extend needs ids that do not depend on the order of a listing; suffixes do")
+        return self
 
     def question(self, prompt: str) -> str:
         """What is asked of a row with this prompt."""
@@ -134,8 +151,12 @@ _HOW_NOT_WHAT = {
     "num_preprocessors",
     "device",
     "rows_per_file",
+    "allow_private_addresses",
     "max_error_rate",
+    "stop_error_rate",
     "overwrite",
+    "retry_errors",
+    "extend",
 }
 
 

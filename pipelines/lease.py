@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import store
+from pipelines.retries import StoreFault
 
 RENEW_S, STALE_S = 10.0, 60.0
 
@@ -65,7 +66,7 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         self._released.set()
         self._thread.join()
-        with suppress(OSError):
+        with suppress(OSError, StoreFault):
             if self._is_mine():
                 store.remove(self._uri)
 
@@ -77,7 +78,7 @@ class Lease:
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
             # A store that does not answer now may answer next time, well before the lease is stale.
-            with suppress(OSError):
+            with suppress(OSError, StoreFault):
                 if self._is_mine():
                     self._write()
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import store
+from pipelines.retries import StoreFault
 
 FOOTER_KEY = b"ovis.rows"
 _THREADS = 32
@@ -95,6 +96,11 @@ class FileEntry:
         return cls(tuple(RowRange(*pair) for pair in data["ranges"]), data["num_errors"])
 
     @property
+    def rows(self) -> NDArray[np.int64]:
+        """The row numbers, ascending."""
+        return np.concatenate([np.arange(start, stop) for start, stop in self.ranges])
+
+    @property
     def file_name(self) -> str:
         """The same rows give the same name; a gap in them shows as a hash after the ends."""
         ends = f"rows-{self.ranges[0].start:012}-{self.ranges[-1].stop:012}"
@@ -112,9 +118,7 @@ class Ledger:
     @classmethod
     def read(cls, data_uri: str) -> Ledger:
         """From the footers of all files there. Raises ValueError naming a file that is none of ours."""
-        uris = [info.uri for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            entries = list(pool.map(_read_entry, uris))
+        entries = [entry for _, entry in read_entries(data_uri)]
         every_range = [r for entry in entries for r in entry.ranges]
         done = union(every_range)
         if count(done) < count(tuple(every_range)):
@@ -138,9 +142,18 @@ class Ledger:
         return difference(RowRange(0, num_rows), self.done)
 
 
+def read_entries(data_uri: str) -> list[tuple[store.FileInfo, FileEntry]]:
+    """All output files there, sorted by name. Raises ValueError naming a file that is none of ours."""
+    infos = [info for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(zip(infos, pool.map(lambda info: _read_entry(info.uri), infos), strict=True))
+
+
 def _read_entry(uri: str) -> FileEntry:
     try:
         with store.open_file(uri) as file:
             return FileEntry.from_json((pq.read_metadata(file).metadata or {})[FOOTER_KEY])
+    except StoreFault:
+        raise
     except Exception as error:
         raise ValueError(f"{uri} is not an output file of this tool ({error!r}); move it away and run again") from error

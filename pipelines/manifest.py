@@ -14,14 +14,21 @@ from numpy.typing import NDArray
 from pipelines import store
 from pipelines.ledger import RowRange
 from pipelines.schema import KEPT, MANIFEST, ROW
+from pipelines.sources.rows import ImageRef
 
 ROWS_PER_GROUP = 1 << 12
 ROWS_PER_FILE = 1 << 17
 
 
-def write_manifest(output: str, tables: Iterable[pa.Table]) -> None:
-    """Tables of one schema, `schema.manifest` without the row number -> numbered files of ROWS_PER_FILE rows."""
-    for start, table in _files(tables):
+def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) -> None:
+    """Tables of one schema, `schema.manifest` without the row number -> numbered files of ROWS_PER_FILE rows.
+
+    With `first_row` they go behind the rows that are there; a kill leaves those as they were.
+    """
+    for start, table in _files(tables, first_row):
+        if start % ROWS_PER_FILE:
+            table = pa.concat_tables([_begun_file(output, start), table])
+            start -= start % ROWS_PER_FILE
         numbers = pa.array(range(start, start + len(table)), pa.int64())
         buffer = io.BytesIO()
         numbered = table.add_column(0, MANIFEST.field(ROW), numbers)
@@ -29,11 +36,40 @@ def write_manifest(output: str, tables: Iterable[pa.Table]) -> None:
         store.write_bytes(_file_of(output, start), buffer.getvalue())
 
 
+def _begun_file(output: str, end: int) -> pa.Table:
+    """The last file's rows up to `end`: behind it may be some of an extension that was killed."""
+    with store.open_file(_file_of(output, end)) as file:
+        return pq.read_table(file).slice(0, end % ROWS_PER_FILE).drop_columns([ROW])
+
+
+def read_columns(output: str, num_rows: int, columns: list[str]) -> Iterator[pa.Table]:
+    """These columns of all rows, a table for each file."""
+    for start in range(0, num_rows, ROWS_PER_FILE):
+        with store.open_file(_file_of(output, start)) as file:
+            yield pq.read_table(file, columns=columns).slice(0, num_rows - start)
+
+
 def read_rows(output: str, rows: RowRange) -> pa.Table:
     """Schema MANIFEST. `rows` must lie within one row group: cut them at ROWS_PER_GROUP or a divisor of it."""
     first, last = rows.start // ROWS_PER_GROUP, (rows.stop - 1) // ROWS_PER_GROUP
     assert first == last, f"rows {rows} cross a row group of {ROWS_PER_GROUP}"
     return _read_group(output, first, MANIFEST.names).slice(rows.start - first * ROWS_PER_GROUP, rows.stop - rows.start)
+
+
+def sample_images(output: str) -> Iterator[ImageRef]:
+    """Some images, from the first, the middle and the last rows."""
+    files = store.list_files(store.join(output, "manifest"))
+    for number in _spread(len(files)):
+        with store.open_file(files[number].uri) as file:
+            parquet = pq.ParquetFile(file)
+            for group in _spread(parquet.num_row_groups):
+                rows = parquet.read_row_group(group, columns=["images"]).column(0)
+                for row in _spread(len(rows)):
+                    yield from (ImageRef(**image) for image in rows[row].as_py())
+
+
+def _spread(length: int) -> list[int]:
+    return sorted({0, length // 2, length - 1}) if length else []
 
 
 class KeptColumns:
@@ -70,15 +106,15 @@ def _file_of(output: str, row: int) -> str:
     return store.join(output, "manifest", f"rows-{row // ROWS_PER_FILE * ROWS_PER_FILE:012}.parquet")
 
 
-def _files(tables: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
-    """The same rows in tables of ROWS_PER_FILE, with the number of the first row of each."""
+def _files(tables: Iterable[pa.Table], first_row: int) -> Iterator[tuple[int, pa.Table]]:
+    """The same rows in tables that end at multiples of ROWS_PER_FILE, with the number of the first row of each."""
     waiting: list[pa.Table] = []
-    start = 0
+    start = first_row
     for table in tables:
         waiting.append(table)
-        while sum(map(len, waiting)) >= ROWS_PER_FILE:
+        while sum(map(len, waiting)) >= (room := ROWS_PER_FILE - start % ROWS_PER_FILE):
             joined = pa.concat_tables(waiting)
-            yield start, joined.slice(0, ROWS_PER_FILE)
-            waiting, start = [joined.slice(ROWS_PER_FILE)], start + ROWS_PER_FILE
+            yield start, joined.slice(0, room)
+            waiting, start = [joined.slice(room)], start + room
     if any(map(len, waiting)):
         yield start, pa.concat_tables(waiting)

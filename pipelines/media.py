@@ -15,6 +15,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # 0.7 GB in memory; twice Pillow's MAX_IMAGE_PIXELS, where it refuses too
 
+MAX_ANIMATION_PIXELS = MAX_PIXELS // 8  # of a WebP
+
 # Formats of pictures that Pillow decodes by itself: it hands EPS to Ghostscript, a program to run. The first
 # five come loaded, the next imports all plugins, once. The last two have no signature and take what is left.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "DIB", "TGA")
@@ -70,7 +72,9 @@ def decode_image(data: bytes) -> Image.Image:
 
 def _decode(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    _check_size(*image.size)
+    _check_size(*image.size, MAX_PIXELS)
+    if image.format == "WEBP" and getattr(image, "is_animated", False):
+        _check_size(*image.size, MAX_ANIMATION_PIXELS)  # its decoder holds the canvas several times
     image.load()
     turn = _turn(image, data)
     picture = _as_rgb(image)
@@ -114,11 +118,11 @@ def _unknown(data: bytes) -> str:
     return f"not an image in a supported format: the data starts with {data[:16]!r}"
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise MediaError(f"empty image: {width} x {height} px")
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"too large: {width:,} x {height:,} px are over the limit of {MAX_PIXELS:,} pixels")
+    if width * height > max_pixels:
+        raise MediaError(f"too large: {width:,} x {height:,} px are over the limit of {max_pixels:,} pixels")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

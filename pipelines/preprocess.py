@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,18 +13,19 @@ from PIL import Image
 from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
+from pipelines import store
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
-from pipelines.fetch import AT_ONCE, Fetcher
+from pipelines.fetch import AHEAD_BYTES, AT_ONCE, Fetcher, Pending, bytes_ahead
 from pipelines.ledger import RowRange
-from pipelines.manifest import read_rows
+from pipelines.manifest import read_rows, sample_images
 from pipelines.media import MediaError, decode_image
+from pipelines.retries import StoreFault
 from pipelines.schema import Stage
 from pipelines.sources.rows import ImageRef
 
 Row = dict[str, Any]
-Images = Future[list[bytes]]
 Batch = dict[str, np.ndarray]
 
 
@@ -43,6 +43,7 @@ class Preprocess:
     def __init__(self, config: CaptionConfig, output: str, revision: str | None, attempts: Attempts) -> None:
         self._config, self._output, self._attempts = config, output, attempts
         self._processor = Processor.from_pretrained(config.model, revision)
+        store.allow_private_addresses(config.allow_private_addresses)
         self._fetcher = Fetcher()
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
@@ -56,22 +57,23 @@ class Preprocess:
                 yield from _batches(map(self._prepare_alone, rows))
             self._attempts.end(work)
 
-    def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Images]]:
-        """Rows in order with the bytes of their images, a bounded number of rows ahead."""
-        ahead: deque[tuple[Row, Images]] = deque()
+    def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Pending]]:
+        """Rows in order with the bytes of their images, a bounded number of rows and bytes ahead."""
+        ahead: deque[tuple[Row, Pending]] = deque()
         for row in rows:
-            ahead.append((row, self._submit(row)))
-            if len(ahead) == AT_ONCE:
+            images = self._images_of(row)
+            while ahead and _is_full(images, ahead):
                 yield ahead.popleft()
-        yield from ahead
+            ahead.append((row, self._fetcher.submit(images)))
+        while ahead:
+            yield ahead.popleft()
 
-    def _submit(self, row: Row) -> Images:
+    def _images_of(self, row: Row) -> list[ImageRef]:
         """Nothing is fetched for a row that fails anyway."""
         too_many = len(row["images"]) > self._most_images
-        images = [] if row["error"] or too_many else [ImageRef(**image) for image in row["images"]]
-        return self._fetcher.submit(images)
+        return [] if row["error"] or too_many else [ImageRef(**image) for image in row["images"]]
 
-    def _prepare(self, row: Row, images: Images) -> Row:
+    def _prepare(self, row: Row, images: Pending) -> Row:
         try:
             return _prepared(row, *self._request(row, images))
         except RowError as error:
@@ -82,19 +84,19 @@ class Preprocess:
         work = f"prepare row {row['row']}"
         if self._attempts.begin(work) > MAX_TRIES:
             return self._failed(row, RowError("decode", GIVEN_UP))
-        prepared = self._prepare(row, self._submit(row))
+        prepared = self._prepare(row, self._fetcher.submit(self._images_of(row)))
         self._attempts.end(work)
         return prepared
 
     def _failed(self, row: Row, error: RowError) -> Row:
         return _failed(row, error, self._processor.config.vision.image_size)
 
-    def _request(self, row: Row, images: Images) -> tuple[Request, int]:
+    def _request(self, row: Row, images: Pending) -> tuple[Request, int]:
         """The model input and the number of its images."""
         if row["error"]:
             raise RowError("list", row["error"])
         with _stage("read", OSError):
-            encoded = images.result()
+            encoded = self._result(row, images)
         with _stage("tile", ValueError):
             self._check_number(max(len(encoded), len(row["images"])))
         if not encoded and not row["has_own_prompt"]:
@@ -103,6 +105,25 @@ class Preprocess:
             pictures = _decoded(encoded)
         with _stage("tile", ValueError):
             return self._tiled(row["prompt"], pictures), len(pictures)
+
+    def _result(self, row: Row, images: Pending) -> list[bytes]:
+        """Raises OSError if the row cannot be read, StoreFault if no other can be either: then the run has to stop."""
+        try:
+            return images.result()
+        except StoreFault as fault:
+            if self._is_store_down(row):
+                raise
+            raise OSError(f"{fault}; other files are read") from fault
+
+    def _is_store_down(self, row: Row) -> bool:
+        """No other image there can be read; a place that no other row names says nothing of the run's store."""
+        own = {(image["uri"], image["offset"]) for image in row["images"]}
+        places = {store.place_of(image["uri"]) for image in row["images"]}
+        others = [image for image in sample_images(self._output) if (image.uri, image.offset) not in own]
+        there = [image for image in others if store.place_of(image.uri) in places]
+        if others and not there:
+            return False
+        return not any(store.can_read(image.uri, image.offset if image.kind == "tar" else 0) for image in there)
 
     def _tiled(self, prompt: str, pictures: list[Image.Image]) -> Request:
         question, max_tiles = _harmless(prompt, num_images=len(pictures)), self._config.tiles_for(len(pictures))
@@ -133,6 +154,11 @@ class Preprocess:
     def _most_images(self) -> int:
         """An image is a tile at least. One is always tried, for the message that says by how much it is too long."""
         return max(1, self._processor.config.max_length // self._tokens_per_tile)
+
+
+def _is_full(images: list[ImageRef], ahead: Collection[tuple[Row, Pending]]) -> bool:
+    waiting_bytes = sum(pending.num_bytes for _, pending in ahead)
+    return len(ahead) == AT_ONCE or waiting_bytes + bytes_ahead(images) > AHEAD_BYTES
 
 
 @contextmanager

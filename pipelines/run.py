@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines import __version__, store
 from pipelines.config import CaptionConfig
+from pipelines.exchange import finish_exchange, forget_exchange
 from pipelines.lease import Lease
-from pipelines.manifest import write_manifest
-from pipelines.sources import list_rows
+from pipelines.manifest import KeptColumns, read_columns, write_manifest
+from pipelines.sources import Known, list_rows
 
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
 _OUR_FILES = re.compile(r"\.?rows-\d{12}[^/]*\.parquet(\.\w+\.tmp)?")
 _REPLACED = "replaced"
+_LISTED = frozenset({"input", "limit"})  # what an extension may change
 
 Json = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class RunError(ValueError):
@@ -54,16 +61,16 @@ class Run:
         self.update()
 
 
-def hold_lease(config: CaptionConfig) -> Lease:
-    """On the OUTPUT, to be entered before anything there is looked at or changed. Raises RunError."""
-    output = store.absolute_uri(config.output)
-    if not output.strip("/") or output.rstrip("/").endswith(":"):
-        raise RunError(f"{config.output!r} names no place for an OUTPUT; give a directory or a URI with a path")
-    return Lease(output)
+def hold_lease(output: str) -> Lease:
+    """To be entered before anything in OUTPUT is looked at or changed. Raises RunError."""
+    uri = store.absolute_uri(output)
+    if not uri.strip("/") or uri.rstrip("/").endswith(":"):
+        raise RunError(f"{output!r} names no place for an OUTPUT; give a directory or a URI with a path")
+    return Lease(uri)
 
 
 def open_run(config: CaptionConfig, model: Json) -> Run:
-    """Go on with the run that OUTPUT holds, or list the input and start one.
+    """Go on with the run that OUTPUT holds, with more rows if it is to be extended, or list the input and start one.
 
     `model` says which model it is (id, revision, weights). Raises RunError if OUTPUT holds another run or something
     else or cannot be written, SourceError if the input cannot be listed; nothing has changed then.
@@ -77,9 +84,13 @@ def open_run(config: CaptionConfig, model: Json) -> Run:
         record = _read_record(output)
         if config.overwrite or record is None:
             record = _start(output, config, what, replaces=record)
+        elif config.extend:
+            _check_same(output, record, what, but=_LISTED)
+            _extend(output, config, what, record)
+        _check_same(output, record, what)
+        finish_exchange(output)
     except OSError as error:
         raise RunError(f"cannot use {output} as OUTPUT: {error}") from error
-    _check_same(output, record, what)
     return Run(output, record["num_rows"], record)
 
 
@@ -93,7 +104,7 @@ def _start(output: str, config: CaptionConfig, what: Json, *, replaces: Json | N
     # Last: a run.json says that the manifest is whole.
     record = {
         **what,
-        "fingerprint": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16],
+        "fingerprint": _fingerprint(what),
         "options": config.model_dump(mode="json"),
         "num_rows": listing.num_rows,
         "versions": {"ovis2-ray": __version__, **{name: _version(name) for name in _VERSIONS_OF}},
@@ -102,6 +113,32 @@ def _start(output: str, config: CaptionConfig, what: Json, *, replaces: Json | N
     }
     _write_record(output, record)
     return record
+
+
+def _extend(output: str, config: CaptionConfig, what: Json, record: Json) -> None:
+    """Rows that the run does not have yet go behind those that it has; a run.json that counts them comes last."""
+    num_rows: int = record["num_rows"]
+    known = Known(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
+    with list_rows(config, known) as listing:
+        if listing.num_rows:
+            listing.kept = _same_kept(KeptColumns(output).schema, listing.kept)
+            write_manifest(output, listing.tables(), num_rows)
+    logger.warning("%d rows of the input are new, %d rows were there", listing.num_rows, num_rows)
+    listed = {"at": _now(), "first_row": num_rows, "input": record["config"]["input"]}
+    record.update({**what, "fingerprint": _fingerprint(what)})
+    record.update(num_rows=num_rows + listing.num_rows, extended=[*record.get("extended", []), listed])
+    _write_record(output, record)
+
+
+def _same_kept(there: pa.Schema, here: pa.Schema) -> pa.Schema:
+    """All files of an output have one schema. Raises RunError."""
+    for old, new in zip(there, here, strict=True):
+        if new.type != old.type and not pa.types.is_null(new.type):
+            raise RunError(
+                f"the kept column {old.name} is {old.type} in the run and would be {new.type} in what is added; make "
+                "it the same in the input, or use another OUTPUT"
+            )
+    return there
 
 
 def _check_foreign(output: str, inputs: list[str], replaces: Json | None) -> None:
@@ -116,6 +153,7 @@ def _check_foreign(output: str, inputs: list[str], replaces: Json | None) -> Non
 
 
 def _remove_ours(output: str) -> None:
+    forget_exchange(output)
     for name in ("data", "manifest"):
         for info in store.list_files(store.join(output, name)):
             if _is_ours(info.uri):
@@ -126,20 +164,21 @@ def _is_ours(uri: str) -> bool:
     return _OUR_FILES.fullmatch(uri.rsplit("/", 1)[-1]) is not None
 
 
-def _check_same(output: str, record: Json, what: Json) -> None:
+def _check_same(output: str, record: Json, what: Json, but: frozenset[str] = frozenset()) -> None:
     """Raises RunError with each difference between the run there and this one."""
     if record.get("status") == _REPLACED:
         raise RunError(f"an --overwrite of {output} was interrupted; give --overwrite again")
     there, here = ({**r["config"], **{f"model {k}": v for k, v in r["model"].items()}} for r in (record, what))
     differences = [
         f"{name.replace('_', '-')} {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
+        for name in sorted((there.keys() | here.keys()) - but)
         if there.get(name) != here.get(name)
     ]
     if differences:
         raise RunError(
             f"{output} holds a run with other options: {'; '.join(differences)}. "
             "Use another OUTPUT, the same options, or --overwrite"
+            + (", or --extend to add rows" if {d.split()[0] for d in differences} <= _LISTED else "")
         )
 
 
@@ -157,6 +196,10 @@ def _read_record(output: str) -> Json | None:
 def _write_record(output: str, record: Json) -> None:
     # ASCII: a path whose bytes are no UTF-8 survives the way there and back.
     store.write_bytes(store.join(output, "run.json"), json.dumps(record, indent=2).encode())
+
+
+def _fingerprint(what: Json) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _version(name: str) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipelines import schema, store
 from pipelines.lease import Lease
@@ -109,33 +110,40 @@ class Sink:
 
 
 def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None) -> FileEntry:
-    """Rows sorted by row number -> one file of schema OUTPUT + kept columns whose footer says which rows it holds."""
-    num_errors = pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
+    """Rows of schema RESULT sorted by row number -> one file of schema OUTPUT + kept columns."""
     rows = results.column(schema.ROW).to_numpy()
-    entry = FileEntry(to_ranges(rows), num_errors)
     table = results.drop_columns([schema.ROW]).cast(schema.OUTPUT)
     if kept is not None:
         # Read here, not handed through the stages: they keep their types, and the stages stay light.
         table = pa.table([*table.columns, *kept.read(rows)], schema=schema.output(kept.schema))
-    buffer = io.BytesIO()
-    metadata = {FOOTER_KEY: entry.to_json().encode()}
-    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
-    store.write_bytes(store.join(data_uri, entry.file_name), buffer.getvalue())
+    entry, data = encode_file(table, rows)
+    store.write_bytes(store.join(data_uri, entry.file_name), data)
     return entry
+
+
+def encode_file(table: pa.Table, rows: NDArray[np.int64]) -> tuple[FileEntry, bytes]:
+    """A table of the output and its ascending row numbers -> a Parquet file whose footer says which rows it holds."""
+    entry = FileEntry(to_ranges(rows), pc.sum(pc.equal(table.column("status"), "error")).as_py() or 0)
+    buffer = io.BytesIO()
+    marked = table.replace_schema_metadata({FOOTER_KEY: entry.to_json().encode()})
+    pq.write_table(marked, buffer, compression="zstd")
+    return entry, buffer.getvalue()
+
+
+def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
+    """An output file's row numbers, ascending, and its rows."""
+    with store.open_file(uri) as file:
+        table = pq.read_table(file)
+    entry = FileEntry.from_json(table.schema.metadata[FOOTER_KEY])
+    return entry.rows, table.replace_schema_metadata(None)
 
 
 def read_results(output: str) -> pa.Table:
     """All rows of a run, in the order of the input. Schema OUTPUT + kept columns."""
-    data_uri = store.join(output, "data")
-    tables, numbers = [], [np.empty(0, np.int64)]
-    for uri in [info.uri for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]:
-        with store.open_file(uri) as file:
-            table = pq.read_table(file)
-        ranges = FileEntry.from_json(table.schema.metadata[FOOTER_KEY]).ranges
-        numbers += [np.arange(start, stop) for start, stop in ranges]
-        tables.append(table.replace_schema_metadata(None))
-    whole = pa.concat_tables(tables or [schema.OUTPUT.empty_table()])
-    return whole.take(np.argsort(np.concatenate(numbers)))
+    uris = [info.uri for info in store.list_files(store.join(output, "data")) if info.uri.endswith(".parquet")]
+    files = [read_file(uri) for uri in uris]
+    whole = pa.concat_tables([table for _, table in files] or [schema.OUTPUT.empty_table()])
+    return whole.take(np.argsort(np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in files)])))
 
 
 def remove_temporaries(data_uri: str) -> None:

@@ -1,23 +1,28 @@
-"""Files by URI, local or in an object store: list, read, write at once, remove. The only module that knows fsspec."""
+"""Files by URI, local or in an object store: list, read, write at once, remove. The only module that knows fsspec.
+
+What fails for a reason of its own raises OSError; what fails because the store does, StoreFault.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.retries import MORE_ATTEMPTS, FinalFault, StoreFault, is_final, retried
 
 TEMPORARY_SUFFIX = ".tmp"
 
-READ_ATTEMPTS, _FIRST_PAUSE_S = 3, 0.2
 _EXTRAS = {
     "http": "http",
     "https": "http",
@@ -28,14 +33,18 @@ _EXTRAS = {
     "abfs": "azure",
     "abfss": "azure",
 }
-# Trying again cannot help against these.
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_WEB = ("http", "https")
+_FINAL_NAMES = ("ParamValidationError",)  # botocore's, for the name of a bucket that cannot be one
+_MAPPED_BLOCK_BYTES = 4 << 20
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class FileInfo:
     uri: str
-    num_bytes: int
+    num_bytes: int  # -1: the store does not say
     is_regular: bool = True  # False for a pipe, a socket or a device, which may never end
 
 
@@ -51,13 +60,37 @@ def open_store(uri: str) -> tuple[Any, str]:
     protocol = uri.split("://", 1)[0]
     try:
         # Not fsspec's url_to_fs: it takes a `::` in a name for a chain of file systems.
-        kind = fsspec.get_filesystem_class(protocol)
+        kind = _file_system(protocol)
         return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
         install = f"; pip install 'ovis2-ray[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
-        raise StoreError(f"{uri}: {error}{install}") from error
+        raise StoreError(f"{shown(uri)}: {error}{install}") from error
     except ValueError as error:
-        raise StoreError(f"{uri}: {error}") from error
+        raise StoreError(f"{shown(uri)}: {error}") from error
+
+
+def _file_system(protocol: str) -> Any:
+    if protocol not in _WEB:
+        return fsspec.get_filesystem_class(protocol)
+    from pipelines.http import WebFileSystem  # fsspec's own follows any redirect anywhere and reads without end
+
+    return WebFileSystem
+
+
+def allow_private_addresses(allowed: bool) -> None:
+    """Whether this process may ask hosts inside its own network by http, as INPUT of strangers should not make it."""
+    fsspec.config.conf.setdefault("http", {})["allow_private"] = allowed
+
+
+def shown(uri: str) -> str:
+    """A URI or an id for people to read: without user and password, of a URL without its query (a signature?)."""
+    plain = re.sub(r"(?<=://)[^/?#]*@", "", uri)
+    return re.sub(r"\?[^#]*", "", plain) if uri.partition("://")[0] in _WEB else plain
+
+
+def name_of(uri: str) -> str:
+    """Where the suffix of a file is found: of a URL, without its query."""
+    return re.split("[?#]", uri, maxsplit=1)[0] if uri.partition("://")[0] in _WEB else uri
 
 
 @contextmanager
@@ -67,14 +100,22 @@ def _faults_as_os_errors() -> Iterator[None]:
         yield
     except (OSError, StoreError):
         raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise FinalFault(f"{type(error).__name__}: {error}") from error
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        name = type(error).__name__
+        raise (FinalFault if name in _FINAL_NAMES else OSError)(f"{name}: {error}") from error
 
 
 def absolute_uri(uri: str) -> str:
     """A local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
     fs, path = open_store(uri)
     return path if isinstance(fs, LocalFileSystem) else uri
+
+
+def place_of(uri: str) -> str:
+    """The store of `uri`: protocol and bucket or host, "" for this machine's files."""
+    return "/".join(uri.split("/")[:3]) if "://" in uri else ""
 
 
 def join(uri: str, *names: str) -> str:
@@ -86,68 +127,117 @@ def list_files(uri: str) -> list[FileInfo]:
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path), key=lambda info: info.uri)
-    with _faults_as_os_errors():
-        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.find(path, detail=True))
     return [_info(fs, name, found[name]) for name in sorted(found)]
 
 
 def glob_files(uri: str) -> list[FileInfo]:
     """The files that match, without directories, sorted by name. Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        found: dict[str, dict[str, Any]] = fs.glob(path, detail=True)
+    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.glob(path, detail=True))
     return [_info(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
 
 
 def find_file(uri: str) -> FileInfo | None:
     """What is at `uri` unless that is a directory or nothing. Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        return _info(fs, path, fs.info(path)) if fs.exists(path) and not fs.isdir(path) else None
+    if isinstance(fs, LocalFileSystem):
+        return _local_info(path) if fs.exists(path) and not fs.isdir(path) else None
+    try:
+        info = _tried(fs, lambda: fs.info(path))
+    except FileNotFoundError:
+        return None
+    return _info(fs, path, info) if info["type"] != "directory" else None
 
 
 def is_directory(uri: str) -> bool:
     """Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        return bool(fs.isdir(path))
+    return bool(_tried(fs, lambda: fs.isdir(path)))
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """The whole file or bytes `start` up to `stop`, fewer if it ends before.
 
-    Raises OSError; faults that may pass are tried again twice.
+    Raises OSError.
     """
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(f"{path} is not a regular file")  # a pipe may never end
-    for attempt in range(1, READ_ATTEMPTS + 1):
-        try:
-            with _faults_as_os_errors():
-                data: bytes = fs.cat_file(path, start=start, end=stop)
-            return data
-        except _FINAL:
+    data: bytes = _tried(fs, lambda: fs.cat_file(path, start=start, end=stop))
+    return data
+
+
+def can_read(uri: str, offset: int) -> bool:
+    """Whether the store hands out the byte there now, asked once."""
+    fs, path = open_store(uri)
+    try:
+        with _faults_as_os_errors():
+            return len(fs.cat_file(path, start=offset, end=offset + 1)) == 1
+    except OSError:
+        return False
+
+
+def _tried(fs: Any, action: Callable[[], T]) -> T:
+    """`action`, with the faults that may pass tried again. One that never does is a StoreFault, but on the web, where
+    each host is one of many: there every fault is an OSError."""
+
+    def attempt() -> T:
+        with _faults_as_os_errors():
+            return action()
+
+    if "http" in fs.protocol:
+        return retried(attempt)
+    try:
+        return retried(attempt, MORE_ATTEMPTS)
+    except OSError as error:
+        if is_final(error):
             raise
-        except OSError:
-            if attempt == READ_ATTEMPTS:
-                raise
-            time.sleep(pause_s(attempt))
-    raise AssertionError("unreachable")
-
-
-def pause_s(attempt: int) -> float:
-    """How long to wait after the first, second ... attempt failed."""
-    return float(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+        raise StoreFault(f"the store failed {MORE_ATTEMPTS} times: {error}") from error
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:
     """A binary file object that reads the parts it is asked for, from an object store in blocks of this size.
 
-    Raises OSError.
+    Raises OSError, as its `read` does.
     """
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        return fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {}))
+    file = _tried(fs, lambda: fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {})))
+    return file if isinstance(fs, LocalFileSystem) else _PatientFile(fs, file)
+
+
+def map_file(uri: str) -> Any:
+    """A binary file for Arrow, in memory only where it is looked at if it is local. Raises OSError."""
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pa.memory_map(path)
+    return pa.PythonFile(open_file(uri, _MAPPED_BLOCK_BYTES), mode="r")
+
+
+class _PatientFile:
+    """A file of a store whose reads are tried again."""
+
+    def __init__(self, fs: Any, file: Any) -> None:
+        self._fs, self._file = fs, file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _PatientFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def read(self, size: int = -1) -> bytes:
+        at = self._file.tell()
+
+        def read() -> bytes:
+            self._file.seek(at)
+            data: bytes = self._file.read(size)
+            return data
+
+        return _tried(self._fs, read)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -157,8 +247,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     fs, path = open_store(uri)
     if not isinstance(fs, LocalFileSystem):
-        with _faults_as_os_errors():
-            fs.pipe_file(path, data)
+        _tried(fs, lambda: fs.pipe_file(path, data))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,18 +262,32 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def move(source: str, target: str) -> None:
+    """One file to another place of the same store: renamed locally, copied there and removed elsewhere.
+
+    The target is whole whenever the process dies. Raises OSError.
+    """
+    fs, path = open_store(source)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).replace(target)
+        return
+    with _faults_as_os_errors():
+        fs.cp_file(path, open_store(target)[1])
+        fs.rm_file(path)
+
+
 def remove(uri: str) -> None:
     """One file; fine if it is gone. Raises OSError."""
     fs, path = open_store(uri)
-    with _faults_as_os_errors():
-        if fs.exists(path):
-            fs.rm_file(path)
+    with suppress(FileNotFoundError):
+        _tried(fs, lambda: fs.rm_file(path))
 
 
 def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
     if isinstance(fs, LocalFileSystem):
         return _local_info(name)
-    return FileInfo(fs.unstrip_protocol(name), int(info.get("size") or 0))
+    size = info.get("size")
+    return FileInfo(fs.unstrip_protocol(name), -1 if size is None else int(size))
 
 
 def _walk(directory: str) -> Iterator[FileInfo]:

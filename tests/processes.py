@@ -31,11 +31,12 @@ class Job:
 
     arguments: list[str]
     ray_address: str | None = None  # None: the job starts a Ray of its own
+    environment: dict[str, str] = field(default_factory=dict)  # added to that of this process
     process: subprocess.Popen[str] = field(init=False)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self) -> Job:
-        environment = {**os.environ, _MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **self.environment, _MARK: self.mark, "PYTHONPATH": str(ROOT)}
         environment.pop("RAY_ADDRESS", None)
         if self.ray_address:
             environment["RAY_ADDRESS"] = self.ray_address
@@ -61,6 +62,10 @@ class Job:
         """SIGKILL the driver alone, as an out-of-memory killer would."""
         self.process.kill()
         self.process.communicate()
+
+    def actors(self, stage: str) -> list[int]:
+        """Processes of the actors of a stage, by the name that Ray gives them."""
+        return [pid for pid in self._descendants() if stage in _command_of(pid)]
 
     def wait_until_all_gone(self, timeout_s: float = 60) -> None:
         """Until no process that this job started is left. Raises AssertionError if some stay.
@@ -89,6 +94,13 @@ class Job:
         return found
 
 
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+    except OSError:
+        return ""  # gone
+
+
 @dataclass(frozen=True)
 class Finished:
     exit_code: int
@@ -102,10 +114,10 @@ class Finished:
         return summary
 
 
-def run_caption(*arguments: object, ray_address: str | None = None) -> Finished:
+def run_caption(*arguments: object, ray_address: str | None = None, timeout_s: float = 110) -> Finished:
     """`python -m jobs.caption ...` to its end, with nothing left behind."""
     job = Job(["jobs.caption", *map(str, arguments)], ray_address).start()
-    finished = job.finish()
+    finished = job.finish(timeout_s)
     job.wait_until_all_gone()
     return finished
 

@@ -194,6 +194,14 @@ def test_a_request_that_never_fits_says_by_how_much() -> None:
         engine.generate([request], SamplingParams(max_new_tokens=3000))
 
 
+def test_a_prompt_that_never_fits_into_a_pass_says_by_how_much() -> None:
+    budget = Budget(kv_tokens=4000, prompt_tokens=100)
+    engine = OvisEngine(engine_of("tiny56-tied").model, budget=budget)
+    request = Request(np.ones(130, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
+    with pytest.raises(RequestError, match="130 prompt tokens are 30 over the 100 that the device has memory for"):
+        engine.generate([request], GREEDY)
+
+
 def test_no_requests_no_completions() -> None:
     assert engine_of("tiny56-tied").generate([], GREEDY) == []
 

@@ -16,9 +16,11 @@ from ovis_model.types import IMAGE_START_ID
 from pipelines import fetch, preprocess
 from pipelines.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
-from pipelines.manifest import write_manifest
+from pipelines.ledger import RowRange
+from pipelines.manifest import read_rows, write_manifest
 from pipelines.preprocess import Preprocess
 from pipelines.sources import list_rows
+from pipelines.sources.rows import ImageRef
 from tests.conftest import ROOT
 from tests.golden_data import checkpoint_dir
 
@@ -80,6 +82,43 @@ def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path, monkeypatch: py
     rows = rows_of(pictures, tmp_path / "out")
     assert {row["stage"] for row in rows} == {"read"}
     assert "over the limit of 100" in str(rows[0]["error"])
+
+
+@pytest.mark.parametrize("sizes_are_known", [True, False])
+def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes_are_known: bool) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        (tmp_path / "in" / f"{i:02}.png").write_bytes(bytes([i]) * 300)
+    lines = "\n".join(json.dumps({"image": f"{i:02}.png"}) for i in range(30))
+    (tmp_path / "in" / "rows.jsonl").write_text(lines)
+    monkeypatch.setattr(preprocess, "AHEAD_BYTES", 1000)
+    monkeypatch.setattr(fetch, "_SHARE_BYTES", 100)
+    read = fetch.store.read_bytes
+    num_read = [0]
+
+    def count(uri: str, start: int = 0, stop: int = 0) -> bytes:
+        data = read(uri, start, stop)
+        num_read[0] += len(data)
+        return data
+
+    monkeypatch.setattr(fetch.store, "read_bytes", count)
+    stage, _ = stage_of(tmp_path / "in" / ("*.png" if sizes_are_known else "rows.jsonl"), tmp_path / "out")
+    rows = read_rows(str(tmp_path / "out"), RowRange(0, 30)).to_pylist()
+    done = 0
+    for i, (_, images) in enumerate(stage._fetched(rows)):
+        assert num_read[0] - done <= 1000 + 300
+        assert images.result() == [bytes([i]) * 300], "also of those that were longer than their share"
+        done = (i + 1) * (300 if sizes_are_known else 300 + 101)
+    assert i == 29
+
+
+def test_the_images_of_a_row_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(b"x" * 60)
+    monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 100)
+    image = ImageRef("file", str(tmp_path / "a.png"), num_bytes=60)
+    assert len(fetch.Fetcher().fetch([image])) == 1
+    with pytest.raises(OSError, match="over the limit of 100"):
+        fetch.Fetcher().submit([image, image]).result()
 
 
 def test_an_unreadable_file_is_an_error_row(pictures: Path, tmp_path: Path) -> None:

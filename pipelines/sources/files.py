@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
 
 from pipelines import store
 from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, chunks_of
@@ -22,22 +21,11 @@ def list_files(infos: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
     return chunks_of(map(_row, infos), columns.keep)
 
 
-def images_below(uri: str) -> Iterator[FileInfo]:
-    """The files of a directory that are named as images; the others are counted and told."""
-    others: Counter[str] = Counter()
-    for info in store.list_files(uri):
-        suffix = PurePosixPath(info.uri).suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
-            yield info
-        else:
-            others[suffix or "no suffix"] += 1
-    log_left_out(uri, others)
-
-
 def log_left_out(uri: str, others: Counter[str]) -> None:
+    """`others` counts files by the end of their names."""
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        logger.warning("%s: left out %d files that are not named as images (%s)", uri, others.total(), counts)
+        logger.warning("%s: left out %d files (%s)", store.shown(uri), others.total(), counts)
 
 
 def _row(info: FileInfo) -> Row:

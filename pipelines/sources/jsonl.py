@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from pipelines import store
-from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, SourceError, chunks_of, resolve, row_error, text_of
+from pipelines.sources.rows import (
+    Chunk,
+    Columns,
+    ImageRef,
+    Row,
+    SourceError,
+    chunks_of,
+    json_object,
+    resolve,
+    row_error,
+    text_of,
+)
 from pipelines.store import FileInfo
 
 MAX_LINE_BYTES = 16 << 20
-_IMAGE_FIELDS = ("image", "uri")
+_IMAGE_FIELDS = ("image", "uri", "file_name")
 _BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
 
 
@@ -32,20 +42,23 @@ def _rows(uri: str, columns: Columns) -> Iterator[Row]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         yield _error_row(uri, number + 1, f"the file is damaged behind line {number}, nothing more is read: {error}")
     except OSError as error:
-        raise SourceError(f"cannot read {uri}: {error}") from error
+        raise SourceError(f"cannot read {store.shown(uri)}: {error}") from error
 
 
 def _lines(file: Any, uri: str) -> Iterator[bytes]:
-    """Lines; what is longer than MAX_LINE_BYTES is cut one byte behind it."""
+    """Lines; what is longer than MAX_LINE_BYTES is cut a block behind it."""
     # read1: what was unpacked before damage is not lost with it.
-    read = gzip.GzipFile(fileobj=file).read1 if uri.lower().endswith(".gz") else file.read
-    begun = b""
+    read = gzip.GzipFile(fileobj=file).read1 if store.name_of(uri).lower().endswith(".gz") else file.read
+    begun = bytearray()
     while block := read(_READ_BYTES):
-        *lines, begun = (begun + block).split(b"\n")
-        yield from lines
-        begun = begun[: MAX_LINE_BYTES + 1]
+        first, *others = block.split(b"\n")
+        if len(begun) <= MAX_LINE_BYTES:
+            begun += first
+        for line in others:
+            yield bytes(begun)
+            begun = bytearray(line)
     if begun:
-        yield begun
+        yield bytes(begun)
 
 
 def _row(uri: str, number: int, line: bytes, columns: Columns) -> Row:
@@ -73,18 +86,7 @@ def _values(line: bytes) -> dict[str, Any]:
     """Raises ValueError, which JSON and Unicode errors are."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES:,} bytes")
-    text = line.decode("utf-8-sig")
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
-    if "\\ud" in text.lower():
-        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair cannot be stored
-    return values
+    return json_object(line)
 
 
 def _images(uri: str, values: dict[str, Any], column: str | None) -> tuple[ImageRef, ...]:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 
-from pipelines import schema
+from pipelines import schema, store
 from pipelines.config import CaptionConfig
 from pipelines.sources.files import IMAGE_SUFFIXES
+from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
 from pipelines.sources.questions import Asker
 from pipelines.sources.rows import Chunk, SourceError
 from pipelines.sources.shards import list_chunks
 
 
-def list_rows(config: CaptionConfig) -> Listing:
-    """The rows of all inputs. Raises SourceError if there are none, if two share an id or if a column is unknown."""
+def list_rows(config: CaptionConfig, known: Known | None = None) -> Listing:
+    """The rows of all inputs, without those that are `known`. To be closed.
+
+    Raises SourceError if there are none at all, if a column is unknown or, unless --on-duplicate-id says otherwise, if
+    two share an id.
+    """
+    store.allow_private_addresses(config.allow_private_addresses)
     listing = Listing(config.keep_columns)
     try:
         _list_into(listing, config)
+        listing.settle_ids(config.on_duplicate_id, known or Known())
     except OSError as error:
         listing.__exit__()
-        raise SourceError(f"cannot list {', '.join(config.input)}: {error}") from error
+        raise SourceError(f"cannot list {_shown(config)}: {error}") from error
     except BaseException:
         listing.__exit__()
         raise
     return listing
+
+
+def _shown(config: CaptionConfig) -> str:
+    return ", ".join(map(store.shown, config.input))
 
 
 def _list_into(listing: Listing, config: CaptionConfig) -> None:
@@ -39,12 +46,11 @@ def _list_into(listing: Listing, config: CaptionConfig) -> None:
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
-            f"no rows in {', '.join(config.input)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
+            f"no rows in {_shown(config)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "shards (.tar .parquet .jsonl) in a directory are given as a glob such as DIRECTORY/*.tar"
         )
     asker.finish()
     listing.check_kept()
-    listing.check_unique()
 
 
 def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
@@ -65,7 +71,8 @@ class Listing:
         self.kept = pa.schema([pa.field(name, pa.null()) for name in keep])
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the listing)
         self._lengths: list[int] = []
-        self._hashes = array("Q")
+        self._ids = IdIndex()
+        self._changes = Changes()
 
     def __enter__(self) -> Listing:
         return self
@@ -81,7 +88,7 @@ class Listing:
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         self._lengths.append(self._file.write(sink.getvalue()))
-        self._hashes.extend(map(_hash, table.column("id").to_pylist()))
+        self._ids.add(table)
         self.num_rows += len(table)
 
     def _with_kept(self, table: pa.Table, kept: pa.Table) -> pa.Table:
@@ -89,7 +96,7 @@ class Listing:
         try:
             self.kept = pa.unify_schemas([self.kept, types], promote_options="permissive")
         except pa.ArrowException as error:
-            id_ = table.column("id")[0]
+            id_ = store.shown(table.column("id")[0].as_py())
             raise SourceError(
                 f"a kept column has another type from {id_} on than before ({error}); make it one type or leave it "
                 "out of --keep-columns"
@@ -99,7 +106,7 @@ class Listing:
     def tables(self) -> Iterator[pa.Table]:
         """Schema `schema.manifest(kept)` without `row`."""
         whole = schema.manifest(self.kept).remove(0)
-        for table in self._stored():
+        for table in self._changes.applied(self._stored()):
             columns = [table.column(name) for name in schema.MANIFEST.names[1:]]
             if len(self.kept):
                 columns.append(self._kept_of(table))
@@ -110,6 +117,11 @@ class Listing:
         if len(self.kept):
             for table in self._stored():
                 self._kept_of(table)
+
+    def settle_ids(self, on_duplicate: OnDuplicate, known: Known) -> None:
+        """So that every id is there once and none is known. Raises SourceError."""
+        self._changes = self._ids.settle(self._stored, on_duplicate, known)
+        self.num_rows -= len(self._changes.left_out)
 
     def _kept_of(self, table: pa.Table) -> pa.Array:
         try:
@@ -124,22 +136,3 @@ class Listing:
         self._file.seek(0)
         for length in self._lengths:
             yield pa.ipc.open_stream(self._file.read(length)).read_all()
-
-    def check_unique(self) -> None:
-        """Raises SourceError naming ids that several rows share."""
-        hashes = np.sort(np.frombuffer(self._hashes, np.uint64))
-        repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-        if not repeated:
-            return
-        ids = (id_ for table in self._stored() for id_ in table.column("id").to_pylist())
-        counts = Counter(id_ for id_ in ids if _hash(id_) in repeated)
-        if num_extra := counts.total() - len(counts):
-            shown = ", ".join(f"{id_} ({n} times)" for id_, n in counts.most_common(10) if n > 1)
-            raise SourceError(
-                f"{num_extra} rows repeat an id; list each file once, or choose an --id-column whose values are "
-                f"unique. The most frequent: {shown}"
-            )
-
-
-def _hash(id_: str) -> int:
-    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest())

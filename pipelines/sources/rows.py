@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 ROWS_PER_CHUNK = 1 << 12
+MAX_DEPTH = 40  # of JSON; Arrow stores columns that are nested up to 64 deep
 
-Kind = Literal["file", "tar", "tgz", "parquet"]
+Kind = Literal["file", "tar", "tgz", "parquet", "arrow"]
 
 
 class SourceError(ValueError):
@@ -26,6 +28,7 @@ class ImageRef(NamedTuple):
     tar       uri, offset, num_bytes, member (its name)
     tgz       the same, offset in the unpacked stream
     parquet   uri, row (of the file), member (the column); stands for all images of that cell, maybe none
+    arrow     the same, row of the batch that is the message at offset, of num_bytes
     """
 
     kind: Kind
@@ -92,6 +95,29 @@ def _array(rows: Sequence[Row], name: str) -> pa.Array:
             f"column {name!r} holds values of several types between {rows[0].id} and {rows[-1].id} ({error}); "
             "make them one type or leave it out of --keep-columns"
         ) from error
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """What a JSON text from a stranger holds. Raises ValueError, which JSON and Unicode errors are."""
+    text = data.decode("utf-8-sig")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(values) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if "\\ud" in text.lower():
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair cannot be stored
+    return values
+
+
+def _depth(value: Any) -> int:
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, below), default=0)
 
 
 def text_of(value: Any) -> str | None:

@@ -8,22 +8,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby, islice
 
 from pipelines import store
-from pipelines.sources.files import images_below, list_files
+from pipelines.sources.arrow import list_arrow
+from pipelines.sources.directories import KINDS, files_in, kind_of
+from pipelines.sources.files import list_files
 from pipelines.sources.jsonl import list_jsonl
 from pipelines.sources.parquet import list_parquet
 from pipelines.sources.rows import Chunk, Columns, SourceError
 from pipelines.sources.tar import list_tar
 from pipelines.store import FileInfo
 
-_KINDS = {
-    ".tar": "tar",
-    ".tar.gz": "tgz",
-    ".tgz": "tgz",
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-}
-_MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".arrow", ".feather", ".lance")
+_MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".feather", ".lance")
 _GLOB_CHARACTERS = frozenset("*?[")
 _SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
 
@@ -68,6 +62,8 @@ def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
     match _kind(shard):
         case "parquet":
             return list_parquet(shard, columns)
+        case "arrow":
+            return list_arrow(shard, columns)
         case "jsonl":
             return list_jsonl(shard, columns)
         case kind:
@@ -78,22 +74,22 @@ def _expand(uri: str) -> Iterable[FileInfo]:
     if info := store.find_file(uri):
         return [info]
     if store.is_directory(uri):
-        return images_below(uri)
+        return files_in(uri)
     if not _GLOB_CHARACTERS & set(uri):
-        raise SourceError(f"input {uri!r} does not exist")
+        raise SourceError(f"input {store.shown(uri)!r} does not exist")
     if not (infos := store.glob_files(uri)):
-        raise SourceError(f"no files match {uri!r}")
+        raise SourceError(f"no files match {store.shown(uri)!r}")
     return infos
 
 
 def _kind(info: FileInfo) -> str:
     """A file that is named is taken as an image whatever it is called, unless it holds many rows."""
-    name = info.uri.lower()
-    kind = next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), "file")
+    name = store.name_of(info.uri).lower()
+    kind = kind_of(info.uri)
     if kind != "file" and (not info.is_regular or not _is_unicode(info.uri)):
-        raise SourceError(f"{info.uri!r} is not a regular file with a name in UTF-8; rename or replace it")
+        raise SourceError(f"{store.shown(info.uri)!r} is not a regular file with a name in UTF-8; rename or replace it")
     if name.endswith(_MANY_ROWS):
-        raise SourceError(f"{info.uri}: shards of this kind are not read; make them {' '.join(_KINDS)}")
+        raise SourceError(f"{store.shown(info.uri)}: shards of this kind are not read; make them {' '.join(KINDS)}")
     return kind
 
 

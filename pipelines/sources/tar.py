@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
+import sys
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines import store
 from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
-from pipelines.sources.rows import Chunk, Columns, ImageRef, Kind, Row, SourceError, chunks_of, row_error, text_of
+from pipelines.sources.rows import (
+    Chunk,
+    Columns,
+    ImageRef,
+    Kind,
+    Row,
+    SourceError,
+    chunks_of,
+    json_object,
+    row_error,
+    text_of,
+)
 from pipelines.store import FileInfo
 
 MAX_MEMBERS = 10_000_000
 MAX_SIDECAR_BYTES = 4 << 20
 MAX_UNPACKED_BYTES = 1 << 40  # of a tar.gz: what lies behind would take an hour to reach
+_MOST_PACKED = 200  # times; gzip packs zeros 1,000 times
 _MAX_HEADER_BYTES = 1 << 20  # of long names and extended headers, which are read whole
 _BLOCK_BYTES = 1 << 20  # members shorter than this cost no request of their own, longer ones are passed over
 
@@ -35,56 +47,67 @@ def list_tar(info: FileInfo, kind: Kind, columns: Columns) -> Iterator[Chunk]:
 
     No image is read; sidecars (.json, .txt) only if a column is wanted.
     """
-    index = _Index(info.uri, kind, columns.wanted)
+    index = _Index(info, kind, columns.wanted)
     damage = index.read()
     log_left_out(info.uri, index.others)
-    rows = [row for sample in index.samples if (row := sample.row(index, columns)) is not None]
+    return chunks_of(_rows(index, columns, damage), columns.keep, frozenset(index.names))
+
+
+def _rows(index: _Index, columns: Columns, damage: str | None) -> Iterator[Row]:
+    for place, sample in index.samples.items():
+        key, number = (place, 1) if isinstance(place, str) else place
+        yield sample.row(key, number, index, columns)
     if damage is not None:
-        rows.append(Row(f"{info.uri}#byte-{index.end}", info.uri, error=damage))
-    return chunks_of(rows, columns.keep, frozenset(index.names))
+        yield Row(f"{index.uri}#byte-{index.end}", index.uri, error=damage)
 
 
-@dataclass
+class _Member(NamedTuple):
+    """An image: what follows the key in its name, and its place."""
+
+    extension: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(slots=True)
 class _Sample:
-    """Members of one key. `id_key` differs from the key from the second sample of a key on."""
+    """Members of one key, of each extension one. As small as may be: there are millions."""
 
-    id_key: str
-    extensions: set[str] = field(default_factory=set)
-    images: list[ImageRef] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
-    has_sidecar: bool = False
+    extensions: tuple[str, ...] = ()
+    images: tuple[_Member, ...] = ()
+    values: dict[str, Any] | None = None
     error: str = ""
 
-    def row(self, index: _Index, columns: Columns) -> Row | None:
-        """None if nothing in it is ours, such as a sample of sound."""
-        if not (self.images or self.has_sidecar or self.error):
-            return None
-        prompt = text_of(self.values.get(columns.prompt or ""))
-        id_ = text_of(self.values.get(columns.id or "")) or f"{index.uri}#{self.id_key}"
-        error = self.error or row_error(self.images, prompt, f"key {self.id_key}")
-        return Row(id_, index.uri, tuple(self.images), prompt, self.values, error)
+    def row(self, key: str, number: int, index: _Index, columns: Columns) -> Row:
+        values = self.values or {}
+        prompt = text_of(values.get(columns.prompt or ""))
+        id_ = text_of(values.get(columns.id or "")) or f"{index.uri}#{key}{f'~{number}' if number > 1 else ''}"
+        images = tuple(ImageRef(index.kind, index.uri, at, size, f"{key}.{end}") for end, at, size in self.images)
+        return Row(id_, index.uri, images, prompt, values, self.error or row_error(images, prompt, f"key {key}"))
 
 
 class _Index:
     """Reads the headers of a tar and the `wanted` columns of its sidecars; `end` is how far it came, in bytes."""
 
-    def __init__(self, uri: str, kind: Kind, wanted: frozenset[str]) -> None:
-        self.uri, self._kind, self._wanted = uri, kind, wanted
+    def __init__(self, info: FileInfo, kind: Kind, wanted: frozenset[str]) -> None:
+        self.uri, self.kind, self._wanted = info.uri, kind, wanted
+        self._most_bytes = _most_unpacked(info.num_bytes) if kind == "tgz" else None
         self.names: set[str] = set()
-        self.samples: list[_Sample] = []
-        self._samples_of: dict[str, list[_Sample]] = {}
+        self.samples: dict[str | tuple[str, int], _Sample] = {}  # by key; with a number from the second of a key on
+        self._repeats: dict[tuple[str, str], int] = {}
+        self._extensions: dict[tuple[str, ...], tuple[str, ...]] = {}  # one of each
         self.others: Counter[str] = Counter()
         self.end = 0
 
     def read(self) -> str | None:
         """What is wrong with the tar, None if it is whole. Raises SourceError if it cannot be opened or read."""
         try:
-            with _open(self.uri, self._kind) as file:
+            with _open(self.uri, self.kind) as file:
                 self._read_members(file)
         except _DAMAGE as error:
             return f"the tar is damaged at byte {self.end:,} of its unpacked form, nothing behind is read: {error}"
         except OSError as error:
-            raise SourceError(f"cannot read {self.uri}: {error}") from error
+            raise SourceError(f"cannot read {store.shown(self.uri)}: {error}") from error
         return None
 
     def _read_members(self, file: Any) -> None:
@@ -104,8 +127,8 @@ class _Index:
             raise tarfile.ReadError(f"more than {MAX_MEMBERS:,} members; use smaller shards")
         if member.size < 0 or member.offset_data < self.end:
             raise tarfile.ReadError("a header with a negative size")
-        if self._kind == "tgz" and member.offset_data + member.size > MAX_UNPACKED_BYTES:
-            raise tarfile.ReadError(f"more than {MAX_UNPACKED_BYTES:,} bytes unpacked; use smaller shards")
+        if self._most_bytes is not None and member.offset_data + member.size > self._most_bytes:
+            raise tarfile.ReadError(f"more than {self._most_bytes:,} bytes unpacked; use plain tar or smaller shards")
 
     def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         if member.isdir():
@@ -116,32 +139,27 @@ class _Index:
         if match is None or suffix not in IMAGE_SUFFIXES | {".json", ".txt"}:
             self.others[suffix or "no suffix"] += 1
             return
-        sample = self._sample(match[1], match[2].lower())
+        sample = self._sample(match[1], sys.intern(match[2].lower()))
         if suffix in IMAGE_SUFFIXES:
-            self._add_image(sample, member, name)
-        else:
-            sample.has_sidecar = True
-            if self._wanted:
-                self._add_sidecar(sample, tar, member, name)
+            self._add_image(sample, member, name, sys.intern(match[2]))
+        elif self._wanted:
+            self._add_sidecar(sample, tar, member, name)
 
     def _sample(self, key: str, extension: str) -> _Sample:
         """The first sample of the key that has no such member yet, or a further one."""
-        samples = self._samples_of.setdefault(key, [])
-        for sample in samples:
-            if extension not in sample.extensions:
-                break
-        else:
-            sample = _Sample(f"{key}~{len(samples) + 1}" if samples else key)
-            samples.append(sample)
-            self.samples.append(sample)
-        sample.extensions.add(extension)
+        sample = self.samples.setdefault(key, _Sample())
+        if extension in sample.extensions:
+            number = self._repeats[key, extension] = self._repeats.get((key, extension), 1) + 1
+            sample = self.samples.setdefault((key, number), _Sample())
+        extensions = (*sample.extensions, extension)
+        sample.extensions = self._extensions.setdefault(extensions, extensions)
         return sample
 
-    def _add_image(self, sample: _Sample, member: tarfile.TarInfo, name: str) -> None:
+    def _add_image(self, sample: _Sample, member: tarfile.TarInfo, name: str, extension: str) -> None:
         if not member.isreg() or member.issparse():
             sample.error = f"{name} is a {'sparse file' if member.isreg() else 'link or device'}; only files are read"
             return
-        sample.images.append(ImageRef(self._kind, self.uri, member.offset_data, member.size, name))
+        sample.images += (_Member(extension, member.offset_data, member.size),)
 
     def _add_sidecar(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
         if not member.isreg() or member.issparse() or member.size > MAX_SIDECAR_BYTES:
@@ -155,7 +173,15 @@ class _Index:
             sample.error = f"{name} cannot be read: {error}"
         else:
             self.names |= values.keys()
-            sample.values.update((key, value) for key, value in values.items() if key in self._wanted)
+            wanted = {key: value for key, value in values.items() if key in self._wanted}
+            sample.values = {**(sample.values or {}), **wanted}
+
+
+def _most_unpacked(num_bytes: int) -> int:
+    """Of a tar.gz of so many bytes: pictures pack badly, so much more is none of them but a trap."""
+    if num_bytes < 0:
+        return MAX_UNPACKED_BYTES
+    return min(MAX_UNPACKED_BYTES, max(1 << 30, _MOST_PACKED * num_bytes))
 
 
 def _check_tail(file: Any) -> None:
@@ -166,14 +192,7 @@ def _check_tail(file: Any) -> None:
 
 def _values(name: str, data: bytes) -> dict[str, Any]:
     """Of a sidecar. Raises ValueError."""
-    text = data.decode("utf-8-sig")
-    if name.lower().endswith(".txt"):
-        return {"txt": text.strip()}
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ValueError("it is not a JSON object")
-    json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair cannot be stored
-    return values
+    return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else json_object(data)
 
 
 @contextmanager

@@ -1,0 +1,103 @@
+"""What a directory holds: pictures, shards, or a dataset as Hugging Face's libraries leave it on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from pipelines import store
+from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
+from pipelines.sources.rows import SourceError
+from pipelines.store import FileInfo
+
+KINDS = {
+    ".tar": "tar",
+    ".tar.gz": "tgz",
+    ".tgz": "tgz",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+}
+_METADATA = "metadata.jsonl"
+_UNREAD_METADATA = ("metadata.csv", "metadata.parquet")
+
+logger = logging.getLogger(__name__)
+
+
+def kind_of(uri: str) -> str:
+    """Of a shard by its name, or "file"."""
+    name = store.name_of(uri).lower()
+    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "file")
+
+
+def files_in(uri: str) -> Iterable[FileInfo]:
+    """The files that INPUT stands for if it is a directory. Raises SourceError if that is not clear."""
+    if saved := _saved_dataset(uri):
+        return saved
+    infos = store.list_files(uri)
+    images = [info for info in infos if PurePosixPath(info.uri).suffix.lower() in IMAGE_SUFFIXES]
+    if any(info.uri.rpartition("/")[2] in (_METADATA, *_UNREAD_METADATA) for info in infos) and images:
+        return _image_folder(uri, infos, images)
+    taken = images or _shards(uri, infos)
+    left_out = {info.uri for info in infos}.difference(info.uri for info in taken)
+    log_left_out(uri, Counter(PurePosixPath(other).suffix.lower() or "no suffix" for other in left_out))
+    return taken
+
+
+def _saved_dataset(uri: str) -> list[FileInfo]:
+    """The shards of `Dataset.save_to_disk`, of all splits of a `DatasetDict`; nothing if it is neither."""
+    splits = _json(uri, "dataset_dict.json").get("splits")
+    if isinstance(splits, list):
+        return [info for split in splits for info in _saved_dataset(store.join(uri, str(split)))]
+    files = _json(uri, "state.json").get("_data_files")
+    if not isinstance(files, list):
+        return []
+    return [_shard(store.join(uri, str(file["filename"]))) for file in files]
+
+
+def _json(uri: str, name: str) -> dict[str, object]:
+    """What a marker file says, nothing if it is not there or something else's."""
+    marker = store.join(uri, name)
+    if store.find_file(marker) is None:
+        return {}
+    try:
+        values = json.loads(store.read_bytes(marker, 0, 16 << 20))
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _shard(uri: str) -> FileInfo:
+    info = store.find_file(uri)
+    if info is None:
+        raise SourceError(f"{store.shown(uri)} is missing: the dataset was not saved to its end, or moved in part")
+    return info
+
+
+def _image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) -> list[FileInfo]:
+    """The `metadata.jsonl` of each directory that has one, in place of the images below it."""
+    if unread := [info.uri for info in infos if info.uri.rpartition("/")[2] in _UNREAD_METADATA]:
+        raise SourceError(f"{unread[0]} is not read; make it {_METADATA}, or give {uri}/** to caption the images alone")
+    metadata = [info for info in infos if info.uri.rpartition("/")[2] == _METADATA]
+    described = tuple(info.uri.removesuffix(_METADATA) for info in metadata)
+    others = [info for info in images if not info.uri.startswith(described)]
+    logger.warning(
+        "%s: %d images below %s are taken by the rows of that", store.shown(uri), len(images) - len(others), _METADATA
+    )
+    return sorted([*metadata, *others], key=lambda info: info.uri)
+
+
+def _shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
+    """Those of a directory without images. Raises SourceError if they are of several kinds."""
+    shards = [info for info in infos if kind_of(info.uri) != "file" and not info.uri.rpartition("/")[2].startswith(".")]
+    kinds = sorted({kind_of(info.uri) for info in shards})
+    if len(kinds) > 1:
+        raise SourceError(
+            f"{store.shown(uri)} holds no images but shards of several kinds ({', '.join(kinds)}); give those that are "
+            f"meant, such as {uri.rstrip('/')}/**/*.{kinds[0]}"
+        )
+    return shards

@@ -1,0 +1,123 @@
+"""Tables of Arrow types: which of their columns are what, and a batch of one as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines import store
+from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, SourceError, resolve, row_error, text_of
+
+_URI_NAMES = ("image", "images", "uri", "image_uri", "url", "image_url", "path", "image_path", "file_name")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A shard whose columns are known. `image` is the column that holds images, `holds_uris` by their URIs."""
+
+    uri: str
+    columns: Columns
+    names: frozenset[str]
+    image: str | None
+    holds_uris: bool
+
+    @classmethod
+    def of(cls, uri: str, schema: pa.Schema, columns: Columns) -> Table:
+        """Raises SourceError if a column that is asked for is not there, or not there once."""
+        names = frozenset(schema.names)
+        if doubled := sorted(name for name in names if schema.names.count(name) > 1):
+            raise SourceError(f"{store.shown(uri)} has several columns named {', '.join(doubled)}; rename them")
+        if missing := sorted(columns.wanted - names):
+            braces = " ({{ and }} in --prompt stand for braces)" if columns.in_prompt - names else ""
+            raise SourceError(f"{store.shown(uri)} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
+        image = _image_column(uri, schema, columns.image)
+        return cls(uri, columns, names, image, image is not None and _holds_uris(schema.field(image).type))
+
+    @property
+    def read(self) -> list[str]:
+        """The columns that are read while listing: that of the images only if it holds URIs."""
+        return sorted(self.columns.wanted.union([self.image] if self.image and self.holds_uris else []))
+
+    def chunk(self, batch: pa.RecordBatch, at: int, cells: Sequence[ImageRef]) -> Chunk:
+        """The columns `read` of some rows, of which the first is row `at` and `cells` say where the images are."""
+        values = batch.select(sorted(_needed(self.columns))).to_pylist() or [{}] * len(cells)
+        if self.image is not None and self.holds_uris:
+            images = [
+                tuple(ImageRef("file", resolve(path, self.uri)) for path in _flat(cell) if path)
+                for cell in batch.column(self.image).to_pylist()
+            ]
+        else:
+            images = [(cell,) if self.image else () for cell in cells]
+        rows = [self._row(at + i, value, image) for i, (value, image) in enumerate(zip(values, images, strict=True))]
+        keep = list(self.columns.keep)
+        return Chunk(rows, self.names, pa.Table.from_batches([batch.select(keep)]) if keep else None)
+
+    def _row(self, number: int, values: dict[str, Any], images: tuple[ImageRef, ...]) -> Row:
+        prompt = text_of(values.get(self.columns.prompt or ""))
+        return Row(
+            id=text_of(values.get(self.columns.id or "")) or f"{self.uri}#{number}",
+            uri=images[0].uri if images else self.uri,
+            images=images,
+            prompt=prompt,
+            values=values,
+            error=row_error(images, prompt, f"row {number}"),
+        )
+
+
+def _needed(columns: Columns) -> frozenset[str]:
+    """Columns whose values are looked at here."""
+    return columns.in_prompt.union(filter(None, (columns.id, columns.prompt)))
+
+
+def _flat(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
+    """The column that holds images, None for "". Raises SourceError with the candidates unless there is just one."""
+    if given == "":
+        return None
+    if given is not None:
+        if given in schema.names and (_holds_bytes(schema.field(given).type) or _holds_uris(schema.field(given).type)):
+            return given
+        raise SourceError(f"{store.shown(uri)}: column {given!r} holds neither bytes nor URIs; {_describe(schema)}")
+    holders = [field.name for field in schema if _holds_bytes(field.type)]
+    candidates: list[str] = holders or [f.name for f in schema if f.name.lower() in _URI_NAMES and _holds_uris(f.type)]
+    if len(candidates) != 1:
+        found = f"{', '.join(candidates)} may all be" if candidates else "no column looks like"
+        raise SourceError(
+            f"{store.shown(uri)}: {found} the images; name the column with --image-column, or '' for none; "
+            f"{_describe(schema)}"
+        )
+    return candidates[0]
+
+
+def _describe(schema: pa.Schema) -> str:
+    return "it has " + ", ".join(f"{field.name} ({field.type})" for field in schema)
+
+
+def _holds_bytes(type_: pa.DataType) -> bool:
+    """Bytes, Hugging Face's struct of bytes and path, or a list of either."""
+    item = _item_type(type_)
+    if pa.types.is_struct(item):
+        return item.get_field_index("bytes") >= 0 and _is_binary(item.field("bytes").type)
+    return _is_binary(item)
+
+
+def _holds_uris(type_: pa.DataType) -> bool:
+    item = _item_type(type_)
+    if pa.types.is_dictionary(item):
+        item = item.value_type
+    return bool(pa.types.is_string(item) or pa.types.is_large_string(item) or pa.types.is_string_view(item))
+
+
+def _item_type(type_: pa.DataType) -> pa.DataType:
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    return type_.value_type if is_list else type_
+
+
+def _is_binary(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))

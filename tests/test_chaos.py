@@ -1,0 +1,37 @@
+"""What `python -m tests.chaos` does to whole runs: some of its events, and all of them with --run-slow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import ALL_EVENTS, Chaos
+
+_BY_DEFAULT = ("preprocessor", "disk")
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
+    return Chaos(tmp_path_factory.mktemp("chaos"), num_rows=96)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "event", [event if event in _BY_DEFAULT else pytest.param(event, marks=pytest.mark.slow) for event in ALL_EVENTS]
+)
+def test_a_disturbed_run_equals_one_in_peace(chaos: Chaos, event: str) -> None:
+    if event == "disk" and os.geteuid() != 0:
+        pytest.skip("only root may mount a small disk")
+    outcome = chaos.run(event, seed=3)
+    assert outcome.is_hit
+    assert outcome.is_equal
+    assert outcome.written_rows_read_again == 0
+
+
+def test_a_difference_is_seen(chaos: Chaos) -> None:
+    peace: Path = chaos.pictures.parent / "peace"
+    assert chaos.equals_peace(peace)
+    next((peace / "data").glob("*.parquet")).unlink()
+    assert not chaos.equals_peace(peace)

@@ -1,0 +1,157 @@
+"""Datasets as Hugging Face's own library leaves them on disk: every layout, the same rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipelines.fetch import Fetcher
+from pipelines.sources import SourceError
+from pipelines.sources.rows import ImageRef
+from tests.test_jsonl import write_lines
+from tests.test_shards import picture
+from tests.test_sources import Row, rows_of
+
+NUM_ROWS = 25
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def dataset() -> datasets.Dataset:
+    columns = {
+        "picture": [Image.open(io.BytesIO(picture(i))) for i in range(NUM_ROWS)],
+        "label": [i % 3 for i in range(NUM_ROWS)],
+        "question": [f"Is it {i}?" for i in range(NUM_ROWS)],
+    }
+    label = datasets.ClassLabel(names=["a", "b", "c"])
+    features = {"picture": datasets.Image(), "label": label, "question": datasets.Value("string")}
+    return datasets.Dataset.from_dict(columns, datasets.Features(features))
+
+
+def colours_of(rows: list[Row]) -> list[Any]:
+    """Of the first pixel: the library packs pictures anew."""
+    fetcher = Fetcher()
+    images = [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+    return [Image.open(io.BytesIO(data)).getpixel((0, 0)) for [data] in images]
+
+
+COLOURS = [Image.open(io.BytesIO(picture(i))).getpixel((0, 0)) for i in range(NUM_ROWS)]
+
+
+@pytest.mark.parametrize("layout", ["save_to_disk", "save_to_disk in shards", "hub", "cache"])
+def test_every_layout_gives_the_same_rows(dataset: datasets.Dataset, tmp_path: Path, layout: str) -> None:
+    directory = tmp_path / "dataset"
+    if layout.startswith("save_to_disk"):
+        dataset.save_to_disk(directory, num_shards=3 if "shards" in layout else 1)
+    else:
+        (directory / "data").mkdir(parents=True)
+        (directory / "README.md").write_text("---\nlicense: mit\n---\n")
+        for i in range(2):
+            dataset.shard(2, i, contiguous=True).to_parquet(directory / "data" / f"train-0000{i}-of-00002.parquet")
+    if layout == "cache":
+        datasets.load_dataset(str(directory), cache_dir=str(tmp_path / "cache"))
+        directory = tmp_path / "cache"
+    rows = rows_of(directory, prompt_column="question", keep_columns=("label",))
+    assert colours_of(rows) == COLOURS
+    assert [row["prompt"] for row in rows] == [f"Is it {i}?" for i in range(NUM_ROWS)]
+    assert [row["kept"]["label"] for row in rows] == [i % 3 for i in range(NUM_ROWS)]
+    assert len({row["id"] for row in rows}) == NUM_ROWS and all("#" in row["id"] for row in rows)
+    assert colours_of(rows[::-1]) == COLOURS[::-1]
+
+
+def test_all_splits_or_one(dataset: datasets.Dataset, tmp_path: Path) -> None:
+    splits = {"train": dataset, "test": dataset.select(range(5))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
+    assert colours_of(rows_of(tmp_path / "d")) == COLOURS + COLOURS[:5]
+    assert colours_of(rows_of(tmp_path / "d" / "test")) == COLOURS[:5]
+    assert colours_of(rows_of(tmp_path / "d" / "test" / "*.arrow")) == COLOURS[:5]
+
+
+def test_a_dataset_in_a_store(dataset: datasets.Dataset, tmp_path: Path) -> None:
+    dataset.save_to_disk(tmp_path / "d", num_shards=2)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(tmp_path / "d"), "/datasets/d", recursive=True)
+    rows = rows_of("memory://datasets/d", keep_columns=("label",))
+    assert colours_of(rows) == COLOURS and rows[0]["uri"].startswith("memory://")
+
+
+def test_a_dataset_of_which_a_part_is_missing_is_refused(dataset: datasets.Dataset, tmp_path: Path) -> None:
+    dataset.save_to_disk(tmp_path / "d", num_shards=2)
+    (tmp_path / "d" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(SourceError, match=r"data-00001-of-00002\.arrow is missing"):
+        rows_of(tmp_path / "d")
+
+
+@pytest.mark.parametrize("keep", [10, 600, -4, -8, 0])
+def test_a_truncated_stream_is_refused(dataset: datasets.Dataset, tmp_path: Path, keep: int) -> None:
+    dataset.save_to_disk(tmp_path / "d")
+    [path] = (tmp_path / "d").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(SourceError, match="as an Arrow stream"):
+        rows_of(path)
+
+
+def test_the_file_format_and_several_batches(tmp_path: Path) -> None:
+    table = pa.table({"image": [bytes([i]) for i in range(30)], "n": range(30)})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    rows = rows_of(tmp_path / "a.arrow", keep_columns=("n",))
+    fetcher = Fetcher()
+    data = [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+    assert data == [[bytes([i])] for i in range(30)]
+    assert len({row["images"][0]["offset"] for row in rows}) == 5
+
+
+def test_dictionaries_are_refused(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"1"], "n": pa.array(["a"]).dictionary_encode()})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(SourceError, match="save the dataset as Parquet"):
+        rows_of(tmp_path / "a.arrow")
+
+
+def test_an_image_folder_with_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i in range(4):
+            (tmp_path / split / f"{i}.png").write_bytes(picture(i))
+        lines = [{"file_name": f"{i}.png", "about": f"{split} {i}"} for i in range(3)]
+        write_lines(tmp_path / split / "metadata.jsonl", *lines)
+    (tmp_path / "cover.png").write_bytes(picture(9))
+    rows = rows_of(tmp_path, keep_columns=("about",))
+    assert [Path(row["uri"]).name for row in rows] == ["cover.png", *["0.png", "1.png", "2.png"] * 2]
+    assert [row["kept"]["about"] for row in rows] == [None, *(f"{s} {i}" for s in ("test", "train") for i in range(3))]
+    assert "8 images below metadata.jsonl" in caplog.text
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(SourceError, match=r"metadata\.csv is not read; make it metadata\.jsonl"):
+        rows_of(tmp_path)
+
+
+def test_a_directory_of_shards(tmp_path: Path) -> None:
+    for i in range(2):
+        write_lines(tmp_path / f"{i}.jsonl", {"prompt": f"What is {i}?"})
+    (tmp_path / "notes.md").touch()
+    assert [row["prompt"] for row in rows_of(tmp_path)] == ["What is 0?", "What is 1?"]
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(SourceError, match=r"several kinds \(jsonl, tar\); give those that are meant"):
+        rows_of(tmp_path)
+
+
+def test_markers_of_something_else_are_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    for content in ("not JSON", "[]", json.dumps({"_data_files": 3})):
+        (tmp_path / "state.json").write_text(content)
+        assert len(rows_of(tmp_path)) == 1

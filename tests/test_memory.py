@@ -1,0 +1,142 @@
+"""The memory plan: its formulas against allocations counted on the meta device, all published sizes included."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ovis_model.config import SIZES, OvisConfig
+from ovis_model.kv_cache import KVCache, Prefill, bytes_per_token
+from ovis_model.memory import (
+    _cgroup_bytes,
+    describe,
+    free_bytes,
+    halved,
+    plan,
+    prefill_bytes,
+    transient_bytes,
+    vision_bytes,
+)
+from ovis_model.scheduler import Budget
+from ovis_model.weights import empty_model
+
+META = torch.device("meta")
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+sizes = pytest.mark.parametrize("size", SIZES)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes that are alive, and the most that were: of storages made inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given | self._known:
+                self._enter(storage)
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage._cdata)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._leave, storage._cdata, storage.nbytes())
+
+    def _leave(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.alive -= nbytes
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def shallow(config: OvisConfig) -> OvisConfig:
+    """Two layers of each kind: what is alive at once does not depend on their number."""
+    vision, language = (replace(part, num_hidden_layers=2) for part in (config.vision, config.language))
+    return replace(config, vision=vision, language=language)
+
+
+@DTYPES
+@sizes
+def test_a_vision_pass_stays_within_its_formula(size: str, dtype: torch.dtype) -> None:
+    config, tiles = shallow(SIZES[size]), 4
+    model = empty_model(config, device=META, dtype=dtype)
+    side = config.vision.image_size
+    with torch.inference_mode(), Allocations() as allocations:
+        model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=dtype, device=META))
+    assert 0.4 < allocations.peak / vision_bytes(config, dtype, tiles) <= 1
+
+
+@DTYPES
+@sizes
+def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype) -> None:
+    config, rows, width = shallow(SIZES[size]), 4, 1024
+    model = empty_model(config, device=META, dtype=dtype)
+    cache = KVCache(config.language, slots=rows, capacity=width, device=META, dtype=dtype)
+    positions = torch.arange(width, device=META).expand(rows, -1)
+    slots = torch.arange(rows, device=META)
+    with torch.inference_mode(), Allocations() as allocations:
+        embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=dtype, device=META)
+        hidden = model.llm.model(embeds, positions, Prefill(cache, slots))
+        model.llm.logits(hidden[:, -1]).float().softmax(-1)
+    assert 0.4 < allocations.peak / prefill_bytes(config, dtype, rows * width, rows) <= 1
+
+
+@DTYPES
+@sizes
+def test_a_plan_fits_and_uses_what_is_free(size: str, dtype: torch.dtype) -> None:
+    config = SIZES[size]
+    for free_gb in (8, 40, 140):
+        budget = plan(config, dtype, free_gb * 10**9)
+        kv_bytes = budget.kv_tokens * bytes_per_token(config.language, dtype)
+        planned = kv_bytes + transient_bytes(config, dtype, budget)
+        assert planned <= 0.9 * free_gb * 1e9
+        assert planned > 0.85 * free_gb * 1e9 or budget.kv_tokens == budget.slots * config.max_length
+
+
+def test_little_memory_means_smaller_passes() -> None:
+    small, large = (plan(SIZES["1B"], torch.bfloat16, free) for free in (10**9, 10**11))
+    assert small.vision_tiles < large.vision_tiles and small.prefill_tokens < large.prefill_tokens
+
+
+def test_too_little_memory_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"0\.1 GB are free beside the weights, too little .* bfloat16"):
+        plan(SIZES["8B"], torch.float32, 10**8)
+
+
+def test_half_of_one_is_one() -> None:
+    least = Budget(kv_tokens=10, slots=1, prefill_tokens=1, vision_tiles=1)
+    assert halved(least) == least
+
+
+def test_the_plan_is_told_in_a_line() -> None:
+    line = describe(SIZES["1B"], torch.bfloat16, Budget(kv_tokens=1_000_000))
+    assert "64 rows side by side in 12.29 GB of keys and values (1000000 tokens)" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("names", [("memory.max", "memory.current")])
+def test_a_containers_limit_counts(tmp_path: Path, names: tuple[str, str]) -> None:
+    assert _cgroup_bytes(tmp_path) == 1 << 62
+    (tmp_path / names[0]).write_text("max\n")
+    assert _cgroup_bytes(tmp_path) == 1 << 62
+    (tmp_path / names[0]).write_text("1000\n")
+    (tmp_path / names[1]).write_text("300\n")
+    assert _cgroup_bytes(tmp_path) == 700
+
+
+def test_a_cpu_gives_half_of_what_is_free() -> None:
+    assert 1e8 < free_bytes(torch.device("cpu")) < 1e13

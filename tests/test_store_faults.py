@@ -1,0 +1,145 @@
+"""A store that fails now and then costs time only; one that is down stops the run, and no row is taken for bad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from s3fs import S3FileSystem
+
+from pipelines import retries, store
+from pipelines.attempts import AttemptCounts
+from pipelines.config import CaptionConfig
+from pipelines.fetch import Fetcher
+from pipelines.manifest import write_manifest
+from pipelines.preprocess import Preprocess
+from pipelines.retries import StoreFault
+from pipelines.sources import list_rows
+from pipelines.sources.rows import ImageRef
+from tests.faulty_store import Faults, FaultyStore
+from tests.golden_data import checkpoint_dir
+from tests.processes import run_caption
+from tests.test_parquet import HF, write
+from tests.test_shards import picture
+from tests.test_tar import write_tar
+
+MODEL = str(checkpoint_dir("tiny56-tied"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultyStore]:
+    server = FaultyStore()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty bucket, found by the environment; pauses are short and the client's own retries few."""
+    for name, value in {**server.environment(), "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # fsspec keeps its file systems, with the environment of their first use
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("bucket")
+    yield fs
+    fs.rm("bucket", recursive=True)
+    S3FileSystem.clear_instance_cache()
+
+
+def test_every_read_and_write_of_a_failing_store_is_tried_again(
+    server: FaultyStore, s3: fsspec.AbstractFileSystem
+) -> None:
+    with server.failing(Faults(share=0.3, kinds=("error", "cut"))) as faults:
+        for i in range(8):
+            store.write_bytes(f"s3://bucket/{i}", bytes([i]) * 1000)
+        assert [store.read_bytes(f"s3://bucket/{i}") for i in range(8)] == [bytes([i]) * 1000 for i in range(8)]
+        assert [store.read_bytes(f"s3://bucket/{i}", 5, 9) for i in range(8)] == [bytes([i]) * 4 for i in range(8)]
+        assert len(store.list_files("s3://bucket")) == 8
+        with store.open_file("s3://bucket/7", block_bytes=100) as file:
+            assert file.read(10) + file.read() == bytes([7]) * 1000
+        store.move("s3://bucket/7", "s3://bucket/moved")
+        assert store.find_file("s3://bucket/7") is None
+    assert faults.num_faults > 8
+
+
+def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    images = [{"bytes": picture(i), "path": None} for i in range(40)]
+    s3.put_file(
+        str(write(tmp_path / "a.parquet", {"image": __import__("pyarrow").array(images, HF)})), "bucket/a.parquet"
+    )
+    s3.put_file(
+        str(write_tar(tmp_path / "b.tgz", [(f"{i}.png", picture(i)) for i in range(40)], "w:gz")), "bucket/b.tgz"
+    )
+    with server.failing(Faults(share=0.3, kinds=("error", "cut"))) as faults:
+        config = CaptionConfig(input=("s3://bucket/a.parquet", "s3://bucket/b.tgz"), output="out", model="demo")
+        with list_rows(config) as listing:
+            rows = [row for table in listing.tables() for row in table.to_pylist()]
+        fetcher = Fetcher()
+        data = [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+    assert data == [[picture(i)] for i in range(40)] * 2
+    assert faults.num_faults > 0
+
+
+def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fsspec.AbstractFileSystem) -> None:
+    s3.pipe_file("bucket/a.png", picture(0))
+    with server.failing(Faults(share=1.0)):
+        with pytest.raises(StoreFault, match="failed 8 times"):
+            store.read_bytes("s3://bucket/a.png")
+        with pytest.raises(StoreFault):
+            Fetcher().submit([ImageRef("file", "s3://bucket/a.png", num_bytes=5)]).result()
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes("s3://bucket/b.png")
+
+
+def prepared(output: Path, server: FaultyStore, faults: Faults) -> list[dict[str, object]]:
+    """Twelve rows after the CPU stage, whose reads meet the faults."""
+    config = CaptionConfig(input=("s3://bucket/in",), output=str(output), model=MODEL)
+    with list_rows(config) as listing:
+        write_manifest(str(output), listing.tables())
+    stage = Preprocess(config, str(output), None, AttemptCounts())
+    with server.failing(faults):
+        batches = list(stage({"start": np.array([0]), "stop": np.array([12])}))
+    return [dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)]
+
+
+@pytest.fixture
+def pictures(s3: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
+    for i in range(12):
+        s3.pipe_file(f"bucket/in/{i:02}.png", picture(i))
+    return s3
+
+
+def test_a_file_that_the_store_alone_never_gives_is_an_error_row(
+    server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
+) -> None:
+    """Others of its store are read, so it is the file; a run that could never end would help nobody."""
+    rows = prepared(tmp_path, server, Faults(broken=("in/07.png", "in/00.png")))
+    assert [row["stage"] == "read" for row in rows] == [i in (0, 7) for i in range(12)]
+    assert "other files are read" in str(rows[7]["error"])
+
+
+def test_rows_of_a_store_that_is_down_are_no_error_rows(
+    server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreFault):
+        prepared(tmp_path, server, Faults(broken=("in/",)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_store_goes_down_stops_and_goes_on(
+    server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
+) -> None:
+    """About two minutes, which is how long the store is asked again and again."""
+    arguments = ["s3://bucket/in", tmp_path / "out", "--model", MODEL, "--max-new-tokens", 2]
+    with server.failing(Faults(broken=("in/",))):
+        stopped = run_caption(*arguments, timeout_s=400)
+    assert stopped.exit_code == 1, stopped.stderr
+    assert "the store failed" in stopped.stderr and "the same command" in stopped.stderr
+    finished = run_caption(*arguments)
+    assert (finished.exit_code, finished.summary["ok"], finished.summary["error"]) == (0, 12, 0)
