@@ -176,7 +176,8 @@ def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: s
 def test_ranks_end_with_their_owner() -> None:
     program = (
         "import sys\nfrom tests.test_parallel import start\n"
-        "engine = start('tiny56-tied', 2)\nprint(*engine.pids, engine._ranks._meeting.name, flush=True)\nsys.stdin.read()"
+        "engine = start('tiny56-tied', 2)\n"
+        "print(*engine.pids, engine._ranks._meeting.name, flush=True)\nsys.stdin.read()"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
