@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -263,9 +263,20 @@ class Driver:
         """What the replicas told: of each set of ranks {"leader", "ranks", "gpus"}, of each batch {"rows"}."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
-    def wait_for_rows(self, number: int, timeout_s: float = 90) -> None:
+    def wait_for_rows(self, number: int) -> None:
+        self._wait(lambda: sum(event.get("rows", 0) for event in self.events()) >= number)
+
+    def wait_for_leaders(self, number: int) -> list[dict[str, Any]]:
+        """The first to tell of their ranks."""
+        self._wait(lambda: len(self._leaders()) >= number)
+        return self._leaders()[:number]
+
+    def _leaders(self) -> list[dict[str, Any]]:
+        return [event for event in self.events() if "leader" in event]
+
+    def _wait(self, is_so: Callable[[], bool], timeout_s: float = 90) -> None:
         deadline_s = time.monotonic() + timeout_s
-        while sum(event.get("rows", 0) for event in self.events()) < number:
+        while not is_so():
             assert self.process.poll() is None, self.finish()
             assert time.monotonic() < deadline_s
             time.sleep(0.1)

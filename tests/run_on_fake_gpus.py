@@ -42,7 +42,7 @@ class OnCpus:
 
 class _Ranks(TensorParallelEngine):
     def __init__(self, told: OnCpus, config: CaptionConfig, replica: Replica) -> None:
-        self._told = told
+        self._told, self._device = told, threading.Lock()  # one device: calls take turns
         super().__init__(config.model, tensor_parallel=replica.tensor_parallel, device="cpu", num_threads=1)
         self._tell_ranks()
 
@@ -60,7 +60,8 @@ class _Ranks(TensorParallelEngine):
             threading.Timer(0.1, lambda: os.kill(pids[1], signal.SIGKILL)).start()
             time.sleep(0.5)
         completions = super().generate(requests, params)
-        time.sleep(self._told.seconds_per_row * len(requests))
+        with self._device:
+            time.sleep(self._told.seconds_per_row * len(requests))
         _tell(self._told.log, rows=len(requests))
         return completions
 

@@ -20,7 +20,7 @@ from tests.golden_data import checkpoint_dir
 from tests.test_end_to_end import draw
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
-NUM_ROWS = 96
+NUM_ROWS = 200
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +51,15 @@ def test_ranks_leaders_preprocessors_and_a_poison_row(
         model=MODEL,
         tensor_parallel=2,
         max_new_tokens=4,
-        seconds_per_row=0.05,
+        seconds_per_row=0.12,
         poison_tiles=10,
         num_preprocessors=2,
     )
     os.kill(four_gpus.wait_for_process("MapBatches(Preprocess)"), signal.SIGKILL)  # they are done in a moment
-    driver.wait_for_rows(8)
-    first = [event for event in driver.events() if "leader" in event]
+    first = driver.wait_for_leaders(2)
     assert sorted(",".join(event["gpus"] for event in first).split(",")) == ["0", "1", "2", "3"]
-    os.kill(first[0]["ranks"][1], signal.SIGKILL)
-    driver.wait_for_rows(24)
-    os.kill(first[1]["leader"], signal.SIGKILL)
+    os.kill(first[1]["leader"], signal.SIGKILL)  # at once: it came last, got less and may be let go when it has no more
+    kill_a_rank(driver, first[0]["leader"])
     code, out, err = driver.finish()
     assert code == 0, err
     assert "plan: 2 x the model on 2 GPUs in 2 ranks" in err
@@ -71,9 +69,20 @@ def test_ranks_leaders_preprocessors_and_a_poison_row(
     assert [(Path(row["id"]).name, row["stage"]) for row in failed] == [("poison.png", "generate")]
     assert failed[0]["error"] == "the process died 2 times on this row alone"
     rebuilt = [event for event in driver.events() if event.get("leader") == first[0]["leader"]]
-    assert len(rebuilt) > 1 and rebuilt[0]["ranks"] != rebuilt[1]["ranks"]  # in place
+    assert len(rebuilt) > 1 and rebuilt[0] == first[0] and rebuilt[0]["ranks"] != rebuilt[1]["ranks"]  # in place
     assert json.loads(out.splitlines()[-1])["rows"] == NUM_ROWS + 1
     four_gpus.assert_nothing_is_left()
+
+
+def kill_a_rank(driver: Driver, leader: int) -> None:
+    """One that lives: the poison row may have been there before."""
+    for _ in range(100):
+        pids = [event["ranks"] for event in driver.events() if event.get("leader") == leader][-1]
+        try:
+            return os.kill(pids[1], signal.SIGKILL)
+        except ProcessLookupError:
+            time.sleep(0.1)
+    raise AssertionError(f"no rank of {leader} lives")
 
 
 @pytest.mark.timeout(200)
@@ -84,8 +93,8 @@ def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
     """Of the driver, with ranks at work."""
     options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 0.2}
     driver = Driver(four_gpus, pictures, tmp_path / "out", num_preprocessors=2, **options)
-    driver.wait_for_rows(4)
-    assert len(four_gpus.processes("ovis_model.rank_process")) in (2, 4)  # the second replica may still be starting
+    driver.wait_for_leaders(2)
+    assert len(four_gpus.processes("ovis_model.rank_process")) == 4
     driver.process.send_signal(by)
     code, _, err = driver.finish(60)
     assert code == (1 if by is signal.SIGINT else -signal.SIGKILL), err
@@ -110,7 +119,7 @@ def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> 
     """A GPU node is taken away, later another one comes: its replica works, and every row is there once."""
     gpu_node = {"num_cpus": 2, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
     with fake_gpu_cluster(gpu_node, gpu_node, head={"num_cpus": 3}) as cluster:
-        options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.5, "num_preprocessors": 3}
+        options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.3, "num_preprocessors": 3}
         driver = Driver(cluster, pictures, tmp_path / "out", **options)
         driver.wait_for_rows(12)
         cluster.kill(cluster.nodes[1])
@@ -170,7 +179,7 @@ def test_an_autoscaler_starts_what_a_run_asks_for(pictures: Path, tmp_path: Path
     )
     try:
         options = {"model": MODEL, "tensor_parallel": 2, "num_replicas": 2, "autoscale": True, "num_preprocessors": 2}
-        driver = Driver(head, pictures, tmp_path / "out", max_new_tokens=4, seconds_per_row=1.0, **options)
+        driver = Driver(head, pictures, tmp_path / "out", max_new_tokens=4, seconds_per_row=0.5, **options)
         code, _, err = driver.finish(300)
         assert code == 0, err
         assert "plan: 2 x the model on 2 GPUs in 2 ranks, as soon as their GPUs are there" in err
