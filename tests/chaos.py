@@ -119,16 +119,17 @@ class Chaos:
         try:
             environment = server.environment()
             fs = _filesystem(server)
-            fs.mkdir("bucket")
-            fs.put(str(self.pictures), "bucket/pictures", recursive=True)
+            bucket = f"run-{seed}"  # all servers of a process share their buckets
+            fs.mkdir(bucket)
+            fs.put(str(self.pictures), f"{bucket}/pictures", recursive=True)
             with server.failing(Faults(0.05, ("error", "cut", "stall"), seed=seed)) as faults:
                 commands = (
-                    _end_of(self._job("s3://bucket/pictures", "s3://bucket/out", environment).start())
+                    _end_of(self._job(f"s3://{bucket}/pictures", f"s3://{bucket}/out", environment).start())
                     for _ in range(MOST_ATTEMPTS)
                 )
                 attempts = 1 + sum(1 for _ in takewhile(bool, commands))
-            fs.get("bucket/out", str(output), recursive=True)
-            sizes = {f"/bucket/pictures/{path.name}": path.stat().st_size for path in self.pictures.iterdir()}
+            fs.get(f"{bucket}/out", str(output), recursive=True)
+            sizes = {f"/{bucket}/pictures/{path.name}": path.stat().st_size for path in self.pictures.iterdir()}
             twice = {path: faults.reads[path] - 1 for path in sizes if faults.reads[path] > 1}
             num_bytes = sum(sizes[path] * times for path, times in twice.items())
             is_equal = self.equals_peace(output)
@@ -160,8 +161,8 @@ def kill_replica(job: Job, output: Path, moment: Moment) -> bool:
 
 
 def kill_writing(job: Job, output: Path, moment: Moment) -> bool:
-    """While a file has its temporary name."""
-    moment.wait(job, output)
+    """While a file has its temporary name, and others are still to come."""
+    Moment(moment.num_files // 2, 0).wait(job, output)
     wait_for(lambda: job.process.poll() is not None or any((output / "data").glob(".*.tmp")), 20)
     is_hit = job.process.poll() is None
     job.kill()
