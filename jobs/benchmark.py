@@ -4,11 +4,13 @@
     python -m jobs.benchmark --model 24x128 --rows 96
     python -m jobs.benchmark --model 1B --dtype bfloat16 --rows 8 --image-size 448x448 --output-median 32
     python -m jobs.benchmark --model demo --pipeline
+    python -m jobs.benchmark --model 34B --device cuda --dtype bfloat16 --ranks 1     (or 2, 4, 8: a GPU each)
 
 `--model` is a checkpoint, or a shape with random weights: 1B 2B 4B 8B 16B 34B, or 24x128 (24 layers of width 128, where
 the cost of a step is everything but arithmetic). Answers end after a drawn number of tokens, log-normal, not at an
 end-of-text id. Transformers gets its best batch size of those tried. `--pipeline` runs `jobs.caption` over pictures in
-files instead, where answers end as the model likes. The last line is JSON.
+files instead, where answers end as the model likes. With `--ranks` the engine runs alone, over that many processes, and
+what an exchange between them takes is told; the model is a shape then. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from jobs.floor import ceilings, cost
 from ovis_model.checkpoint import fetch_checkpoint
@@ -39,6 +42,7 @@ from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig,
 from ovis_model.decoding import run_eagerly
 from ovis_model.engine import OvisEngine, Stats
 from ovis_model.model import Ovis
+from ovis_model.parallel import ALONE, Shard, joined
 from ovis_model.prompt import expand_atoms, image_placeholders
 from ovis_model.tiling import choose_grid, tile_image
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Request, SamplingParams
@@ -92,6 +96,10 @@ def main() -> None:
     if args.pipeline:
         print(json.dumps(run_pipeline(args)))
         return
+    if args.ranks:
+        with tempfile.TemporaryDirectory() as directory:
+            spawn(_run_rank, (Path(directory) / "meeting_point", args), nprocs=args.ranks)  # type: ignore[no-untyped-call]
+        return
     torch.set_num_threads(args.threads)
     model = load(args.model, torch.device(args.device), getattr(torch, args.dtype))
     work = _work(model.config, args)
@@ -122,6 +130,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output-cap", type=int, default=256, help="tokens (default 256)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=0, help="tensor-parallel processes; also 1, to start NCCL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="also run transformers")
     parser.add_argument("--peer-batch", type=int, nargs="+", default=[8, 32], help="batch sizes (default 8 32)")
@@ -134,7 +143,11 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> Ovis:
     """With the norm that transformers adds to the tower, so that both compute the same."""
     if name not in SHAPES:
         return load_model(fetch_checkpoint(name), device=device, dtype=dtype, post_trunk_norm=True)
-    model = empty_model(SHAPES[name], device=device, dtype=dtype, post_trunk_norm=True)
+    return _random_model(SHAPES[name], device, dtype, ALONE)
+
+
+def _random_model(config: OvisConfig, device: torch.device, dtype: torch.dtype, shard: Shard) -> Ovis:
+    model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=True, shard=shard)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(std=0.05, generator=generator)
@@ -169,6 +182,44 @@ def _request(config: OvisConfig, rng: np.random.Generator, picture: Image.Image,
 def _ours(engine: OvisEngine, work: Work) -> list[list[int]]:
     params = [SamplingParams(max_new_tokens=length) for length in work.lengths]
     return [completion.output_ids.tolist() for completion in engine.generate(work.requests, params)]
+
+
+def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
+    """One of `--ranks`; rank 0 prints."""
+    torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+    with joined(rank, args.ranks, meeting_point, lambda: None) as shard:
+        model = _random_model(SHAPES[args.model], torch.device(args.device), getattr(torch, args.dtype), shard)
+        work = _work(model.config, args)
+        engine = OvisEngine(model)
+        engine.config = replace(engine.config, eos_token_ids=())
+        _ours(engine, Work(work.requests[:2], [2, 2]))  # warm
+        engine.stats = Stats()
+        timing = _timed(lambda: _ours(engine, work))
+        exchange_us = {f"[{tokens}, hidden_size]": _exchange_us(model, tokens) for tokens in (1, 64, 8192)}
+    if rank == 0:
+        result = {
+            "ranks": args.ranks,
+            "images_per_s": len(work.requests) / timing.wall_s,
+            "output_tokens_per_s": sum(work.lengths) / timing.wall_s,
+            "seconds": {part: getattr(engine.stats, f"{part}_s") for part in ("vision", "prefill", "decode")},
+            "weights_gb": sum(p.numel() * p.itemsize for p in model.parameters()) / 1e9,
+            "exchange_us": exchange_us,
+        }
+        print(json.dumps(result))
+
+
+def _exchange_us(model: Ovis, tokens: int, times: int = 20) -> float:
+    """Of one sum over the ranks, of which a pass has two a layer. With one rank: what starting it costs."""
+    x = torch.zeros(tokens, model.config.language.hidden_size, device=model.device, dtype=model.dtype)
+    torch.distributed.all_reduce(x)
+    float(x[0, 0])
+    started_s = time.perf_counter()
+    for _ in range(times):
+        torch.distributed.all_reduce(x)
+    float(x[0, 0])  # waits for the device
+    return (time.perf_counter() - started_s) / times * 1e6
 
 
 def _peer(model: Ovis) -> Any:

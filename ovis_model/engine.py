@@ -26,6 +26,7 @@ from ovis_model.decoding import CudaGraphs, Decoder, Runner, run_eagerly
 from ovis_model.kv_cache import KVCache, Prefill
 from ovis_model.memory import describe, halved, plan_for
 from ovis_model.model import Ovis
+from ovis_model.ranks import TensorParallelEngine
 from ovis_model.sampling import Choice, RandomStream, Sampler
 from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
 from ovis_model.text import cut_at_stop, detokenize, load_tokenizer
@@ -69,7 +70,7 @@ class OvisEngine:
         self.model = model
         self.config: OvisConfig = model.config
         self.stats = Stats()
-        self._budget = budget or plan_for(model.config, model.dtype, model.device)
+        self._budget = budget or plan_for(model.config, model.dtype, model.device, model.shard)
         self._scheduler = Scheduler(self._budget)
         self._tokenizer = tokenizer  # for stop strings only
         self._decoder: Decoder | None = None
@@ -88,16 +89,24 @@ class OvisEngine:
         post_trunk_norm: bool = False,
         *,
         revision: str | None = None,
-    ) -> OvisEngine:
+    ) -> OvisEngine | TensorParallelEngine:
         """Load "demo", a directory, a hub id or a URI. `auto` is CUDA in bfloat16 if there is one, else CPU in float32.
 
+        With `tensor_parallel` the model is loaded by that many processes of this machine, which end with the engine.
         Raises CheckpointError, ConfigError or WeightsError, all ValueErrors that say what to do.
         """
         if tensor_parallel != 1:
-            raise ValueError(f"tensor_parallel={tensor_parallel} is not supported yet; use 1")
-        target = _device(device)
+            return TensorParallelEngine(
+                path_or_id,
+                tensor_parallel=tensor_parallel,
+                device=device,
+                dtype=dtype,
+                post_trunk_norm=post_trunk_norm,
+                revision=revision,
+            )
+        target = torch_device(device)
         directory = fetch_checkpoint(path_or_id, revision)
-        model = load_model(directory, device=target, dtype=_dtype(dtype, target), post_trunk_norm=post_trunk_norm)
+        model = load_model(directory, device=target, dtype=model_dtype(dtype, target), post_trunk_norm=post_trunk_norm)
         engine = cls(model, tokenizer=load_tokenizer(directory))
         if target.type == "cuda":  # on a CPU there is nothing to capture, and it would take minutes
             engine.warm_up()
@@ -158,7 +167,7 @@ class OvisEngine:
                 self._fault = fault  # the state of the rows is unknown now, to all threads
                 raise
             except BaseException:  # Ctrl-C: the engine is whole, its rows are not
-                self._abandon_rows()
+                self.abandon_rows()
                 raise
 
     def _check(self, index: int, row: Row) -> None:
@@ -182,13 +191,16 @@ class OvisEngine:
         try:
             self._step()
         except torch.OutOfMemoryError as error:
+            if self.model.shard.size > 1:  # the other ranks are in the middle of the step
+                raise EngineDied(f"rank {self.model.shard.rank} is out of memory: {error}") from error
             self._shrink(error)
         except RuntimeError as error:
             if not isinstance(error, torch.AcceleratorError) and not _DEVICE_FAULT.search(str(error)):
                 raise
             raise EngineDied(str(error)) from error
 
-    def _abandon_rows(self) -> None:
+    def abandon_rows(self) -> None:
+        """All rows that run or wait fail."""
         for row in (*self._scheduler.running, *self._scheduler.waiting):
             row.error = RequestError("interrupted")
         self._scheduler = Scheduler(self._budget)
@@ -219,7 +231,7 @@ class OvisEngine:
                 self._sampler = self._sampler_of(running)
                 decoder.load([row.output_ids[-1] for row in running], lengths)
             logits, greedy = decoder.step(len(running), max(lengths))
-            choice = greedy if self._sampler.is_greedy else self._sampler(logits)
+            choice = self._agreed(greedy if self._sampler.is_greedy else self._sampler(logits))
             decoder.advance(choice.ids)
             self._record(running, choice)
         self.stats.steps += 1
@@ -244,7 +256,7 @@ class OvisEngine:
     def _allocate(self) -> None:
         self._decoder = None  # before the next cache, not beside it
         cache = KVCache(
-            self.config.language,
+            self.model.shard.local(self.config.language),
             slots=self._scheduler.slots,
             capacity=self._scheduler.capacity,
             device=self.model.device,
@@ -263,7 +275,7 @@ class OvisEngine:
         with self._timed("prefill_s"):
             for group in prefill_groups(list(admitted.values()), self._scheduler.budget.prefill_tokens):
                 slots = self._tensor([slot_of[id(row)] for row in group])
-                self._record(group, self._sampler_of(group)(self._prompt_logits(group, slots)))
+                self._record(group, self._agreed(self._sampler_of(group)(self._prompt_logits(group, slots))))
         self._sampler = None
 
     def _prompt_logits(self, group: list[Row], slots: Tensor) -> Tensor:
@@ -319,6 +331,10 @@ class OvisEngine:
             [row.output_ids for row in rows],
         )
 
+    def _agreed(self, choice: Choice) -> Choice:
+        """Of all ranks: that of the first."""
+        return Choice(self.model.shard.of_leader(choice.ids), choice.logprobs)
+
     def _record(self, rows: Sequence[Row], choice: Choice) -> None:
         # One copy from the device, as float64, which holds both exactly.
         ids, logprobs = torch.stack([part.double() for part in choice]).tolist()
@@ -354,7 +370,8 @@ class OvisEngine:
         setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
 
 
-def _device(name: Device) -> torch.device:
+def torch_device(name: Device) -> torch.device:
+    """Raises ValueError if there is no such device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device; use device='cpu' or check the driver")
     if name == "auto":
@@ -362,7 +379,8 @@ def _device(name: Device) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
+def model_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from ovis_model.config import LanguageConfig
 from ovis_model.kv_cache import Memory
 from ovis_model.layers import RMSNorm, lay_out, rms_norm
+from ovis_model.parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
 
 class Qwen2ForCausalLM(nn.Module):
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard = ALONE) -> None:
         super().__init__()
-        self.model = Qwen2Model(config)
+        self.shard = shard
+        self.model = Qwen2Model(config, shard)
         # Tied checkpoints have no output matrix of their own: the embedding table is it.
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else ShardedLinear(config.hidden_size, config.vocab_size, shard.part(0))
         )
 
     def fuse(self) -> None:
@@ -38,15 +40,15 @@ class Qwen2ForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size]"""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return self.shard.gather(F.linear(hidden, head.weight))
 
 
 class Qwen2Model(nn.Module):
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.embed_tokens = ShardedEmbedding(config.vocab_size, config.hidden_size, shard)
+        self.layers = nn.ModuleList(DecoderLayer(config, index, shard) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
@@ -101,14 +103,15 @@ class DecoderLayer(nn.Module):
     One function over plain tensors: calls of modules and their attributes took a third of a decode step on a CPU.
     """
 
-    def __init__(self, config: LanguageConfig, index: int) -> None:
+    def __init__(self, config: LanguageConfig, index: int, shard: Shard) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config)
-        self.mlp = GatedMLP(config)
+        self.self_attn = SelfAttention(config, shard)
+        self.mlp = GatedMLP(config, shard)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.index, self.head_dim, self.eps = index, config.head_dim, config.rms_norm_eps
-        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.heads = (config.num_attention_heads // shard.size, shard.local(config).num_key_value_heads)
+        self.shard = shard
         self._weights: LayerWeights | None = None
 
     def fuse(self) -> None:
@@ -130,11 +133,11 @@ class DecoderLayer(nn.Module):
         query_key, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 2)
         query, key = rotate(query_key, rotary).split_with_sizes((num_heads, num_kv_heads), 2)
         attended = memory.attend(self.index, query, key, value)
-        return F.linear(attended.reshape(batch, length, -1), w.o)
+        return self.shard.sum(F.linear(attended.reshape(batch, length, -1), w.o))
 
     def _mlp(self, w: LayerWeights, hidden: Tensor) -> Tensor:
         gate, up = F.linear(rms_norm(hidden, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, w.down)
+        return self.shard.sum(F.linear(F.silu(gate) * up, w.down))
 
     def _gather(self) -> LayerWeights:
         return LayerWeights(
@@ -150,24 +153,24 @@ class DecoderLayer(nn.Module):
 class SelfAttention(nn.Module):
     """The projections of attention; `DecoderLayer` applies them."""
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        kv_size, kv_part = config.num_key_value_heads * config.head_dim, shard.kv_part(config.num_key_value_heads)
+        self.q_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.part(0), bias=True)
+        self.k_proj = ShardedLinear(config.hidden_size, kv_size, kv_part, bias=True)
+        self.v_proj = ShardedLinear(config.hidden_size, kv_size, kv_part, bias=True)
+        self.o_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.part(1))
         self.qkv = FusedRows(self.q_proj, self.k_proj, self.v_proj)
 
 
 class GatedMLP(nn.Module):
     """The projections of the MLP; `DecoderLayer` applies them."""
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.part(0))
+        self.up_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.part(0))
+        self.down_proj = ShardedLinear(config.intermediate_size, config.hidden_size, shard.part(1))
         self.gate_up = FusedRows(self.gate_proj, self.up_proj)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ovis_model.config import OvisConfig
 from ovis_model.kv_cache import bytes_per_token
+from ovis_model.parallel import Shard
 from ovis_model.scheduler import Budget
 from ovis_model.vision import HEAD_CHUNK_TOKENS
 
@@ -29,10 +30,15 @@ def free_bytes(device: torch.device) -> int:
     return min(_available_bytes(), _cgroup_bytes()) // 2
 
 
-def plan_for(config: OvisConfig, dtype: torch.dtype, device: torch.device) -> Budget:
-    """`plan` over what is free now. On CUDA all of the cache is taken at once; a CPU's grows with the rows."""
-    budget = plan(config, dtype, free_bytes(device))
-    return replace(budget, slot_tokens=budget.kv_tokens // budget.slots) if device.type == "cuda" else budget
+def plan_for(config: OvisConfig, dtype: torch.dtype, device: torch.device, shard: Shard) -> Budget:
+    """`plan` over what is free now, the same for all ranks of a model, which on a CPU share its memory.
+
+    On CUDA all of the cache is taken at once; a CPU's grows with the rows.
+    """
+    is_cuda = device.type == "cuda"
+    free = shard.least(free_bytes(device) // (1 if is_cuda else shard.size))
+    budget = plan(replace(config, language=shard.local(config.language)), dtype, free)
+    return replace(budget, slot_tokens=budget.kv_tokens // budget.slots) if is_cuda else budget
 
 
 def plan(config: OvisConfig, dtype: torch.dtype, free: int) -> Budget:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ovis_model.config import NUM_INDICATORS, OvisConfig
 from ovis_model.kv_cache import NoMemory
 from ovis_model.language import Qwen2ForCausalLM
+from ovis_model.parallel import ALONE, Shard
 from ovis_model.pixels import normalization_table
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
 from ovis_model.vision import HEAD_CHUNK_TOKENS, VisualTokenizer
@@ -19,12 +20,12 @@ class Ovis(nn.Module):
     `post_trunk_norm` applies the tower's last norm, as transformers does and the original does not.
     """
 
-    def __init__(self, config: OvisConfig, *, post_trunk_norm: bool = False) -> None:
+    def __init__(self, config: OvisConfig, *, post_trunk_norm: bool = False, shard: Shard = ALONE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.shard = config, shard
         self.visual_tokenizer = VisualTokenizer(config.vision, post_trunk_norm=post_trunk_norm)
         self.vte = nn.Embedding(config.vision.vocab_size, config.language.hidden_size)
-        self.llm = Qwen2ForCausalLM(config.language)
+        self.llm = Qwen2ForCausalLM(config.language, shard)
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +52,9 @@ class Ovis(nn.Module):
 
         The indicators have probability 0 in the original, so their rows of the table are left out.
         """
+        return self.shard.deal(pixels, self._encode_tiles)
+
+    def _encode_tiles(self, pixels: Tensor) -> Tensor:
         features, table = self.visual_tokenizer.features(pixels), self.vte.weight[:-NUM_INDICATORS]
         chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
         embeds = torch.cat([self.visual_tokenizer.probabilities(chunk) @ table for chunk in chunks])

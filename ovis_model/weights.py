@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,48 +18,65 @@ from torch import Tensor
 
 from ovis_model.config import Layout, OvisConfig
 from ovis_model.model import Ovis
+from ovis_model.parallel import ALONE, WHOLE, Part, Shard, ShardedEmbedding, ShardedLinear
 
 
 class WeightsError(ValueError):
     """The checkpoint's tensors are not those of its configuration."""
 
 
-def load_model(directory: Path, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False) -> Ovis:
-    """The checkpoint in `directory` as an Ovis in eval mode. Raises ConfigError or WeightsError.
+def load_model(
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    post_trunk_norm: bool = False,
+    shard: Shard = ALONE,
+) -> Ovis:
+    """The checkpoint in `directory`, or a rank's part of it, in eval mode. Raises ConfigError or WeightsError.
 
     The model is laid out empty on `device`; each tensor is read from its mapped file, cast and copied into place, so
     the largest tensor is all that exists twice.
     """
     config = OvisConfig.from_directory(directory)
-    model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm)
+    model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard)
     load_weights(model, directory, config.layout)
     return model
 
 
-def empty_model(config: OvisConfig, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False) -> Ovis:
+def empty_model(
+    config: OvisConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    post_trunk_norm: bool = False,
+    shard: Shard = ALONE,
+) -> Ovis:
     """An Ovis in eval mode whose parameters are allocated and not initialised."""
     with torch.device("meta"):
-        model = Ovis(config, post_trunk_norm=post_trunk_norm).to(dtype)
+        model = Ovis(config, post_trunk_norm=post_trunk_norm, shard=shard).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     model.llm.fuse()
     return model
 
 
 def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
-    """Fill every parameter of `model`. Raises WeightsError that names each tensor at fault."""
-    pending = tensor_targets(model, layout)
+    """Fill every parameter of `model`, reading no more. Raises WeightsError that names each tensor at fault."""
+    pending, parts = tensor_targets(model, layout), _tensor_parts(model, layout)
     faults = _Faults()
     ignored = {_LM_HEAD[layout]} if model.config.language.tie_word_embeddings else set()
-    for name, tensor in _stored_tensors(directory):
+    for name, stored in _stored_tensors(directory):
         if name in ignored:
             continue
-        target = pending.pop(name, None)
+        target, part = pending.pop(name, None), parts.get(name, WHOLE)
         if target is None:
             faults.unexpected.append(name)
-        elif target.shape != tensor.shape or not tensor.is_floating_point():
-            faults.misshapen.append(f"{name} is {_describe(tensor)} instead of a float {tuple(target.shape)}")
+        elif not _is_float(stored) or tuple(stored.get_shape()) != part.whole_shape(target.shape):
+            faults.misshapen.append(
+                f"{name} is {_describe(stored)} instead of a float {part.whole_shape(target.shape)}"
+            )
         else:
-            target.copy_(tensor)
+            target.copy_(stored[part.slices(target.shape)])
     faults.missing.extend(pending)
     faults.raise_if_any(directory)
 
@@ -71,6 +89,18 @@ def tensor_targets(model: Ovis, layout: Layout) -> dict[str, Tensor]:
         data = parameter.data[0] if name == _POS_EMBED and layout == "native" else parameter.data
         targets.update(zip(names, data.chunk(len(names)), strict=True))
     return targets
+
+
+def _tensor_parts(model: Ovis, layout: Layout) -> dict[str, Part]:
+    """The names of tensors that the model holds a part of."""
+    parts: dict[str, Part] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, ShardedLinear | ShardedEmbedding):
+            names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+            parts.update(
+                (n, module.part) for name in names for n in ([name] if layout == "aidc" else _native_names(name))
+            )
+    return parts
 
 
 _POS_EMBED = "visual_tokenizer.backbone.preprocessor.pos_embed"
@@ -130,16 +160,21 @@ def _enumerate(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+def _is_float(stored: Any) -> bool:
+    return str(stored.get_dtype()).startswith(("F", "BF"))
 
 
-def _stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+def _describe(stored: Any) -> str:
+    return f"{stored.get_dtype()} {tuple(stored.get_shape())}"
+
+
+def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Names and safetensors' slices: what is cut out of one is all that is read of it."""
     for path in _shards(directory):
         try:
             with safe_open(path, framework="pt", device="cpu") as shard:
                 for name in shard.keys():  # noqa: SIM118  (not a dict)
-                    yield name, shard.get_tensor(name)
+                    yield name, shard.get_slice(name)
         except OSError as error:
             raise WeightsError(f"cannot read {path}: {error}") from error
         except Exception as error:

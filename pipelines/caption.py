@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,14 +15,19 @@ import pyarrow.compute as pc
 from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint, local_path
 from ovis_model.config import OvisConfig
 from ovis_model.processor import Processor
+from ovis_model.ranks import check_tensor_parallel
 from pipelines.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster import (
     MAX_BLOCKS,
+    Hardware,
+    asked_for_gpus,
     cause_of,
     configure_ray_data,
     last_line,
     plan_batches,
     plan_pools,
+    plan_tensor_parallel,
+    prefer_nodes_without,
     ray_session,
     settled_dtype,
 )
@@ -107,6 +113,8 @@ def _caption_run(
 def check_model(config: CaptionConfig) -> None:
     """What can be known of the model and the options without weights. Raises ValueError."""
     processor = Processor.from_pretrained(config.model, config.revision)
+    if config.tensor_parallel != "auto":
+        check_tensor_parallel(processor.config.language, config.tensor_parallel)
     sampling = config.sampling_for("")
     if sampling.max_new_tokens >= processor.config.max_length:
         raise ValueError(
@@ -140,10 +148,11 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     import ray
     from ray.data import ActorPoolStrategy
 
-    # What there is, not what is free now: Ray waits for what another job or the pass before still holds.
-    total = ray.cluster_resources()
-    pools = plan_pools(config, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
-    sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config))
+    model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
+    hardware = Hardware.of_cluster()
+    pools = plan_pools(config, hardware, plan_tensor_parallel(config, hardware, model))
+    print(f"plan: {pools}", file=sys.stderr)
+    sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config, model))
     run.settle_dtype(settled_dtype(config, pools))
     configure_ray_data()
     revision = run.record["model"]["revision"]
@@ -157,32 +166,35 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
         batch_size=1,
         num_cpus=pools.preprocessor_cpus,
         compute=ActorPoolStrategy(size=pools.num_preprocessors),
+        **prefer_nodes_without(hardware.gpu_types),
     )
+    replica = Replica(pools.device, pools.threads_per_replica, pools.tensor_parallel)
     results = prepared.map_batches(
         Generate,
-        fn_constructor_args=(config, revision, Replica(pools.device, pools.threads_per_replica), make_engine, attempts),
+        fn_constructor_args=(config, revision, replica, make_engine, attempts),
         batch_size=sizes.rows_per_batch,
         num_cpus=pools.replica_cpus,
         num_gpus=pools.replica_gpus,
         compute=ActorPoolStrategy(
-            size=pools.num_replicas,
+            min_size=pools.num_replicas,
+            max_size=None if pools.may_grow else pools.num_replicas,
             max_concurrent_calls_per_actor=sizes.calls_per_replica,
             enable_true_multi_threading=True,
             max_tasks_in_flight_per_actor=sizes.calls_per_replica + 1,
         ),
     )
     try:
-        for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield table.cast(RESULT)
+        with asked_for_gpus(pools):
+            for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield table.cast(RESULT)
     except ray.exceptions.RayError as error:
         if fault := cause_of(error, StoreFault):
             raise fault from error
         raise StageFailed(last_line(error)) from error
 
 
-def _most_tile_bytes(config: CaptionConfig) -> int:
-    side = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False)).vision.image_size
-    return (config.tiles_for(1) + 1) * 3 * side * side
+def _most_tile_bytes(config: CaptionConfig, model: OvisConfig) -> int:
+    return (config.tiles_for(1) + 1) * 3 * model.vision.image_size**2
 
 
 def _report(results: pa.Table, progress: RunProgress) -> None:

@@ -7,12 +7,16 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from ovis_model.config import OvisConfig
+from ovis_model.footprint import device_bytes, fewest_ranks
+from ovis_model.ranks import check_tensor_parallel
 from ovis_model.types import ROWS_SIDE_BY_SIDE
 from pipelines.config import CaptionConfig
 from pipelines.manifest import ROWS_PER_GROUP
@@ -22,6 +26,10 @@ BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of 
 PREPROCESSORS_PER_GPU = 12  # one core prepares about 12 full-HD images a second, a GPU takes many more
 _CPUS_PER_CPU_REPLICA = 8
 MAX_BLOCKS = 20_000  # of units: the driver holds an object for each
+
+GPU_TYPE_LABEL = "ray.io/accelerator-type"  # Ray's own, on nodes with GPUs
+_SMALLEST_USUAL_GPU_BYTES = 14 << 30  # 16 GB, less what a driver and other processes take
+_ASK_S = 60.0  # for the memory of a node's GPUs
 
 _LOCAL = {
     "address": "local",
@@ -37,9 +45,39 @@ class ResourceError(ValueError):
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """What the nodes of a cluster have. `gpus`: of each node that has some; `gpu_types`: Ray's names of them."""
+
+    cpus: float
+    gpus: tuple[int, ...] = ()
+    gpu_types: tuple[str, ...] = ()
+
+    @classmethod
+    def of_cluster(cls) -> Hardware:
+        """Of all nodes that are alive: what there is, not what is free now. Ray waits for what another job or an
+        earlier pass still holds."""
+        import ray
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        with_gpus = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1]
+        return cls(
+            sum(node["Resources"].get("CPU", 0) for node in nodes),
+            tuple(int(node["Resources"]["GPU"]) for node in with_gpus),
+            tuple(sorted({node["Labels"].get(GPU_TYPE_LABEL, "") for node in with_gpus} - {""})),
+        )
+
+    def room_for(self, gpus_per_replica: int) -> int:
+        """Replicas: the ranks of one are on one node, where their links are fast."""
+        return sum(gpus // gpus_per_replica for gpus in self.gpus)
+
+
+@dataclass(frozen=True)
 class Pools:
     """Actors and what each reserves: never more than one CPU, so that any node can hold any of them, and together
-    never more than there is. A pool that cannot start waits for ever (ray-project/ray#44687)."""
+    never more than there is. A pool that cannot start waits for ever (ray-project/ray#44687).
+
+    `may_grow`: replicas start on GPUs that join while the run is on; `waits_for_gpus`: not all GPUs are there yet.
+    """
 
     device: Literal["cpu", "cuda"]
     num_replicas: int
@@ -48,35 +86,142 @@ class Pools:
     threads_per_replica: int
     num_preprocessors: int
     preprocessor_cpus: float
+    tensor_parallel: int = 1
+    may_grow: bool = False
+    waits_for_gpus: bool = False
+
+    def __str__(self) -> str:
+        each = "1 GPU" if self.replica_gpus == 1 else f"{self.replica_gpus} GPUs"
+        ranks = f" in {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
+        share = f"on {each}" if self.device == "cuda" else f"with {self.threads_per_replica} threads on CPUs"
+        more = ", more as GPUs join" * self.may_grow + ", as soon as their GPUs are there" * self.waits_for_gpus
+        return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} to prepare images"
 
 
-def plan_pools(config: CaptionConfig, *, cpus: float, gpus: float) -> Pools:
-    """For a cluster of so many CPUs and GPUs. Raises ResourceError if it has too few for what was asked."""
-    if cpus <= 0:
+def plan_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
+    """For replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
+    if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
-    if config.device == "cuda" or (config.device == "auto" and gpus >= 1):
-        return _gpu_pools(config, cpus, gpus)
-    return _cpu_pools(config, cpus)
+    if uses_gpus(config, hardware):
+        return _gpu_pools(config, hardware, tensor_parallel)
+    return _cpu_pools(config, hardware.cpus, tensor_parallel)
 
 
-def _gpu_pools(config: CaptionConfig, cpus: float, gpus: float) -> Pools:
-    if gpus < 1:
+def uses_gpus(config: CaptionConfig, hardware: Hardware) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and bool(hardware.gpus or config.autoscale))
+
+
+def _gpu_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int) -> Pools:
+    room = hardware.room_for(tensor_parallel)
+    wanted = _chosen(config.num_replicas, room)
+    preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
+    if not config.autoscale:  # which has cores started for them too
+        _check_room(wanted, room, hardware, tensor_parallel)
+        preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted))  # a replica's thread keeps a core busy
+    preprocessors = _chosen(config.num_preprocessors, preprocessors)
+    return Pools(
+        device="cuda",
+        num_replicas=wanted,
+        # A replica reserves no CPU: preprocessors that took all those of a GPU's node would keep it from starting.
+        replica_cpus=0,
+        replica_gpus=tensor_parallel,
+        threads_per_replica=1,
+        num_preprocessors=preprocessors,
+        preprocessor_cpus=1 if config.autoscale else _share(hardware.cpus, preprocessors),
+        tensor_parallel=tensor_parallel,
+        may_grow=config.num_replicas == "auto",
+        waits_for_gpus=wanted > room,
+    )
+
+
+def _check_room(wanted: int, room: int, hardware: Hardware, tensor_parallel: int) -> None:
+    if not hardware.gpus:
         raise ResourceError("device=cuda, but the cluster has no GPU; use --device cpu or add a GPU node")
-    replicas = int(gpus) if config.num_replicas == "auto" else config.num_replicas
-    if replicas > gpus:
-        raise ResourceError(f"{replicas} replicas need {replicas} GPUs, the cluster has {gpus:g}; lower --num-replicas")
-    spare = max(1, int(cpus) - replicas)  # a replica's own thread keeps a core busy
-    preprocessors = _chosen(config.num_preprocessors, min(spare, PREPROCESSORS_PER_GPU * replicas))
-    # A replica reserves no CPU: preprocessors that took all those of a GPU's node would keep it from starting.
-    return Pools("cuda", replicas, 0, 1, 1, preprocessors, _share(cpus, preprocessors))
+    if not room:
+        raise ResourceError(
+            f"a replica needs {tensor_parallel} GPUs of one node, and the largest node has {max(hardware.gpus)}; "
+            "lower --tensor-parallel or add a larger node"
+        )
+    if wanted > room:
+        each = f" of {tensor_parallel} GPUs on one node" if tensor_parallel > 1 else ""
+        raise ResourceError(
+            f"{wanted} replicas{each} need {wanted * tensor_parallel} GPUs; the cluster has {sum(hardware.gpus)}, room "
+            f"for {room}. Lower --num-replicas, or give --autoscale if the cluster can start more nodes"
+        )
 
 
-def _cpu_pools(config: CaptionConfig, cpus: float) -> Pools:
+def _cpu_pools(config: CaptionConfig, cpus: float, tensor_parallel: int) -> Pools:
     replicas = _chosen(config.num_replicas, max(1, int(cpus // _CPUS_PER_CPU_REPLICA)))
     preprocessors = _chosen(config.num_preprocessors, max(1, int(cpus // 4)))
     threads = max(1, int(cpus - preprocessors) // replicas)
     share = _share(cpus, replicas + preprocessors)
-    return Pools("cpu", replicas, share, 0, min(threads, _CPUS_PER_CPU_REPLICA), preprocessors, share)
+    threads = min(threads, _CPUS_PER_CPU_REPLICA)
+    return Pools("cpu", replicas, share, 0, threads, preprocessors, share, tensor_parallel)
+
+
+def plan_tensor_parallel(config: CaptionConfig, hardware: Hardware, model: OvisConfig) -> int:
+    """What `--tensor-parallel` comes to here: of `auto`, the fewest GPUs that hold a replica and room for its rows.
+
+    The GPUs' memory is asked for only if the model might not fit into the smallest that are usual. Raises ValueError.
+    """
+    if config.tensor_parallel != "auto":
+        check_tensor_parallel(model.language, config.tensor_parallel)
+        return config.tensor_parallel
+    if not uses_gpus(config, hardware):
+        return 1
+    value_bytes = 4 if config.dtype == "float32" else 2
+    if device_bytes(model, 1, value_bytes) <= _SMALLEST_USUAL_GPU_BYTES:
+        return 1
+    return fewest_ranks(model, gpu_memory_bytes(), value_bytes)
+
+
+def gpu_memory_bytes() -> int:
+    """Of the smallest GPU of the cluster, as the driver on each node tells. Raises ResourceError."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    here = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    ask = ray.remote(_ask_driver).options(num_cpus=0, max_retries=0)
+    try:
+        told: list[int] = ray.get([ask.options(scheduling_strategy=node).remote() for node in here], timeout=_ASK_S)
+        return min(told)
+    except (ray.exceptions.RayError, ValueError) as error:
+        raise ResourceError(
+            f"cannot tell how much memory the GPUs have ({last_line(error)}); give --tensor-parallel N"
+        ) from error
+
+
+def _ask_driver() -> int:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB, a line for each
+    told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=_ASK_S)
+    return min(map(int, told.stdout.split())) << 20
+
+
+@contextmanager
+def asked_for_gpus(pools: Pools) -> Iterator[None]:
+    """While in the context, an autoscaler holds GPUs for all replicas.
+
+    Ray Data's pools do not make it start any for actors that they could have (ray-project/ray#59144).
+    """
+    if not pools.waits_for_gpus:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"GPU": pools.replica_gpus}] * pools.num_replicas)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def prefer_nodes_without(gpu_types: tuple[str, ...]) -> dict[str, Any]:
+    """Options of an actor that leaves the cores beside GPUs to the replicas there, as long as there are others."""
+    if not gpu_types:
+        return {}
+    others = {GPU_TYPE_LABEL: f"!in({','.join(gpu_types)})"}
+    return {"label_selector": others, "fallback_strategy": [{"label_selector": {}}]}
 
 
 def settled_dtype(config: CaptionConfig, pools: Pools) -> str:
@@ -197,6 +342,9 @@ def configure_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.target_max_block_size = BATCH_BYTES
+    # A pool that may grow does as soon as its actors have work for more than themselves: they always have one call in
+    # hand more than they can run.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.01
     # Half an hour without a block fails a run by default: less than a large model may need to load.
     context.execution_no_progress_timeout_s = 4 * 3600
     logging.getLogger("ray.data").setLevel(logging.WARNING)

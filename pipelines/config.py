@@ -56,7 +56,10 @@ class CaptionConfig(BaseModel):
     seed: int = Field(0, description="of sampling; a row's sample depends on it and the row's id only")
 
     num_replicas: PositiveInt | Literal["auto"] = Field("auto", description="copies of the model")
-    tensor_parallel: PositiveInt = Field(1, description="GPUs per copy of the model")
+    tensor_parallel: PositiveInt | Literal["auto"] = Field(
+        "auto", description="GPUs of one copy of the model; auto is as few as hold it"
+    )
+    autoscale: bool = Field(False, description="have the cluster start nodes for --num-replicas, and begin meanwhile")
     num_preprocessors: PositiveInt | Literal["auto"] = Field("auto", description="CPU actors that decode and tile")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -86,12 +89,11 @@ class CaptionConfig(BaseModel):
                 raise ValueError("is not UTF-8") from None
         return value
 
-    @field_validator("tensor_parallel")
-    @classmethod
-    def _one_gpu_a_replica(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError("tensor-parallel replicas are not supported yet; use 1")
-        return value
+    @model_validator(mode="after")
+    def _says_how_many(self) -> CaptionConfig:
+        if self.autoscale and self.num_replicas == "auto":
+            raise ValueError("--autoscale needs to know for how many: give --num-replicas N")
+        return self
 
     @field_validator("keep_columns", mode="before")
     @classmethod
@@ -145,6 +147,7 @@ _HOW_NOT_WHAT = {
     "output",
     "num_replicas",
     "tensor_parallel",
+    "autoscale",
     "num_preprocessors",
     "device",
     "rows_per_file",

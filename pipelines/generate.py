@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ovis_model.processor import Processor
+from ovis_model.ranks import TensorParallelEngine
 from ovis_model.text import cut_at_stop
 from ovis_model.types import Completion, Engine, EngineDied, Request, RequestError, SamplingParams
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, AloneOrTogether, Attempts
@@ -29,15 +31,25 @@ class Replica:
 
     device: Literal["cpu", "cuda"]
     num_threads: int
+    tensor_parallel: int = 1
 
 
 EngineFactory = Callable[[CaptionConfig, str | None, Replica], Engine]
 
 
 def load_engine(config: CaptionConfig, revision: str | None, replica: Replica) -> Engine:
-    """The real engine; imports torch, so only where a replica lives."""
+    """The real engine. Of several ranks, or with torch imported here, so only where a replica lives."""
     # Threads that spin while they wait take the cores that decode images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if replica.tensor_parallel > 1:
+        return TensorParallelEngine(
+            config.model,
+            tensor_parallel=replica.tensor_parallel,
+            device=replica.device,
+            dtype=config.dtype,
+            revision=revision,
+            num_threads=max(1, replica.num_threads // replica.tensor_parallel),
+        )
     import torch
 
     from ovis_model.engine import OvisEngine
@@ -69,6 +81,13 @@ class Generate:
     def __call__(self, batch: Batch) -> pa.Table:
         """Columns of prepared rows -> a table of schema RESULT, a row for each. Several threads may call at once."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        while True:
+            try:
+                return pa.Table.from_pylist(self._results_within_tries(rows), RESULT)
+            except EngineDied as error:
+                self._replace_engine(error)
+
+    def _results_within_tries(self, rows: list[Row]) -> list[Row]:
         work = f"generate {len(rows)} rows from {rows[0]['row']}"
         with self._process.together():
             tries = self._attempts.begin(work)
@@ -76,7 +95,17 @@ class Generate:
         if tries > MAX_TRIES:
             results = [result for row in rows for result in self._results_alone(row)]
         self._attempts.end(work)
-        return pa.Table.from_pylist(results, RESULT)
+        return results
+
+    def _replace_engine(self, error: EngineDied) -> None:
+        """By new ranks if it has some, else by a new process. The work that it died on is tried again."""
+        print(f"the engine died: {error}", file=sys.stderr, flush=True)
+        if isinstance(self._engine, TensorParallelEngine):
+            with suppress(EngineDied):  # again, while they start: perhaps they do in another place
+                self._engine.rebuild()
+                return
+        # Raising would end the run, a clean exit of the actor as well; Ray replaces a process that is gone.
+        os._exit(1)
 
     def _results_alone(self, row: Row) -> list[Row]:
         """Of a row in a batch that killed its process again and again."""
@@ -105,10 +134,6 @@ class Generate:
             return self._engine.generate(requests, params)
         except RequestError:
             return [self._generate_alone(request, own) for request, own in zip(requests, params, strict=True)]
-        except EngineDied as error:
-            print(f"the engine died: {error}", file=sys.stderr, flush=True)
-            # Raising would end the run, a clean exit of the actor as well; Ray replaces a process that is gone.
-            os._exit(1)
 
     def _generate_alone(self, request: Request, params: SamplingParams) -> Completion | RequestError:
         try:

@@ -38,3 +38,14 @@ def test_the_floor_counts_what_a_published_size_needs() -> None:
     assert needed.decode_bytes == pytest.approx(31 * 2 * 494e6, rel=0.05)
     fast, slow = Ceilings(1e15, 1e12), Ceilings(1e12, 1e9)
     assert needed.seconds(slow) == pytest.approx(1000 * needed.seconds(fast))
+
+
+def test_ranks_generate_alone() -> None:
+    command = ["jobs.benchmark", "--model", "24x128", "--ranks", "2", "--image-size", "112x112", "--rows", "3"]
+    options = ["--output-median", "4", "--output-cap", "6"]
+    run = subprocess.run(
+        [sys.executable, "-m", *command, *options], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["ranks"] == 2 and result["output_tokens_per_s"] > 0
+    assert all(microseconds > 0 for microseconds in result["exchange_us"].values())

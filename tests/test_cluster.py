@@ -5,17 +5,36 @@ from __future__ import annotations
 import socket
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ovis_model.config import SIZES
+from ovis_model.footprint import language_parameters, vision_parameters
+from ovis_model.model import Ovis
 from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.cluster import BATCH_BYTES, Pools, ResourceError, last_line, plan_batches, plan_pools, ray_session
+from pipelines import cluster
+from pipelines.cluster import (
+    BATCH_BYTES,
+    Hardware,
+    Pools,
+    ResourceError,
+    last_line,
+    plan_batches,
+    plan_pools,
+    plan_tensor_parallel,
+    ray_session,
+)
 from pipelines.config import CaptionConfig
 from pipelines.manifest import ROWS_PER_GROUP
 
 
 def config(**options: object) -> CaptionConfig:
     return CaptionConfig(input=("in",), output="out", model="demo", **options)  # type: ignore[arg-type]
+
+
+def machine(cpus: float, gpus: int) -> Hardware:
+    return Hardware(cpus, (gpus,) if gpus else ())
 
 
 @given(
@@ -30,7 +49,7 @@ def test_pools_never_ask_for_more_cpus_than_there_are(
     options = config(num_replicas=num_replicas, num_preprocessors=num_preprocessors)
     if isinstance(num_replicas, int) and 0 < gpus < num_replicas:
         return
-    pools = plan_pools(options, cpus=cpus, gpus=gpus)
+    pools = plan_pools(options, machine(cpus, gpus))
     reserved = pools.num_replicas * pools.replica_cpus + pools.num_preprocessors * pools.preprocessor_cpus
     assert reserved <= cpus + 1e-6
     assert 0 <= pools.replica_cpus <= 1 and 0 < pools.preprocessor_cpus <= 1
@@ -44,12 +63,12 @@ def test_pools_never_ask_for_more_cpus_than_there_are(
         (1, 0, Pools("cpu", 1, 0.5, 0, 1, 1, 0.5)),
         (2, 0, Pools("cpu", 1, 1, 0, 1, 1, 1)),
         (16, 0, Pools("cpu", 2, 1, 0, 6, 4, 1)),
-        (32, 8, Pools("cuda", 8, 0, 1, 1, 24, 1)),
-        (256, 8, Pools("cuda", 8, 0, 1, 1, 96, 1)),
+        (32, 8, Pools("cuda", 8, 0, 1, 1, 24, 1, may_grow=True)),
+        (256, 8, Pools("cuda", 8, 0, 1, 1, 96, 1, may_grow=True)),
     ],
 )
 def test_typical_machines(cpus: float, gpus: float, wanted: Pools) -> None:
-    assert plan_pools(config(), cpus=cpus, gpus=gpus) == wanted
+    assert plan_pools(config(), machine(cpus, gpus)) == wanted
 
 
 def test_an_address_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,11 +81,62 @@ def test_an_address_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_impossible_requests_say_what_to_do() -> None:
     with pytest.raises(ResourceError, match="--device cpu"):
-        plan_pools(config(device="cuda"), cpus=8, gpus=0)
-    with pytest.raises(ResourceError, match="lower --num-replicas"):
-        plan_pools(config(num_replicas=9), cpus=8, gpus=8)
+        plan_pools(config(device="cuda"), machine(8, 0))
+    with pytest.raises(ResourceError, match=r"9 replicas need 9 GPUs; the cluster has 8, .* Lower --num-replicas"):
+        plan_pools(config(num_replicas=9), machine(8, 8))
     with pytest.raises(ResourceError, match="no CPUs"):
-        plan_pools(config(), cpus=0, gpus=8)
+        plan_pools(config(), machine(0, 8))
+
+
+def test_a_replica_is_on_one_node() -> None:
+    """Two nodes of three GPUs have room for two replicas of two, and for none of four."""
+    two_by_three = Hardware(64, (3, 3), ("L4",))
+    pools = plan_pools(config(), two_by_three, 2)
+    assert (pools.num_replicas, pools.replica_gpus, pools.may_grow, pools.waits_for_gpus) == (2, 2, True, False)
+    assert str(pools) == "2 x the model on 2 GPUs in 2 ranks, more as GPUs join; 48 to prepare images"
+    with pytest.raises(ResourceError, match="4 GPUs of one node, and the largest node has 3; lower --tensor-parallel"):
+        plan_pools(config(), two_by_three, 4)
+    with pytest.raises(
+        ResourceError, match="3 replicas of 2 GPUs on one node need 6 GPUs; the cluster has 6, room for 2"
+    ):
+        plan_pools(config(num_replicas=3), two_by_three, 2)
+
+
+def test_what_an_autoscaler_is_asked_for() -> None:
+    """GPUs and cores that are not there yet: a cluster may begin with its head alone."""
+    pools = plan_pools(config(num_replicas=8, autoscale=True), Hardware(0), 2)
+    assert (pools.device, pools.num_replicas, pools.replica_gpus) == ("cuda", 8, 2)
+    assert (pools.num_preprocessors, pools.preprocessor_cpus) == (192, 1)
+    assert pools.waits_for_gpus and not pools.may_grow
+    with pytest.raises(ValueError, match="--autoscale needs to know for how many"):
+        config(autoscale=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "memory_gb", "ranks"),
+    [("1B", 16, 1), ("8B", 24, 2), ("16B", 80, 1), ("16B", 24, 4), ("34B", 80, 2), ("34B", 141, 1), ("34B", 24, 8)],
+)
+def test_tensor_parallel_by_memory(monkeypatch: pytest.MonkeyPatch, size: str, memory_gb: int, ranks: int) -> None:
+    monkeypatch.setattr(cluster, "gpu_memory_bytes", lambda: memory_gb * 10**9)
+    assert plan_tensor_parallel(config(), machine(8, 8), SIZES[size]) == ranks
+    assert plan_tensor_parallel(config(device="cpu"), machine(8, 8), SIZES[size]) == 1
+    assert plan_tensor_parallel(config(tensor_parallel=2), machine(8, 8), SIZES[size]) == 2
+
+
+def test_a_model_that_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "gpu_memory_bytes", lambda: 16 * 10**9)
+    with pytest.raises(ValueError, match="GPUs of 16 GB are too small for this model, which takes 20 GB on each of 8"):
+        plan_tensor_parallel(config(), machine(8, 8), SIZES["34B"])
+
+
+def test_memory_of_the_published_sizes() -> None:
+    """Numbers of parameters as published, and as torch counts them."""
+    wanted = {"1B": 1_131_283_318, "4B": 4_304_941_558, "8B": 8_935_282_678, "34B": 34_872_912_886}
+    for size, number in wanted.items():
+        assert vision_parameters(SIZES[size]) + language_parameters(SIZES[size].language) == number
+    with torch.device("meta"):
+        model = Ovis(SIZES["2B"])
+    assert language_parameters(SIZES["2B"].language) == sum(p.numel() for p in model.llm.parameters())
 
 
 @given(

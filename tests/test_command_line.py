@@ -49,7 +49,11 @@ def test_yaml_with_flags_on_top(tmp_path: Path) -> None:
             "--top-p: Input should be less than or equal to 1 (got '2')",
         ),
         (["in", "out", "--model", "demo", "--num-replicas", "some"], "--num-replicas"),
-        (["in", "out", "--model", "demo", "--tensor-parallel", "2"], "not supported yet; use 1"),
+        (["in", "out", "--model", "demo", "--tensor-parallel", "0"], "--tensor-parallel"),
+        (
+            ["in", "out", "--model", "demo", "--autoscale"],
+            "--autoscale needs to know for how many: give --num-replicas N",
+        ),
         (["in", "out", "--model", "demo", "--max-tokens", "2"], "unrecognized arguments: --max-tokens"),
         (["in", "out", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["in", "out", "--model", "demo", "--stop", ""], "--stop: Value error, may not be empty"),

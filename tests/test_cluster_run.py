@@ -1,0 +1,192 @@
+"""Runs on clusters of several nodes and GPUs that only Ray believes in, in which everything dies that can."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.sink import read_results
+from tests.clusters import Driver, FakeGpuCluster, RayHead, fake_gpu_cluster
+from tests.conftest import ROOT
+from tests.golden_data import checkpoint_dir
+from tests.test_end_to_end import draw
+
+MODEL = str(checkpoint_dir("tiny56-tied"))
+NUM_ROWS = 200
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one tile; `poison.png` has ten."""
+    directory = tmp_path_factory.mktemp("pictures")
+    for i in range(NUM_ROWS):
+        draw(directory / f"{i:03}.png", seed=i, width=50, height=40)
+    draw(directory / "poison.png", seed=500, width=600, height=500)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def four_gpus() -> Iterator[FakeGpuCluster]:
+    with fake_gpu_cluster(head={"num_cpus": 4, "num_gpus": 4}) as cluster:
+        yield cluster
+
+
+@pytest.mark.timeout(300)
+def test_ranks_leaders_preprocessors_and_a_poison_row(
+    four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path
+) -> None:
+    """Two replicas of two ranks. Every row is there once, one is an error, and nothing is left."""
+    driver = Driver(
+        four_gpus,
+        pictures,
+        tmp_path / "out",
+        model=MODEL,
+        tensor_parallel=2,
+        max_new_tokens=4,
+        seconds_per_row=0.12,
+        poison_tiles=10,
+        num_preprocessors=2,
+    )
+    os.kill(four_gpus.wait_for_process("MapBatches(Preprocess)"), signal.SIGKILL)  # they are done in a moment
+    first = driver.wait_for_leaders(2)
+    assert sorted(",".join(event["gpus"] for event in first).split(",")) == ["0", "1", "2", "3"]
+    os.kill(first[1]["leader"], signal.SIGKILL)  # at once: it came last, got less and may be let go when it has no more
+    kill_a_rank(driver, first[0]["leader"])
+    code, out, err = driver.finish()
+    assert code == 0, err
+    assert "plan: 2 x the model on 2 GPUs in 2 ranks" in err
+    rows = read_results(str(tmp_path / "out")).to_pylist()
+    assert [Path(row["id"]).name for row in rows] == sorted(path.name for path in pictures.iterdir())
+    failed = [row for row in rows if row["status"] == "error"]
+    assert [(Path(row["id"]).name, row["stage"]) for row in failed] == [("poison.png", "generate")]
+    assert failed[0]["error"] == "the process died 2 times on this row alone"
+    rebuilt = [event for event in driver.events() if event.get("leader") == first[0]["leader"]]
+    assert len(rebuilt) > 1 and rebuilt[0] == first[0] and rebuilt[0]["ranks"] != rebuilt[1]["ranks"]  # in place
+    assert json.loads(out.splitlines()[-1])["rows"] == NUM_ROWS + 1
+    four_gpus.assert_nothing_is_left()
+
+
+def kill_a_rank(driver: Driver, leader: int) -> None:
+    """One that lives: the poison row may have been there before."""
+    for _ in range(100):
+        pids = [event["ranks"] for event in driver.events() if event.get("leader") == leader][-1]
+        try:
+            return os.kill(pids[1], signal.SIGKILL)
+        except ProcessLookupError:
+            time.sleep(0.1)
+    raise AssertionError(f"no rank of {leader} lives")
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("by", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
+    four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path, by: signal.Signals
+) -> None:
+    """Of the driver, with ranks at work."""
+    options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 0.2}
+    driver = Driver(four_gpus, pictures, tmp_path / "out", num_preprocessors=2, **options)
+    driver.wait_for_leaders(2)
+    assert len(four_gpus.processes("ovis_model.rank_process")) == 4
+    driver.process.send_signal(by)
+    code, _, err = driver.finish(60)
+    assert code == (1 if by is signal.SIGINT else -signal.SIGKILL), err
+    four_gpus.assert_nothing_is_left()
+
+
+@pytest.mark.timeout(200)
+def test_what_the_cluster_cannot_hold_is_said_at_once(
+    four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path
+) -> None:
+    started_s = time.monotonic()
+    driver = Driver(four_gpus, pictures, tmp_path / "out", model=MODEL, tensor_parallel=2, num_replicas=3)
+    code, _, err = driver.finish(60)
+    assert code == 2
+    assert "3 replicas of 2 GPUs on one node need 6 GPUs; the cluster has 4, room for 2" in err
+    assert time.monotonic() - started_s < 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> None:
+    """A GPU node is taken away, later another one comes: its replica works, and every row is there once."""
+    gpu_node = {"num_cpus": 2, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
+    with fake_gpu_cluster(gpu_node, gpu_node, head={"num_cpus": 3}) as cluster:
+        options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.3, "num_preprocessors": 3}
+        driver = Driver(cluster, pictures, tmp_path / "out", **options)
+        driver.wait_for_rows(12)
+        cluster.kill(cluster.nodes[1])
+        killed_s = time.time()
+        joined = cluster.add(**gpu_node)
+        code, _, err = driver.finish(300)
+        assert code == 0, err
+        assert "plan: 2 x the model on 1 GPU, more as GPUs join; 3 to prepare images" in err
+        batches = [event for event in driver.events() if "node" in event]
+        assert {event["node"] for event in batches} == {joined.node_id, *(node.node_id for node in cluster.nodes)}
+        first_s = min(event["at_s"] for event in batches if event["node"] == joined.node_id)
+        print(f"the new node's first batch {first_s - killed_s:.1f} s after the other was killed")
+        rows = read_results(str(tmp_path / "out")).to_pylist()
+        assert [Path(row["id"]).name for row in rows] == sorted(path.name for path in pictures.iterdir())
+        assert all(row["status"] == "ok" for row in rows)
+        cluster.assert_nothing_is_left()
+
+
+_WHERE_ACTORS_ARE = """
+import sys
+import ray
+from ray.data import ActorPoolStrategy
+from pipelines.cluster import Hardware, prefer_nodes_without
+class Where:
+    def __call__(self, batch):
+        return {"node": [ray.get_runtime_context().get_node_id()] * len(batch["id"])}
+ray.init(address=sys.argv[1], log_to_driver=False)
+for size in (2, 4):
+    where = ray.data.range(40, override_num_blocks=20).map_batches(
+        Where, batch_size=1, num_cpus=1, compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+        **prefer_nodes_without(Hardware.of_cluster().gpu_types),
+    )
+    print(*sorted({row["node"] for row in where.take_all()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_preprocessors_are_beside_gpus_only_if_there_is_no_other_place() -> None:
+    gpu_node = {"num_cpus": 4, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
+    with fake_gpu_cluster(gpu_node, {"num_cpus": 3}) as cluster:
+        command = [sys.executable, "-c", _WHERE_ACTORS_ARE, cluster.address]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        beside, other = (node.node_id for node in cluster.nodes)
+        assert [line.split() for line in told.splitlines()[-2:]] == [[other], sorted([other, beside])]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_autoscaler_starts_what_a_run_asks_for(pictures: Path, tmp_path: Path) -> None:
+    """From a head that can do no work: nodes for preprocessors, nodes for replicas."""
+    head = RayHead(
+        {
+            "cpu": {"resources": {"CPU": 2}, "max_workers": 2},
+            "gpu": {"resources": {"CPU": 1, "GPU": 2}, "max_workers": 2},
+        }
+    )
+    try:
+        options = {"model": MODEL, "tensor_parallel": 2, "num_replicas": 2, "autoscale": True, "num_preprocessors": 2}
+        driver = Driver(head, pictures, tmp_path / "out", max_new_tokens=4, seconds_per_row=0.5, **options)
+        code, _, err = driver.finish(300)
+        assert code == 0, err
+        assert "plan: 2 x the model on 2 GPUs in 2 ranks, as soon as their GPUs are there" in err
+        assert len({event["leader"] for event in driver.events() if "leader" in event}) == 2
+        rows = read_results(str(tmp_path / "out"))
+        assert sorted(Path(id).name for id in rows.column("id").to_pylist()) == sorted(
+            p.name for p in pictures.iterdir()
+        )
+    finally:
+        head.close()

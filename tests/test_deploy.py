@@ -1,0 +1,65 @@
+"""The files for clusters: valid to Ray's launcher and to KubeRay, of the pinned versions, with commands that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from pipelines.config import parse_command_line
+
+ROOT = Path(__file__).parents[1]
+RAY_VERSION = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_rays_launcher_takes_cluster_yaml() -> None:
+    validate_config(prepare_config(load("cluster.yaml")))
+
+
+def test_rays_launcher_would_notice_a_wrong_field() -> None:
+    config = load("cluster.yaml")
+    config["available_node_types"]["gpu"]["resources"]["GPU"] = "four"
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config(config))
+
+
+def test_workers_are_spot_machines_and_the_head_is_not() -> None:
+    types = load("cluster.yaml")["available_node_types"]
+    spot = {name for name, node in types.items() if "InstanceMarketOptions" in node["node_config"]}
+    assert spot == {"cpu", "gpu"} == types.keys() - {"head"}
+    assert sum(types[name]["max_workers"] for name in spot) == load("cluster.yaml")["max_workers"]
+
+
+def test_kuberay_takes_the_job() -> None:
+    jsonschema.validate(load("deploy/rayjob.yaml"), load("tests/rayjob_schema.yaml"))
+
+
+def test_the_jobs_command_is_one_that_we_take() -> None:
+    words = shlex.split(load("deploy/rayjob.yaml")["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "jobs.caption"]
+    config = parse_command_line("jobs.caption", "", words[3:])
+    groups = {
+        group["groupName"]: group for group in load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    }
+    assert config.autoscale and config.num_replicas == groups["gpu"]["maxReplicas"]
+
+
+def test_versions_are_the_pinned_ones() -> None:
+    cluster, job = load("cluster.yaml"), load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]
+    templates = [job["headGroupSpec"]["template"], *(group["template"] for group in job["workerGroupSpecs"])]
+    images = [cluster["docker"]["image"], *(c["image"] for t in templates for c in t["spec"]["containers"])]
+    assert {image.rpartition(":")[2] for image in images} == {RAY_VERSION} == {job["rayVersion"]}
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert all("--constraint constraints.txt" in line for line in dockerfile.splitlines() if line.startswith("RUN pip"))
+    copied = re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE)
+    assert all((ROOT / name).exists() for names in copied for name in names.split())

@@ -1,0 +1,218 @@
+"""Several ranks are one model: the same logits and tokens, a part of the weights each, and nothing left of the dead."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ovis_model.config import SIZES, OvisConfig
+from ovis_model.engine import OvisEngine
+from ovis_model.model import Ovis
+from ovis_model.parallel import Shard
+from ovis_model.ranks import TensorParallelEngine, check_tensor_parallel, rank_counts
+from ovis_model.types import EngineDied, Request, RequestError, SamplingParams
+from tests.conftest import ROOT
+from tests.golden_data import checkpoint_dir, expected_arrays
+from tests.test_engine import GREEDY, PARAMS, alone, golden_requests, greedy_ids, ids_of
+
+
+def start(checkpoint: str, ranks: int, **options: float) -> TensorParallelEngine:
+    return TensorParallelEngine(
+        str(checkpoint_dir(checkpoint)), tensor_parallel=ranks, device="cpu", num_threads=1, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[TensorParallelEngine]:
+    with start("tiny56-tied", 2) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(("checkpoint", "ranks"), [("tiny56-tied", 2), ("tiny112-untied", 4)])
+def test_logits_are_the_originals_and_weights_are_shared_out(tmp_path: Path, checkpoint: str, ranks: int) -> None:
+    """Four ranks share two key-value heads."""
+    outs = [tmp_path / f"{rank}.npz" for rank in range(ranks)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.rank_logits", *map(str, (rank, ranks, tmp_path / "meet", checkpoint, out))],
+            cwd=ROOT,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    assert [process.wait(100) for process in processes] == [0] * ranks
+    whole = Ovis(OvisConfig.from_directory(checkpoint_dir(checkpoint)))
+    num_parameters = sum(p.numel() for p in whole.llm.parameters())
+    for out in outs:
+        with np.load(out) as found:
+            for index in range(len(golden_requests(checkpoint))):
+                wanted = expected_arrays(checkpoint)[f"{checkpoint}_{index}_last_logits"]
+                np.testing.assert_allclose(found[f"arr_{index}"], wanted, atol=1e-5, rtol=0)
+            assert found["llm_parameters"] < 1.15 * num_parameters / ranks
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_of_a_published_size_holds_its_share_of_the_decoder(size: str) -> None:
+    config = SIZES[size]
+    with torch.device("meta"):
+        for ranks in rank_counts(config.language)[1:]:
+            models = [Ovis(config, shard=Shard(rank, ranks)) for rank in (0, ranks - 1)]
+            whole = sum(p.numel() for p in Ovis(config).llm.parameters())
+            for model in models:
+                share = sum(p.numel() for p in model.llm.parameters()) / whole
+                # A key-value head is the least that a rank holds.
+                assert 1 / ranks <= share < 1 / ranks + 0.01
+
+
+def test_which_numbers_of_ranks_there_are() -> None:
+    wanted = {"1B": [2], "2B": [2, 4], "4B": [2, 4, 8, 16], "8B": [2, 4], "16B": [2, 4, 8], "34B": [2, 4, 8]}
+    assert {size: rank_counts(config.language)[1:] for size, config in SIZES.items()} == wanted
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel=3 does not divide the model's 40 heads, .* use 1, 2, 4 or 8"
+    ):
+        check_tensor_parallel(SIZES["34B"].language, 3)
+    with pytest.raises(ValueError, match="use 1 or 2"):
+        check_tensor_parallel(SIZES["1B"].language, 0)
+    with pytest.raises(ValueError, match=r"tensor_parallel=3 does not divide the model's 4 heads, .* use 1, 2 or 4"):
+        OvisEngine.from_pretrained(str(checkpoint_dir("tiny56-tied")), tensor_parallel=3)
+
+
+def test_greedy_ids_are_the_originals(two_ranks: TensorParallelEngine) -> None:
+    requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
+    assert ids_of(two_ranks, requests) == wanted
+    assert [ids_of(two_ranks, [request])[0] for request in requests] == wanted
+
+
+def test_samples_and_penalties_are_those_of_one_rank(two_ranks: TensorParallelEngine) -> None:
+    requests = golden_requests("tiny56-tied")
+    kinds = sorted(PARAMS)
+    params = [replace(PARAMS[kind], max_new_tokens=12) for kind in kinds]
+    found = two_ranks.generate([requests[i % 8] for i in range(len(kinds))], params)
+    assert [c.output_ids.tolist() for c in found] == [alone(i % 8, kind) for i, kind in enumerate(kinds)]
+    [unseeded] = two_ranks.generate(requests[:1], SamplingParams(temperature=2.0, max_new_tokens=40))
+    assert 0 < len(unseeded.output_ids) <= 40
+
+
+def test_threads_get_their_own_rows(two_ranks: TensorParallelEngine) -> None:
+    requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
+    orders = [random.Random(seed).sample(range(len(requests)), k=len(requests)) for seed in range(4)]
+    with ThreadPoolExecutor(len(orders)) as pool:
+        found = list(pool.map(lambda order: ids_of(two_ranks, [requests[i] for i in order]), orders))
+    assert found == [[wanted[i] for i in order] for order in orders]
+
+
+def test_a_refused_request_is_no_fault(two_ranks: TensorParallelEngine) -> None:
+    long = Request(np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
+    with pytest.raises(RequestError, match="232 over the limit of 32768"):
+        two_ranks.generate([long], SamplingParams(max_new_tokens=3000))
+    with pytest.raises(ValueError, match="1 sampling parameters for 8 requests"):
+        two_ranks.generate(golden_requests("tiny56-tied"), [GREEDY])
+    assert two_ranks.generate([], GREEDY) == []
+    test_greedy_ids_are_the_originals(two_ranks)
+
+
+def test_an_interrupt_leaves_the_ranks_whole(two_ranks: TensorParallelEngine) -> None:
+    [request] = golden_requests("tiny56-tied")[:1]
+    threading.Timer(0.5, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            two_ranks.generate([request] * 64, GREEDY)
+    test_greedy_ids_are_the_originals(two_ranks)
+
+
+def test_two_engines_side_by_side() -> None:
+    """Through the public entry point; nothing that they share has a name or a number."""
+    directory = str(checkpoint_dir("tiny112-untied"))
+
+    def one(_: int) -> list[list[int]]:
+        engine = OvisEngine.from_pretrained(directory, device="cpu", tensor_parallel=2)
+        assert isinstance(engine, TensorParallelEngine)
+        with engine:
+            return ids_of(engine, golden_requests("tiny112-untied"))
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one, range(2)))
+    assert found == [greedy_ids("tiny112-untied")] * 2
+
+
+@pytest.mark.parametrize(
+    ("by", "told"), [(signal.SIGKILL, "rank 1 of 2 was killed by SIGKILL"), (signal.SIGSTOP, "no sign of life for")]
+)
+def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: str) -> None:
+    requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
+    with start("tiny56-tied", 2, hang_s=2.0) as engine:
+        first = engine.pids
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(lambda: [ids_of(engine, requests) for _ in range(1000)])
+            time.sleep(0.3)
+            os.kill(first[1], by)
+            stopped_s = time.monotonic()
+            with pytest.raises(EngineDied, match=told):
+                call.result(30)
+        assert time.monotonic() - stopped_s < (2 if by is signal.SIGKILL else 5)
+        assert not any(map(is_alive, first))
+        with pytest.raises(EngineDied):
+            engine.generate(requests, GREEDY)
+        engine.rebuild()
+        engine.rebuild()  # of living ranks: nothing happens
+        assert ids_of(engine, requests) == wanted
+        last = engine.pids
+    assert not any(map(is_alive, last))
+
+
+def test_ranks_end_with_their_owner() -> None:
+    program = (
+        "import sys\nfrom tests.test_parallel import start\n"
+        "engine = start('tiny56-tied', 2)\n"
+        "print(*engine.pids, engine._ranks._meeting.name, flush=True)\nsys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        *told, directory = owner.stdout.readline().split()
+        pids = [int(pid) for pid in told]
+        assert len(pids) == 2 and all(map(is_alive, pids))
+        owner.kill()
+    deadline_s = time.monotonic() + 10
+    while any(map(is_alive, pids)) or Path(directory).exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_a_checkpoint_that_does_not_load_is_named(tmp_path: Path) -> None:
+    for file in checkpoint_dir("tiny56-tied").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        TensorParallelEngine(str(tmp_path), tensor_parallel=2, device="cpu")
+
+
+@pytest.mark.gpu
+def test_one_rank_on_nccl(tmp_path: Path) -> None:
+    from ovis_model.parallel import joined
+
+    with joined(0, 1, tmp_path / "meet", lambda: None):
+        x = torch.ones(4, device="cuda")
+        torch.distributed.all_reduce(x)
+        assert x.tolist() == [1.0] * 4
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
