@@ -42,7 +42,28 @@ def _has_gpu() -> bool:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def endpoint() -> Iterator[str]:
+    """An S3 server, set up as a user would: by the environment, which the processes of `ray_cluster` have too."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+    }
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        yield settings["AWS_ENDPOINT_URL"]
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(endpoint: str) -> Iterator[None]:
     """One local Ray for all tests of this process; jobs that run in it join it and leave it running."""
     import ray
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from pipelines.fetch import Fetcher
@@ -26,25 +25,9 @@ MODEL = str(checkpoint_dir("tiny56-tied"))
 BUCKET = "s3://bucket"
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def store(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[fsspec.AbstractFileSystem]:
+def store(endpoint: str, tmp_path: Path) -> Iterator[fsspec.AbstractFileSystem]:
     """With a file, a tar, a Parquet file and JSON lines in it: 12 good rows and a bad one."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "eu-central-1",
-    }.items():
-        monkeypatch.setenv(name, value)
     # fsspec keeps its file systems, with the environment of their first use.
     S3FileSystem.clear_instance_cache()
     fs = fsspec.filesystem("s3")

@@ -108,16 +108,18 @@ def json_object(data: bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(values) > MAX_DEPTH:
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(values, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if "\\ud" in text.lower():
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair cannot be stored
     return values
 
 
-def _depth(value: Any) -> int:
+def _is_deeper(value: Any, levels: int) -> bool:
+    if levels == 0:
+        return True
     below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, below), default=0)
+    return any(_is_deeper(item, levels - 1) for item in below)
 
 
 def text_of(value: Any) -> str | None:
