@@ -26,6 +26,7 @@ from pipelines.cluster import (
     settled_dtype,
 )
 from pipelines.config import CaptionConfig
+from pipelines.encode import describe_encoder, plan_encoders, start_encoders
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.lease import Lease, LeaseLost
 from pipelines.ledger import Ledger, Ranges, count, split
@@ -69,9 +70,10 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
     Raises ValueError (usage: before any replica starts), StageFailed and RowsLost.
     """
     started_s = time.monotonic()
-    config = config.model_copy(update={"model": local_path(config.model)})
+    places = {"model": local_path(config.model), "frame_encoder": local_path(config.frame_encoder)}
+    config = config.model_copy(update=places)
     check_model(config)
-    model = describe_checkpoint(config.model, config.revision)
+    model = {**describe_checkpoint(config.model, config.revision), **describe_encoder(config)}
     with hold_lease(config) as lease:
         run = open_run(config, model)
         try:
@@ -135,18 +137,21 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
 
     # What there is, not what is free now: Ray waits for what another job or the pass before still holds.
     total = ray.cluster_resources()
-    pools = plan_pools(config, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
+    cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
+    encoders = plan_encoders(config, cpus=cpus, gpus=gpus)
+    pools = plan_pools(config, cpus=cpus - encoders.cpus, gpus=gpus - encoders.gpus)
     sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config))
     run.settle_dtype(settled_dtype(config, pools))
     configure_ray_data()
     revision = run.record["model"]["revision"]
     attempts = RemoteAttempts(start_attempt_counts())
     units = list(split(missing, sizes.rows_per_unit))
+    encoder = start_encoders(config, run.record["model"].get("frame encoder revision"), encoders)
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
     dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))
     prepared = dataset.map_batches(
         Preprocess,
-        fn_constructor_args=(config, run.output, revision, attempts),
+        fn_constructor_args=(config, run.output, revision, attempts, encoder),
         batch_size=1,
         num_cpus=pools.preprocessor_cpus,
         compute=ActorPoolStrategy(size=pools.num_preprocessors),
@@ -169,11 +174,15 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
             yield table.cast(RESULT)
     except ray.exceptions.RayError as error:
         raise StageFailed(last_line(error)) from error
+    finally:
+        if encoder is not None:
+            encoder.stop()
 
 
 def _most_tile_bytes(config: CaptionConfig) -> int:
     side = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False)).vision.image_size
-    return (config.tiles_for(1) + 1) * 3 * side * side
+    tiles = max(config.tiles_for(1) + 1, config.num_frames)  # of an image, and of a video
+    return tiles * 3 * side * side
 
 
 def _report(results: pa.Table, progress: RunProgress, reasons: Counter[str]) -> None:

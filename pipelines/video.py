@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +32,13 @@ _BLIND_SEEK_S = 10  # without an index, what is nearer is decoded on the way rat
 _LOST_SHARE, _LOST_S = 0.1, 1.0  # of the stated duration: headers lie by this much about whole files
 _SLACK_S = 0.002  # containers round times, some to milliseconds
 _BUFFER_BYTES = 1 << 16
+
+# ISO media but pictures in it (AVIF, HEIC), Matroska, AVI, FLV, ASF, Ogg, MPEG program and transport streams, MXF.
+_SIGNATURES = re.compile(
+    rb"....(ftyp(?!avi[fs]|hei[cmsx]|mif1|msf1)|moov|moof|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01"
+    rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|OggS|\0\0\x01[\xba\xb3]|\x47.{187}\x47|\x06\x0e\x2b\x34",
+    re.DOTALL,
+)
 
 Pixels = NDArray[np.uint8]
 
@@ -74,6 +82,11 @@ def frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
     """The frames shown at these ascending times, in full size. Raises MediaError."""
     with _Video(file) as video:
         return list(video.frames_at(times_s, None))
+
+
+def looks_like_video(data: bytes) -> bool:
+    """By its first bytes: the kinds of file that `image` decoders do not read."""
+    return _SIGNATURES.match(data) is not None
 
 
 def duration_s(file: BinaryIO) -> float:

@@ -1,4 +1,4 @@
-"""Image files, each of them a row."""
+"""Files of images and videos, each of them a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, chunks_of
 from pipelines.store import FileInfo
 
 _IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
-IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split())
+_VIDEO_FORMATS = "3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in _VIDEO_FORMATS.split())
+IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split()) | VIDEO_SUFFIXES
+"""Of files that are images or become some: the frames of a video."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def images_below(uri: str) -> Iterator[FileInfo]:
 def log_left_out(uri: str, others: Counter[str]) -> None:
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        logger.warning("%s: left out %d files that are not named as images (%s)", uri, others.total(), counts)
+        logger.warning("%s: left out %d files that are not named as images or videos (%s)", uri, others.total(), counts)
 
 
 def _row(info: FileInfo) -> Row:

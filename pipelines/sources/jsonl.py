@@ -13,7 +13,7 @@ from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, SourceError, c
 from pipelines.store import FileInfo
 
 MAX_LINE_BYTES = 16 << 20
-_IMAGE_FIELDS = ("image", "uri")
+_IMAGE_FIELDS = ("image", "video", "uri")
 _BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
 
 

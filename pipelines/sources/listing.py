@@ -17,6 +17,7 @@ from pipelines.sources.files import IMAGE_SUFFIXES
 from pipelines.sources.questions import Asker
 from pipelines.sources.rows import Chunk, SourceError
 from pipelines.sources.shards import list_chunks
+from pipelines.sources.videos import with_windows
 
 
 def list_rows(config: CaptionConfig) -> Listing:
@@ -35,7 +36,7 @@ def list_rows(config: CaptionConfig) -> Listing:
 
 def _list_into(listing: Listing, config: CaptionConfig) -> None:
     asker = Asker(config)
-    for chunk in _limited(list_chunks(config.input, asker.columns), config.limit):
+    for chunk in _limited(with_windows(list_chunks(config.input, asker.columns), config.window_s), config.limit):
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(

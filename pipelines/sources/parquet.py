@@ -23,7 +23,19 @@ from pipelines.sources.rows import (
 from pipelines.store import FileInfo
 
 BUFFER_BYTES = 1 << 20  # or a column of a row group would be held whole
-_URI_NAMES = ("image", "images", "uri", "image_uri", "url", "image_url", "path", "image_path")
+_URI_NAMES = (
+    "image",
+    "images",
+    "uri",
+    "image_uri",
+    "url",
+    "image_url",
+    "path",
+    "image_path",
+    "video",
+    "video_url",
+    "video_path",
+)
 
 
 def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
