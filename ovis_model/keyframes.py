@@ -184,9 +184,11 @@ def _log(values: Floats) -> Floats:
 
 def _squared_distances(a: Floats, b: Floats) -> Floats:
     """float64[A, B]. By one matrix product: nothing of shape [A, B, d] is ever made."""
-    squares = np.einsum("nd,nd->n", a, a)[:, None] + np.einsum("nd,nd->n", b, b)
-    distances: Floats = np.maximum(squares - 2 * (a @ b.T), 0)
-    return distances
+    distances: Floats = a @ b.T
+    distances *= -2
+    distances += np.einsum("nd,nd->n", a, a)[:, None]
+    distances += np.einsum("nd,nd->n", b, b)
+    return np.maximum(distances, 0, out=distances)
 
 
 def _sum_of_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> Floats:
@@ -194,7 +196,10 @@ def _sum_of_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> F
     gaussian = np.exp(squared_distances / (-2 * alphas[0]))
     total = gaussian.copy()
     for wider, alpha in pairwise(alphas):
-        gaussian = gaussian * gaussian if alpha * 2 == wider else np.exp(squared_distances / (-2 * alpha))
+        if alpha * 2 == wider:
+            gaussian *= gaussian
+        else:
+            gaussian = np.exp(squared_distances / (-2 * alpha))
         total += gaussian
     return total
 

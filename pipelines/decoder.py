@@ -90,7 +90,8 @@ class VideoDecoder:
         for last_try in (False, True):
             stream = _Stream(self._started(), time.monotonic() + self._timeout_s)
             try:
-                stream.send({"what": what, "place": place[:3], "arguments": arguments}, place.data)
+                request = {"what": what, "place": place[:3], "arguments": arguments, "stores": store.settings()}
+                stream.send(request, place.data)
                 reply = stream.receive_json()
                 _raise_if_error(reply)
                 return reply, [stream.receive(shape) for shape in reply["shapes"]]
@@ -204,6 +205,7 @@ def _end_with(parent: int) -> None:
 
 def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
     try:
+        store.use_settings(request["stores"])
         uri, offset, num_bytes = request["place"]
         with _opened(Video(uri, offset, num_bytes, data)) as file:
             return _run(request["what"], file, request["arguments"])
