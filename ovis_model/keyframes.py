@@ -92,8 +92,8 @@ def select_frames(
     method: "mdp3", whose `rules` are the fields of `Rules`; "top-k", the k most relevant; "uniform".
 
     Embeddings are brought to unit length and everything is computed in float64. A frame that equals one picked
-    already adds nothing: MDP3's picks beyond the number of different frames are spread over time. Raises ValueError
-    for k below 1, for embeddings that are not finite, and for top-k without relevance.
+    already adds nothing: MDP3 takes different ones as long as there are any, and spreads the others over time. Raises
+    ValueError for k below 1, for embeddings that are not finite, and for top-k without relevance.
     """
     count = len(np.asarray(frames))
     _check(count, k, method)
@@ -308,11 +308,19 @@ def _condition_rows(
 
 
 def _spread_repeats(embeddings: Floats, picks: Indices) -> Indices:
-    """`picks`, sorted; those that equal an earlier one are replaced by the frames farthest in time from all others."""
-    own = embeddings[picks]
-    alike = np.tril(_squared_distances(own, own) < _SAME_DISTANCE, -1).any(axis=1)
+    """`picks`, sorted; those that equal another are replaced by different frames while there are any.
+
+    Of those it takes what is farthest in time from all others, and so it does when there are no different ones left.
+    """
+    alike = np.tril(_equal(embeddings[picks], embeddings[picks]), -1).any(axis=1)
     kept = picks[~alike].tolist()
     for _ in range(int(alike.sum())):
         gaps = np.abs(np.arange(len(embeddings))[:, None] - np.array(kept)).min(axis=1)
-        kept.append(int(np.argmax(gaps)))
+        is_new = ~_equal(embeddings, embeddings[kept]).any(axis=1)
+        kept.append(int(np.argmax(np.where(is_new, gaps, -1) if is_new.any() else gaps)))
     return np.sort(np.array(kept, np.int64))
+
+
+def _equal(a: Floats, b: Floats) -> NDArray[np.bool_]:
+    """bool[A, B]."""
+    return _squared_distances(a, b) < _SAME_DISTANCE
