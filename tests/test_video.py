@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.media import MediaError
 from pipelines.video import Frame, Sampling, Window, duration_s, frames_at, sample_frames
+from tests.photographs import photographs
 from tests.videos import CLIPS, SHOT_STARTS, clip, number_in, numbered, write_repeated, write_sound, write_video
 
 
@@ -219,12 +221,12 @@ def test_work_grows_with_the_frames_wanted_not_with_the_length(tmp_path: Path, s
 
 
 def test_a_few_frames_cost_a_fraction_of_all(tmp_path: Path) -> None:
-    """12 frames of 30 s beside decoding all 901 to pixels: measured 4 to 6 times less."""
+    """12 frames of a pan of 30 s beside decoding all 901 to pixels: measured 5.8 times less."""
     import av
 
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 40, (270, 480, 3)).astype(np.uint8)
-    pictures = (np.roll(noise, 3 * i, axis=1) + np.roll(noise, i, axis=0) for i in range(901))
+    photo = next(path for path in photographs() if path.name == "china.jpg")
+    wide = np.asarray(Image.open(photo).resize((960, 540)))
+    pictures = (np.roll(wide, 2 * i, axis=1)[100:370, :480] for i in range(901))
     path = write_video(tmp_path / "30s.mp4", pictures, fps=30, key_every=90)
 
     def decode_all() -> None:
