@@ -15,10 +15,9 @@ from PIL import Image
 
 from ovis_model.processor import Processor
 from ovis_model.prompt import video_query
-from pipelines import frames
+from pipelines import frames, store
 from pipelines.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
-from pipelines.fetch import Fetcher
 from pipelines.frames import Encoder, FrameSelector, PixelEncoder
 from pipelines.manifest import write_manifest
 from pipelines.preprocess import Preprocess
@@ -212,10 +211,10 @@ def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None
 def test_a_video_that_is_a_file_is_not_fetched(tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large it is: only the parts that hold the frames are read."""
 
-    def fetched(self: Fetcher, images: Any) -> None:
-        assert not images
+    def refuse(uri: str, *bounds: object) -> bytes:
+        raise AssertionError(f"{uri} is read whole")
 
-    monkeypatch.setattr(Fetcher, "_fetch", lambda self, images: fetched(self, images) or [])
+    monkeypatch.setattr(store, "read_bytes", refuse)
     (row,) = prepared(tmp_path, drawn)
     assert row["stage"] == ""
 
