@@ -268,7 +268,8 @@ def _open(file: BinaryIO) -> InputContainer:
         raise MediaError("not a video: the file is empty")
     file.seek(0)
     try:
-        return av.open(file, "r", buffer_size=_BUFFER_BYTES, options={"format_whitelist": _FORMATS})
+        options = {"format_whitelist": _FORMATS}
+        return av.open(file, "r", buffer_size=_BUFFER_BYTES, options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise MediaError(f"not a video, or its header is damaged: {reason}") from error
@@ -280,7 +281,10 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         raise MediaError(f"no video in the file: it holds {kinds}")
-    _check_size(streams[0].codec_context.width, streams[0].codec_context.height)
+    context: Any = streams[0].codec_context
+    if context is None:
+        raise MediaError("the video's codec is unknown, or its header is damaged")
+    _check_size(context.width, context.height)
     return streams[0]
 
 
@@ -331,4 +335,4 @@ def _pixels(frame: VideoFrame, size: tuple[int, int] | None) -> Pixels:
     if quarter_turns % 2 and size is not None:
         width, height = height, width
     picture: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # type: ignore[assignment]
-    return np.ascontiguousarray(np.rot90(picture, quarter_turns)) if quarter_turns else picture
+    return np.ascontiguousarray(np.rot90(picture, quarter_turns))  # libav pads the rows of most sizes

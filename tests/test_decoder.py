@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -105,6 +106,27 @@ def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monke
     monkeypatch.setattr("pipelines.decoder.sys.executable", "/bin/false")
     with pytest.raises(MediaError, match=r"died on it twice \(exit code 1\)"):
         decoder.sample(Video(str(clip("carphone_pristine.mp4"))), Sampling(2))
+
+
+def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path: Path) -> None:
+    """Bytes changed and cut out, also in headers: the process lives, and what is wrong is told in words."""
+    chance = random.Random(0)
+    kinds = {"a.mp4": "libx264", "a.mkv": "libx264", "a.avi": "mpeg4", "a.ts": "mpeg2video", "a.webm": "libvpx"}
+    whole = [write_video(tmp_path / name, 30, codec=codec).read_bytes() for name, codec in kinds.items()]
+    reasons = []
+    for _ in range(200):
+        damaged = bytearray(chance.choice(whole))
+        for _ in range(chance.choice((1, 10, 100))):
+            damaged[chance.randrange(chance.choice((1500, len(damaged))))] = chance.randrange(256)
+        if chance.random() < 0.3:
+            start = chance.randrange(len(damaged))
+            del damaged[start : start + 500]
+        try:
+            assert decoder.sample(Video("", data=bytes(damaged)), Sampling(5))
+        except MediaError as error:
+            reasons.append(str(error))
+    assert 20 < len(reasons) < 180
+    assert not [reason for reason in reasons if re.match(r"\w+Error|the decoder died", reason)]
 
 
 def test_it_ends_with_its_parent() -> None:

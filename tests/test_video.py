@@ -61,6 +61,17 @@ def test_frames_are_those_of_the_model_cards_code(name: str) -> None:
             assert difference.max() == 0
 
 
+@pytest.mark.parametrize(("width", "height"), [(850, 478), (102, 58), (2, 2)])
+def test_pictures_of_any_size_lie_close_together(tmp_path: Path, width: int, height: int) -> None:
+    """libav pads their rows."""
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (height, width, 3)).astype(np.uint8) for _ in range(5)]
+    path = write_video(tmp_path / "odd.mp4", pictures)
+    frames = sampled(path)
+    assert all(frame.pixels.flags.c_contiguous for frame in frames)
+    assert np.array_equal(np.stack([frame.pixels for frame in frames]), by_ffmpeg(path, (height, width, 3)))
+
+
 @pytest.mark.parametrize("rotation", [90, 180, -90])
 def test_frames_are_upright(tmp_path: Path, rotation: int) -> None:
     path = write_video(tmp_path / "turned.mp4", 20, rotation=rotation)
