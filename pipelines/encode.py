@@ -54,8 +54,8 @@ def plan_encoders(config: CaptionConfig, *, cpus: float, gpus: float) -> Encoder
         return EncoderPool("cuda", max(1, int(gpus) // GPUS_PER_ENCODER_GPU), 0, 1, 1)
     if config.device != "cpu" and gpus >= 1:
         logger.warning(
-            "the only GPU is the captioner's, frames are encoded on CPUs: --frame-encoder google/siglip-base-patch16-224 "
-            "is 20 times faster than the default, %s needs no model",
+            "the only GPU is the captioner's, so frames are encoded on CPUs: a small --frame-encoder such as "
+            "google/siglip-base-patch16-224 is far faster there, and %s needs no model",
             PIXELS,
         )
     threads = min(_MAX_THREADS, max(1, int(cpus) // CPUS_PER_ENCODER))
