@@ -131,6 +131,7 @@ class _Video:
             if self._time_s(shown) < self._wanted_from_s:
                 # One that was skipped may have begun since. So it is in videos whose frames stay for long.
                 self._may_skip = False
+                self._container.close()
                 self._start_over()
                 shown = self._shown_at(time_s)
             yield Frame(_pixels(shown, size), max(0.0, self._time_s(shown)))
@@ -178,9 +179,11 @@ class _Video:
 
     def _stated_end_s(self) -> float:
         """Of the pictures: the sound may go on behind the last one."""
-        if self._stream.duration is None:
-            return self.duration_s
-        return float(self._stream.duration * (self._stream.time_base or 0))
+        if self._stream.duration is not None:
+            return float(self._stream.duration * (self._stream.time_base or 0))
+        if match := re.match(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):  # Matroska
+            return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+        return self.duration_s
 
     def _approach(self, time_s: float) -> None:
         """Seek, if that saves decoding what lies between."""

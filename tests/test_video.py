@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines.media import MediaError
 from pipelines.video import Frame, Sampling, Window, duration_s, frames_at, sample_frames
 from tests.photographs import photographs
-from tests.videos import CLIPS, SHOT_STARTS, clip, number_in, numbered, write_repeated, write_sound, write_video
+from tests.videos import CLIPS, SHOT_STARTS, clip, join, number_in, numbered, write_repeated, write_sound, write_video
 
 
 def sampled(path: Path, num_frames: int = 12, window: Window | None = None, **options: Any) -> list[Frame]:
@@ -196,6 +196,13 @@ def test_what_is_left_of_a_truncated_video_can_be_asked_for(tmp_path: Path) -> N
     write_video(tmp_path / "a.mkv", 100)
     cut_in_half(tmp_path / "a.mkv")
     assert numbers(sampled(tmp_path / "a.mkv", 5, Window(0, 2))) == card_indices(50, 5)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_last_frame_stands_while_the_sound_goes_on(tmp_path: Path, suffix: str) -> None:
+    """That is no truncated video: its header says how long the pictures last."""
+    path = join(tmp_path / f"a.{suffix}", write_video(tmp_path / "v.mp4", 50), write_sound(tmp_path / "s.m4a", 8))
+    assert numbers(sampled(path, 4)) == [25, 49, 49, 49]
 
 
 def test_damaged_packets_are_left_out(tmp_path: Path) -> None:

