@@ -19,7 +19,7 @@ from filelock import FileLock
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
 
-_TEXT_FILES = ("*.json", "merges.txt", "vocab.txt")
+_TEXT_FILES = ("*.json", "merges.txt", "vocab.txt", "spiece.model")
 _WEIGHT_FILES = ("*.safetensors",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

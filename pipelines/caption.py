@@ -20,6 +20,7 @@ from pipelines.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster import (
     MAX_BLOCKS,
     Hardware,
+    Pools,
     asked_for_gpus,
     cause_of,
     configure_ray_data,
@@ -32,6 +33,7 @@ from pipelines.cluster import (
     settled_dtype,
 )
 from pipelines.config import CaptionConfig
+from pipelines.encode import EncoderPool, describe_encoder, plan_encoders, start_encoders
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.lease import Lease, LeaseLost
 from pipelines.ledger import Ledger, Ranges, count, split
@@ -78,9 +80,10 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
     Raises ValueError (usage: before any replica starts), StageFailed, StoreFault, EverythingFails and RowsLost.
     """
     started_s = time.monotonic()
-    config = config.model_copy(update={"model": local_path(config.model)})
+    places = {"model": local_path(config.model), "frame_encoder": local_path(config.frame_encoder)}
+    config = config.model_copy(update=places)
     check_model(config)
-    model = describe_checkpoint(config.model, config.revision)
+    model = {**describe_checkpoint(config.model, config.revision), **describe_encoder(config)}
     with hold_lease(config.output) as lease:
         run = open_run(config, model)
         try:
@@ -149,20 +152,19 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
     from ray.data import ActorPoolStrategy
 
     model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
-    hardware = Hardware.of_cluster()
-    pools = plan_pools(config, hardware, plan_tensor_parallel(config, hardware, model))
-    print(f"plan: {pools}", file=sys.stderr)
+    hardware, encoders, pools = _plan(config, model)
     sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config, model))
     run.settle_dtype(settled_dtype(config, pools))
     configure_ray_data()
     revision = run.record["model"]["revision"]
     attempts = RemoteAttempts(start_attempt_counts())
     units = list(split(missing, sizes.rows_per_unit))
+    encoder = start_encoders(config, run.record["model"].get("frame encoder revision"), encoders)
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
     dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))
     prepared = dataset.map_batches(
         Preprocess,
-        fn_constructor_args=(config, run.output, revision, attempts),
+        fn_constructor_args=(config, run.output, revision, attempts, encoder),
         batch_size=1,
         num_cpus=pools.preprocessor_cpus,
         compute=ActorPoolStrategy(size=pools.num_preprocessors),
@@ -191,10 +193,24 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
         if fault := cause_of(error, StoreFault):
             raise fault from error
         raise StageFailed(last_line(error)) from error
+    finally:
+        if encoder is not None:
+            encoder.stop()
+
+
+def _plan(config: CaptionConfig, model: OvisConfig) -> tuple[Hardware, EncoderPool, Pools]:
+    hardware = Hardware.of_cluster()
+    tensor_parallel = plan_tensor_parallel(config, hardware, model)
+    encoders = plan_encoders(config, cpus=hardware.cpus, gpus=sum(hardware.gpus))
+    left = hardware.without(cpus=encoders.cpus, gpus=encoders.gpus, gpus_per_replica=tensor_parallel)
+    pools = plan_pools(config, left, tensor_parallel)
+    print(f"plan: {pools}", file=sys.stderr)
+    return hardware, encoders, pools
 
 
 def _most_tile_bytes(config: CaptionConfig, model: OvisConfig) -> int:
-    return (config.tiles_for(1) + 1) * 3 * model.vision.image_size**2
+    tiles = max(config.tiles_for(1) + 1, config.num_frames)  # of an image, and of a video
+    return tiles * 3 * model.vision.image_size**2
 
 
 def _report(results: pa.Table, progress: RunProgress) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from ovis_model.config import OvisConfig
@@ -65,6 +65,13 @@ class Hardware:
             tuple(int(node["Resources"]["GPU"]) for node in with_gpus),
             tuple(sorted({node["Labels"].get(GPU_TYPE_LABEL, "") for node in with_gpus} - {""})),
         )
+
+    def without(self, *, cpus: float, gpus: int, gpus_per_replica: int) -> Hardware:
+        """What is left beside other actors. On which nodes their GPUs will be Ray decides: the worst is assumed."""
+        left = list(self.gpus)
+        for _ in range(gpus):
+            left[min(range(len(left)), key=lambda node: (left[node] == 0, left[node] % gpus_per_replica))] -= 1
+        return replace(self, cpus=self.cpus - cpus, gpus=tuple(filter(None, left)))
 
     def room_for(self, gpus_per_replica: int) -> int:
         """Replicas: the ranks of one are on one node, where their links are fast."""

@@ -15,7 +15,8 @@ from ovis_model.prompt import CHAIN_OF_THOUGHT
 from ovis_model.types import SamplingParams
 from pipelines.schema import OUTPUT
 
-SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES = 9, 4  # the model card's
+SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES, FRAME_MAX_TILES = 9, 4, 1  # the model card's
+PIXELS = "pixels"  # the frame encoder that needs no model
 
 
 class CaptionConfig(BaseModel):
@@ -44,7 +45,23 @@ class CaptionConfig(BaseModel):
     system_prompt: str | None = Field(None, description="instead of the model's own")
     chain_of_thought: bool = Field(False, description="ask for step-by-step reasoning before the answer")
     max_tiles: PositiveInt | None = Field(
-        None, description="most cells an image is cut into; default 9 for one image a row, 4 for several"
+        None,
+        description="most cells an image is cut into; default 9 for one image a row, 4 for several, 1 for frames",
+    )
+
+    num_frames: PositiveInt = Field(12, description="most frames of a video that the model is shown")
+    fps: float | None = Field(None, gt=0, description="at most so many frames, or candidates, a second of video")
+    window_s: float | None = Field(None, gt=0, description="cut longer videos into rows of so many seconds")
+    frame_selection: Literal["uniform", "top-k", "mdp3"] = Field(
+        "uniform", description="evenly spread; or of --num-candidates those that match the question, or that and differ"
+    )
+    num_candidates: PositiveInt = Field(128, description="evenly spread frames that top-k and mdp3 choose from")
+    frame_query: str | None = Field(
+        None, description="what chosen frames should match, instead of the row's question; '' for nothing"
+    )
+    frame_encoder: str = Field(
+        "google/siglip-so400m-patch14-384",
+        description='a SigLIP, by directory or hub id, that compares frames; or "pixels", which needs no model',
     )
 
     max_new_tokens: PositiveInt = Field(512, description="longest answer, in tokens")
@@ -95,6 +112,19 @@ class CaptionConfig(BaseModel):
             raise ValueError("--autoscale needs to know for how many: give --num-replicas N")
         return self
 
+    @model_validator(mode="after")
+    def _frames_can_be_chosen(self) -> CaptionConfig:
+        if self.frame_selection == "top-k" and (self.frame_encoder == PIXELS or self.frame_query == ""):
+            raise ValueError(
+                "top-k chooses the frames that match a text: give a --frame-encoder that reads text and no empty "
+                "--frame-query, or use mdp3, which can do without"
+            )
+        if self.frame_selection != "uniform" and self.num_candidates < self.num_frames:
+            raise ValueError(
+                f"{self.num_frames} frames cannot be chosen from {self.num_candidates}; raise --num-candidates"
+            )
+        return self
+
     @field_validator("keep_columns", mode="before")
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
@@ -124,6 +154,11 @@ class CaptionConfig(BaseModel):
     def tiles_for(self, num_images: int) -> int:
         """`max_tiles` of each image in a row of `num_images`."""
         return self.max_tiles or (SINGLE_IMAGE_MAX_TILES if num_images <= 1 else MULTI_IMAGE_MAX_TILES)
+
+    @property
+    def tiles_for_frames(self) -> int:
+        """`max_tiles` of each frame of a video."""
+        return self.max_tiles or FRAME_MAX_TILES
 
     def sampling_for(self, row_id: str) -> SamplingParams:
         """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""

@@ -179,5 +179,5 @@ def _common(row: Row) -> Row:
         "num_images": int(row["num_images"]),
         "num_tiles": len(row["tiles"]),
         "num_prompt_tokens": len(row["input_ids"]),
-        "frame_timestamps_s": [],
+        "frame_timestamps_s": row["frame_timestamps_s"],
     }

@@ -1,9 +1,9 @@
-"""Row references -> model inputs: fetch, decode, tile and tokenise, in CPU actors that hold no torch."""
+"""Row references -> model inputs: fetch, decode, select frames, tile and tokenise, in CPU actors without torch."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +11,23 @@ import numpy as np
 from PIL import Image
 
 from ovis_model.processor import Processor
-from ovis_model.prompt import IMAGE_MARK, without_marks
+from ovis_model.prompt import IMAGE_MARK, video_query, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines import store
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
 from pipelines.config import CaptionConfig
+from pipelines.decoder import Video
 from pipelines.fetch import AHEAD_BYTES, AT_ONCE, Fetcher, Pending, bytes_ahead
+from pipelines.frames import Encoder, FrameSelector
 from pipelines.ledger import RowRange
 from pipelines.manifest import read_rows, sample_images
 from pipelines.media import MediaError, decode_image
 from pipelines.retries import StoreFault
 from pipelines.schema import Stage
 from pipelines.sources.rows import ImageRef
+from pipelines.sources.videos import is_video
+from pipelines.video import Frame, Window, looks_like_video
 
 Row = dict[str, Any]
 Batch = dict[str, np.ndarray]
@@ -40,11 +44,20 @@ class RowError(ValueError):
 class Preprocess:
     """Takes ranges of row numbers, gives batches of prepared rows; one that fails is a row with stage and error."""
 
-    def __init__(self, config: CaptionConfig, output: str, revision: str | None, attempts: Attempts) -> None:
+    def __init__(
+        self,
+        config: CaptionConfig,
+        output: str,
+        revision: str | None,
+        attempts: Attempts,
+        encoder: Encoder | None = None,
+    ) -> None:
+        """`encoder` compares frames of videos; None is needed for images and for frames that are spread evenly."""
         self._config, self._output, self._attempts = config, output, attempts
         self._processor = Processor.from_pretrained(config.model, revision)
         store.allow_private_addresses(config.allow_private_addresses)
         self._fetcher = Fetcher()
+        self._frames = FrameSelector(config, encoder)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """int64 `start`, `stop` -> columns of `_prepared` rows, at most BATCH_BYTES or one row at once."""
@@ -69,15 +82,20 @@ class Preprocess:
             yield ahead.popleft()
 
     def _images_of(self, row: Row) -> list[ImageRef]:
-        """Nothing is fetched for a row that fails anyway."""
-        too_many = len(row["images"]) > self._most_images
-        return [] if row["error"] or too_many else [ImageRef(**image) for image in row["images"]]
+        """Nothing is fetched for a row that fails anyway, nor for a video that is decoded where it is."""
+        images = [ImageRef(**image) for image in row["images"]]
+        is_needed = not row["error"] and len(images) <= self._most_images and not _is_in_place(images)
+        return images if is_needed else []
 
     def _prepare(self, row: Row, images: Pending) -> Row:
         try:
-            return _prepared(row, *self._request(row, images))
+            return self._request(row, images)
         except RowError as error:
             return self._failed(row, error)
+        except StoreFault as fault:
+            if self._is_store_down(row):  # then the run has to stop
+                raise
+            return self._failed(row, RowError("read", f"{fault}; other files are read"))
 
     def _prepare_alone(self, row: Row) -> Row:
         """A row among others of which one killed its process again and again; nothing else is on its way meanwhile."""
@@ -91,29 +109,25 @@ class Preprocess:
     def _failed(self, row: Row, error: RowError) -> Row:
         return _failed(row, error, self._processor.config.vision.image_size)
 
-    def _request(self, row: Row, images: Pending) -> tuple[Request, int]:
-        """The model input and the number of its images."""
+    def _request(self, row: Row, images: Pending) -> Row:
+        """The prepared row. Raises RowError and StoreFault."""
         if row["error"]:
             raise RowError("list", row["error"])
         with _stage("read", OSError):
-            encoded = self._result(row, images)
+            encoded = images.result()
         with _stage("tile", ValueError):
             self._check_number(max(len(encoded), len(row["images"])))
+        references = [ImageRef(**image) for image in row["images"]]
+        if _is_in_place(references) or any(map(looks_like_video, encoded)):
+            return self._video_request(row, references, encoded)
         if not encoded and not row["has_own_prompt"]:
             raise RowError("read", "no image, and no prompt of its own")
         with _stage("decode", MediaError):
             pictures = _decoded(encoded)
         with _stage("tile", ValueError):
-            return self._tiled(row["prompt"], pictures), len(pictures)
-
-    def _result(self, row: Row, images: Pending) -> list[bytes]:
-        """Raises OSError if the row cannot be read, StoreFault if no other can be either: then the run has to stop."""
-        try:
-            return images.result()
-        except StoreFault as fault:
-            if self._is_store_down(row):
-                raise
-            raise OSError(f"{fault}; other files are read") from fault
+            question = _harmless(row["prompt"], num_images=len(pictures))
+            request = self._tiled(question, pictures, self._config.tiles_for(len(pictures)))
+        return _prepared(row, request, len(pictures))
 
     def _is_store_down(self, row: Row) -> bool:
         """No other image there can be read; a place that no other row names says nothing of the run's store."""
@@ -125,8 +139,20 @@ class Preprocess:
             return False
         return not any(store.can_read(image.uri, image.offset if image.kind == "tar" else 0) for image in there)
 
-    def _tiled(self, prompt: str, pictures: list[Image.Image]) -> Request:
-        question, max_tiles = _harmless(prompt, num_images=len(pictures)), self._config.tiles_for(len(pictures))
+    def _video_request(self, row: Row, references: list[ImageRef], encoded: list[bytes]) -> Row:
+        with _stage("decode", MediaError), _stage("read", OSError):
+            video, window = _video_of(references, encoded)
+            frames = self._frames.select(video, window, without_marks(row["prompt"]))
+        with _stage("tile", ValueError):
+            self._check_number(len(frames))
+            question = _harmless(row["prompt"], num_images=len(frames))
+            if IMAGE_MARK not in question:
+                question = video_query(question, len(frames))
+            pictures = [Image.fromarray(frame.pixels) for frame in frames]
+            request = self._tiled(question, pictures, self._config.tiles_for_frames)
+        return _prepared(row, request, len(frames), frames)
+
+    def _tiled(self, question: str, pictures: list[Image.Image], max_tiles: int) -> Request:
         sizes = [picture.size for picture in pictures]
         ids = self._processor.prompt_ids(question, sizes, max_tiles, self._config.system_prompt)
         # Before tiling: a row that is far too long would also need far too much memory.
@@ -143,7 +169,7 @@ class Preprocess:
         if excess > 0:
             raise ValueError(
                 f"{num_prompt_tokens} prompt + {self._config.max_new_tokens} output tokens are {excess} over the "
-                f"model's limit of {limit}; lower --max-new-tokens or --max-tiles, or shorten the prompt"
+                f"model's limit of {limit}; lower --max-new-tokens, --max-tiles or --num-frames, or shorten the prompt"
             )
 
     @property
@@ -181,12 +207,28 @@ def _decoded(encoded: list[bytes]) -> list[Image.Image]:
     return pictures
 
 
+def _is_in_place(references: list[ImageRef]) -> bool:
+    """One video that need not be fetched: it is a file, or a part of one."""
+    return len(references) == 1 and is_video(references[0]) and references[0].kind in ("file", "tar")
+
+
+def _video_of(references: list[ImageRef], encoded: list[bytes]) -> tuple[Video, Window]:
+    """Raises MediaError."""
+    if len(references) > 1 or len(encoded) > 1:
+        raise MediaError("a row holds one video and nothing beside it; make rows of their own of the others")
+    reference = references[0]
+    data = encoded[0] if encoded else b""
+    return Video(reference.uri, reference.offset, reference.num_bytes, data), Window(
+        reference.start_s, reference.stop_s
+    )
+
+
 def _harmless(prompt: str, *, num_images: int) -> str:
     """Marks that do not place each image once are the user's text, not ours."""
     return prompt if prompt.count(IMAGE_MARK) == num_images else without_marks(prompt)
 
 
-def _prepared(row: Row, request: Request, num_images: int) -> Row:
+def _prepared(row: Row, request: Request, num_images: int, frames: Sequence[Frame] = ()) -> Row:
     return {
         "row": row["row"],
         "id": row["id"],
@@ -195,6 +237,7 @@ def _prepared(row: Row, request: Request, num_images: int) -> Row:
         "stage": "",
         "error": "",
         "num_images": num_images,
+        "frame_timestamps_s": np.array([frame.timestamp_s for frame in frames], np.float32),
         "input_ids": request.input_ids,
         "tiles": request.tiles,
         "tile_sizes": request.tile_sizes,

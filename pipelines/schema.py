@@ -24,6 +24,8 @@ _IMAGE = pa.struct(
         _column("num_bytes", pa.int64()),  # as listed; -1: unknown
         _column("member", pa.string()),  # name in a tar, column of a Parquet file, else ""
         _column("row", pa.int64()),  # of a Parquet file, else -1
+        _column("start_s", pa.float64()),  # of a video: from here
+        _column("stop_s", pa.float64()),  # up to here, infinity for all of it
     ]
 )
 

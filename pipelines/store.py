@@ -107,6 +107,15 @@ def _faults_as_os_errors() -> Iterator[None]:
         raise (FinalFault if name in _FINAL_NAMES else OSError)(f"{name}: {error}") from error
 
 
+def settings() -> dict[str, Any]:
+    """What this process has set for its stores, as JSON, for `use_settings` in another."""
+    return dict(fsspec.config.conf)
+
+
+def use_settings(given: dict[str, Any]) -> None:
+    fsspec.config.conf.update(given)
+
+
 def absolute_uri(uri: str) -> str:
     """A local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
     fs, path = open_store(uri)

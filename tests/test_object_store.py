@@ -11,15 +11,18 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
+from pipelines.decoder import Video, VideoDecoder
 from pipelines.fetch import Fetcher
 from pipelines.sink import read_results
 from pipelines.sources.rows import ImageRef
+from pipelines.video import Sampling
 from tests.golden_data import checkpoint_dir
 from tests.processes import run_caption
 from tests.test_parquet import HF, write
 from tests.test_shards import picture
 from tests.test_sources import rows_of
 from tests.test_tar import write_tar
+from tests.videos import number_in, write_video
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 BUCKET = "s3://bucket"
@@ -68,3 +71,22 @@ def test_a_run_from_s3_to_s3_and_once_more(store: fsspec.AbstractFileSystem) -> 
     assert [row["num_images"] for row in rows] == [*[1] * 14, 2, 0, 0]
     assert (rows[-1]["uri"], rows[-1]["stage"]) == (f"{BUCKET}/in/nowhere.png", "read")
     assert rows[1]["text"] == rows[5]["text"] == rows[9]["text"] == rows[13]["text"]
+
+
+def test_videos_are_decoded_where_they_are(
+    store: fsspec.AbstractFileSystem, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a process that knows of the store what this one was told, and not by its command line."""
+    data = write_video(tmp_path / "a.mp4", 200).read_bytes()
+    store.pipe_file("bucket/in/a.mp4", data)
+    store.pipe_file("bucket/in/joined", bytes(1000) + data + bytes(1000))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
+    decoder = VideoDecoder()
+    for place in (Video(f"{BUCKET}/in/a.mp4"), Video(f"{BUCKET}/in/joined", 1000, len(data))):
+        assert [number_in(frame.pixels) for frame in decoder.sample(place, Sampling(4))] == [25, 75, 125, 175]
+    assert decoder._process is not None
+    assert endpoint.encode() not in Path(f"/proc/{decoder._process.pid}/cmdline").read_bytes()
+    with pytest.raises(OSError, match="nowhere"):
+        decoder.sample(Video(f"{BUCKET}/nowhere.mp4"), Sampling(4))
+    decoder.close()

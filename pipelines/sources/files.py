@@ -1,4 +1,4 @@
-"""Image files, each of them a row."""
+"""Files of images and videos, each of them a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, chunks_of
 from pipelines.store import FileInfo
 
 _IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
-IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split())
+_VIDEO_FORMATS = "3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in _VIDEO_FORMATS.split())
+IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split()) | VIDEO_SUFFIXES
+"""Of files that are images or become some: the frames of a video."""
 
 logger = logging.getLogger(__name__)
 

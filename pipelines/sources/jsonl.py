@@ -23,7 +23,7 @@ from pipelines.sources.rows import (
 from pipelines.store import FileInfo
 
 MAX_LINE_BYTES = 16 << 20
-_IMAGE_FIELDS = ("image", "uri", "file_name")
+_IMAGE_FIELDS = ("image", "video", "uri", "file_name")
 _BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
 
 

@@ -14,6 +14,7 @@ from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
 from pipelines.sources.questions import Asker
 from pipelines.sources.rows import Chunk, SourceError
 from pipelines.sources.shards import list_chunks
+from pipelines.sources.videos import with_windows
 
 
 def list_rows(config: CaptionConfig, known: Known | None = None) -> Listing:
@@ -42,7 +43,7 @@ def _shown(config: CaptionConfig) -> str:
 
 def _list_into(listing: Listing, config: CaptionConfig) -> None:
     asker = Asker(config)
-    for chunk in _limited(list_chunks(config.input, asker.columns), config.limit):
+    for chunk in _limited(with_windows(list_chunks(config.input, asker.columns), config.window_s), config.limit):
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(

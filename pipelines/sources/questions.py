@@ -10,6 +10,9 @@ from pipelines import schema
 from pipelines.config import CaptionConfig
 from pipelines.sources.prompts import NoValue, Template
 from pipelines.sources.rows import Chunk, Columns, Row, SourceError
+from pipelines.sources.videos import is_video
+
+VIDEO_PROMPT = "Describe the video."  # instead of the default for images
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +53,17 @@ class Asker:
 
     def _ask(self, row: Row, *, has_columns: bool) -> tuple[str, str]:
         """The question and why it cannot be asked, if so."""
-        error, text = row.error, row.prompt or self._config.prompt
-        if row.prompt is None and has_columns and not error:
+        error, text = row.error, row.prompt or self._default_prompt(row)
+        if row.prompt is None and has_columns and text == self._config.prompt and not error:
             try:
                 text = self._template.fill(row.values)
             except NoValue as name:
                 error = f"--prompt names the column {name.args[0]!r}, which is empty in this row"
         return self._config.question(text), error
+
+    def _default_prompt(self, row: Row) -> str:
+        is_asked = "prompt" in self._config.model_fields_set
+        return VIDEO_PROMPT if not is_asked and any(map(is_video, row.images)) else self._config.prompt
 
     def finish(self) -> None:
         """Raises SourceError for columns that no row has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -37,6 +38,8 @@ class ImageRef(NamedTuple):
     num_bytes: int = -1
     member: str = ""
     row: int = -1
+    start_s: float = 0.0  # of a video: the part of it, in seconds from its start
+    stop_s: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import groupby, islice
 
 from pipelines import store
@@ -15,6 +16,7 @@ from pipelines.sources.jsonl import list_jsonl
 from pipelines.sources.parquet import list_parquet
 from pipelines.sources.rows import Chunk, Columns, SourceError
 from pipelines.sources.tar import list_tar
+from pipelines.sources.videos import without_window
 from pipelines.store import FileInfo
 
 _MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".feather", ".lance")
@@ -73,6 +75,8 @@ def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
 def _expand(uri: str) -> Iterable[FileInfo]:
     if info := store.find_file(uri):
         return [info]
+    if (video := without_window(uri)) != uri and (info := store.find_file(video)):
+        return [replace(info, uri=f"{info.uri}{uri[len(video) :]}")]
     if store.is_directory(uri):
         return files_in(uri)
     if not _GLOB_CHARACTERS & set(uri):

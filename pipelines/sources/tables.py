@@ -11,7 +11,19 @@ import pyarrow as pa
 from pipelines import store
 from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, SourceError, resolve, row_error, text_of
 
-_URI_NAMES = ("image", "images", "uri", "image_uri", "url", "image_url", "path", "image_path", "file_name")
+_VIDEO_NAMES = ("video", "video_url", "video_path")
+_URI_NAMES = (
+    "image",
+    "images",
+    "uri",
+    "image_uri",
+    "url",
+    "image_url",
+    "path",
+    "image_path",
+    "file_name",
+    *_VIDEO_NAMES,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""SigLIP (arXiv 2303.15343) through transformers: frames and text to vectors that can be compared.
+
+Weights from safetensors, no remote code. Pictures come in the size that the checkpoint wants, see `size`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ovis_model.checkpoint import CheckpointError, fetch_checkpoint
+
+PICTURES_AT_ONCE = 32
+
+
+class SiglipEncoder:
+    """One checkpoint on one device. Encodes in float32 on a CPU and bfloat16 on CUDA; lengths are taken in float32."""
+
+    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._mean, self._std = (torch.tensor(v, device=model.device).view(3, 1, 1) * 255 for v in (mean, std))
+        side = model.config.vision_config.image_size
+        self.size: tuple[int, int] = (side, side)
+        self._num_positions: int = model.config.text_config.max_position_embeddings
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str, revision: str | None = None, device: Literal["cpu", "cuda"] = "cpu"
+    ) -> SiglipEncoder:
+        """Of a directory, hub id or URI. Raises ValueError for what is no SigLIP."""
+        from transformers import AutoTokenizer, SiglipModel
+
+        directory = fetch_checkpoint(path_or_id, revision)
+        check_siglip(directory)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model: Any = SiglipModel.from_pretrained(directory, use_safetensors=True, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        settings = json.loads((directory / "preprocessor_config.json").read_text())
+        mean, std = (settings.get(name, [0.5] * 3) for name in ("image_mean", "image_std"))
+        return cls(model.to(device).eval(), tokenizer, mean, std)
+
+    @torch.inference_mode()
+    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8[N, H, W, 3] of `size` -> float32[N, d], of unit length."""
+        parts = [pictures[i : i + PICTURES_AT_ONCE] for i in range(0, len(pictures), PICTURES_AT_ONCE)]
+        return np.concatenate([_unit(self._frames(part)) for part in parts])
+
+    @torch.inference_mode()
+    def text(self, text: str) -> NDArray[np.float32]:
+        """float32[d], of unit length. A text longer than the encoder takes is the mean of its parts.
+
+        The encoder looks at its last position and was trained on texts padded to their full length, so each part ends
+        with the end mark and is padded.
+        """
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        room = self._num_positions - 1
+        parts = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+        padded = [[*part, self._tokenizer.eos_token_id] for part in parts]
+        padded = [part + [self._tokenizer.pad_token_id] * (self._num_positions - len(part)) for part in padded]
+        vectors = _unit(self._model.get_text_features(torch.tensor(padded, device=self._model.device)).pooler_output)
+        mean: NDArray[np.float32] = _unit(torch.from_numpy(vectors.mean(axis=0, keepdims=True)))[0]
+        return mean
+
+    def _frames(self, pictures: NDArray[np.uint8]) -> torch.Tensor:
+        pixels = torch.from_numpy(pictures).to(self._model.device).permute(0, 3, 1, 2).float()  # [N, 3, H, W]
+        normalised = ((pixels - self._mean) / self._std).to(self._model.dtype)
+        features: torch.Tensor = self._model.get_image_features(normalised).pooler_output
+        return features
+
+
+def check_siglip(directory: Path) -> None:
+    """Raises CheckpointError. Looks at the configuration only."""
+    config = directory / "config.json"
+    kind = json.loads(config.read_text()).get("model_type") if config.exists() else None
+    if kind != "siglip":
+        raise CheckpointError(f"{directory} holds {kind or 'no model'}, not a SigLIP that takes pictures of one size")
+
+
+def _unit(vectors: torch.Tensor) -> NDArray[np.float32]:
+    lengths = torch.nn.functional.normalize(vectors.float(), dim=-1)
+    array: NDArray[np.float32] = lengths.cpu().numpy()
+    return array

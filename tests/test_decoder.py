@@ -1,0 +1,175 @@
+"""Videos decoded in a process that can be killed: limits, deaths, leftovers, and memory of very long videos."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.decoder import Video, VideoDecoder
+from pipelines.media import MediaError
+from pipelines.video import Sampling, Window, sample_frames
+from tests.conftest import ROOT
+from tests.videos import clip, number_in, write_repeated, write_video
+
+
+@pytest.fixture
+def decoder() -> Iterator[VideoDecoder]:
+    decoder = VideoDecoder()
+    yield decoder
+    decoder.close()
+
+
+def pid_of(decoder: VideoDecoder) -> int:
+    assert decoder._process is not None
+    return decoder._process.pid
+
+
+def peak_bytes(decoder: VideoDecoder) -> int:
+    status = Path(f"/proc/{pid_of(decoder)}/status").read_text()
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match
+    return int(match[1]) << 10
+
+
+def cpu_s(decoder: VideoDecoder) -> float:
+    fields = Path(f"/proc/{pid_of(decoder)}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_frames_are_those_decoded_here(decoder: VideoDecoder, tmp_path: Path) -> None:
+    path = clip("bikes.mp4")
+    with path.open("rb") as file:
+        expected = sample_frames(file, Sampling(6), Window(1, 9))
+    data = path.read_bytes()
+    shard = tmp_path / "shard.tar"
+    shard.write_bytes(bytes(1000) + data + bytes(77))
+    places = [Video(str(path)), Video(str(shard), 1000, len(data)), Video("anywhere", data=data)]
+    for place in places:
+        frames = decoder.sample(place, Sampling(6), Window(1, 9))
+        assert [f.timestamp_s for f in frames] == [f.timestamp_s for f in expected]
+        assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(frames, expected, strict=True))
+        again = decoder.at(place, [f.timestamp_s for f in frames[:2]])
+        assert np.array_equal(again[1].pixels, expected[1].pixels)
+        assert decoder.duration_s(place) == 10.0
+
+
+def test_what_cannot_be_read_or_decoded_does_not_end_the_process(decoder: VideoDecoder, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        decoder.sample(Video(str(tmp_path / "gone.mp4")), Sampling(3))
+    first = pid_of(decoder)
+    with pytest.raises(MediaError, match="not a video"):
+        decoder.sample(Video("", data=b"nothing"), Sampling(3))
+    with pytest.raises(MediaError, match="not a video"):
+        decoder.sample(Video(str(clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
+    assert len(decoder.sample(Video(str(clip("bikes.mp4"))), Sampling(3))) == 3
+    assert pid_of(decoder) == first
+
+
+def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder: VideoDecoder) -> None:
+    decoder._timeout_s = 0.4
+    slow = Video(str(clip("bigbuckbunny.mp4")))
+    started_s = time.monotonic()
+    with pytest.raises(MediaError, match=r"longer than 0\.4 s"):
+        decoder.sample(slow, Sampling(10_000), size=(1600, 1600))
+    assert time.monotonic() - started_s < 10
+    decoder._timeout_s = 60
+    assert len(decoder.sample(slow, Sampling(2))) == 2
+
+
+def test_memory_is_limited(tmp_path: Path) -> None:
+    decoder = VideoDecoder(max_memory_bytes=700 << 20)
+    with pytest.raises(MediaError, match="more memory"):
+        decoder.sample(Video(str(clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
+    assert len(decoder.sample(Video(str(clip("bikes.mp4"))), Sampling(12))) == 12
+    decoder.close()
+
+
+def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
+    place = Video(str(clip("carphone_pristine.mp4")))
+    decoder.sample(place, Sampling(2))
+    os.kill(pid_of(decoder), signal.SIGKILL)
+    assert len(decoder.sample(place, Sampling(2))) == 2
+
+
+def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only an interruption: it does so twice."""
+    monkeypatch.setattr("pipelines.decoder.sys.executable", "/bin/false")
+    with pytest.raises(MediaError, match=r"died on it twice \(exit code 1\)"):
+        decoder.sample(Video(str(clip("carphone_pristine.mp4"))), Sampling(2))
+
+
+def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path: Path) -> None:
+    """Bytes changed and cut out, also in headers: the process lives, and what is wrong is told in words."""
+    chance = random.Random(0)
+    kinds = {"a.mp4": "libx264", "a.mkv": "libx264", "a.avi": "mpeg4", "a.ts": "mpeg2video", "a.webm": "libvpx"}
+    whole = [write_video(tmp_path / name, 30, codec=codec).read_bytes() for name, codec in kinds.items()]
+    reasons = []
+    for _ in range(200):
+        damaged = bytearray(chance.choice(whole))
+        for _ in range(chance.choice((1, 10, 100))):
+            damaged[chance.randrange(chance.choice((1500, len(damaged))))] = chance.randrange(256)
+        if chance.random() < 0.3:
+            start = chance.randrange(len(damaged))
+            del damaged[start : start + 500]
+        try:
+            assert decoder.sample(Video("", data=bytes(damaged)), Sampling(5))
+        except MediaError as error:
+            reasons.append(str(error))
+    assert 20 < len(reasons) < 180
+    assert not [reason for reason in reasons if re.match(r"\w+Error|the decoder died", reason)]
+
+
+def test_it_ends_with_its_parent() -> None:
+    program = (
+        "import os, sys\n"
+        "from pipelines.decoder import *\n"
+        "decoder = VideoDecoder()\n"
+        f"decoder.duration_s(Video({str(clip('bikes.mp4'))!r}))\n"
+        "print(decoder._process.pid, flush=True)\n"
+        f"decoder.sample(Video({str(clip('bigbuckbunny.mp4'))!r}), Sampling(10_000), size=(3000, 3000))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    deadline_s = time.monotonic() + 10
+    while is_alive(child):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("suffix", "fps", "times"), [("mp4", 2, 144), ("mkv", 25, 200)])
+def test_very_long_videos_are_bounded(tmp_path: Path, suffix: str, fps: int, times: int) -> None:
+    """Ten hours, and 100,000 frames: less than 1 GB, and no more time than for a short one of as many frames."""
+    source = write_video(tmp_path / "source.mp4", 500, fps=fps)
+    path = write_repeated(tmp_path / f"long.{suffix}", source, times)
+    decoder = VideoDecoder()
+    assert decoder.duration_s(Video(str(path))) == pytest.approx(500 * times / fps)
+    seconds = []
+    for place in (Video(str(source)), Video(str(path))):
+        before_s = cpu_s(decoder)
+        frames = decoder.sample(place, Sampling(128))
+        seconds.append(cpu_s(decoder) - before_s)
+    middle = [(n + 0.5) * 500 * times / 128 for n in range(128)]
+    assert [number_in(frame.pixels) for frame in frames] == [int(number) % 500 for number in middle]
+    assert peak_bytes(decoder) < 1 << 30
+    assert seconds[1] < 10 * seconds[0] + 0.5
+    decoder.close()

@@ -1,0 +1,114 @@
+"""The frame encoder: transformers' own vectors, long texts, safe loading; and what choosing by it is good for."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, SiglipModel
+
+from ovis_model.keyframes import select_frames
+from ovis_model.siglip import SiglipEncoder
+from tests.objects import OBJECTS, Object, scenes
+
+TINY = Path(__file__).parent / "tiny_siglip"
+
+
+@cache
+def encoder() -> SiglipEncoder:
+    return SiglipEncoder.from_pretrained(str(TINY))
+
+
+def pixels(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+def test_vectors_are_those_of_transformers() -> None:
+    model, tokenizer = SiglipModel.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    pictures = pixels(0, 40)
+    with torch.no_grad():
+        normalised = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+        images = model.get_image_features(normalised).pooler_output
+        # As the checkpoints were trained: the text, an end mark, padding up to the full length.
+        ids = [*tokenizer("where is a red circle", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        padded = torch.tensor([ids + [tokenizer.pad_token_id] * (16 - len(ids))])
+        text = model.get_text_features(padded).pooler_output
+    assert np.allclose(encoder().frames(pictures), torch.nn.functional.normalize(images).numpy(), atol=1e-5)
+    expected = torch.nn.functional.normalize(text)[0].numpy()
+    assert np.allclose(encoder().text("where is a red circle"), expected, atol=1e-5)
+
+
+def test_vectors_are_float32_of_unit_length_however_many_there_are() -> None:
+    for count in (1, 31, 32, 33, 65):
+        vectors = encoder().frames(pixels(1, count))
+        assert vectors.dtype == np.float32
+        assert vectors.shape == (count, 48)
+        assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.allclose(encoder().frames(pixels(1, 65))[:5], encoder().frames(pixels(1, 5)), atol=1e-5)
+
+
+def test_a_long_text_is_the_mean_of_its_parts() -> None:
+    """Of 15 tokens each: the 16th is the end mark."""
+    first, second, rest = "a red circle " * 5, "a blue cross " * 5, "the video"
+    parts = np.stack([encoder().text(part) for part in (first, second, rest)])
+    mean = parts.mean(axis=0)
+    assert np.allclose(encoder().text(first + second + rest), mean / np.linalg.norm(mean), atol=1e-5)
+    assert np.allclose(encoder().text(first), parts[0])
+    assert np.isfinite(encoder().text("")).all()
+
+
+def test_only_safetensors_of_a_siglip_are_loaded(tmp_path: Path) -> None:
+    pickled = shutil.copytree(TINY, tmp_path / "pickled")
+    weights = SiglipModel.from_pretrained(TINY).state_dict()
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"safetensors"):
+        SiglipEncoder.from_pretrained(str(pickled))
+    other = Path(__file__).parent / "golden" / "tiny56-tied" / "native"
+    with pytest.raises(ValueError, match="holds ovis2, not a SigLIP"):
+        SiglipEncoder.from_pretrained(str(other))
+
+
+def test_it_is_small_and_knows_its_objects() -> None:
+    assert sum(path.stat().st_size for path in TINY.iterdir()) < 1 << 20
+    texts = np.stack([encoder().text(thing.text) for thing in OBJECTS])
+    right = []
+    for seed in range(20):
+        chosen, frames = vectors_of(1000 + seed)
+        right += [OBJECTS[i] == chosen[number // 16] for number, i in enumerate(np.argmax(frames @ texts.T, axis=1))]
+    assert np.mean(right) > 0.6
+
+
+@cache
+def vectors_of(seed: int) -> tuple[list[Object], np.ndarray]:
+    chosen, images = scenes(seed)
+    return chosen, encoder().frames(np.stack([np.asarray(image.resize((32, 32))) for image in images]))
+
+
+def picks(seed: int, method: str) -> list[Object]:
+    """The objects that eight of 128 frames show, asked for the third scene's."""
+    chosen, frames = vectors_of(seed)
+    query = encoder().text(chosen[3].text)
+    return [chosen[i // 16] for i in select_frames(frames, query, 8, method=method).tolist()]  # type: ignore[arg-type]
+
+
+def test_top_k_finds_what_is_asked_for_and_mdp3_sees_more_beside_it() -> None:
+    """On videos of eight scenes with an object each: measured below, beside frames spread evenly."""
+    seeds = range(30)
+    asked = {seed: vectors_of(seed)[0][3] for seed in seeds}
+    share = {
+        method: np.mean([thing == asked[seed] for seed in seeds for thing in picks(seed, method)])
+        for method in ("uniform", "top-k", "mdp3")
+    }
+    distinct = {
+        method: np.mean([len(set(picks(seed, method))) for seed in seeds]) for method in ("uniform", "top-k", "mdp3")
+    }
+    assert share["top-k"] >= 0.8
+    assert share["top-k"] >= share["mdp3"] > 2 * share["uniform"]
+    assert distinct["uniform"] > distinct["mdp3"] > distinct["top-k"]
+    for seed in seeds:
+        assert asked[seed] in picks(seed, "mdp3")

@@ -1,0 +1,314 @@
+"""Rows of videos from every kind of input, up to the model's input: no Ray, no torch."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ovis_model.processor import Processor
+from ovis_model.prompt import video_query
+from pipelines import frames, store
+from pipelines.attempts import AttemptCounts
+from pipelines.config import CaptionConfig
+from pipelines.frames import Encoder, FrameSelector, PixelEncoder
+from pipelines.manifest import write_manifest
+from pipelines.preprocess import Preprocess
+from pipelines.sources import SourceError, list_rows
+from tests.golden_data import checkpoint_dir
+from tests.videos import SHOT_STARTS, clip, number_in, numbered, write_sound, write_video
+
+MODEL = str(checkpoint_dir("tiny112-untied"))
+UNIFORM_4 = [12, 37, 62, 87]  # of 100 frames
+
+Row = dict[str, Any]
+
+
+def prepared(tmp_path: Path, *inputs: Path | str, encoder: Encoder | None = None, **options: Any) -> list[Row]:
+    config = CaptionConfig(
+        input=tuple(map(str, inputs)),
+        output=str(tmp_path / "out"),
+        model=MODEL,
+        **{"max_new_tokens": 8, "num_frames": 4, **options},
+    )
+    with list_rows(config) as listing:
+        write_manifest(config.output, listing.tables())
+    stage = Preprocess(config, config.output, None, AttemptCounts(), encoder)
+    batches = stage({"start": np.array([0]), "stop": np.array([listing.num_rows])})
+    return [dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)]
+
+
+def numbers(row: Row) -> list[int]:
+    """Of the frames in a row of drawn ones, by their times."""
+    return [round(float(time_s) * 25) for time_s in row["frame_timestamps_s"]]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 numbered frames, four seconds."""
+    return write_video(tmp_path_factory.mktemp("drawn") / "a.mp4", 100)
+
+
+def test_a_row_is_the_model_cards_video_prompt_with_one_tile_a_frame(tmp_path: Path, drawn: Path) -> None:
+    (row,) = prepared(tmp_path, drawn, prompt="What happens?")
+    pictures = [Image.fromarray(frame) for frame in map(decoded_frame(drawn), UNIFORM_4)]
+    expected = Processor.from_pretrained(MODEL).request(video_query("What happens?", 4), pictures, max_tiles=1)
+    assert np.array_equal(row["input_ids"], expected.input_ids)
+    assert np.array_equal(row["tiles"], expected.tiles)
+    assert (row["num_images"], len(row["tiles"]), numbers(row)) == (4, 4, UNIFORM_4)
+    assert row["frame_timestamps_s"].dtype == np.float32
+
+
+def decoded_frame(path: Path) -> Any:
+    from moviepy.video.io.ffmpeg_reader import FFMPEG_VideoReader
+
+    reader = FFMPEG_VideoReader(str(path), decode_file=False)
+    return lambda index: reader.get_frame(index / 25)
+
+
+def test_more_tiles_a_frame_if_they_are_asked_for(tmp_path: Path, drawn: Path) -> None:
+    (row,) = prepared(tmp_path, drawn, max_tiles=4, num_frames=2)
+    assert len(row["tiles"]) > 2
+
+
+def test_videos_are_rows_in_directories_beside_images(tmp_path: Path, drawn: Path) -> None:
+    directory = tmp_path / "media"
+    directory.mkdir()
+    (directory / "a.MP4").write_bytes(drawn.read_bytes())
+    Image.new("RGB", (50, 40)).save(directory / "b.png")
+    write_video(directory / "c.webm", 30, codec="libvpx")
+    (directory / "notes.txt").write_text("left out")
+    rows = prepared(tmp_path, directory)
+    assert [Path(row["uri"]).name for row in rows] == ["a.MP4", "b.png", "c.webm"]
+    assert [row["num_images"] for row in rows] == [4, 1, 4]
+    assert [len(row["frame_timestamps_s"]) for row in rows] == [4, 0, 4]
+    assert [row["prompt"] for row in rows] == ["Describe the video.", "Describe the image.", "Describe the video."]
+
+
+@pytest.mark.parametrize("name", ["shard.tar", "shard.tar.gz"])
+def test_videos_are_members_of_tars(tmp_path: Path, drawn: Path, name: str) -> None:
+    sidecar = tmp_path / "a.json"
+    sidecar.write_text(json.dumps({"question": "Who?"}))
+    with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
+        tar.add(drawn, "x/a.mp4")
+        tar.add(sidecar, "x/a.json")
+        tar.add(clip("carphone_pristine.mp4"), "b.mp4")
+    rows = prepared(tmp_path, tmp_path / name, prompt_column="question")
+    assert [row["id"].rsplit("#")[1] for row in rows] == ["x/a", "b"]
+    assert [row["prompt"] for row in rows] == ["Who?", "Describe the video."]
+    assert numbers(rows[0]) == UNIFORM_4
+    assert [row["num_images"] for row in rows] == [4, 4]
+
+
+def test_videos_are_named_or_held_by_parquet(tmp_path: Path, drawn: Path) -> None:
+    data = drawn.read_bytes()
+    pq.write_table(pa.table({"clip": [data, b"junk"]}), tmp_path / "bytes.parquet")
+    pq.write_table(pa.table({"clip": [{"bytes": data, "path": None}]}), tmp_path / "struct.parquet")
+    pq.write_table(pa.table({"video": [str(drawn), f"{drawn}#t=2,4"]}), tmp_path / "names.parquet")
+    rows = [
+        row for name in ("bytes", "struct", "names") for row in prepared(tmp_path / name, tmp_path / f"{name}.parquet")
+    ]
+    assert [row["stage"] for row in rows] == ["", "decode", "", "", ""]
+    assert [numbers(rows[i]) for i in (0, 2, 3)] == [UNIFORM_4] * 3
+    assert numbers(rows[4]) == [56, 68, 81, 93]
+
+
+def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
+    lines = [
+        {"video": f"{drawn}#t=1,2", "prompt": "Describe it."},
+        {"uri": f"{drawn}#t=3"},
+        {"image": f"{drawn}#t=,1"},
+        {"video": f"{drawn}#t=2,1"},
+        {"video": f"{drawn}#t=1:00"},
+        {"video": f"{drawn}#t=60,70"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = prepared(tmp_path, tmp_path / "list.jsonl")
+    assert [numbers(row) for row in rows[:3]] == [[28, 34, 40, 46], [78, 84, 90, 96], [3, 9, 15, 21]]
+    assert rows[0]["uri"] == f"{drawn}#t=1,2"
+    assert [(row["stage"], row["error"]) for row in rows[3:]] == [
+        ("list", "the window #t=2,1 ends before it starts"),
+        ("list", "'#t=1:00' is no window in seconds, such as #t=10,20 or #t=10"),
+        ("decode", "the window starts at 60 s, the video ends at 4 s"),
+    ]
+
+
+def test_a_window_may_be_the_input(tmp_path: Path, drawn: Path) -> None:
+    (row,) = prepared(tmp_path, f"{drawn}#t=1,2")
+    assert numbers(row) == [28, 34, 40, 46]
+    assert row["id"] == row["uri"] == f"{drawn}#t=1,2"
+    with pytest.raises(SourceError, match="does not exist"):
+        prepared(tmp_path / "other", f"{drawn}x#t=1,2")
+
+
+def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
+    directory = tmp_path / "media"
+    directory.mkdir()
+    (directory / "4s.mp4").write_bytes(drawn.read_bytes())
+    write_video(directory / "1s.mp4", 25)
+    Image.new("RGB", (50, 40)).save(directory / "b.png")
+    (directory / "broken.mp4").write_bytes(b"broken")
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        tar.add(drawn, "c.mp4")
+    rows = prepared(tmp_path, directory, tmp_path / "c.tar", window_s=1.5, num_frames=2)
+    assert [Path(row["id"]).name for row in rows] == [
+        "1s.mp4",
+        "4s.mp4#t=0,1.5",
+        "4s.mp4#t=1.5,3",
+        "4s.mp4#t=3",
+        "b.png",
+        "broken.mp4",
+        "c.tar#c#t=0,1.5",
+        "c.tar#c#t=1.5,3",
+        "c.tar#c#t=3",
+    ]
+    assert [Path(row["uri"]).name for row in rows][-5:] == ["b.png", "broken.mp4", "c.tar", "c.tar", "c.tar"]
+    assert [numbers(row) for row in rows[1:4]] == [[9, 27], [46, 64], [81, 93]]
+    assert [row["stage"] for row in rows] == ["", "", "", "", "", "decode", "", "", ""]
+
+
+def test_kept_columns_go_with_each_window(tmp_path: Path, drawn: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(
+        "\n".join(json.dumps({"video": str(drawn), "id": name, "label": name}) for name in ("one", "two"))
+    )
+    config = CaptionConfig(
+        input=(str(tmp_path / "list.jsonl"),), output="out", model=MODEL, keep_columns=("label",), window_s=2
+    )
+    with list_rows(config) as listing:
+        table = pa.concat_tables(listing.tables())
+    assert table.column("id").to_pylist() == ["one#t=0,2", "one#t=2", "two#t=0,2", "two#t=2"]
+    assert [kept["label"] for kept in table.column("kept").to_pylist()] == ["one", "one", "two", "two"]
+
+
+def test_limit_counts_windows(tmp_path: Path, drawn: Path) -> None:
+    assert len(prepared(tmp_path, drawn, window_s=1, limit=3)) == 3
+
+
+def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None:
+    write_sound(tmp_path / "sound.mp4")
+    lines = [
+        {"video": str(tmp_path / "gone.mp4")},
+        {"video": str(tmp_path / "sound.mp4")},
+        {"image": [str(drawn), str(drawn)]},
+        {"video": str(drawn), "prompt": "long " * 40_000},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = prepared(tmp_path, tmp_path / "list.jsonl")
+    assert [row["stage"] for row in rows] == ["read", "decode", "decode", "tile"]
+    assert rows[0]["error"] == "No such file or directory"
+    assert "holds audio" in rows[1]["error"]
+    assert "one video and nothing beside it" in rows[2]["error"]
+    assert "--num-frames" in rows[3]["error"]
+
+
+def test_a_video_that_is_a_file_is_not_fetched(tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large it is: only the parts that hold the frames are read."""
+
+    def refuse(uri: str, *bounds: object) -> bytes:
+        raise AssertionError(f"{uri} is read whole")
+
+    monkeypatch.setattr(store, "read_bytes", refuse)
+    (row,) = prepared(tmp_path, drawn)
+    assert row["stage"] == ""
+
+
+class Counted(PixelEncoder):
+    """Red, green or blue, as the text says; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.num_frames = self.num_texts = 0
+
+    def frames(self, pictures: np.ndarray) -> np.ndarray:
+        self.num_frames += 1
+        return unit(pictures.reshape(len(pictures), -1, 3).mean(axis=1) + 1).astype(np.float32)
+
+    def text(self, text: str) -> np.ndarray:  # type: ignore[override]
+        self.num_texts += 1
+        return unit(np.array([[name in text for name in ("red", "green", "blue")]]) + 1e-3)[0].astype(np.float32)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second each of red, green and blue."""
+    pictures = [np.full((64, 64, 3), 255 * np.eye(3, dtype=np.uint8)[i // 25]) for i in range(75)]
+    return write_video(tmp_path_factory.mktemp("colours") / "colours.mp4", pictures)
+
+
+def test_questions_about_one_video_share_its_frames(tmp_path: Path, colours: Path) -> None:
+    questions = ["Where is red?", "Where is blue?", "Where is blue?", "Where is green?"]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"video": str(colours), "prompt": q}) for q in questions))
+    encoder = Counted()
+    rows = prepared(
+        tmp_path, tmp_path / "list.jsonl", encoder=encoder, frame_selection="top-k", num_candidates=30, num_frames=3
+    )
+    assert [set(np.floor(row["frame_timestamps_s"]).tolist()) for row in rows] == [{0}, {2}, {2}, {1}]
+    assert (encoder.num_frames, encoder.num_texts) == (1, 3)
+
+
+def test_frames_may_match_another_text_than_the_question(tmp_path: Path, colours: Path) -> None:
+    options = {"frame_selection": "top-k", "num_candidates": 30, "num_frames": 3, "prompt": "Describe red."}
+    (row,) = prepared(tmp_path, colours, encoder=Counted(), frame_query="blue", **options)
+    assert set(np.floor(row["frame_timestamps_s"]).tolist()) == {2}
+
+
+def test_mdp3_without_a_model_shows_every_colour(tmp_path: Path, colours: Path) -> None:
+    (row,) = prepared(tmp_path, colours, frame_selection="mdp3", frame_encoder="pixels", num_frames=3)
+    assert np.floor(row["frame_timestamps_s"]).tolist() == [0, 1, 2]
+
+
+def test_recent_videos_are_kept_up_to_a_limit(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the last one always, so that rows of one video never decode it twice in a row."""
+    monkeypatch.setattr(frames, "RECENT_BYTES", 1)
+    config = CaptionConfig(input=("x",), output="y", model=MODEL)
+    selector = FrameSelector(config)
+    place = frames.Video(str(colours))
+    first = selector.select(place, frames.Window(), "")
+    assert selector.select(place, frames.Window(), "") is first
+    selector.select(frames.Video(str(clip("carphone_pristine.mp4"))), frames.Window(), "")
+    assert selector.select(place, frames.Window(), "") is not first
+
+
+def shots(row: Row) -> int:
+    """How many of the six shots of bikes.mp4 are in it."""
+    starts = np.array(SHOT_STARTS)
+    return len({int(np.searchsorted(starts, round(float(t) * 25), "right")) for t in row["frame_timestamps_s"]})
+
+
+def test_six_frames_show_the_shots_of_a_real_clip(tmp_path: Path) -> None:
+    (even,) = prepared(tmp_path / "even", clip("bikes.mp4"), num_frames=6)
+    (chosen,) = prepared(
+        tmp_path / "chosen", clip("bikes.mp4"), num_frames=6, frame_selection="mdp3", frame_encoder="pixels"
+    )
+    assert shots(chosen) >= 5
+    assert shots(chosen) >= shots(even)
+
+
+def test_options_that_cannot_choose_are_refused() -> None:
+    for options in (
+        {"frame_selection": "top-k", "frame_encoder": "pixels"},
+        {"frame_selection": "top-k", "frame_query": ""},
+        {"frame_selection": "mdp3", "num_candidates": 5},
+    ):
+        with pytest.raises(ValueError, match=r"top-k chooses|cannot be chosen"):
+            CaptionConfig(input=("x",), output="y", model="demo", **options)  # type: ignore[arg-type]
+
+
+def test_numbered_frames_survive_the_model_input(tmp_path: Path) -> None:
+    """What the model is shown is what was at those times."""
+    path = write_video(tmp_path / "large.mp4", (np.kron(numbered(i), np.ones((2, 2, 1), np.uint8)) for i in range(100)))
+    (row,) = prepared(tmp_path, path)
+    tiles, sizes = row["tiles"], row["tile_sizes"]
+    for tile, (height, width), number in zip(tiles, sizes.tolist(), UNIFORM_4, strict=True):
+        top, left = (tile.shape[1] - height) // 2, (tile.shape[2] - width) // 2
+        assert number_in(tile[:, top : top + height, left : left + width].transpose(1, 2, 0)) == number

