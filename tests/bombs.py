@@ -186,9 +186,9 @@ def tar_of_a_million_members(directory: Path) -> Path:
 
 
 def tar_of_long_names(directory: Path) -> Path:
-    """Headers that are packed well and held whole."""
-    info = tarfile.TarInfo("n" * 900_000 + ".jpg")
-    return _packed(directory / "a.tgz", [info.tobuf(tarfile.GNU_FORMAT)] * 300, 0)
+    """Headers that are packed well and whose names are held."""
+    headers = (tarfile.TarInfo(f"{i:06}" + "n" * 4000 + ".jpg").tobuf(tarfile.GNU_FORMAT) for i in range(100_000))
+    return _packed(directory / "a.tgz", [b"".join(headers)], 0)
 
 
 def parquet_of_a_large_dictionary(directory: Path) -> Path:

@@ -32,6 +32,7 @@ from pipelines.store import FileInfo
 
 MAX_MEMBERS = 10_000_000
 MAX_SIDECAR_BYTES = 4 << 20
+MAX_NAME, MAX_NAMES = 4096, 96 << 20  # characters of a name, and of all: they are held until the tar is read
 MAX_UNPACKED_BYTES = 1 << 40  # of a tar.gz: what lies behind would take an hour to reach
 _MOST_PACKED = 200  # times; gzip packs zeros 1,000 times
 _MAX_HEADER_BYTES = 1 << 20  # of long names and extended headers, which are read whole
@@ -92,7 +93,8 @@ class _Index:
     def __init__(self, info: FileInfo, kind: Kind, wanted: frozenset[str]) -> None:
         self.uri, self.kind, self._wanted = info.uri, kind, wanted
         self._most_bytes = _most_unpacked(info.num_bytes) if kind == "tgz" else None
-        self.names: set[str] = set()
+        self.names: set[str] = set()  # of columns
+        self._name_characters = 0
         self.samples: dict[str | tuple[str, int], _Sample] = {}  # by key; with a number from the second of a key on
         self._repeats: dict[tuple[str, str], int] = {}
         self._extensions: dict[tuple[str, ...], tuple[str, ...]] = {}  # one of each
@@ -125,6 +127,9 @@ class _Index:
     def _check(self, member: tarfile.TarInfo, number: int) -> None:
         if number == MAX_MEMBERS:
             raise tarfile.ReadError(f"more than {MAX_MEMBERS:,} members; use smaller shards")
+        self._name_characters += len(member.name)
+        if len(member.name) > MAX_NAME or self._name_characters > MAX_NAMES:
+            raise tarfile.ReadError(f"a name longer than {MAX_NAME:,}, or all longer than {MAX_NAMES:,} characters")
         if member.size < 0 or member.offset_data < self.end:
             raise tarfile.ReadError("a header with a negative size")
         if self._most_bytes is not None and member.offset_data + member.size > self._most_bytes:
