@@ -332,7 +332,7 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def run_pipeline(args: argparse.Namespace) -> dict[str, Any]:
-    """`jobs.caption` over picture files, start included: its last line, and the CPU time of the driver and of what it waited for."""
+    """`jobs.caption` over picture files, start included: its last line; CPU time of the driver, not of its actors."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "pictures")
         source.mkdir()
