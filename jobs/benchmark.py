@@ -383,7 +383,7 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def run_pipeline(args: argparse.Namespace) -> dict[str, Any]:
-    """`jobs.caption` over picture files, start included; its last line, and its CPU time with that of its actors."""
+    """`jobs.caption` over picture files, start included: its last line; CPU time of the driver, not of its actors."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "pictures")
         source.mkdir()
