@@ -285,6 +285,8 @@ class _Ranks:
         if isinstance(message, Ready):
             self._devices.append(message.device)
             if len(self._devices) == len(self._links):
+                if message.device == "cpu":  # gloo has met; NCCL comes back to the meeting point
+                    self._meeting.cleanup()
                 self._ready.set_result(None)
         if isinstance(message, Done):
             with self._lock:
