@@ -93,7 +93,7 @@ def _tell(log: Path, **event: Any) -> None:
 def main() -> int:
     options = json.loads(sys.argv[1])
     engine = OnCpus(Path(sys.argv[2]), options.pop("seconds_per_row", 0.0), options.pop("poison_tiles", None))
-    return run_job(lambda: caption(CaptionConfig(**options), make_engine=engine), max_error_rate=1.0)
+    return run_job(lambda: caption(CaptionConfig(**options), make_engine=engine))
 
 
 if __name__ == "__main__":

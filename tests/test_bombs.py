@@ -42,6 +42,7 @@ SLOW = {
     "packed_line_of_many_gigabytes",
     "tar_of_a_million_members",
     "tar_of_long_names",
+    "parquet_of_a_large_dictionary",
     "parquet_of_a_large_kept_value",
     "webp_of_many_frames",
     "webp_of_a_large_canvas",
