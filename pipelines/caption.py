@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,7 @@ from pipelines.cluster import (
     MAX_BLOCKS,
     Hardware,
     Pools,
+    Sizes,
     asked_for_gpus,
     cause_of,
     configure_ray_data,
@@ -34,6 +36,7 @@ from pipelines.cluster import (
 )
 from pipelines.config import CaptionConfig
 from pipelines.encode import EncoderPool, describe_encoder, plan_encoders, start_encoders
+from pipelines.frames import Encoder
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.lease import Lease, LeaseLost
 from pipelines.ledger import Ledger, Ranges, count, split
@@ -102,8 +105,9 @@ def _caption_run(
     config: CaptionConfig, run: Run, lease: Lease, make_engine: EngineFactory
 ) -> tuple[Ledger, RunProgress]:
     remove_temporaries(run.data_uri)
-    if config.retry_errors and (num_dropped := drop_error_rows(run.output)):
-        logger.warning("%d error rows are taken up again", num_dropped)
+    if config.retry_errors:
+        run.update(status="running", counts=None)
+        logger.warning("%d error rows are taken up again", drop_error_rows(run.output, lease))
     ledger = Ledger.read(run.data_uri)
     with RunProgress(run.num_rows, count(ledger.done)) as progress:
         if ledger.missing(run.num_rows):
@@ -149,45 +153,23 @@ def _caption_missing(
 def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
     """Tables of schema RESULT as replicas finish them, in no particular order."""
     import ray
-    from ray.data import ActorPoolStrategy
 
     model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
     hardware, encoders, pools = _plan(config, model)
-    sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config, model))
     run.settle_dtype(settled_dtype(config, pools))
     configure_ray_data()
-    revision = run.record["model"]["revision"]
-    attempts = RemoteAttempts(start_attempt_counts())
-    units = list(split(missing, sizes.rows_per_unit))
-    encoder = start_encoders(config, run.record["model"].get("frame encoder revision"), encoders)
-    # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
-    dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))
-    prepared = dataset.map_batches(
-        Preprocess,
-        fn_constructor_args=(config, run.output, revision, attempts, encoder),
-        batch_size=1,
-        num_cpus=pools.preprocessor_cpus,
-        compute=ActorPoolStrategy(size=pools.num_preprocessors),
-        **prefer_nodes_without(hardware.gpu_types),
-    )
-    replica = Replica(pools.device, pools.threads_per_replica, pools.tensor_parallel)
-    results = prepared.map_batches(
-        Generate,
-        fn_constructor_args=(config, revision, replica, make_engine, attempts),
-        batch_size=sizes.rows_per_batch,
-        num_cpus=pools.replica_cpus,
-        num_gpus=pools.replica_gpus,
-        compute=ActorPoolStrategy(
-            min_size=pools.num_replicas,
-            max_size=None if pools.may_grow else pools.num_replicas,
-            max_concurrent_calls_per_actor=sizes.calls_per_replica,
-            enable_true_multi_threading=True,
-            max_tasks_in_flight_per_actor=sizes.calls_per_replica + 1,
-        ),
-    )
+    encoder = None
     try:
+        encoder = start_encoders(config, run.record["model"].get("frame encoder revision"), encoders)
+        sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config, model))
+        units = list(split(missing, sizes.rows_per_unit))
+        # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
+        dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))
+        stages = _stages(config, run, pools, sizes, encoder, make_engine, prefer_nodes_without(hardware.gpu_types))
+        for stage, options in stages:
+            dataset = dataset.map_batches(stage, **options)
         with asked_for_gpus(pools):
-            for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield table.cast(RESULT)
     except ray.exceptions.RayError as error:
         if fault := cause_of(error, StoreFault):
@@ -198,18 +180,61 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
             encoder.stop()
 
 
+def _stages(
+    config: CaptionConfig,
+    run: Run,
+    pools: Pools,
+    sizes: Sizes,
+    encoder: Encoder | None,
+    make_engine: EngineFactory,
+    where: dict[str, Any],
+) -> list[tuple[type, dict[str, Any]]]:
+    """Preprocess and Generate, with their pools of actors as options of `map_batches`."""
+    from ray.data import ActorPoolStrategy
+
+    revision = run.record["model"]["revision"]
+    attempts = RemoteAttempts(start_attempt_counts())
+    replica = Replica(pools.device, pools.threads_per_replica, pools.tensor_parallel)
+    prepare = {
+        "fn_constructor_args": (config, run.output, revision, attempts, encoder),
+        "batch_size": 1,
+        "num_cpus": pools.preprocessor_cpus,
+        "compute": ActorPoolStrategy(size=pools.num_preprocessors),
+        **where,
+    }
+    generate = {
+        "fn_constructor_args": (config, revision, replica, make_engine, attempts),
+        "batch_size": sizes.rows_per_batch,
+        "num_cpus": pools.replica_cpus,
+        "num_gpus": pools.replica_gpus,
+        "compute": ActorPoolStrategy(
+            min_size=pools.num_replicas,
+            max_size=None if pools.may_grow else pools.num_replicas,
+            max_concurrent_calls_per_actor=sizes.calls_per_replica,
+            enable_true_multi_threading=True,
+            max_tasks_in_flight_per_actor=sizes.calls_per_replica + 1,
+        ),
+    }
+    return [(Preprocess, prepare), (Generate, generate)]
+
+
 def _plan(config: CaptionConfig, model: OvisConfig) -> tuple[Hardware, EncoderPool, Pools]:
     hardware = Hardware.of_cluster()
     tensor_parallel = plan_tensor_parallel(config, hardware, model)
     encoders = plan_encoders(config, cpus=hardware.cpus, gpus=sum(hardware.gpus))
     left = hardware.without(cpus=encoders.cpus, gpus=encoders.gpus, gpus_per_replica=tensor_parallel)
+    if encoders.gpus and left.room_for(tensor_parallel) < (1 if config.num_replicas == "auto" else config.num_replicas):
+        encoders = plan_encoders(config, cpus=hardware.cpus, gpus=0)  # a replica needs the GPU more
+        left = hardware.without(cpus=encoders.cpus, gpus=0, gpus_per_replica=tensor_parallel)
     pools = plan_pools(config, left, tensor_parallel)
-    print(f"plan: {pools}", file=sys.stderr)
+    print(f"plan: {pools}{encoders}", file=sys.stderr)
     return hardware, encoders, pools
 
 
 def _most_tile_bytes(config: CaptionConfig, model: OvisConfig) -> int:
-    tiles = max(config.tiles_for(1) + 1, config.num_frames)  # of an image, and of a video
+    cells = config.tiles_for_frames
+    # Of an image, and of a video's frames; what is cut has an overview too.
+    tiles = max(config.tiles_for(1) + 1, config.num_frames * (cells + (cells > 1)))
     return tiles * 3 * model.vision.image_size**2
 
 

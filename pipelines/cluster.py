@@ -179,6 +179,8 @@ def plan_tensor_parallel(config: CaptionConfig, hardware: Hardware, model: OvisC
     value_bytes = 4 if config.dtype == "float32" else 2
     if device_bytes(model, 1, value_bytes) <= _SMALLEST_USUAL_GPU_BYTES:
         return 1
+    if not hardware.gpus:
+        raise ResourceError("no GPU is there yet to tell how much memory it has; give --tensor-parallel N")
     return fewest_ranks(model, gpu_memory_bytes(), value_bytes)
 
 

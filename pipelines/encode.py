@@ -42,6 +42,11 @@ class EncoderPool:
     def gpus(self) -> int:
         return self.num_encoders * self.gpus_each
 
+    def __str__(self) -> str:
+        """Behind the plan of the captioner."""
+        where = f"with {self.num_threads} threads on CPUs" if self.device == "cpu" else "on a GPU each"
+        return f"; {self.num_encoders} to compare frames, {where}" if self.num_encoders else ""
+
 
 NO_ENCODERS = EncoderPool("cpu", 0, 0, 0, 0)
 
@@ -149,4 +154,9 @@ def start_encoders(config: CaptionConfig, revision: str | None, pool: EncoderPoo
     make = ray.remote(Encode).options(**options)
     arguments = (config.frame_encoder, revision, pool.device, pool.num_threads)
     actors = [make.remote(*arguments) for _ in range(pool.num_encoders)]
-    return RemoteEncoder(actors, ray.get([actor.size.remote() for actor in actors])[0])
+    try:
+        return RemoteEncoder(actors, ray.get([actor.size.remote() for actor in actors])[0])
+    except BaseException:
+        for actor in actors:
+            ray.kill(actor)
+        raise

@@ -156,4 +156,6 @@ def _read_entry(uri: str) -> FileEntry:
     except StoreFault:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # this machine cannot read it now, such as with too many files open; damage has no number
         raise ValueError(f"{uri} is not an output file of this tool ({error!r}); move it away and run again") from error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 ATTEMPTS = 5
-MORE_ATTEMPTS = 8  # half a minute and more: of a store that holds a whole run, where a host of the web is one of many
+MORE_ATTEMPTS = 8  # 16 to 32 s, of a store that holds a whole run; a host of the web is one of many
 PATIENCE_S = 120.0  # none is begun later: 60 s of a stalled server are waited for twice, not five times
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 60.0
 

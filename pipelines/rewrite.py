@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines import store
 from pipelines.exchange import exchange_files, finish_exchange
+from pipelines.lease import Lease
 from pipelines.ledger import FileEntry, Ranges, RowRange, count, read_entries, union
 from pipelines.run import RunError, hold_lease
 from pipelines.sink import encode_file, read_file
@@ -21,6 +22,8 @@ from pipelines.store import FileInfo
 Part = tuple[NDArray[np.int64], pa.Table]
 """Row numbers and rows."""
 Entry = tuple[FileInfo, FileEntry]
+
+_MOST_BYTES = 1 << 30  # of a file in memory, whatever it is compressed
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,17 @@ def compact_run(output: str, file_bytes: int) -> Compacted:
     output = store.absolute_uri(output)
     if store.find_file(store.join(output, "run.json")) is None:
         raise RunError(f"{output} holds no run (no run.json)")
-    with hold_lease(output):
+    with hold_lease(output) as lease:
         finish_exchange(output)
-        return compact(output, file_bytes)
+        return compact(output, file_bytes, lease)
 
 
-def drop_error_rows(output: str) -> int:
-    """Take the error rows out of OUTPUT/data, where they then are missing -> how many. Needs the lease."""
+def drop_error_rows(output: str, lease: Lease) -> int:
+    """Take the error rows out of OUTPUT/data, where they then are missing -> how many."""
     with_errors = [(info, entry) for info, entry in _entries(output) if entry.num_errors]
     if with_errors:
         new = (encode_file(table, rows) for info, _ in with_errors for rows, table in _without_errors(info))
-        exchange_files(output, ((entry.file_name, data) for entry, data in new), map(_name, with_errors))
+        exchange_files(output, ((entry.file_name, data) for entry, data in new), map(_name, with_errors), lease)
     return sum(entry.num_errors for _, entry in with_errors)
 
 
@@ -62,8 +65,8 @@ def _without_errors(info: FileInfo) -> Iterator[Part]:
         yield rows[is_good], table.filter(pa.array(is_good))
 
 
-def compact(output: str, file_bytes: int) -> Compacted:
-    """Rewrite OUTPUT/data as files of about `file_bytes`, sorted by row number. Needs the lease.
+def compact(output: str, file_bytes: int, lease: Lease) -> Compacted:
+    """Rewrite OUTPUT/data as files of about `file_bytes`, sorted by row number.
 
     No old file goes before all new ones are there and checked. Raises OSError.
     """
@@ -73,7 +76,7 @@ def compact(output: str, file_bytes: int) -> Compacted:
     rows_per_file = max(1, round(file_bytes * num_rows / max(1, num_bytes)))
     if not _are_compact(before, rows_per_file):
         wanted = union(r for _, entry in before for r in entry.ranges)
-        exchange_files(output, _files_of(_in_order(before, rows_per_file), wanted), map(_name, before))
+        exchange_files(output, _files_of(_in_order(before, rows_per_file), wanted), map(_name, before), lease)
     after = _entries(output)
     return Compacted(num_rows, len(before), len(after), num_bytes, sum(info.num_bytes for info, _ in after), output)
 
@@ -100,21 +103,29 @@ def _in_order(files: list[Entry], rows_per_file: int) -> Iterator[Part]:
         waiting.append(read_file(info.uri))
         is_last = number + 1 == len(by_first_row)
         next_row = np.inf if is_last else by_first_row[number + 1][1].ranges[0].start
-        if is_last or sum(len(rows) for rows, _ in waiting) >= rows_per_file:
+        is_full = sum(len(rows) for rows, _ in waiting) >= rows_per_file
+        if is_last or is_full or sum(table.nbytes for _, table in waiting) >= _MOST_BYTES:
             yield from _cut(waiting, rows_per_file, next_row, all_of_it=is_last)
 
 
 def _cut(waiting: list[Part], rows_per_file: int, next_row: float, *, all_of_it: bool) -> Iterator[Part]:
     """Files of the rows before `next_row`, full ones unless it is the end; what remains stays in `waiting`."""
-    rows = np.concatenate([rows for rows, _ in waiting])
+    schema, rows = waiting[0][1].schema, np.concatenate([rows for rows, _ in waiting])
     order = np.argsort(rows)
-    rows, table = rows[order], pa.concat_tables([table for _, table in waiting]).take(order)
-    while len(rows) >= rows_per_file and rows[rows_per_file - 1] < next_row:
-        yield rows[:rows_per_file], table.slice(0, rows_per_file)
-        rows, table = rows[rows_per_file:], table.slice(rows_per_file)
+    rows, table = rows[order], pa.concat_tables([table for _, table in waiting]).cast(_wide(schema)).take(order)
+    most = max(1, min(rows_per_file, len(rows) * _MOST_BYTES // max(1, table.nbytes)))
+    while len(rows) >= most and rows[most - 1] < next_row:
+        yield rows[:most], table.slice(0, most).cast(schema)
+        rows, table = rows[most:], table.slice(most)
     if all_of_it and len(rows):
-        yield rows, table
-    waiting[:] = [(rows, table)]
+        yield rows, table.cast(schema)
+    waiting[:] = [] if all_of_it or not len(rows) else [(rows, table.cast(schema))]
+
+
+def _wide(schema: pa.Schema) -> pa.Schema:
+    """A column of strings holds 2 GiB at most, and rows of several files are put together in one."""
+    wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    return pa.schema([field.with_type(wide.get(field.type, field.type)) for field in schema])
 
 
 def _files_of(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, bytes]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,13 +14,12 @@ import pyarrow as pa
 
 from pipelines import __version__, store
 from pipelines.config import CaptionConfig
-from pipelines.exchange import finish_exchange, forget_exchange
+from pipelines.exchange import PLACE, finish_exchange, forget_exchange, is_ours
 from pipelines.lease import Lease
 from pipelines.manifest import KeptColumns, read_columns, write_manifest
 from pipelines.sources import Known, list_rows
 
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
-_OUR_FILES = re.compile(r"\.?rows-\d{12}[^/]*\.parquet(\.\w+\.tmp)?")
 _REPLACED = "replaced"
 _LISTED = frozenset({"input", "limit"})  # what an extension may change
 
@@ -126,7 +124,12 @@ def _extend(output: str, config: CaptionConfig, what: Json, record: Json) -> Non
     logger.warning("%d rows of the input are new, %d rows were there", listing.num_rows, num_rows)
     listed = {"at": _now(), "first_row": num_rows, "input": record["config"]["input"]}
     record.update({**what, "fingerprint": _fingerprint(what)})
-    record.update(num_rows=num_rows + listing.num_rows, extended=[*record.get("extended", []), listed])
+    record.update(
+        status="running",
+        counts=None,
+        num_rows=num_rows + listing.num_rows,
+        extended=[*record.get("extended", []), listed],
+    )
     _write_record(output, record)
 
 
@@ -143,12 +146,12 @@ def _same_kept(there: pa.Schema, here: pa.Schema) -> pa.Schema:
 
 def _check_foreign(output: str, inputs: list[str], replaces: Json | None) -> None:
     """Only what a run.json vouches for is ever removed, and never the input."""
-    for name in ("data", "manifest"):
+    for name in ("data", "manifest", PLACE):
         place = store.join(output, name)
         if any(f"{uri}/".startswith(f"{place}/") for uri in inputs):
             raise RunError(f"the input is in {place}, where the results go; use another OUTPUT")
-        foreign = [info.uri for info in store.list_files(place) if replaces is None or not _is_ours(info.uri)]
-        if foreign and not (name == "manifest" and all(map(_is_ours, foreign))):
+        foreign = [info.uri for info in store.list_files(place) if replaces is None or not is_ours(info.uri)]
+        if foreign and not (name == "manifest" and all(map(is_ours, foreign))):
             raise RunError(f"{place} holds files of something else, such as {foreign[0]}; use another OUTPUT")
 
 
@@ -156,12 +159,8 @@ def _remove_ours(output: str) -> None:
     forget_exchange(output)
     for name in ("data", "manifest"):
         for info in store.list_files(store.join(output, name)):
-            if _is_ours(info.uri):
+            if is_ours(info.uri):
                 store.remove(info.uri)
-
-
-def _is_ours(uri: str) -> bool:
-    return _OUR_FILES.fullmatch(uri.rsplit("/", 1)[-1]) is not None
 
 
 def _check_same(output: str, record: Json, what: Json, but: frozenset[str] = frozenset()) -> None:

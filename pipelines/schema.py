@@ -7,7 +7,7 @@ from typing import Literal
 import pyarrow as pa
 
 Status = Literal["ok", "error"]
-Stage = Literal["", "list", "read", "decode", "tile", "generate", "parse"]
+Stage = Literal["", "list", "read", "decode", "tile", "generate"]
 
 
 def _column(name: str, type_: pa.DataType) -> pa.Field:

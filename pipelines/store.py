@@ -202,7 +202,7 @@ def _tried(fs: Any, action: Callable[[], T]) -> T:
     except OSError as error:
         if is_final(error):
             raise
-        raise StoreFault(f"the store failed {MORE_ATTEMPTS} times: {error}") from error
+        raise StoreFault(f"the store fails again and again: {error}") from error
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:
@@ -211,7 +211,11 @@ def open_file(uri: str, block_bytes: int | None = None) -> Any:
     Raises OSError, as its `read` does.
     """
     fs, path = open_store(uri)
-    file = _tried(fs, lambda: fs.open(path, "rb", **({"block_size": block_bytes} if block_bytes else {})))
+    options = {"block_size": block_bytes} if block_bytes else {}
+    if "http" in fs.protocol:  # whose files try again themselves
+        with _faults_as_os_errors():
+            return fs.open(path, "rb", **options)
+    file = _tried(fs, lambda: fs.open(path, "rb", **options))
     return file if isinstance(fs, LocalFileSystem) else _PatientFile(fs, file)
 
 
@@ -280,9 +284,9 @@ def move(source: str, target: str) -> None:
     if isinstance(fs, LocalFileSystem):
         Path(path).replace(target)
         return
-    with _faults_as_os_errors():
-        fs.cp_file(path, open_store(target)[1])
-        fs.rm_file(path)
+    there = open_store(target)[1]
+    _tried(fs, lambda: fs.cp_file(path, there))
+    remove(source)
 
 
 def remove(uri: str) -> None:

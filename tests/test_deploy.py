@@ -12,6 +12,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from ovis_model.config import SIZES
+from pipelines.cluster import Hardware, ResourceError, plan_pools, plan_tensor_parallel
 from pipelines.config import parse_command_line
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,11 @@ def test_the_jobs_command_is_one_that_we_take() -> None:
         group["groupName"]: group for group in load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     }
     assert config.autoscale and config.num_replicas == groups["gpu"]["maxReplicas"]
+    assert plan_tensor_parallel(config, Hardware(0), SIZES["8B"]) == 1  # before any node is there
+    assert plan_pools(config, Hardware(0), 1).num_replicas == config.num_replicas
+    undecided = config.model_copy(update={"tensor_parallel": "auto"})
+    with pytest.raises(ResourceError, match="give --tensor-parallel N"):
+        plan_tensor_parallel(undecided, Hardware(0), SIZES["8B"])
 
 
 def test_versions_are_the_pinned_ones() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from ovis_model.config import SIZES
+from pipelines.caption import _plan
 from pipelines.cluster import Hardware, plan_pools
 from pipelines.config import CaptionConfig
 from pipelines.encode import NO_ENCODERS, plan_encoders
@@ -53,3 +55,12 @@ def test_pools_and_encoders_fit_together_on_cpus(cpus: int) -> None:
     wanted = pools.num_replicas * pools.replica_cpus + pools.num_preprocessors * pools.preprocessor_cpus
     assert wanted + pool.cpus <= cpus
     assert pool.num_encoders >= 1
+
+
+def test_encoders_leave_the_gpus_to_replicas_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs and a model that takes both: frames are compared on CPUs."""
+    for options, on_gpus in (({"tensor_parallel": 2}, 0), ({"tensor_parallel": 1}, 1), ({"num_replicas": 2}, 0)):
+        monkeypatch.setattr(Hardware, "of_cluster", lambda: Hardware(32, (2,)))
+        _, encoders, pools = _plan(config(device="cuda", **{"tensor_parallel": 1, **options}), SIZES["8B"])
+        assert encoders.gpus == on_gpus and encoders.num_encoders > 0
+        assert pools.num_replicas * pools.replica_gpus == 2 - on_gpus

@@ -163,3 +163,22 @@ def test_kept_columns_of_an_extension_have_the_types_of_the_run(tmp_path: Path) 
 def test_what_does_not_go_with_extend(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"--extend|--overwrite"):
         config_of("x", extend=True, **options)
+
+
+def test_ids_that_changed_places_are_duplicates(tmp_path: Path) -> None:
+    """Each id is known and each image, but not this one by that name."""
+    rows = [{"id": "1", "image": "A.png"}, {"id": "2", "image": "B.png"}]
+    opened(tmp_path / "out", write_lines(tmp_path / "a.jsonl", *rows))
+    swapped = [{"id": "1", "image": "B.png"}, {"id": "2", "image": "A.png"}, {"id": "3", "image": "C.png"}]
+    with pytest.raises(SourceError, match="2 rows repeat an id"):
+        opened(tmp_path / "out", write_lines(tmp_path / "a.jsonl", *swapped), extend=True)
+
+
+def test_what_a_user_keeps_in_a_directory_of_our_name_stays(tmp_path: Path) -> None:
+    (tmp_path / "exchange").mkdir()
+    (tmp_path / "exchange" / "photo.png").touch()
+    with pytest.raises(RunError, match="exchange"):
+        opened(tmp_path, tmp_path / "exchange")
+    with pytest.raises(RunError, match=r"photo\.png"):
+        opened(tmp_path, lines(tmp_path / "a.jsonl", ["1"]))
+    assert (tmp_path / "exchange" / "photo.png").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -11,12 +12,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import exchange, store
+from pipelines import exchange, rewrite, store
 from pipelines.exchange import exchange_files, finish_exchange
+from pipelines.lease import Lease, LeaseLost
 from pipelines.ledger import Ledger, RowRange, count
-from pipelines.rewrite import compact, compact_run, drop_error_rows
+from pipelines.rewrite import Compacted, compact, compact_run, drop_error_rows
 from pipelines.sink import read_results, write_file
 from tests.test_sink import results_of
+
+
+def lease_of(output: Path) -> Lease:
+    lease = Lease(str(output))
+    lease._write()  # without the thread that a run has
+    return lease
+
+
+def compacted(output: Path, file_bytes: int) -> Compacted:
+    return compact(str(output), file_bytes, lease_of(output))
+
+
+def dropped(output: Path) -> int:
+    return drop_error_rows(str(output), lease_of(output))
 
 
 class Killed(BaseException):
@@ -50,7 +66,7 @@ def scattered(num_rows: int, num_files: int, seed: int = 0) -> list[list[int]]:
 def test_many_files_become_few_in_order(tmp_path: Path, file_bytes: int) -> None:
     write_rows(tmp_path, scattered(500, 40), errors=(7, 300))
     before = rows_of(tmp_path)
-    done = compact(str(tmp_path), file_bytes)
+    done = compacted(tmp_path, file_bytes)
     assert (done.rows, done.files_before) == (500, 40)
     assert done.files_after == len(list((tmp_path / "data").iterdir())) < 40
     assert rows_of(tmp_path) == before
@@ -66,7 +82,7 @@ def test_many_files_become_few_in_order(tmp_path: Path, file_bytes: int) -> None
 def test_the_size_of_the_files_is_about_the_one_asked_for(tmp_path: Path) -> None:
     write_rows(tmp_path, scattered(4000, 10), text_bytes=400)
     size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir()) // 4
-    compact(str(tmp_path), size)
+    compacted(tmp_path, size)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "data").iterdir())]
     assert len(sizes) in (4, 5)
     assert all(0.8 * size < one < 1.2 * size for one in sizes[:-1])
@@ -74,10 +90,10 @@ def test_the_size_of_the_files_is_about_the_one_asked_for(tmp_path: Path) -> Non
 
 def test_what_is_compact_is_left_alone(tmp_path: Path) -> None:
     write_rows(tmp_path, scattered(100, 5))
-    compact(str(tmp_path), 1 << 20)
+    compacted(tmp_path, 1 << 20)
     [path] = (tmp_path / "data").iterdir()
     inode = path.stat().st_ino
-    again = compact(str(tmp_path), 1 << 20)
+    again = compacted(tmp_path, 1 << 20)
     assert (again.files_before, again.files_after) == (1, 1)
     assert path.stat().st_ino == inode
 
@@ -85,7 +101,7 @@ def test_what_is_compact_is_left_alone(tmp_path: Path) -> None:
 def test_gaps_of_an_unfinished_run_stay_gaps(tmp_path: Path) -> None:
     write_rows(tmp_path, [[0, 1, 5], [2, 9], [7]])
     missing = Ledger.read(str(tmp_path / "data")).missing(12)
-    compact(str(tmp_path), 1 << 20)
+    compacted(tmp_path, 1 << 20)
     assert Ledger.read(str(tmp_path / "data")).missing(12) == missing
     assert [id_ for id_, _ in rows_of(tmp_path)] == [f"id-{row}" for row in (0, 1, 2, 5, 7, 9)]
 
@@ -93,12 +109,12 @@ def test_gaps_of_an_unfinished_run_stay_gaps(tmp_path: Path) -> None:
 def test_error_rows_become_missing(tmp_path: Path) -> None:
     write_rows(tmp_path, [[0, 1, 2], [3, 4], [5, 6]], errors=(1, 3, 4))
     untouched = (tmp_path / "data" / "rows-000000000005-000000000007.parquet").stat().st_ino
-    assert drop_error_rows(str(tmp_path)) == 3
+    assert dropped(tmp_path) == 3
     ledger = Ledger.read(str(tmp_path / "data"))
     assert ledger.missing(7) == (RowRange(1, 2), RowRange(3, 5))
     assert ledger.num_errors == 0
     assert (tmp_path / "data" / "rows-000000000005-000000000007.parquet").stat().st_ino == untouched
-    assert drop_error_rows(str(tmp_path)) == 0
+    assert dropped(tmp_path) == 0
 
 
 @pytest.mark.parametrize("what", ["compact", "drop"])
@@ -113,7 +129,7 @@ def test_a_kill_at_any_step_leaves_the_old_rows_or_the_new_ones(
         with monkeypatch.context() as patch:
             kill_at(patch, step)
             try:
-                compact(str(output), 4 << 10) if what == "compact" else drop_error_rows(str(output))
+                compacted(output, 4 << 10) if what == "compact" else dropped(output)
                 was_killed = False
             except Killed:
                 was_killed = True
@@ -154,7 +170,7 @@ def test_a_file_that_was_not_written_as_it_should_replaces_nothing(
     real = store.write_bytes
     monkeypatch.setattr(exchange.store, "write_bytes", lambda uri, data: real(uri, data[:-1]))
     with pytest.raises(OSError, match="does not hold what was written"):
-        compact(str(tmp_path), 1 << 20)
+        compacted(tmp_path, 1 << 20)
     monkeypatch.undo()
     finish_exchange(str(tmp_path))
     assert [id_ for id_, _ in rows_of(tmp_path)] == ["id-0", "id-1"]
@@ -162,11 +178,46 @@ def test_a_file_that_was_not_written_as_it_should_replaces_nothing(
 
 
 def test_an_exchange_in_which_a_name_stays(tmp_path: Path) -> None:
+    a, b, c = (f"rows-00000000000{i}-x.parquet" for i in range(3))
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a").write_bytes(b"old")
-    (tmp_path / "data" / "b").write_bytes(b"old")
-    exchange_files(str(tmp_path), [("a", b"new"), ("c", b"new")], ["a", "b"])
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == {"a": b"new", "c": b"new"}
+    for name in (a, b, "notes.txt"):
+        (tmp_path / "data" / name).write_bytes(b"old")
+    exchange_files(str(tmp_path), [(a, b"new"), (c, b"new")], [a, b, "../x", "notes.txt"], lease_of(tmp_path))
+    there = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    assert there == {a: b"new", c: b"new", "notes.txt": b"old"}  # whatever a note says, only our files go
+
+
+def test_a_driver_that_was_taken_over_exchanges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one undoes what was not committed; this one must not commit to it."""
+    write_rows(tmp_path, [[0], [1], [2]])
+    lease = lease_of(tmp_path)
+    real = store.write_bytes
+
+    def taken_over(uri: str, data: bytes) -> None:
+        real(uri, data)
+        real(str(tmp_path / "driver.json"), json.dumps({**lease._me, "token": "another", "at_s": 0}).encode())
+
+    monkeypatch.setattr(exchange.store, "write_bytes", taken_over)
+    with pytest.raises(LeaseLost):
+        compact(str(tmp_path), 1 << 20, lease)
+    assert len(rows_of(tmp_path)) == 3
+
+
+def test_new_files_that_are_gone_replace_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path, [[0], [1], [2]])
+    monkeypatch.setattr(Lease, "check", lambda lease: finish_exchange(str(tmp_path)))
+    with pytest.raises(OSError, match="nothing was exchanged"):
+        compacted(tmp_path, 1 << 20)
+    assert len(rows_of(tmp_path)) == 3
+
+
+def test_files_that_are_large_in_memory_are_cut_by_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "_MOST_BYTES", 20_000)
+    write_rows(tmp_path, scattered(500, 40))
+    before = rows_of(tmp_path)
+    compacted(tmp_path, 1 << 30)
+    assert rows_of(tmp_path) == before
+    assert 2 < len(list((tmp_path / "data").iterdir())) < 40
 
 
 def test_only_a_run_is_compacted(tmp_path: Path) -> None:
@@ -190,6 +241,6 @@ def test_memory_is_that_of_the_files_that_interleave(tmp_path: Path) -> None:
     whole = read_results(str(tmp_path)).nbytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange.store, "write_bytes", write)
-        compact(str(tmp_path), sum(p.stat().st_size for p in (tmp_path / "data").iterdir()) // 40)
+        compacted(tmp_path, sum(p.stat().st_size for p in (tmp_path / "data").iterdir()) // 40)
     assert count(Ledger.read(str(tmp_path / "data")).done) == 5000
     assert max(held) < whole / 4

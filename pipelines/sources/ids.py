@@ -29,21 +29,21 @@ class Known:
 
     def __init__(self, tables: Tables = tuple) -> None:
         self._tables = tables
-        ids, places = array("Q"), array("Q")
+        ids, rows = array("Q"), array("Q")
         for table in tables():
             ids.extend(_hashes(table))
-            places.extend(_place_hashes(table))
-        self._ids, self._places = np.sort(_numbers(ids)), np.sort(_numbers(places))
+            rows.extend(_row_hashes(table))
+        self._ids, self._rows = np.sort(_numbers(ids)), np.sort(_numbers(rows))
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def has_ids(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        return np.isin(hashes, self._ids)
+        return _is_among(hashes, self._ids)
 
     def has_rows(self, table: pa.Table, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """bool[N]: the same id at the same place. Two independent hashes of 64 bits agree by chance for nobody."""
-        return self.has_ids(hashes) & np.isin(_numbers(_place_hashes(table)), self._places)
+        return self.has_ids(hashes) & _is_among(_numbers(_row_hashes(table)), self._rows)
 
     def ids_among(self, candidates: set[str]) -> set[str]:
         return {id_ for table in self._tables() for id_ in table.column("id").to_pylist() if id_ in candidates}
@@ -60,12 +60,15 @@ class Changes:
         start = 0
         for table in tables:
             numbers = np.arange(start, start + len(table))
+            keep = np.ones(len(table), bool)
+            first, stop = np.searchsorted(self.left_out, [start, start + len(table)])
+            keep[self.left_out[first:stop] - start] = False
             start += len(table)
             if not self.replaced.keys().isdisjoint(numbers.tolist()):
                 ids = map(self.replaced.get, numbers.tolist(), table.column("id").to_pylist())
                 at = table.column_names.index("id")
                 table = table.set_column(at, table.schema.field("id"), pa.array(ids, pa.string()))
-            yield table.filter(pa.array(~np.isin(numbers, self.left_out)))
+            yield table.filter(pa.array(keep))
 
 
 class IdIndex:
@@ -166,12 +169,20 @@ def _hashes(table: pa.Table) -> array[int]:
     return array("Q", map(_hash, table.column("id").to_pylist()))
 
 
-def _place_hashes(table: pa.Table) -> array[int]:
-    """Of where each row's images are; not of their sizes, which a file that was touched may change."""
+def _row_hashes(table: pa.Table) -> array[int]:
+    """Of each row's id and where its images are; not of their sizes, which a file that was touched may change."""
     images = table.column("images").to_pylist()
     places = ([(i["kind"], i["uri"], i["offset"], i["member"], i["row"]) for i in each] for each in images)
-    pairs = zip(table.column("uri").to_pylist(), places, strict=True)
-    return array("Q", (_hash(repr(pair)) for pair in pairs))
+    rows = zip(table.column("id").to_pylist(), table.column("uri").to_pylist(), places, strict=True)
+    return array("Q", (_hash(repr(row)) for row in rows))
+
+
+def _is_among(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """bool[N]; `np.isin` would look at all of `ordered` for a few values."""
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    found: NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return found
 
 
 def _hash(text: str) -> int:

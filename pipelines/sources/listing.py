@@ -43,7 +43,8 @@ def _shown(config: CaptionConfig) -> str:
 
 def _list_into(listing: Listing, config: CaptionConfig) -> None:
     asker = Asker(config)
-    for chunk in _limited(with_windows(list_chunks(config.input, asker.columns), config.window_s), config.limit):
+    rows = _limited(list_chunks(config.input, asker.columns), config.limit)  # each is one window or more
+    for chunk in _limited(with_windows(rows, config.window_s), config.limit):
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(

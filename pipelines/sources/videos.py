@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
+from pipelines import store
 from pipelines.decoder import Video, VideoDecoder
 from pipelines.media import MediaError
 from pipelines.sources.files import VIDEO_SUFFIXES
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 def is_video(image: ImageRef) -> bool:
     """By its name; of a URL, without its query. What has no name is seen by its content when it is read."""
-    name = re.sub(r"\?.*", "", image.uri) if "://" in image.uri else image.uri
-    return image.kind in ("file", "tar", "tgz") and PurePosixPath(image.member or name).suffix.lower() in VIDEO_SUFFIXES
+    suffix = PurePosixPath(image.member or store.name_of(image.uri)).suffix.lower()
+    return image.kind in ("file", "tar", "tgz") and suffix in VIDEO_SUFFIXES
 
 
 def without_window(uri: str) -> str:
