@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos import ALL_EVENTS, Chaos
 
-_BY_DEFAULT = ("preprocessor", "disk")
+_BY_DEFAULT = ("disk",)
 
 
 @pytest.fixture(scope="module")
