@@ -39,6 +39,7 @@ def four_gpus() -> Iterator[FakeGpuCluster]:
         yield cluster
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ranks_leaders_preprocessors_and_a_poison_row(
     four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path
