@@ -26,6 +26,7 @@ from PIL import Image
 
 from pipelines.caption import caption
 from pipelines.config import CaptionConfig
+from pipelines.manifest import write_manifest
 from pipelines.sources import list_rows
 from tests.conftest import ROOT
 from tests.fake_engine import FakeEngineFactory
@@ -54,7 +55,16 @@ def listing(place: Path, num_files: int, num_tars: int) -> Figures:
     return {
         **_timed(f"{num_files} files", lambda: _list(str(files))),
         **_timed(f"{num_tars} tars of 100 members", lambda: _list(f"{tars}/*.tar")),
+        "manifest: bytes a file": _manifest_bytes(str(files), place / "manifest of files"),
+        "manifest: bytes a member": _manifest_bytes(f"{tars}/*.tar", place / "manifest of tars"),
     }
+
+
+def _manifest_bytes(source: str, output: Path) -> float:
+    """On disk, a row."""
+    with list_rows(CaptionConfig(input=(source,), output="none", model="demo")) as rows:
+        write_manifest(str(output), rows.tables())
+    return sum(path.stat().st_size for path in output.rglob("*.parquet")) / rows.num_rows
 
 
 def write_tar(path: Path, num_members: int) -> None:
