@@ -42,7 +42,7 @@ from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig,
 from ovis_model.decoding import run_eagerly
 from ovis_model.engine import OvisEngine, Stats
 from ovis_model.model import Ovis
-from ovis_model.parallel import ALONE, Shard, joined
+from ovis_model.parallel import ALONE, Shard, joined, leave
 from ovis_model.prompt import expand_atoms, image_placeholders
 from ovis_model.tiling import choose_grid, tile_image
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Request, SamplingParams
@@ -208,6 +208,7 @@ def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
             "exchange_us": exchange_us,
         }
         print(json.dumps(result))
+    leave()
 
 
 def _exchange_us(model: Ovis, tokens: int, times: int = 20) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ovis_model.parallel import joined
+from ovis_model.parallel import joined, leave
 from ovis_model.weights import load_model
 from tests.golden_data import checkpoint_dir
 from tests.test_engine import golden_requests, prompt_logits
@@ -26,6 +26,7 @@ def main() -> None:
         model = load_model(directory, device=torch.device("cpu"), dtype=torch.float32, shard=shard)
         logits = [prompt_logits(model, request)[-1] for request in golden_requests(checkpoint)]
     np.savez(out, *logits, llm_parameters=sum(p.numel() for p in model.llm.parameters()))
+    leave()
 
 
 if __name__ == "__main__":
