@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import sys
 
-from jobs.cli import OK, TOO_MANY_ERRORS, run_job
-from pipelines.caption import Summary, caption
-from pipelines.config import parse_command_line
+from jobs.cli import run_rows
+from pipelines.config import CaptionConfig, parse_command_line
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    config = parse_command_line("python -m jobs.caption", "Caption images with Ovis2 into Parquet.", arguments)
-
-    def exit_code(summary: Summary) -> int:
-        return TOO_MANY_ERRORS if summary.error > config.max_error_rate * summary.rows else OK
-
-    return run_job(lambda: caption(config), exit_code)
+    description = "Caption images and videos with Ovis2 into Parquet."
+    return run_rows(parse_command_line(CaptionConfig, "python -m jobs.caption", description, arguments))
 
 
 if __name__ == "__main__":

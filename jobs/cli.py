@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from pipelines.caption import RowsLost, StageFailed
+from pipelines.caption import RowsLost, StageFailed, Summary, caption
+from pipelines.config import RunConfig
 from pipelines.lease import LeaseLost
 from pipelines.reasons import EverythingFails
 from pipelines.retries import StoreFault
@@ -49,6 +50,15 @@ def run_job(job: Callable[[], Report], exit_code: Callable[[Report], int] = lamb
         return FAILED
     print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
     return exit_code(report)
+
+
+def run_rows(config: RunConfig) -> int:
+    """Run the job over the rows of an input -> its exit code."""
+
+    def exit_code(summary: Summary) -> int:
+        return TOO_MANY_ERRORS if summary.error > config.max_error_rate * summary.rows else OK
+
+    return run_job(lambda: caption(config), exit_code)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

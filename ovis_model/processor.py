@@ -47,12 +47,18 @@ class Processor:
         """
         pictures = [_as_rgb(image) for image in images]
         ids = self.prompt_ids(text, [image.size for image in pictures], max_tiles, system_prompt)
-        return self.with_tiles(ids, pictures, max_tiles)
+        [request] = self.with_tiles([ids], pictures, max_tiles)
+        return request
 
-    def with_tiles(self, prompt_ids: Sequence[int], pictures: Sequence[Image.Image], max_tiles: int = 9) -> Request:
-        """The second half of `request`: ids from `prompt_ids`, and the RGB pictures whose sizes it was given."""
+    def with_tiles(
+        self, prompts: Sequence[Sequence[int]], pictures: Sequence[Image.Image], max_tiles: int = 9
+    ) -> list[Request]:
+        """The second half of `request`: ids from `prompt_ids`, and the RGB pictures whose sizes it was given.
+
+        Several prompts about the same pictures share their tiles, so that an engine encodes them once.
+        """
         tiles, sizes = tile_images(pictures, max_tiles, self.config.vision.image_size)
-        return Request(expand_atoms(prompt_ids, self.config.vision.tokens_per_tile), tiles, sizes)
+        return [Request(expand_atoms(ids, self.config.vision.tokens_per_tile), tiles, sizes) for ids in prompts]
 
     def prompt_ids(
         self,
@@ -66,6 +72,10 @@ class Processor:
         grids = [choose_grid(width, height, max_tiles, tile_size) for width, height in image_sizes]
         query = text if IMAGE_MARK in text else image_query(text, len(grids))
         return self._chat.prompt_ids(query, grids, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of a whole answer: the text and the end of the turn. Raises ValueError for text that is not Unicode."""
+        return self._chat.answer_ids(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Text of output ids, without special tokens."""

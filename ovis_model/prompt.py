@@ -82,6 +82,10 @@ class ChatTokenizer:
         user = [self._start, *self._query_ids(f"user\n{query}", grids), self._end, *self._encode("\n")]
         return [*system, *user, self._start, *self._encode("assistant\n")]
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of what follows a prompt when `text` is the answer to it."""
+        return [*self._encode(text), self._end]
+
     def _query_ids(self, query: str, grids: Sequence[Grid]) -> list[int]:
         first, *others = query.split(IMAGE_MARK)
         check_marks(len(others), len(grids))

@@ -45,6 +45,14 @@ class Request:
     tile_sizes: NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must be as a whole. `spec`: the pattern, or the schema as JSON text."""
+
+    kind: Literal["regex", "json_schema"]
+    spec: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose the output tokens of one request.
@@ -63,6 +71,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = True
+    choices: tuple[tuple[int, ...], ...] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -85,6 +95,7 @@ class Completion:
     output_ids: NDArray[np.int32]
     finish_reason: FinishReason
     mean_logprob: float
+    choice_probs: NDArray[np.float32] | None = None
 
 
 class RequestError(ValueError):

@@ -17,6 +17,7 @@ from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint, local_p
 from ovis_model.config import OvisConfig
 from ovis_model.processor import Processor
 from ovis_model.ranks import check_tensor_parallel
+from pipelines import schema
 from pipelines.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster import (
     MAX_BLOCKS,
@@ -34,7 +35,7 @@ from pipelines.cluster import (
     ray_session,
     settled_dtype,
 )
-from pipelines.config import CaptionConfig
+from pipelines.config import RunConfig
 from pipelines.encode import EncoderPool, describe_encoder, plan_encoders, start_encoders
 from pipelines.frames import Encoder
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
@@ -47,8 +48,8 @@ from pipelines.reasons import Reasons
 from pipelines.retries import StoreFault
 from pipelines.rewrite import drop_error_rows
 from pipelines.run import Run, hold_lease, open_run
-from pipelines.schema import RESULT
 from pipelines.sink import Sink, remove_temporaries
+from pipelines.tasks import Task
 
 MAX_PASSES = 3  # a second one takes up rows that went missing with a node, a third proves that something is wrong
 
@@ -77,7 +78,7 @@ class StageFailed(RuntimeError):  # noqa: N818
     """An actor raised what is no row's fault; the message is the actor's own, the cause its trace."""
 
 
-def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
+def caption(config: RunConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
     """Caption what is missing of the run in `config.output`.
 
     Raises ValueError (usage: before any replica starts), StageFailed, StoreFault, EverythingFails and RowsLost.
@@ -101,9 +102,7 @@ def caption(config: CaptionConfig, *, make_engine: EngineFactory = load_engine) 
     return _summary(run, ledger, progress, time.monotonic() - started_s)
 
 
-def _caption_run(
-    config: CaptionConfig, run: Run, lease: Lease, make_engine: EngineFactory
-) -> tuple[Ledger, RunProgress]:
+def _caption_run(config: RunConfig, run: Run, lease: Lease, make_engine: EngineFactory) -> tuple[Ledger, RunProgress]:
     remove_temporaries(run.data_uri)
     if config.retry_errors:
         run.update(status="running", counts=None)
@@ -117,21 +116,26 @@ def _caption_run(
     return ledger, progress
 
 
-def check_model(config: CaptionConfig) -> None:
+def check_model(config: RunConfig) -> None:
     """What can be known of the model and the options without weights. Raises ValueError."""
     processor = Processor.from_pretrained(config.model, config.revision)
     if config.tensor_parallel != "auto":
         check_tensor_parallel(processor.config.language, config.tensor_parallel)
-    sampling = config.sampling_for("")
-    if sampling.max_new_tokens >= processor.config.max_length:
+    for task in config.asked:
+        _check_task(task, processor)
+
+
+def _check_task(task: Task, processor: Processor) -> None:
+    params = task.sampling("", processor.answer_ids)
+    if params.max_new_tokens >= processor.config.max_length:
         raise ValueError(
-            f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{task.where}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's "
             f"{processor.config.max_length} tokens; lower it"
         )
 
 
 def _caption_missing(
-    config: CaptionConfig, run: Run, ledger: Ledger, lease: Lease, progress: RunProgress, make_engine: EngineFactory
+    config: RunConfig, run: Run, ledger: Ledger, lease: Lease, progress: RunProgress, make_engine: EngineFactory
 ) -> None:
     kept = KeptColumns(run.output)
     reasons = Reasons(config.stop_error_rate)
@@ -150,8 +154,8 @@ def _caption_missing(
         raise RowsLost(f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}")
 
 
-def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
-    """Tables of schema RESULT as replicas finish them, in no particular order."""
+def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
+    """Tables of `schema.result` as replicas finish them, in no particular order."""
     import ray
 
     model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
@@ -170,7 +174,7 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
             dataset = dataset.map_batches(stage, **options)
         with asked_for_gpus(pools):
             for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield table.cast(RESULT)
+                yield table.cast(schema.result(config.columns))
     except ray.exceptions.RayError as error:
         if fault := cause_of(error, StoreFault):
             raise fault from error
@@ -181,7 +185,7 @@ def _stream(config: CaptionConfig, run: Run, missing: Ranges, make_engine: Engin
 
 
 def _stages(
-    config: CaptionConfig,
+    config: RunConfig,
     run: Run,
     pools: Pools,
     sizes: Sizes,
@@ -218,7 +222,7 @@ def _stages(
     return [(Preprocess, prepare), (Generate, generate)]
 
 
-def _plan(config: CaptionConfig, model: OvisConfig) -> tuple[Hardware, EncoderPool, Pools]:
+def _plan(config: RunConfig, model: OvisConfig) -> tuple[Hardware, EncoderPool, Pools]:
     hardware = Hardware.of_cluster()
     tensor_parallel = plan_tensor_parallel(config, hardware, model)
     encoders = plan_encoders(config, cpus=hardware.cpus, gpus=sum(hardware.gpus))
@@ -231,7 +235,7 @@ def _plan(config: CaptionConfig, model: OvisConfig) -> tuple[Hardware, EncoderPo
     return hardware, encoders, pools
 
 
-def _most_tile_bytes(config: CaptionConfig, model: OvisConfig) -> int:
+def _most_tile_bytes(config: RunConfig, model: OvisConfig) -> int:
     cells = config.tiles_for_frames
     # Of an image, and of a video's frames; what is cut has an overview too.
     tiles = max(config.tiles_for(1) + 1, config.num_frames * (cells + (cells > 1)))

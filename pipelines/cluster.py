@@ -18,7 +18,7 @@ from ovis_model.config import OvisConfig
 from ovis_model.footprint import device_bytes, fewest_ranks
 from ovis_model.ranks import check_tensor_parallel
 from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.config import CaptionConfig
+from pipelines.config import RunConfig
 from pipelines.manifest import ROWS_PER_GROUP
 
 BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
@@ -105,7 +105,7 @@ class Pools:
         return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} to prepare images"
 
 
-def plan_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
+def plan_pools(config: RunConfig, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
     """For replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
     if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
@@ -114,11 +114,11 @@ def plan_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int =
     return _cpu_pools(config, hardware.cpus, tensor_parallel)
 
 
-def uses_gpus(config: CaptionConfig, hardware: Hardware) -> bool:
+def uses_gpus(config: RunConfig, hardware: Hardware) -> bool:
     return config.device == "cuda" or (config.device == "auto" and bool(hardware.gpus or config.autoscale))
 
 
-def _gpu_pools(config: CaptionConfig, hardware: Hardware, tensor_parallel: int) -> Pools:
+def _gpu_pools(config: RunConfig, hardware: Hardware, tensor_parallel: int) -> Pools:
     room = hardware.room_for(tensor_parallel)
     wanted = _chosen(config.num_replicas, room)
     preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
@@ -157,7 +157,7 @@ def _check_room(wanted: int, room: int, hardware: Hardware, tensor_parallel: int
         )
 
 
-def _cpu_pools(config: CaptionConfig, cpus: float, tensor_parallel: int) -> Pools:
+def _cpu_pools(config: RunConfig, cpus: float, tensor_parallel: int) -> Pools:
     replicas = _chosen(config.num_replicas, max(1, int(cpus // _CPUS_PER_CPU_REPLICA)))
     preprocessors = _chosen(config.num_preprocessors, max(1, int(cpus // 4)))
     threads = max(1, int(cpus - preprocessors) // replicas)
@@ -166,7 +166,7 @@ def _cpu_pools(config: CaptionConfig, cpus: float, tensor_parallel: int) -> Pool
     return Pools("cpu", replicas, share, 0, threads, preprocessors, share, tensor_parallel)
 
 
-def plan_tensor_parallel(config: CaptionConfig, hardware: Hardware, model: OvisConfig) -> int:
+def plan_tensor_parallel(config: RunConfig, hardware: Hardware, model: OvisConfig) -> int:
     """What `--tensor-parallel` comes to here: of `auto`, the fewest GPUs that hold a replica and room for its rows.
 
     The GPUs' memory is asked for only if the model might not fit into the smallest that are usual. Raises ValueError.
@@ -233,7 +233,7 @@ def prefer_nodes_without(gpu_types: tuple[str, ...]) -> dict[str, Any]:
     return {"label_selector": others, "fallback_strategy": [{"label_selector": {}}]}
 
 
-def settled_dtype(config: CaptionConfig, pools: Pools) -> str:
+def settled_dtype(config: RunConfig, pools: Pools) -> str:
     """What `--dtype auto` comes to on this cluster."""
     if config.dtype != "auto":
         return config.dtype

@@ -1,26 +1,29 @@
-"""The options of a captioning run: one definition for flags, YAML and Python."""
+"""The options of a run: one definition for flags, YAML and Python."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import pyarrow as pa
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from ovis_model.prompt import CHAIN_OF_THOUGHT
-from ovis_model.types import SamplingParams
-from pipelines.schema import OUTPUT
+from pipelines import schema
+from pipelines.answers import Answered
+from pipelines.tasks import Task, check_text, columns_of, no_values, read_tasks, values_of
 
 SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES, FRAME_MAX_TILES = 9, 4, 1  # the model card's
 PIXELS = "pixels"  # the frame encoder that needs no model
 
 
-class CaptionConfig(BaseModel):
-    """A captioning run. `fingerprint_fields` says which options decide what the rows hold."""
+class RunConfig(BaseModel):
+    """Options of every job. `fingerprint_fields` says which of them decide what the rows hold."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -33,17 +36,12 @@ class CaptionConfig(BaseModel):
 
     image_column: str | None = Field(None, description="column that holds the images; '' for none")
     id_column: str | None = Field(None, description="column of unique ids; default the place in the input")
-    prompt_column: str | None = Field(None, description="column of questions; a row without one is asked --prompt")
     keep_columns: tuple[str, ...] = Field((), description="columns C1,C2 to copy into the output")
     on_duplicate_id: Literal["error", "suffix", "skip"] = Field(
         "error", description="what a row is whose id an earlier one has: an error, a row ID~2, or left out"
     )
 
-    prompt: str = Field(
-        "Describe the image.", description="what to ask; {name} stands for a column if the input has columns"
-    )
     system_prompt: str | None = Field(None, description="instead of the model's own")
-    chain_of_thought: bool = Field(False, description="ask for step-by-step reasoning before the answer")
     max_tiles: PositiveInt | None = Field(
         None,
         description="most cells an image is cut into; default 9 for one image a row, 4 for several, 1 for frames",
@@ -94,26 +92,21 @@ class CaptionConfig(BaseModel):
     retry_errors: bool = Field(False, description="take up the error rows of the run in OUTPUT again")
     extend: bool = Field(False, description="add the rows of INPUT that the run in OUTPUT does not have yet")
 
-    @field_validator("prompt", "system_prompt", "stop")
+    @field_validator("system_prompt", "stop")
     @classmethod
     def _is_unicode(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         for text in (value,) if isinstance(value, str) else value or ():
-            if text == "":
-                raise ValueError("may not be empty")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("is not UTF-8") from None
+            check_text(text)
         return value
 
     @model_validator(mode="after")
-    def _says_how_many(self) -> CaptionConfig:
+    def _says_how_many(self) -> RunConfig:
         if self.autoscale and self.num_replicas == "auto":
             raise ValueError("--autoscale needs to know for how many: give --num-replicas N")
         return self
 
     @model_validator(mode="after")
-    def _frames_can_be_chosen(self) -> CaptionConfig:
+    def _frames_can_be_chosen(self) -> RunConfig:
         if self.frame_selection == "top-k" and (self.frame_encoder == PIXELS or self.frame_query == ""):
             raise ValueError(
                 "top-k chooses the frames that match a text: give a --frame-encoder that reads text and no empty "
@@ -130,26 +123,23 @@ class CaptionConfig(BaseModel):
     def _split_at_commas(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
-    @field_validator("keep_columns")
-    @classmethod
-    def _no_clash(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if taken := sorted(set(names).intersection(OUTPUT.names)):
-            raise ValueError(f"the output has columns {', '.join(taken)} of its own; rename yours in the input")
-        if len(set(names)) < len(names):
-            raise ValueError("name each column once")
-        return names
+    @model_validator(mode="after")
+    def _no_clash(self) -> RunConfig:
+        if taken := sorted(set(self.keep_columns).intersection(self.columns.names)):
+            raise ValueError(
+                f"--keep-columns: the output has columns {', '.join(taken)} of its own; rename yours in the input"
+            )
+        if len(set(self.keep_columns)) < len(self.keep_columns):
+            raise ValueError("--keep-columns: name each column once")
+        return self
 
     @model_validator(mode="after")
-    def _one_way_to_go_on(self) -> CaptionConfig:
+    def _one_way_to_go_on(self) -> RunConfig:
         if self.overwrite and (self.extend or self.retry_errors):
             raise ValueError("--overwrite leaves nothing to extend or to retry; give one of them")
         if self.extend and self.on_duplicate_id == "suffix":
             raise ValueError("--extend needs ids that do not depend on the order of a listing; suffixes do")
         return self
-
-    def question(self, prompt: str) -> str:
-        """What is asked of a row with this prompt."""
-        return f"{prompt}\n{CHAIN_OF_THOUGHT}" if self.chain_of_thought else prompt
 
     def tiles_for(self, num_images: int) -> int:
         """`max_tiles` of each image in a row of `num_images`."""
@@ -160,22 +150,173 @@ class CaptionConfig(BaseModel):
         """`max_tiles` of each frame of a video."""
         return self.max_tiles or FRAME_MAX_TILES
 
-    def sampling_for(self, row_id: str) -> SamplingParams:
-        """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
-        digest = hashlib.blake2b(f"{self.seed}\0{row_id}".encode(), digest_size=8).digest()
-        return SamplingParams(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            stop=self.stop,
-            seed=int.from_bytes(digest) >> 1,  # torch takes signed 64-bit seeds
-        )
+    def _defaults(self) -> dict[str, Any]:
+        """Of what a task leaves open."""
+        return {
+            "system": self.system_prompt,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "stop": self.stop,
+            "seed": self.seed,
+        }
+
+    @property
+    def asked(self) -> tuple[Task, ...]:
+        """What is asked of every row, with nothing left open."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Of the output, without kept columns."""
+        raise NotImplementedError
+
+    @property
+    def asks_again(self) -> bool:
+        """Where an answer is flagged."""
+        return False
+
+    @property
+    def own_prompts(self) -> str | None:
+        """The column of prompts that rows bring along, "" for that of their format; None if they bring none."""
+        return None
+
+    @property
+    def prompt_is_open(self) -> bool:
+        """Nobody said what to ask."""
+        return False
+
+    def manifest_prompt(self, prompts: Sequence[str]) -> str:
+        """What the manifest holds for a row that is asked these, one for each of `asked`."""
+        raise NotImplementedError
+
+    def prompts(self, manifest_prompt: str) -> Sequence[str]:
+        """Back again."""
+        raise NotImplementedError
+
+    def values(self, answers: Sequence[Answered]) -> dict[str, Any]:
+        """The columns of a row that the answers to `asked` decide."""
+        raise NotImplementedError
+
+    def no_values(self) -> dict[str, Any]:
+        """The same of a row that failed."""
+        raise NotImplementedError
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What run.json tells beside the options."""
+        return {}
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The options that decide what the rows hold; the others say how the work is done."""
         return self.model_dump(mode="json", exclude=_HOW_NOT_WHAT)
+
+
+class CaptionConfig(RunConfig):
+    """One question, answered in free text."""
+
+    prompt: str = Field(
+        "Describe the image.", description="what to ask; {name} stands for a column if the input has columns"
+    )
+    prompt_column: str | None = Field(None, description="column of questions; a row without one is asked --prompt")
+    chain_of_thought: bool = Field(False, description="ask for step-by-step reasoning before the answer")
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_text(cls, value: str) -> str:
+        check_text(value)
+        return value
+
+    @property
+    def asked(self) -> tuple[Task, ...]:
+        return (Task.model_construct(name="", prompt=self.prompt, **self._defaults()),)
+
+    @property
+    def columns(self) -> pa.Schema:
+        return schema.OUTPUT
+
+    @property
+    def own_prompts(self) -> str | None:
+        return self.prompt_column or ""
+
+    @property
+    def prompt_is_open(self) -> bool:
+        return "prompt" not in self.model_fields_set
+
+    def manifest_prompt(self, prompts: Sequence[str]) -> str:
+        [prompt] = prompts
+        return f"{prompt}\n{CHAIN_OF_THOUGHT}" if self.chain_of_thought else prompt
+
+    def prompts(self, manifest_prompt: str) -> Sequence[str]:
+        return (manifest_prompt,)
+
+    def values(self, answers: Sequence[Answered]) -> dict[str, Any]:
+        [answer] = answers
+        return {
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "mean_logprob": answer.mean_logprob,
+            **_counts(answers),
+        }
+
+    def no_values(self) -> dict[str, Any]:
+        return {"text": "", "finish_reason": "", "mean_logprob": float("nan")}
+
+
+class AnnotateConfig(RunConfig):
+    """Several named questions, each with its own type of answer."""
+
+    tasks: tuple[Task, ...] = Field(min_length=1, description="YAML file of the questions")
+    regenerate: Literal["flagged"] | None = Field(
+        None, description="answer once more where an answer is flagged, by other sampling; both answers are kept"
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return read_tasks(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> AnnotateConfig:
+        names = self.columns.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"--tasks: two columns of the output would be called {', '.join(twice)}; rename a task")
+        return self
+
+    @property
+    def asks_again(self) -> bool:
+        return self.regenerate is not None
+
+    @property
+    def asked(self) -> tuple[Task, ...]:
+        return tuple(task.of_run(**self._defaults()) for task in self.tasks)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return {"tasks": [task.model_dump(mode="json") for task in self.asked]}
+
+    @property
+    def columns(self) -> pa.Schema:
+        return pa.schema([*schema.ITEM, *columns_of(self.tasks, with_alternatives=self.asks_again)])
+
+    def manifest_prompt(self, prompts: Sequence[str]) -> str:
+        return json.dumps(prompts, ensure_ascii=False)
+
+    def prompts(self, manifest_prompt: str) -> Sequence[str]:
+        prompts: list[str] = json.loads(manifest_prompt)
+        return prompts
+
+    def values(self, answers: Sequence[Answered]) -> dict[str, Any]:
+        return {**values_of(self.tasks, answers), **_counts(answers)}
+
+    def no_values(self) -> dict[str, Any]:
+        return no_values(self.tasks)
+
+
+def _counts(answers: Sequence[Answered]) -> dict[str, int]:
+    return {"num_output_tokens": sum(answer.num_tokens for answer in answers)}
 
 
 _HOW_NOT_WHAT = {
@@ -195,20 +336,23 @@ _HOW_NOT_WHAT = {
 }
 
 
-def parse_command_line(prog: str, description: str, argv: Sequence[str]) -> CaptionConfig:
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def parse_command_line(kind: type[Config], prog: str, description: str, argv: Sequence[str]) -> Config:
     """Flags over --config's YAML over defaults. Prints what is wrong and exits with 2 on bad usage."""
-    parser = _parser(prog, description)
+    parser = _parser(kind, prog, description)
     flags = vars(parser.parse_args(argv))
     paths, config_file = flags.pop("paths", []), flags.pop("config", None)
     try:
-        return CaptionConfig(**_with_paths(_read_yaml(config_file), flags, paths))
+        return kind(**_with_paths(_read_yaml(config_file), flags, paths))
     except ValidationError as error:
         parser.error("; ".join(map(_describe, error.errors())))
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
 
 
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+def _parser(kind: type[RunConfig], prog: str, description: str) -> argparse.ArgumentParser:
     # Built from the fields by hand: a library that maps flags to them splits list values at commas, and a path or
     # a stop string may hold one.
     parser = argparse.ArgumentParser(
@@ -218,14 +362,13 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         "paths", nargs="*", metavar="INPUT OUTPUT", help="input and output; or only OUTPUT with --input"
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="these options, same names; flags win")
-    for name in CaptionConfig.model_fields:
+    for name, field in kind.model_fields.items():
         if name != "output":
-            parser.add_argument(f"--{name.replace('_', '-')}", **_argument(name))
+            parser.add_argument(f"--{name.replace('_', '-')}", **_argument(name, field))
     return parser
 
 
-def _argument(name: str) -> dict[str, Any]:
-    field = CaptionConfig.model_fields[name]
+def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     has_default = not field.is_required() and field.default not in (None, ())
     help_text = (field.description or "") + (f" (default {field.default})" if has_default else "")
     if field.annotation is bool:
@@ -258,7 +401,8 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
 def _describe(error: Any) -> str:
     if not error["loc"]:
         return str(error["msg"]).removeprefix("Value error, ")
-    name = "--" + str(error["loc"][0]).replace("_", "-")
+    first, *others = error["loc"]
+    name = "--" + ": ".join([str(first).replace("_", "-"), *map(str, others)])
     if name == "--output":
         return "OUTPUT is missing"
     if name == "--input":

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovis_model.checkpoint import CheckpointError, describe_checkpoint, fetch_checkpoint
-from pipelines.config import PIXELS, CaptionConfig
+from pipelines.config import PIXELS, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class EncoderPool:
 NO_ENCODERS = EncoderPool("cpu", 0, 0, 0, 0)
 
 
-def plan_encoders(config: CaptionConfig, *, cpus: float, gpus: float) -> EncoderPool:
+def plan_encoders(config: RunConfig, *, cpus: float, gpus: float) -> EncoderPool:
     """A GPU of their own if there are several, so that no captioner shares its memory; else CPUs."""
     if not needs_encoder(config):
         return NO_ENCODERS
@@ -67,11 +67,11 @@ def plan_encoders(config: CaptionConfig, *, cpus: float, gpus: float) -> Encoder
     return EncoderPool("cpu", max(1, int(cpus) // CPUS_PER_ENCODER), 1 if cpus >= 4 else 0, 0, threads)
 
 
-def needs_encoder(config: CaptionConfig) -> bool:
+def needs_encoder(config: RunConfig) -> bool:
     return config.frame_selection != "uniform" and config.frame_encoder != PIXELS
 
 
-def describe_encoder(config: CaptionConfig) -> dict[str, str | None]:
+def describe_encoder(config: RunConfig) -> dict[str, str | None]:
     """What identifies the encoder of a run, nothing if it has none. Raises ValueError if it cannot be used."""
     if not needs_encoder(config):
         return {}
@@ -138,7 +138,7 @@ class RemoteEncoder:
             ray.kill(actor)
 
 
-def start_encoders(config: CaptionConfig, revision: str | None, pool: EncoderPool) -> RemoteEncoder | None:
+def start_encoders(config: RunConfig, revision: str | None, pool: EncoderPool) -> RemoteEncoder | None:
     """The pool's actors, loaded; to be stopped. None if the pool is empty."""
     if not pool.num_encoders:
         return None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,11 +14,11 @@ import pyarrow as pa
 
 from ovis_model.processor import Processor
 from ovis_model.ranks import TensorParallelEngine
-from ovis_model.text import cut_at_stop
-from ovis_model.types import Completion, Engine, EngineDied, Request, RequestError, SamplingParams
+from ovis_model.types import Engine, EngineDied, RequestError
+from pipelines import schema
+from pipelines.answering import Answering
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, AloneOrTogether, Attempts
-from pipelines.config import CaptionConfig
-from pipelines.schema import RESULT
+from pipelines.config import RunConfig
 
 Batch = dict[str, np.ndarray]
 Row = dict[str, Any]
@@ -34,10 +33,10 @@ class Replica:
     tensor_parallel: int = 1
 
 
-EngineFactory = Callable[[CaptionConfig, str | None, Replica], Engine]
+EngineFactory = Callable[[RunConfig, str | None, Replica], Engine]
 
 
-def load_engine(config: CaptionConfig, revision: str | None, replica: Replica) -> Engine:
+def load_engine(config: RunConfig, revision: str | None, replica: Replica) -> Engine:
     """The real engine. Of several ranks, or with torch imported here, so only where a replica lives."""
     # Threads that spin while they wait take the cores that decode images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -68,22 +67,24 @@ class Generate:
 
     def __init__(
         self,
-        config: CaptionConfig,
+        config: RunConfig,
         revision: str | None,
         replica: Replica,
         make_engine: EngineFactory,
         attempts: Attempts,
     ) -> None:
         self._config, self._attempts, self._process = config, attempts, AloneOrTogether()
-        self._processor = Processor.from_pretrained(config.model, revision)
+        self._schema = schema.result(config.columns)
+        processor = Processor.from_pretrained(config.model, revision)
         self._engine = make_engine(config, revision, replica)
+        self._answering = Answering(config, processor, self._engine)
 
     def __call__(self, batch: Batch) -> pa.Table:
-        """Columns of prepared rows -> a table of schema RESULT, a row for each. Several threads may call at once."""
+        """Columns of prepared rows -> a table of `schema.result`, a row for each. Several threads may call at once."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         while True:
             try:
-                return pa.Table.from_pylist(self._results_within_tries(rows), RESULT)
+                return pa.Table.from_pylist(self._results_within_tries(rows), self._schema)
             except EngineDied as error:
                 self._replace_engine(error)
 
@@ -112,62 +113,24 @@ class Generate:
         work = f"generate row {row['row']}"
         with self._process.alone():
             if self._attempts.begin(work) > MAX_TRIES:
-                return [_error_result(row, "generate", GIVEN_UP)]
+                return [self._error(row, "generate", GIVEN_UP)]
             results = self._results([row])
             self._attempts.end(work)
         return results
 
     def _results(self, rows: list[Row]) -> list[Row]:
         prepared = [row for row in rows if not row["stage"]]
-        outcomes = self._generate(
-            [Request(row["input_ids"], row["tiles"], row["tile_sizes"]) for row in prepared],
-            [self._config.sampling_for(row["id"]) for row in prepared],
-        )
-        results = [self._result(row, outcome) for row, outcome in zip(prepared, outcomes, strict=True)]
-        return results + [_error_result(row, row["stage"], row["error"]) for row in rows if row["stage"]]
+        results = list(map(self._result, prepared, self._answering.values(prepared)))
+        return results + [self._error(row, row["stage"], row["error"]) for row in rows if row["stage"]]
 
-    def _generate(
-        self, requests: Sequence[Request], params: Sequence[SamplingParams]
-    ) -> Iterable[Completion | RequestError]:
-        """All at once; if one of them cannot be generated, each by itself."""
-        try:
-            return self._engine.generate(requests, params)
-        except RequestError:
-            return [self._generate_alone(request, own) for request, own in zip(requests, params, strict=True)]
+    def _result(self, row: Row, values: Row | RequestError) -> Row:
+        if isinstance(values, RequestError):
+            return self._error(row, "generate", str(values))
+        return {**_common(row), "status": "ok", "stage": "", "error": "", **values}
 
-    def _generate_alone(self, request: Request, params: SamplingParams) -> Completion | RequestError:
-        try:
-            return self._engine.generate([request], params)[0]
-        except RequestError as error:
-            return error
-
-    def _result(self, row: Row, outcome: Completion | RequestError) -> Row:
-        if isinstance(outcome, RequestError):
-            return _error_result(row, "generate", str(outcome))
-        text = cut_at_stop(self._processor.detokenize(outcome.output_ids), self._config.stop)
-        return {
-            **_common(row),
-            "text": text,
-            "status": "ok",
-            "stage": "",
-            "error": "",
-            "finish_reason": outcome.finish_reason,
-            "num_output_tokens": len(outcome.output_ids),
-            "mean_logprob": outcome.mean_logprob,
-        }
-
-
-def _error_result(row: Row, stage: str, error: str) -> Row:
-    return {
-        **_common(row),
-        "text": "",
-        "status": "error",
-        "stage": stage,
-        "error": error,
-        "finish_reason": "",
-        "num_output_tokens": 0,
-        "mean_logprob": math.nan,
-    }
+    def _error(self, row: Row, stage: str, error: str) -> Row:
+        about = {"status": "error", "stage": stage, "error": error, "num_output_tokens": 0}
+        return {**_common(row), **about, **self._config.no_values()}
 
 
 def _common(row: Row) -> Row:

@@ -16,7 +16,7 @@ from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines import store
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
-from pipelines.config import CaptionConfig
+from pipelines.config import RunConfig
 from pipelines.decoder import Video
 from pipelines.fetch import AHEAD_BYTES, AT_ONCE, Fetcher, Pending, bytes_ahead
 from pipelines.frames import Encoder, FrameSelector
@@ -27,6 +27,7 @@ from pipelines.retries import StoreFault
 from pipelines.schema import Stage
 from pipelines.sources.rows import ImageRef
 from pipelines.sources.videos import is_video
+from pipelines.tasks import Task
 from pipelines.video import Frame, Window, looks_like_video
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ class Preprocess:
 
     def __init__(
         self,
-        config: CaptionConfig,
+        config: RunConfig,
         output: str,
         revision: str | None,
         attempts: Attempts,
@@ -54,6 +55,7 @@ class Preprocess:
     ) -> None:
         """`encoder` compares frames of videos; None is needed for images and for frames that are spread evenly."""
         self._config, self._output, self._attempts = config, output, attempts
+        self._tasks = config.asked
         self._processor = Processor.from_pretrained(config.model, revision)
         store.allow_private_addresses(config.allow_private_addresses)
         self._fetcher = Fetcher()
@@ -125,9 +127,9 @@ class Preprocess:
         with _stage("decode", MediaError):
             pictures = _decoded(encoded)
         with _stage("tile", ValueError):
-            question = _harmless(row["prompt"], num_images=len(pictures))
-            request = self._tiled(question, pictures, self._config.tiles_for(len(pictures)))
-        return _prepared(row, request, len(pictures))
+            questions = [_harmless(prompt, num_images=len(pictures)) for prompt in self._config.prompts(row["prompt"])]
+            requests = self._tiled(questions, pictures, self._config.tiles_for(len(pictures)))
+        return _prepared(row, requests, len(pictures))
 
     def _is_store_down(self, row: Row) -> bool:
         """No other image there can be read; a place that no other row names says nothing of the run's store."""
@@ -142,33 +144,36 @@ class Preprocess:
     def _video_request(self, row: Row, references: list[ImageRef], encoded: list[bytes]) -> Row:
         with _stage("decode", MediaError), _stage("read", OSError):
             video, window = _video_of(references, encoded)
-            frames = self._frames.select(video, window, without_marks(row["prompt"]))
+            prompts = self._config.prompts(row["prompt"])
+            frames = self._frames.select(video, window, without_marks("\n".join(prompts)))
         with _stage("tile", ValueError):
             self._check_number(len(frames))
-            question = _harmless(row["prompt"], num_images=len(frames))
-            if IMAGE_MARK not in question:
-                question = video_query(question, len(frames))
+            questions = [_about_video(prompt, len(frames)) for prompt in prompts]
             pictures = [Image.fromarray(frame.pixels) for frame in frames]
-            request = self._tiled(question, pictures, self._config.tiles_for_frames)
-        return _prepared(row, request, len(frames), frames)
+            requests = self._tiled(questions, pictures, self._config.tiles_for_frames)
+        return _prepared(row, requests, len(frames), frames)
 
-    def _tiled(self, question: str, pictures: list[Image.Image], max_tiles: int) -> Request:
+    def _tiled(self, questions: Sequence[str], pictures: list[Image.Image], max_tiles: int) -> list[Request]:
+        """A request for each question, all with the same tiles."""
         sizes = [picture.size for picture in pictures]
-        ids = self._processor.prompt_ids(question, sizes, max_tiles, self._config.system_prompt)
-        # Before tiling: a row that is far too long would also need far too much memory.
-        self._check_length(len(ids) + ids.count(IMAGE_ATOM_ID) * (self._tokens_per_tile - 1))
-        return self._processor.with_tiles(ids, pictures, max_tiles)
+        prompts = []
+        for task, question in zip(self._tasks, questions, strict=True):
+            ids = self._processor.prompt_ids(question, sizes, max_tiles, task.system)
+            # Before tiling: a row that is far too long would also need far too much memory.
+            self._check_length(task, len(ids) + ids.count(IMAGE_ATOM_ID) * (self._tokens_per_tile - 1))
+            prompts.append(ids)
+        return self._processor.with_tiles(prompts, pictures, max_tiles)
 
     def _check_number(self, num_images: int) -> None:
         if num_images > self._most_images:
             raise ValueError(f"{num_images} images are more than the {self._most_images} that the model's limit allows")
 
-    def _check_length(self, num_prompt_tokens: int) -> None:
-        limit = self._processor.config.max_length
-        excess = num_prompt_tokens + self._config.max_new_tokens - limit
+    def _check_length(self, task: Task, num_prompt_tokens: int) -> None:
+        limit, output = self._processor.config.max_length, task.max_new_tokens or 0
+        excess = num_prompt_tokens + output - limit
         if excess > 0:
             raise ValueError(
-                f"{num_prompt_tokens} prompt + {self._config.max_new_tokens} output tokens are {excess} over the "
+                f"{task.where}{num_prompt_tokens} prompt + {output} output tokens are {excess} over the "
                 f"model's limit of {limit}; lower --max-new-tokens, --max-tiles or --num-frames, or shorten the prompt"
             )
 
@@ -228,7 +233,12 @@ def _harmless(prompt: str, *, num_images: int) -> str:
     return prompt if prompt.count(IMAGE_MARK) == num_images else without_marks(prompt)
 
 
-def _prepared(row: Row, request: Request, num_images: int, frames: Sequence[Frame] = ()) -> Row:
+def _about_video(prompt: str, num_frames: int) -> str:
+    question = _harmless(prompt, num_images=num_frames)
+    return question if IMAGE_MARK in question else video_query(question, num_frames)
+
+
+def _prepared(row: Row, requests: Sequence[Request], num_images: int, frames: Sequence[Frame] = ()) -> Row:
     return {
         "row": row["row"],
         "id": row["id"],
@@ -238,9 +248,11 @@ def _prepared(row: Row, request: Request, num_images: int, frames: Sequence[Fram
         "error": "",
         "num_images": num_images,
         "frame_timestamps_s": np.array([frame.timestamp_s for frame in frames], np.float32),
-        "input_ids": request.input_ids,
-        "tiles": request.tiles,
-        "tile_sizes": request.tile_sizes,
+        # One after the other: a column takes arrays, not lists of them.
+        "input_ids": np.concatenate([request.input_ids for request in requests]),
+        "prompt_lengths": np.array([len(request.input_ids) for request in requests], np.int32),
+        "tiles": requests[0].tiles,
+        "tile_sizes": requests[0].tile_sizes,
     }
 
 
@@ -249,7 +261,7 @@ def _failed(row: Row, error: RowError, tile_size: int) -> Row:
     nothing = Request(
         np.zeros(0, np.int32), np.zeros((0, 3, tile_size, tile_size), np.uint8), np.zeros((0, 2), np.int32)
     )
-    return {**_prepared(row, nothing, 0), "stage": error.stage, "error": str(error)}
+    return {**_prepared(row, [nothing], 0), "stage": error.stage, "error": str(error)}
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[Batch]:

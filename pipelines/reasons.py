@@ -30,7 +30,7 @@ class Reasons:
         self._num_rows = self._num_errors = 0
 
     def add(self, results: pa.Table) -> None:
-        """Rows of schema RESULT. Raises EverythingFails."""
+        """Rows of `schema.result`. Raises EverythingFails."""
         errors = results.filter(pc.equal(results.column("status"), "error"))
         self._num_rows += len(results)
         self._num_errors += len(errors)

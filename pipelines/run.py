@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import __version__, store
-from pipelines.config import CaptionConfig
+from pipelines.config import RunConfig
 from pipelines.exchange import PLACE, finish_exchange, forget_exchange, is_ours
 from pipelines.lease import Lease
 from pipelines.manifest import KeptColumns, read_columns, write_manifest
@@ -67,7 +67,7 @@ def hold_lease(output: str) -> Lease:
     return Lease(uri)
 
 
-def open_run(config: CaptionConfig, model: Json) -> Run:
+def open_run(config: RunConfig, model: Json) -> Run:
     """Go on with the run that OUTPUT holds, with more rows if it is to be extended, or list the input and start one.
 
     `model` says which model it is (id, revision, weights). Raises RunError if OUTPUT holds another run or something
@@ -92,7 +92,7 @@ def open_run(config: CaptionConfig, model: Json) -> Run:
     return Run(output, record["num_rows"], record)
 
 
-def _start(output: str, config: CaptionConfig, what: Json, *, replaces: Json | None) -> Json:
+def _start(output: str, config: RunConfig, what: Json, *, replaces: Json | None) -> Json:
     _check_foreign(output, what["config"]["input"], replaces)
     with list_rows(config) as listing:
         if replaces is not None:
@@ -104,6 +104,7 @@ def _start(output: str, config: CaptionConfig, what: Json, *, replaces: Json | N
         **what,
         "fingerprint": _fingerprint(what),
         "options": config.model_dump(mode="json"),
+        **config.provenance,
         "num_rows": listing.num_rows,
         "versions": {"ovis2-ray": __version__, **{name: _version(name) for name in _VERSIONS_OF}},
         "status": "running",
@@ -113,7 +114,7 @@ def _start(output: str, config: CaptionConfig, what: Json, *, replaces: Json | N
     return record
 
 
-def _extend(output: str, config: CaptionConfig, what: Json, record: Json) -> None:
+def _extend(output: str, config: RunConfig, what: Json, record: Json) -> None:
     """Rows that the run does not have yet go behind those that it has; a run.json that counts them comes last."""
     num_rows: int = record["num_rows"]
     known = Known(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))

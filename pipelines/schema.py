@@ -35,7 +35,7 @@ MANIFEST = pa.schema(
         _column("id", pa.string()),
         _column("uri", pa.string()),
         _column("images", pa.list_(pa.field("item", _IMAGE, nullable=False))),
-        _column("prompt", pa.string()),
+        _column("prompt", pa.string()),  # of several tasks a JSON array
         _column("has_own_prompt", pa.bool_()),  # from the input, so that it means something without an image
         _column("error", pa.string()),  # why the row cannot even be read, or ""
     ]
@@ -62,19 +62,21 @@ OUTPUT = pa.schema(
         _column("frame_timestamps_s", pa.list_(pa.field("item", pa.float32(), nullable=False))),
     ]
 )
+"""Of a run that captions."""
 
-RESULT = OUTPUT.insert(0, MANIFEST.field(ROW))
-"""What `Generate` hands to the driver: the output and the row number."""
+_OF_THE_ANSWER = ("prompt", "text", "finish_reason", "mean_logprob")
+ITEM = pa.schema([field for field in OUTPUT if field.name not in _OF_THE_ANSWER])
+"""Of a run with several tasks, before the columns of each."""
+
+
+def result(columns: pa.Schema) -> pa.Schema:
+    """What `Generate` hands to the driver: the row number and the columns of the output but for those kept."""
+    return columns.insert(0, MANIFEST.field(ROW))
 
 
 def manifest(kept: pa.Schema) -> pa.Schema:
     """MANIFEST of a run that keeps these columns."""
     return MANIFEST.append(_column(KEPT, pa.struct(list(kept)))) if len(kept) else MANIFEST
-
-
-def output(kept: pa.Schema) -> pa.Schema:
-    """OUTPUT of a run that keeps these columns: the same for all of its files."""
-    return pa.schema([*OUTPUT, *kept])
 
 
 def struct_of(columns: list[pa.ChunkedArray], fields: pa.Schema) -> pa.Array:

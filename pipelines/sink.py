@@ -62,7 +62,7 @@ class Sink:
             raise self._fault
 
     def add(self, results: pa.Table) -> pa.Table:
-        """Take rows of schema RESULT and write what is due -> the rows that were new.
+        """Take rows of `schema.result` and write what is due -> the rows that were new.
 
         A stage that is run again after its process died may hand over rows that it handed over before. Raises
         OSError or LeaseError if rows cannot be written.
@@ -110,12 +110,12 @@ class Sink:
 
 
 def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None) -> FileEntry:
-    """Rows of schema RESULT sorted by row number -> one file of schema OUTPUT + kept columns."""
+    """Rows of `schema.result` sorted by row number -> one file of them and the kept columns."""
     rows = results.column(schema.ROW).to_numpy()
-    table = results.drop_columns([schema.ROW]).cast(schema.OUTPUT)
+    table = results.drop_columns([schema.ROW])
     if kept is not None:
         # Read here, not handed through the stages: they keep their types, and the stages stay light.
-        table = pa.table([*table.columns, *kept.read(rows)], schema=schema.output(kept.schema))
+        table = pa.table([*table.columns, *kept.read(rows)], schema=pa.schema([*table.schema, *kept.schema]))
     entry, data = encode_file(table, rows)
     store.write_bytes(store.join(data_uri, entry.file_name), data)
     return entry
@@ -139,7 +139,7 @@ def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
 
 
 def read_results(output: str) -> pa.Table:
-    """All rows of a run, in the order of the input. Schema OUTPUT + kept columns."""
+    """All rows of a run, in the order of the input."""
     uris = [info.uri for info in store.list_files(store.join(output, "data")) if info.uri.endswith(".parquet")]
     files = [read_file(uri) for uri in uris]
     whole = pa.concat_tables([table for _, table in files] or [schema.OUTPUT.empty_table()])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import parse_command_line
+from pipelines.config import CaptionConfig, parse_command_line
 from pipelines.sources import SourceError
 from tests.test_jsonl import write_lines
 from tests.test_parquet import write
@@ -29,7 +29,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 
 def test_kept_columns_on_the_command_line_and_in_python() -> None:
-    config = parse_command_line("", "", ["in", "out", "--model", "demo", "--keep-columns", "a,b c"])
+    config = parse_command_line(CaptionConfig, "", "", ["in", "out", "--model", "demo", "--keep-columns", "a,b c"])
     assert config.keep_columns == ("a", "b c") == config_of("in", keep_columns=["a", "b c"]).keep_columns
     assert config.fingerprint_fields()["keep_columns"] == ["a", "b c"]
     assert config.fingerprint_fields() != config.model_copy(update={"id_column": "x"}).fingerprint_fields()
@@ -38,7 +38,7 @@ def test_kept_columns_on_the_command_line_and_in_python() -> None:
 @pytest.mark.parametrize(("names", "message"), [("a,text", "columns text of its own; rename"), ("a,a", "once")])
 def test_kept_columns_that_clash_are_refused(names: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        parse_command_line("", "", ["in", "out", "--model", "demo", "--keep-columns", names])
+        parse_command_line(CaptionConfig, "", "", ["in", "out", "--model", "demo", "--keep-columns", names])
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from pipelines.config import CaptionConfig, parse_command_line
 
 
 def parse(*argv: str) -> CaptionConfig:
-    return parse_command_line("caption", "Caption.", argv)
+    return parse_command_line(CaptionConfig, "caption", "Caption.", argv)
 
 
 def test_flags() -> None:
@@ -86,9 +86,10 @@ def test_an_unknown_option_in_yaml_is_named(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_seed_belongs_to_a_row() -> None:
     config = parse("in", "out", "--model", "demo", "--seed", "5")
-    seeds = {config.sampling_for(row_id).seed for row_id in "abc"}
+    [task] = config.asked
+    seeds = {task.sampling(row_id, lambda _: []).seed for row_id in "abc"}
     assert len(seeds) == 3 and all(0 <= seed < 2**63 for seed in seeds if seed is not None)
-    assert config.sampling_for("a") == config.sampling_for("a")
+    assert task.sampling("a", lambda _: []) == task.sampling("a", lambda _: [])
 
 
 def test_tiles_by_number_of_images() -> None:

@@ -146,7 +146,7 @@ def conserve(inputs: list[str], output: str, columns: dict[str, pa.Array]) -> No
 def check_readers(data: Path, columns: dict[str, pa.Array]) -> None:
     """What people read it with: all see every row once."""
     files = sorted(data.glob("*.parquet"))
-    whole = schema.output(pa.schema([(name, values.type) for name, values in columns.items()]))
+    whole = pa.schema([*schema.OUTPUT, *((name, values.type) for name, values in columns.items())])
     assert len(files) > 1 and all(pq.read_schema(file).equals(whole) for file in files)
     table = pyarrow.dataset.dataset(data).to_table()
     ids = sorted(table.column("id").to_pylist())

@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ovis_model.config import SIZES
 from pipelines.cluster import Hardware, ResourceError, plan_pools, plan_tensor_parallel
-from pipelines.config import parse_command_line
+from pipelines.config import CaptionConfig, parse_command_line
 
 ROOT = Path(__file__).parents[1]
 RAY_VERSION = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
@@ -49,7 +49,7 @@ def test_kuberay_takes_the_job() -> None:
 def test_the_jobs_command_is_one_that_we_take() -> None:
     words = shlex.split(load("deploy/rayjob.yaml")["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "jobs.caption"]
-    config = parse_command_line("jobs.caption", "", words[3:])
+    config = parse_command_line(CaptionConfig, "jobs.caption", "", words[3:])
     groups = {
         group["groupName"]: group for group in load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     }

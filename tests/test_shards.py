@@ -91,7 +91,7 @@ def test_every_kind_of_input_in_one_run(ray_cluster: None, shards: list[Path], t
         ("nowhere", "read"),
     ]
     assert {row["id"]: row["label"] for row in rows}[f"{tmp_path}/d.parquet#10"] == 31  # also of rows that fail
-    wanted = schema.output(pa.schema([("label", pa.int64())]))
+    wanted = pa.schema([*schema.OUTPUT, ("label", pa.int64())])
     assert all(pq.read_schema(file).equals(wanted) for file in (tmp_path / "out" / "data").iterdir())
 
 
@@ -103,7 +103,7 @@ def test_kept_columns_keep_their_types_to_the_output(ray_cluster: None, tmp_path
     caption(config([tmp_path / "a.parquet"], tmp_path / "out", **options), make_engine=FakeEngineFactory())
     results = read_results(str(tmp_path / "out"))
     assert results.select(list(columns)).to_pylist() == pa.table(columns).to_pylist()
-    wanted = schema.output(pa.table(columns).schema)
+    wanted = pa.schema([*schema.OUTPUT, *pa.table(columns).schema])
     files = list((tmp_path / "out" / "data").iterdir())
     assert len(files) >= 4 and all(pq.read_schema(file).equals(wanted) for file in files)
 

@@ -21,7 +21,7 @@ from pipelines.sink import Sink, read_results, remove_temporaries, write_file
 
 def results_of(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
     """Result rows with these row numbers."""
-    return pa.Table.from_pylist([_result(row, row in errors) for row in rows], schema.RESULT)
+    return pa.Table.from_pylist([_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
 
 
 def _result(row: int, is_error: bool) -> dict[str, object]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from pipelines import schema, store
-from pipelines.config import CaptionConfig
+from pipelines.config import RunConfig
 from pipelines.sources.files import IMAGE_SUFFIXES
 from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
 from pipelines.sources.questions import Asker
@@ -17,7 +17,7 @@ from pipelines.sources.shards import list_chunks
 from pipelines.sources.videos import with_windows
 
 
-def list_rows(config: CaptionConfig, known: Known | None = None) -> Listing:
+def list_rows(config: RunConfig, known: Known | None = None) -> Listing:
     """The rows of all inputs, without those that are `known`. To be closed.
 
     Raises SourceError if there are none at all, if a column is unknown or, unless --on-duplicate-id says otherwise, if
@@ -37,11 +37,11 @@ def list_rows(config: CaptionConfig, known: Known | None = None) -> Listing:
     return listing
 
 
-def _shown(config: CaptionConfig) -> str:
+def _shown(config: RunConfig) -> str:
     return ", ".join(map(store.shown, config.input))
 
 
-def _list_into(listing: Listing, config: CaptionConfig) -> None:
+def _list_into(listing: Listing, config: RunConfig) -> None:
     asker = Asker(config)
     rows = _limited(list_chunks(config.input, asker.columns), config.limit)  # each is one window or more
     for chunk in _limited(with_windows(rows, config.window_s), config.limit):

@@ -19,9 +19,13 @@ class NoValue(LookupError):  # noqa: N818  (the name says what happened)
 
 @dataclass(frozen=True)
 class Template:
-    """`{name}` is replaced by the row's value, `{{` and `}}` are braces. Nothing else is allowed in braces."""
+    """`{name}` is replaced by the row's value, `{{` and `}}` are braces. Nothing else is allowed in braces.
+
+    `where` begins messages about it.
+    """
 
     text: str
+    where: str = "--prompt "
 
     @property
     def names(self) -> frozenset[str]:
@@ -31,7 +35,7 @@ class Template:
         """Raises SourceError for a brace that is alone."""
         if any(match[0] in ("{", "}") for match in _TOKEN.finditer(self.text)):
             raise SourceError(
-                f"--prompt {self.text!r} holds a single brace; the input has columns, so {{name}} stands for one of "
+                f"{self.where}{self.text!r} holds a single brace; the input has columns, so {{name}} stands for one of "
                 "them: write {{ and }} for braces"
             )
 

@@ -1,4 +1,4 @@
-"""What each row is asked: its own prompt, or --prompt with the row's columns in it."""
+"""What each row is asked: its own prompt, or the run's prompts with the row's columns in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import pyarrow as pa
 
 from pipelines import schema
-from pipelines.config import CaptionConfig
+from pipelines.config import RunConfig
 from pipelines.sources.prompts import NoValue, Template
 from pipelines.sources.rows import Chunk, Columns, Row, SourceError
 from pipelines.sources.videos import is_video
@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 class Asker:
     """Gives each row its question, and notes what the columns turn out to be."""
 
-    def __init__(self, config: CaptionConfig) -> None:
-        self._config, self._template = config, Template(config.prompt)
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._templates = [Template(task.prompt, task.where or "--prompt ") for task in config.asked]
         self.columns = Columns(
             id=config.id_column,
             image=config.image_column,
-            prompt=config.prompt_column,
+            prompt=config.own_prompts or None,
             keep=config.keep_columns,
-            in_prompt=self._template.names,
+            in_prompt=frozenset[str]().union(*(template.names for template in self._templates)),
         )
         self._names: set[str] = set()
         self._num_without_columns = self._num_text_only = 0
@@ -35,35 +36,45 @@ class Asker:
     def table(self, chunk: Chunk) -> pa.Table:
         """Schema MANIFEST without `row`."""
         if chunk.names:
-            self._template.check()
+            for template in self._templates:
+                template.check()
             self._names |= chunk.names
         else:
             self._num_without_columns += sum(not row.error for row in chunk.rows)
         self._num_text_only += sum(not row.images and not row.error for row in chunk.rows)
-        asked = [self._ask(row, has_columns=bool(chunk.names)) for row in chunk.rows]
+        asked = [self._asked(row, has_columns=bool(chunk.names)) for row in chunk.rows]
         columns = {
             "id": [row.id for row in chunk.rows],
             "uri": [row.uri for row in chunk.rows],
             "images": [[image._asdict() for image in row.images] for row in chunk.rows],
-            "prompt": [prompt for prompt, _ in asked],
-            "has_own_prompt": [row.prompt is not None for row in chunk.rows],
+            "prompt": [self._config.manifest_prompt(prompts) for prompts, _ in asked],
+            "has_own_prompt": [self._has_own_prompt(row) for row in chunk.rows],
             "error": [error for _, error in asked],
         }
         return pa.table(columns, schema=schema.MANIFEST.remove(0))
 
-    def _ask(self, row: Row, *, has_columns: bool) -> tuple[str, str]:
-        """The question and why it cannot be asked, if so."""
-        error, text = row.error, row.prompt or self._default_prompt(row)
-        if row.prompt is None and has_columns and text == self._config.prompt and not error:
-            try:
-                text = self._template.fill(row.values)
-            except NoValue as name:
-                error = f"--prompt names the column {name.args[0]!r}, which is empty in this row"
-        return self._config.question(text), error
+    def _asked(self, row: Row, *, has_columns: bool) -> tuple[list[str], str]:
+        """The questions and why they cannot be asked, if so."""
+        if row.prompt is not None and self._has_own_prompt(row):
+            return [row.prompt], row.error
+        if any(map(is_video, row.images)) and self._config.prompt_is_open:
+            return [VIDEO_PROMPT], row.error
+        if row.error or not has_columns:
+            return [template.text for template in self._templates], row.error
+        return self._filled(row)
 
-    def _default_prompt(self, row: Row) -> str:
-        is_asked = "prompt" in self._config.model_fields_set
-        return VIDEO_PROMPT if not is_asked and any(map(is_video, row.images)) else self._config.prompt
+    def _filled(self, row: Row) -> tuple[list[str], str]:
+        prompts, error = [], ""
+        for template in self._templates:
+            try:
+                prompts.append(template.fill(row.values))
+            except NoValue as name:
+                prompts.append(template.text)
+                error = error or f"{template.where}names the column {name.args[0]!r}, which is empty in this row"
+        return prompts, error
+
+    def _has_own_prompt(self, row: Row) -> bool:
+        return self._config.own_prompts is not None and row.prompt is not None
 
     def finish(self) -> None:
         """Raises SourceError for columns that no row has."""

@@ -1,0 +1,153 @@
+"""Prepared rows -> the values of their tasks' columns: what the engine is asked, and how its tokens are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from ovis_model.processor import Processor
+from ovis_model.text import cut_at_stop
+from ovis_model.types import Completion, Engine, Request, RequestError, SamplingParams
+from pipelines.answers import Answered, flags_of
+from pipelines.config import RunConfig
+from pipelines.tasks import Task
+
+Row = dict[str, Any]
+
+# Of an answer that is asked for again: far enough from the first to leave its loop or dead end, and room to finish.
+_AGAIN_TEMPERATURE, _AGAIN_TOP_P, _AGAIN_PENALTY, _AGAIN_TIMES_LONGER = 0.7, 0.9, 1.1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A task of a row. Those of one row share their tiles, so that the engine encodes them once."""
+
+    task: Task
+    row_id: str
+    request: Request
+
+
+class Answering:
+    """Asks `engine` all tasks of rows. Several threads may call at once."""
+
+    def __init__(self, config: RunConfig, processor: Processor, engine: Engine) -> None:
+        self._config, self._tasks = config, config.asked
+        self._processor, self._engine = processor, engine
+
+    def values(self, rows: Sequence[Row]) -> list[Row | RequestError]:
+        """Of each row the columns that its answers decide, or why it has none. Raises EngineDied."""
+        asked = [self._questions(row) for row in rows]
+        answered = [
+            outcome if isinstance(outcome, RequestError) else list(map(self._answered, questions, outcome))
+            for questions, outcome in zip(asked, self._completions(asked), strict=True)
+        ]
+        if self._config.asks_again:
+            self._ask_again(asked, answered)
+        return [a if isinstance(a, RequestError) else self._config.values(a) for a in answered]
+
+    def _questions(self, row: Row) -> list[Question]:
+        prompts = np.split(row["input_ids"], np.cumsum(row["prompt_lengths"])[:-1])
+        tiles, sizes = row["tiles"], row["tile_sizes"]
+        return [
+            Question(task, row["id"], Request(ids, tiles, sizes))
+            for task, ids in zip(self._tasks, prompts, strict=True)
+        ]
+
+    def _completions(self, asked: Sequence[Sequence[Question]]) -> list[list[Completion] | RequestError]:
+        """Of all rows at once; if one of them cannot be generated, of each by itself."""
+        try:
+            flat = self._generate(list(chain.from_iterable(asked)))
+        except RequestError:
+            return [self._completions_alone(questions) for questions in asked]
+        return [flat[i : i + len(self._tasks)] for i in range(0, len(flat), len(self._tasks))]
+
+    def _completions_alone(self, questions: Sequence[Question]) -> list[Completion] | RequestError:
+        try:
+            return self._generate(questions)
+        except RequestError as error:
+            return self._fault_of(questions) or error
+
+    def _fault_of(self, questions: Sequence[Question]) -> RequestError | None:
+        """Which of several tasks it is."""
+        for question in questions if len(questions) > 1 else ():
+            try:
+                self._generate([question])
+            except RequestError as error:
+                return RequestError(f"{question.task.where}{error}")
+        return None
+
+    def _generate(self, questions: Sequence[Question]) -> list[Completion]:
+        return self._engine.generate([question.request for question in questions], list(map(self._sampling, questions)))
+
+    def _sampling(self, question: Question, **changed: Any) -> SamplingParams:
+        return question.task.sampling(question.row_id, self._processor.answer_ids, **changed)
+
+    def _answered(self, question: Question, completion: Completion) -> Answered:
+        task = question.task
+        text = cut_at_stop(self._processor.detokenize(completion.output_ids), task.stop or ())
+        try:
+            value = task.answer.value(text)
+        except ValueError:
+            value = None
+        probabilities = completion.choice_probs
+        by_option = None if probabilities is None else dict(zip(task.answer.options, probabilities, strict=True))
+        return Answered(
+            text=text,
+            value=value,
+            finish_reason=completion.finish_reason,
+            confidence=completion.mean_logprob if by_option is None else by_option,
+            flags=flags_of(task.answer, text, value, completion.finish_reason),
+            mean_logprob=completion.mean_logprob,
+            num_tokens=len(completion.output_ids),
+        )
+
+    def _ask_again(
+        self, asked: Sequence[Sequence[Question]], answered: Sequence[list[Answered] | RequestError]
+    ) -> None:
+        """Flagged answers once more; of two the one with fewer flags is the answer, and holds the other."""
+        flagged = [
+            (question, answers, place)
+            for questions, answers in zip(asked, answered, strict=True)
+            if not isinstance(answers, RequestError)
+            for place, question in enumerate(questions)
+            if answers[place].flags
+        ]
+        if not flagged:
+            return
+        seconds = self._second_completions([(question, answers[place]) for question, answers, place in flagged])
+        for (question, answers, place), completion in zip(flagged, seconds, strict=True):
+            if completion is not None:
+                first, second = answers[place], self._answered(question, completion)
+                better, other = (second, first) if len(second.flags) < len(first.flags) else (first, second)
+                answers[place] = replace(better, alternative=other)
+
+    def _second_completions(self, flagged: Sequence[tuple[Question, Answered]]) -> list[Completion | None]:
+        """None where there is no room for a longer answer."""
+        requests = [question.request for question, _ in flagged]
+        params = [self._changed_sampling(question, first) for question, first in flagged]
+        try:
+            return [*self._engine.generate(requests, params)]
+        except RequestError:
+            return [self._completion_or_none(*alone) for alone in zip(requests, params, strict=True)]
+
+    def _completion_or_none(self, request: Request, params: SamplingParams) -> Completion | None:
+        try:
+            return self._engine.generate([request], params)[0]
+        except RequestError:
+            return None
+
+    def _changed_sampling(self, question: Question, first: Answered) -> SamplingParams:
+        params = self._sampling(question)
+        longer = _AGAIN_TIMES_LONGER if "truncated" in first.flags else 1
+        room = self._processor.config.max_length - len(question.request.input_ids)
+        return replace(
+            params,
+            temperature=max(params.temperature, _AGAIN_TEMPERATURE),
+            top_p=min(params.top_p, _AGAIN_TOP_P),
+            repetition_penalty=max(params.repetition_penalty, _AGAIN_PENALTY if "repetition" in first.flags else 1),
+            max_new_tokens=min(params.max_new_tokens * longer, room),
+        )
