@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -179,20 +179,21 @@ class Record(_Decoded):
     def spec(self) -> Any:
         return {"json_schema": json.loads(self.schema)}
 
-    @cached_property
-    def _shape(self) -> Shape:
-        return shape_of(json.loads(self.schema))
-
     @property
     def type(self) -> pa.DataType:
-        return self._shape.type
+        return _shape_of(self.schema).type
 
     @property
     def constraint(self) -> Constraint:
         return _json(closed(json.loads(self.schema)))
 
     def value(self, text: str) -> Any:
-        return self._shape.convert(json.loads(text))
+        return _shape_of(self.schema).convert(json.loads(text))
+
+
+@lru_cache
+def _shape_of(schema: str) -> Shape:
+    return shape_of(json.loads(schema))
 
 
 def parse_answer(spec: Any) -> Answer:

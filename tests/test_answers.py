@@ -1,0 +1,180 @@
+"""Types of answers: their columns, what is no such answer, what a JSON schema becomes in Arrow, what gets a flag."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.answers import flags_of, is_repetitive, parse_answer
+from pipelines.records import closed, shape_of
+
+INVOICE = {
+    "type": "object",
+    "properties": {
+        "number": {"type": "string"},
+        "total": {"type": ["number", "null"]},
+        "paid": {"type": "boolean"},
+        "lines": {"type": "array", "items": {"$ref": "#/$defs/line"}},
+        "kind": {"enum": ["bill", "receipt"]},
+        "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+    },
+    "required": ["number"],
+    "$defs": {"line": {"type": "object", "properties": {"what": {"type": "string"}, "count": {"type": "integer"}}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("spec", "type_", "text", "value"),
+    [
+        ("text", pa.string(), "A cat.", "A cat."),
+        ("bool", pa.bool_(), "Yes", True),
+        ("bool", pa.bool_(), "No", False),
+        ({"choices": ["a", "b c"]}, pa.string(), "b c", "b c"),
+        ("int", pa.int64(), "-12", -12),
+        ({"int": {"min": 0, "max": 9}}, pa.int64(), "7", 7),
+        ("list[str]", pa.list_(pa.string()), '["a", "b"]', ["a", "b"]),
+        ({"list[str]": {"max_items": 3}}, pa.list_(pa.string()), "[]", []),
+        ({"regex": "[A-Z]{2}"}, pa.string(), "AB", "AB"),
+        ({"json_schema": {"type": "integer"}}, pa.int64(), "5", 5),
+    ],
+)
+def test_an_answer_has_a_type_and_a_value(spec: Any, type_: pa.DataType, text: str, value: Any) -> None:
+    answer = parse_answer(spec)
+    assert (answer.type, answer.value(text)) == (type_, value)
+    assert parse_answer(answer.spec) == answer
+    assert not (answer.options and answer.constraint)
+    pa.array([value, None], type_)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("bool", "yes"),
+        ({"choices": ["a", "b"]}, "c"),
+        ("int", "five"),
+        ({"int": {"min": 0, "max": 9}}, "10"),
+        ("list[str]", '["a", 1]'),
+        ("list[str]", '["a"'),
+        ({"json_schema": INVOICE}, '{"number": "1", "lines": [{"cou'),
+        ({"json_schema": {"type": "integer"}}, "1" * 30),
+    ],
+)
+def test_what_is_no_such_answer_is_refused(spec: Any, text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_answer(spec).value(text)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("boolean", "is unknown; give text, bool, int"),
+        ({"choices": [True, False]}, "quote it"),
+        ({"choices": ["a"]}, "two or more"),
+        ({"choices": ["a", "a"]}, "each once"),
+        ({"choices": "ab"}, "is no list"),
+        ({"int": {"min": 3, "max": 2}}, "min may not be over max"),
+        ({"int": {"minimum": 3}}, "min and max only"),
+        ({"int": {"min": 0.5}}, "no whole number"),
+        ({"list[str]": {"max_items": 0}}, "at least 1"),
+        ({"regex": ""}, "no pattern"),
+        ({"json_schema": 5}, "neither a schema nor a file"),
+        ({"int": {}, "bool": {}}, "is unknown"),
+    ],
+)
+def test_a_wrong_type_says_what_is_right(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"(?s).*") as info:
+        parse_answer(spec)
+    assert message in str(info.value)
+
+
+def test_a_record_becomes_a_struct() -> None:
+    shape = shape_of(INVOICE)
+    line = pa.struct({"what": pa.string(), "count": pa.int64()})
+    assert shape.type == pa.struct(
+        {
+            "number": pa.string(),
+            "total": pa.float64(),
+            "paid": pa.bool_(),
+            "lines": pa.list_(line),
+            "kind": pa.string(),
+            "either": pa.string(),  # JSON text: Arrow has no type for it
+        }
+    )
+    value = {"number": "7", "total": None, "lines": [{"what": "tea", "count": 2.0}], "kind": "bill", "either": "5"}
+    assert shape.convert(value) == {**value, "paid": None, "either": '"5"', "lines": [{"what": "tea", "count": 2}]}
+
+
+def test_a_schema_that_holds_itself_ends_in_json_text() -> None:
+    tree = {"type": "object", "properties": {"of": {"type": "array", "items": {"$ref": "#"}}}}
+    shape = shape_of(tree)
+    assert shape.convert({"of": [{"of": [{"of": []}]}]}) == {"of": [{"of": ['{"of": []}']}]}
+    assert shape.type == pa.struct({"of": pa.list_(pa.struct({"of": pa.list_(pa.string())}))})
+
+
+@pytest.mark.parametrize(
+    "schema", [True, {}, {"type": ["string", "integer"]}, {"$ref": "#/nowhere"}, {"enum": [1, "a"]}]
+)
+def test_what_arrow_has_no_type_for_is_json_text(schema: Any) -> None:
+    shape = shape_of(schema)
+    assert shape.type == pa.string() and json.loads(shape.convert({"a": [1, None]})) == {"a": [1, None]}
+
+
+def test_a_closed_schema_allows_less_and_never_more() -> None:
+    jsonschema.validate({"number": "7", "other": 1}, INVOICE)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"number": "7", "other": 1}, closed(INVOICE))
+    assert closed(INVOICE)["$defs"]["line"]["additionalProperties"] is False
+    odd = {"properties": {"properties": {"type": "string"}, "enum": {"type": "object", "properties": {}}}}
+    assert closed(odd)["properties"]["properties"] == {"type": "string"}
+    assert closed({**INVOICE, "additionalProperties": True})["additionalProperties"] is True
+    assert closed({"allOf": [INVOICE]}) == {"allOf": [INVOICE]}
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+_SCHEMAS = st.recursive(
+    st.sampled_from([{"type": t} for t in ("string", "integer", "number", "boolean", "null")]) | st.just(True),
+    lambda inner: (
+        inner.map(lambda items: {"type": "array", "items": items})
+        | st.dictionaries(st.text(), inner).map(lambda parts: {"type": "object", "properties": parts})
+        | st.lists(inner, min_size=1, max_size=3).map(lambda parts: {"anyOf": parts})
+    ),
+)
+
+
+@given(_SCHEMAS, _VALUES)
+def test_any_value_of_any_schema_fits_its_column_or_is_refused(schema: Any, value: Any) -> None:
+    shape = shape_of(schema)
+    try:
+        converted = shape.convert(value)
+    except ValueError:
+        return
+    pa.array([converted], shape.type)
+
+
+def test_flags() -> None:
+    text, yes, tags = parse_answer("text"), parse_answer("bool"), parse_answer("list[str]")
+    loop = "the cat and " * 40
+    assert flags_of(text, "A cat.", "A cat.", "stop") == ()
+    assert flags_of(text, loop, loop, "length") == ("truncated", "repetition")
+    assert flags_of(text, " \n", " \n", "stop") == ("empty",)
+    assert flags_of(tags, '["a', None, "length") == ("truncated", "invalid")
+    assert flags_of(yes, "Yes", True, "stop") == ()
+
+
+def test_only_loops_are_repetitive() -> None:
+    prose = (
+        "Two dogs run along a beach at low tide. The one in front, a brown terrier, carries a stick that is longer "
+        "than itself; the other one follows with its tongue out. Behind them the sea is grey, and a boat with a red "
+        "sail leans into the wind."
+    )
+    assert not is_repetitive(prose) and not is_repetitive("red red red red")
+    assert is_repetitive("A photo of a photo of " * 20) and is_repetitive("ha" * 100)

@@ -1,0 +1,149 @@
+"""tasks.yaml: what a task may say, what the run fills in, the columns that come of it, what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ovis_model.types import Constraint
+from pipelines import schema
+from pipelines.config import AnnotateConfig, parse_command_line
+from pipelines.sources import SourceError, list_rows
+
+TASKS = """
+tasks:
+  - name: caption
+    prompt: Describe this {kind}.
+    max_new_tokens: 40
+    temperature: 0.5
+  - name: has_red
+    prompt: Is there red?
+    answer: bool
+    system: Be brief.
+  - name: tags
+    prompt: Tags?
+    answer: {"list[str]": {max_items: 5}}
+  - name: record
+    prompt: Read it.
+    answer: {json_schema: record.json}
+"""
+RECORD = {"type": "object", "properties": {"what": {"type": "string"}}}
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+@pytest.fixture
+def tasks_file(tmp_path: Path) -> Path:
+    (tmp_path / "record.json").write_text(json.dumps(RECORD))
+    (tmp_path / "tasks.yaml").write_text(TASKS)
+    return tmp_path / "tasks.yaml"
+
+
+def rows_of(config: AnnotateConfig) -> list[dict[str, Any]]:
+    with list_rows(config) as listing:
+        return [row for table in listing.tables() for row in table.to_pylist()]
+
+
+def parse(*argv: str) -> AnnotateConfig:
+    return parse_command_line(AnnotateConfig, "annotate", "Annotate.", ["in", "out", "--model", "demo", *argv])
+
+
+def test_a_file_of_tasks(tasks_file: Path) -> None:
+    config = parse("--tasks", str(tasks_file), "--max-new-tokens", "7", "--stop", "END", "--system-prompt", "Hello.")
+    caption, has_red, _, record = config.asked
+    assert (caption.max_new_tokens, caption.temperature, caption.system) == (40, 0.5, "Hello.")
+    assert (has_red.max_new_tokens, has_red.temperature, has_red.system) == (7, 0.0, "Be brief.")
+    assert record.answer.spec == {"json_schema": RECORD}
+    params = [task.sampling("row", encode) for task in config.asked]
+    assert [p.stop for p in params] == [("END",), (), (), ()]
+    assert params[1].choices == (tuple(b"Yes"), tuple(b"No"))
+    assert isinstance(params[2].constraint, Constraint) and params[0].constraint is None
+    assert len({p.seed for p in params}) == 4
+    assert len({caption.sampling(row, encode).seed for row in "abc"}) == 3
+
+
+def test_tasks_in_a_config_file_and_back(tasks_file: Path, tmp_path: Path) -> None:
+    config = parse("--tasks", str(tasks_file))
+    written = tmp_path / "config.yaml"
+    written.write_text(yaml.safe_dump({"tasks": config.provenance["tasks"]}, sort_keys=False))
+    again = parse("--config", str(written))
+    assert again.asked == config.asked and again.columns == config.columns
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert json.loads(json.dumps(config.fingerprint_fields()))["tasks"][1]["answer"] == "bool"
+
+
+def test_columns(tasks_file: Path) -> None:
+    columns = parse("--tasks", str(tasks_file)).columns
+    assert columns.names[: len(schema.ITEM)] == schema.ITEM.names
+    assert columns.names[len(schema.ITEM) :] == [
+        "flags",
+        *("caption", "caption_text", "caption_finish_reason", "caption_confidence"),
+        *("has_red", "has_red_text", "has_red_finish_reason", "has_red_confidence"),
+        *("tags", "tags_text", "tags_finish_reason", "tags_confidence"),
+        *("record", "record_text", "record_finish_reason", "record_confidence"),
+    ]
+    assert columns.field("has_red").type == pa.bool_() and columns.field("has_red").nullable
+    assert [field.name for field in columns.field("has_red_confidence").type] == ["Yes", "No"]
+    assert columns.field("tags_confidence").type == pa.float32()
+    assert columns.field("record").type == pa.struct({"what": pa.string()})
+    again = parse("--tasks", str(tasks_file), "--regenerate", "flagged").columns
+    assert set(again.names) - set(columns.names) == {
+        f"{t}_alternative" for t in ("caption", "has_red", "tags", "record")
+    }
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("tasks: []", "--tasks: "),
+        ("tasks: {name: a}", "must hold `tasks:` and a list of them"),
+        ("tasks: [{name: a}]", "--tasks: 0: prompt: Field required"),
+        ("tasks: [{name: A, prompt: b}]", "--tasks: 0: name: "),
+        ("tasks: [{name: a, prompt: b, answer: yes-no}]", "'yes-no' is unknown; give text, bool"),
+        ("tasks: [{name: a, prompt: b, max_tokens: 5}]", "max_tokens: Extra inputs"),
+        ("tasks: [{name: a, prompt: b}, {name: a, prompt: c}]", "would be called a, a_confidence"),
+        ("tasks: [{name: a, prompt: b}, {name: a_text, prompt: c}]", "would be called a_text; rename a task"),
+        ("tasks: [{name: status, prompt: b}]", "would be called status"),
+        ("tasks: [{name: a, prompt: b, answer: {json_schema: no.json}}]", "no.json"),
+        ("tasks: [{name: a, prompt: b, answer: {json_schema: tasks.yaml}}]", "is not JSON"),
+        ("tasks: [{name: a, prompt: ''}]", "--tasks: 0: prompt: "),
+        (": :", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(
+    tmp_path: Path, tasks: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks.yaml").write_text(tasks)
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--tasks", str(tmp_path / "tasks.yaml"))
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_kept_columns_may_not_clash_with_tasks(tasks_file: Path) -> None:
+    tasks = yaml.safe_load(TASKS)["tasks"][:1]
+    with pytest.raises(ValidationError, match="has columns caption_text of its own"):
+        AnnotateConfig(input=("a",), output="b", model="demo", tasks=tasks, keep_columns=("caption_text",))
+
+
+def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path) -> None:
+    lines = [{"image": "1.jpg", "kind": "dog", "prompt": "ignored"}, {"image": "2.jpg"}, {"kind": "cat"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)})
+    dog, nothing, no_image = rows_of(config)
+    assert config.prompts(dog["prompt"]) == ["Describe this dog.", "Is there red?", "Tags?", "Read it."]
+    assert (dog["error"], dog["has_own_prompt"]) == ("", False)
+    assert nothing["error"] == "task caption: names the column 'kind', which is empty in this row"
+    assert no_image["error"].endswith("no image, and no prompt of its own")
+    for braces in ("{", "{unknown}"):
+        broken = config.model_copy(update={"tasks": (config.tasks[1].model_copy(update={"prompt": f"Is {braces}?"}),)})
+        with pytest.raises(SourceError, match=r"task has_red: |no column unknown"):
+            rows_of(broken)
