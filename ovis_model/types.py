@@ -53,6 +53,10 @@ class SamplingParams:
     counts the tokens generated so far, not the prompt: the original model hands embeddings to `generate`, so
     its penalty never sees the prompt either. A row's sample depends on its own `seed` only; None draws one.
     Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`.
+
+    With `choices`, the token ids of each allowed answer, each ending with an end-of-text id, nothing is generated: all
+    of them are scored in one pass over the prompt's cache. The answer is the most probable, or at a temperature a draw
+    by the row's own `seed` from softmax(log-likelihood / temperature). Of the other parameters only `logprobs` counts.
     """
 
     max_new_tokens: int = 512
@@ -63,6 +67,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = True
+    choices: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -71,6 +76,7 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off")
         _require("" not in self.stop, "stop", self.stop, "non-empty strings")
+        _require(all(c and min(c) >= 0 for c in self.choices), "choices", self.choices, "non-empty, of token ids >= 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +86,13 @@ class Completion:
     output_ids: int32[T']; includes the end-of-text id when the model produced one, as the original does.
     mean_logprob: mean natural-log probability of `output_ids` under the model's own distribution, before
     penalty, temperature and truncation; NaN when `SamplingParams.logprobs` is off.
+    choice_probs: float32[C], softmax over `SamplingParams.choices` of the log-likelihoods of all their tokens.
     """
 
     output_ids: NDArray[np.int32]
     finish_reason: FinishReason
     mean_logprob: float
+    choice_probs: NDArray[np.float32] | None = None
 
 
 class RequestError(ValueError):
