@@ -1,4 +1,4 @@
-"""Scaled dot-product attention behind three functions, one for each shape of the work, whatever kernels compute it.
+"""Scaled dot-product attention behind four functions, one for each shape of the work, whatever kernels compute it.
 
 In half precision on CUDA the kernels are those of flash-attn where it is installed, else torch's own FlashAttention;
 everywhere else torch's `scaled_dot_product_attention`. OVIS_ATTENTION=flash, varlen or sdpa chooses by hand.
@@ -38,9 +38,22 @@ def attend_cached(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, 
     return kernels(query).attend_cached(query, keys, values, lengths, mask)
 
 
+def attend_extended(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """The newest T tokens of each row over all of the row's: [B, T, heads, head_dim], also the result.
+
+    keys, values: [B, S, kv_heads, head_dim], of which row b holds the first `lengths[b]` (int32[B]), the T among them;
+    each token sees those up to its own place. Rows may be padded on the right, as those of `attend_causal`.
+    """
+    return kernels(query).attend_extended(query, keys, values, lengths)
+
+
 def reads_lengths(keys: Tensor) -> bool:
     """Whether `attend_cached` over caches like this one reads no place beyond a row's length."""
     return kernels(keys).reads_lengths
+
+
+_MASK_VALUES = 1 << 22
+"""Of a mask that is made for several new tokens over a cache: 16 MB in float32, however long prompts are."""
 
 
 class Kernels(Protocol):
@@ -49,6 +62,7 @@ class Kernels(Protocol):
     def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
     def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
     def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor: ...
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor: ...
 
 
 class Sdpa:
@@ -70,6 +84,22 @@ class Sdpa:
         grouped = query.view(batch, keys.shape[2], heads // keys.shape[2], head_dim)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(batch, 1, heads, head_dim)
+
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        (batch, width, heads, head_dim), (places, kv_heads) = query.shape, keys.shape[1:3]
+        groups = heads // kv_heads
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        at, place = (torch.arange(n, device=query.device) for n in (width, places))
+        last = lengths[:, None] - width + at  # [B, T]: the place of each query
+        step = max(1, _MASK_VALUES // (batch * groups * places))
+        parts = []
+        for part, own in zip(torch.split(query, step, 1), torch.split(last, step, 1), strict=True):
+            # As in `attend_cached`, the queries that share a key head follow each other in time.
+            grouped = part.view(batch, -1, kv_heads, groups, head_dim).transpose(1, 2).flatten(2, 3)
+            mask = (place <= own[..., None]).repeat_interleave(groups, 1)[:, None]
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+            parts.append(out.view(batch, kv_heads, -1, groups, head_dim).transpose(1, 2).flatten(2, 3))
+        return torch.cat(parts, 1)
 
 
 class Varlen(Sdpa):
@@ -95,6 +125,25 @@ class Varlen(Sdpa):
         )
         return out[:, None]
 
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        batch, width, places = *query.shape[:2], keys.shape[1]
+        starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
+        out: Tensor = varlen_attn(  # type: ignore[assignment]
+            query.flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            starts * width,
+            starts * places,
+            width,
+            places,
+            window_size=(-1, 0),  # causal: the last query at the last of the keys in use
+            enable_gqa=True,
+            seqused_k=lengths,
+        )
+        return out.view(query.shape)
+
 
 class Flash:
     """The flash-attn package."""
@@ -117,6 +166,12 @@ class Flash:
         from flash_attn import flash_attn_with_kvcache
 
         out: Tensor = flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths)
+        return out
+
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        from flash_attn import flash_attn_with_kvcache
+
+        out: Tensor = flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths, causal=True)
         return out
 
 

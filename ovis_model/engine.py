@@ -5,30 +5,35 @@ Knows token ids only: no prompts, no pictures.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from time import perf_counter
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
 from ovis_model.decoding import CudaGraphs, Decoder, Runner, run_eagerly
-from ovis_model.kv_cache import KVCache, Prefill
+from ovis_model.kv_cache import Extend, KVCache, Memory, Prefill
 from ovis_model.memory import describe, halved, plan_for
 from ovis_model.model import Ovis
 from ovis_model.ranks import TensorParallelEngine
-from ovis_model.sampling import Choice, RandomStream, Sampler
-from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
+from ovis_model.sampling import Choice, Sampler
+from ovis_model.scheduler import Budget, Row, Scheduler, Span, after_prompt, passes, rows_of
+from ovis_model.siblings import Item
 from ovis_model.text import cut_at_stop, detokenize, load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, Completion, EngineDied, FinishReason, Request, RequestError, SamplingParams
 from ovis_model.weights import load_model
@@ -124,15 +129,19 @@ class OvisEngine:
         """
         tile = np.zeros((1, 3, self.config.vision.image_size, self.config.vision.image_size), np.uint8)
         ids = np.full(self.config.vision.tokens_per_tile, IMAGE_ATOM_ID, np.int32)
-        request = Request(ids, tile, np.array([tile.shape[2:]], np.int32))
+        size = np.array([tile.shape[2:]], np.int32)
         rows = min(self._budget.slots, self._budget.kv_tokens // (len(ids) + self._budget.slots + 1))
-        self.generate([request] * rows, [SamplingParams(max_new_tokens=n) for n in range(rows + 1, 1, -1)])
+        requests = [Request(ids, tile[:], size) for _ in range(rows)]  # views: no two are of one item
+        self.generate(requests, [SamplingParams(max_new_tokens=n) for n in range(rows + 1, 1, -1)])
         self.stats = Stats()
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
         """Completions in the order of `requests`; `params` for all of them or one for each.
+
+        Requests with the very same array of tiles are tasks of one item: its vision runs once, and so does what their
+        prompts begin with.
 
         In float32 a row's tokens are those that it gets alone. Several threads may call at once: their rows run side
         by side, so that the last rows of one call do not leave slots empty. Raises RequestError if a request can
@@ -149,11 +158,11 @@ class OvisEngine:
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
         if len(each) != len(requests):
             raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
-        rows = [Row(request, own, RandomStream(own.seed)) for request, own in zip(requests, each, strict=True)]
+        rows = rows_of(requests, each)
         for index, row in enumerate(rows):
             self._check(index, row)
         with self._lock:
-            self._scheduler.waiting.extend(rows)
+            self._scheduler.enqueue(rows)
         return rows
 
     def step(self) -> None:
@@ -171,20 +180,29 @@ class OvisEngine:
                 raise
 
     def _check(self, index: int, row: Row) -> None:
-        prompt, output = row.num_prompt_tokens, row.params.max_new_tokens
+        prompt, output = row.num_prompt_tokens, row.max_new_tokens
         limit = min(self.config.max_length, self._budget.kv_tokens)
         if prompt + output > limit:
             raise RequestError(
                 f"request {index}: {prompt} prompt + {output} output tokens are {prompt + output - limit} over the "
                 f"limit of {limit}"
             )
-        if prompt > self._budget.prompt_tokens:
+        tokens, what = (prompt + output, "prompt and choice") if row.params.choices else (prompt, "prompt")
+        if tokens > self._budget.prompt_tokens:
             raise RequestError(
-                f"request {index}: {prompt} prompt tokens are {prompt - self._budget.prompt_tokens} over the "
+                f"request {index}: {tokens} {what} tokens are {tokens - self._budget.prompt_tokens} over the "
                 f"{self._budget.prompt_tokens} that the device has memory for"
             )
+        self._check_choices(index, row)
         if row.params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer: give OvisEngine one")
+
+    def _check_choices(self, index: int, row: Row) -> None:
+        largest, vocab_size = max(map(max, row.params.choices), default=0), self.config.language.vocab_size
+        if largest >= vocab_size:
+            raise RequestError(f"request {index}: a choice holds token {largest}; the model has {vocab_size}")
+        if row.params.choices and row.request.input_ids[-1] == IMAGE_ATOM_ID:
+            raise RequestError(f"request {index}: the prompt ends within an image; choices must follow a text")
 
     def _step_within_memory(self) -> None:
         """A step; if the device is out of memory after all, the rows start again with half the budget."""
@@ -239,19 +257,23 @@ class OvisEngine:
         self.stats.slot_steps += self._scheduler.slots
 
     def _replace_finished(self) -> None:
-        """Waiting rows take free slots until none is free or none waits; a row may be finished by its first token."""
+        """Waiting rows take free slots; again while all are finished by their first token or their choices."""
         while True:
             if any(row.has_left for row in self._scheduler.running):
                 self._sampler = None
             admitted = self._scheduler.admit()
-            for move in self._scheduler.retire():
-                self._held_decoder().cache.move(move.source, move.target, move.length)
+            self._retire_finished()
             if self._scheduler.plan_cache():
                 self._allocate()
                 continue
-            if not admitted:
-                return
-            self._prefill(admitted)
+            if admitted:
+                self._prefill(admitted)
+            if not admitted or not self._scheduler.lets_in_more:
+                return self._retire_finished()
+
+    def _retire_finished(self) -> None:
+        for move in self._scheduler.retire():
+            self._held_decoder().cache.move(move.source, move.target, move.length)
 
     def _allocate(self) -> None:
         self._decoder = None  # before the next cache, not beside it
@@ -268,53 +290,116 @@ class OvisEngine:
         assert self._decoder is not None, "rows run without a cache"
         return self._decoder
 
-    def _prefill(self, admitted: dict[int, Row]) -> None:
-        """Prompts into their slots, and the first token of each row."""
-        self._encode_ahead(list(admitted.values()))
-        slot_of = {id(row): slot for slot, row in admitted.items()}
+    def _prefill(self, admitted: list[Row]) -> None:
+        """Prompts into their slots, and the first token of each row or its choice."""
+        whole, rest = self._scheduler.prompts(admitted)
+        most = self._scheduler.budget.prefill_tokens
+        self._encode_ahead([span.row.item for span in whole])
         with self._timed("prefill_s"):
-            for group in prefill_groups(list(admitted.values()), self._scheduler.budget.prefill_tokens):
-                slots = self._tensor([slot_of[id(row)] for row in group])
-                self._record(group, self._agreed(self._sampler_of(group)(self._prompt_logits(group, slots))))
+            for group in chain(passes(whole, most), passes(rest, most)):
+                self._begin(group, self._hidden(group))
+            self._choose([*whole, *rest])
+        self._release({row.item for row in admitted})
         self._sampler = None
 
-    def _prompt_logits(self, group: list[Row], slots: Tensor) -> Tensor:
-        """[B, vocab] after the last prompt token of each row."""
-        width = group[0].num_prompt_tokens
-        embeds = self.model.vte.weight.new_zeros(len(group), width, self.config.language.hidden_size)
-        for place, row in zip(embeds, group, strict=True):
-            place[: row.num_prompt_tokens] = self.model.embed(self._tensor(row.request.input_ids), row.visual)
-            row.visual = None
-        position_ids = torch.arange(width, device=self.model.device).expand(len(group), -1)
-        hidden = self.model.llm.model(embeds, position_ids, Prefill(self._held_decoder().cache, slots))
-        last = self._tensor([row.num_prompt_tokens - 1 for row in group])
-        self.stats.prompt_tokens += sum(row.num_prompt_tokens for row in group)
-        return self.model.llm.logits(hidden[torch.arange(len(group), device=last.device), last])
+    def _begin(self, group: list[Span], hidden: Tensor) -> None:
+        """The first token of rows whose prompts end in `hidden` [B, T, hidden_size]; not of those with choices."""
+        self.stats.prompt_tokens += sum(len(span.ids) for span in group)
+        at = [(index, len(span.ids) - 1) for index, span in enumerate(group) if not span.row.params.choices]
+        if at:
+            rows = [group[index].row for index, _ in at]
+            logits = self.model.llm.logits(hidden[self._tensor(at).unbind(1)])
+            self._record(rows, self._agreed(self._sampler_of(rows)(logits)))
 
-    def _encode_ahead(self, admitted: list[Row]) -> None:
-        """Visual embeddings of the rows let in, and of those next in line until the passes are full."""
-        rows = [row for row in admitted if row.visual is None]
-        num_tiles = sum(len(row.request.tiles) for row in rows)
+    def _choose(self, prompts: list[Span]) -> None:
+        """The answers of rows with choices: each choice is scored after the prompt in the row's slot."""
+        if not any(prompt.row.params.choices for prompt in prompts):
+            return
+        choice_of = {span: choice for prompt in prompts for span, choice in after_prompt(prompt)}
+        logliks: dict[Span, float] = {}
+        for group in passes(choice_of, self._scheduler.budget.prefill_tokens):
+            logliks.update(zip(group, self._logliks(group, [choice_of[span] for span in group]), strict=True))
+        of_rows: dict[Row, list[float]] = {}
+        for span in choice_of:
+            of_rows.setdefault(span.row, []).append(logliks[span])
+        for row, index in zip(of_rows, self._drawn(of_rows), strict=True):
+            row.choose(index, np.array(of_rows[row]))
+
+    def _logliks(self, group: list[Span], choices: Sequence[Sequence[int]]) -> list[float]:
+        """Natural-log likelihoods of `choices`, whose tokens but the last end the spans of `group`."""
+        hidden = self._hidden(group)
+        at = [(index, place) for index, choice in enumerate(choices) for place in range(len(choice))]
+        ids, most = self._tensor(list(chain.from_iterable(choices))), self._scheduler.budget.slots
+        parts = zip(torch.split(hidden[self._tensor(at).unbind(1)], most), torch.split(ids, most), strict=True)
+        losses = [F.cross_entropy(self.model.llm.logits(x).float(), y, reduction="none") for x, y in parts]
+        each = iter(torch.cat(losses).tolist())
+        return [-sum(islice(each, len(choice))) for choice in choices]
+
+    def _drawn(self, logliks: dict[Row, list[float]]) -> list[int]:
+        """Which choice each row takes; by the rows' own random streams where they have a temperature."""
+        params = [SamplingParams(temperature=row.params.temperature, logprobs=False) for row in logliks]
+        scores = pad_sequence([torch.tensor(each) for each in logliks.values()], True, -math.inf)
+        sampler = Sampler(params, [row.stream for row in logliks], scores.shape[1], scores.device)
+        ids: list[int] = self._agreed(sampler(scores)).ids.tolist()
+        return ids
+
+    def _hidden(self, group: list[Span]) -> Tensor:
+        """[B, T, hidden_size] of the tokens of all spans, the longest first, padded on the right."""
+        starts = self._tensor([span.start for span in group])
+        parts = torch.split(self._embed(group), [len(span.ids) for span in group])
+        embeds = pad_sequence(list(parts), batch_first=True)
+        position_ids = starts[:, None] + torch.arange(embeds.shape[1], device=starts.device)
+        hidden: Tensor = self.model.llm.model(embeds, position_ids, self._memory(group, starts, embeds.shape[1]))
+        return hidden
+
+    def _embed(self, group: list[Span]) -> Tensor:
+        """[all tokens, hidden_size] of the spans, one after the other; placeholders are in whole prompts only."""
+        visual = [self.model.vte.weight.new_empty(0, self.config.language.hidden_size)]
+        visual += [span.row.item.visual for span in group if not span.start]
+        return self.model.embed(self._tensor(np.concatenate([span.ids for span in group])), torch.cat(visual))
+
+    def _memory(self, group: list[Span], starts: Tensor, width: int) -> Memory:
+        """What tokens of `group`, of which all or none are kept, attend to."""
+        cache, longest = self._held_decoder().cache, max(span.start for span in group)
+        targets = self._tensor([span.target for span in group if span.target is not None])
+        if len(targets) and not longest:
+            return Prefill(cache, targets)
+        sources = self._tensor([span.source for span in group])
+        return Extend(cache, sources, starts, longest, width, targets if len(targets) else None)
+
+    def _release(self, items: Iterable[Item]) -> None:
+        """Embeddings of items of which no row waits; siblings wait next to each other."""
+        waiting = self._scheduler.waiting
+        for item in items:
+            if not waiting or waiting[0].item is not item:
+                item.visual = None
+
+    def _encode_ahead(self, entering: Iterable[Item]) -> None:
+        """Visual embeddings of items that enter, and of those next in line until the passes are full."""
+        items = dict.fromkeys(item for item in entering if item.visual is None)
+        num_tiles = sum(len(item.tiles) for item in items)
         most = self._scheduler.budget.vision_tiles
         wanted = -(-num_tiles // most) * most
-        for row in self._scheduler.waiting:
-            if row.visual is None and num_tiles < wanted:
-                if num_tiles + len(row.request.tiles) > wanted:
-                    break
-                rows.append(row)
-                num_tiles += len(row.request.tiles)
+        for item in (row.item for row in self._scheduler.waiting):
+            if num_tiles == wanted or num_tiles + len(item.tiles) > wanted:
+                break
+            if item.visual is None and item not in items:
+                items[item] = None
+                num_tiles += len(item.tiles)
         with self._timed("vision_s"):
-            visual = self._encode([row.request for row in rows])
-        counts = [len(row.request.tiles) * self.config.vision.tokens_per_tile for row in rows]
-        for row, part in zip(rows, torch.split(visual, counts), strict=True):
-            row.visual = part
+            visual = self._encode(items)
+        counts = [len(item.tiles) * self.config.vision.tokens_per_tile for item in items]
+        for item, part in zip(items, torch.split(visual, counts), strict=True):
+            item.visual = part
         self.stats.tiles += num_tiles
 
-    def _encode(self, requests: Sequence[Request]) -> Tensor:
-        """Visual embeddings [all tokens, hidden_size] of all tiles, in order; passes cross the borders of rows."""
+    def _encode(self, items: Iterable[Item]) -> Tensor:
+        """Visual embeddings [all tokens, hidden_size] of all tiles, in order; passes cross the borders of items."""
         parts = [self.model.vte.weight.new_empty(0, self.config.language.hidden_size)]
-        tiles = [tile for request in requests for tile in request.tiles]
-        sizes = [size for request in requests for size in request.tile_sizes]
+        tiles, sizes = [], []
+        for item in items:
+            tiles += [*item.tiles]
+            sizes += [*item.tile_sizes]
         most = self._scheduler.budget.vision_tiles
         for start in range(0, len(tiles), most):
             chunk = slice(start, start + most)
@@ -355,7 +440,7 @@ class OvisEngine:
         text = detokenize(self._tokenizer, tail)
         return cut_at_stop(text, row.params.stop) != text
 
-    def _tensor(self, values: Sequence[int] | NDArray[np.int32]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[tuple[int, int]] | NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.model.device)
 
     def _stack(self, arrays: Sequence[NDArray[np.uint8]] | Sequence[NDArray[np.int32]]) -> Tensor:

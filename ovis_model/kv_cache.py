@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ovis_model.attention import attend_cached, attend_causal, reads_lengths
+from ovis_model.attention import attend_cached, attend_causal, attend_extended, reads_lengths
 from ovis_model.config import LanguageConfig
 
 
@@ -64,6 +64,36 @@ class Prefill:
         self._cache.keys[layer, self._slots, :length] = key
         self._cache.values[layer, self._slots, :length] = value
         return attend_causal(query, key, value)
+
+
+class Extend:
+    """New tokens, `width` a row with padding on the right, after the first `starts[b]` ones of slot `sources[b]`.
+
+    Rows may share a source; no start is over `longest`. With `targets` (all int64[B]) what is in the source and the new
+    tokens go to slot `targets[b]`, which may be the source itself; without, nobody keeps the new ones.
+    """
+
+    def __init__(
+        self, cache: KVCache, sources: Tensor, starts: Tensor, longest: int, width: int, targets: Tensor | None = None
+    ) -> None:
+        self._cache, self._sources, self._targets = cache, sources, targets
+        self._longest, self._lengths = longest, (starts + width).int()
+        shape = (len(sources), longest + width, *cache.keys.shape[3:])
+        self._keys, self._values = (cache.keys.new_zeros(shape) for _ in range(2))
+        rows, places = (torch.arange(n, device=starts.device) for n in (len(sources), width))
+        self._at = rows[:, None], starts[:, None] + places
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self._put(self._keys, self._cache.keys[layer], key)
+        self._put(self._values, self._cache.values[layer], value)
+        return attend_extended(query, self._keys, self._values, self._lengths)
+
+    def _put(self, held: Tensor, store: Tensor, new: Tensor) -> None:
+        held[:, : self._longest] = store[self._sources, : self._longest]
+        held[self._at] = new
+        if self._targets is not None:
+            length = min(held.shape[1], store.shape[1])  # what is beyond is padding
+            store[self._targets, :length] = held[:, :length]
 
 
 class DecodeStep:

@@ -61,6 +61,10 @@ class SamplingParams:
     counts the tokens generated so far, not the prompt: the original model hands embeddings to `generate`, so
     its penalty never sees the prompt either. A row's sample depends on its own `seed` only; None draws one.
     Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`.
+
+    With `choices`, the token ids of each allowed answer, each ending with an end-of-text id, nothing is generated: all
+    of them are scored in one pass over the prompt's cache. The answer is the most probable, or at a temperature a draw
+    by the row's own `seed` from softmax(log-likelihood / temperature). Of the other parameters only `logprobs` counts.
     """
 
     max_new_tokens: int = 512
@@ -81,6 +85,7 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off")
         _require("" not in self.stop, "stop", self.stop, "non-empty strings")
+        _require(all(c and min(c) >= 0 for c in self.choices), "choices", self.choices, "non-empty, of token ids >= 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +95,7 @@ class Completion:
     output_ids: int32[T']; includes the end-of-text id when the model produced one, as the original does.
     mean_logprob: mean natural-log probability of `output_ids` under the model's own distribution, before
     penalty, temperature and truncation; NaN when `SamplingParams.logprobs` is off.
+    choice_probs: float32[C], softmax over `SamplingParams.choices` of the log-likelihoods of all their tokens.
     """
 
     output_ids: NDArray[np.int32]

@@ -2,54 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovis_model.sampling import RandomStream
-from ovis_model.scheduler import Budget, Row, Scheduler, prefill_groups
+from ovis_model.scheduler import CACHED_PER_TOKEN, Budget, Move, Row, Scheduler, Span, passes, rows_of
 from ovis_model.types import Request, SamplingParams
 
 
 def row_of(prompt: int, output: int) -> Row:
     request = Request(np.zeros(prompt, np.int32), np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32))
-    return Row(request, SamplingParams(max_new_tokens=output), RandomStream(0))
+    return rows_of([request], [SamplingParams(max_new_tokens=output)])[0]
 
 
-LENGTHS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 12)), min_size=1, max_size=40)
+def siblings_of(shared: int, own: Sequence[tuple[int, int]]) -> list[Row]:
+    """Rows about one item: prompts that begin with `shared` equal ids, then (ids of its own, output) of each."""
+    tiles, sizes = np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32)
+    common = np.random.default_rng(shared).integers(0, 99, shared)
+    requests, params = [], []
+    for number, (length, output) in enumerate(own):
+        ids = np.concatenate([common, np.full(length, 100 + number)]).astype(np.int32)
+        requests.append(Request(ids, tiles, sizes))
+        params.append(SamplingParams(max_new_tokens=output))
+    return rows_of(requests, params)
 
 
-@given(LENGTHS, st.integers(1, 6), st.integers(110, 700))
-def test_every_row_runs_to_its_end_in_a_slot_of_its_own(
-    lengths: list[tuple[int, int]], slots: int, kv_tokens: int
+class Slots:
+    """What the cache would hold: the prompt ids of each slot, those of a prefix at least."""
+
+    def __init__(self) -> None:
+        self.ids: dict[int, list[int]] = {}
+
+    def fill(self, scheduler: Scheduler, admitted: list[Row]) -> None:
+        for spans in scheduler.prompts(admitted):
+            before = {slot: list(ids) for slot, ids in self.ids.items()}  # a pass reads before it writes
+            for span in spans:
+                assert span.target is not None and scheduler.running[span.target] is span.row
+                self.ids[span.target] = [*before.get(span.source, [])[: span.start], *span.ids.tolist()]
+                assert self.ids[span.target] == span.row.request.input_ids.tolist()
+
+    def move(self, move: Move) -> None:
+        self.ids[move.target] = self.ids[move.source][: move.length]
+
+    def touch_unused(self, used: int) -> None:
+        """As a captured step of more rows than there are does."""
+        self.ids = {slot: ids for slot, ids in self.ids.items() if slot < used}
+
+
+ITEMS = st.lists(
+    st.tuples(st.integers(0, 60), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=9)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(ITEMS, st.integers(1, 16), st.integers(110, 2000), st.integers(5, 200))
+def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
+    items: list[tuple[int, list[tuple[int, int]]]], slots: int, kv_tokens: int, fault_at: int
 ) -> None:
+    """One that starts again included; siblings take what they share from each other's slots."""
     scheduler = Scheduler(Budget(kv_tokens=kv_tokens, slots=slots))
-    rows = [row_of(*pair) for pair in lengths]
-    scheduler.waiting.extend(rows)
-    held: dict[int, Row] = {}  # what the cache would hold: slot -> row
+    rows = [row for item in items for row in siblings_of(*item)]
+    scheduler.enqueue(rows)
+    cache = Slots()
     steps = 0
     while scheduler.waiting or scheduler.running:
         admitted = scheduler.admit()
-        held.update(admitted)
         for move in scheduler.retire():
-            assert held[move.source].num_cached == move.length
-            held[move.target] = held[move.source]
+            cache.move(move)
         if scheduler.plan_cache():
             assert not scheduler.running
             assert scheduler.slots * scheduler.capacity <= kv_tokens
-            held.clear()
+            cache = Slots()
             continue
+        cache.fill(scheduler, admitted)
         assert len(scheduler.running) <= scheduler.slots
-        assert all(held[slot] is row for slot, row in enumerate(scheduler.running))
         if len(scheduler.running) < scheduler.slots and scheduler.waiting:
             assert scheduler.waiting[0].max_tokens > scheduler.capacity
-        for row in scheduler.running:
+        for slot, row in enumerate(scheduler.running):
+            assert cache.ids[slot][: row.num_prompt_tokens] == row.request.input_ids.tolist()[: len(cache.ids[slot])]
             row.append(0, -1.0)
             assert row.num_cached <= scheduler.capacity
             row.finish_reason = "length" if len(row.output_ids) == row.params.max_new_tokens else None
+        cache.touch_unused(len(scheduler.running))
         steps += 1
+        if steps == fault_at:
+            scheduler.restart_all()
     assert all(len(row.output_ids) == row.params.max_new_tokens for row in rows)
-    assert steps <= sum(output for _, output in lengths) + len(rows)
+    assert steps <= 2 * sum(row.params.max_new_tokens for row in rows) + len(rows)
+
+
+@given(st.integers(10, 50), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=2, max_size=12))
+def test_siblings_compute_what_they_share_once(shared: int, own: list[tuple[int, int]]) -> None:
+    """However few the slots."""
+    for slots in (1, 3, 16):
+        scheduler = Scheduler(Budget(kv_tokens=10_000, slots=slots))
+        rows = siblings_of(shared, own)
+        scheduler.enqueue(rows)
+        spans = []
+        while scheduler.waiting or scheduler.running:
+            admitted = scheduler.admit()
+            scheduler.retire()
+            scheduler.plan_cache()
+            spans += list(chain(*scheduler.prompts(admitted)))
+            for row in scheduler.running:
+                row.append(0, -1.0)
+                row.finish_reason = "length" if len(row.output_ids) == row.params.max_new_tokens else None
+        assert [span.start for span in spans] == [0] + [shared] * (len(own) - 1)
 
 
 def test_nobody_waits_for_the_longest_row() -> None:
@@ -67,15 +129,19 @@ def test_nobody_waits_for_the_longest_row() -> None:
     assert steps == 101  # 60 rows of 5 pass through three slots while the long one runs, and one step to leave
 
 
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=50), st.integers(1, 2000))
-def test_prefill_groups_fit_their_budget(lengths: list[int], max_tokens: int) -> None:
-    rows = [row_of(length, 1) for length in lengths]
-    groups = list(prefill_groups(rows, max_tokens))
-    assert sorted(id(row) for group in groups for row in group) == sorted(map(id, rows))
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.sampled_from([0, 300, 30_000])), min_size=1, max_size=50),
+    st.integers(1, 2000),
+)
+def test_passes_fit_their_budget(lengths: list[tuple[int, int]], max_tokens: int) -> None:
+    spans = [Span(row_of(1, 1), np.zeros(length, np.int32), start, 0, 0) for length, start in lengths]
+    groups = list(passes(spans, max_tokens))
+    assert sorted(id(span) for group in groups for span in group) == sorted(map(id, spans))
     for group in groups:
-        widths = [row.num_prompt_tokens for row in group]
-        assert len(group) == 1 or max(widths) * len(group) <= max_tokens
-        assert widths[0] == max(widths) and min(widths) >= 0.8 * max(widths)
+        widths = [len(span.ids) for span in group]
+        cached = max(span.start for span in group)
+        assert len(group) == 1 or (max(widths) + cached // CACHED_PER_TOKEN) * len(group) <= max_tokens
+        assert widths[0] == max(widths) <= min(widths) + max(32, max(widths) // 5)
 
 
 def test_one_long_row_does_not_cost_the_others_their_slots_for_ever() -> None:
