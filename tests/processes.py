@@ -115,8 +115,12 @@ class Finished:
 
 
 def run_caption(*arguments: object, ray_address: str | None = None, timeout_s: float = 110) -> Finished:
-    """`python -m jobs.caption ...` to its end, with nothing left behind."""
-    job = Job(["jobs.caption", *map(str, arguments)], ray_address).start()
+    return run_job("caption", *arguments, ray_address=ray_address, timeout_s=timeout_s)
+
+
+def run_job(name: str, *arguments: object, ray_address: str | None = None, timeout_s: float = 110) -> Finished:
+    """`python -m jobs.<name> ...` to its end, with nothing left behind."""
+    job = Job([f"jobs.{name}", *map(str, arguments)], ray_address).start()
     finished = job.finish(timeout_s)
     job.wait_until_all_gone()
     return finished

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from ovis_model.processor import Processor
 from ovis_model.types import SamplingParams
 from pipelines import schema
 from pipelines.caption import caption
-from pipelines.config import CaptionConfig
+from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
 from pipelines.lease import Lease, LeaseError
 from pipelines.run import RunError
 from pipelines.sink import read_results
@@ -57,6 +57,16 @@ def pictures(tmp_path: Path) -> Path:
 def config(inputs: Path | str, output: Path, **options: object) -> CaptionConfig:
     values = {"model": MODEL, "max_new_tokens": 8, **options}
     return CaptionConfig(input=(str(inputs),), output=str(output), **values)  # type: ignore[arg-type]
+
+
+def annotation(inputs: Path | str, output: Path, **options: object) -> AnnotateConfig:
+    """The same question and another one."""
+    tasks = [
+        {"name": "caption", "prompt": "Describe the image."},
+        {"name": "round", "prompt": "Is it?", "answer": "bool"},
+    ]
+    values = {"model": MODEL, "max_new_tokens": 8, "tasks": tasks, **options}
+    return AnnotateConfig(input=(str(inputs),), output=str(output), **values)  # type: ignore[arg-type]
 
 
 def test_a_folder_becomes_parquet(pictures: Path, tmp_path: Path) -> None:
@@ -145,24 +155,28 @@ def mixed(pictures: Path) -> Iterator[Path]:
     yield pictures
 
 
-def test_bad_rows_are_error_rows_and_the_others_are_untouched(ray_cluster: None, mixed: Path, tmp_path: Path) -> None:
-    summary = caption(config(mixed, tmp_path / "out"))
+@pytest.mark.parametrize(("config_of", "prefix"), [(config, ""), (annotation, "caption_")])
+def test_bad_rows_are_error_rows_and_the_others_are_untouched(
+    ray_cluster: None, mixed: Path, tmp_path: Path, config_of: Callable[..., RunConfig], prefix: str
+) -> None:
+    text, confidence = f"{prefix}text", "caption_confidence" if prefix else "mean_logprob"
+    summary = caption(config_of(mixed, tmp_path / "out"))
     rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
     assert summary.rows == len(rows) == len(list(mixed.iterdir())) == summary.ok + summary.error
     for name, (stage, reason) in BAD.items():
         row = rows[name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")]
         assert (row["status"], row["stage"]) == ("error", stage), name
         assert reason in row["error"] and row["error"], (name, row["error"])
-        assert row["text"] == "" and np.isnan(row["mean_logprob"]) and row["num_output_tokens"] == 0
+        assert row[text] == "" and np.isnan(row[confidence]) and row["num_output_tokens"] == 0
     assert all(rows[name]["status"] == "ok" for name in GOOD)
     good_only = tmp_path / "good"
     good_only.mkdir()
     for i in range(24):
         name = f"{i:02}.{('jpg', 'png', 'webp')[i % 3]}"
         (good_only / name).symlink_to(mixed / name)
-    caption(config(good_only, tmp_path / "alone"))
+    caption(config_of(good_only, tmp_path / "alone"))
     for row in read_results(str(tmp_path / "alone")).to_pylist():
-        assert rows[Path(row["id"]).name]["text"] == row["text"]
+        assert rows[Path(row["id"]).name][text] == row[text]
 
 
 def test_extreme_aspect_ratios_give_rows(ray_cluster: None, tmp_path: Path) -> None:

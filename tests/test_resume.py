@@ -11,9 +11,14 @@ import pytest
 
 from jobs.shapes import make_picture
 from pipelines.sink import read_results
-from tests.processes import Job, OpenCounter, run_caption
+from tests.processes import Job, OpenCounter, run_caption, run_job
 
 NUM_ROWS = 200
+TASKS = """
+- {name: caption, prompt: Describe the image., max_new_tokens: 24}
+- {name: round, prompt: Is it round?, answer: bool}
+- {name: tags, prompt: Tags?, answer: "list[str]", max_new_tokens: 8}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,40 +29,42 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, object]], float]:
+def whole_run(job: str, pictures: Path, output: Path) -> tuple[list[dict[str, object]], float]:
     """The rows of a run that nobody disturbed, and how long it took."""
-    output = tmp_path_factory.mktemp("whole")
     started_s = time.monotonic()
-    finished = run_caption(*arguments(pictures, output))
+    finished = run_job(job, *arguments(pictures, output, job))
     assert finished.exit_code == 0, finished.stderr
     return rows_of(output), time.monotonic() - started_s
 
 
-def arguments(pictures: Path, output: Path) -> list[str]:
+def arguments(pictures: Path, output: Path, job: str = "caption") -> list[str]:
     # Small files, so that there is finished work on disk at most moments of a short run.
-    return [str(pictures), str(output), "--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "16"]
+    options = ["--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "16"]
+    if job == "annotate":
+        (pictures.parent / "tasks.yaml").write_text(TASKS)
+        options += ["--tasks", str(pictures.parent / "tasks.yaml")]
+    return [str(pictures), str(output), *options]
 
 
 def rows_of(output: Path) -> list[dict[str, object]]:
-    """Without `mean_logprob`, whose last bits may depend on the batch."""
-    columns = read_results(str(output)).drop_columns(["mean_logprob"])
-    rows: list[dict[str, object]] = columns.to_pylist()
+    """Without probabilities, whose last bits may depend on the batch."""
+    table = read_results(str(output))
+    inexact = [name for name in table.column_names if name == "mean_logprob" or name.endswith("_confidence")]
+    rows: list[dict[str, object]] = table.drop_columns(inexact).to_pylist()
     return rows
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("job_name", ["caption", "annotate"])
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_again_and_again(
-    pictures: Path, uninterrupted: tuple[list[dict[str, object]], float], tmp_path: Path, kills: int
-) -> None:
-    whole, duration_s = uninterrupted
+def test_killed_again_and_again(pictures: Path, tmp_path: Path, kills: int, job_name: str) -> None:
+    whole, duration_s = whole_run(job_name, pictures, tmp_path / "whole")
     rng = random.Random(kills)
     output = tmp_path / "out"
     for kill in range(kills):
         done_before = done_names(output)
         with OpenCounter(pictures) as counter:
-            job = Job(["jobs.caption", *arguments(pictures, output)]).start()
+            job = Job([f"jobs.{job_name}", *arguments(pictures, output, job_name)]).start()
             # The first kill falls where rows are being written, the others anywhere.
             time.sleep(duration_s * (0.9 if kill == 0 else rng.random()))
             job.kill()
@@ -65,7 +72,7 @@ def test_killed_again_and_again(
         assert not done_before & counter.opens.keys()
     done_before = done_names(output)
     with OpenCounter(pictures) as counter:
-        finished = run_caption(*arguments(pictures, output))
+        finished = run_job(job_name, *arguments(pictures, output, job_name))
     assert finished.exit_code == 0, finished.stderr
     assert finished.summary["skipped_done"] == len(done_before)
     assert finished.summary["rows"] == finished.summary["ok"] == NUM_ROWS
@@ -78,9 +85,7 @@ def done_names(output: Path) -> set[str]:
     return {Path(str(row["id"])).name for row in rows_of(output)}
 
 
-def test_a_finished_run_opens_nothing_and_starts_no_ray(
-    pictures: Path, uninterrupted: tuple[list[dict[str, object]], float], tmp_path: Path
-) -> None:
+def test_a_finished_run_opens_nothing_and_starts_no_ray(pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     some = pictures / "00*.png"
     assert run_caption(*arguments(some, output)).exit_code == 0

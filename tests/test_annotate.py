@@ -1,0 +1,197 @@
+"""Several tasks a row: the answers of one request a task, in columns of their own types, at the cost of one picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset
+import pytest
+
+from ovis_model.processor import Processor
+from pipelines.answering import Answering
+from pipelines.attempts import AttemptCounts
+from pipelines.caption import caption
+from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
+from pipelines.manifest import write_manifest
+from pipelines.preprocess import Preprocess
+from pipelines.run import RunError
+from pipelines.sink import read_results
+from pipelines.sources import list_rows
+from tests.golden_data import checkpoint_dir
+from tests.processes import run_job
+from tests.test_end_to_end import draw
+from tests.test_engine import engine_of
+
+MODEL = str(checkpoint_dir("tiny56-tied"))
+TASKS: list[dict[str, Any]] = [
+    {"name": "caption", "prompt": "Describe the image."},
+    {"name": "sharp", "prompt": "Is it sharp?", "answer": "bool"},
+    {"name": "kind", "prompt": "What is it?", "answer": {"choices": ["cat", "category", "dog"]}, "system": "Be brief."},
+    {"name": "mood", "prompt": "What is its mood?", "max_new_tokens": 3},
+]
+CONSTRAINED: list[dict[str, Any]] = [
+    {"name": "count", "prompt": "How many?", "answer": {"int": {"min": 0, "max": 20}}},
+    {"name": "tags", "prompt": "Tags?", "answer": {"list[str]": {"max_items": 3}}, "max_new_tokens": 200},
+    {"name": "code", "prompt": "Read the code.", "answer": {"regex": "[A-Z]{2}-[0-9]{2}"}},
+    {
+        "name": "record",
+        "prompt": "Read it.",
+        "answer": {
+            "json_schema": {
+                "type": "object",
+                "properties": {"kind": {"enum": ["bill", "receipt"]}, "paid": {"type": "boolean"}},
+                "required": ["kind", "paid"],
+            }
+        },
+    },
+]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    directory = tmp_path / "pictures"
+    directory.mkdir()
+    for i in range(6):
+        draw(directory / f"{i}.png", seed=i, width=60 + 20 * i)
+    return directory
+
+
+def config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
+    values = {"model": MODEL, "max_new_tokens": 8, "tasks": TASKS, **options}
+    return AnnotateConfig(input=(str(inputs),), output=str(output), **values)
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_results(str(output)).to_pylist()
+    return rows
+
+
+def prepared(config: RunConfig, output: Path) -> list[dict[str, Any]]:
+    """As `Generate` gets them."""
+    with list_rows(config) as listing:
+        write_manifest(str(output), listing.tables())
+    stage = Preprocess(config, str(output), None, AttemptCounts())
+    batches = stage({"start": np.array([0]), "stop": np.array([listing.num_rows])})
+    return [dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)]
+
+
+def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    summary = caption(config(pictures, tmp_path / "all"))
+    assert (summary.rows, summary.ok) == (6, 6)
+    rows = rows_of(tmp_path / "all")
+    for task in (TASKS[0], TASKS[3]):
+        name, prompt = task["name"], task["prompt"]
+        options = {"max_new_tokens": task.get("max_new_tokens", 8), "model": MODEL, "prompt": prompt}
+        caption(CaptionConfig(input=(str(pictures),), output=str(tmp_path / name), **options))
+        for row, alone in zip(rows, rows_of(tmp_path / name), strict=True):
+            assert (row["id"], row["num_tiles"]) == (alone["id"], alone["num_tiles"])
+            assert row[name] == row[f"{name}_text"] == alone["text"]
+            assert row[f"{name}_finish_reason"] == alone["finish_reason"]
+            assert row[f"{name}_confidence"] == pytest.approx(alone["mean_logprob"], abs=1e-4)
+    for row in rows:
+        assert row["sharp"] is (row["sharp_confidence"]["Yes"] > row["sharp_confidence"]["No"])
+        assert row["kind"] == row["kind_text"] == max(row["kind_confidence"], key=row["kind_confidence"].get)
+        assert sum(row["kind_confidence"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_picture_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path) -> None:
+    asked = config(pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)])
+    rows = prepared(asked, tmp_path / "out")
+    engine = engine_of("tiny56-tied")
+    values = Answering(asked, Processor.from_pretrained(MODEL), engine).values(rows)
+    assert len(values) == 6 and all(isinstance(row, dict) for row in values)
+    assert engine.stats.tiles == sum(len(row["tiles"]) for row in rows)
+    assert engine.stats.prompt_tokens < sum(len(row["input_ids"]) for row in rows) / 2
+
+
+def test_the_output_is_typed_for_every_reader(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    asked = config(pictures, tmp_path / "out", tasks=TASKS + CONSTRAINED, rows_per_file=4)
+    caption(asked)
+    (pictures / "6.png").write_text("no picture")
+    caption(asked.model_copy(update={"extend": True}))
+    data = tmp_path / "out" / "data"
+    files = [pyarrow.parquet.read_schema(file) for file in data.iterdir()]
+    assert len(files) >= 3 and all(schema.equals(asked.columns) for schema in files)
+    assert pd.read_parquet(data)["count"].notna().sum() == 6
+    assert len(pyarrow.dataset.dataset(data).to_table()) == 7
+    query = f"select count(*) from '{data}/*.parquet' where sharp is not null and record.kind in ('bill', 'receipt')"
+    assert duckdb.sql(query).fetchall() == [(6,)]
+    *good, bad = rows_of(tmp_path / "out")
+    for row in good:
+        assert 0 <= row["count"] <= 20 and row["count_text"] == str(row["count"])
+        assert row["code"] == row["code_text"] and len(row["code"]) == 5
+        assert row["record"] == json.loads(row["record_text"])
+        assert row["tags"] is None or len(row["tags"]) <= 3
+        assert ("tags:truncated" in row["flags"]) is (row["tags_finish_reason"] == "length")
+        assert ("tags:invalid" in row["flags"]) is (row["tags"] is None)
+    assert (bad["status"], bad["stage"], bad["flags"], bad["caption_text"]) == ("error", "decode", [], "")
+    nulls = {name for name, value in bad.items() if value is None}
+    assert nulls == {*(task["name"] for task in TASKS + CONSTRAINED), "sharp_confidence", "kind_confidence"}
+    assert np.isnan(bad["caption_confidence"])
+
+
+def test_flagged_answers_are_asked_for_again(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    caption(config(pictures, tmp_path / "once"))
+    caption(config(pictures, tmp_path / "again", regenerate="flagged"))
+    num_flagged = 0
+    for once, again in zip(rows_of(tmp_path / "once"), rows_of(tmp_path / "again"), strict=True):
+        for name in ("caption", "sharp", "kind", "mood"):
+            flags = [flag.split(":")[1] for flag in once["flags"] if flag.startswith(f"{name}:")]
+            other = again[f"{name}_alternative"]
+            assert (other is not None) is bool(flags)
+            if other:
+                num_flagged += 1
+                texts = {again[f"{name}_text"], other["text"]}
+                assert once[f"{name}_text"] in texts
+                chosen = [flag for flag in again["flags"] if flag.startswith(f"{name}:")]
+                assert len(chosen) <= len(other["flags"]) and len(chosen) <= len(flags)
+    assert num_flagged >= 6
+
+
+def test_a_task_that_is_too_long_is_named(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    tasks = [TASKS[0], {**TASKS[3], "max_new_tokens": 32_760}]
+    caption(config(pictures / "0.png", tmp_path / "out", tasks=tasks))
+    [row] = rows_of(tmp_path / "out")
+    assert (row["status"], row["stage"]) == ("error", "tile")
+    assert row["error"].startswith("task mood: ") and "over the model's limit" in row["error"]
+
+
+def test_other_tasks_are_another_run(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    caption(config(pictures / "0.png", tmp_path / "out"))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [task["name"] for task in record["tasks"]] == ["caption", "sharp", "kind", "mood"]
+    assert record["tasks"][1]["answer"] == "bool" and record["tasks"][3]["max_new_tokens"] == 3
+    with pytest.raises(RunError, match="tasks"):
+        caption(config(pictures / "0.png", tmp_path / "out", tasks=TASKS[:2]))
+
+
+def test_the_command(pictures: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(json.dumps({"tasks": TASKS + CONSTRAINED}))
+    finished = run_job("annotate", pictures, tmp_path / "out", "--tasks", tasks, "--model", MODEL)
+    assert finished.exit_code == 0, finished.stderr
+    assert finished.summary["ok"] == finished.summary["rows"] == 6
+    assert pa.types.is_struct(read_results(str(tmp_path / "out")).schema.field("record").type)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"json_schema": {"not": {"type": "string"}}}, "not"),
+        ({"regex": "(a"}, "task odd"),
+        ({"json_schema": {"$ref": "https://example.com/schema.json"}}, "$ref"),
+    ],
+)
+def test_a_schema_that_cannot_be_served_is_refused_at_once(
+    pictures: Path, tmp_path: Path, answer: Any, message: str
+) -> None:
+    tasks = [{"name": "odd", "prompt": "Read it.", "answer": answer}]
+    with pytest.raises(ValueError, match="task odd: ") as info:
+        caption(config(pictures, tmp_path / "out", tasks=tasks))
+    assert message in str(info.value) and not (tmp_path / "out").exists()
