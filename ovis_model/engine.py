@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
+from ovis_model.constraints import Guide, Guides
 from ovis_model.decoding import CudaGraphs, Decoder, Runner, run_eagerly
 from ovis_model.kv_cache import KVCache, Prefill
 from ovis_model.memory import describe, halved, plan_for
@@ -72,7 +74,10 @@ class OvisEngine:
         self.stats = Stats()
         self._budget = budget or plan_for(model.config, model.dtype, model.device, model.shard)
         self._scheduler = Scheduler(self._budget)
-        self._tokenizer = tokenizer  # for stop strings only
+        self._tokenizer = tokenizer  # for stop strings and constraints only
+        self._guides = (
+            Guides(tokenizer, self.config.language.vocab_size, self.config.eos_token_ids) if tokenizer else None
+        )
         self._decoder: Decoder | None = None
         self._sampler: Sampler | None = None
         self._make_runner = make_runner or (CudaGraphs if model.device.type == "cuda" else lambda: run_eagerly)
@@ -152,6 +157,7 @@ class OvisEngine:
         rows = [Row(request, own, RandomStream(own.seed)) for request, own in zip(requests, each, strict=True)]
         for index, row in enumerate(rows):
             self._check(index, row)
+            row.guide = self._guide(row.params)
         with self._lock:
             self._scheduler.waiting.extend(rows)
         return rows
@@ -183,8 +189,12 @@ class OvisEngine:
                 f"request {index}: {prompt} prompt tokens are {prompt - self._budget.prompt_tokens} over the "
                 f"{self._budget.prompt_tokens} that the device has memory for"
             )
-        if row.params.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give OvisEngine one")
+        if (row.params.stop or row.params.constraint) and self._tokenizer is None:
+            raise ValueError("stop strings and constraints need a tokenizer: give OvisEngine one")
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        """Its grammar is compiled from now on, beside what is done before the row's first token is chosen."""
+        return self._guides.guide(params.constraint) if self._guides and params.constraint else None
 
     def _step_within_memory(self) -> None:
         """A step; if the device is out of memory after all, the rows start again with half the budget."""
@@ -230,8 +240,9 @@ class OvisEngine:
             if self._sampler is None:  # other rows than at the last step
                 self._sampler = self._sampler_of(running)
                 decoder.load([row.output_ids[-1] for row in running], lengths)
+            masks = self._masks(running)
             logits, greedy = decoder.step(len(running), max(lengths))
-            choice = self._agreed(greedy if self._sampler.is_greedy else self._sampler(logits))
+            choice = self._agreed(greedy if self._sampler.is_greedy else self._sampler(logits, masks))
             decoder.advance(choice.ids)
             self._record(running, choice)
         self.stats.steps += 1
@@ -275,7 +286,9 @@ class OvisEngine:
         with self._timed("prefill_s"):
             for group in prefill_groups(list(admitted.values()), self._scheduler.budget.prefill_tokens):
                 slots = self._tensor([slot_of[id(row)] for row in group])
-                self._record(group, self._agreed(self._sampler_of(group)(self._prompt_logits(group, slots))))
+                masks = self._masks(group)
+                logits = self._prompt_logits(group, slots)
+                self._record(group, self._agreed(self._sampler_of(group)(logits, masks)))
         self._sampler = None
 
     def _prompt_logits(self, group: list[Row], slots: Tensor) -> Tensor:
@@ -331,6 +344,11 @@ class OvisEngine:
             [row.output_ids for row in rows],
         )
 
+    def _masks(self, rows: Sequence[Row]) -> Future[NDArray[np.uint8]] | None:
+        """Of the next tokens of the rows that have a constraint, computed while the model runs."""
+        answers = [(row.guide, row.output_ids) for row in rows if row.guide]
+        return self._guides.masks(answers) if self._guides and answers else None
+
     def _agreed(self, choice: Choice) -> Choice:
         """Of all ranks: that of the first."""
         return Choice(self.model.shard.of_leader(choice.ids), choice.logprobs)
@@ -341,6 +359,8 @@ class OvisEngine:
         for row, token_id, logprob in zip(rows, ids, logprobs, strict=True):
             row.append(int(token_id), logprob)
             row.finish_reason = self._finish_reason(row)
+            if row.guide and row.guide.error:
+                row.error = RequestError(row.guide.error)
 
     def _finish_reason(self, row: Row) -> FinishReason | None:
         if row.output_ids[-1] in self.config.eos_token_ids or self._is_stopped(row):

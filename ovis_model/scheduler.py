@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ovis_model.constraints import Guide
 from ovis_model.sampling import RandomStream
 from ovis_model.types import ROWS_SIDE_BY_SIDE, Completion, FinishReason, Request, RequestError, SamplingParams
 
@@ -32,11 +33,15 @@ class Budget:
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way to a completion. `visual` holds its visual embeddings once they are computed."""
+    """A request on its way to a completion. `visual` holds its visual embeddings once they are computed.
+
+    `guide` knows what its constraint lets follow `output_ids`.
+    """
 
     request: Request
     params: SamplingParams
     stream: RandomStream
+    guide: Guide | None = None
     visual: Any = None
     output_ids: list[int] = field(default_factory=list)
     logprob_sum: float = 0.0

@@ -45,6 +45,20 @@ class Request:
     tile_sizes: NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must satisfy: `spec` is a regular expression for all of it, or a JSON schema as JSON text.
+
+    Which ones are served: `constraints.check`.
+    """
+
+    kind: Literal["regex", "json_schema"]
+    spec: str
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("regex", "json_schema"), "kind", self.kind, "'regex' or 'json_schema'")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose the output tokens of one request.
@@ -52,7 +66,9 @@ class SamplingParams:
     temperature 0 is greedy. top_p 1 and top_k 0 keep every token. repetition_penalty (CTRL, arXiv:1909.05858)
     counts the tokens generated so far, not the prompt: the original model hands embeddings to `generate`, so
     its penalty never sees the prompt either. A row's sample depends on its own `seed` only; None draws one.
-    Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`.
+    Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`. With a
+    `constraint` every answer is the beginning of one that satisfies it, and all of one if it ends before
+    `max_new_tokens`.
     """
 
     max_new_tokens: int = 512
@@ -63,6 +79,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = True
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -71,6 +88,7 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off")
         _require("" not in self.stop, "stop", self.stop, "non-empty strings")
+        _require(not (self.stop and self.constraint), "stop", self.stop, "empty: a constraint says where answers end")
 
 
 @dataclass(frozen=True, eq=False)
