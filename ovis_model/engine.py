@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -26,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
+from ovis_model.constraints import Guide, Guides
 from ovis_model.decoding import CudaGraphs, Decoder, Runner, run_eagerly
 from ovis_model.kv_cache import Extend, KVCache, Memory, Prefill
 from ovis_model.memory import describe, halved, plan_for
@@ -77,7 +79,10 @@ class OvisEngine:
         self.stats = Stats()
         self._budget = budget or plan_for(model.config, model.dtype, model.device, model.shard)
         self._scheduler = Scheduler(self._budget)
-        self._tokenizer = tokenizer  # for stop strings only
+        self._tokenizer = tokenizer  # for stop strings and constraints only
+        self._guides = (
+            Guides(tokenizer, self.config.language.vocab_size, self.config.eos_token_ids) if tokenizer else None
+        )
         self._decoder: Decoder | None = None
         self._sampler: Sampler | None = None
         self._make_runner = make_runner or (CudaGraphs if model.device.type == "cuda" else lambda: run_eagerly)
@@ -161,6 +166,7 @@ class OvisEngine:
         rows = rows_of(requests, each)
         for index, row in enumerate(rows):
             self._check(index, row)
+            row.guide = self._guide(row.params)
         with self._lock:
             self._scheduler.enqueue(rows)
         return rows
@@ -194,8 +200,12 @@ class OvisEngine:
                 f"{self._budget.prompt_tokens} that the device has memory for"
             )
         self._check_choices(index, row)
-        if row.params.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give OvisEngine one")
+        if (row.params.stop or row.params.constraint) and self._tokenizer is None:
+            raise ValueError("stop strings and constraints need a tokenizer: give OvisEngine one")
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        """Its grammar is compiled from now on, beside what is done before the row's first token is chosen."""
+        return self._guides.guide(params.constraint) if self._guides and params.constraint else None
 
     def _check_choices(self, index: int, row: Row) -> None:
         largest, vocab_size = max(map(max, row.params.choices), default=0), self.config.language.vocab_size
@@ -248,8 +258,9 @@ class OvisEngine:
             if self._sampler is None:  # other rows than at the last step
                 self._sampler = self._sampler_of(running)
                 decoder.load([row.output_ids[-1] for row in running], lengths)
+            masks = self._masks(running)
             logits, greedy = decoder.step(len(running), max(lengths))
-            choice = self._agreed(greedy if self._sampler.is_greedy else self._sampler(logits))
+            choice = self._agreed(greedy if self._sampler.is_greedy else self._sampler(logits, masks))
             decoder.advance(choice.ids)
             self._record(running, choice)
         self.stats.steps += 1
@@ -297,19 +308,20 @@ class OvisEngine:
         self._encode_ahead([span.row.item for span in whole])
         with self._timed("prefill_s"):
             for group in chain(passes(whole, most), passes(rest, most)):
-                self._begin(group, self._hidden(group))
+                masks = self._masks([span.row for span in group])
+                self._begin(group, self._hidden(group), masks)
             self._choose([*whole, *rest])
         self._release({row.item for row in admitted})
         self._sampler = None
 
-    def _begin(self, group: list[Span], hidden: Tensor) -> None:
+    def _begin(self, group: list[Span], hidden: Tensor, masks: Future[NDArray[np.uint8]] | None) -> None:
         """The first token of rows whose prompts end in `hidden` [B, T, hidden_size]; not of those with choices."""
         self.stats.prompt_tokens += sum(len(span.ids) for span in group)
         at = [(index, len(span.ids) - 1) for index, span in enumerate(group) if not span.row.params.choices]
         if at:
             rows = [group[index].row for index, _ in at]
             logits = self.model.llm.logits(hidden[self._tensor(at).unbind(1)])
-            self._record(rows, self._agreed(self._sampler_of(rows)(logits)))
+            self._record(rows, self._agreed(self._sampler_of(rows)(logits, masks)))
 
     def _choose(self, prompts: list[Span]) -> None:
         """The answers of rows with choices: each choice is scored after the prompt in the row's slot."""
@@ -416,6 +428,11 @@ class OvisEngine:
             [row.output_ids for row in rows],
         )
 
+    def _masks(self, rows: Sequence[Row]) -> Future[NDArray[np.uint8]] | None:
+        """Of the next tokens of the rows that have a constraint, computed while the model runs."""
+        answers = [(row.guide, row.output_ids) for row in rows if row.guide]
+        return self._guides.masks(answers) if self._guides and answers else None
+
     def _agreed(self, choice: Choice) -> Choice:
         """Of all ranks: that of the first."""
         return Choice(self.model.shard.of_leader(choice.ids), choice.logprobs)
@@ -426,6 +443,8 @@ class OvisEngine:
         for row, token_id, logprob in zip(rows, ids, logprobs, strict=True):
             row.append(int(token_id), logprob)
             row.finish_reason = self._finish_reason(row)
+            if row.guide and row.guide.error:
+                row.error = RequestError(row.guide.error)
 
     def _finish_reason(self, row: Row) -> FinishReason | None:
         if row.output_ids[-1] in self.config.eos_token_ids or self._is_stopped(row):

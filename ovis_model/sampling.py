@@ -6,9 +6,12 @@ import hashlib
 import math
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ovis_model.types import SamplingParams
@@ -49,9 +52,10 @@ def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 class Sampler:
     """For rows that are generated side by side; made anew when one of them leaves or enters.
 
-    Order of operations as in transformers: repetition penalty, temperature, top-k, top-p. A sampled row takes the
-    token with the largest score plus Gumbel noise, where the noise of a token is a hash of it and of the row's key: so
-    neighbours cannot change a sample, and the last bits of a logit do only where two tokens all but tie.
+    Order of operations as in transformers: what a constraint forbids, repetition penalty, temperature, top-k, top-p.
+    A sampled row takes the token with the largest score plus Gumbel noise, where the noise of a token is a hash of it
+    and of the row's key: so neighbours cannot change a sample, and the last bits of a logit do only where two tokens
+    all but tie.
     """
 
     def __init__(
@@ -65,6 +69,9 @@ class Sampler:
         """`output_ids`: what each row has generated before, for the penalty."""
         self._params, self._streams = params, streams
         self._sampled = [row for row, p in enumerate(params) if p.temperature > 0]
+        self._constrained = torch.tensor(
+            [row for row, p in enumerate(params) if p.constraint], dtype=torch.int64, device=device
+        )
         self._wants_logprobs = any(p.logprobs for p in params)
         self._seen: Tensor | None = None
         if any(p.repetition_penalty != 1 for p in params):
@@ -76,18 +83,23 @@ class Sampler:
     @property
     def is_greedy(self) -> bool:
         """Chooses as `choose_greedily`."""
-        return not self._sampled and self._seen is None
+        return not self._sampled and self._seen is None and not len(self._constrained)
 
-    def __call__(self, logits: Tensor) -> Choice:
-        """[B, vocab] -> a token for each row"""
+    def __call__(self, logits: Tensor, masks: Future[NDArray[np.uint8]] | None = None) -> Choice:
+        """[B, vocab] -> a token for each row; `masks`, as of `constraints.Guides`, of those that have a constraint."""
         raw = logits.float()
-        scores = self._penalise(raw)
+        scores = self._penalise(raw if masks is None else self._forbid(raw, masks.result()))
         ids = scores.argmax(-1)
         if self._sampled:
             ids[self._sampled] = self._draw(scores[self._sampled])
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
         return Choice(ids, _logprobs(raw, ids) if self._wants_logprobs else torch.full_like(raw[:, 0], math.nan))
+
+    def _forbid(self, logits: Tensor, masks: NDArray[np.uint8]) -> Tensor:
+        allowed = unpacked(torch.from_numpy(masks).to(logits.device), logits.shape[1])
+        kept = logits[self._constrained].masked_fill(~allowed, -math.inf)
+        return logits.index_copy(0, self._constrained, kept)
 
     def _penalise(self, logits: Tensor) -> Tensor:
         if self._seen is None:
@@ -117,6 +129,12 @@ def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     top_p = _column([p.top_p for p in params], sorted_p.device)
     mass_before = kept.cumsum(-1) - kept
     return kept.masked_fill((mass_before >= top_p * kept.sum(-1, keepdim=True)) & (top_p < 1), 0)
+
+
+def unpacked(masks: Tensor, vocab_size: int) -> Tensor:
+    """uint8[B, bytes], the lowest bit first -> bool[B, vocab_size]"""
+    bits = masks[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return (bits & 1).flatten(1)[:, :vocab_size].bool()
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from ovis_model.constraints import Guide
 from ovis_model.sampling import RandomStream
 from ovis_model.siblings import Item, Prefix, prefixes_of
 from ovis_model.types import ROWS_SIDE_BY_SIDE, Completion, FinishReason, Request, RequestError, SamplingParams
@@ -38,12 +39,13 @@ layer, which takes no more memory than that in any published size (`tests/test_m
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way to a completion."""
+    """A request on its way to a completion. `guide` knows what its constraint lets follow `output_ids`."""
 
     request: Request
     params: SamplingParams
     stream: RandomStream
     prefix: Prefix
+    guide: Guide | None = None
     choice_probs: NDArray[np.float32] | None = None
     output_ids: list[int] = field(default_factory=list)
     logprob_sum: float = 0.0

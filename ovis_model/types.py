@@ -47,10 +47,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must be as a whole. `spec`: the pattern, or the schema as JSON text."""
+    """What an answer must satisfy: `spec` is a regular expression for all of it, or a JSON schema as JSON text.
+
+    Which ones are served: `constraints.check`.
+    """
 
     kind: Literal["regex", "json_schema"]
     spec: str
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("regex", "json_schema"), "kind", self.kind, "'regex' or 'json_schema'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,9 @@ class SamplingParams:
     temperature 0 is greedy. top_p 1 and top_k 0 keep every token. repetition_penalty (CTRL, arXiv:1909.05858)
     counts the tokens generated so far, not the prompt: the original model hands embeddings to `generate`, so
     its penalty never sees the prompt either. A row's sample depends on its own `seed` only; None draws one.
-    Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`.
+    Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`. With a
+    `constraint` every answer is the beginning of one that satisfies it, and all of one if it ends before
+    `max_new_tokens`.
 
     With `choices`, the token ids of each allowed answer, each ending with an end-of-text id, nothing is generated: all
     of them are scored in one pass over the prompt's cache. The answer is the most probable, or at a temperature a draw
@@ -86,6 +94,7 @@ class SamplingParams:
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off")
         _require("" not in self.stop, "stop", self.stop, "non-empty strings")
         _require(all(c and min(c) >= 0 for c in self.choices), "choices", self.choices, "non-empty, of token ids >= 0")
+        _require(not (self.stop and self.constraint), "stop", self.stop, "empty: a constraint says where answers end")
 
 
 @dataclass(frozen=True, eq=False)
