@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from ovis_model.constraints import for_int, for_strings
 from ovis_model.types import Constraint
 from pipelines.records import Shape, closed, shape_of
 
@@ -119,7 +120,7 @@ class Integer(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return _json({"type": "integer", "minimum": self.minimum, "maximum": self.maximum})
+        return for_int(self.minimum, self.maximum)
 
     def value(self, text: str) -> int:
         number = int(text)
@@ -143,7 +144,7 @@ class Strings(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return _json({"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": self.max_items})
+        return for_strings(self.max_items)
 
     def value(self, text: str) -> list[str]:
         items = json.loads(text)
@@ -185,7 +186,7 @@ class Record(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return _json(closed(json.loads(self.schema)))
+        return Constraint("json_schema", json.dumps(closed(json.loads(self.schema))))
 
     def value(self, text: str) -> Any:
         return _shape_of(self.schema).convert(json.loads(text))
@@ -257,10 +258,6 @@ _WITH_ARGUMENT: dict[str, Callable[[Any], Answer]] = {
     "regex": _regex,
     "json_schema": _json_schema,
 }
-
-
-def _json(schema: Any) -> Constraint:
-    return Constraint("json_schema", json.dumps(schema))
 
 
 @dataclass(frozen=True)

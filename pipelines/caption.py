@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint, local_path
 from ovis_model.config import OvisConfig
+from ovis_model.constraints import check
 from ovis_model.processor import Processor
 from ovis_model.ranks import check_tensor_parallel
 from pipelines import schema
@@ -127,6 +128,11 @@ def check_model(config: RunConfig) -> None:
 
 def _check_task(task: Task, processor: Processor) -> None:
     params = task.sampling("", processor.answer_ids)
+    if params.constraint is not None:
+        try:
+            check(params.constraint)
+        except ValueError as error:
+            raise ValueError(f"{task.where}{error}") from error
     if params.max_new_tokens >= processor.config.max_length:
         raise ValueError(
             f"{task.where}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's "

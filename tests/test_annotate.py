@@ -42,6 +42,7 @@ CONSTRAINED: list[dict[str, Any]] = [
     {
         "name": "record",
         "prompt": "Read it.",
+        "max_new_tokens": 100,
         "answer": {
             "json_schema": {
                 "type": "object",
