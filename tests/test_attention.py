@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ovis_model import attention
 from ovis_model.attention import (
     Sdpa,
     _kernels,
     attend_all,
     attend_cached,
     attend_causal,
+    attend_extended,
     available,
     reads_lengths,
 )
@@ -63,6 +65,19 @@ def test_attend_cached(heads: tuple[int, int]) -> None:
         assert_close(out[b, 0], reference(query[b, 0], key[b], value[b], num_seen))
 
 
+@HEADS
+@pytest.mark.parametrize("mask_values", [1 << 22, 40])
+def test_attend_extended(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], mask_values: int) -> None:
+    """Five new tokens a row; the mask of all of them at once, and in pieces."""
+    monkeypatch.setattr(attention, "_MASK_VALUES", mask_values)
+    lengths = torch.tensor([5, 8, 14], dtype=torch.int32)
+    query, key, value = random(3, 5, heads[0], 16), random(3, 14, heads[1], 16), random(3, 14, heads[1], 16)
+    out = attend_extended(query, key, value, lengths)
+    for b, length in enumerate(lengths.tolist()):
+        for t in range(5):
+            assert_close(out[b, t], reference(query[b, t], key[b], value[b], num_seen=length - 4 + t))
+
+
 def test_on_a_cpu_and_in_float32_torch_computes_it() -> None:
     assert list(available(False)) == ["sdpa"]
     assert not reads_lengths(torch.zeros(1))
@@ -92,6 +107,10 @@ def test_all_kernels_agree_on_cuda(heads: tuple[int, int], name: str) -> None:
         (
             kernels.attend_cached(half[0][:, :1], half[1], half[2], lengths, mask),
             exact.attend_cached(query[:, :1], key, value, lengths, mask),
+        ),
+        (
+            kernels.attend_extended(half[0][:, :20], half[1], half[2], lengths.clamp(min=20)),
+            exact.attend_extended(query[:, :20], key, value, lengths.clamp(min=20)),
         ),
     ]
     if heads[0] == heads[1]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovis_model.config import SIZES, OvisConfig
-from ovis_model.kv_cache import KVCache, Prefill, bytes_per_token
+from ovis_model.kv_cache import Extend, KVCache, Prefill, bytes_per_token
 from ovis_model.memory import (
     _cgroup_bytes,
     describe,
@@ -24,7 +24,7 @@ from ovis_model.memory import (
     transient_bytes,
     vision_bytes,
 )
-from ovis_model.scheduler import Budget
+from ovis_model.scheduler import CACHED_PER_TOKEN, Budget
 from ovis_model.weights import empty_model
 
 META = torch.device("meta")
@@ -94,6 +94,25 @@ def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype) -> No
         hidden = model.llm.model(embeds, positions, Prefill(cache, slots))
         model.llm.logits(hidden[:, -1]).float().softmax(-1)
     assert 0.4 < allocations.peak / prefill_bytes(config, dtype, rows * width, rows) <= 1
+
+
+@DTYPES
+@sizes
+@pytest.mark.parametrize(("rows", "width", "start"), [(64, 24, 3000), (200, 3, 3000), (4, 1000, 0), (2, 2, 30_000)])
+def test_an_extension_stays_within_its_formula(
+    size: str, dtype: torch.dtype, rows: int, width: int, start: int
+) -> None:
+    """New tokens after those in the cache, each of which counts as `1 / CACHED_PER_TOKEN`."""
+    config = shallow(SIZES[size])
+    model = empty_model(config, device=META, dtype=dtype)
+    cache = KVCache(config.language, slots=4, capacity=start + width, device=META, dtype=dtype)
+    starts, slots = torch.full((rows,), start, device=META), torch.zeros(rows, dtype=torch.int64, device=META)
+    with torch.inference_mode(), Allocations() as allocations:
+        embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=dtype, device=META)
+        positions = starts[:, None] + torch.arange(width, device=META)
+        model.llm.model(embeds, positions, Extend(cache, slots, starts, start, width, slots))
+    tokens = rows * (width + start // CACHED_PER_TOKEN)
+    assert allocations.peak / prefill_bytes(config, dtype, tokens, 64) <= 1
 
 
 @DTYPES

@@ -28,6 +28,8 @@ from ovis_model.types import EngineDied, Request, RequestError, SamplingParams
 from tests.conftest import ROOT
 from tests.golden_data import checkpoint_dir, expected_arrays
 from tests.test_engine import GREEDY, PARAMS, alone, golden_requests, greedy_ids, ids_of
+from tests.test_siblings import TASKS, assert_same, items_of, params_of
+from tests.test_siblings import alone as alone_of_item
 
 
 def start(checkpoint: str, ranks: int, **options: float) -> TensorParallelEngine:
@@ -104,6 +106,19 @@ def test_samples_and_penalties_are_those_of_one_rank(two_ranks: TensorParallelEn
     assert [c.output_ids.tolist() for c in found] == [alone(i % 8, kind) for i, kind in enumerate(kinds)]
     [unseeded] = two_ranks.generate(requests[:1], SamplingParams(temperature=2.0, max_new_tokens=40))
     assert 0 < len(unseeded.output_ids) <= 40
+
+
+def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: TensorParallelEngine) -> None:
+    """Choices that are drawn without a seed included: the ranks would part where they did not agree."""
+    items, tasks = items_of("tiny56-tied"), range(len(TASKS))
+    found = two_ranks.generate(
+        [request for item in items for request in item], [params_of(task) for _ in items for task in tasks]
+    )
+    for index, completion in enumerate(found):
+        assert_same(completion, alone_of_item("tiny56-tied", *divmod(index, len(TASKS))))
+    unseeded = SamplingParams(choices=((17,), (9, 8, 564), (301,)), temperature=5.0)
+    drawn = two_ranks.generate([items[0][0]] * 30, unseeded)
+    assert len({tuple(completion.output_ids) for completion in drawn}) > 1
 
 
 def test_threads_get_their_own_rows(two_ranks: TensorParallelEngine) -> None:

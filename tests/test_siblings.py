@@ -1,0 +1,242 @@
+"""Tasks of one item answer as each would alone, at the price of one vision pass and one prefill of what they share."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovis_model.engine import OvisEngine
+from ovis_model.kv_cache import Extend
+from ovis_model.processor import Processor
+from ovis_model.scheduler import Budget, Row
+from ovis_model.siblings import prefixes_of
+from ovis_model.types import Completion, Request, RequestError, SamplingParams
+from tests.golden_data import CHECKPOINTS, checkpoint_dir, expected, picture
+from tests.test_decoding import Recorded
+from tests.test_engine import PARAMS, engine_of, golden_requests, prompt_logits
+
+END = 564
+CHOICES = ((17, END), (5, 301, 22, END), (9, 8, END), (END,))
+CHOICE = SamplingParams(choices=CHOICES)
+TASKS: tuple[tuple[str, str | None, SamplingParams], ...] = (
+    ("Describe the image.", None, PARAMS["greedy"]),
+    ("Is there a red object?", None, replace(CHOICE, choices=CHOICES[:2])),
+    ("How many objects are there? Answer with a number and nothing else.", None, PARAMS["penalised"]),
+    ("Which shape is it?", None, CHOICE),
+    ("Tags, please.", None, PARAMS["sampled"]),
+    ("", None, replace(CHOICE, temperature=1.5, seed=4)),
+    ("Describe the image.", "You are terse.", PARAMS["hot"]),
+    ("Is it large?", "You are terse.", CHOICE),
+)
+
+
+@cache
+def items_of(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
+    """For each golden picture set, the tasks as requests with one array of tiles; the last ones have no picture."""
+    processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
+    cases = [case for case in expected(checkpoint)["generation"] if case["images"]]
+    items = []
+    for pictures, most in [*(([picture(p) for p in c["images"]], c["max_partition"]) for c in cases), ([], 1)]:
+        requests = [processor.request(text, pictures, most, system) for text, system, _ in TASKS]
+        items.append(tuple(replace(request, tiles=requests[0].tiles) for request in requests))
+    return tuple(items)
+
+
+@cache
+def alone(checkpoint: str, item: int, task: int) -> Completion:
+    [completion] = engine_of(checkpoint).generate([items_of(checkpoint)[item][task]], params_of(task))
+    return completion
+
+
+def params_of(task: int) -> SamplingParams:
+    return replace(TASKS[task][2], max_new_tokens=3 + task)
+
+
+def assert_same(found: Completion, wanted: Completion) -> None:
+    assert found.output_ids.tolist() == wanted.output_ids.tolist()
+    assert found.finish_reason == wanted.finish_reason
+    assert found.mean_logprob == pytest.approx(wanted.mean_logprob, abs=1e-4)
+    assert (found.choice_probs is None) == (wanted.choice_probs is None)
+    if wanted.choice_probs is not None:
+        np.testing.assert_allclose(found.choice_probs, wanted.choice_probs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("slots", [1, 5, 64])
+def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_an_item(checkpoint: str, slots: int) -> None:
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=400 * slots, slots=slots))
+    # The longest first, so that the cache need not grow: a row that waits for that finds no sibling in it.
+    order = sorted(range(8), key=lambda item: -len(items_of(checkpoint)[item][0].input_ids))
+    items = [items_of(checkpoint)[index] for index in order]
+    requests = [request for item in items for request in item]
+    found = engine.generate(requests, [params_of(task) for _ in items for task in range(len(TASKS))])
+    for index, completion in enumerate(found):
+        assert_same(completion, alone(checkpoint, order[index // len(TASKS)], index % len(TASKS)))
+    assert engine.stats.tiles == sum(len(item[0].tiles) for item in items)
+    prefixes = Counter(prefix for item in items for prefix in prefixes_of(item))
+    shared = sum(prefix.length * (num_rows - 1) for prefix, num_rows in prefixes.items())
+    assert engine.stats.prompt_tokens == sum(len(request.input_ids) for request in requests) - shared
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), slots=st.integers(1, 16), replayed=st.booleans())
+def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
+    data: st.DataObject, slots: int, replayed: bool
+) -> None:
+    """Also where captured steps take in slots that no row uses, and where memory ends at some moment."""
+    checkpoint = "tiny56-tied"
+    items, options = items_of(checkpoint), {"make_runner": Recorded()} if replayed else {}
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=230 * slots, slots=slots), **options)
+    tasks = st.lists(st.integers(0, len(TASKS) - 1), min_size=1, max_size=8)
+    calls = data.draw(st.lists(st.lists(st.tuples(st.integers(0, 7), tasks), min_size=1, max_size=4), max_size=3))
+    rows: list[tuple[Row, int, int]] = []
+    for call in calls:
+        picked = [(item, task) for item, own in call for task in own]
+        random.Random(len(picked)).shuffle(picked)
+        params = [params_of(task) for _, task in picked]
+        enqueued = engine.enqueue([items[item][task] for item, task in picked], params)
+        rows += [(row, *which) for row, which in zip(enqueued, picked, strict=True)]
+        for _ in range(data.draw(st.integers(0, 5))):
+            engine.step()
+        if data.draw(st.booleans()):
+            engine._shrink(torch.OutOfMemoryError("told by the test"))
+            engine._scheduler.budget = engine._budget
+    while not all(row.has_left for row, _, _ in rows):
+        engine.step()
+    for row, item, task in rows:
+        if row.error is None:  # with one slot, a row that is out of memory fails
+            assert_same(row.completion(), alone(checkpoint, item, task))
+        assert row.item.visual is None
+    assert slots == 1 or not any(row.error for row, _, _ in rows)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_probabilities_of_choices_are_those_of_scoring_each_by_itself(checkpoint: str) -> None:
+    """`model.forward` over prompt and choice, without a cache."""
+    model = engine_of(checkpoint).model
+    choices = (*CHOICES, tuple(range(100, 140)))
+    requests = [item[0] for item in items_of(checkpoint)]
+    completions = engine_of(checkpoint).generate(requests, SamplingParams(choices=choices))
+    for request, completion in zip(requests, completions, strict=True):
+        logliks = torch.stack([loglik(model, request, choice) for choice in choices])
+        assert completion.choice_probs is not None and completion.choice_probs.dtype == np.float32
+        np.testing.assert_allclose(completion.choice_probs, logliks.softmax(0), atol=1e-4, rtol=0)
+        best = int(logliks.argmax())
+        assert completion.output_ids.tolist() == list(choices[best])
+        assert completion.finish_reason == "stop"
+        assert completion.mean_logprob == pytest.approx(float(logliks[best]) / len(choices[best]), abs=1e-4)
+
+
+def loglik(model: torch.nn.Module, request: Request, choice: tuple[int, ...]) -> torch.Tensor:
+    ids = np.concatenate([request.input_ids, np.array(choice, np.int32)])
+    logprobs = prompt_logits(model, replace(request, input_ids=ids)).log_softmax(-1)[len(request.input_ids) - 1 : -1]
+    return logprobs.gather(1, torch.tensor(choice)[:, None]).sum()
+
+
+def test_choices_are_drawn_at_a_temperature_by_the_rows_own_seed() -> None:
+    engine, request = engine_of("tiny56-tied"), items_of("tiny56-tied")[0][3]
+    choices = ((17,), (9,), (301,), (22,))
+    params = [SamplingParams(choices=choices, temperature=2.0, seed=seed) for seed in range(400)]
+    found = engine.generate([request] * 400, params)
+    probs = found[0].choice_probs
+    assert probs is not None
+    wanted = torch.from_numpy(probs).log().div(2).softmax(0)
+    counts = Counter(completion.output_ids.tolist()[0] for completion in found)
+    for (token,), share in zip(choices, wanted.tolist(), strict=True):
+        assert counts[token] / 400 == pytest.approx(share, abs=0.08)
+    again = engine.generate([request] * 2, params[7:9])
+    assert [c.output_ids.tolist() for c in again] == [c.output_ids.tolist() for c in found[7:9]]
+
+
+def test_a_choice_without_logprobs_still_has_probabilities() -> None:
+    [completion] = engine_of("tiny56-tied").generate(
+        [items_of("tiny56-tied")[0][0]], SamplingParams(choices=CHOICES, logprobs=False)
+    )
+    assert math.isnan(completion.mean_logprob) and completion.choice_probs is not None
+
+
+def test_many_choices_and_small_passes() -> None:
+    """More than fit into one pass under the budget."""
+    checkpoint = "tiny56-tied"
+    rng = random.Random(3)
+    choices = tuple((*(rng.randrange(500) for _ in range(rng.randrange(1, 9))), END) for _ in range(150))
+    params = SamplingParams(choices=choices)
+    requests = items_of(checkpoint)[3][:3]
+    budget = Budget(kv_tokens=1000, slots=2, prefill_tokens=64)
+    small = OvisEngine(engine_of(checkpoint).model, budget=budget).generate(requests, params)
+    for found, wanted in zip(small, engine_of(checkpoint).generate(requests, params), strict=True):
+        assert_same(found, wanted)
+        assert found.choice_probs is not None and float(found.choice_probs.sum()) == pytest.approx(1)
+
+
+def test_samples_of_one_prompt_share_all_but_its_last_token() -> None:
+    checkpoint = "tiny56-tied"
+    engine, request = OvisEngine(engine_of(checkpoint).model), golden_requests(checkpoint)[0]
+    params = [SamplingParams(max_new_tokens=6, temperature=2.0, seed=seed) for seed in range(8)]
+    found = engine.generate([request] * 8, params)
+    for completion, own in zip(found, params, strict=True):
+        assert completion.output_ids.tolist() == engine.generate([request], own)[0].output_ids.tolist()
+    assert len({tuple(completion.output_ids) for completion in found}) > 1
+    assert engine.stats.prompt_tokens == len(request.input_ids) * (1 + 8) + 7
+
+
+def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = "tiny56-tied"
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
+    extend = Extend.__init__
+
+    def limited(self: Extend, cache: object, sources: torch.Tensor, *others: object) -> None:
+        if len(sources) > 2:
+            raise torch.OutOfMemoryError("too many rows")
+        extend(self, cache, sources, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Extend, "__init__", limited)
+    params = [replace(params_of(task), choices=TASKS[task][2].choices[:1]) for task in range(len(TASKS))]
+    found = engine.generate(items_of(checkpoint)[0], params)
+    for task, completion in enumerate(found):
+        if not params[task].choices:
+            assert_same(completion, alone(checkpoint, 0, task))
+    assert engine._scheduler.budget.slots == 2
+
+
+def test_what_siblings_share() -> None:
+    tiles, sizes = np.zeros((1, 3, 2, 2), np.uint8), np.array([[2, 2]], np.int32)
+
+    def request(*ids: int) -> Request:
+        return Request(np.array(ids, np.int32), tiles, sizes.copy())
+
+    same = prefixes_of([request(1, -301, -300, 5, 6), request(1, -301, -300, 5, 7), request(1, -301, -300, 5, 6)])
+    assert same[0] is same[1] is same[2] and same[0].length == 4
+    one, other, third = prefixes_of([request(1, -300, 5), request(2, -300, 5), request(1, -300, 5, 9)])
+    assert one is third and one is not other and one.item is other.item
+    assert (one.length, other.length) == (2, 2)
+    whole, _ = prefixes_of([request(1, -300), request(1, -300)])
+    assert whole.length == 0  # what is left would hold a placeholder
+    copy = replace(request(1, -300, 5), tiles=tiles.copy())
+    assert len({prefix.item for prefix in prefixes_of([request(1, -300, 5), copy])}) == 2
+
+
+def test_bad_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be non-empty"):
+        SamplingParams(choices=((5,), ()))
+    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[0]
+    with pytest.raises(RequestError, match="request 0: a choice holds token 640; the model has 640"):
+        engine.generate([request], SamplingParams(choices=((5, 640),)))
+    long = SamplingParams(choices=(tuple([5] * 40_000),))
+    with pytest.raises(RequestError, match=r"40000 output tokens are .* over the limit of 32768"):
+        engine.generate([request], long)
+    small = OvisEngine(engine.model, budget=Budget(kv_tokens=4000, prompt_tokens=100))
+    with pytest.raises(RequestError, match=r"prompt and choice tokens are .* over the 100 that the device has memory"):
+        small.generate([request], SamplingParams(choices=((5,) * 90,)))
+    ends = replace(request, input_ids=request.input_ids[: np.flatnonzero(request.input_ids == -300)[-1] + 1])
+    with pytest.raises(RequestError, match="the prompt ends within an image"):
+        engine.generate([ends], CHOICE)
