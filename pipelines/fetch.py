@@ -6,11 +6,12 @@ import gzip
 import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,8 @@ _TRIES = 2  # of a cell: damage looks like a fault of the store, whose own retri
 _BLOCK_BYTES = 4 << 20
 _IN_ORDER = ("tgz", "parquet", "arrow")
 
+T = TypeVar("T")
+
 
 class Fetcher:
     """Fetches the images of rows. What has to be read in order is, by one thread, in the order of the rows."""
@@ -40,6 +43,16 @@ class Fetcher:
         self._unpacked = _UnpackedTar()
         self._cells = _ParquetCells()
         self._batch = _ArrowBatch()
+
+    def ahead(self, rows: Iterable[tuple[T, Sequence[ImageRef]]]) -> Iterator[tuple[T, Pending]]:
+        """What stands for each row, in order, with the bytes of its images; a bounded number and bytes ahead."""
+        waiting: deque[tuple[T, Pending]] = deque()
+        for row, images in rows:
+            while waiting and _is_full(images, waiting):
+                yield waiting.popleft()
+            waiting.append((row, self.submit(images)))
+        while waiting:
+            yield waiting.popleft()
 
     def submit(self, images: Sequence[ImageRef]) -> Pending:
         return Pending(self, images, self._start(images, ahead=True))
@@ -100,7 +113,7 @@ class Pending:
         """What they take of the memory, or will as far as is known."""
         if self._future.done() and self._future.exception() is None:
             return sum(map(len, self._future.result()))
-        return bytes_ahead(self._images)
+        return _bytes_ahead(self._images)
 
     def result(self) -> list[bytes]:
         """The bytes of all images, in order. Raises OSError if one of them cannot be read."""
@@ -110,7 +123,12 @@ class Pending:
             return self._fetcher.fetch(self._images)
 
 
-def bytes_ahead(images: Sequence[ImageRef]) -> int:
+def _is_full(images: Sequence[ImageRef], waiting: Collection[tuple[T, Pending]]) -> bool:
+    waiting_bytes = sum(pending.num_bytes for _, pending in waiting)
+    return len(waiting) == AT_ONCE or waiting_bytes + _bytes_ahead(images) > AHEAD_BYTES
+
+
+def _bytes_ahead(images: Sequence[ImageRef]) -> int:
     return sum(_listed_bytes(image) if _listed_bytes(image) >= 0 else _SHARE_BYTES for image in images)
 
 

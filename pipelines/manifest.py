@@ -56,6 +56,15 @@ def read_rows(output: str, rows: RowRange) -> pa.Table:
     return _read_group(output, first, MANIFEST.names).slice(rows.start - first * ROWS_PER_GROUP, rows.stop - rows.start)
 
 
+def take_rows(output: str, rows: NDArray[np.int64], columns: list[str]) -> pa.Table:
+    """These columns of some rows, in order, by sorted row numbers, at least one."""
+    groups = [
+        _read_group(output, group, columns).take(rows[rows // ROWS_PER_GROUP == group] % ROWS_PER_GROUP)
+        for group in np.unique(rows // ROWS_PER_GROUP).tolist()
+    ]
+    return pa.concat_tables(groups)
+
+
 def sample_images(output: str) -> Iterator[ImageRef]:
     """Some images, from the first, the middle and the last rows."""
     files = store.list_files(store.join(output, "manifest"))
@@ -88,11 +97,7 @@ class KeptColumns:
         """The columns of `schema` for sorted row numbers."""
         if not len(self.schema):
             return []
-        groups = [
-            _read_group(self._output, group, [KEPT]).take(rows[rows // ROWS_PER_GROUP == group] % ROWS_PER_GROUP)
-            for group in np.unique(rows // ROWS_PER_GROUP).tolist()
-        ]
-        columns: list[pa.ChunkedArray] = pa.concat_tables(groups).column(KEPT).flatten()
+        columns: list[pa.ChunkedArray] = take_rows(self._output, rows, [KEPT]).column(KEPT).flatten()
         return columns
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +16,7 @@ from pipelines import store
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
 from pipelines.config import RunConfig
-from pipelines.decoder import Video
-from pipelines.fetch import AHEAD_BYTES, AT_ONCE, Fetcher, Pending, bytes_ahead
+from pipelines.fetch import Fetcher, Pending
 from pipelines.frames import Encoder, FrameSelector
 from pipelines.ledger import RowRange
 from pipelines.manifest import read_rows, sample_images
@@ -26,9 +24,9 @@ from pipelines.media import MediaError, decode_image
 from pipelines.retries import StoreFault
 from pipelines.schema import Stage
 from pipelines.sources.rows import ImageRef
-from pipelines.sources.videos import is_video
+from pipelines.sources.videos import is_in_place, video_of
 from pipelines.tasks import Task
-from pipelines.video import Frame, Window, looks_like_video
+from pipelines.video import Frame, looks_like_video
 
 Row = dict[str, Any]
 Batch = dict[str, np.ndarray]
@@ -73,20 +71,12 @@ class Preprocess:
             self._attempts.end(work)
 
     def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Pending]]:
-        """Rows in order with the bytes of their images, a bounded number of rows and bytes ahead."""
-        ahead: deque[tuple[Row, Pending]] = deque()
-        for row in rows:
-            images = self._images_of(row)
-            while ahead and _is_full(images, ahead):
-                yield ahead.popleft()
-            ahead.append((row, self._fetcher.submit(images)))
-        while ahead:
-            yield ahead.popleft()
+        return self._fetcher.ahead((row, self._images_of(row)) for row in rows)
 
     def _images_of(self, row: Row) -> list[ImageRef]:
         """Nothing is fetched for a row that fails anyway, nor for a video that is decoded where it is."""
         images = [ImageRef(**image) for image in row["images"]]
-        is_needed = not row["error"] and len(images) <= self._most_images and not _is_in_place(images)
+        is_needed = not row["error"] and len(images) <= self._most_images and not is_in_place(images)
         return images if is_needed else []
 
     def _prepare(self, row: Row, images: Pending) -> Row:
@@ -120,7 +110,7 @@ class Preprocess:
         with _stage("tile", ValueError):
             self._check_number(max(len(encoded), len(row["images"])))
         references = [ImageRef(**image) for image in row["images"]]
-        if _is_in_place(references) or any(map(looks_like_video, encoded)):
+        if is_in_place(references) or any(map(looks_like_video, encoded)):
             return self._video_request(row, references, encoded)
         if not encoded and not row["has_own_prompt"]:
             raise RowError("read", "no image, and no prompt of its own")
@@ -143,7 +133,7 @@ class Preprocess:
 
     def _video_request(self, row: Row, references: list[ImageRef], encoded: list[bytes]) -> Row:
         with _stage("decode", MediaError), _stage("read", OSError):
-            video, window = _video_of(references, encoded)
+            video, window = video_of(references, encoded)
             prompts = self._config.prompts(row["prompt"])
             frames = self._frames.select(video, window, without_marks("\n".join(prompts)))
         with _stage("tile", ValueError):
@@ -187,11 +177,6 @@ class Preprocess:
         return max(1, self._processor.config.max_length // self._tokens_per_tile)
 
 
-def _is_full(images: list[ImageRef], ahead: Collection[tuple[Row, Pending]]) -> bool:
-    waiting_bytes = sum(pending.num_bytes for _, pending in ahead)
-    return len(ahead) == AT_ONCE or waiting_bytes + bytes_ahead(images) > AHEAD_BYTES
-
-
 @contextmanager
 def _stage(stage: Stage, expected: type[Exception]) -> Iterator[None]:
     try:
@@ -210,22 +195,6 @@ def _decoded(encoded: list[bytes]) -> list[Image.Image]:
         except MediaError as error:
             raise MediaError(f"image {number} of {len(encoded)}: {error}" if len(encoded) > 1 else error) from error
     return pictures
-
-
-def _is_in_place(references: list[ImageRef]) -> bool:
-    """One video that need not be fetched: it is a file, or a part of one."""
-    return len(references) == 1 and is_video(references[0]) and references[0].kind in ("file", "tar")
-
-
-def _video_of(references: list[ImageRef], encoded: list[bytes]) -> tuple[Video, Window]:
-    """Raises MediaError."""
-    if len(references) > 1 or len(encoded) > 1:
-        raise MediaError("a row holds one video and nothing beside it; make rows of their own of the others")
-    reference = references[0]
-    data = encoded[0] if encoded else b""
-    return Video(reference.uri, reference.offset, reference.num_bytes, data), Window(
-        reference.start_s, reference.stop_s
-    )
 
 
 def _harmless(prompt: str, *, num_images: int) -> str:

@@ -16,6 +16,11 @@ _NUMBER = re.compile(r"\d[\d,._]*")
 logger = logging.getLogger(__name__)
 
 
+def kind_of(reason: str) -> str:
+    """The same for reasons that differ in their numbers only."""
+    return _NUMBER.sub("0", reason)
+
+
 class EverythingFails(RuntimeError):  # noqa: N818  (the name says what happened)
     """So many rows are errors that the rest would be as well."""
 
@@ -39,7 +44,7 @@ class Reasons:
         self._check()
 
     def _count(self, reason: str) -> None:
-        kind = _NUMBER.sub("0", reason)
+        kind = kind_of(reason)
         if kind in self._counts or len(self._counts) < _MOST_REASONS:
             self._counts[kind] += 1
             self._examples.setdefault(kind, reason)

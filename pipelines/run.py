@@ -79,7 +79,7 @@ def open_run(config: RunConfig, model: Json) -> Run:
         "model": model,
     }
     try:
-        record = _read_record(output)
+        record = read_record(output)
         if config.overwrite or record is None:
             record = _start(output, config, what, replaces=record)
         elif config.extend:
@@ -182,7 +182,8 @@ def _check_same(output: str, record: Json, what: Json, but: frozenset[str] = fro
         )
 
 
-def _read_record(output: str) -> Json | None:
+def read_record(output: str) -> Json | None:
+    """What OUTPUT/run.json says, None if there is none. Raises RunError and OSError."""
     uri = store.join(output, "run.json")
     if store.find_file(uri) is None:
         return None

@@ -91,7 +91,7 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "in" / f"{i:02}.png").write_bytes(bytes([i]) * 300)
     lines = "\n".join(json.dumps({"image": f"{i:02}.png"}) for i in range(30))
     (tmp_path / "in" / "rows.jsonl").write_text(lines)
-    monkeypatch.setattr(preprocess, "AHEAD_BYTES", 1000)
+    monkeypatch.setattr(fetch, "AHEAD_BYTES", 1000)
     monkeypatch.setattr(fetch, "_SHARE_BYTES", 100)
     read = fetch.store.read_bytes
     num_read = [0]

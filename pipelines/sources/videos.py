@@ -6,7 +6,7 @@ import logging
 import os
 import queue
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +19,7 @@ from pipelines.decoder import Video, VideoDecoder
 from pipelines.media import MediaError
 from pipelines.sources.files import VIDEO_SUFFIXES
 from pipelines.sources.rows import Chunk, ImageRef, Row
+from pipelines.video import Window
 
 MAX_WINDOWS = 100_000  # of one video: a header that promises more is wrong
 _HEADER_TIMEOUT_S = 60
@@ -31,6 +32,19 @@ def is_video(image: ImageRef) -> bool:
     """By its name; of a URL, without its query. What has no name is seen by its content when it is read."""
     suffix = PurePosixPath(image.member or store.name_of(image.uri)).suffix.lower()
     return image.kind in ("file", "tar", "tgz") and suffix in VIDEO_SUFFIXES
+
+
+def is_in_place(images: Sequence[ImageRef]) -> bool:
+    """One video that need not be fetched: it is a file, or a part of one."""
+    return len(images) == 1 and is_video(images[0]) and images[0].kind in ("file", "tar")
+
+
+def video_of(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[Video, Window]:
+    """The row's video, in place or fetched as `encoded`, and the part of it that is meant. Raises MediaError."""
+    if len(images) > 1 or len(encoded) > 1:
+        raise MediaError("a row holds one video and nothing beside it; make rows of their own of the others")
+    place, data = images[0], encoded[0] if encoded else b""
+    return Video(place.uri, place.offset, place.num_bytes, data), Window(place.start_s, place.stop_s)
 
 
 def without_window(uri: str) -> str:

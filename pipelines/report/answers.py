@@ -1,0 +1,127 @@
+"""Some rows of an output with what is derived from their columns: confidence, flags, and which answers are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.report.columns import CAPTION, Columns, Kind, Task
+
+_YES, _NO = ["yes", "true", "1"], ["no", "false", "0"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Rows of an output: `rows` int64[N] their numbers, `batch` their columns. What is derived is in the same order."""
+
+    columns: Columns
+    rows: NDArray[np.int64]
+    batch: pa.RecordBatch
+
+    def column(self, name: str) -> pa.Array:
+        return self.batch.column(name)
+
+    @cached_property
+    def is_ok(self) -> NDArray[np.bool_]:
+        return as_mask(pc.equal(self.column("status"), "ok"))
+
+    @cached_property
+    def confidence(self) -> Mapping[str, NDArray[np.float64]]:
+        """Task -> float64[N]: the probability of the choice, else of a token (geometric mean); NaN: there is none."""
+        return {task.name: self._confidence(task) for task in self.columns.tasks}
+
+    @cached_property
+    def flags(self) -> pa.ListArray:
+        """Of "task:flag". A captioning run has no such column: there, what is cut off and what is empty."""
+        if self.columns.has_flags:
+            return self.column("flags")
+        is_cut = as_mask(pc.equal(self.column("finish_reason"), "length"))
+        is_empty = self.is_ok & as_mask(pc.equal(pc.utf8_trim_whitespace(self.column("text")), ""))
+        marks = np.stack((is_cut & self.is_ok, is_empty), axis=1)
+        names = np.array([f"{CAPTION}:truncated", f"{CAPTION}:empty"])[np.nonzero(marks)[1]]
+        offsets = np.concatenate(([0], marks.sum(axis=1).cumsum()))
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(names.tolist(), pa.string()))
+
+    @cached_property
+    def said(self) -> Mapping[str, pa.Array]:
+        """Task -> its answers as text, of the tasks whose truth is known."""
+        return {task.name: as_text(task.kind, self.column(task.value)) for task in self._with_truth}
+
+    @cached_property
+    def truth(self) -> Mapping[str, pa.Array]:
+        """Task -> what is right, as text; null where nobody says."""
+        return {task.name: as_text(task.kind, self.column(task.truth)) for task in self._with_truth if task.truth}
+
+    @cached_property
+    def is_wrong(self) -> Mapping[str, NDArray[np.bool_]]:
+        """Task -> bool[N]: there is an answer and another truth."""
+        differs = {name: pc.not_equal(self.said[name], truth) for name, truth in self.truth.items()}
+        return {name: as_mask(mask) & self.is_ok for name, mask in differs.items()}
+
+    @property
+    def _with_truth(self) -> list[Task]:
+        return [task for task in self.columns.tasks if task.truth]
+
+    def _confidence(self, task: Task) -> NDArray[np.float64]:
+        column = self.column(task.confidence)
+        if not task.choices:
+            logprobs: NDArray[np.float64] = np.exp(as_floats(column))
+            return logprobs
+        of_choices = np.stack([as_floats(child) for child in column.flatten()], axis=1)
+        names = pa.array(task.choices)
+        chosen = pc.fill_null(pc.index_in(as_text(task.kind, self.column(task.value)), names), -1).to_numpy()
+        probability = of_choices[np.arange(len(chosen)), chosen]
+        return np.where(chosen < 0, np.nan, probability)
+
+
+def as_text(kind: Kind, values: pa.Array) -> pa.Array:
+    """Answers, or what is right, in one form for both. Raises ValueError for what cannot be an answer of this kind."""
+    if kind == "bool":
+        return _as_yes_or_no(values)
+    if kind == "int":
+        return values.cast(pa.int64()).cast(pa.string())
+    if pa.types.is_nested(values.type):
+        raise ValueError("--truth compares single values; a task that answers with a list or a record has none")
+    return pc.utf8_trim_whitespace(values.cast(pa.string()))
+
+
+def _as_yes_or_no(values: pa.Array) -> pa.Array:
+    if pa.types.is_boolean(values.type):
+        return pc.if_else(values, "Yes", "No")
+    text = pc.utf8_lower(pc.utf8_trim_whitespace(values.cast(pa.string())))
+    known = pc.if_else(pc.is_in(text, pa.array(_YES)), "Yes", pc.if_else(pc.is_in(text, pa.array(_NO)), "No", text))
+    return pc.if_else(pc.is_null(text), pa.scalar(None, pa.string()), known)
+
+
+def as_mask(values: pa.Array) -> NDArray[np.bool_]:
+    """bool[N]; null is False."""
+    mask: NDArray[np.bool_] = pc.fill_null(values, False).to_numpy(zero_copy_only=False)
+    return mask
+
+
+def as_floats(values: pa.Array) -> NDArray[np.float64]:
+    """float64[N]; null is NaN."""
+    floats: NDArray[np.float64] = pc.fill_null(values.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+    return floats
+
+
+def as_ints(values: pa.Array) -> NDArray[np.int64]:
+    """int64 of those that are not null."""
+    ints: NDArray[np.int64] = values.drop_null().cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return ints
+
+
+def as_keys(kind: Kind, values: pa.Array) -> pa.Array:
+    """What is counted of single answers: as `as_text`, but text as it is."""
+    return as_text(kind, values) if kind in ("bool", "int") else values.cast(pa.string())
+
+
+def only(values: pa.Array, mask: NDArray[np.bool_]) -> Any:
+    return values.filter(pa.array(mask))

@@ -1,0 +1,164 @@
+"""An output -> its report: one pass over the rows, then the media of those that are shown."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines import schema, store
+from pipelines.ledger import FileEntry, count, read_entries, union
+from pipelines.report.answers import Answers
+from pipelines.report.columns import Columns, columns_of
+from pipelines.report.page import render
+from pipelines.report.pictures import pictures_of
+from pipelines.report.rows import name_of_run, row_json, run_json
+from pipelines.report.sample import Picked, Sheet
+from pipelines.report.statistics import RunStatistics
+from pipelines.run import RunError, read_record
+from pipelines.sources.parquet import BUFFER_BYTES
+from pipelines.store import FileInfo
+
+MOST_ROWS = 5_000
+_MOST_PICTURE_BYTES, _MOST_ROW_BYTES = 12_000_000, 5_000_000  # of a page; the rest of its 20 MB is counts
+_ROWS_AT_ONCE = 1 << 13
+_LOG_EVERY_S = 10.0
+
+T = TypeVar("T")
+Json = dict[str, Any]
+File = tuple[FileInfo, FileEntry]
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """`to` is a file or URI, None for what `report_uri` says; `truths` is {task: kept column that holds its truth}."""
+
+    output: str
+    to: str | None = None
+    rows: int = 300
+    truths: Mapping[str, str] = field(default_factory=dict)
+    media_limit_s: float = 600.0
+    allow_private_addresses: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: counts of the run, the rows shown and how many of them lack their media."""
+
+    rows: int
+    ok: int
+    error: int
+    shown: int
+    without_media: int
+    num_bytes: int
+    seconds: float
+    report: str
+
+
+def write_report(options: ReportOptions) -> Report:
+    """Raises ValueError if there is no run or --truth does not fit it, OSError and StoreFault."""
+    started_s = time.monotonic()
+    output = store.absolute_uri(options.output)
+    record = _record(output)
+    store.allow_private_addresses(options.allow_private_addresses)
+    files = _files(output)
+    columns = columns_of(record, _schema(files), options.truths)
+    counts, picked = _count(files, columns, options.rows)
+    rows = _rows(output, picked, columns, options.media_limit_s)
+    data = {"run": run_json(output, record), "statistics": counts, "rows": rows, "kept": columns.kept}
+    page, uri = render(data), report_uri(options)
+    store.write_bytes(uri, page)
+    return Report(
+        **{name: counts[name] for name in ("rows", "ok", "error")},
+        shown=len(rows),
+        without_media=sum("missing" in row["media"] for row in rows),
+        num_bytes=len(page),
+        seconds=round(time.monotonic() - started_s, 3),
+        report=uri,
+    )
+
+
+def report_uri(options: ReportOptions) -> str:
+    """OUTPUT/report.html; for an OUTPUT in an object store NAME-report.html here, where a browser can open it."""
+    if options.to is not None:
+        return store.absolute_uri(options.to)
+    output = store.absolute_uri(options.output)
+    is_remote = "://" in output
+    return store.absolute_uri(f"{name_of_run(output)}-report.html") if is_remote else store.join(output, "report.html")
+
+
+def _record(output: str) -> Json:
+    record = read_record(output)
+    if record is None or "num_rows" not in record:
+        raise RunError(f"{output} holds no run (no run.json)")
+    return record
+
+
+def _files(output: str) -> list[File]:
+    files = read_entries(store.join(output, "data"))
+    every_range = tuple(r for _, entry in files for r in entry.ranges)
+    if count(union(every_range)) < count(every_range):
+        raise RunError(
+            f"files in {output} hold the same rows twice: was a jobs.compact of it killed? Then run it again"
+        )
+    return files
+
+
+def _schema(files: list[File]) -> pa.Schema:
+    """That of all files; without any yet, that of a captioning run."""
+    if not files:
+        return schema.OUTPUT
+    with store.open_file(files[0][0].uri) as file:
+        return pq.read_schema(file)
+
+
+def _count(files: list[File], columns: Columns, most_rows: int) -> tuple[Json, list[Picked]]:
+    """The counts of all rows, and the rows to show."""
+    statistics, sheet = RunStatistics(columns), Sheet(columns, most_rows)
+    num_rows = sum(count(entry.ranges) for _, entry in files)
+    for answers in _shown(_answers(files, columns), "rows counted", num_rows, lambda answers: len(answers.rows)):
+        statistics.add(answers)
+        sheet.offer(answers)
+    return statistics.to_json(), sheet.rows()
+
+
+def _answers(files: list[File], columns: Columns) -> Iterator[Answers]:
+    for info, entry in files:
+        rows, at = entry.rows, 0
+        with store.open_file(info.uri) as file:
+            parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns.names):
+                yield Answers(columns, rows[at : at + len(batch)], batch)
+                at += len(batch)
+
+
+def _rows(output: str, picked: list[Picked], columns: Columns, limit_s: float) -> list[Json]:
+    """As JSON, each with its media; all together within the limits of a page."""
+    most_bytes = _MOST_PICTURE_BYTES // max(1, len(picked))
+    pictures = pictures_of(output, picked, most_bytes=most_bytes, limit_s=limit_s)
+    shown = _shown(pictures, "rows with their media", len(picked), lambda _: 1)
+    most_bytes = _MOST_ROW_BYTES // max(1, len(picked))
+    return [{**row_json(row, columns, most_bytes), "media": media} for row, media in shown]
+
+
+def _shown(items: Iterable[T], what: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
+    """The same, with progress on stderr: a bar on a terminal, a line now and then in a log."""
+    console = Console(file=sys.stderr)
+    parts = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done, logged_s = 0, time.monotonic()
+    with Progress(*parts, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+        for item in items:
+            yield item
+            done += size(item)
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - logged_s > _LOG_EVERY_S:
+                logged_s = time.monotonic()
+                print(f"{done}/{total} {what}", file=sys.stderr)

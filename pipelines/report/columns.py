@@ -1,0 +1,113 @@
+"""What the columns of an output mean: its tasks, what each answers with, and what the input gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from pipelines import schema
+
+Json = dict[str, Any]
+Kind = Literal["text", "bool", "int", "choices", "list", "record"]
+
+CAPTION = "text"
+"""What the only task of a captioning run is called: its column."""
+
+_OF_THE_ROW = ("id", "uri", "status", "stage", "error", "num_images", "num_tiles", "num_prompt_tokens")
+_OF_SHOWN_ROWS = ("frame_timestamps_s",)
+_OF_A_TASK = ("", "_text", "_finish_reason", "_confidence", "_alternative")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to every item. `value`, `text`, `finish_reason` and `confidence` are names of columns.
+
+    `confidence` is float32, a mean log-probability, or for bool and choices a struct of the probability of each
+    of `choices`. `truth` is the kept column that holds what is right, if one does. `about` is the task as in run.json.
+    """
+
+    name: str
+    kind: Kind
+    value: str
+    text: str
+    finish_reason: str
+    confidence: str
+    choices: tuple[str, ...]
+    truth: str | None
+    about: Json
+
+    @property
+    def columns(self) -> list[str]:
+        return [*dict.fromkeys((self.value, self.text, self.finish_reason, self.confidence))]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Of one output. `kept` are those of the input that a page can show, `alternatives` those of answers not chosen."""
+
+    tasks: tuple[Task, ...]
+    kept: tuple[str, ...]
+    alternatives: tuple[str, ...]
+    has_flags: bool
+    has_prompts: bool
+
+    @property
+    def names(self) -> list[str]:
+        """All that a report reads."""
+        names = [*_OF_THE_ROW, "num_output_tokens", *_OF_SHOWN_ROWS]
+        names += ["flags"] * self.has_flags + ["prompt"] * self.has_prompts
+        of_tasks = [name for task in self.tasks for name in (*task.columns, *filter(None, [task.truth]))]
+        return [*dict.fromkeys([*names, *of_tasks, *self.alternatives, *self.kept])]
+
+
+def columns_of(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> Columns:
+    """The columns of a run by its run.json and the schema of its files; `truths` is {task: kept column}.
+
+    Raises ValueError for a truth that names no task or no column, and for files that are of another run.
+    """
+    abouts = record.get("tasks")
+    tasks = [_task(about, found, truths) for about in abouts] if abouts else [_caption(record, truths)]
+    if missing := {name for task in tasks for name in task.columns} - set(found.names):
+        raise ValueError(f"the output lacks the columns {sorted(missing)}: is run.json of another run?")
+    if unknown := truths.keys() - {task.name for task in tasks}:
+        raise ValueError(f"--truth names {sorted(unknown)}; the tasks are {[task.name for task in tasks]}")
+    if unknown := set(truths.values()) - set(found.names):
+        raise ValueError(f"--truth names the columns {sorted(unknown)}, which the run did not keep (--keep-columns)")
+    own = {*schema.OUTPUT.names, "flags", *(f"{task.name}{end}" for task in tasks for end in _OF_A_TASK if abouts)}
+    kept = tuple(field.name for field in found if field.name not in own and _can_be_shown(field.type))
+    alternatives = tuple(name for task in tasks if (name := f"{task.name}_alternative") in found.names and abouts)
+    return Columns(tuple(tasks), kept, alternatives, "flags" in found.names, not abouts)
+
+
+def _caption(record: Json, truths: Mapping[str, str]) -> Task:
+    options = record.get("config", {})
+    about = {"prompt": options.get("prompt"), "system": options.get("system_prompt")}
+    return Task(CAPTION, "text", "text", "text", "finish_reason", "mean_logprob", (), truths.get(CAPTION), about)
+
+
+def _task(about: Json, found: pa.Schema, truths: Mapping[str, str]) -> Task:
+    name = about["name"]
+    columns = (name, f"{name}_text", f"{name}_finish_reason", f"{name}_confidence")
+    types = [found.field(column).type if column in found.names else pa.null() for column in columns]
+    choices = tuple(field.name for field in types[-1]) if pa.types.is_struct(types[-1]) else ()
+    return Task(name, _kind(types[0], choices), *columns, choices, truths.get(name), about)
+
+
+def _kind(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
+    """By the Arrow type, which says it exactly; text is also what a pattern or a schema without a type gives."""
+    if pa.types.is_boolean(type_):
+        return "bool"
+    if pa.types.is_integer(type_):
+        return "int"
+    if pa.types.is_list(type_) and pa.types.is_string(type_.value_type):
+        return "list"
+    if pa.types.is_nested(type_):
+        return "record"
+    return "choices" if choices else "text"
+
+
+def _can_be_shown(type_: pa.DataType) -> bool:
+    return not (pa.types.is_nested(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_))

@@ -1,0 +1,54 @@
+"""Data -> one HTML file that needs nothing else and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib import resources
+from string import Template
+from typing import Any
+
+_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+
+def render(data: dict[str, Any]) -> bytes:
+    """The page that shows `data`, UTF-8.
+
+    What strangers wrote is in it only as JSON that holds no markup, and gets onto the page as text. Should one of both
+    fail, the page's policy lets nothing run, load or be sent: scripts and styles are named by their hashes.
+    """
+    skeleton, style, script = (_read(f"page.{kind}") for kind in ("html", "css", "js"))
+    page = Template(skeleton).substitute(
+        policy=_policy(style, script), style=style, script=script, data=json_for_html(data)
+    )
+    # Half of a surrogate pair, as in a file name that is no text, becomes JSON's escape for it.
+    return page.encode("utf-8", "backslashreplace")
+
+
+def json_for_html(data: Any) -> str:
+    """JSON that ends no element and opens none."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+
+
+def _policy(style: str, script: str) -> str:
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src '{_digest(script)}'",
+            f"style-src '{_digest(style)}'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        ]
+    )
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _read(name: str) -> str:
+    return resources.files("pipelines.report").joinpath(name).read_text("utf-8")

@@ -1,0 +1,156 @@
+"""The media of some rows as small pictures within a page: thumbnails, and strips of the frames of videos."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipelines import store
+from pipelines.attempts import GIVEN_UP
+from pipelines.decoder import VideoDecoder
+from pipelines.fetch import Fetcher, Pending
+from pipelines.manifest import take_rows
+from pipelines.media import MediaError, decode_image
+from pipelines.report.sample import Picked
+from pipelines.retries import StoreFault
+from pipelines.sources.rows import ImageRef
+from pipelines.sources.videos import is_in_place, video_of
+from pipelines.video import Frame, Sampling, looks_like_video
+
+Json = dict[str, Any]
+
+MOST_IMAGES = 16  # of a row, further ones are counted
+_SINGLE_PX, _STRIP_PX = 320, 192  # the longer side
+_QUALITIES = (80, 60, 40)  # of WebP
+_SMALLEST_PX = 24
+_VIDEO_TIMEOUT_S = 60.0
+_FRAMES_OF_A_FAILED_VIDEO = 4
+
+Shown = tuple[Picked, Json]
+
+
+def pictures_of(output: str, rows: Sequence[Picked], *, most_bytes: int, limit_s: float) -> Iterator[Shown]:
+    """Rows by row number, each with its media: {"images": [...], "more": how many others} or {"missing": why}.
+
+    An image is {"src": data URI, "width": px, "height": px} and, of a video, "time_s". All of a row take at most
+    `most_bytes` as text. Nothing raises: what cannot be read, or not within `limit_s` in all, is missing.
+    """
+    references = _references(output, rows)
+    reader = _Reader(most_bytes, time.monotonic() + limit_s, limit_s)
+    try:
+        yield from reader.read(rows, references)
+    finally:
+        reader.close()
+
+
+def _references(output: str, rows: Sequence[Picked]) -> list[list[ImageRef]] | str:
+    """Of each row, or why they are not known."""
+    if not rows:
+        return []
+    try:
+        found = take_rows(output, np.array([picked.row for picked in rows]), ["images"])
+    except (OSError, StoreFault, pa.ArrowException, IndexError) as error:
+        return f"the manifest cannot be read: {error}"
+    return [[ImageRef(**image) for image in images] for images in found.column("images").to_pylist()]
+
+
+class _Reader:
+    def __init__(self, most_bytes: int, deadline_s: float, limit_s: float) -> None:
+        self._most_bytes, self._deadline_s, self._limit_s = most_bytes, deadline_s, limit_s
+        self._fetcher, self._decoder = Fetcher(), VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)
+        self._down: set[str] = set()  # stores that failed
+
+    def close(self) -> None:
+        self._decoder.close()
+
+    def read(self, rows: Sequence[Picked], references: list[list[ImageRef]] | str) -> Iterator[Shown]:
+        if isinstance(references, str):
+            yield from ((picked, {"missing": references}) for picked in rows)
+            return
+        pairs = zip(rows, references, strict=True)
+        wanted = (((picked, images), self._to_fetch(picked, images)) for picked, images in pairs)
+        for (picked, images), pending in self._fetcher.ahead(wanted):
+            yield picked, self._media(picked, images, pending)
+
+    def _to_fetch(self, picked: Picked, images: list[ImageRef]) -> list[ImageRef]:
+        is_needed = not self._why_not(picked, images) and not is_in_place(images)
+        return images[:MOST_IMAGES] if is_needed else []
+
+    def _why_not(self, picked: Picked, images: list[ImageRef]) -> str:
+        if not images:
+            return "this row has no image"
+        if picked.values["error"] == GIVEN_UP:
+            return "not opened: it killed the process that read it"
+        if time.monotonic() > self._deadline_s:
+            return f"not read within the {self._limit_s:g} s that reading media may take"
+        if {store.place_of(image.uri) for image in images} & self._down:
+            return "not read: the store failed before"
+        return ""
+
+    def _media(self, picked: Picked, images: list[ImageRef], pending: Pending) -> Json:
+        if reason := self._why_not(picked, images):
+            return {"missing": reason}
+        try:
+            return self._strip(picked, images, pending)
+        except StoreFault as fault:
+            self._down.update(store.place_of(image.uri) for image in images)
+            return {"missing": str(fault)}
+        except (MediaError, OSError) as error:
+            return {"missing": getattr(error, "strerror", None) or str(error)}
+
+    def _strip(self, picked: Picked, images: list[ImageRef], pending: Pending) -> Json:
+        encoded = pending.result()
+        if is_in_place(images) or any(map(looks_like_video, encoded)):
+            frames = self._frames(picked, images, encoded)
+            pictures = [Image.fromarray(frame.pixels) for frame in frames]
+            media = thumbnails(pictures, self._most_bytes)
+            for image, frame in zip(media["images"], frames, strict=False):
+                image["time_s"] = round(frame.timestamp_s, 3)
+            return media
+        if not encoded:
+            return {"missing": "this row has no image"}
+        num_images = max(len(encoded), len(images))
+        return thumbnails([decode_image(data) for data in encoded[:MOST_IMAGES]], self._most_bytes, num_images)
+
+    def _frames(self, picked: Picked, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
+        """Those that the model was shown; of a video that failed before, some."""
+        video, window = video_of(images, encoded)
+        times_s = picked.values["frame_timestamps_s"]
+        if times_s:
+            return self._decoder.at(video, times_s[:MOST_IMAGES])
+        return self._decoder.sample(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO), window)
+
+
+def thumbnails(pictures: Sequence[Image.Image], most_bytes: int, num_images: int = 0) -> Json:
+    """RGB pictures as data URIs of at most `most_bytes` characters in all; those that do not fit are counted."""
+    shown = pictures[:MOST_IMAGES]
+    side_px = _SINGLE_PX if len(shown) == 1 else _STRIP_PX
+    sources = [source for picture in shown if (source := _thumbnail(picture, side_px, most_bytes // len(shown)))]
+    return {"images": sources, "more": max(num_images, len(pictures)) - len(sources)}
+
+
+def _thumbnail(picture: Image.Image, side_px: int, most_bytes: int) -> Json | None:
+    """None if even the smallest is too large."""
+    small = picture.copy()
+    while side_px >= _SMALLEST_PX:
+        small.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+        for quality in _QUALITIES:
+            source = _data_uri(small, quality)
+            if len(source) <= most_bytes:
+                return {"src": source, "width": small.width, "height": small.height}
+        side_px = math.floor(side_px / math.sqrt(2))
+    return None
+
+
+def _data_uri(picture: Image.Image, quality: int) -> str:
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=quality)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

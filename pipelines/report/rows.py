@@ -1,0 +1,111 @@
+"""The rows and the run as the page has them: JSON of bounded size, without what no reader should be handed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+from pipelines import store
+from pipelines.report.columns import Columns, Task
+from pipelines.report.page import json_for_html
+from pipelines.report.sample import Picked
+from pipelines.report.statistics import reason_key
+
+Json = dict[str, Any]
+
+_MOST_INPUTS = 20
+_MOST_ABOUT_CHARACTERS = 4_000
+_FEWEST_CHARACTERS = 8
+_COUNTS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
+
+
+def row_json(picked: Picked, columns: Columns, most_bytes: int) -> Json:
+    """The row, its texts and lists cut until it takes about that many bytes of a page."""
+    most = most_bytes
+    while True:
+        row = _row(picked, columns, lambda value, most=most: plain(value, most))  # type: ignore[misc]
+        if most <= _FEWEST_CHARACTERS or len(json_for_html(row).encode("utf-8", "backslashreplace")) <= most_bytes:
+            return row
+        most //= 2
+
+
+def run_json(output: str, record: Json) -> Json:
+    config = {name: value for name, value in record.get("config", {}).items() if value not in (None, [], False)}
+    config["input"] = [store.shown(uri) for uri in config.get("input", [])[:_MOST_INPUTS]]
+    return {
+        "name": name_of_run(output),
+        "output": store.shown(output),
+        "config": plain(config, _MOST_ABOUT_CHARACTERS),
+        "seconds": _seconds(record),
+        "has_tasks": bool(record.get("tasks")),
+        **{name: record.get(name) for name in ("status", "num_rows", "model", "versions", "started_at", "updated_at")},
+        "dtype": record.get("settled_dtype"),
+    }
+
+
+def name_of_run(output: str) -> str:
+    return PurePosixPath(output.rstrip("/")).name or "run"
+
+
+def plain(value: Any, most: int) -> Any:
+    """As JSON and its readers have it: no NaN, no numbers beyond 2^53, texts and lists cut at `most`."""
+    match value:
+        case None | bool():
+            return value
+        case int():
+            return value if abs(value) < 2**53 else str(value)
+        case float():
+            return float(f"{value:.5g}") if math.isfinite(value) else None
+        case str():
+            return value if len(value) <= most else f"{value[:most]} … ({len(value):,} characters)"
+        case list() | tuple():
+            return [plain(item, most) for item in value[:most]] + [f"… ({len(value):,} items)"] * (len(value) > most)
+        case dict():
+            return {str(name): plain(item, most) for name, item in list(value.items())[:most]}
+    return plain(str(value), most)
+
+
+def _row(picked: Picked, columns: Columns, cut: Callable[[Any], Any]) -> Json:
+    values = picked.values
+    return {
+        "row": picked.row,
+        "id": cut(store.shown(values["id"])),
+        "uri": cut(store.shown(values["uri"])),
+        "status": values["status"],
+        "stage": values["stage"],
+        "error": cut(values["error"]),
+        "reason": reason_key(values["stage"], values["error"]) if values["status"] == "error" else "",
+        "prompt": cut(values.get("prompt")),
+        "counts": [values[name] for name in _COUNTS],
+        "timestamps_s": cut(values["frame_timestamps_s"]),
+        "groups": picked.groups,
+        "flags": cut(picked.flags),
+        "answers": [_answer(picked, task, cut) for task in columns.tasks],
+        "kept": [cut(values[name]) for name in columns.kept],
+    }
+
+
+def _answer(picked: Picked, task: Task, cut: Callable[[Any], Any]) -> Json:
+    values = picked.values
+    return {
+        "value": cut(values[task.value]),
+        "text": cut(values[task.text]),
+        "finish": values[task.finish_reason],
+        "confidence": cut(picked.confidence[task.name]),
+        "scores": cut(values[task.confidence]),
+        "truth": cut(picked.truth.get(task.name)),
+        "wrong": task.name in picked.wrong,
+        "alternative": cut(values.get(f"{task.name}_alternative")),
+    }
+
+
+def _seconds(record: Json) -> float | None:
+    """From the start of the run to the last note of it, whatever lay between."""
+    try:
+        started, updated = (datetime.fromisoformat(record[name]) for name in ("started_at", "updated_at"))
+    except (KeyError, ValueError, TypeError):
+        return None
+    return (updated - started).total_seconds()

@@ -1,0 +1,187 @@
+"""Which rows a page shows: some at random, and of the doubtful ones some of every kind. The same ones every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.report.answers import Answers, as_mask, only
+from pipelines.report.columns import Columns
+from pipelines.report.statistics import reason_key
+
+Group = Literal["random", "unsure", "flagged", "wrong", "errors"]
+
+_MOST_STRATA = 64  # kinds of one group that are told apart; further ones count as one
+_SEED = 0x9E3779B97F4A7C15
+_MOST_CHARACTERS = 20_000  # of a text that is kept until the page is written
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Picked:
+    """A row of the page: its number, its columns, what was derived of it, and why it is there."""
+
+    row: int
+    values: Json
+    confidence: Mapping[str, float]
+    flags: list[str]
+    truth: Mapping[str, str | None]
+    wrong: list[str]
+    groups: tuple[Group, ...] = ()
+
+
+class Sheet:
+    """Offered all rows in any order, keeps at most `size` for each kind of row; `rows` are those to show."""
+
+    def __init__(self, columns: Columns, size: int) -> None:
+        self._columns, self._size = columns, size
+        self._share = max(1, size // 6)  # of each group of doubtful rows; the rest is random
+        self._random = _Lowest(size)
+        self._strata: dict[Group, dict[str, _Lowest]] = {"wrong": {}, "unsure": {}, "flagged": {}, "errors": {}}
+
+    def offer(self, answers: Answers) -> None:
+        make = _Maker(answers)
+        order = shuffled(answers.rows)
+        everything = np.arange(len(answers.rows))
+        self._random.offer(everything, np.zeros(len(order)), order, make)
+        for group, kind, places, scores in _doubtful(answers):
+            self._stratum(group, kind).offer(places, scores, order[places], make)
+
+    def rows(self) -> list[Picked]:
+        """By row number, each with its groups."""
+        groups: dict[int, list[Group]] = {}
+        found: dict[int, Picked] = {}
+        for group, strata in self._strata.items():
+            for picked in _in_turns([list(stratum) for _, stratum in sorted(strata.items())], self._share):
+                found[picked.row] = picked
+                groups.setdefault(picked.row, []).append(group)
+        for picked in self._random:
+            if len(found) >= self._size and picked.row not in found:
+                break
+            found[picked.row] = picked
+            groups.setdefault(picked.row, []).append("random")
+        for row, picked in found.items():
+            picked.groups = tuple(groups[row])
+        return [found[row] for row in sorted(found)]
+
+    def _stratum(self, group: Group, kind: str) -> _Lowest:
+        strata = self._strata[group]
+        key = kind if kind in strata or len(strata) < _MOST_STRATA else "others"
+        return strata.setdefault(key, _Lowest(self._share))
+
+
+Doubtful = tuple[Group, str, NDArray[np.int64], NDArray[np.float64]]
+
+
+def _doubtful(answers: Answers) -> Iterator[Doubtful]:
+    """Groups, kinds in them, where their rows are in the batch, and scores of which the lowest are shown first."""
+    for name, confidence in answers.confidence.items():
+        places = np.flatnonzero(~np.isnan(confidence) & answers.is_ok)
+        yield "unsure", name, places, confidence[places]
+    for name, is_wrong in answers.is_wrong.items():
+        places = np.flatnonzero(is_wrong)
+        yield "wrong", name, places, -np.nan_to_num(answers.confidence[name][places])
+    for flag in pc.unique(answers.flags.flatten()).drop_null().to_pylist():
+        places = _rows_with(answers, flag)
+        yield "flagged", flag, places, np.zeros(len(places))
+    for kind, places in _by_reason(answers).items():
+        yield "errors", kind, places, np.zeros(len(places))
+
+
+def _rows_with(answers: Answers, flag: str) -> NDArray[np.int64]:
+    parents = pc.list_parent_indices(answers.flags).to_numpy(zero_copy_only=False)
+    return np.unique(parents[as_mask(pc.equal(answers.flags.flatten(), flag))]).astype(np.int64)
+
+
+def _by_reason(answers: Answers) -> dict[str, NDArray[np.int64]]:
+    failed = ~answers.is_ok
+    stages, errors = (only(answers.column(name), failed).to_pylist() for name in ("stage", "error"))
+    kinds: dict[str, list[int]] = {}
+    for place, stage, error in zip(np.flatnonzero(failed).tolist(), stages, errors, strict=True):
+        kinds.setdefault(reason_key(stage, error), []).append(place)
+    return {kind: np.array(places) for kind, places in kinds.items()}
+
+
+class _Maker:
+    """Rows of a batch as Python has them, each made once however many groups keep it."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._made: dict[int, Picked] = {}
+
+    def __call__(self, place: int) -> Picked:
+        if place not in self._made:
+            self._made[place] = self._make(place)
+        return self._made[place]
+
+    def _make(self, place: int) -> Picked:
+        answers = self._answers
+        (values,) = answers.batch.slice(place, 1).to_pylist()
+        return Picked(
+            row=int(answers.rows[place]),
+            values={name: _bounded(value) for name, value in values.items()},
+            confidence={name: float(values[place]) for name, values in answers.confidence.items()},
+            flags=answers.flags[place].as_py() or [],
+            truth={name: values[place].as_py() for name, values in answers.truth.items()},
+            wrong=[name for name, is_wrong in answers.is_wrong.items() if is_wrong[place]],
+        )
+
+
+class _Lowest:
+    """The `size` rows with the lowest (score, order) of all that were offered; in that order."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._scores, self._order = np.empty(0), np.empty(0)
+        self._rows: list[Picked] = []
+
+    def __iter__(self) -> Iterator[Picked]:
+        return iter(self._rows)
+
+    def offer(
+        self,
+        places: NDArray[np.int64],
+        scores: NDArray[np.float64],
+        order: NDArray[np.float64],
+        make: Callable[[int], Picked],
+    ) -> None:
+        """Rows at `places` of a batch; only those that stay are made."""
+        kept = len(self._rows)
+        scores, order = np.concatenate((self._scores, scores)), np.concatenate((self._order, order))
+        lowest = np.lexsort((order, scores))[: self._size]
+        self._scores, self._order = scores[lowest], order[lowest]
+        self._rows = [self._rows[i] if i < kept else make(int(places[i - kept])) for i in lowest.tolist()]
+
+
+def shuffled(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64[N] within [0, 1), of row numbers alone: the same rows are picked however the files are cut.
+
+    The finalizer of SplitMix64 (Steele et al. 2014, Fast Splittable Pseudorandom Number Generators).
+    """
+    mixed = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(_SEED)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    fractions: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
+    return fractions
+
+
+def _in_turns(strata: list[list[Picked]], count: int) -> list[Picked]:
+    """The first of each, then the second of each ..., `count` different rows in all."""
+    found: dict[int, Picked] = {}
+    for turn in zip_longest(*strata):
+        for picked in turn:
+            if picked is not None and len(found) < count:
+                found.setdefault(picked.row, picked)
+    return list(found.values())
+
+
+def _bounded(value: Any) -> Any:
+    return value[:_MOST_CHARACTERS] if isinstance(value, str) else value

@@ -1,0 +1,202 @@
+"""What there is to say of all rows, counted batch by batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.reasons import kind_of
+from pipelines.report.answers import Answers, as_floats, as_ints, as_keys, as_mask, only
+from pipelines.report.columns import Columns, Task
+from pipelines.report.counts import Calibration, Histogram, Spread, TopCounts
+
+Json = dict[str, Any]
+
+SHOWN_VALUES = 40  # of an answer, most frequent first
+_SHOWN_REASONS = 100
+_SHOWN_FIELD_VALUES, _MOST_FIELD_VALUES = 5, 500
+_LOWEST_LOGPROB = -4.0  # of the histogram; a token of 2 %
+_SUMS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
+_COUNTABLE = (pa.types.is_string, pa.types.is_boolean, pa.types.is_integer)
+
+
+class RunStatistics:
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._tasks = [_TaskStatistics(task) for task in columns.tasks]
+        self._rows = self._errors = self._flagged = 0
+        self._sums: Counter[str] = Counter()
+        self._tokens, self._flags, self._reasons = Spread(), TopCounts(), _Reasons()
+
+    def add(self, answers: Answers) -> None:
+        self._rows += len(answers.rows)
+        self._errors += int((~answers.is_ok).sum())
+        self._reasons.add(answers)
+        self._flagged += int(as_mask(pc.greater(pc.list_value_length(answers.flags), 0)).sum())
+        self._flags.add(answers.flags.flatten())
+        for name in _SUMS:
+            self._sums[name] += pc.sum(answers.column(name)).as_py() or 0
+        self._tokens.add(as_ints(only(answers.column("num_output_tokens"), answers.is_ok)))
+        for task in self._tasks:
+            task.add(answers)
+
+    def to_json(self) -> Json:
+        return {
+            "rows": self._rows,
+            "ok": self._rows - self._errors,
+            "error": self._errors,
+            "flagged": self._flagged,
+            **self._sums,
+            "tokens": self._tokens.to_json(),
+            "flags": self._flags.to_json(_SHOWN_REASONS),
+            "reasons": self._reasons.to_json(),
+            "tasks": [task.to_json() for task in self._tasks],
+        }
+
+
+class _Reasons:
+    """Error rows by stage and reason; those that differ in their numbers only count as one, shown by the first."""
+
+    def __init__(self) -> None:
+        self._counts = TopCounts()
+        self._examples: dict[str, tuple[str, str]] = {}
+
+    def add(self, answers: Answers) -> None:
+        stages, errors = (only(answers.column(name), ~answers.is_ok).to_pylist() for name in ("stage", "error"))
+        for stage, error in zip(stages, errors, strict=True):
+            kind = reason_key(stage, error)
+            self._counts.add_key(kind)
+            if len(self._examples) < _SHOWN_REASONS * 100:
+                self._examples.setdefault(kind, (stage, error))
+
+    def to_json(self) -> Json:
+        counts = self._counts.to_json(_SHOWN_REASONS)
+        top = [
+            {"key": key, "stage": stage, "reason": reason, "count": count}
+            for key, count in counts["top"]
+            for stage, reason in [self._examples.get(key, ("", key))]
+        ]
+        return {**counts, "top": top}
+
+
+def reason_key(stage: str, error: str) -> str:
+    """Under which an error row is counted and found."""
+    return kind_of(f"{stage}: {error}")[:200]
+
+
+class _TaskStatistics:
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._answered = self._unanswered = 0
+        self._finish: Counter[str] = Counter()
+        self._values, self._list_lengths, self._fields = TopCounts(), Spread(), _Fields()
+        self._lengths = Spread()
+        self._confidence = Histogram(0, 1, 20) if task.choices else Histogram(_LOWEST_LOGPROB, 0, 40)
+        self._truth = _Truth()
+
+    def add(self, answers: Answers) -> None:
+        task, ok = self._task, answers.is_ok
+        values = only(answers.column(task.value), ok)
+        self._answered += len(values) - values.null_count
+        self._unanswered += values.null_count
+        for pair in pc.value_counts(only(answers.column(task.finish_reason), ok)).to_pylist():
+            self._finish[pair["values"] or ""] += pair["counts"]
+        self._lengths.add(as_ints(pc.utf8_length(only(answers.column(task.text), ok))))
+        raw = answers.confidence[task.name] if task.choices else as_floats(answers.column(task.confidence))
+        self._confidence.add(raw[ok])
+        self._add_values(values)
+        if task.truth:
+            self._truth.add(answers, task.name)
+
+    def _add_values(self, values: pa.Array) -> None:
+        match self._task.kind:
+            case "list":
+                self._values.add(values.flatten())
+                self._list_lengths.add(as_ints(pc.list_value_length(values)))
+            case "record":
+                self._fields.add(values)
+            case kind:
+                self._values.add(as_keys(kind, values))
+
+    def to_json(self) -> Json:
+        task = self._task
+        return {
+            "name": task.name,
+            "kind": task.kind,
+            "about": task.about,
+            "choices": task.choices,
+            "answered": self._answered,
+            "unanswered": self._unanswered,
+            "finish": dict(self._finish),
+            "length": self._lengths.to_json(),
+            "confidence": self._confidence.to_json(),
+            "values": self._values.to_json(SHOWN_VALUES),
+            "list_lengths": self._list_lengths.to_json(),
+            "fields": self._fields.to_json(),
+            "truth": self._truth.to_json() if task.truth else None,
+        }
+
+
+class _Truth:
+    """Share right and calibration of the rows that have an answer and a truth, and the most frequent mistakes."""
+
+    def __init__(self) -> None:
+        self._calibration, self._mistakes = Calibration(), TopCounts()
+        self._unanswered = 0
+
+    def add(self, answers: Answers, name: str) -> None:
+        said, truth, is_wrong = answers.said[name], answers.truth[name], answers.is_wrong[name]
+        is_known = answers.is_ok & as_mask(pc.is_valid(truth))
+        counted = is_known & as_mask(pc.is_valid(said)) & ~np.isnan(answers.confidence[name])
+        self._unanswered += int((is_known & ~counted).sum())
+        self._calibration.add(answers.confidence[name][counted], ~is_wrong[counted])
+        wrong = counted & is_wrong
+        for pair in zip(only(truth, wrong).to_pylist(), only(said, wrong).to_pylist(), strict=True):
+            self._mistakes.add_key(tuple(text[:80] for text in pair))
+
+    def to_json(self) -> Json:
+        mistakes = self._mistakes.to_json(12)
+        return {**self._calibration.to_json(), "unanswered": self._unanswered, "mistakes": mistakes}
+
+
+class _Fields:
+    """In how many records each field is there, of those that could have it, and its most frequent values."""
+
+    def __init__(self) -> None:
+        self._present: Counter[str] = Counter()
+        self._possible: Counter[str] = Counter()
+        self._values: dict[str, TopCounts] = {}
+
+    def add(self, records: pa.Array) -> None:
+        self._walk("", records.drop_null())
+
+    def _walk(self, path: str, values: pa.Array) -> None:
+        """`values` are those that are there."""
+        if pa.types.is_struct(values.type):
+            for field, child in zip(values.type, values.flatten(), strict=True):
+                self._count(f"{path}.{field.name}" if path else field.name, child)
+        elif pa.types.is_list(values.type):
+            self._count(f"{path}[]", values.flatten())
+        elif any(is_countable(values.type) for is_countable in _COUNTABLE):
+            keys = as_keys("bool" if pa.types.is_boolean(values.type) else "text", values)
+            self._values.setdefault(path, TopCounts(_MOST_FIELD_VALUES)).add(keys)
+
+    def _count(self, path: str, values: pa.Array) -> None:
+        self._possible[path] += len(values)
+        self._present[path] += len(values) - values.null_count
+        self._walk(path, values.drop_null())
+
+    def to_json(self) -> list[Json]:
+        return [
+            {
+                "path": path,
+                "present": self._present[path],
+                "possible": possible,
+                "values": self._values[path].to_json(_SHOWN_FIELD_VALUES) if path in self._values else None,
+            }
+            for path, possible in self._possible.items()
+        ]
