@@ -284,7 +284,7 @@ def _peer_ids(request: Request, config: Any) -> Tensor:
 
 def _pixels(model: Ovis, request: Request) -> Tensor:
     tiles, sizes = torch.from_numpy(request.tiles), torch.from_numpy(request.tile_sizes)
-    return model.normalize(tiles.to(model.device), sizes.to(model.device))
+    return model.normalize(tiles.to(model.device), sizes.to(model.device)).to(model.dtype)
 
 
 def _timed(side: Callable[[], list[list[int]]]) -> Timing:
@@ -302,7 +302,7 @@ def report(rounds: list[dict[str, Timing]], engine: OvisEngine, work: Work) -> d
     wall_s = sum(r["engine"].wall_s for r in rounds) / len(rounds)
     busy_s = {part: getattr(stats, f"{part}_s") / len(rounds) for part in ("vision", "prefill", "decode")}
     seconds = {"preprocess": work.preprocess_s, **busy_s, "idle": wall_s - sum(busy_s.values())}
-    most = ceilings(model.device, model.dtype)
+    most = ceilings(model.device, model.pass_dtype)
     first, slots = work.requests[0], max(1, stats.slot_steps // max(1, stats.steps))
     needed = cost(
         model.config,

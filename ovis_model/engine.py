@@ -125,7 +125,7 @@ class OvisEngine:
 
     def describe(self) -> str:
         """What it may hold at once."""
-        return describe(self.config, self.model.dtype, self._scheduler.budget)
+        return describe(self.config, self.model.dtype, self._scheduler.budget, self.model.pass_dtype)
 
     def warm_up(self) -> None:
         """Generate for the most rows, tiles and prompt tokens at once, then for one row less a step.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
 from ovis_model.kv_cache import Memory
-from ovis_model.layers import RMSNorm, lay_out, rms_norm
+from ovis_model.layers import RMSNorm, lay_out, linear, pass_dtype, rms_norm
 from ovis_model.parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
 
@@ -40,7 +40,7 @@ class Qwen2ForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size]"""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return self.shard.gather(F.linear(hidden, head.weight))
+        return self.shard.gather(F.linear(hidden.to(head.weight.dtype), head.weight))
 
 
 class Qwen2Model(nn.Module):
@@ -52,7 +52,12 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
-        """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `memory` takes in what the layers add."""
+        """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `memory` takes in what the layers add.
+
+        More than one token a row is a prompt: computed, and given back, in `layers.pass_dtype`.
+        """
+        if hidden.shape[1] > 1:
+            hidden = hidden.to(pass_dtype(hidden.dtype, hidden.device))
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, rotary, memory)
@@ -128,16 +133,17 @@ class DecoderLayer(nn.Module):
     def _attention(self, w: LayerWeights, hidden: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
         batch, length, _ = hidden.shape
         num_heads, num_kv_heads = self.heads
-        heads = F.linear(rms_norm(hidden, w.input_norm, self.eps), w.qkv, w.qkv_bias)
+        heads = linear(rms_norm(hidden, w.input_norm, self.eps), w.qkv, w.qkv_bias)
         heads = heads.view(batch, length, -1, self.head_dim)
         query_key, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 2)
-        query, key = rotate(query_key, rotary).split_with_sizes((num_heads, num_kv_heads), 2)
-        attended = memory.attend(self.index, query, key, value)
-        return self.shard.sum(F.linear(attended.reshape(batch, length, -1), w.o))
+        # In the type of the weights, which is the cache's: what a prompt attends to is what the steps after it see.
+        query, key = rotate(query_key, rotary).to(w.o.dtype).split_with_sizes((num_heads, num_kv_heads), 2)
+        attended = memory.attend(self.index, query, key, value.to(w.o.dtype)).to(hidden.dtype)
+        return self.shard.sum(linear(attended.reshape(batch, length, -1), w.o))
 
     def _mlp(self, w: LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(rms_norm(hidden, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
-        return self.shard.sum(F.linear(F.silu(gate) * up, w.down))
+        gate, up = linear(rms_norm(hidden, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
+        return self.shard.sum(linear(F.silu(gate) * up, w.down))
 
     def _gather(self) -> LayerWeights:
         return LayerWeights(

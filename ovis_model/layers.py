@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
+WIDENED_VALUES = 1 << 22
+"""Of a weight that `linear` has in the wider type at once: 16 MB, which malloc keeps and does not give back."""
 
 
 class RMSNorm(nn.Module):
@@ -48,3 +54,51 @@ def lay_out(weight: Tensor) -> Tensor:
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
         return weight.t().contiguous().t()
     return weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] in the type of x; weights of another type are cast, some rows at a time."""
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    tokens, columns = x.flatten(0, -2), out.flatten(0, -2)
+    step = max(1, WIDENED_VALUES // weight.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
+        torch.mm(tokens, weight[rows].to(x.dtype).t(), out=columns[:, rows])
+    return out if bias is None else out.add_(bias)
+
+
+class Linear(nn.Linear):
+    """Of inputs in the type of the weights or another: see `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Of inputs in the type of the weights or another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def pass_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of activations in passes over many tokens (vision, prefill), for weights of `dtype`.
+
+    float32 for bfloat16 on a CPU whose products in bfloat16 are slower: the weights are read once for many tokens, so
+    casting them is nothing beside that. Decode steps, which wait for the weights' bytes, stay in `dtype`.
+    """
+    return torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" and _is_slow_in_bfloat16() else dtype
+
+
+@cache
+def _is_slow_in_bfloat16() -> bool:
+    """By what the CPU is, not by a measurement, so that a machine always gives the same results.
+
+    Fast on x86 are AMX and AMD's AVX512-BF16, at least twice the rate of float32; Intel's AVX512-BF16 has half of it,
+    and without either bfloat16 is emulated. Other architectures are taken to be fast.
+    """
+    cpu = torch.cpu.get_capabilities()
+    is_amd = cpu.get("sse4a", False)  # no other maker has it
+    is_fast = cpu.get("amx_bf16", False) or (is_amd and cpu.get("avx512_bf16", False))
+    return cpu["architecture"] == "x86_64" and not is_fast

@@ -14,6 +14,7 @@ import torch
 
 from ovis_model.config import OvisConfig
 from ovis_model.kv_cache import bytes_per_token
+from ovis_model.layers import WIDENED_VALUES, pass_dtype
 from ovis_model.parallel import Shard
 from ovis_model.scheduler import Budget
 from ovis_model.vision import HEAD_CHUNK_TOKENS
@@ -37,19 +38,20 @@ def plan_for(config: OvisConfig, dtype: torch.dtype, device: torch.device, shard
     """
     is_cuda = device.type == "cuda"
     free = shard.least(free_bytes(device) // (1 if is_cuda else shard.size))
-    budget = plan(replace(config, language=shard.local(config.language)), dtype, free)
+    budget = plan(replace(config, language=shard.local(config.language)), dtype, free, pass_dtype(dtype, device))
     return replace(budget, slot_tokens=budget.kv_tokens // budget.slots) if is_cuda else budget
 
 
-def plan(config: OvisConfig, dtype: torch.dtype, free: int) -> Budget:
+def plan(config: OvisConfig, dtype: torch.dtype, free: int, passes: torch.dtype | None = None) -> Budget:
     """The largest budget that fits in `free` bytes, of which a tenth stays unused: memory is handed out in pieces.
 
-    Passes get up to a third, keys and values the rest. Raises ValueError if not even a short row fits.
+    Passes get up to a third, keys and values the rest. `passes`: the type of their activations, if it is not `dtype`;
+    see `layers.pass_dtype`. Raises ValueError if not even a short row fits.
     """
     usable, budget = free * 9 // 10, replace(_LARGEST, prompt_tokens=config.max_length)
-    while transient_bytes(config, dtype, budget) > usable // 3 and budget.prompt_tokens > 1:
+    while transient_bytes(config, dtype, budget, passes) > usable // 3 and budget.prompt_tokens > 1:
         budget = replace(halved(budget), prompt_tokens=budget.prompt_tokens // 2)
-    fit = (usable - transient_bytes(config, dtype, budget)) // bytes_per_token(config.language, dtype)
+    fit = (usable - transient_bytes(config, dtype, budget, passes)) // bytes_per_token(config.language, dtype)
     if fit < _LEAST_KV_TOKENS:
         raise ValueError(
             f"{free / 1e9:.1f} GB are free beside the weights, too little to generate: free the device, take a larger "
@@ -68,10 +70,10 @@ def halved(budget: Budget) -> Budget:
     )
 
 
-def describe(config: OvisConfig, dtype: torch.dtype, budget: Budget) -> str:
+def describe(config: OvisConfig, dtype: torch.dtype, budget: Budget, passes: torch.dtype | None = None) -> str:
     """One line for the log."""
     kv_gb = budget.kv_tokens * bytes_per_token(config.language, dtype) / 1e9
-    passes_gb = transient_bytes(config, dtype, budget) / 1e9
+    passes_gb = transient_bytes(config, dtype, budget, passes) / 1e9
     return (
         f"{budget.slots} rows side by side in {kv_gb:.2f} GB of keys and values ({budget.kv_tokens} tokens); passes of "
         f"{budget.vision_tiles} tiles and {budget.prefill_tokens} prompt tokens, prompts of {budget.prompt_tokens}, "
@@ -79,17 +81,24 @@ def describe(config: OvisConfig, dtype: torch.dtype, budget: Budget) -> str:
     )
 
 
-def transient_bytes(config: OvisConfig, dtype: torch.dtype, budget: Budget) -> int:
+def transient_bytes(config: OvisConfig, dtype: torch.dtype, budget: Budget, passes: torch.dtype | None = None) -> int:
     """Beside weights and cache; only one pass runs at a time."""
+    passes = passes or dtype
+    prompt_tokens = max(budget.prefill_tokens, budget.prompt_tokens)
     return max(
-        vision_bytes(config, dtype, budget.vision_tiles),
-        prefill_bytes(config, dtype, max(budget.prefill_tokens, budget.prompt_tokens), budget.slots),
+        vision_bytes(config, passes, budget.vision_tiles) + widened_bytes(dtype, passes),
+        prefill_bytes(config, passes, prompt_tokens, budget.slots) + widened_bytes(dtype, passes),
         decode_bytes(config, dtype, budget.slots),
     )
 
 
+def widened_bytes(dtype: torch.dtype, passes: torch.dtype) -> int:
+    """Of the part of a weight that `layers.linear` has in the type of the passes."""
+    return WIDENED_VALUES * passes.itemsize if passes != dtype else 0
+
+
 def vision_bytes(config: OvisConfig, dtype: torch.dtype, tiles: int) -> int:
-    """Of encoding so many tiles in one pass."""
+    """Of encoding so many tiles in one pass, with activations of `dtype`."""
     v, size = config.vision, dtype.itemsize
     patch = size * (6 * v.hidden_size + 3 * v.intermediate_size) + 8 * v.hidden_size  # float32 in the norms
     pixels = 3 * v.image_size**2 * (1 + 4 + 3 * size)
@@ -100,7 +109,7 @@ def vision_bytes(config: OvisConfig, dtype: torch.dtype, tiles: int) -> int:
 
 
 def prefill_bytes(config: OvisConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
-    """Of so many prompt tokens, padding included, of so many rows in one pass."""
+    """Of so many prompt tokens, padding included, of so many rows in one pass, with activations of `dtype`."""
     t, size = config.language, dtype.itemsize
     token = size * (8 * t.hidden_size + 4 * t.intermediate_size) + 8 * t.hidden_size + 16 * t.head_dim
     return tokens * token + decode_bytes(config, dtype, rows)

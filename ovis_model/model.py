@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ovis_model.config import NUM_INDICATORS, OvisConfig
 from ovis_model.kv_cache import NoMemory
 from ovis_model.language import Qwen2ForCausalLM
+from ovis_model.layers import linear, pass_dtype
 from ovis_model.parallel import ALONE, Shard
 from ovis_model.pixels import normalization_table
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
@@ -35,29 +36,36 @@ class Ovis(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.vte.weight.dtype
 
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """Of activations in vision and prefill: see `layers.pass_dtype`."""
+        return pass_dtype(self.dtype, self.device)
+
     def normalize(self, tiles: Tensor, tile_sizes: Tensor) -> Tensor:
-        """uint8[N, 3, S, S], int[N, 2] (height_px, width_px) -> pixels [N, 3, S, S] in the model's dtype.
+        """uint8[N, 3, S, S], int[N, 2] (height_px, width_px) -> pixels [N, 3, S, S] in `pass_dtype`.
 
         CLIP's mean and deviation through a table that is bitwise equal to the original path; the border around the
         picture becomes 0, the mean colour, because the original pads after it normalises.
         """
-        table = torch.from_numpy(normalization_table()).to(self.device, self.dtype)
+        table = torch.from_numpy(normalization_table()).to(self.device, self.pass_dtype)
         channels = [table[c].index_select(0, tiles[:, c].int().flatten()) for c in range(3)]
         pixels = torch.stack([c.view(tiles.shape[0], *tiles.shape[2:]) for c in channels], dim=1)
         # A product, because filling by a mask takes a CPU six times as long.
-        return pixels.mul_(_inside(tile_sizes, tiles.shape[-1])[:, None].to(self.dtype))
+        return pixels.mul_(_inside(tile_sizes, tiles.shape[-1])[:, None].to(pixels.dtype))
 
     def encode_tiles(self, pixels: Tensor) -> Tensor:
-        """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size].
+        """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size] in the model's dtype.
 
-        The indicators have probability 0 in the original, so their rows of the table are left out.
+        Computed in the dtype of the pixels. The indicators have probability 0 in the original, so their rows of the
+        table are left out.
         """
         return self.shard.deal(pixels, self._encode_tiles)
 
     def _encode_tiles(self, pixels: Tensor) -> Tensor:
         features, table = self.visual_tokenizer.features(pixels), self.vte.weight[:-NUM_INDICATORS]
         chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
-        embeds = torch.cat([self.visual_tokenizer.probabilities(chunk) @ table for chunk in chunks])
+        probabilities = map(self.visual_tokenizer.probabilities, chunks)
+        embeds = torch.cat([linear(chunk, table.t()).to(table.dtype) for chunk in probabilities])
         return embeds.view(*features.shape[:2], table.shape[1])
 
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ovis_model.attention import attend_all
 from ovis_model.config import VisionConfig
-from ovis_model.layers import PatchNorm
+from ovis_model.layers import LayerNorm, Linear, PatchNorm
 
 HEAD_CHUNK_TOKENS = 1024
 """Visual tokens that the head takes at once: over 65,536 words they are 0.13 GB in bfloat16, and two or three such
@@ -26,8 +26,8 @@ class VisualTokenizer(nn.Module):
         self.config = config
         self.backbone = Backbone(config, post_trunk_norm=post_trunk_norm)
         self.head = nn.Sequential(
-            nn.Linear(config.hidden_size * config.hidden_stride**2, config.num_visual_words, bias=False),
-            nn.LayerNorm(config.num_visual_words, eps=1e-5),
+            Linear(config.hidden_size * config.hidden_stride**2, config.num_visual_words, bias=False),
+            LayerNorm(config.num_visual_words, eps=1e-5),
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class VisualTokenizer(nn.Module):
         return merge_patches(self.backbone(pixels), self.config.hidden_stride)
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """[..., hidden_stride^2 * hidden_size] -> [..., num_visual_words]; softmax in the module's dtype."""
+        """[..., hidden_stride^2 * hidden_size] -> [..., num_visual_words]; softmax in the dtype of `features`."""
         words: Tensor = self.head(features)
         return words.softmax(-1)
 
@@ -89,7 +89,9 @@ class Patchifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         # Contiguous: products of a transposed tensor are batched ones, which take up to a quarter longer on a CPU.
-        patches: Tensor = self.norm(self.proj(pixels).flatten(2).transpose(1, 2).contiguous())
+        weight, bias = (parameter.to(pixels.dtype) for parameter in self.proj.parameters())
+        embedded = F.conv2d(pixels, weight, bias, self.proj.stride)
+        patches: Tensor = self.norm(embedded.flatten(2).transpose(1, 2).contiguous())
         return patches
 
 
@@ -128,8 +130,8 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         n, patches, size = hidden.shape
@@ -141,9 +143,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fc3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fc3 = Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.silu(self.fc1(hidden)) * self.fc3(hidden))

@@ -23,12 +23,17 @@ from ovis_model.memory import (
     prefill_bytes,
     transient_bytes,
     vision_bytes,
+    widened_bytes,
 )
 from ovis_model.scheduler import CACHED_PER_TOKEN, Budget
 from ovis_model.weights import empty_model
 
 META = torch.device("meta")
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+WEIGHTS_AND_PASSES = pytest.mark.parametrize(
+    ("dtype", "passes"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=["bfloat16", "float32", "widened"],
+)
 sizes = pytest.mark.parametrize("size", SIZES)
 
 
@@ -70,37 +75,38 @@ def shallow(config: OvisConfig) -> OvisConfig:
     return replace(config, vision=vision, language=language)
 
 
-@DTYPES
+@WEIGHTS_AND_PASSES
 @sizes
-def test_a_vision_pass_stays_within_its_formula(size: str, dtype: torch.dtype) -> None:
+def test_a_vision_pass_stays_within_its_formula(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
     config, tiles = shallow(SIZES[size]), 4
     model = empty_model(config, device=META, dtype=dtype)
     side = config.vision.image_size
     with torch.inference_mode(), Allocations() as allocations:
-        model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=dtype, device=META))
-    assert 0.4 < allocations.peak / vision_bytes(config, dtype, tiles) <= 1
+        model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=passes, device=META))
+    assert 0.4 < allocations.peak / (vision_bytes(config, passes, tiles) + widened_bytes(dtype, passes)) <= 1
 
 
-@DTYPES
+@WEIGHTS_AND_PASSES
 @sizes
-def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype) -> None:
+def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
     config, rows, width = shallow(SIZES[size]), 4, 1024
     model = empty_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=rows, capacity=width, device=META, dtype=dtype)
     positions = torch.arange(width, device=META).expand(rows, -1)
     slots = torch.arange(rows, device=META)
     with torch.inference_mode(), Allocations() as allocations:
-        embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=dtype, device=META)
+        embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=passes, device=META)
         hidden = model.llm.model(embeds, positions, Prefill(cache, slots))
         model.llm.logits(hidden[:, -1]).float().softmax(-1)
-    assert 0.4 < allocations.peak / prefill_bytes(config, dtype, rows * width, rows) <= 1
+    planned = prefill_bytes(config, passes, rows * width, rows) + widened_bytes(dtype, passes)
+    assert 0.4 < allocations.peak / planned <= 1
 
 
-@DTYPES
+@WEIGHTS_AND_PASSES
 @sizes
 @pytest.mark.parametrize(("rows", "width", "start"), [(64, 24, 3000), (200, 3, 3000), (4, 1000, 0), (2, 2, 30_000)])
 def test_an_extension_stays_within_its_formula(
-    size: str, dtype: torch.dtype, rows: int, width: int, start: int
+    size: str, dtype: torch.dtype, passes: torch.dtype, rows: int, width: int, start: int
 ) -> None:
     """New tokens after those in the cache, each of which counts as `1 / CACHED_PER_TOKEN`."""
     config = shallow(SIZES[size])
@@ -108,21 +114,21 @@ def test_an_extension_stays_within_its_formula(
     cache = KVCache(config.language, slots=4, capacity=start + width, device=META, dtype=dtype)
     starts, slots = torch.full((rows,), start, device=META), torch.zeros(rows, dtype=torch.int64, device=META)
     with torch.inference_mode(), Allocations() as allocations:
-        embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=dtype, device=META)
+        embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=passes, device=META)
         positions = starts[:, None] + torch.arange(width, device=META)
         model.llm.model(embeds, positions, Extend(cache, slots, starts, start, width, slots))
     tokens = rows * (width + start // CACHED_PER_TOKEN)
-    assert allocations.peak / prefill_bytes(config, dtype, tokens, 64) <= 1
+    assert allocations.peak / (prefill_bytes(config, passes, tokens, 64) + widened_bytes(dtype, passes)) <= 1
 
 
-@DTYPES
+@WEIGHTS_AND_PASSES
 @sizes
-def test_a_plan_fits_and_uses_what_is_free(size: str, dtype: torch.dtype) -> None:
+def test_a_plan_fits_and_uses_what_is_free(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
     config = SIZES[size]
     for free_gb in (8, 40, 140):
-        budget = plan(config, dtype, free_gb * 10**9)
+        budget = plan(config, dtype, free_gb * 10**9, passes)
         kv_bytes = budget.kv_tokens * bytes_per_token(config.language, dtype)
-        planned = kv_bytes + transient_bytes(config, dtype, budget)
+        planned = kv_bytes + transient_bytes(config, dtype, budget, passes)
         assert planned <= 0.9 * free_gb * 1e9
         assert planned > 0.85 * free_gb * 1e9 or budget.kv_tokens == budget.slots * config.max_length
 

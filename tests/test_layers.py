@@ -1,0 +1,95 @@
+"""bfloat16 weights in float32 passes: on which CPUs, the products, and that it is no less accurate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from ovis_model import layers
+from ovis_model.engine import OvisEngine
+from ovis_model.layers import linear, pass_dtype
+from ovis_model.model import Ovis
+from ovis_model.types import SamplingParams
+from ovis_model.weights import load_model
+from tests.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.test_engine import golden_requests, pixels_of, prompt_logits
+
+CPU = torch.device("cpu")
+MACHINES = {
+    "Intel with AMX": ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": True}, True),
+    "Intel without": ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, False),
+    "AMD Zen 4": ({"architecture": "x86_64", "avx512_bf16": True, "sse4a": True}, True),
+    "AMD Zen 3": ({"architecture": "x86_64", "sse4a": True}, False),
+    "ARM": ({"architecture": "arm64"}, True),
+}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """To pretend another CPU with."""
+    layers._is_slow_in_bfloat16.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    layers._is_slow_in_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_passes_are_in_float32_where_bfloat16_is_slow(name: str, machine: pytest.MonkeyPatch) -> None:
+    capabilities, is_fast = MACHINES[name]
+    machine.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pass_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if is_fast else torch.float32)
+    assert pass_dtype(torch.bfloat16, torch.device("meta")) == torch.bfloat16
+    assert pass_dtype(torch.float32, CPU) == torch.float32
+
+
+@pytest.mark.parametrize("values", [1, 3 * 48, 1 << 22])
+def test_a_weight_is_widened_in_parts(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "WIDENED_VALUES", values)
+    x, weight, bias = torch.randn(2, 5, 48), torch.randn(70, 48).bfloat16(), torch.randn(70).bfloat16()
+    for matrix in (weight, weight.t().contiguous().t()):
+        torch.testing.assert_close(linear(x, matrix, bias), F.linear(x, weight.float(), bias.float()))
+        torch.testing.assert_close(linear(x, matrix), F.linear(x, weight.float()))
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_float32_passes_are_no_less_accurate(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways against all of it in float32, over the same weights."""
+    directory = checkpoint_dir(checkpoint)
+    model = load_model(directory, device=CPU, dtype=torch.bfloat16)
+    exact = load_model(directory, device=CPU, dtype=torch.float32)
+    exact.load_state_dict(model.state_dict())
+    plain, widened = (_errors(model, exact, checkpoint, slow, monkeypatch) for slow in (False, True))
+    assert all(ours < theirs for ours, theirs in zip(widened, plain, strict=True)), (widened, plain)
+
+
+def _errors(
+    model: Ovis, exact: Ovis, checkpoint: str, is_slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> tuple[float, float]:
+    """Root-mean-square errors of visual embeddings and of logits, over all golden requests."""
+    monkeypatch.setattr(layers, "_is_slow_in_bfloat16", lambda: is_slow)
+    requests = [request for request in golden_requests(checkpoint) if len(request.tiles)]
+    with torch.inference_mode():
+        visual = [m.encode_tiles(pixels_of(m, r)).float() for m in (model, exact) for r in requests]
+    logits = [prompt_logits(m, r).float() for m in (model, exact) for r in requests]
+    return _rms(visual), _rms(logits)
+
+
+def _rms(found_then_wanted: list[torch.Tensor]) -> float:
+    half = len(found_then_wanted) // 2
+    found, wanted = torch.cat(found_then_wanted[:half]), torch.cat(found_then_wanted[half:])
+    return float((found - wanted).flatten().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_prompt_alone_is_computed_as_among_others(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The type goes by the kind of the pass, not by how many tokens are in it."""
+    monkeypatch.setattr(layers, "_is_slow_in_bfloat16", lambda: True)
+    engine = OvisEngine.from_pretrained(str(checkpoint_dir(checkpoint)), device="cpu", dtype="bfloat16")
+    requests, params = golden_requests(checkpoint), SamplingParams(max_new_tokens=1)
+    together = engine.generate(requests, params)
+    alone = [engine.generate([request], params)[0] for request in requests]
+    assert [c.output_ids.tolist() for c in together] == [c.output_ids.tolist() for c in alone]
+    assert [c.mean_logprob for c in together] == pytest.approx([c.mean_logprob for c in alone], rel=1e-2)
