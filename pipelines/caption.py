@@ -171,7 +171,8 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     encoder = None
     try:
         encoder = start_encoders(config, run.record["model"].get("frame encoder revision"), encoders)
-        sizes = plan_batches(count(missing), pools, most_tile_bytes=_most_tile_bytes(config, model))
+        most_tile_bytes, tasks_per_row = _most_tile_bytes(config, model), len(config.asked)
+        sizes = plan_batches(count(missing), pools, most_tile_bytes=most_tile_bytes, tasks_per_row=tasks_per_row)
         units = list(split(missing, sizes.rows_per_unit))
         # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
         dataset = ray.data.from_items([u._asdict() for u in units], override_num_blocks=min(len(units), MAX_BLOCKS))

@@ -258,7 +258,7 @@ class Sizes:
     calls_per_replica: int
 
 
-def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int) -> Sizes:
+def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int, tasks_per_row: int = 1) -> Sizes:
     """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
 
     Many units, so that every actor has work early and late; larger ones when there would be too many.
@@ -266,7 +266,8 @@ def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int) -> Sizes:
     fair_share = num_rows // (16 * pools.num_preprocessors)
     rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // MAX_BLOCKS), 8)
     rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
-    return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, 1 + -(-ROWS_SIDE_BY_SIDE // rows_per_batch))
+    calls = 1 + -(-ROWS_SIDE_BY_SIDE // (rows_per_batch * tasks_per_row))
+    return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, calls)
 
 
 def _power_of_two(number: int) -> int:
