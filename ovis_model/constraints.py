@@ -27,9 +27,6 @@ from ovis_model.types import Constraint
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-MAX_STRING_LENGTH = 200
-"""Of each string of `for_strings`."""
-
 _CACHED_GRAMMARS = 64
 _MASK_THREADS = 4
 _LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
@@ -53,18 +50,6 @@ def check(constraint: Constraint, tokenizer: Tokenizer | None = None) -> None:
     matcher.compute_bitmask()
     if matcher.is_error():
         raise ValueError(f"no answer satisfies the {constraint.kind} {shortened(constraint.spec)}")
-
-
-def for_int(minimum: int | None = None, maximum: int | None = None) -> Constraint:
-    """A whole number in decimal digits, from `minimum` to `maximum`."""
-    bounds = {"minimum": minimum, "maximum": maximum}
-    return _json_schema({"type": "integer", **{name: bound for name, bound in bounds.items() if bound is not None}})
-
-
-def for_strings(max_items: int | None = None) -> Constraint:
-    """A JSON array of strings of 1 to `MAX_STRING_LENGTH` characters."""
-    items = {"type": "string", "minLength": 1, "maxLength": MAX_STRING_LENGTH}
-    return _json_schema({"type": "array", "items": items, **({} if max_items is None else {"maxItems": max_items})})
 
 
 class Guide:
@@ -176,7 +161,3 @@ class _Bytes:
 
     def __call__(self, text: bytes) -> list[int]:
         return list(text)
-
-
-def _json_schema(schema: dict[str, object]) -> Constraint:
-    return Constraint("json_schema", json.dumps(schema))

@@ -27,10 +27,6 @@ _ANNOTATIONS = frozenset(
     | {"examples", "readOnly", "title", "writeOnly"}
 )
 _ROOT_ANNOTATIONS = frozenset({"$id", "$schema"})
-_OBJECT_KEYWORDS = frozenset(
-    {"additionalProperties", "maxProperties", "minProperties", "patternProperties", "properties", "required"}
-)
-_REFERENCES = frozenset({"$ref", "anyOf", "oneOf"})
 
 _DATE = (
     r"(?:[12][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
@@ -48,18 +44,12 @@ _FORMATS = frozenset({*_EXACT_FORMATS, "duration", "email", "ipv4", "ipv6", "uri
 def served(text: str) -> Json:
     """The schema to hand to the grammar library. Raises ValueError with the path and the keyword that is not served.
 
-    Objects whose schema names properties and says nothing of others get no others, unless parts of the schema are
-    combined (`allOf`, or properties beside `anyOf`, `oneOf` or `$ref`). Integers without a bound stay within those
-    that a double holds exactly.
+    Integers stay within those that a double holds exactly, whatever the bounds.
     """
     schema = _checked(_parsed(text), "#")
     if not isinstance(schema, dict):
         raise ValueError(f"a schema is an object; this is {schema!r}")
-    parts = list(_subschemas(schema, "#"))
-    if not any(_combines(part) for _, part in parts):
-        for _, part in parts:
-            _close(part)
-    for where, part in parts:
+    for where, part in _subschemas(schema, "#"):
         _check_min_properties(part, where)
         _tighten(part)
     return schema
@@ -125,20 +115,32 @@ def _patterned_schemas(value: Any, where: str) -> dict[str, Json | bool]:
 
 
 def _count(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_COUNT or value % 1:
+    if not _is_number(value) or not 0 <= value <= MAX_COUNT or value % 1:
         raise _fault(where, value, f"a whole number from 0 to {MAX_COUNT}")
     return int(value)
 
 
 def _number(value: Any, where: str) -> int | float:
     """One that no reader of JSON rounds."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_SAFE_INTEGER:
-        return value
-    if isinstance(value, float) and float(f"{value:.{_DIGITS}g}") == value and 1e-15 <= abs(value) <= MAX_SAFE_INTEGER:
-        return value
-    if value == 0 and isinstance(value, float):
-        return 0
+    if _is_number(value) and abs(value) <= MAX_SAFE_INTEGER:
+        if isinstance(value, int) or value.is_integer():
+            return int(value)
+        if float(f"{value:.{_DIGITS}g}") == value and abs(value) >= 10**-_DIGITS:
+            return float(value)
     raise _fault(where, value, f"a number within ±{MAX_SAFE_INTEGER} of at most {_DIGITS} digits")
+
+
+def _lower(value: Any, where: str) -> int | float:
+    """A bound further out than all safe integers says no more than they do."""
+    return -MAX_SAFE_INTEGER if _is_number(value) and value < -MAX_SAFE_INTEGER else _number(value, where)
+
+
+def _upper(value: Any, where: str) -> int | float:
+    return MAX_SAFE_INTEGER if _is_number(value) and value > MAX_SAFE_INTEGER else _number(value, where)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _multiple(value: Any, where: str) -> int:
@@ -213,18 +215,18 @@ _KEYWORDS: dict[str, Callable[[Any, str], Any]] = {
     "const": _value,
     "definitions": _named_schemas,
     "enum": _values,
-    "exclusiveMaximum": _number,
-    "exclusiveMinimum": _number,
+    "exclusiveMaximum": _upper,
+    "exclusiveMinimum": _lower,
     "format": _format,
     "items": _checked,
     "maxItems": _count,
     "maxLength": _count,
     "maxProperties": _count,
-    "maximum": _number,
+    "maximum": _upper,
     "minItems": _count,
     "minLength": _count,
     "minProperties": _count,
-    "minimum": _number,
+    "minimum": _lower,
     "multipleOf": _multiple,
     "oneOf": _schemas,
     "pattern": _pattern,
@@ -251,18 +253,6 @@ def _subschemas(schema: Json | bool, where: str) -> Iterator[tuple[str, Json]]:
         elif check in (_named_schemas, _patterned_schemas):
             for key, item in value.items():
                 yield from _subschemas(item, f"{where}/{name}/{key}")
-
-
-def _combines(schema: Json) -> bool:
-    """Whether one object may have to satisfy several lists of properties."""
-    references = _REFERENCES & schema.keys()
-    return "allOf" in schema or len(references) > 1 or bool(references and _OBJECT_KEYWORDS & schema.keys())
-
-
-def _close(schema: Json) -> None:
-    is_open = {"additionalProperties", "patternProperties"} & schema.keys()
-    if "properties" in schema and not is_open and schema["properties"].keys() >= set(schema.get("required", ())):
-        schema["additionalProperties"] = False
 
 
 def _check_min_properties(schema: Json, where: str) -> None:

@@ -54,6 +54,7 @@ SCHEMAS: dict[str, Json] = {
     "integer with exclusive bounds": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 10},
     "number with bounds": {"type": "number", "minimum": -0.5, "maximum": 1.25},
     "number with exclusive bounds": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "integer with bounds of 64 bits": {"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**63},
     "multiples": {"type": "integer", "multipleOf": 15, "minimum": 0},
     "string lengths": {"type": "string", "minLength": 3, "maxLength": 5},
     "pattern": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"},
