@@ -42,9 +42,7 @@ TASKS = [
 KINDS = ("text", "bool", "int", "choices", "list", "record")
 
 
-def answer(
-    value: Any, text: str | None = None, confidence: Any = -0.1, finish_reason: str = "stop", alternative: Any = None
-) -> Json:
+def answer(value: Any, text: str | None = None, confidence: Any = -0.1, finish_reason: str = "stop") -> Json:
     """What one task says of one item; `text` is the value's own if not given."""
     text = (value if isinstance(value, str) else json.dumps(value)) if text is None else text
     return {"": value, "_text": text, "_finish_reason": finish_reason, "_confidence": confidence}
@@ -84,7 +82,7 @@ def write_record(output: Path, num_rows: int, tasks: Sequence[Json]) -> None:
         "updated_at": "2026-01-02T03:04:15+00:00",
         "settled_dtype": "float32",
     }
-    (output / "run.json").write_text(json.dumps(record))
+    store.write_bytes(store.join(str(output), "run.json"), json.dumps(record).encode())
 
 
 def output_schema(tasks: Sequence[Json], kept: Sequence[pa.Field] = ()) -> pa.Schema:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines import schema, store
+from pipelines import store
 from pipelines.ledger import FileEntry, count, read_entries, union
 from pipelines.report.answers import Answers
 from pipelines.report.columns import Columns, columns_of
@@ -103,6 +103,8 @@ def _record(output: str) -> Json:
 
 def _files(output: str) -> list[File]:
     files = read_entries(store.join(output, "data"))
+    if not files:
+        raise RunError(f"{output} holds no rows yet")
     every_range = tuple(r for _, entry in files for r in entry.ranges)
     if count(union(every_range)) < count(every_range):
         raise RunError(
@@ -112,9 +114,7 @@ def _files(output: str) -> list[File]:
 
 
 def _schema(files: list[File]) -> pa.Schema:
-    """That of all files; without any yet, that of a captioning run."""
-    if not files:
-        return schema.OUTPUT
+    """That of all files."""
     with store.open_file(files[0][0].uri) as file:
         return pq.read_schema(file)
 

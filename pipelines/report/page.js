@@ -19,7 +19,7 @@
       if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
       else if (value !== null && value !== undefined && value !== false) element.setAttribute(key, value === true ? "" : value);
     }
-    element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+    element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== ""));
     return element;
   }
 
@@ -37,7 +37,7 @@
 
   const byId = (id) => document.getElementById(id);
   const number = (value, digits = 0) => Number(value).toLocaleString("en-US", { maximumFractionDigits: digits });
-  const share = (part, whole) => (whole ? `${number((100 * part) / whole, part === whole || part * 1000 < whole || part * 10 > whole ? 1 : 2)}\u2009%` : "–");
+  const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(part && part * 1000 < whole ? 3 : 1)}\u2009%` : "–");
   const moment = (text) => (text ? text.replace("T", " ").replace(/:\d\d(\+00:00)$/, " UTC").replace(/\+00:00$/, " UTC") : "");
   const rounded = (value) => (value === null ? "–" : value.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: 2 }));
 
@@ -94,8 +94,8 @@
 
   // ---- Distributions
 
-  function histogram(counts, label, format, note) {
-    if (!counts) return el("figure", {}, el("div.label", {}, el("span", {}, label)), el("p.note", {}, "nothing"));
+  function histogram(counts, label, format) {
+    if (!counts) return el("figure", {}, el("div.label", {}, label), el("p.note", {}, "nothing"));
     const { bins, start, width } = counts;
     const most = Math.max(...bins);
     const rects = bins.map((count, i) => {
@@ -106,7 +106,7 @@
     });
     const drawing = svg("svg", { viewBox: `0 0 ${bins.length} 1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, ...rects);
     const ends = [format(start), format(start + bins.length * width)].map((text) => el("span", {}, text));
-    return el("figure", {}, el("div.label", {}, el("span", {}, label), el("span", {}, note || `mean ${format(counts.mean)}`)), drawing, el("div.axis", {}, ends));
+    return el("figure", {}, el("div.label", {}, label), drawing, el("div.axis", {}, ends[0], el("span", {}, `mean ${format(counts.mean)}`), ends[1]));
   }
 
   function bar(name, count, most, total, pick, kind) {
@@ -127,15 +127,15 @@
     if (task.kind === "text" && !top.some(([, count]) => count > 1)) return el("p.note", {}, top.length ? `${number(distinct ?? top.length)} different answers, none of them twice.` : "No answers.");
     const of = task.kind === "choices" ? ordered(task) : task.kind === "bool" ? [["Yes", count(top, "Yes")], ["No", count(top, "No")]] : top;
     if (task.kind === "int" && !rest && top.length > 1 && top.length <= 24) return columns(task, at, top);
-    const limit = task.kind === "text" ? 8 : 12;
+    const limit = task.kind === "text" ? 6 : 12;
     const most = Math.max(1, ...of.map(([, times]) => times));
     const bars = of.slice(0, limit).map(([value, times]) => bar(value, times, most, total, pickValue(at, value)));
     const others = rest + of.slice(limit).reduce((sum, [, times]) => sum + times, 0);
     const notes = [];
-    if (others) notes.push(`${number(others)} other${distinct === null ? "" : ` of ${number(distinct - Math.min(limit, of.length))} kinds`}`);
+    if (others) notes.push(`${number(others)} others${distinct === null ? "" : `, ${number(distinct - Math.min(limit, of.length))} different`}`);
     if (task.unanswered) notes.push(`${number(task.unanswered)} without a valid answer`);
     if (most_missed) notes.push(`counts are too low by ${number(most_missed)} at most`);
-    return el("div", {}, task.kind === "list" ? el("div.label", {}, el("span", {}, "Most frequent"), el("span", {}, "share of items")) : "", el(task.kind === "text" ? "div.bars.long" : "div.bars", {}, bars), notes.length ? el("p.note", {}, notes.join("; ")) : "");
+    return el("div", {}, task.kind === "list" ? el("div.label", {}, el("span", {}, "Most frequent"), el("span", {}, "share of answers")) : "", el(task.kind === "text" ? "div.bars.long" : "div.bars", {}, bars), notes.length ? el("p.note", {}, notes.join("; ")) : "");
   }
 
   const count = (top, key) => (top.find(([value]) => value === key) || [key, 0])[1];
@@ -151,16 +151,12 @@
   }
 
   function fields(task) {
-    const line = (field) => {
-      const values = field.values ? field.values.top.map(([value, times]) => `${value} ${share(times, field.values.total || field.present)}`).join(", ") : "";
-      return [bar(field.path, field.present, field.possible, field.possible), values ? el("div.row", {}, el("span.note", {}, values)) : ""];
-    };
     const parts = task.fields.map((field) => {
       const values = field.values ? field.values.top.map(([value, times]) => `${value} (${number(times)})`).join(", ") : "";
       const element = bar(field.path, field.present, field.possible, field.possible);
       element.querySelector(".name").classList.add("mono");
       element.title = values;
-      return values ? [element, el("div.row", {}, sized(el("span.note.values", {}, values), "grid-column", 0))] : [element];
+      return values ? [element, el("span.note.values.text", {}, values)] : [element];
     });
     return el("div", {}, el("div.label", {}, el("span", {}, "Fields"), el("span", {}, "present")), el("div.bars", {}, parts));
   }
@@ -177,19 +173,24 @@
     const line = (bin) => el("tr", {}, el("td", {}, `${bin.from.toFixed(1)}–${bin.to.toFixed(1)}`), el("td.n", {}, number(bin.count)), el("td.n", {}, rounded(bin.confidence)), el("td.n", {}, rounded(bin.right)));
     return el("div.calibration", {},
       el("figure.square", {}, drawing, el("div.axis", {}, el("span", {}, "0"), el("span", {}, "confidence"), el("span", {}, "1"))),
-      el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "Confidence"), el("th.n", {}, "Answers"), el("th.n", {}, "Mean"), el("th.n", {}, "Right"))), el("tbody", {}, used.map(line))),
+      el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "Bin"), el("th.n", {}, "Answers"), el("th.n", {}, "Mean"), el("th.n", {}, "Right"))), el("tbody", {}, used.map(line))),
     );
   }
 
   function truthOf(task) {
     const truth = task.truth;
     if (!truth) return "";
-    const mistakes = truth.mistakes.top.map(([[right, said], times]) => el("tr", {}, el("td.text", {}, right), el("td.text", {}, said), el("td.n", {}, number(times))));
+    const mistakes = truth.mistakes.top.slice(0, 6).map(([[right, said], times]) => el("tr", {}, el("td.text", {}, right), el("td.text", {}, said), el("td.n", {}, number(times))));
     return el("div.body", {},
       el("div", {},
         el("div.label", {}, el("span", {}, `${share(truth.right, truth.count)} right: ${number(truth.right)} of ${number(truth.count)}${truth.unanswered ? `, ${number(truth.unanswered)} without an answer` : ""}`), el("span", {}, `calibration error ${truth.expected_error.toFixed(3)}`)),
         truth.count ? calibration(truth) : ""),
       mistakes.length ? el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "Truth"), el("th", {}, "Answer"), el("th.n", {}, "Times"))), el("tbody", {}, mistakes)) : "");
+  }
+
+  function sizes(task) {
+    if (task.kind === "list") return histogram(task.list_lengths, "Items", (value) => number(value));
+    return ["text", "record"].includes(task.kind) ? histogram(task.length, "Characters", (value) => number(value)) : "";
   }
 
   function panel(task, at) {
@@ -200,14 +201,14 @@
       el("div.title", {}, el("h3", {}, task.name), el("span.pill", {}, task.kind), el("span.end", {}, `${number(task.answered)} answers`)),
       about.prompt ? el("p.prompt.text", { title: about.prompt }, about.prompt) : "",
       el("div.body", {}, distribution(task, at), el("div.body", {},
-        el("div.pair", {}, confidence, task.kind === "list" ? histogram(task.list_lengths, "Items", (value) => number(value)) : histogram(task.length, "Characters", (value) => number(value))),
+        el("div.pair", {}, confidence, sizes(task)),
         flags.length ? el("div.chips", {}, flags.map(([flag, times]) => el("button.pill.warn", { type: "button", onclick: () => change({ flag }, true) }, `${flag.slice(task.name.length + 1)} ${number(times)}`))) : "",
       )),
       truthOf(task));
   }
 
   function summary() {
-    byId("tasks").append(el("h2", {}, run.has_tasks ? "Tasks" : "Answers"), el("div.panels", {}, tasks.map(panel)));
+    byId("tasks").append(el("h2", {}, run.has_tasks ? "Tasks" : "Answers"), el(tasks.length === 1 ? "div.panels.one" : "div.panels", {}, tasks.map(panel)));
     const { top, rest, total } = { total: statistics.error, ...statistics.reasons };
     if (!top.length) return;
     const most = top[0].count;
@@ -244,7 +245,7 @@
 
   function frame(row) {
     const { images, missing, more } = row.media;
-    if (missing || !images.length) return el("div.frame", {}, el("span.missing.text", {}, missing || "no picture"), marks(row));
+    if (missing || !images.length) return el("div.frame", {}, el("span.missing.text", {}, row.status === "error" ? "not readable" : missing || "no picture"), marks(row));
     if (images.length === 1 && images[0].time_s === undefined) return el("div.frame", {}, picture(images[0]), marks(row));
     const strip = el("div.film-strip", {}, images.map((image, i) => el("div", {}, picture(image), image.time_s === undefined ? (more && i === images.length - 1 ? el("span", {}, `+${more}`) : "") : el("span", {}, clock(image.time_s)))));
     strip.style.setProperty("grid-template-columns", `repeat(${Math.min(images.length, images.length > 6 ? Math.ceil(images.length / 2) : 6)}, 1fr)`);
@@ -327,7 +328,7 @@
   function draw() {
     shown = rows.filter(matches);
     if (state.order !== "row") shown = shown.map((row) => [lowest(row), row]).sort((a, b) => (state.order === "sure" ? (b[0] > 1 ? -1 : b[0]) - (a[0] > 1 ? -1 : a[0]) : a[0] - b[0])).map(([, row]) => row);
-    byId("count").textContent = `${number(shown.length)} of ${number(rows.length)} rows on this page`;
+    byId("count").textContent = `${number(shown.length)} shown`;
     byId("cards").replaceChildren(...(shown.length ? shown.map(card) : [el("li.none", {}, rows.length ? "None of the rows on this page. It shows a sample: the counts above are of all rows." : "This page shows no rows.")]));
   }
 

@@ -1,0 +1,487 @@
+"""A report counts what an output holds, shows a bounded and repeatable sample of it, and holds no markup of others."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from jobs import report
+from pipelines import schema, store
+from pipelines.manifest import ROWS_PER_FILE, write_manifest
+from pipelines.report import build
+from pipelines.report.build import ReportOptions, report_uri, write_report
+from pipelines.report.counts import Calibration, Spread, TopCounts
+from pipelines.report.page import json_for_html
+from pipelines.report.pictures import thumbnails
+from pipelines.report.sample import shuffled
+from pipelines.sources.rows import ImageRef
+from tests.annotations import TASKS, answer, item, output_schema, write_record, write_rows, write_run
+from tests.videos import number_in, write_video
+
+ROOT = Path(__file__).parents[1]
+Json = dict[str, Any]
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--\u2028&amp;"
+
+
+def image_at(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> ImageRef:
+    Image.new("RGB", size, colour).save(path)
+    return ImageRef("file", str(path))
+
+
+def answers_of(
+    *, red: bool = True, count: int = 2, kind: str = "circle", sure: float = 0.9, tags: Sequence[str] = (), **more: Any
+) -> list[Json]:
+    """One for each of TASKS."""
+    rest = 1 - sure
+    kinds = {name: sure if name == kind else rest / 2 for name in ("circle", "square", "triangle")}
+    record = more.get("record", {"colour": "red", "size": {"width": 4}, "parts": ["a", "b"]})
+    return [
+        answer(more.get("caption", "A circle."), confidence=more.get("logprob", -0.1)),
+        answer(red, "Yes" if red else "No", {"Yes": sure if red else rest, "No": rest if red else sure}),
+        answer(count),
+        answer(kind, None, kinds),
+        answer(list(tags), json.dumps(list(tags)), -0.2),
+        answer(record, None if record else '{"colour": ', -0.3),
+    ]
+
+
+def data_of(page: Path | str) -> Json:
+    """What the page shows."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', Path(page).read_text("utf-8"), re.S)
+    assert found
+    data: Json = json.loads(found[1])
+    return data
+
+
+def report_of(output: Path, **options: Any) -> Json:
+    return data_of(write_report(ReportOptions(str(output), **options)).report)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Ten rows in three files: seven answers about pictures, a video, two errors."""
+    pictures = [image_at(tmp_path / f"{i}.png", size=(64 + i, 48)) for i in range(7)]
+    video = ImageRef("file", str(write_video(tmp_path / "clip.mp4", 50)))
+    rows = [
+        item(
+            f"picture-{i}",
+            answers_of(
+                red=i < 5,
+                count=i % 3,
+                sure=0.95 - i / 20,
+                tags=["a", "b"][: 1 + i % 2],
+                kind="square" if i == 6 else "circle",
+            ),
+            images=[picture],
+            truth_kind="circle",
+            truth_count=i % 3 if i else None,
+        )
+        for i, picture in enumerate(pictures)
+    ]
+    rows[2]["flags"] = ["caption:truncated", "record:invalid"]
+    rows[2]["answers"][0]["_finish_reason"] = "length"
+    rows[2]["answers"][5] = answer(None, '{"colour": ', -0.5)
+    clip = item("clip", answers_of(caption="A clip.", logprob=-2.0), images=[video], truth_kind=None, truth_count=None)
+    rows.append({**clip, "frame_timestamps_s": [0.0, 0.4, 1.2]})
+    for size in (123, 4567):
+        error = {"stage": "decode", "error": f"truncated PNG of {size} bytes", "truth_kind": None, "truth_count": None}
+        rows.append(item(f"bad-{size}", [], images=[ImageRef("file", str(tmp_path / "gone.png"))], **error))
+    return write_run(tmp_path / "out", rows, rows_per_file=4)
+
+
+def test_counts_are_those_of_the_rows(mixed: Path) -> None:
+    counted = report_of(mixed)["statistics"]
+    assert [counted[name] for name in ("rows", "ok", "error", "flagged")] == [10, 8, 2, 1]
+    assert counted["num_output_tokens"] == 80
+    reason = {"stage": "decode", "reason": "truncated PNG of 123 bytes", "count": 2}
+    assert [{name: r[name] for name in reason} for r in counted["reasons"]["top"]] == [reason]
+    assert counted["flags"]["top"] == [["caption:truncated", 1], ["record:invalid", 1]]
+
+
+def test_every_kind_of_answer_has_its_distribution(mixed: Path) -> None:
+    caption, has_red, count, kind, tags, record = report_of(mixed)["statistics"]["tasks"]
+    assert caption["values"]["top"] == [["A circle.", 7], ["A clip.", 1]]
+    assert caption["finish"] == {"stop": 7, "length": 1}
+    assert sum(caption["length"]["bins"]) == 8 and (caption["length"]["min"], caption["length"]["max"]) == (7, 9)
+    assert caption["confidence"]["mean"] == pytest.approx((7 * -0.1 - 2) / 8)
+    assert has_red["values"]["top"] == [["Yes", 6], ["No", 2]]
+    sure = [*(0.95 - i / 20 for i in range(7)), 0.9]
+    assert has_red["confidence"]["mean"] == pytest.approx(np.mean(sure)), "of the answer, yes or no"
+    assert dict(count["values"]["top"]) == {"0": 3, "1": 2, "2": 3}
+    assert kind["choices"] == ["circle", "square", "triangle"]
+    assert kind["values"]["top"] == [["circle", 7], ["square", 1]]
+    assert dict(tags["values"]["top"]) == {"a": 7, "b": 3}
+    assert tags["list_lengths"]["bins"] == [1, 4, 3]
+    assert (record["answered"], record["unanswered"]) == (7, 1)
+    fields = {field["path"]: (field["present"], field["possible"]) for field in record["fields"]}
+    assert fields == {"colour": (7, 7), "size": (7, 7), "size.width": (7, 7), "parts": (7, 7), "parts[]": (14, 14)}
+
+
+def test_truth_gives_the_share_right_and_calibration(mixed: Path) -> None:
+    data = report_of(mixed, truths={"kind": "truth_kind", "count": "truth_count"})
+    kind, count = data["statistics"]["tasks"][3]["truth"], data["statistics"]["tasks"][2]["truth"]
+    assert (kind["right"], kind["count"], kind["mistakes"]["top"]) == (6, 7, [[["circle", "square"], 1]])
+    assert (count["right"], count["count"], count["unanswered"]) == (6, 6, 0), "rows without a truth are not counted"
+    assert count["expected_error"] == pytest.approx(1 - math.exp(-0.1), abs=1e-6)
+    wrong = [row["id"] for row in data["rows"] if "wrong" in row["groups"]]
+    assert wrong == ["picture-6"]
+
+
+def test_calibration_error_is_the_weighted_gap() -> None:
+    calibration = Calibration()
+    calibration.add(np.array([0.95, 0.95, 0.95, 0.95, 0.55, 1.0]), np.array([True, True, True, False, False, True]))
+    assert calibration.expected_error == pytest.approx((abs(4 - 4.8) + abs(0 - 0.55)) / 6)
+    assert [b["count"] for b in calibration.to_json()["bins"]] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 5]
+
+
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        ({"kinds": "truth_kind"}, "the tasks are"),
+        ({"kind": "nothing"}, "did not keep"),
+        ({"tags": "truth_kind"}, "list"),
+    ],
+)
+def test_a_truth_that_does_not_fit_is_refused(mixed: Path, truth: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        report_of(mixed, truths=truth)
+
+
+def test_rows_show_their_media(mixed: Path) -> None:
+    rows = {row["id"]: row for row in report_of(mixed)["rows"]}
+    assert [(i["width"], i["height"]) for i in rows["picture-3"]["media"]["images"]] == [(67, 48)]
+    assert [image["time_s"] for image in rows["clip"]["media"]["images"]] == pytest.approx([0, 0.4, 1.2])
+    assert rows["bad-123"]["media"] == {"missing": "No such file or directory"}
+
+
+def test_frames_are_those_that_the_model_was_shown(tmp_path: Path) -> None:
+    video = ImageRef("file", str(write_video(tmp_path / "clip.mp4", 50)))
+    clip = {**item("clip", answers_of(), images=[video]), "frame_timestamps_s": [0.4, 1.2]}
+    (row,) = report_of(write_run(tmp_path / "out", [clip]))["rows"]
+    assert [number_in(pixels_of(image["src"])) for image in row["media"]["images"]] == [10, 30]
+
+
+def pixels_of(source: str) -> np.ndarray:
+    import base64
+    import io
+
+    assert source.startswith("data:image/webp;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+
+
+def test_members_of_a_tar_and_gone_media_and_no_manifest(tmp_path: Path) -> None:
+    import tarfile
+
+    image_at(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        member = tar.getmember("a.png")
+    there = ImageRef("tar", str(tmp_path / "a.tar"), member.offset_data, member.size, "a.png")
+    gone = ImageRef("tar", str(tmp_path / "b.tar"), 512, 100, "a.png")
+    text = ImageRef("file", str(Path(__file__)))
+    rows = [
+        item(f"{i}", answers_of(), images=images)
+        for i, images in enumerate([[there], [gone], [text], [], [there] * 20])
+    ]
+    output = write_run(tmp_path / "out", rows)
+    shown = [row["media"] for row in report_of(output)["rows"]]
+    assert len(shown[0]["images"]) == 1
+    assert "No such file" in shown[1]["missing"] and "not an image" in shown[2]["missing"]
+    assert shown[3] == {"missing": "this row has no image"}
+    assert (len(shown[4]["images"]), shown[4]["more"]) == (16, 4)
+    for file in (output / "manifest").iterdir():
+        file.unlink()
+    assert {row["media"]["missing"][:30] for row in report_of(output)["rows"]} == {
+        "the manifest cannot be read: ["[:30]
+    }
+
+
+def test_media_that_take_too_long_are_left_out(mixed: Path) -> None:
+    reasons = {row["media"].get("missing", "")[:15] for row in report_of(mixed, media_limit_s=0)["rows"]}
+    assert reasons == {"not read within"}
+
+
+def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None:
+    row = {"id": "a", "uri": "a", "prompt": "What?", "status": "ok", "stage": "", "error": "", "num_images": 1}
+    row |= {"num_tiles": 1, "num_prompt_tokens": 9, "num_output_tokens": 3, "frame_timestamps_s": []}
+    texts = [("A cat.", "stop"), ("A dog and", "length"), (" ", "stop")]
+    rows = [{**row, "text": t, "finish_reason": why, "mean_logprob": -0.5} for t, why in texts]
+    failed = {**row, "text": "", "finish_reason": "", "mean_logprob": math.nan, "status": "error", "stage": "read"}
+    write_rows(str(tmp_path), 0, pa.Table.from_pylist([*rows, {**failed, "error": "gone"}], schema.OUTPUT))
+    write_record(tmp_path, 4, [])
+    data = report_of(tmp_path)
+    (task,) = data["statistics"]["tasks"]
+    assert (task["name"], task["kind"], task["answered"]) == ("text", "text", 3)
+    assert data["statistics"]["flags"]["top"] == [["text:empty", 1], ["text:truncated", 1]]
+    assert [row["flags"] for row in data["rows"]] == [[], ["text:truncated"], ["text:empty"], []]
+    assert {row["media"]["missing"][:12] for row in data["rows"]} == {"the manifest"}
+
+
+def test_the_sample_has_some_of_every_kind_and_does_not_depend_on_the_files(tmp_path: Path) -> None:
+    rows = []
+    for i in range(3000):
+        row = item(f"r{i}", answers_of(logprob=-5.0 if i == 1234 else -0.1, sure=0.4 if i == 77 else 0.9))
+        if i % 1000 == 5:
+            row["flags"] = ["count:invalid"]
+        rows.append(item(f"r{i}", [], stage="read", error=f"why {'abc'[i % 3]}") if i % 40 == 0 else row)
+    one = write_run(tmp_path / "one", rows, rows_per_file=3000)
+    many = write_run(tmp_path / "many", rows, rows_per_file=170)
+    shown, again = (report_of(output, rows=60)["rows"] for output in (one, many))
+    assert shown == again
+    assert len(shown) == 60
+    groups = {
+        group: [row["row"] for row in shown if group in row["groups"]]
+        for group in ("flagged", "errors", "unsure", "random")
+    }
+    assert groups["flagged"] == [5, 1005, 2005]
+    assert {row["error"] for row in shown if row["status"] == "error"} == {"why a", "why b", "why c"}
+    assert {1234, 77} <= set(groups["unsure"])
+    assert len(groups["random"]) > 30
+
+
+def test_the_random_sample_is_even() -> None:
+    """Of 10^5 rows in ten parts; 3.3 is the chi-square of 9 degrees of freedom that 95 % exceed, 21.7 that 1 % do."""
+    picked = np.argsort(shuffled(np.arange(100_000)))[:5000]
+    counts = np.bincount(picked // 10_000, minlength=10)
+    assert 1 < ((counts - 500) ** 2 / 500).sum() < 21.7
+
+
+def test_frequent_keys_are_counted_in_bounded_memory() -> None:
+    rng = np.random.default_rng(0)
+    counts, frequent = TopCounts(most_keys=100), 0
+    for _ in range(50):
+        keys = rng.integers(1 << 40, size=500).astype(str).tolist() + ["often"] * 20
+        counts.add(pa.array(keys))
+        frequent += 20
+        assert len(counts.to_json(1000)["top"]) <= 200
+    (key, count), total = counts.top(1)[0], counts.total
+    assert (key, total) == ("often", 50 * 520)
+    assert frequent - counts.most_missed <= count <= frequent
+
+
+def test_a_spread_keeps_all_values_whatever_their_range() -> None:
+    spread, values = Spread(), np.array([0, 1, 5, 31, 32, 1000, 999_999])
+    for value in values:
+        spread.add(np.array([value]))
+    found = spread.to_json()
+    assert found and sum(found["bins"]) == len(values) and len(found["bins"]) <= 32
+    assert (found["min"], found["max"], found["mean"]) == (0, 999_999, pytest.approx(values.mean()))
+
+
+def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
+    image = image_at(tmp_path / "a.png")._replace(uri=f"{tmp_path}/a.png")
+    row = item(HOSTILE, answers_of(caption=HOSTILE, tags=[HOSTILE]), images=[image], kept=HOSTILE)
+    error = item(f"{HOSTILE} 2", [], stage="read", error=HOSTILE, kept=HOSTILE)
+    output = write_run(tmp_path / "out", [row, error], tasks=[{**task, "prompt": HOSTILE} for task in TASKS])
+    page = write_report(ReportOptions(str(output))).report
+    text = Path(page).read_text("utf-8")
+    assert text.count("<script") == 2 and text.count("</script>") == 2 and "onerror='" in text
+    assert "<img" not in text and "<!--" not in text and "\u2028" not in text
+    data = data_of(page)
+    assert [row["id"] for row in data["rows"]] == [HOSTILE, f"{HOSTILE} 2"], "and nothing is lost"
+    assert json.loads(json_for_html({"a": [HOSTILE]})) == {"a": [HOSTILE]}
+
+
+def test_half_of_a_surrogate_pair_and_control_characters_do_no_harm(tmp_path: Path) -> None:
+    output = write_run(tmp_path / "out", [item("a\x00\x1b[0m\u202e", answers_of())])
+    record = json.loads((output / "run.json").read_text())
+    record["config"]["input"] = ["pictures/caf\udce9"]
+    (output / "run.json").write_text(json.dumps(record))
+    assert report_of(output)["run"]["config"]["input"] == ["pictures/caf\udce9"]
+
+
+def test_signatures_and_passwords_do_not_get_onto_the_page(tmp_path: Path) -> None:
+    uri = "https://user:secret@host/a.png?X-Signature=secret"
+    output = write_run(tmp_path / "out", [{**item(uri, answers_of()), "uri": uri}])
+    assert "secret" not in Path(write_report(ReportOptions(str(output))).report).read_text()
+
+
+def test_texts_and_pictures_keep_the_page_within_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(250, 250, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    image = ImageRef("file", str(tmp_path / "a.png"))
+    rows = [item(f"r{i}", answers_of(caption="\U0001f600<" * 9000), images=[image] * (1 + i)) for i in range(6)]
+    output = write_run(tmp_path / "out", rows)
+    monkeypatch.setattr(build, "_MOST_PICTURE_BYTES", 200_000)
+    monkeypatch.setattr(build, "_MOST_ROW_BYTES", 100_000)
+    small = write_report(ReportOptions(str(output)))
+    assert small.num_bytes < 400_000
+    assert all(row["media"]["images"] for row in data_of(small.report)["rows"])
+
+
+def test_pictures_that_do_not_fit_are_counted() -> None:
+    pictures = [Image.new("RGB", (200, 100))] * 20
+    assert thumbnails(pictures, 100)["images"] == [] and thumbnails(pictures, 100)["more"] == 20
+    assert thumbnails(pictures, 100_000)["more"] == 4
+
+
+def test_an_unfinished_run_says_how_many_rows_are_to_come(mixed: Path) -> None:
+    sorted((mixed / "data").iterdir())[1].unlink()
+    data = report_of(mixed)
+    assert (data["statistics"]["rows"], data["run"]["num_rows"]) == (6, 10)
+
+
+def test_where_the_report_goes() -> None:
+    assert report_uri(ReportOptions("/some/run")) == "/some/run/report.html"
+    assert report_uri(ReportOptions("/some/run", to="x.html")) == str(Path.cwd() / "x.html")
+    assert report_uri(ReportOptions("memory://bucket/run")) == str(Path.cwd() / "run-report.html")
+    assert report_uri(ReportOptions("/some/run", to="memory://bucket/x.html")) == "memory://bucket/x.html"
+
+
+def test_an_output_in_a_store_has_a_report_there(mixed: Path, memory_uri: str) -> None:
+    for file in mixed.rglob("*.*"):
+        store.write_bytes(f"{memory_uri}/run/{file.relative_to(mixed)}", file.read_bytes())
+    there = write_report(ReportOptions(f"{memory_uri}/run", to=f"{memory_uri}/report.html"))
+    assert (there.rows, there.shown, there.without_media) == (10, 10, 2)
+    assert b"picture-3" in store.read_bytes(f"{memory_uri}/report.html")
+
+
+@pytest.fixture
+def memory_uri() -> Iterator[str]:
+    import fsspec
+
+    yield "memory://report"
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_command_line(mixed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(mixed), "--rows", "5", "--truth", "kind=truth_kind", "--to", str(mixed / "other.html")]
+    assert report.main(arguments) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert (result["rows"], result["shown"], result["report"]) == (10, 5, str(mixed / "other.html"))
+
+
+@pytest.mark.parametrize("arguments", [["--rows", "-1"], ["--truth", "kind"], ["--truth", "=x"]])
+def test_bad_options_are_refused(mixed: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        report.main([str(mixed), *arguments])
+    assert refused.value.code == 2
+
+
+def test_no_run_and_no_rows_are_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path)]) == 2
+    assert "holds no run" in capfd.readouterr().err
+    assert report.main([str(write_run(tmp_path, []))]) == 2
+    assert "holds no rows yet" in capfd.readouterr().err
+
+
+def test_files_that_hold_the_same_rows_are_refused(mixed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = sorted((mixed / "data").iterdir())[0]
+    (mixed / "data" / "rows-copy.parquet").write_bytes(first.read_bytes())
+    assert report.main([str(mixed)]) == 2
+    assert "the same rows twice" in capfd.readouterr().err
+
+
+def test_the_page_is_in_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist = pytest.importorskip("setuptools.dist")
+    from setuptools.config.pyprojecttoml import apply_configuration
+
+    monkeypatch.chdir(ROOT)
+    build_py = apply_configuration(dist.Distribution({"script_name": "setup.py"}), "pyproject.toml").get_command_obj(
+        "build_py"
+    )
+    build_py.ensure_finalized()
+    built = {Path(name).relative_to(build_py.build_lib).as_posix() for name in build_py.get_outputs()}
+    assert {f"pipelines/report/page.{kind}" for kind in ("html", "css", "js")} <= built
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("pipelines/**/__init__.py")}
+    assert packages <= {Path(name).parent.as_posix() for name in built}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_million_rows_make_a_small_page_in_bounded_memory(tmp_path: Path) -> None:
+    """Every row with all six kinds of answers; the command's own peak memory, which starts at about 200 MB."""
+    num_rows = 1_000_000
+    write_large_run(tmp_path, num_rows)
+    before_s = time.monotonic()
+    program = "import resource, sys; from jobs.report import main; code = main(sys.argv[1:])\n"
+    program += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+    command = [sys.executable, "-c", program, str(tmp_path), "--truth", "kind=truth"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    summary, peak_bytes = (json.loads(line) for line in result.stdout.splitlines())
+    print(f"{summary}, peak {peak_bytes >> 20} MB, {time.monotonic() - before_s:.1f} s")
+    assert summary["rows"] == num_rows and summary["shown"] == 300 and summary["without_media"] == 0
+    assert summary["num_bytes"] < 20_000_000
+    assert peak_bytes < 1 << 30
+
+
+def write_large_run(output: Path, num_rows: int, rows_per_file: int = 50_000) -> None:
+    """All rows show the same picture; their answers differ, and every captions is another."""
+    noise = np.random.default_rng(0).integers(256, size=(600, 800, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(output / "a.jpg")
+    image = ImageRef("file", str(output / "a.jpg"))
+    rng, tables = np.random.default_rng(1), []
+    table_schema = output_schema(TASKS, [pa.field("truth", pa.string())])
+    for start in range(0, num_rows, rows_per_file):
+        table = _large_table(rng, start, rows_per_file, table_schema)
+        write_rows(str(output), start, table)
+    for start in range(0, num_rows, ROWS_PER_FILE):
+        rows = range(start, min(num_rows, start + ROWS_PER_FILE))
+        tables.append(_large_manifest(rows, image))
+    write_manifest(str(output), tables)
+    write_record(output, num_rows, TASKS)
+
+
+def _large_table(rng: np.random.Generator, start: int, count: int, table_schema: pa.Schema) -> pa.Table:
+    numbers = np.arange(start, start + count)
+    some = rng.integers(1 << 30, size=count)
+    sure = rng.uniform(0.3, 1, size=count)
+    kinds = np.array(["circle", "square", "triangle"])[some % 3]
+    ok = some % 50 != 0
+    columns: dict[str, Any] = {
+        "id": [f"s3://bucket/pictures/{n:09}.jpg" for n in numbers],
+        "status": np.where(ok, "ok", "error"),
+        "stage": np.where(ok, "", "decode"),
+        "error": [("" if good else f"truncated JPEG of {n} bytes") for good, n in zip(ok, some, strict=True)],
+        "flags": [["caption:truncated"] if n % 97 == 0 else [] for n in some],
+        "caption": [
+            f"A picture of {n} things that are seen on {m} tables. " * 6 for n, m in zip(some, numbers, strict=True)
+        ],
+        "has_red": some % 2 == 0,
+        "has_red_confidence": [{"Yes": p, "No": 1 - p} for p in sure],
+        "count": some % 21,
+        "kind": kinds,
+        "kind_confidence": [{"circle": p, "square": 1 - p, "triangle": 0.0} for p in sure],
+        "tags": [[f"tag {n % 5000}", f"tag {n % 50}"] for n in some],
+        "record": [{"colour": f"c{n % 9}", "size": {"width": n % 640}, "parts": [f"p{n}"]} for n in some],
+        "truth": np.where(some % 5 == 0, "circle", kinds),
+    }
+    columns["uri"] = columns["id"]
+    columns["caption_text"] = columns["caption"]
+    return pa.table({f.name: _large_column(f, columns.get(f.name), count) for f in table_schema}, schema=table_schema)
+
+
+def _large_column(field: pa.Field, values: Any, count: int) -> pa.Array:
+    if values is not None:
+        return pa.array(values, field.type)
+    defaults = {pa.float32(): -0.25, pa.string(): "stop", pa.int32(): 3}
+    empty: list[float] = []
+    return pa.array([defaults.get(field.type, empty)] * count, field.type)
+
+
+def _large_manifest(rows: range, image: ImageRef) -> pa.Table:
+    count = len(rows)
+    ids = [f"s3://bucket/pictures/{n:09}.jpg" for n in rows]
+    columns = {
+        "id": ids,
+        "uri": ids,
+        "images": [[image._asdict()]] * count,
+        "prompt": [""] * count,
+        "has_own_prompt": [False] * count,
+        "error": [""] * count,
+    }
+    return pa.table(columns, schema=schema.MANIFEST.remove(0))

@@ -1,0 +1,180 @@
+"""The report in a browser: filters, search, opened rows, keys; nothing that others wrote runs, nothing is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.report import page
+from pipelines.report.build import ReportOptions, write_report
+from tests import browser
+from tests.annotations import TASKS, item, write_run
+from tests.test_report import HOSTILE, answers_of, image_at
+
+pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "there is one")
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
+HOSTILE_NAME = "</script><script>window.hacked=1<\\script><img src=x onerror='window.hacked=1'>.png"  # no / in a name
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    with browser.chromium() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows: a third red, three errors, one flagged, one whose name, answers and prompt are an attack."""
+    directory = tmp_path_factory.mktemp("run")
+    image = image_at(directory / HOSTILE_NAME.replace("/", "\\"))
+    rows = [
+        item(f"picture-{i}", answers_of(red=i % 3 == 0, count=i, caption=f"Sight {NUMBERS[i]}."), images=[image])
+        for i in range(8)
+    ]
+    rows[4]["flags"] = ["caption:truncated"]
+    attack = answers_of(
+        red=False, caption=HOSTILE, tags=[HOSTILE], record={"colour": HOSTILE, "size": None, "parts": []}
+    )
+    rows.append(item(HOSTILE, attack, images=[image]))
+    rows += [item(f"bad-{i}", [], stage="read", error=f"gone {'ab'[i % 2] * 3} {HOSTILE}") for i in range(3)]
+    return write_run(directory / "out", rows, tasks=[{**task, "prompt": HOSTILE} for task in TASKS])
+
+
+@pytest.fixture
+def opened(driver: Any, output: Path) -> Any:
+    written = write_report(ReportOptions(str(output), truths={})).report
+    browser.requests(driver)
+    browser.open_page(driver, written)
+    return driver
+
+
+def texts(driver: Any, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)"
+    found: list[str] = driver.execute_script(script, selector)
+    return found
+
+
+def click(driver: Any, selector: str, text: str = "") -> None:
+    """With the mouse, as a person would: raises if something else is in the way."""
+    elements = driver.find_elements("css selector", selector)
+    next(element for element in elements if element.text.startswith(text)).click()
+
+
+def press(driver: Any, *keys: str) -> None:
+    driver.switch_to.active_element.send_keys(*keys)
+
+
+def shown(driver: Any) -> list[str]:
+    return texts(driver, ".card .foot .name")
+
+
+def test_a_filter_leaves_the_rows_that_it_names(opened: Any) -> None:
+    assert len(shown(opened)) == 12
+    click(opened, ".groups button", "Errors")
+    assert shown(opened) == ["bad-0", "bad-1", "bad-2"]
+    click(opened, ".groups button", "Flagged")
+    assert shown(opened) == ["picture-4"]
+    click(opened, ".clear")
+    click(opened, "#tasks .bars button", "Yes")
+    assert shown(opened) == ["picture-0", "picture-3", "picture-6"]
+    assert opened.find_element("css selector", "[aria-pressed=true][data-pick]").text.startswith("Yes")
+    click(opened, ".clear")
+    click(opened, "#errors button", "read: gone bbb")
+    assert shown(opened) == ["bad-1"]
+    click(opened, ".clear")
+    click(opened, "select[aria-label=Flag] option", "caption:truncated")
+    assert shown(opened) == ["picture-4"]
+
+
+def test_search_finds_answers_ids_and_errors(opened: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    press(opened, "/")
+    press(opened, "FIVE picture")
+    assert shown(opened) == ["picture-5"]
+    press(opened, *[Keys.BACKSPACE] * 12, "gone")
+    assert shown(opened) == ["bad-0", "bad-1", "bad-2"]
+    press(opened, " nowhere")
+    assert texts(opened, "#cards .none")[0].startswith("None of the rows on this page")
+
+
+def test_a_row_opens_with_all_that_is_known_of_it(opened: Any) -> None:
+    click(opened, ".card")
+    facts = texts(opened, "dialog[open] .facts")[0]
+    for part in (
+        "picture-0",
+        "Sight zero.",
+        "has_red",
+        "Yes",
+        "0.900",
+        '"width": 4',
+        "prompt and 10 output tokens",
+    ):
+        assert part in facts
+    assert opened.execute_script("return document.querySelector('dialog img').naturalWidth") == 64
+
+
+def test_keys_move_open_and_close(opened: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    opened.execute_script("document.querySelector('.card').focus()")
+    press(opened, Keys.ARROW_RIGHT)
+    press(opened, Keys.ENTER)
+    assert texts(opened, "dialog .bar .name") == ["picture-1"]
+    press(opened, Keys.ARROW_RIGHT)
+    assert texts(opened, "dialog .bar .name") == ["picture-2"]
+    press(opened, Keys.ESCAPE)
+    assert not texts(opened, "dialog[open]")
+    assert opened.switch_to.active_element.get_attribute("aria-label") == "Row 2: picture-2"
+
+
+def test_what_others_wrote_is_shown_and_does_not_run(opened: Any) -> None:
+    click(opened, ".card[data-at='8']")
+    assert texts(opened, "dialog .bar .name") == [HOSTILE]
+    assert texts(opened, "dialog .answer .value.text")[0] == HOSTILE
+    assert json.loads(texts(opened, "dialog .answer pre")[-1])["colour"] == HOSTILE
+    assert set(texts(opened, "#tasks .prompt")) == {HOSTILE}
+    assert HOSTILE in texts(opened, "#errors .name")[0]
+    assert opened.execute_script("return [window.hacked, document.scripts.length]") == [None, 2]
+    assert [
+        image for image in opened.find_elements("css selector", "img") if image.get_attribute("src")[:5] != "data:"
+    ] == []
+    assert not [entry for entry in opened.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_page_asks_for_nothing(opened: Any) -> None:
+    click(opened, ".card")
+    (own, *others) = browser.requests(opened)
+    assert own.endswith("/report.html") and own.startswith("file:")
+    assert all(url.startswith("data:") for url in others), others
+
+
+def test_markup_that_was_not_escaped_would_not_run_either(
+    driver: Any, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "json_for_html", json.dumps)
+    written = write_report(ReportOptions(str(output), to=str(tmp_path / "open.html"))).report
+    assert "<img src=x onerror" in Path(written).read_text()
+    browser.requests(driver)
+    browser.open_page(driver, written)
+    injected = "return [document.scripts[1].textContent.startsWith('window.hacked'), document.images.length]"
+    assert driver.execute_script(injected) == [True, 1], "it is there"
+    assert driver.execute_script("return window.hacked") is None
+    assert len([url for url in browser.requests(driver) if not url.startswith("data:")]) == 1
+    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_dark_and_light(driver: Any, output: Path, dark: bool) -> None:
+    written = write_report(ReportOptions(str(output))).report
+    browser.open_page(driver, written, dark=dark)
+    colours = (
+        "return ['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name].match(/\\d+/g)[0])"
+    )
+    background, ink = map(int, driver.execute_script(colours))
+    assert (background < 60 and ink > 200) if dark else (background > 200 and ink < 60)
