@@ -20,12 +20,12 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from ovis_model.constraints import for_int, for_strings
 from ovis_model.types import Constraint
 from pipelines.records import Shape, closed, shape_of
 
 MOST_DIGITS = 18  # of an int64, whatever they are
 MAX_ITEMS = 100  # of a list of strings, unless the task says otherwise
+MAX_STRING_LENGTH = 200  # of each of them: a tag or a line, and an end to a loop
 _REPETITIVE = 2.4  # times that zlib shortens a text in a loop: Whisper's threshold (arXiv:2212.04356, section 4.5)
 
 
@@ -120,7 +120,7 @@ class Integer(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return for_int(self.minimum, self.maximum)
+        return _json({"type": "integer", "minimum": self.minimum, "maximum": self.maximum})
 
     def value(self, text: str) -> int:
         number = int(text)
@@ -144,7 +144,8 @@ class Strings(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return for_strings(self.max_items)
+        items = {"type": "string", "minLength": 1, "maxLength": MAX_STRING_LENGTH}
+        return _json({"type": "array", "items": items, "maxItems": self.max_items})
 
     def value(self, text: str) -> list[str]:
         items = json.loads(text)
@@ -186,10 +187,14 @@ class Record(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return Constraint("json_schema", json.dumps(closed(json.loads(self.schema))))
+        return _json(closed(json.loads(self.schema)))
 
     def value(self, text: str) -> Any:
         return _shape_of(self.schema).convert(json.loads(text))
+
+
+def _json(schema: Any) -> Constraint:
+    return Constraint("json_schema", json.dumps(schema))
 
 
 @lru_cache
