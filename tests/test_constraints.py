@@ -165,7 +165,7 @@ def test_rows_that_start_again_after_running_out_of_memory_start_their_answers_a
 def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that needs it waits for it, not the call that hands the row over, and not the pass over its prompt."""
     compiled, started, prefilled = [], threading.Event(), threading.Event()
-    compile_now, prompt_logits_now = constraints._matcher, OvisEngine._prompt_logits
+    compile_now, hidden_now = constraints._matcher, OvisEngine._hidden
 
     def slow(constraint: Constraint, trie: Any) -> Any:
         started.set()
@@ -174,12 +174,12 @@ def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.Mo
         return compile_now(constraint, trie)
 
     def counted(self: OvisEngine, *arguments: Any) -> Any:
-        logits = prompt_logits_now(self, *arguments)
+        hidden = hidden_now(self, *arguments)
         prefilled.set()
-        return logits
+        return hidden
 
     monkeypatch.setattr(constraints, "_matcher", slow)
-    monkeypatch.setattr(OvisEngine, "_prompt_logits", counted)
+    monkeypatch.setattr(OvisEngine, "_hidden", counted)
     model = OvisEngine(engine().model, tokenizer=TOKENIZER)
     rows = model.enqueue([request()] * 6, [held_to(DIGIT, seed=seed) for seed in range(6)])
     assert started.wait(20)
