@@ -6,13 +6,15 @@
     The number 385 in purple on a white background.                two or three digits
 
 What a caption may say is split once and for all by its hash: held-out captions, a tenth of them, are never
-trained on. Knows nothing of models: Pillow and numpy only.
+trained on. `questions` asks about a scene what has one true answer of a word or a digit. A number is no object.
+Knows nothing of models: Pillow and numpy only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -47,12 +49,18 @@ MANY_TILE_SIZES_PX = ((126, 84), (84, 126), (168, 168), (168, 126), (126, 168), 
 Colour = tuple[int, int, int]
 Kind = Literal["one", "two", "count", "number"]
 KINDS: tuple[Kind, ...] = ("one", "two", "count", "number")
+QuestionKind = Literal["bool", "count", "choice"]
+NUM_QUESTIONS = 6
+"""How many `questions` asks about each scene."""
 
 _CENTRES = (0.21, 0.5, 0.79)  # of the three columns and rows, as shares of the width and height
 _PAIR_CENTRES = (0.27, 0.73)
 _JITTER = 0.02
 _SUPERSAMPLING = 3  # edges are drawn this much larger and averaged
 _HELD_OUT_OF_256 = 26
+_QUESTIONS_STREAM = 2  # beside 0 and 1, the streams of the pictures
+_YES_NO = ("Yes", "No")
+_DIGITS = tuple(str(i) for i in range(len(COUNTS) + 2))
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,16 @@ class Scene:
     things: tuple[Thing, ...] = ()
     number: str = ""
     number_colour: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a scene, and the one of `choices` that is true."""
+
+    kind: QuestionKind
+    text: str
+    answer: str
+    choices: tuple[str, ...]
 
 
 def is_held_out(caption: str) -> bool:
@@ -108,6 +126,120 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     if scene.number:
         _draw_number(pen, scene, _vary(COLOURS[scene.number_colour], rng), *size)
     return _add_noise(canvas.reduce(_SUPERSAMPLING), rng)
+
+
+def questions(scene: Scene, seed: int) -> tuple[Question, ...]:
+    """Two of each kind: one with the answer Yes, one with No; how many objects, and how many of a sort; two choices.
+
+    What is denied or counted as 0 is often nearly there: the colour of one object with the shape of another.
+    """
+    rng = np.random.default_rng([seed, _QUESTIONS_STREAM])
+    choices = _choice_questions(scene)
+    picked = rng.choice(len(choices), size=2, replace=False)
+    return (
+        Question("bool", _pick(rng, _true_of(scene, rng)), "Yes", _YES_NO),
+        Question("bool", _pick(rng, _false_of(scene, rng)), "No", _YES_NO),
+        Question("count", "How many objects are there?", str(len(scene.things)), _DIGITS),
+        _count_of_a_sort(scene, rng),
+        *(choices[i] for i in picked),
+    )
+
+
+def _true_of(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
+    background = f"Is the background {scene.background}?"
+    if scene.number:
+        return "Is there a number?", f"Is the number {scene.number_colour}?", background
+    thing = scene.things[rng.integers(len(scene.things))]
+    return *_is_there(thing.colour, thing.shape), background
+
+
+def _false_of(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
+    colour = _other(rng, COLOURS, {thing.colour for thing in scene.things})
+    shape = _other(rng, SHAPES, {thing.shape for thing in scene.things})
+    absent = (*_is_there(*_absent_sort(scene, rng))[:2], *_is_there(colour, shape)[2:])
+    background = f"Is the background {_other(rng, BACKGROUNDS, {scene.background})}?"
+    about_number = f"Is the number {_other(rng, COLOURS, {scene.number_colour})}?"
+    return *absent, background, about_number if scene.number else "Is there a number?"
+
+
+def _is_there(colour: str, shape: str) -> tuple[str, ...]:
+    """The first one, the hardest, counts twice."""
+    sort = f"Is there {_article(colour)} {shape}?"
+    return sort, sort, f"Is there {_article(colour)} object?", f"Is there a {shape}?"
+
+
+def _absent_sort(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A colour and a shape that no object has both of; half of the time as near as can be."""
+    there = {(thing.colour, thing.shape) for thing in scene.things}
+    colours = {colour for colour, _ in there} or {scene.number_colour}
+    shapes = {shape for _, shape in there}
+    absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in there]
+    nearest = max((c in colours) + (s in shapes) for c, s in absent)
+    least = nearest if rng.random() < 0.5 else min(nearest, 1)
+    near = [(c, s) for c, s in absent if (c in colours) + (s in shapes) >= least]
+    return near[rng.integers(len(near))]
+
+
+def _count_of_a_sort(scene: Scene, rng: np.random.Generator) -> Question:
+    """One time in three of what is not there."""
+    if scene.things and rng.random() < 2 / 3:
+        thing = scene.things[rng.integers(len(scene.things))]
+        colour, shape = thing.colour, thing.shape
+    else:
+        colour, shape = _absent_sort(scene, rng)
+    what, number = (
+        (f"{colour} {_plural(shape)}", sum((t.colour, t.shape) == (colour, shape) for t in scene.things)),
+        (f"{colour} objects", sum(t.colour == colour for t in scene.things)),
+        (_plural(shape), sum(t.shape == shape for t in scene.things)),
+    )[rng.integers(3)]
+    return Question("count", f"How many {what} are there?", str(number), _DIGITS)
+
+
+def _choice_questions(scene: Scene) -> list[Question]:
+    """All that have one answer."""
+    backgrounds, colours = tuple(BACKGROUNDS), tuple(COLOURS)
+    asked = [
+        Question("choice", "What is the background?", scene.background, backgrounds),
+        Question("choice", "What colour is the background?", scene.background, backgrounds),
+    ]
+    if scene.number:
+        return [*asked, Question("choice", "What colour is the number?", scene.number_colour, colours)]
+    asked += [Question("choice", text, colour, colours) for text, colour in _colours_asked(scene)]
+    return asked + [Question("choice", text, shape, SHAPES) for text, shape in _shapes_asked(scene)]
+
+
+def _colours_asked(scene: Scene) -> list[tuple[str, str]]:
+    """(question, answer)"""
+    colours = _with_one_value((thing.shape, thing.colour) for thing in scene.things)
+    if scene.kind == "count":
+        return [(f"What colour are the {_plural(shape)}?", colour) for shape, colour in colours.items()]
+    return [(f"What colour is the {shape}?", colour) for shape, colour in colours.items()]
+
+
+def _shapes_asked(scene: Scene) -> list[tuple[str, str]]:
+    """(question, answer)"""
+    shapes = _with_one_value((thing.colour, thing.shape) for thing in scene.things)
+    asked = [(f"Which shape is {colour}?", shape) for colour, shape in shapes.items()]
+    if scene.kind != "two":
+        return [*asked, ("Which shape is it?", scene.things[0].shape)]
+    places = ("on the left", "on the right") if RELATIONS[0] in scene.caption else ("at the top", "at the bottom")
+    return asked + [(f"Which shape is {place}?", t.shape) for place, t in zip(places, scene.things, strict=True)]
+
+
+def _with_one_value(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The keys of `pairs` that never come with another value."""
+    values: dict[str, set[str]] = {}
+    for key, value in pairs:
+        values.setdefault(key, set()).add(value)
+    return {key: found.pop() for key, found in values.items() if len(found) == 1}
+
+
+def _other(rng: np.random.Generator, options: Iterable[str], present: Iterable[str]) -> str:
+    return _pick(rng, tuple(option for option in options if option not in present))
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def _any_scene(rng: np.random.Generator, kind: Kind | None) -> Scene:
