@@ -53,5 +53,5 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 clean:
-	rm -rf .venv build demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find jobs pipelines ovis_model tests -name __pycache__ -prune -exec rm -rf {} +
