@@ -268,7 +268,7 @@ class OvisEngine:
         self.stats.slot_steps += self._scheduler.slots
 
     def _replace_finished(self) -> None:
-        """Waiting rows take free slots; again while all are finished by their first token or their choices."""
+        """Waiting rows take free slots; some may be finished at once, by their first token or their choices."""
         while True:
             if any(row.has_left for row in self._scheduler.running):
                 self._sampler = None
@@ -277,9 +277,10 @@ class OvisEngine:
             if self._scheduler.plan_cache():
                 self._allocate()
                 continue
-            if admitted:
-                self._prefill(admitted)
-            if not admitted or not self._scheduler.lets_in_more:
+            if not admitted:
+                return
+            self._prefill(admitted)
+            if not self._scheduler.next_is_sibling:
                 return self._retire_finished()
 
     def _retire_finished(self) -> None:

@@ -226,12 +226,10 @@ class Scheduler:
         return whole, rest
 
     @property
-    def lets_in_more(self) -> bool:
-        """No row goes on, or rows that have just left hold what the next one begins with, which a step would lose."""
+    def next_is_sibling(self) -> bool:
+        """Only rows that have left hold what the next one begins with: it should enter before a step loses that."""
         going_on = {prefix for row, prefix in zip(self.running, self._held, strict=True) if not row.has_left}
-        if not going_on or not self.waiting:
-            return not going_on
-        return self.waiting[0].prefix in self._held and self.waiting[0].prefix not in going_on
+        return bool(self.waiting) and self.waiting[0].prefix in set(self._held) - going_on
 
     def restart_all(self) -> None:
         """Running rows wait again, in their order, before all others; those that have left do not."""
