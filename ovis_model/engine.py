@@ -278,7 +278,7 @@ class OvisEngine:
                 self._allocate()
                 continue
             if not admitted:
-                return
+                return None
             self._prefill(admitted)
             if not self._scheduler.next_is_sibling:
                 return self._retire_finished()
