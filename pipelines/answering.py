@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -37,6 +38,7 @@ class Answering:
     def __init__(self, config: RunConfig, processor: Processor, engine: Engine) -> None:
         self._config, self._tasks = config, config.asked
         self._processor, self._engine = processor, engine
+        self._answer_ids = cache(processor.answer_ids)
 
     def values(self, rows: Sequence[Row]) -> list[Row | RequestError]:
         """Of each row the columns that its answers decide, or why it has none. Raises EngineDied."""
@@ -83,8 +85,8 @@ class Answering:
     def _generate(self, questions: Sequence[Question]) -> list[Completion]:
         return self._engine.generate([question.request for question in questions], list(map(self._sampling, questions)))
 
-    def _sampling(self, question: Question, **changed: Any) -> SamplingParams:
-        return question.task.sampling(question.row_id, self._processor.answer_ids, **changed)
+    def _sampling(self, question: Question) -> SamplingParams:
+        return question.task.sampling(question.row_id, self._answer_ids)
 
     def _answered(self, question: Question, completion: Completion) -> Answered:
         task = question.task
@@ -94,7 +96,9 @@ class Answering:
         except ValueError:
             value = None
         probabilities = completion.choice_probs
-        by_option = None if probabilities is None else dict(zip(task.answer.options, probabilities, strict=True))
+        by_option = (
+            None if probabilities is None else dict(zip(task.answer.options, probabilities.tolist(), strict=True))
+        )
         return Answered(
             text=text,
             value=value,

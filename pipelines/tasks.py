@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from ovis_model.types import SamplingParams
 from pipelines.answers import Answer, Answered, Text, parse_answer
 
+_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")  # as in SamplingParams
+
 Encode = Callable[[str], Sequence[int]]
 """A whole answer as token ids, the end of the turn included."""
 
@@ -51,22 +53,18 @@ class Task(BaseModel):
         """Before a message that is about one task of several."""
         return f"task {self.name}: " if self.name else ""
 
-    def sampling(self, row_id: str, encode: Encode, **changed: Any) -> SamplingParams:
+    def sampling(self, row_id: str, encode: Encode) -> SamplingParams:
         """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
         key = "\0".join(filter(None, (str(self.seed), row_id, self.name)))
         kind: Answer = self.answer
-        options = {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-            "stop": () if kind.constraint or kind.options else self.stop,
-            "seed": int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1,  # signed 64 bits
-            "choices": tuple(tuple(encode(option)) for option in kind.options),
-            "constraint": kind.constraint,
-        }
-        return SamplingParams(**{**options, **changed})
+        options = {name: getattr(self, name) for name in _SAMPLING}
+        return SamplingParams(
+            **options,
+            stop=() if kind.constraint or kind.options or not self.stop else self.stop,
+            seed=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1,  # torch takes signed ones
+            choices=tuple(tuple(encode(option)) for option in kind.options),
+            constraint=kind.constraint,
+        )
 
 
 def check_text(text: str) -> None:
