@@ -24,8 +24,13 @@ OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 Report = TypeVar("Report")
 
 
-def run_job(job: Callable[[], Report], exit_code: Callable[[Report], int] = lambda _: OK) -> int:
-    """Run `job` and print the dataclass that it returns -> the exit code, of a job that ends by `exit_code`."""
+def run_job(
+    job: Callable[[], Report], exit_code: Callable[[Report], int] = lambda _: OK, *, goes_on: bool = True
+) -> int:
+    """Run `job` and print the dataclass that it returns -> the exit code, of a job that ends by `exit_code`.
+
+    `goes_on` says whether the same command goes on with what an interrupted one has done.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -41,12 +46,12 @@ def run_job(job: Callable[[], Report], exit_code: Callable[[Report], int] = lamb
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except (OSError, StoreFault, RowsLost, LeaseLost) as error:
-        print(
-            f"error: {error}. What is finished is kept: the same command, without --overwrite, goes on", file=sys.stderr
-        )
+        advice = ". What is finished is kept: the same command, without --overwrite, goes on" if goes_on else ""
+        print(f"error: {error}{advice}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("stopped; the same command, without --overwrite, goes on from here", file=sys.stderr)
+        advice = "; the same command, without --overwrite, goes on from here" if goes_on else ""
+        print(f"stopped{advice}", file=sys.stderr)
         return FAILED
     print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
     return exit_code(report)

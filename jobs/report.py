@@ -15,7 +15,7 @@ from pipelines.report.build import MOST_ROWS, ReportOptions, write_report
 
 def main(argv: list[str] | None = None) -> int:
     options = _parsed(sys.argv[1:] if argv is None else argv)
-    return run_job(lambda: write_report(options))
+    return run_job(lambda: write_report(options), goes_on=False)
 
 
 def _parsed(argv: list[str]) -> ReportOptions:

@@ -180,7 +180,7 @@
   function truthOf(task) {
     const truth = task.truth;
     if (!truth) return "";
-    const mistakes = truth.mistakes.top.slice(0, 6).map(([[right, said], times]) => el("tr", {}, el("td.text", {}, right), el("td.text", {}, said), el("td.n", {}, number(times))));
+    const mistakes = truth.mistakes.top.slice(0, 5).map(([[right, said], times]) => el("tr", {}, el("td.text", {}, right), el("td.text", {}, said), el("td.n", {}, number(times))));
     return el("div.body", {},
       el("div", {},
         el("div.label", {}, el("span", {}, `${share(truth.right, truth.count)} right: ${number(truth.right)} of ${number(truth.count)}${truth.unanswered ? `, ${number(truth.unanswered)} without an answer` : ""}`), el("span", {}, `calibration error ${truth.expected_error.toFixed(3)}`)),
@@ -195,10 +195,10 @@
 
   function panel(task, at) {
     const flags = statistics.flags.top.filter(([flag]) => flag.startsWith(`${task.name}:`));
-    const confidence = task.choices.length ? histogram(task.confidence, "Confidence", rounded) : histogram(task.confidence, "Log-probability of a token", rounded);
+    const confidence = task.choices.length ? histogram(task.confidence, "Confidence", rounded) : histogram(task.confidence, "Log-probability of a token", (value) => (Math.abs(value) < 1e-9 ? "0" : value.toFixed(task.confidence.start < -0.5 ? 2 : 3).replace("-", "−")));
     const about = task.about || {};
     return el(tasks.length === 1 ? "article.panel.wide" : "article.panel", {},
-      el("div.title", {}, el("h3", {}, task.name), el("span.pill", {}, task.kind), el("span.end", {}, `${number(task.answered)} answers`)),
+      el("div.title", {}, el("h3", {}, task.name), task.kind === task.name ? "" : el("span.pill", {}, task.kind), el("span.end", {}, `${number(task.answered)} answers`)),
       about.prompt ? el("p.prompt.text", { title: about.prompt }, about.prompt) : "",
       el("div.body", {}, distribution(task, at), el("div.body", {},
         el("div.pair", {}, confidence, sizes(task)),

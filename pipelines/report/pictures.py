@@ -139,9 +139,9 @@ def thumbnails(pictures: Sequence[Image.Image], most_bytes: int, num_images: int
 
 def _thumbnail(picture: Image.Image, side_px: int, most_bytes: int) -> Json | None:
     """None if even the smallest is too large."""
-    small = picture.copy()
+    small = picture
     while side_px >= _SMALLEST_PX:
-        small.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+        small = _within(small, side_px)
         for quality in _QUALITIES:
             source = _data_uri(small, quality)
             if len(source) <= most_bytes:
@@ -150,7 +150,13 @@ def _thumbnail(picture: Image.Image, side_px: int, most_bytes: int) -> Json | No
     return None
 
 
+def _within(picture: Image.Image, side_px: int) -> Image.Image:
+    scale = min(1.0, side_px / max(picture.size))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
 def _data_uri(picture: Image.Image, quality: int) -> str:
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=quality)
+    picture.save(file, "WEBP", quality=quality, method=2)  # half the time of the default, a tenth larger
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

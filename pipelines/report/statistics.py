@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipelines.reasons import kind_of
 from pipelines.report.answers import Answers, as_floats, as_ints, as_keys, as_mask, only
@@ -20,6 +21,7 @@ SHOWN_VALUES = 40  # of an answer, most frequent first
 _SHOWN_REASONS = 100
 _SHOWN_FIELD_VALUES, _MOST_FIELD_VALUES = 5, 500
 _LOWEST_LOGPROB = -4.0  # of the histogram; a token of 2 %
+_LOGPROB_STEPS = 1000  # in one
 _SUMS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
 _COUNTABLE = (pa.types.is_string, pa.types.is_boolean, pa.types.is_integer)
 
@@ -95,7 +97,7 @@ class _TaskStatistics:
         self._finish: Counter[str] = Counter()
         self._values, self._list_lengths, self._fields = TopCounts(), Spread(), _Fields()
         self._lengths = Spread()
-        self._confidence = Histogram(0, 1, 20) if task.choices else Histogram(_LOWEST_LOGPROB, 0, 40)
+        self._probability, self._surprise = Histogram(0, 1, 20), Spread()
         self._truth = _Truth()
 
     def add(self, answers: Answers) -> None:
@@ -106,11 +108,18 @@ class _TaskStatistics:
         for pair in pc.value_counts(only(answers.column(task.finish_reason), ok)).to_pylist():
             self._finish[pair["values"] or ""] += pair["counts"]
         self._lengths.add(as_ints(pc.utf8_length(only(answers.column(task.text), ok))))
-        raw = answers.confidence[task.name] if task.choices else as_floats(answers.column(task.confidence))
-        self._confidence.add(raw[ok])
+        if task.choices:
+            self._probability.add(answers.confidence[task.name][ok])
+        else:
+            self._add_logprobs(as_floats(answers.column(task.confidence))[ok])
         self._add_values(values)
         if task.truth:
             self._truth.add(answers, task.name)
+
+    def _add_logprobs(self, logprobs: NDArray[np.float64]) -> None:
+        """Their negatives in steps of a thousandth: a sure model's lie within a tenth, another's within several."""
+        known = np.clip(logprobs[~np.isnan(logprobs)], _LOWEST_LOGPROB, 0)
+        self._surprise.add(np.rint(-_LOGPROB_STEPS * known).astype(np.int64))
 
     def _add_values(self, values: pa.Array) -> None:
         match self._task.kind:
@@ -133,12 +142,21 @@ class _TaskStatistics:
             "unanswered": self._unanswered,
             "finish": dict(self._finish),
             "length": self._lengths.to_json(),
-            "confidence": self._confidence.to_json(),
+            "confidence": self._probability.to_json() if task.choices else _logprobs_json(self._surprise),
             "values": self._values.to_json(SHOWN_VALUES),
             "list_lengths": self._list_lengths.to_json(),
             "fields": self._fields.to_json(),
             "truth": self._truth.to_json() if task.truth else None,
         }
+
+
+def _logprobs_json(surprise: Spread) -> Json | None:
+    found = surprise.to_json()
+    if found is None:
+        return None
+    width, bins = found["width"] / _LOGPROB_STEPS, found["bins"][::-1]
+    mean, smallest, largest = (-found[name] / _LOGPROB_STEPS for name in ("mean", "max", "min"))
+    return {"bins": bins, "start": -len(bins) * width, "width": width, "mean": mean, "min": smallest, "max": largest}
 
 
 class _Truth:
