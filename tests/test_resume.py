@@ -15,9 +15,9 @@ from tests.processes import Job, OpenCounter, run_caption, run_job
 
 NUM_ROWS = 200
 TASKS = """
-- {name: caption, prompt: Describe the image., max_new_tokens: 24}
-- {name: round, prompt: Is it round?, answer: bool}
-- {name: tags, prompt: Tags?, answer: "list[str]", max_new_tokens: 8}
+- {name: caption, prompt: "Describe the image.", max_new_tokens: 24}
+- {name: round, prompt: "Is it round?", answer: bool}
+- {name: tags, prompt: "Tags?", answer: "list[str]", max_new_tokens: 8}
 """
 
 
