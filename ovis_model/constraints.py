@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -76,12 +76,11 @@ class Guides:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """`vocab_size` counts the logits: those beyond the tokenizer's ids are never allowed."""
         self.vocab_size = vocab_size
+        self._tokenizer, self._eos_token_ids = tokenizer, list(eos_token_ids)
         self._compiling = ThreadPoolExecutor(1, "grammars")
         self._masking = ThreadPoolExecutor(1, "masks")
-        self._cores = llguidance.LLExecutor(_MASK_THREADS)
-        self._trie = lru_cache(1)(lambda: _token_trie(tokenizer, vocab_size, list(eos_token_ids)))
         self._grammar = lru_cache(_CACHED_GRAMMARS)(
-            lambda constraint: self._compiling.submit(lambda: _matcher(constraint, self._trie()))
+            lambda constraint: self._compiling.submit(self._compile, constraint)
         )
         self._lock = Lock()
 
@@ -97,11 +96,23 @@ class Guides:
         """
         return self._masking.submit(self._masks, answers)
 
+    @cached_property
+    def _trie(self) -> llguidance.LLTokenizer:
+        return _token_trie(self._tokenizer, self.vocab_size, self._eos_token_ids)
+
+    @cached_property
+    def _cores(self) -> llguidance.LLExecutor:
+        return llguidance.LLExecutor(_MASK_THREADS)
+
+    def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
+        return _matcher(constraint, self._trie)
+
     def _masks(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> NDArray[np.uint8]:
         masks = allocate_token_bitmask(len(answers), self.vocab_size)
         states = [_state(guide, output_ids) for guide, output_ids in answers]
         sound = [(state, place) for place, state in enumerate(states) if state is not None]
-        fill_next_token_bitmask_par(self._cores, sound, masks)
+        if sound:
+            fill_next_token_bitmask_par(self._cores, sound, masks)
         for state, place in sound:
             if state.is_error():
                 answers[place][0].error = f"the answer cannot go on within its constraint: {state.stop_reason()}"
@@ -123,6 +134,8 @@ def _matcher(constraint: Constraint, trie: llguidance.LLTokenizer) -> llguidance
     matcher = llguidance.LLMatcher(trie, _grammar(constraint), log_level=0, limits=_LIMITS)
     if matcher.is_error():
         reason = matcher.get_error().strip().splitlines()[0]
+        if "coerce_one_of" in reason:  # an option that would make it wrong
+            reason = "'oneOf' is served where no value can match two of its parts; tell them apart, or use 'anyOf'"
         raise ValueError(f"{constraint.kind} {shortened(constraint.spec)}: {reason}")
     return matcher
 

@@ -24,7 +24,7 @@ from ovis_model.engine import OvisEngine
 from ovis_model.model import Ovis
 from ovis_model.parallel import Shard
 from ovis_model.ranks import TensorParallelEngine, check_tensor_parallel, rank_counts
-from ovis_model.types import EngineDied, Request, RequestError, SamplingParams
+from ovis_model.types import Constraint, EngineDied, Request, RequestError, SamplingParams
 from tests.conftest import ROOT
 from tests.golden_data import checkpoint_dir, expected_arrays
 from tests.test_engine import GREEDY, PARAMS, alone, golden_requests, greedy_ids, ids_of
@@ -119,6 +119,19 @@ def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: TensorParallelEngine)
     unseeded = SamplingParams(choices=((17,), (9, 8, 564), (301,)), temperature=5.0)
     drawn = two_ranks.generate([items[0][0]] * 30, unseeded)
     assert len({tuple(completion.output_ids) for completion in drawn}) > 1
+
+
+def test_constrained_answers_are_those_of_one_rank(two_ranks: TensorParallelEngine) -> None:
+    digits = SamplingParams(max_new_tokens=20, temperature=1.0, seed=3, constraint=Constraint("regex", "[0-9]{9}"))
+    params = [digits, GREEDY, replace(digits, seed=4), replace(digits, constraint=Constraint("json_schema", "{}"))]
+    requests = golden_requests("tiny56-tied")[:4]
+    one_rank = OvisEngine.from_pretrained(str(checkpoint_dir("tiny56-tied")), device="cpu", dtype="float32")
+    wanted = [completion.output_ids.tolist() for completion in one_rank.generate(requests, params)]
+    assert [completion.output_ids.tolist() for completion in two_ranks.generate(requests, params)] == wanted
+    never = replace(digits, constraint=Constraint("json_schema", '{"$ref": "#"}'))
+    with pytest.raises(RequestError, match="cannot go on"):
+        two_ranks.generate(requests, [never, *params[1:]])
+    assert [completion.output_ids.tolist() for completion in two_ranks.generate(requests, params)] == wanted
 
 
 def test_threads_get_their_own_rows(two_ranks: TensorParallelEngine) -> None:
