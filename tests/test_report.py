@@ -220,7 +220,9 @@ def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None
     texts = [("A cat.", "stop"), ("A dog and", "length"), (" ", "stop")]
     rows = [{**row, "text": t, "finish_reason": why, "mean_logprob": -0.5} for t, why in texts]
     failed = {**row, "text": "", "finish_reason": "", "mean_logprob": math.nan, "status": "error", "stage": "read"}
-    write_rows(str(tmp_path), 0, pa.Table.from_pylist([*rows, {**failed, "error": "gone"}], schema.OUTPUT))
+    table = pa.Table.from_pylist([*rows, {**failed, "error": "gone"}], schema.OUTPUT)
+    table = table.append_column("flags", pa.array(["green", "red", None, ""]))  # a kept column that has this name
+    write_rows(str(tmp_path), 0, table)
     write_record(tmp_path, 4, [])
     data = report_of(tmp_path)
     (task,) = data["statistics"]["tasks"]
@@ -228,6 +230,7 @@ def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None
     assert data["statistics"]["flags"]["top"] == [["text:empty", 1], ["text:truncated", 1]]
     assert [row["flags"] for row in data["rows"]] == [[], ["text:truncated"], ["text:empty"], []]
     assert {row["media"]["missing"][:12] for row in data["rows"]} == {"the manifest"}
+    assert (data["kept"], data["rows"][1]["kept"]) == (["flags"], ["red"])
 
 
 def test_the_sample_has_some_of_every_kind_and_does_not_depend_on_the_files(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,10 @@ Kind = Literal["text", "bool", "int", "choices", "list", "record"]
 CAPTION = "text"
 """What the only task of a captioning run is called: its column."""
 
-_OF_THE_ROW = ("id", "uri", "status", "stage", "error", "num_images", "num_tiles", "num_prompt_tokens")
-_OF_SHOWN_ROWS = ("frame_timestamps_s",)
+_OF_EVERY_ROW = (
+    *("id", "uri", "status", "stage", "error", "frame_timestamps_s"),
+    *("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens"),
+)
 _OF_A_TASK = ("", "_text", "_finish_reason", "_confidence", "_alternative")
 
 
@@ -57,8 +59,7 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """All that a report reads."""
-        names = [*_OF_THE_ROW, "num_output_tokens", *_OF_SHOWN_ROWS]
-        names += ["flags"] * self.has_flags + ["prompt"] * self.has_prompts
+        names = [*_OF_EVERY_ROW, *["flags"] * self.has_flags, *["prompt"] * self.has_prompts]
         of_tasks = [name for task in self.tasks for name in (*task.columns, *filter(None, [task.truth]))]
         return [*dict.fromkeys([*names, *of_tasks, *self.alternatives, *self.kept])]
 
@@ -76,10 +77,11 @@ def columns_of(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> Col
         raise ValueError(f"--truth names {sorted(unknown)}; the tasks are {[task.name for task in tasks]}")
     if unknown := set(truths.values()) - set(found.names):
         raise ValueError(f"--truth names the columns {sorted(unknown)}, which the run did not keep (--keep-columns)")
-    own = {*schema.OUTPUT.names, "flags", *(f"{task.name}{end}" for task in tasks for end in _OF_A_TASK if abouts)}
-    kept = tuple(field.name for field in found if field.name not in own and _can_be_shown(field.type))
-    alternatives = tuple(name for task in tasks if (name := f"{task.name}_alternative") in found.names and abouts)
-    return Columns(tuple(tasks), kept, alternatives, "flags" in found.names, not abouts)
+    if not abouts:
+        return Columns(tuple(tasks), _kept(found, schema.OUTPUT.names), (), False, True)
+    of_tasks = [f"{task.name}{end}" for task in tasks for end in _OF_A_TASK]
+    alternatives = tuple(name for name in of_tasks if name.endswith("_alternative") and name in found.names)
+    return Columns(tuple(tasks), _kept(found, [*_OF_EVERY_ROW, "flags", *of_tasks]), alternatives, True, False)
 
 
 def _caption(record: Json, truths: Mapping[str, str]) -> Task:
@@ -107,6 +109,11 @@ def _kind(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
     if pa.types.is_nested(type_):
         return "record"
     return "choices" if choices else "text"
+
+
+def _kept(found: pa.Schema, own: Iterable[str]) -> tuple[str, ...]:
+    names = set(own)
+    return tuple(field.name for field in found if field.name not in names and _can_be_shown(field.type))
 
 
 def _can_be_shown(type_: pa.DataType) -> bool:

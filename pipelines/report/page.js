@@ -270,7 +270,7 @@
     const film = row.media.images && row.media.images.length > 1;
     const name = row.id.split("/").pop() || row.id;
     const confidence = tasks.length === 1 || state.task ? lowest(row) : 2;
-    return el(film ? "li.card.film" : "li.card", { tabindex: "0", role: "button", "data-at": at, "aria-label": `Row ${row.row}: ${name}` },
+    return el(film ? "div.card.film" : "div.card", { tabindex: "0", role: "button", "data-at": at, "aria-label": `Row ${row.row}: ${name}` },
       frame(row), said(row), el("div.foot", {}, el("span.name", { title: row.id }, el("bdi", {}, name)), confidence <= 1 ? [rounded(confidence), meter(confidence)] : ""));
   }
 
@@ -305,7 +305,7 @@
     const search = el("input", { type: "search", id: "search", placeholder: "Search ids, answers, errors   /", "aria-label": "Search", autocomplete: "off", oninput: (event) => { state.text = event.target.value; draw(); } });
     search.value = state.text;
     byId("tools").replaceChildren(
-      el("div.groups", { role: "group", "aria-label": "Group" }, groups.map((group) => el("button", { type: "button", "data-group": group, "aria-pressed": String(state.group === group), onclick: () => change({ group }) }, group ? GROUPS[group] : "All", el("small", {}, number(count(group)))))),
+      el("div.groups", { role: "group", "aria-label": "Group" }, groups.map((group) => el("button", { type: "button", "data-group": group, "aria-pressed": String(state.group === group), onclick: () => change({ group, order: group === "unsure" ? "unsure" : "row" }) }, group ? GROUPS[group] : "All", el("small", {}, number(count(group)))))),
       tasks.length > 1 ? select("Task", [["", "All tasks"], ...tasks.map((task) => [task.name, task.name])], state.task, (task) => change({ task, flag: "", value: null })) : "",
       select("Value", [["", "Any value"], ...valuesOnPage()], state.value ? JSON.stringify([state.value.task, state.value.value]) : "", (key) => { const pair = key && JSON.parse(key); change({ value: pair ? { task: pair[0], value: pair[1] } : null }); }),
       flags.length ? select("Flag", [["", "Any flag or none"], ...flags.map((flag) => [flag, flag])], state.flag, (flag) => change({ flag })) : "",
@@ -329,7 +329,7 @@
     shown = rows.filter(matches);
     if (state.order !== "row") shown = shown.map((row) => [lowest(row), row]).sort((a, b) => (state.order === "sure" ? (b[0] > 1 ? -1 : b[0]) - (a[0] > 1 ? -1 : a[0]) : a[0] - b[0])).map(([, row]) => row);
     byId("count").textContent = `${number(shown.length)} shown`;
-    byId("cards").replaceChildren(...(shown.length ? shown.map(card) : [el("li.none", {}, rows.length ? "None of the rows on this page. It shows a sample: the counts above are of all rows." : "This page shows no rows.")]));
+    byId("cards").replaceChildren(...(shown.length ? shown.map(card) : [el("p.none", {}, rows.length ? "None of the rows on this page. It shows a sample: the counts above are of all rows." : "This page shows no rows.")]));
   }
 
   // ---- One row
