@@ -266,11 +266,11 @@ class OvisEngine:
             if self._scheduler.plan_cache():
                 self._allocate()
                 continue
-            if not admitted:
-                return
-            self._prefill(admitted)
-            if not self._scheduler.next_is_sibling:
-                return self._retire_finished()
+            if admitted:
+                self._prefill(admitted)
+            if not admitted or not self._scheduler.next_is_sibling:
+                break
+        self._retire_finished()
 
     def _retire_finished(self) -> None:
         for move in self._scheduler.retire():
