@@ -140,9 +140,7 @@ class OvisEngine:
     ) -> list[Completion]:
         """Completions in the order of `requests`; `params` for all of them or one for each.
 
-        Requests with the very same array of tiles are tasks of one item: its vision runs once, and so does what their
-        prompts begin with.
-
+        Of requests with the very same array of tiles, vision runs once, and so does what their prompts begin with.
         In float32 a row's tokens are those that it gets alone. Several threads may call at once: their rows run side
         by side, so that the last rows of one call do not leave slots empty. Raises RequestError if a request can
         never be generated, EngineDied when the device is lost.
