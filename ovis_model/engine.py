@@ -145,9 +145,7 @@ class OvisEngine:
     ) -> list[Completion]:
         """Completions in the order of `requests`; `params` for all of them or one for each.
 
-        Requests with the very same array of tiles are tasks of one item: its vision runs once, and so does what their
-        prompts begin with.
-
+        Of requests with the very same array of tiles, vision runs once, and so does what their prompts begin with.
         In float32 a row's tokens are those that it gets alone. Several threads may call at once: their rows run side
         by side, so that the last rows of one call do not leave slots empty. Raises RequestError if a request can
         never be generated, EngineDied when the device is lost.
@@ -277,11 +275,11 @@ class OvisEngine:
             if self._scheduler.plan_cache():
                 self._allocate()
                 continue
-            if not admitted:
-                return None
-            self._prefill(admitted)
-            if not self._scheduler.next_is_sibling:
-                return self._retire_finished()
+            if admitted:
+                self._prefill(admitted)
+            if not admitted or not self._scheduler.next_is_sibling:
+                break
+        self._retire_finished()
 
     def _retire_finished(self) -> None:
         for move in self._scheduler.retire():

@@ -129,6 +129,7 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """Completions in the order of `requests`; several threads may call at once.
 
+        Requests of a call whose `tiles` are the very same array are tasks of one item: they share what they can.
         Raises RequestError if one of the requests cannot be generated, EngineDied if the device is lost.
         """
         ...

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def tasks_of(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[list[
     tokenizer = load_tokenizer(checkpoint_dir("tiny56-tied"))
     processor, end = Processor(config, tokenizer), tokenizer.token_to_id("<|im_end|>")
     requests = []
-    for _, picture in zip(range(items), _pictures(), strict=False):
+    for picture in islice(_pictures(), items):
         each = [processor.request(prompt, [picture], max_tiles) for prompt in TASKS]
         requests.append([replace(request, tiles=each[0].tiles) for request in each])
     return requests, [_params(answer, lambda text: (*tokenizer.encode(text).ids, end)) for answer in TASKS.values()]
@@ -104,9 +105,10 @@ def _params(answer: int | list[str], encode: Callable[[str], tuple[int, ...]]) -
 
 
 def _pictures() -> Iterator[Image.Image]:
-    for seed, path in enumerate(photographs()):
-        with Image.open(path) as photograph:
-            yield photograph.convert("RGB")
+    for seed in count():
+        for path in photographs()[seed : seed + 1]:
+            with Image.open(path) as photograph:
+                yield photograph.convert("RGB")
         yield make_picture(seed, held_out=False)[0]
 
 
