@@ -309,7 +309,7 @@
       el("div.groups", { role: "group", "aria-label": "Group" }, groups.map((group) => el("button", { type: "button", "data-group": group, "aria-pressed": String(state.group === group), onclick: () => change({ group, order: group === "unsure" ? "unsure" : "row" }) }, group ? GROUPS[group] : "All", el("small", {}, number(count(group)))))),
       tasks.length > 1 ? select("Task", [["", "All tasks"], ...tasks.map((task) => [task.name, task.name])], state.task, (task) => change({ task, flag: "", value: null })) : "",
       select("Value", [["", "Any value"], ...valuesOnPage()], state.value ? JSON.stringify([state.value.task, state.value.value]) : "", (key) => { const pair = key && JSON.parse(key); change({ value: pair ? { task: pair[0], value: pair[1] } : null }); }),
-      flags.length ? select("Flag", [["", "Any flag or none"], ...flags.map((flag) => [flag, flag])], state.flag, (flag) => change({ flag })) : "",
+      flags.length ? select("Flag", [["", "Any flag"], ...flags.map((flag) => [flag, flag])], state.flag, (flag) => change({ flag })) : "",
       select("Order", [["row", "By row"], ["unsure", "Least confident first"], ["sure", "Most confident first"]], state.order, (order) => change({ order })),
       search,
       el("button.clear", { type: "button", onclick: () => change({ group: "", task: "", flag: "", value: null, reason: "", text: "" }) }, "Clear"),
