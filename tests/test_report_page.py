@@ -91,6 +91,22 @@ def test_a_filter_leaves_the_rows_that_it_names(opened: Any) -> None:
     assert shown(opened) == ["picture-4"]
 
 
+def test_more_rows_come_when_the_end_is_near(driver: Any, tmp_path: Path) -> None:
+    output = write_run(tmp_path / "out", [item(f"row-{i}", answers_of()) for i in range(700)])
+    browser.open_page(driver, write_report(ReportOptions(str(output), rows=700)).report)
+    assert len(shown(driver)) == 300
+    for count in (600, 700):
+        driver.execute_async_script(
+            "const [count, done] = arguments; scrollTo(0, document.body.scrollHeight);"
+            "const cards = document.getElementById('cards').children;"
+            "(function wait() { cards.length >= count ? done() : setTimeout(wait, 20); })()",
+            count,
+        )
+    assert shown(driver) == [f"row-{i}" for i in range(700)]
+    assert not driver.find_element("id", "more").is_displayed()
+    assert driver.execute_script("return document.querySelectorAll('.card')[650].dataset.at") == "650"
+
+
 def test_search_finds_answers_ids_and_errors(opened: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 

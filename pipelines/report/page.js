@@ -8,6 +8,7 @@
   const state = { group: "", task: "", flag: "", value: null, reason: "", text: "", order: "row" };
   let shown = []; // the rows that the filters leave, in order
   let opened = -1; // which of them is open
+  const AT_ONCE = 300; // cards: more are made when the end of those comes into view
 
   // ---- Elements. Whatever a stranger wrote gets onto the page here, as a text node.
 
@@ -308,7 +309,7 @@
       el("div.groups", { role: "group", "aria-label": "Group" }, groups.map((group) => el("button", { type: "button", "data-group": group, "aria-pressed": String(state.group === group), onclick: () => change({ group, order: group === "unsure" ? "unsure" : "row" }) }, group ? GROUPS[group] : "All", el("small", {}, number(count(group)))))),
       tasks.length > 1 ? select("Task", [["", "All tasks"], ...tasks.map((task) => [task.name, task.name])], state.task, (task) => change({ task, flag: "", value: null })) : "",
       select("Value", [["", "Any value"], ...valuesOnPage()], state.value ? JSON.stringify([state.value.task, state.value.value]) : "", (key) => { const pair = key && JSON.parse(key); change({ value: pair ? { task: pair[0], value: pair[1] } : null }); }),
-      flags.length ? select("Flag", [["", "Any flag or none"], ...flags.map((flag) => [flag, flag])], state.flag, (flag) => change({ flag })) : "",
+      flags.length ? select("Flag", [["", "Any flag"], ...flags.map((flag) => [flag, flag])], state.flag, (flag) => change({ flag })) : "",
       select("Order", [["row", "By row"], ["unsure", "Least confident first"], ["sure", "Most confident first"]], state.order, (order) => change({ order })),
       search,
       el("button.clear", { type: "button", onclick: () => change({ group: "", task: "", flag: "", value: null, reason: "", text: "" }) }, "Clear"),
@@ -329,7 +330,16 @@
     shown = rows.filter(matches);
     if (state.order !== "row") shown = shown.map((row) => [lowest(row), row]).sort((a, b) => (state.order === "sure" ? (b[0] > 1 ? -1 : b[0]) - (a[0] > 1 ? -1 : a[0]) : a[0] - b[0])).map(([, row]) => row);
     byId("count").textContent = `${number(shown.length)} shown`;
-    byId("cards").replaceChildren(...(shown.length ? shown.map(card) : [el("p.none", {}, rows.length ? "None of the rows on this page. It shows a sample: the counts above are of all rows." : "This page shows no rows.")]));
+    const none = el("p.none", {}, rows.length ? "None of the rows on this page. It shows a sample: the counts above are of all rows." : "This page shows no rows.");
+    byId("cards").replaceChildren(...(shown.length ? shown.slice(0, AT_ONCE).map(card) : [none]));
+    byId("more").hidden = shown.length <= AT_ONCE;
+  }
+
+  function more() {
+    const { children } = byId("cards");
+    if (children.length >= shown.length) return;
+    byId("cards").append(...shown.slice(children.length, children.length + AT_ONCE).map((row, i) => card(row, children.length + i)));
+    byId("more").hidden = children.length >= shown.length;
   }
 
   // ---- One row
@@ -403,6 +413,9 @@
   });
   byId("details").addEventListener("click", (event) => { if (event.target === byId("details")) byId("details").close(); });
   byId("details").addEventListener("close", () => { if (cards.children[opened]) cards.children[opened].focus({ preventScroll: true }); });
+
+  byId("more").addEventListener("click", more);
+  new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) more(); }, { rootMargin: "600px" }).observe(byId("more"));
 
   head();
   summary();

@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 MOST_IMAGES = 16  # of a row, further ones are counted
 _SINGLE_PX, _STRIP_PX = 320, 192  # the longer side
-_QUALITIES = (80, 60, 40)  # of WebP
+_QUALITY = 75  # of WebP
 _SMALLEST_PX = 24
 _VIDEO_TIMEOUT_S = 60.0
 _FRAMES_OF_A_FAILED_VIDEO = 4
@@ -142,11 +142,10 @@ def _thumbnail(picture: Image.Image, side_px: int, most_bytes: int) -> Json | No
     small = picture
     while side_px >= _SMALLEST_PX:
         small = _within(small, side_px)
-        for quality in _QUALITIES:
-            source = _data_uri(small, quality)
-            if len(source) <= most_bytes:
-                return {"src": source, "width": small.width, "height": small.height}
-        side_px = math.floor(side_px / math.sqrt(2))
+        source = _data_uri(small)
+        if len(source) <= most_bytes:
+            return {"src": source, "width": small.width, "height": small.height}
+        side_px = math.floor(max(small.size) * min(0.8, math.sqrt(most_bytes / len(source))))
     return None
 
 
@@ -156,7 +155,7 @@ def _within(picture: Image.Image, side_px: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
-def _data_uri(picture: Image.Image, quality: int) -> str:
+def _data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=quality, method=2)  # half the time of the default, a tenth larger
+    picture.save(file, "WEBP", quality=_QUALITY, method=2)  # half the time of the default, a tenth larger
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
