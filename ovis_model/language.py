@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
 from ovis_model.kv_cache import Memory
-from ovis_model.layers import RMSNorm, lay_out, linear, pass_dtype, rms_norm
+from ovis_model.layers import RMSNorm, gated, lay_out, pass_dtype, project, rms_norm
 from ovis_model.parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
 
@@ -58,11 +58,25 @@ class Qwen2Model(nn.Module):
         """
         if hidden.shape[1] > 1:
             hidden = hidden.to(pass_dtype(hidden.dtype, hidden.device))
+        if hidden.dtype != self.norm.weight.dtype:
+            memory = _Narrowed(memory, self.norm.weight.dtype)
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        tokens = hidden.flatten(0, 1)
         for layer in self.layers:
-            hidden = layer(hidden, rotary, memory)
-        out: Tensor = self.norm(hidden)
-        return out
+            tokens = layer(tokens, rotary, memory)
+        out: Tensor = self.norm(tokens)
+        return out.view(hidden.shape)
+
+
+class _Narrowed:
+    """A memory in another type than the layers compute in: what a prompt attends to is what the steps after it see."""
+
+    def __init__(self, memory: Memory, dtype: torch.dtype) -> None:
+        self._memory, self._dtype = memory, dtype
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended = self._memory.attend(layer, *(x.to(self._dtype) for x in (query, key, value)))
+        return attended.to(query.dtype)
 
 
 Rotary = tuple[Tensor, Tensor]
@@ -91,7 +105,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class LayerWeights(NamedTuple):
-    """Of one layer, in the order of their use."""
+    """Of one layer, in the order of their use; matrices [in, out], as `project` takes them."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -125,34 +139,37 @@ class DecoderLayer(nn.Module):
         self.mlp.gate_up.fuse()
         self._weights = self._gather()
 
-    def forward(self, hidden: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
+    def forward(self, tokens: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
+        """[B * T, hidden_size] -> [B * T, hidden_size]"""
         weights = self._weights or self._gather()
-        hidden = hidden + self._attention(weights, hidden, rotary, memory)
-        return hidden + self._mlp(weights, hidden)
+        tokens = self._attention(weights, tokens, rotary, memory).add_(tokens)
+        return self._mlp(weights, tokens).add_(tokens)
 
-    def _attention(self, w: LayerWeights, hidden: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
-        batch, length, _ = hidden.shape
+    def _attention(self, w: LayerWeights, tokens: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
+        batch, length, _, _ = rotary[0].shape
         num_heads, num_kv_heads = self.heads
-        heads = linear(rms_norm(hidden, w.input_norm, self.eps), w.qkv, w.qkv_bias)
+        heads = project(rms_norm(tokens, w.input_norm, self.eps), w.qkv, w.qkv_bias)
         heads = heads.view(batch, length, -1, self.head_dim)
         query_key, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 2)
-        # In the type of the weights, which is the cache's: what a prompt attends to is what the steps after it see.
-        query, key = rotate(query_key, rotary).to(w.o.dtype).split_with_sizes((num_heads, num_kv_heads), 2)
-        attended = memory.attend(self.index, query, key, value.to(w.o.dtype)).to(hidden.dtype)
-        return self.shard.sum(linear(attended.reshape(batch, length, -1), w.o))
+        query, key = rotate(query_key, rotary).split_with_sizes((num_heads, num_kv_heads), 2)
+        attended = memory.attend(self.index, query, key, value)
+        return self.shard.sum(project(attended.reshape(len(tokens), -1), w.o))
 
-    def _mlp(self, w: LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = linear(rms_norm(hidden, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
-        return self.shard.sum(linear(F.silu(gate) * up, w.down))
+    def _mlp(self, w: LayerWeights, tokens: Tensor) -> Tensor:
+        gate, up = project(rms_norm(tokens, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
+        return self.shard.sum(project(gated(gate, up), w.down))
 
     def _gather(self) -> LayerWeights:
+        qkv, qkv_bias = self.self_attn.qkv.stacked()
+        gate_up, _ = self.mlp.gate_up.stacked()
         return LayerWeights(
             self.input_layernorm.weight,
-            *self.self_attn.qkv.stacked(),
-            self.self_attn.o_proj.weight,
+            qkv.t(),
+            qkv_bias,
+            self.self_attn.o_proj.weight.t(),
             self.post_attention_layernorm.weight,
-            self.mlp.gate_up.stacked()[0],
-            self.mlp.down_proj.weight,
+            gate_up.t(),
+            self.mlp.down_proj.weight.t(),
         )
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 WIDENED_VALUES = 1 << 22
-"""Of a weight that `linear` has in the wider type at once: 16 MB, which malloc keeps and does not give back."""
+"""Of a matrix that products have in a wider type at once: 16 MB, which malloc keeps and does not give back."""
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +41,9 @@ class PatchNorm(RMSNorm):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Bitwise as `RMSNorm` of a contiguous x, in two kernels."""
+    """Bitwise as `RMSNorm` of a contiguous x, in one kernel or two."""
+    if x.dtype == weight.dtype == torch.float32:
+        return torch.rms_norm(x, weight.shape, weight, eps)
     # Without a weight, because torch would multiply by it before it casts back.
     return weight * torch.rms_norm(x, weight.shape, None, eps)
 
@@ -57,14 +59,25 @@ def lay_out(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] in the type of x; weights of another type are cast, some rows at a time."""
+    """x [..., in] times weight [out, in] in the type of x, whatever that of the weights."""
     if x.dtype == weight.dtype:
         return F.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], len(weight))
-    tokens, columns = x.flatten(0, -2), out.flatten(0, -2)
-    step = max(1, WIDENED_VALUES // weight.shape[1])
-    for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
-        torch.mm(tokens, weight[rows].to(x.dtype).t(), out=columns[:, rows])
+    return _widened(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
+
+
+def project(tokens: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of tokens [N, in] and a matrix [in, out], past what `F.linear` does to get there."""
+    if tokens.dtype != matrix.dtype:
+        return _widened(tokens, matrix, bias)
+    return torch.mm(tokens, matrix) if bias is None else torch.addmm(bias, tokens, matrix)
+
+
+def _widened(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """The matrix is cast to the type of the tokens some columns at a time."""
+    size, width = matrix.shape
+    out, step = tokens.new_empty(len(tokens), width), max(1, WIDENED_VALUES // size)
+    for columns in (slice(start, start + step) for start in range(0, width, step)):
+        torch.mm(tokens, matrix[:, columns].to(tokens.dtype), out=out[:, columns])
     return out if bias is None else out.add_(bias)
 
 
@@ -80,6 +93,13 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU of `gate` times `up`, for SwiGLU (arXiv:2002.05202); without gradients in the memory of `gate`."""
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def pass_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -111,7 +111,7 @@ def vision_bytes(config: OvisConfig, dtype: torch.dtype, tiles: int) -> int:
 def prefill_bytes(config: OvisConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
     """Of so many prompt tokens, padding included, of so many rows in one pass, with activations of `dtype`."""
     t, size = config.language, dtype.itemsize
-    token = size * (8 * t.hidden_size + 4 * t.intermediate_size) + 8 * t.hidden_size + 16 * t.head_dim
+    token = size * (8 * t.hidden_size + 2 * t.intermediate_size) + 8 * t.hidden_size + 16 * t.head_dim
     return tokens * token + decode_bytes(config, dtype, rows)
 
 

@@ -48,10 +48,12 @@ class Ovis(nn.Module):
         picture becomes 0, the mean colour, because the original pads after it normalises.
         """
         table = torch.from_numpy(normalization_table()).to(self.device, self.pass_dtype)
-        channels = [table[c].index_select(0, tiles[:, c].int().flatten()) for c in range(3)]
-        pixels = torch.stack([c.view(tiles.shape[0], *tiles.shape[2:]) for c in channels], dim=1)
+        pixels = torch.empty(tiles.shape, dtype=table.dtype, device=table.device)
+        for channel in range(3):
+            bytes_ = tiles[:, channel]
+            pixels[:, channel] = table[channel].index_select(0, bytes_.int().flatten()).view(bytes_.shape)
         # A product, because filling by a mask takes a CPU six times as long.
-        return pixels.mul_(_inside(tile_sizes, tiles.shape[-1])[:, None].to(pixels.dtype))
+        return pixels.mul_(_inside(tile_sizes, tiles.shape[-1], table.dtype)[:, None])
 
     def encode_tiles(self, pixels: Tensor) -> Tensor:
         """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size] in the model's dtype.
@@ -87,9 +89,10 @@ class Ovis(nn.Module):
         return self.llm.logits(self.llm.model(inputs_embeds, position_ids, NoMemory()))
 
 
-def _inside(tile_sizes: Tensor, side: int) -> Tensor:
-    """bool[N, S, S]: where the centred picture of (height, width) is in its tile."""
+def _inside(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    """[N, S, S]: 1 where the centred picture of (height, width) is in its tile, 0 around it."""
     at = torch.arange(side, device=tile_sizes.device)
     start = (side - tile_sizes) // 2  # [N, 2]
     within = (at >= start[..., None]) & (at < (start + tile_sizes)[..., None])  # [N, 2, S]
-    return within[:, 0, :, None] & within[:, 1, None, :]
+    rows, columns = within.to(dtype).unbind(1)
+    return rows[:, :, None] * columns[:, None, :]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ovis_model.attention import attend_all
 from ovis_model.config import VisionConfig
-from ovis_model.layers import LayerNorm, Linear, PatchNorm
+from ovis_model.layers import LayerNorm, Linear, PatchNorm, gated
 
 HEAD_CHUNK_TOKENS = 1024
 """Visual tokens that the head takes at once: over 65,536 words they are 0.13 GB in bfloat16, and two or three such
@@ -119,8 +119,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attn(self.norm_1(hidden))
-        out: Tensor = hidden + self.mlp(self.norm_2(hidden))
+        hidden = self.attn(self.norm_1(hidden)).add_(hidden)
+        out: Tensor = self.mlp(self.norm_2(hidden)).add_(hidden)
         return out
 
 
@@ -148,5 +148,5 @@ class SwiGLU(nn.Module):
         self.fc3 = Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.silu(self.fc1(hidden)) * self.fc3(hidden))
+        out: Tensor = self.fc2(gated(self.fc1(hidden), self.fc3(hidden)))
         return out
