@@ -389,14 +389,14 @@ def test_files_that_hold_the_same_rows_are_refused(mixed: Path, capfd: pytest.Ca
 
 
 @pytest.mark.filterwarnings("ignore")  # of setuptools
-def test_the_page_is_in_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = pytest.importorskip("setuptools.dist")
     from setuptools.config.pyprojecttoml import apply_configuration
 
     monkeypatch.chdir(ROOT)
-    build_py = apply_configuration(dist.Distribution({"script_name": "setup.py"}), "pyproject.toml").get_command_obj(
-        "build_py"
-    )
+    package = apply_configuration(dist.Distribution({"script_name": "setup.py"}), "pyproject.toml")
+    package.command_options["egg_info"] = {"egg_base": ("test", str(tmp_path))}
+    build_py = package.get_command_obj("build_py")
     build_py.ensure_finalized()
     built = {Path(name).relative_to(build_py.build_lib).as_posix() for name in build_py.get_outputs()}
     assert {f"pipelines/report/page.{kind}" for kind in ("html", "css", "js")} <= built
