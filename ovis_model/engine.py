@@ -240,6 +240,7 @@ class OvisEngine:
         else:
             failed = scheduler.waiting.popleft()
             failed.error = RequestError(f"out of device memory on a request of its own: {error}")
+            self._release({failed.item})
             scheduler.budget = self._budget
         self._decoder = self._sampler = None
 
