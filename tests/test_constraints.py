@@ -354,6 +354,8 @@ def test_the_bits_of_a_mask() -> None:
         ({"minimum": 0.1234567890123456}, "#/minimum: .* at most 15 digits"),
         ({"type": "number", "multipleOf": 0.01}, "#/multipleOf: '0.01' must be a whole number"),
         ({"enum": ["a\x01"]}, "#/enum/0: .* without control characters"),
+        ({"properties": {"a\x7f": {}}}, "#/properties: .* without control characters"),
+        ({"const": ["\ud800"]}, "#/const/0: .* lone surrogates"),
         ({"enum": []}, "#/enum: .* a list that is not empty"),
         ({"type": "text"}, "#/type: 'text' must be one of array"),
         ({"maxItems": -1}, "#/maxItems: '-1' must be a whole number"),
