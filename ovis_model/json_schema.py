@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ MAX_SAFE_INTEGER = 2**53 - 1  # RFC 8259, section 6: what all readers of JSON ag
 _DIGITS = 15  # of a decimal number that survive any reader
 
 Json = dict[str, Any]
+
+_UNWRITABLE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 
 _TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 _ANNOTATIONS = frozenset(
@@ -153,7 +156,7 @@ def _multiple(value: Any, where: str) -> int:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise _fault(where, value, "a string")
-    if any((ord(c) < 32 and c not in "\b\t\n\f\r") or 0xD800 <= ord(c) < 0xE000 for c in value):
+    if _UNWRITABLE.search(value):
         raise _fault(where, value, "text without control characters and lone surrogates")
     return value
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ovis_model.types import SamplingParams
 
+# int64[256]: the eight bits of each byte as eight bytes, so that one look-up unpacks a byte.
+_BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.int64)
+
 
 class RandomStream:
     """A row's own random keys, one a step; None draws a seed."""
@@ -97,9 +100,9 @@ class Sampler:
         return Choice(ids, _logprobs(raw, ids) if self._wants_logprobs else torch.full_like(raw[:, 0], math.nan))
 
     def _forbid(self, logits: Tensor, masks: NDArray[np.uint8]) -> Tensor:
-        allowed = unpacked(torch.from_numpy(masks).to(logits.device), logits.shape[1])
-        kept = logits[self._constrained].masked_fill(~allowed, -math.inf)
-        return logits.index_copy(0, self._constrained, kept)
+        allowed = torch.ones_like(logits, dtype=torch.bool)
+        allowed[self._constrained] = unpacked(torch.from_numpy(masks).to(logits.device), logits.shape[1])
+        return torch.where(allowed, logits, -math.inf)
 
     def _penalise(self, logits: Tensor) -> Tensor:
         if self._seen is None:
@@ -133,8 +136,8 @@ def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 def unpacked(masks: Tensor, vocab_size: int) -> Tensor:
     """uint8[B, bytes], the lowest bit first -> bool[B, vocab_size]"""
-    bits = masks[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=masks.device)
-    return (bits & 1).flatten(1)[:, :vocab_size].bool()
+    bits = torch.from_numpy(_BITS_OF_BYTE).to(masks.device).index_select(0, masks.flatten().int())
+    return bits.view(torch.bool).view(len(masks), -1)[:, :vocab_size]
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:

@@ -28,7 +28,8 @@ from ovis_model import constraints
 from ovis_model.constraints import Guides
 from ovis_model.engine import OvisEngine
 from ovis_model.model import Ovis
-from ovis_model.types import Constraint, Request, SamplingParams
+from ovis_model.sampling import RandomStream, Sampler
+from ovis_model.types import IMAGE_ATOM_ID, Constraint, Request, SamplingParams
 from tests.answer_types import SCHEMAS, record
 
 PROMPT_TOKENS = 60
@@ -42,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1B", help="a published shape, with random weights")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", type=Path)
     args = parser.parse_args()
     model = load(args.model, torch.device("cpu"), torch.float32)
@@ -104,6 +105,8 @@ def beside_the_model(model: Ovis, tokenizer: Tokenizer, rows: int, rounds: int) 
             took = cpu_and_wall(steps_of(engine, rows, side))
             if round_:
                 measured.append(took)
+    forbid_ms = forbidding_ms(model, rows)
+    print(f"{rows:3} rows: {forbid_ms:.2f} ms of CPU a step to unpack their masks and to apply them")
     for number, unit in enumerate(("CPU", "wall")):
         one, other = ([took[number] * 1e3 / (STEPS - 1) for took in measured] for measured in times)
         ratio = statistics.median(b / a for a, b in zip(one, other, strict=True))
@@ -111,6 +114,13 @@ def beside_the_model(model: Ovis, tokenizer: Tokenizer, rows: int, rounds: int) 
             f"{rows:3} rows: step {statistics.median(one):7.1f} ms of {unit} free, {statistics.median(other):7.1f} "
             f"held to a schema; {ratio - 1:+.1%}"
         )
+
+
+def forbidding_ms(model: Ovis, rows: int) -> float:
+    size, params = model.config.language.vocab_size, [SamplingParams(constraint=ENDLESS)] * rows
+    sampler = Sampler(params, [RandomStream(0)] * rows, size, model.device)
+    logits, masks = torch.zeros(rows, size), np.full((rows, size // 8), 255, np.uint8)
+    return statistics.median(cpu_and_wall(lambda: sampler._forbid(logits, masks))[0] * 1e3 for _ in range(20))
 
 
 def steps_of(engine: OvisEngine, rows: int, params: SamplingParams) -> Callable[[], None]:
@@ -137,13 +147,17 @@ def compilation(model: Ovis, tokenizer: Tokenizer, eos: Sequence[int]) -> None:
     firsts = [first_token_s(engine, params) for params in (one, one, held, held)]
     print(
         f"compilation: vocabulary {trie_s:.2f} s of CPU, once; a schema of {num_keywords} names {grammar_s:.3f} s. "
-        f"First token of a prompt of {PROMPT_TOKENS} tokens: free after {firsts[1]:.2f} s, held to it after "
+        f"First token of a picture of one tile: free after {firsts[1]:.2f} s, held to the schema after "
         f"{firsts[2]:.2f} s with nothing compiled, {firsts[3]:.2f} s with all"
     )
 
 
 def first_token_s(engine: OvisEngine, params: SamplingParams) -> float:
-    return cpu_and_wall(lambda: engine.generate([prompt(engine, 0)], params))[1]
+    vision = engine.config.vision
+    tile = np.zeros((1, 3, vision.image_size, vision.image_size), np.uint8)
+    ids = np.r_[np.full(vision.tokens_per_tile, IMAGE_ATOM_ID), :PROMPT_TOKENS].astype(np.int32)
+    request = Request(ids, tile, np.array([tile.shape[2:]], np.int32))
+    return cpu_and_wall(lambda: engine.generate([request], params))[1]
 
 
 def prompt(engine: OvisEngine, first: int) -> Request:
