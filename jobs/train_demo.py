@@ -1,54 +1,67 @@
-"""Train the demo checkpoint from nothing: an Ovis2 of 1.8 million parameters that captions `jobs.shapes`.
+"""Train the demo checkpoint: an Ovis2 of 1.8 million parameters that captions `jobs.shapes` and answers questions.
 
-    python -m jobs.train_demo OUT_DIR [--steps N]
+    python -m jobs.train_demo CAPTIONS_DIR                                 from nothing: captions
+    python -m jobs.train_demo OUT_DIR --start-from CAPTIONS_DIR            from those: captions and questions
+    python -m jobs.train_demo ovis_model/demo --evaluate 1000              measures a checkpoint
 
-Tokenizer, configuration and weights are made here; pictures reach the model exactly as the captioning job feeds
-them. Interrupted, the same command goes on from OUT_DIR/state.pt. One core, about 75 minutes.
+Tokenizer, configuration and weights are made here; pictures and prompts reach the model exactly as the jobs feed
+them. The tower sees a picture once, whatever is asked about it. Interrupted, the same command goes on from
+OUT_DIR/state.pt. One core: about 75 minutes, then 35.
 
-The checkpoint in ovis_model/demo comes from these 11,500 steps, but the recipe was tuned while it ran: up to step 9000
-the drawings were harder to tell apart (filled circles, blunt stars, sizes closer together), and pairs were not yet
-every other picture up to step 7500. The recipe as it stands has not been run from nothing.
+The checkpoint in ovis_model/demo comes from these 11,500 steps of captions, but the recipe was tuned while it ran: up
+to step 9000 the drawings were harder to tell apart (filled circles, blunt stars, sizes closer together), and pairs
+were not yet every other picture up to step 7500. Those weights, in bfloat16, were the start of these 2,300 steps of
+captions and questions (about 32 CPU minutes), which were tuned as well: the learning rate fell from 3e-4 to reach 0 at
+step 3000 (up to step 500) or 4000 (up to 1250), then from 4e-4 at step 3250 (up to 1500), 2500 (up to 2000) or 2300;
+questions were drawn once up to step 1250 and three times up to 1500. The recipe as it stands has not been run from
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from jobs.shapes import Kind, Scene, make_picture
+from jobs.shapes import Kind, Question, Scene, make_picture, questions
 from ovis_model.config import OvisConfig
 from ovis_model.engine import OvisEngine
 from ovis_model.model import Ovis
 from ovis_model.processor import Processor
+from ovis_model.prompt import expand_atoms
 from ovis_model.text import load_tokenizer
-from ovis_model.types import Request, SamplingParams
+from ovis_model.types import Engine, Request, SamplingParams
 
 PROMPT = "Describe the image."
 TURNS = ("system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n")
 VOCAB_SIZE = 512
 BATCH_SIZE = 32
-NUM_STEPS = 11500
 # At 1e-3 it learns the grammar and never looks at the picture. From step 3000 on 1.5e-4 brought the loss down in 150
 # steps where 4.3e-4 and more left it or raised it.
 COARSE_LEARNING_RATE, COARSE_STEPS, WARM_UP_STEPS = 5e-4, 3000, 100
 FINE_LEARNING_RATE = 2e-4
-EVALUATE_EVERY = 500
-FIRST_SEED = 1_000_000  # of the training pictures
+QUESTION_LEARNING_RATE = 4e-4
+EVALUATE_EVERY = 250
+TEST_SEED = 50_000_000  # of the pictures of --evaluate: those of `jobs.demo --seed 50`
+_NO_TARGET = -1
+_PADDING = -1
+_DRAWS_APART = 1_000_000_000
 
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -66,6 +79,19 @@ _PLAIN_ADDED_TOKENS = (
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What is trained.
+
+    learning_rate: of the step and the number of steps. first_seed: of the training pictures. num_draws: of questions.
+    """
+
+    steps: int
+    learning_rate: Callable[[int, int], float]
+    first_seed: int
+    num_draws: int
+
+
+@dataclass(frozen=True)
 class Codec:
     """Pictures and captions to ids and back. `end_id` ends a caption."""
 
@@ -78,59 +104,107 @@ class Codec:
         tokenizer = load_tokenizer(directory)
         return cls(Processor.from_pretrained(str(directory)), tokenizer, _id_of(tokenizer, "<|im_end|>"))
 
+    def asking(self, text: str, image_size: tuple[int, int], request: Request) -> Request:
+        """Another question about the image of `request`, whose tiles it shares."""
+        ids = self.processor.prompt_ids(text, [image_size])
+        return replace(request, input_ids=expand_atoms(ids, self.processor.config.vision.tokens_per_tile))
+
+    def task(self, kind: str, request: Request, answer: str) -> Task:
+        target = self.tokenizer.encode(answer, add_special_tokens=False).ids
+        return Task(kind, request, answer, torch.tensor([*target, self.end_id]))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is asked about a picture, and what is true. target_ids: int64[T], the last one ends the answer.
+
+    kind: "caption" or that of the question. Requests about one picture share its `tiles`.
+    """
+
+    kind: str
+    request: Request
+    answer: str
+    target_ids: Tensor
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A picture and its caption; target_ids: int64[T], the last one ends the caption."""
+    """A picture with its tasks, the caption first."""
 
     scene: Scene
-    request: Request
-    target_ids: Tensor
+    tasks: tuple[Task, ...]
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.tasks[0].request.tiles)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="a checkpoint of captions, to learn to answer")
+    parser.add_argument("--steps", type=int, help=f"default {CAPTIONS.steps}, with --start-from {QUESTIONS.steps}")
+    parser.add_argument("--evaluate", type=int, metavar="COUNT", help="only measure OUT_DIR on held-out pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    write_tokenizer_and_config(args.out_dir)
-    train(args.out_dir, args.steps)
+    if args.evaluate:
+        engine = OvisEngine.from_pretrained(str(args.out_dir), device="cpu", dtype="float32")
+        print(evaluate(engine, Codec.from_directory(args.out_dir), range(TEST_SEED, TEST_SEED + args.evaluate)))
+    elif args.start_from:
+        copy_tokenizer_and_config(args.start_from, args.out_dir)
+        train(args.out_dir, QUESTIONS, args.steps, args.start_from)
+    else:
+        write_tokenizer_and_config(args.out_dir)
+        train(args.out_dir, CAPTIONS, args.steps)
 
 
-def train(directory: Path, num_steps: int) -> None:
+def train(directory: Path, stage: Stage, num_steps: int | None = None, start_from: Path | None = None) -> None:
     """Writes `model.safetensors` every EVALUATE_EVERY steps and at the end."""
-    model, optimizer, first_step = _start(directory)
+    num_steps = num_steps or stage.steps
+    model, optimizer, first_step = _start(directory, start_from)
     codec, started_s = Codec.from_directory(directory), time.monotonic()
     for step in range(first_step, num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps)
-        loss = _train_step(model, optimizer, _examples(codec, step))
+            group["lr"] = stage.learning_rate(step, num_steps)
+        loss = _train_step(model, optimizer, _examples(codec, step, stage))
         if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == num_steps:
             _save(directory, model, optimizer, step + 1)
-            right = evaluate(model, codec, 200)
+            right = evaluate(OvisEngine(model), codec, range(200))
             print(f"step {step + 1}  {time.monotonic() - started_s:.0f} s  loss {loss:.4f}  {right}", flush=True)
 
 
-def learning_rate(step: int, num_steps: int) -> float:
+def caption_learning_rate(step: int, num_steps: int) -> float:
     """Warm-up and a coarse plateau, then straight down from the fine rate to 0."""
     if step < COARSE_STEPS:
         return COARSE_LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS)
     return FINE_LEARNING_RATE * (num_steps - step) / max(1, num_steps - COARSE_STEPS)
 
 
-def evaluate(model: Ovis, codec: Codec, count: int) -> dict[str, str]:
-    """Share of held-out pictures whose greedy caption is exactly right, by kind and by number of tiles."""
-    examples = [_example(codec, seed, held_out=True) for seed in range(count)]
-    requests, params = [e.request for e in examples], SamplingParams(max_new_tokens=32)
-    completions = OvisEngine(model).generate(requests, params)
+def question_learning_rate(step: int, num_steps: int) -> float:
+    """Warm-up, then straight down to 0."""
+    return QUESTION_LEARNING_RATE * min((step + 1) / WARM_UP_STEPS, (num_steps - step) / num_steps)
+
+
+CAPTIONS = Stage(11500, caption_learning_rate, first_seed=1_000_000, num_draws=0)
+QUESTIONS = Stage(2300, question_learning_rate, first_seed=2_000_000, num_draws=2)
+
+
+def evaluate(engine: Engine, codec: Codec, seeds: Iterable[int]) -> dict[str, str]:
+    """Share of greedy answers about held-out pictures that are exactly right, by kind of task and by picture."""
+    examples = [_example(codec, seed, held_out=True, num_draws=1) for seed in seeds]
+    tasks = [(example, task) for example in examples for task in example.tasks]
+    completions = engine.generate([task.request for _, task in tasks], SamplingParams(max_new_tokens=32))
     marks: dict[str, list[bool]] = {}
-    for example, completion in zip(examples, completions, strict=True):
-        is_right = codec.processor.detokenize(completion.output_ids) == example.scene.caption
-        tiles = "one_tile" if len(example.request.tiles) == 1 else "many_tiles"
-        for key in (example.scene.kind, tiles, "all"):
+    for (example, task), completion in zip(tasks, completions, strict=True):
+        is_right = codec.processor.detokenize(completion.output_ids) == task.answer
+        for key in _marked(example, task):
             marks.setdefault(key, []).append(is_right)
     return {key: f"{sum(right)}/{len(right)}" for key, right in sorted(marks.items())}
+
+
+def _marked(example: Example, task: Task) -> tuple[str, ...]:
+    tiles = "one tile" if example.num_tiles == 1 else "several tiles"
+    return task.kind, f"{task.kind}, picture of {example.scene.kind}", f"{task.kind}, {tiles}"
 
 
 def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequence[Example]) -> float:
@@ -146,45 +220,92 @@ def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequenc
 
 
 def _loss(model: Ovis, group: Sequence[Example]) -> Tensor:
-    """Mean cross-entropy of the target tokens. Rows are padded on the right, where causal attention never looks."""
-    prompts = torch.from_numpy(np.stack([e.request.input_ids for e in group])).long()
-    targets = nn.utils.rnn.pad_sequence([e.target_ids for e in group], batch_first=True, padding_value=-1)
-    embeds = _embed(model, group, torch.cat((prompts, targets[:, :-1].clamp(min=0)), dim=1))
-    position_ids = torch.arange(embeds.shape[1]).expand(embeds.shape[:2])
-    logits = model(embeds, position_ids)[:, prompts.shape[1] - 1 :]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    """Mean cross-entropy of the target tokens."""
+    rows = [_row(example) for example in group]
+    input_ids, targets, position_ids, branches = (
+        nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+        for parts, value in zip(map(list, zip(*rows, strict=True)), (0, _NO_TARGET, 0, _PADDING), strict=True)
+    )
+    hidden = model.llm.model(_embed(model, group, input_ids), position_ids, Branches(branches))
+    counted = targets != _NO_TARGET
+    return F.cross_entropy(model.llm.logits(hidden[counted]), targets[counted])
+
+
+class Row(NamedTuple):
+    """All tasks of a picture behind what their prompts have in common, the image; int64[T] each.
+
+    branches: 0 in the common prefix, then the number of the task, from 1.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    branches: Tensor
+
+
+class Branches:
+    """The `Memory` of such rows: a token sees those before it in the prefix and in its own branch."""
+
+    def __init__(self, branches: Tensor) -> None:
+        """branches: int64[B, T]"""
+        to, at = branches[:, :, None], branches[:, None, :]
+        self._mask = ((at == to) | (at == 0)).tril()[:, None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, heads, T, head_dim]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self._mask, enable_gqa=True)
+        return attended.transpose(1, 2)
+
+
+def _row(example: Example) -> Row:
+    prompts = [torch.from_numpy(task.request.input_ids).long() for task in example.tasks]
+    prefix = prompts[0][: int((prompts[0] < 0).nonzero()[-1]) + 1]
+    parts = [Row(prefix, torch.full_like(prefix, _NO_TARGET), torch.arange(len(prefix)), torch.zeros_like(prefix))]
+    for branch, (task, prompt) in enumerate(zip(example.tasks, prompts, strict=True), start=1):
+        ids = torch.cat((prompt[len(prefix) :], task.target_ids[:-1]))
+        targets = F.pad(task.target_ids, (len(ids) - len(task.target_ids), 0), value=_NO_TARGET)
+        parts.append(Row(ids, targets, len(prefix) + torch.arange(len(ids)), torch.full_like(ids, branch)))
+    return Row(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
     """int64[B, T] -> [B, T, hidden_size]"""
-    tiles = torch.from_numpy(np.concatenate([e.request.tiles for e in group]))
-    sizes = torch.from_numpy(np.concatenate([e.request.tile_sizes for e in group]))
+    requests = [example.tasks[0].request for example in group]
+    tiles = torch.from_numpy(np.concatenate([request.tiles for request in requests]))
+    sizes = torch.from_numpy(np.concatenate([request.tile_sizes for request in requests]))
     visual = model.encode_tiles(model.normalize(tiles, sizes)).flatten(0, 1)
     return model.embed(input_ids.flatten(), visual).view(*input_ids.shape, -1)
 
 
 def _by_num_tiles(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Groups whose prompts have one length."""
-    ordered = sorted(examples, key=_prompt_length)
-    return (list(group) for _, group in groupby(ordered, key=_prompt_length))
+    ordered = sorted(examples, key=attrgetter("num_tiles"))
+    return (list(group) for _, group in groupby(ordered, key=attrgetter("num_tiles")))
 
 
-def _prompt_length(example: Example) -> int:
-    return len(example.request.input_ids)
-
-
-def _examples(codec: Codec, step: int) -> list[Example]:
+def _examples(codec: Codec, step: int, stage: Stage) -> list[Example]:
     """Every other picture shows two objects: they take longest to learn."""
-    seeds = range(FIRST_SEED + step * BATCH_SIZE, FIRST_SEED + (step + 1) * BATCH_SIZE)
-    return [_example(codec, seed, held_out=False, kind="two" if seed % 2 else None) for seed in seeds]
+    first = stage.first_seed + step * BATCH_SIZE
+    return [
+        _example(codec, seed, held_out=False, num_draws=stage.num_draws, kind="two" if seed % 2 else None)
+        for seed in range(first, first + BATCH_SIZE)
+    ]
 
 
-def _example(codec: Codec, seed: int, *, held_out: bool, kind: Kind | None = None) -> Example:
+def _example(codec: Codec, seed: int, *, held_out: bool, num_draws: int, kind: Kind | None = None) -> Example:
     """One picture in four has been through a JPEG file."""
     image, scene = make_picture(seed, held_out=held_out, kind=kind)
     request = codec.processor.request(PROMPT, images=[_through_jpeg(image) if seed // 2 % 4 == 3 else image])
-    target = codec.tokenizer.encode(scene.caption, add_special_tokens=False).ids
-    return Example(scene, request, torch.tensor([*target, codec.end_id]))
+    asked = _draw_questions(scene, seed, num_draws)
+    answers = (codec.task(q.kind, codec.asking(q.text, image.size, request), q.answer) for q in asked)
+    return Example(scene, (codec.task("caption", request, scene.caption), *answers))
+
+
+def _draw_questions(scene: Scene, seed: int, num_draws: int) -> Iterator[Question]:
+    """Of all draws but the first only those with the answer Yes or No, which take longest to learn."""
+    for draw in range(num_draws):
+        for question in questions(scene, seed + draw * _DRAWS_APART):
+            if draw == 0 or question.kind == "bool":
+                yield question
 
 
 def _through_jpeg(image: Image.Image) -> Image.Image:
@@ -193,13 +314,16 @@ def _through_jpeg(image: Image.Image) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def _start(directory: Path) -> tuple[Ovis, torch.optim.Optimizer, int]:
+def _start(directory: Path, start_from: Path | None) -> tuple[Ovis, torch.optim.Optimizer, int]:
     torch.manual_seed(0)
     model = Ovis(OvisConfig.from_directory(directory))
     _initialize(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     state_file = directory / "state.pt"
     if not state_file.exists():
+        if start_from:
+            weights = load_file(start_from / "model.safetensors")
+            model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         return model, optimizer, 0
     state = torch.load(state_file, weights_only=True)
     model.load_state_dict(state["model"])
@@ -224,6 +348,13 @@ def _save(directory: Path, model: Ovis, optimizer: torch.optim.Optimizer, step: 
     (directory / "state.partial").replace(directory / "state.pt")
     weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def copy_tokenizer_and_config(source: Path, directory: Path) -> None:
+    """Those that the weights in `source` were trained with: made anew, tokens would mean other words."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "config.json", "generation_config.json"):
+        shutil.copy(source / name, directory / name)
 
 
 def write_tokenizer_and_config(directory: Path) -> None:

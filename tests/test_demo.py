@@ -1,4 +1,4 @@
-"""The demo checkpoint is small, loads as any other, and captions pictures that it has never seen."""
+"""The demo checkpoint is small, loads as any other, and reads pictures that it has never seen: captions and answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs import demo
-from jobs.shapes import KINDS, Kind, is_held_out, make_picture
+from jobs.shapes import KINDS, Kind, Question, QuestionKind, is_held_out, make_picture, questions
 from ovis_model.checkpoint import DEMO_DIRECTORY
 from ovis_model.engine import OvisEngine
 from ovis_model.processor import Processor
@@ -51,7 +51,7 @@ def test_held_out_captions_are_right() -> None:
     assert share_right(count=40) >= 0.9
 
 
-# Measured on 1000: one tile 95.5 %, many 91 %; two objects, the hardest kind, 89 %. The rest is room for chance.
+# Measured on 1000: one tile 97 %, many 89 %; two objects, the hardest kind, 92 %. The rest is room for chance.
 @pytest.mark.parametrize("many_tiles", [False, True])
 def test_both_paths_of_tiling_are_read(many_tiles: bool) -> None:
     assert share_right(many_tiles=many_tiles, count=80) >= 0.8
@@ -60,6 +60,29 @@ def test_both_paths_of_tiling_are_read(many_tiles: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_picture_is_read(kind: Kind) -> None:
     assert share_right(kind=kind, count=80) >= 0.75
+
+
+@cache
+def answered(count: int = 40) -> list[tuple[Question, str]]:
+    """Questions about held-out pictures, and the model's greedy answers."""
+    asked = []
+    for seed in range(FIRST_SEED, FIRST_SEED + count):
+        image, scene = make_picture(seed, held_out=True)
+        asked += [(question, processor().request(question.text, images=[image])) for question in questions(scene, seed)]
+    completions = engine().generate([request for _, request in asked], SamplingParams(max_new_tokens=8))
+    texts = (processor().detokenize(completion.output_ids) for completion in completions)
+    return [(question, text) for (question, _), text in zip(asked, texts, strict=True)]
+
+
+# Measured on 2000 each: bool 93.5 %, count 93.5 %, choice 91.4 %.
+@pytest.mark.parametrize("kind", ["bool", "count", "choice"])
+def test_questions_are_answered(kind: QuestionKind) -> None:
+    marks = [text == question.answer for question, text in answered() if question.kind == kind]
+    assert len(marks) == 80 and sum(marks) >= 0.8 * len(marks)
+
+
+def test_answers_are_of_their_kind() -> None:
+    assert sum(text in question.choices for question, text in answered()) >= 0.99 * len(answered())
 
 
 def test_pictures_have_the_numbers_of_tiles_they_are_meant_to() -> None:

@@ -1,0 +1,40 @@
+"""Training the demo model: the tasks of a picture behind one prefix are learnt as if each were alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from jobs.train_demo import QUESTIONS, Codec, Example, Task, _example, _loss
+from ovis_model.checkpoint import DEMO_DIRECTORY
+from ovis_model.model import Ovis
+from ovis_model.weights import load_model
+
+
+def test_tasks_behind_one_prefix_are_learnt_as_if_alone() -> None:
+    model = load_model(DEMO_DIRECTORY, device=torch.device("cpu"), dtype=torch.float32)
+    codec = Codec.from_directory(DEMO_DIRECTORY)
+    examples = [_example(codec, seed, held_out=False, num_draws=3) for seed in range(30)]
+    several_tiles = [example for example in examples if example.num_tiles == 3][:2]
+    with torch.inference_mode():
+        alone = [_losses_alone(model, example, task) for example in several_tiles for task in example.tasks]
+        assert _loss(model, several_tiles).item() == pytest.approx(torch.cat(alone).mean().item(), rel=1e-4)
+
+
+def _losses_alone(model: Ovis, example: Example, task: Task) -> Tensor:
+    """Of each target token: float32[T]"""
+    prompt = torch.from_numpy(task.request.input_ids).long()
+    input_ids = torch.cat((prompt, task.target_ids[:-1]))
+    tiles, sizes = torch.from_numpy(task.request.tiles), torch.from_numpy(task.request.tile_sizes)
+    visual = model.encode_tiles(model.normalize(tiles, sizes)).flatten(0, 1)
+    embeds = model.embed(input_ids, visual)[None]
+    logits = model(embeds, torch.arange(len(input_ids))[None])[0, len(prompt) - 1 :]
+    return F.cross_entropy(logits, task.target_ids, reduction="none")
+
+
+def test_the_learning_rate_of_questions_rises_and_ends_at_nothing() -> None:
+    rates = [QUESTIONS.learning_rate(step, QUESTIONS.steps) for step in range(QUESTIONS.steps)]
+    peak = rates.index(max(rates))
+    assert 0 < rates[0] < rates[peak] and rates[peak:] == sorted(rates[peak:], reverse=True) and rates[-1] < 1e-6
