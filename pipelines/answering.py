@@ -90,7 +90,7 @@ class Answering:
 
     def _answered(self, question: Question, completion: Completion) -> Answered:
         task = question.task
-        text = cut_at_stop(self._processor.detokenize(completion.output_ids), task.stop or ())
+        text = cut_at_stop(self._processor.detokenize(completion.output_ids), task.stops)
         try:
             value = task.answer.value(text)
         except ValueError:
@@ -145,7 +145,8 @@ class Answering:
             return None
 
     def _changed_sampling(self, question: Question, first: Answered) -> SamplingParams:
-        params = self._sampling(question)
+        # Not the first draw once more, where the first was sampled as this one is.
+        params = question.task.sampling(f"{question.row_id}\0again", self._answer_ids)
         longer = _AGAIN_TIMES_LONGER if "truncated" in first.flags else 1
         room = self._processor.config.max_length - len(question.request.input_ids)
         return replace(

@@ -187,14 +187,22 @@ class Record(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return _json(closed(json.loads(self.schema)))
+        return _held_to(self.schema)
 
     def value(self, text: str) -> Any:
-        return _shape_of(self.schema).convert(json.loads(text))
+        try:
+            return _shape_of(self.schema).convert(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
 
 
 def _json(schema: Any) -> Constraint:
     return Constraint("json_schema", json.dumps(schema))
+
+
+@lru_cache  # every row asks for it
+def _held_to(schema: str) -> Constraint:
+    return _json(closed(json.loads(schema)))
 
 
 @lru_cache
@@ -252,7 +260,16 @@ def _regex(pattern: Any) -> Pattern:
 def _json_schema(schema: Any) -> Record:
     if not isinstance(schema, Mapping | bool):
         raise ValueError(f"json_schema: {schema!r} is neither a schema nor a file that holds one")
-    return Record(json.dumps(schema))
+    try:
+        text = json.dumps(schema)
+    except TypeError as error:
+        raise ValueError(f"json_schema: {error}; {_QUOTE}") from error
+    if json.loads(text) != schema:
+        raise ValueError(f"json_schema: {schema!r} holds names that are no texts, or what JSON lacks; {_QUOTE}")
+    return Record(text)
+
+
+_QUOTE = "YAML reads words such as yes, no, 1 and 2030-12-31 as other than text: quote them"
 
 
 _PLAIN: dict[str, Answer] = {"text": Text(), "bool": YesNo(), "int": Integer(), "list[str]": Strings()}

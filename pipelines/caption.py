@@ -128,6 +128,9 @@ def check_model(config: RunConfig) -> None:
 
 def _check_task(task: Task, processor: Processor) -> None:
     params = task.sampling("", processor.answer_ids)
+    for option in task.answer.options:
+        if (read := processor.detokenize(processor.answer_ids(option))) != option:
+            raise ValueError(f"{task.where}the model reads the choice {option!a} as {read!a}; write it so")
     if params.constraint is not None:
         try:
             check(params.constraint)

@@ -268,7 +268,7 @@ class CaptionConfig(RunConfig):
 class AnnotateConfig(RunConfig):
     """Several named questions, each with its own type of answer."""
 
-    tasks: tuple[Task, ...] = Field(min_length=1, description="YAML file of the questions")
+    tasks: tuple[Task, ...] = Field(description="YAML file of the questions")
     regenerate: Literal["flagged"] | None = Field(
         None, description="answer once more where an answer is flagged, by other sampling; both answers are kept"
     )
@@ -278,9 +278,16 @@ class AnnotateConfig(RunConfig):
     def _read(cls, value: Any) -> Any:
         return read_tasks(value) if isinstance(value, str) else value
 
+    @field_validator("tasks")
+    @classmethod
+    def _is_not_empty(cls, value: tuple[Task, ...]) -> tuple[Task, ...]:  # min_length counts the faultless ones only
+        if not value:
+            raise ValueError("give at least one")
+        return value
+
     @model_validator(mode="after")
     def _names_are_unique(self) -> AnnotateConfig:
-        names = self.columns.names
+        names = schema.result(self.columns).names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"--tasks: two columns of the output would be called {', '.join(twice)}; rename a task")
         return self

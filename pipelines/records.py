@@ -67,11 +67,12 @@ def _shape(schema: Json, root: Json, above: tuple[str, ...]) -> Shape:
     if "$ref" in schema:
         reference = schema["$ref"]
         return _JSON_TEXT if reference in above else _shape(_resolved(reference, root), root, (*above, reference))
-    if alternatives := schema.get("anyOf", schema.get("oneOf")):
+    alternatives = schema.get("anyOf", schema.get("oneOf"))
+    if alternatives and isinstance(alternatives, list):
         others = [part for part in alternatives if part != {"type": "null"}]
         return _shape(others[0], root, above) if len(others) == 1 else _JSON_TEXT
     kind = _kind(schema)
-    if kind == "object" and schema.get("properties"):
+    if kind == "object" and schema.get("properties") and isinstance(schema["properties"], Mapping):
         return _struct({name: _shape(part, root, above) for name, part in schema["properties"].items()})
     if kind == "array" and isinstance(schema.get("items"), Mapping) and "prefixItems" not in schema:
         return _list(_shape(schema["items"], root, above))
@@ -81,13 +82,18 @@ def _shape(schema: Json, root: Json, above: tuple[str, ...]) -> Shape:
 def _kind(schema: Mapping[str, Json]) -> str:
     """The one JSON type beside null that a schema allows, or ""."""
     if "enum" in schema or "const" in schema:
-        values = [value for value in schema.get("enum", [schema.get("const")]) if value is not None]
-        kinds = {_KIND_OF.get(type(value), "") for value in values}
+        values = _listed(schema.get("enum", [schema.get("const")]))
+        kinds = {_KIND_OF.get(type(value), "") for value in values if value is not None}
     else:
         given = schema.get("type", "object" if "properties" in schema else "")
-        kinds = {given} if isinstance(given, str) else set(given)
+        kinds = {given} if isinstance(given, str) else {kind for kind in _listed(given) if isinstance(kind, str)}
     kinds -= {"null"}
     return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _listed(value: Json) -> list[Json]:
+    """Nothing for what is no list: `json_schema.served` refuses such a schema, and knows where in it."""
+    return value if isinstance(value, list) else []
 
 
 def _resolved(reference: Json, root: Json) -> Json:
@@ -127,10 +133,16 @@ def _expect(value: Json, *types: type) -> Any:
 
 
 def _int64(value: Json) -> int:
-    number = int(_expect(value, int, float))
-    if number != value or number not in _INT64:
+    if not _INT64.start <= _expect(value, int, float) < _INT64.stop or int(value) != value:
         raise ValueError(f"{value!r} does not fit an int64")
-    return number
+    return int(value)
+
+
+def _float64(value: Json) -> float:
+    try:
+        return float(_expect(value, int, float))
+    except OverflowError as error:
+        raise ValueError("does not fit a float64") from error
 
 
 _JSON_TEXT = Shape(pa.string(), lambda value: json.dumps(value, ensure_ascii=False))
@@ -138,6 +150,6 @@ _SCALARS = {
     "string": Shape(pa.string(), lambda value: _expect(value, str)),
     "boolean": Shape(pa.bool_(), lambda value: _expect(value, bool)),
     "integer": Shape(pa.int64(), _int64),
-    "number": Shape(pa.float64(), lambda value: float(_expect(value, int, float))),
+    "number": Shape(pa.float64(), _float64),
 }
 _KIND_OF = {str: "string", bool: "boolean", int: "integer", float: "number"}

@@ -53,6 +53,11 @@ class Task(BaseModel):
         """Before a message that is about one task of several."""
         return f"task {self.name}: " if self.name else ""
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Of free text; other answers end where their type says so."""
+        return () if self.answer.options or self.answer.constraint else self.stop or ()
+
     def sampling(self, row_id: str, encode: Encode) -> SamplingParams:
         """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
         key = "\0".join(filter(None, (str(self.seed), row_id, self.name)))
@@ -60,7 +65,7 @@ class Task(BaseModel):
         options = {name: getattr(self, name) for name in _SAMPLING}
         return SamplingParams(
             **options,
-            stop=() if kind.constraint or kind.options or not self.stop else self.stop,
+            stop=self.stops,
             seed=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1,  # torch takes signed ones
             choices=tuple(tuple(encode(option)) for option in kind.options),
             constraint=kind.constraint,
@@ -157,7 +162,7 @@ def no_values(tasks: Sequence[Task]) -> dict[str, Any]:
     """The columns of `columns_of`, of a row that failed."""
     values: dict[str, Any] = {FLAGS: []}
     for task in tasks:
-        values |= {f"{task.name}_text": "", f"{task.name}_finish_reason": ""}
+        values |= {task.name: None, f"{task.name}_text": "", f"{task.name}_finish_reason": ""}
         if not task.answer.options:
             values[f"{task.name}_confidence"] = float("nan")
     return values

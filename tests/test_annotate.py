@@ -14,6 +14,7 @@ import pyarrow.dataset
 import pytest
 
 from ovis_model.processor import Processor
+from ovis_model.types import Completion, Request, SamplingParams
 from pipelines.answering import Answering
 from pipelines.attempts import AttemptCounts
 from pipelines.caption import caption
@@ -52,6 +53,8 @@ CONSTRAINED: list[dict[str, Any]] = [
         },
     },
 ]
+
+PROBS = np.array([0.25, 0.75], np.float32)
 
 
 @pytest.fixture
@@ -155,6 +158,29 @@ def test_flagged_answers_are_asked_for_again(ray_cluster: None, pictures: Path, 
     assert num_flagged >= 6
 
 
+def test_an_answer_is_asked_for_again_by_another_draw(pictures: Path, tmp_path: Path) -> None:
+    tasks = [{"name": "caption", "prompt": "Describe."}, {"name": "sharp", "prompt": "Sharp?", "answer": "bool"}]
+    sampling: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "stop": ("e", "o"), "regenerate": "flagged"}
+    asked = config(pictures / "0.png", tmp_path / "out", tasks=tasks, **sampling)
+    drawn: list[SamplingParams] = []
+
+    class Empty:
+        def generate(self, requests: list[Request], params: list[SamplingParams]) -> list[Completion]:
+            drawn.extend(params)
+            return [
+                Completion(
+                    np.array(p.choices[1] if p.choices else [], np.int32), "stop", 0.0, PROBS if p.choices else None
+                )
+                for p in params
+            ]
+
+    answering = Answering(asked, Processor.from_pretrained(MODEL), Empty())
+    [values] = answering.values(prepared(asked, tmp_path / "out"))
+    assert values["sharp_text"] == "No" and values["sharp"] is False  # not "N", cut at a stop string
+    first, _, again = drawn
+    assert (again.temperature, again.top_p) == (first.temperature, first.top_p) and again.seed != first.seed
+
+
 def test_a_task_that_is_too_long_is_named(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     tasks = [TASKS[0], {**TASKS[3], "max_new_tokens": 32_760}]
     caption(config(pictures / "0.png", tmp_path / "out", tasks=tasks))
@@ -185,6 +211,9 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     ("answer", "message"),
     [
         ({"json_schema": {"not": {"type": "string"}}}, "not"),
+        ({"json_schema": {"type": 5}}, "#/type"),
+        ({"json_schema": {"properties": [1]}}, "#/properties"),
+        ({"choices": ["caf\u00e9", "cafe\u0301"]}, r"'cafe\u0301' as 'caf\xe9'"),
         ({"regex": "(a"}, "task odd"),
         ({"json_schema": {"$ref": "https://example.com/schema.json"}}, "$ref"),
     ],

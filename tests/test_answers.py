@@ -63,6 +63,10 @@ def test_an_answer_has_a_type_and_a_value(spec: Any, type_: pa.DataType, text: s
         ("list[str]", '["a"'),
         ({"json_schema": INVOICE}, '{"number": "1", "lines": [{"cou'),
         ({"json_schema": {"type": "integer"}}, "1" * 30),
+        ({"json_schema": {"type": "integer"}}, "1e400"),
+        ({"json_schema": {"type": "integer"}}, "0.5"),
+        ({"json_schema": {"type": "number"}}, "1" * 400),
+        ({"json_schema": True}, "[" * 100_000),
     ],
 )
 def test_what_is_no_such_answer_is_refused(spec: Any, text: str) -> None:
@@ -118,7 +122,11 @@ def test_a_schema_that_holds_itself_ends_in_json_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "schema", [True, {}, {"type": ["string", "integer"]}, {"$ref": "#/nowhere"}, {"enum": [1, "a"]}]
+    "schema",
+    [
+        *(True, {}, {"type": ["string", "integer"]}, {"$ref": "#/nowhere"}, {"enum": [1, "a"]}),
+        *({"type": 5}, {"type": [{}]}, {"enum": 5}, {"anyOf": 5}, {"properties": [1]}),  # for `served` to refuse
+    ],
 )
 def test_what_arrow_has_no_type_for_is_json_text(schema: Any) -> None:
     shape = shape_of(schema)

@@ -104,7 +104,7 @@ def test_columns(tasks_file: Path) -> None:
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ("tasks: []", "--tasks: "),
+        ("tasks: []", "give at least one"),
         ("tasks: {name: a}", "must hold `tasks:` and a list of them"),
         ("tasks: [{name: a}]", "--tasks: 0: prompt: Field required"),
         ("tasks: [{name: A, prompt: b}]", "--tasks: 0: name: "),
@@ -113,6 +113,9 @@ def test_columns(tasks_file: Path) -> None:
         ("tasks: [{name: a, prompt: b}, {name: a, prompt: c}]", "would be called a, a_confidence"),
         ("tasks: [{name: a, prompt: b}, {name: a_text, prompt: c}]", "would be called a_text; rename a task"),
         ("tasks: [{name: status, prompt: b}]", "would be called status"),
+        ("tasks: [{name: row, prompt: b}]", "would be called row"),
+        ("tasks: [{name: a, prompt: b, answer: {json_schema: {enum: [2030-12-31]}}}]", "quote them"),
+        ("tasks: [{name: a, prompt: b, answer: {json_schema: {properties: {yes: {}}}}}]", "quote them"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: no.json}}]", "no.json"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: tasks.yaml}}]", "is not JSON"),
         ("tasks: [{name: a, prompt: ''}]", "--tasks: 0: prompt: "),
@@ -125,13 +128,33 @@ def test_a_wrong_file_says_what_is_wrong(
     (tmp_path / "tasks.yaml").write_text(tasks)
     with pytest.raises(SystemExit) as exit_info:
         parse("--tasks", str(tmp_path / "tasks.yaml"))
-    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message in error and "at least 1 item" not in error
 
 
 def test_kept_columns_may_not_clash_with_tasks(tasks_file: Path) -> None:
     tasks = yaml.safe_load(TASKS)["tasks"][:1]
     with pytest.raises(ValidationError, match="has columns caption_text of its own"):
         AnnotateConfig(input=("a",), output="b", model="demo", tasks=tasks, keep_columns=("caption_text",))
+
+
+def test_a_row_without_an_image_is_not_said_to_be_asked(
+    tmp_path: Path, tasks_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "list.jsonl").write_text('{"prompt": "Why?", "kind": "dog"}\n')
+    rows_of(parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)}))
+    assert "asked as text" not in caplog.text
+
+
+def test_only_free_text_ends_at_a_stop_string(tasks_file: Path) -> None:
+    asked = parse("--tasks", str(tasks_file), "--stop", "o").asked
+    assert [task.stops for task in asked] == [("o",), (), (), ()]
+
+
+def test_an_error_row_has_no_answer_whatever_its_task_is_called() -> None:
+    task = {"name": "prompt", "prompt": "How many?", "answer": "int"}
+    config = AnnotateConfig(input=("a",), output="b", model="demo", tasks=[task])
+    assert config.no_values()["prompt"] is None
 
 
 def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path) -> None:

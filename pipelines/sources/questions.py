@@ -41,7 +41,7 @@ class Asker:
             self._names |= chunk.names
         else:
             self._num_without_columns += sum(not row.error for row in chunk.rows)
-        self._num_text_only += sum(not row.images and not row.error for row in chunk.rows)
+        self._num_text_only += sum(not row.images and self._has_own_prompt(row) and not row.error for row in chunk.rows)
         asked = [self._asked(row, has_columns=bool(chunk.names)) for row in chunk.rows]
         columns = {
             "id": [row.id for row in chunk.rows],
