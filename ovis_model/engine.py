@@ -251,9 +251,10 @@ class OvisEngine:
             raise EngineDied(str(error)) from error
 
     def abandon_rows(self) -> None:
-        """All rows that run or wait fail."""
+        """All rows that run or wait fail, not those that finished in the last step."""
         for row in (*self._scheduler.running, *self._scheduler.waiting):
-            row.error = RequestError("interrupted")
+            if not row.has_left:
+                row.error = RequestError("interrupted")
         self._scheduler = Scheduler(self._budget)
         self._decoder = self._sampler = None
 
@@ -265,6 +266,7 @@ class OvisEngine:
         else:
             failed = scheduler.waiting.popleft()
             failed.error = RequestError(f"out of device memory on a request of its own: {error}")
+            self._release([failed.item])
             scheduler.budget = self._budget
         self._decoder = self._sampler = None
 

@@ -253,6 +253,17 @@ def test_a_prompt_that_the_model_cannot_take_in_is_refused_and_the_engine_goes_o
     assert ids_of(engine, [request]) == greedy_ids("tiny56-tied")[:1]
 
 
+def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
+    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[0]
+    rows = engine.enqueue([request] * 3, [replace(GREEDY, max_new_tokens=n) for n in (2, 9, 9)])
+    engine.step()
+    engine.abandon_rows()
+    assert rows[0].completion().finish_reason == "length"
+    for row in rows[1:]:
+        with pytest.raises(RequestError, match="interrupted"):
+            row.completion()
+
+
 def test_no_requests_no_completions() -> None:
     assert engine_of("tiny56-tied").generate([], GREEDY) == []
 

@@ -107,7 +107,7 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
         rows += [(row, *which) for row, which in zip(enqueued, picked, strict=True)]
         for _ in range(data.draw(st.integers(0, 5))):
             engine.step()
-        if data.draw(st.booleans()):
+        if data.draw(st.booleans()) and not all(row.has_left for row, _, _ in rows):
             engine._shrink(torch.OutOfMemoryError("told by the test"))
             engine._scheduler.budget = engine._budget
     while not all(row.has_left for row, _, _ in rows):
@@ -206,6 +206,17 @@ def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pyte
         if not params[task].choices:
             assert_same(completion, alone(checkpoint, 0, task))
     assert engine._scheduler.budget.slots == 2
+
+
+def test_a_row_that_is_out_of_memory_keeps_no_visual_tokens() -> None:
+    checkpoint = "tiny56-tied"
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=400, slots=1))
+    requests = [items_of(checkpoint)[item][0] for item in (0, 1)]
+    first, second = engine.enqueue(requests, SamplingParams(max_new_tokens=1))
+    engine.step()
+    assert first.has_left and second.item.visual is not None  # its tiles were in the same pass
+    engine._shrink(torch.OutOfMemoryError("told by the test"))
+    assert second.error is not None and second.item.visual is None
 
 
 def test_what_siblings_share() -> None:
