@@ -37,7 +37,16 @@ from ovis_model.sampling import Choice, Sampler
 from ovis_model.scheduler import Budget, Row, Scheduler, Span, after_prompt, passes, rows_of
 from ovis_model.siblings import Item
 from ovis_model.text import cut_at_stop, detokenize, load_tokenizer
-from ovis_model.types import IMAGE_ATOM_ID, Completion, EngineDied, FinishReason, Request, RequestError, SamplingParams
+from ovis_model.types import (
+    IMAGE_ATOM_ID,
+    IMAGE_END_ID,
+    Completion,
+    EngineDied,
+    FinishReason,
+    Request,
+    RequestError,
+    SamplingParams,
+)
 from ovis_model.weights import load_model
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -184,6 +193,7 @@ class OvisEngine:
                 raise
 
     def _check(self, index: int, row: Row) -> None:
+        self._check_prompt(index, row.request)
         prompt, output = row.num_prompt_tokens, row.max_new_tokens
         limit = min(self.config.max_length, self._budget.kv_tokens)
         if prompt + output > limit:
@@ -203,7 +213,22 @@ class OvisEngine:
 
     def _guide(self, params: SamplingParams) -> Guide | None:
         """Its grammar is compiled from now on, beside what is done before the row's first token is chosen."""
-        return self._guides.guide(params.constraint) if self._guides and params.constraint else None
+        if self._guides is None or params.constraint is None or params.choices:
+            return None
+        return self._guides.guide(params.constraint)
+
+    def _check_prompt(self, index: int, request: Request) -> None:
+        """A prompt that the model cannot take in would fail the rows beside it as well."""
+        ids, vocab_size = request.input_ids, self.config.language.vocab_size
+        if not len(ids):
+            raise RequestError(f"request {index}: the prompt is empty")
+        if ids.max() >= vocab_size or ids.min() < IMAGE_END_ID:
+            raise RequestError(
+                f"request {index}: prompt ids from {ids.min()} to {ids.max()}; the model has {vocab_size}"
+            )
+        found, wanted = int((ids == IMAGE_ATOM_ID).sum()), len(request.tiles) * self.config.vision.tokens_per_tile
+        if found != wanted:
+            raise RequestError(f"request {index}: {found} placeholders for {wanted} visual tokens")
 
     def _check_choices(self, index: int, row: Row) -> None:
         largest, vocab_size = max(map(max, row.params.choices), default=0), self.config.language.vocab_size
@@ -226,9 +251,10 @@ class OvisEngine:
             raise EngineDied(str(error)) from error
 
     def abandon_rows(self) -> None:
-        """All rows that run or wait fail."""
+        """All rows that run or wait fail, not those that finished in the last step."""
         for row in (*self._scheduler.running, *self._scheduler.waiting):
-            row.error = RequestError("interrupted")
+            if not row.has_left:
+                row.error = RequestError("interrupted")
         self._scheduler = Scheduler(self._budget)
         self._decoder = self._sampler = None
 
@@ -240,7 +266,7 @@ class OvisEngine:
         else:
             failed = scheduler.waiting.popleft()
             failed.error = RequestError(f"out of device memory on a request of its own: {error}")
-            self._release({failed.item})
+            self._release([failed.item])
             scheduler.budget = self._budget
         self._decoder = self._sampler = None
 

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -289,6 +290,15 @@ def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.Mo
         model.step()
     assert compiled == [DIGIT]
     assert {int(text_of(row.completion())) for row in rows} <= set(range(10))
+
+
+def test_choices_have_no_use_for_a_constraint_and_take_none_from_the_rows_beside_them() -> None:
+    both = held_to(DIGIT, choices=((17, 566), (9, 566)), temperature=0.0)
+    requests = [replace(request(), tiles=request().tiles.copy()) for _ in range(3)]  # not siblings: in one pass
+    model = OvisEngine(engine().model, tokenizer=TOKENIZER)
+    found = model.generate(requests, [both, held_to(DIGIT, seed=1), held_to(DIGIT, seed=2)])
+    assert found[0].output_ids.tolist() in [[17, 566], [9, 566]]
+    assert {int(text_of(completion)) for completion in found[1:]} <= set(range(10))
 
 
 def test_a_constraint_that_fails_later_fails_its_row_alone() -> None:

@@ -240,6 +240,30 @@ def test_a_prompt_that_never_fits_into_a_pass_says_by_how_much() -> None:
         engine.generate([request], GREEDY)
 
 
+def test_a_prompt_that_the_model_cannot_take_in_is_refused_and_the_engine_goes_on() -> None:
+    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[0]
+    for ids, told in (
+        (request.input_ids[:0], "request 1: the prompt is empty"),
+        (np.array([5, 640], np.int32), "request 1: prompt ids from 5 to 640; the model has 640"),
+        (np.array([5, -306], np.int32), "request 1: prompt ids from -306 to 5"),
+        (np.array([5, 6], np.int32), r"request 1: 0 placeholders for \d+ visual tokens"),
+    ):
+        with pytest.raises(RequestError, match=told):
+            engine.generate([request, replace(request, input_ids=ids)], GREEDY)
+    assert ids_of(engine, [request]) == greedy_ids("tiny56-tied")[:1]
+
+
+def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
+    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[0]
+    rows = engine.enqueue([request] * 3, [replace(GREEDY, max_new_tokens=n) for n in (2, 9, 9)])
+    engine.step()
+    engine.abandon_rows()
+    assert rows[0].completion().finish_reason == "length"
+    for row in rows[1:]:
+        with pytest.raises(RequestError, match="interrupted"):
+            row.completion()
+
+
 def test_no_requests_no_completions() -> None:
     assert engine_of("tiny56-tied").generate([], GREEDY) == []
 

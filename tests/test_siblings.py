@@ -208,6 +208,17 @@ def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pyte
     assert engine._scheduler.budget.slots == 2
 
 
+def test_a_row_that_is_out_of_memory_keeps_no_visual_tokens() -> None:
+    checkpoint = "tiny56-tied"
+    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=400, slots=1))
+    requests = [items_of(checkpoint)[item][0] for item in (0, 1)]
+    first, second = engine.enqueue(requests, SamplingParams(max_new_tokens=1))
+    engine.step()
+    assert first.has_left and second.item.visual is not None  # its tiles were in the same pass
+    engine._shrink(torch.OutOfMemoryError("told by the test"))
+    assert second.error is not None and second.item.visual is None
+
+
 def test_what_siblings_share() -> None:
     tiles, sizes = np.zeros((1, 3, 2, 2), np.uint8), np.array([[2, 2]], np.int32)
 
