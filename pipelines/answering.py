@@ -12,8 +12,8 @@ import numpy as np
 
 from ovis_model.processor import Processor
 from ovis_model.text import cut_at_stop
-from ovis_model.types import Completion, Engine, Request, RequestError, SamplingParams
-from pipelines.answers import Answered, flags_of
+from ovis_model.types import Completion, Engine, FinishReason, Request, RequestError, SamplingParams
+from pipelines.answers import Answer, Answered, flags_of
 from pipelines.config import RunConfig
 from pipelines.tasks import Task
 
@@ -91,10 +91,7 @@ class Answering:
     def _answered(self, question: Question, completion: Completion) -> Answered:
         task = question.task
         text = cut_at_stop(self._processor.detokenize(completion.output_ids), task.stops)
-        try:
-            value = task.answer.value(text)
-        except ValueError:
-            value = None
+        value = _value(task.answer, text, completion.finish_reason)
         probabilities = completion.choice_probs
         by_option = (
             None if probabilities is None else dict(zip(task.answer.options, probabilities.tolist(), strict=True))
@@ -156,3 +153,13 @@ class Answering:
             repetition_penalty=max(params.repetition_penalty, _AGAIN_PENALTY if "repetition" in first.flags else 1),
             max_new_tokens=min(params.max_new_tokens * longer, room),
         )
+
+
+def _value(answer: Answer, text: str, finish_reason: FinishReason) -> Any:
+    """None if the text is no such answer; of one that was cut nobody knows what it would have become."""
+    if answer.constraint and finish_reason == "length":
+        return None
+    try:
+        return answer.value(text)
+    except ValueError:
+        return None

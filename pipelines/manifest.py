@@ -38,15 +38,13 @@ def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) 
 
 def _begun_file(output: str, end: int) -> pa.Table:
     """The last file's rows up to `end`: behind it may be some of an extension that was killed."""
-    with store.open_file(_file_of(output, end)) as file:
-        return pq.read_table(file).slice(0, end % ROWS_PER_FILE).drop_columns([ROW])
+    return store.read_parquet(_file_of(output, end)).slice(0, end % ROWS_PER_FILE).drop_columns([ROW])
 
 
 def read_columns(output: str, num_rows: int, columns: list[str]) -> Iterator[pa.Table]:
     """These columns of all rows, a table for each file."""
     for start in range(0, num_rows, ROWS_PER_FILE):
-        with store.open_file(_file_of(output, start)) as file:
-            yield pq.read_table(file, columns=columns).slice(0, num_rows - start)
+        yield store.read_parquet(_file_of(output, start), columns).slice(0, num_rows - start)
 
 
 def read_rows(output: str, rows: RowRange) -> pa.Table:
@@ -70,9 +68,9 @@ def sample_images(output: str) -> Iterator[ImageRef]:
     files = store.list_files(store.join(output, "manifest"))
     for number in _spread(len(files)):
         with store.open_file(files[number].uri) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, pre_buffer=False)
             for group in _spread(parquet.num_row_groups):
-                rows = parquet.read_row_group(group, columns=["images"]).column(0)
+                rows = parquet.read_row_group(group, columns=["images"], use_threads=False).column(0)
                 for row in _spread(len(rows)):
                     yield from (ImageRef(**image) for image in rows[row].as_py())
 
@@ -104,7 +102,8 @@ class KeptColumns:
 def _read_group(output: str, group: int, columns: list[str]) -> pa.Table:
     groups_per_file = ROWS_PER_FILE // ROWS_PER_GROUP
     with store.open_file(_file_of(output, group * ROWS_PER_GROUP)) as file:
-        return pq.ParquetFile(file).read_row_group(group % groups_per_file, columns=columns)
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        return parquet.read_row_group(group % groups_per_file, columns=columns, use_threads=False)
 
 
 def _file_of(output: str, row: int) -> str:

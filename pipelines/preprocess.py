@@ -159,7 +159,8 @@ class Preprocess:
             raise ValueError(f"{num_images} images are more than the {self._most_images} that the model's limit allows")
 
     def _check_length(self, task: Task, num_prompt_tokens: int) -> None:
-        limit, output = self._processor.config.max_length, task.max_new_tokens or 0
+        # Choices are scored, not generated; the engine knows how long they are.
+        limit, output = self._processor.config.max_length, 0 if task.answer.options else task.max_new_tokens or 0
         excess = num_prompt_tokens + output - limit
         if excess > 0:
             raise ValueError(

@@ -168,7 +168,7 @@ def _check_same(output: str, record: Json, what: Json, but: frozenset[str] = fro
     """Raises RunError with each difference between the run there and this one."""
     if record.get("status") == _REPLACED:
         raise RunError(f"an --overwrite of {output} was interrupted; give --overwrite again")
-    there, here = ({**r["config"], **{f"model {k}": v for k, v in r["model"].items()}} for r in (record, what))
+    there, here = (_said_one_by_one(r) for r in (record, what))
     differences = [
         f"{name.replace('_', '-')} {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted((there.keys() | here.keys()) - but)
@@ -180,6 +180,15 @@ def _check_same(output: str, record: Json, what: Json, but: frozenset[str] = fro
             "Use another OUTPUT, the same options, or --overwrite"
             + (", or --extend to add rows" if {d.split()[0] for d in differences} <= _LISTED else "")
         )
+
+
+def _said_one_by_one(record: Json) -> Json:
+    """Options, what the model is, and the names of the tasks and each of them without what it leaves open."""
+    said = {**record["config"], **{f"model {name}": value for name, value in record["model"].items()}}
+    if tasks := said.get("tasks"):
+        said["tasks"] = [task["name"] for task in tasks]
+        said |= {f"task {t['name']}": {k: v for k, v in t.items() if v is not None and k != "name"} for t in tasks}
+    return said
 
 
 def read_record(output: str) -> Json | None:

@@ -132,8 +132,7 @@ def encode_file(table: pa.Table, rows: NDArray[np.int64]) -> tuple[FileEntry, by
 
 def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
     """An output file's row numbers, ascending, and its rows."""
-    with store.open_file(uri) as file:
-        table = pq.read_table(file)
+    table = store.read_parquet(uri)
     entry = FileEntry.from_json(table.schema.metadata[FOOTER_KEY])
     return entry.rows, table.replace_schema_metadata(None)
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.retries import MORE_ATTEMPTS, FinalFault, StoreFault, is_final, retried
@@ -217,6 +218,16 @@ def open_file(uri: str, block_bytes: int | None = None) -> Any:
             return fs.open(path, "rb", **options)
     file = _tried(fs, lambda: fs.open(path, "rb", **options))
     return file if isinstance(fs, LocalFileSystem) else _PatientFile(fs, file)
+
+
+def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Raises OSError.
+
+    On this thread alone (`use_threads`, `pre_buffer`), as wherever a driver reads Parquet: a thread of Arrow's that
+    lets go of a Python file while the interpreter ends aborts the process.
+    """
+    with open_file(uri) as file:
+        return pq.read_table(file, columns=columns, use_threads=False, pre_buffer=False)
 
 
 def map_file(uri: str) -> Any:

@@ -87,8 +87,8 @@ def read_tasks(path: str) -> list[dict[str, Any]]:
     file = Path(path)
     try:
         values = yaml.safe_load(file.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML in UTF-8: {error}") from error
     tasks = values.get("tasks") if isinstance(values, dict) else values
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ValueError(f"{path} must hold `tasks:` and a list of them, each with a name and a prompt")

@@ -37,6 +37,7 @@ TASKS: list[dict[str, Any]] = [
     {"name": "mood", "prompt": "What is its mood?", "max_new_tokens": 3},
 ]
 CONSTRAINED: list[dict[str, Any]] = [
+    {"name": "cut", "prompt": "How many?", "answer": {"regex": "[0-9]{30}"}, "max_new_tokens": 2},
     {"name": "count", "prompt": "How many?", "answer": {"int": {"min": 0, "max": 20}}},
     {"name": "tags", "prompt": "Tags?", "answer": {"list[str]": {"max_items": 3}}, "max_new_tokens": 200},
     {"name": "code", "prompt": "Read the code.", "answer": {"regex": "[A-Z]{2}-[0-9]{2}"}},
@@ -133,6 +134,7 @@ def test_the_output_is_typed_for_every_reader(ray_cluster: None, pictures: Path,
         assert row["record"] == json.loads(row["record_text"])
         assert row["tags"] is None or len(row["tags"]) <= 3
         assert ("tags:truncated" in row["flags"]) is (row["tags_finish_reason"] == "length")
+        assert row["cut"] is None and {"cut:truncated", "cut:invalid"} <= set(row["flags"])
         assert ("tags:invalid" in row["flags"]) is (row["tags"] is None)
     assert (bad["status"], bad["stage"], bad["flags"], bad["caption_text"]) == ("error", "decode", [], "")
     nulls = {name for name, value in bad.items() if value is None}
@@ -194,7 +196,9 @@ def test_other_tasks_are_another_run(ray_cluster: None, pictures: Path, tmp_path
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [task["name"] for task in record["tasks"]] == ["caption", "sharp", "kind", "mood"]
     assert record["tasks"][1]["answer"] == "bool" and record["tasks"][3]["max_new_tokens"] == 3
-    with pytest.raises(RunError, match="tasks"):
+    with pytest.raises(
+        RunError, match=r"task kind .* there, None here; .*tasks \['caption', 'sharp', 'kind', 'mood'\] there"
+    ):
         caption(config(pictures / "0.png", tmp_path / "out", tasks=TASKS[:2]))
 
 

@@ -119,7 +119,7 @@ def test_columns(tasks_file: Path) -> None:
         ("tasks: [{name: a, prompt: b, answer: {json_schema: no.json}}]", "no.json"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: tasks.yaml}}]", "is not JSON"),
         ("tasks: [{name: a, prompt: ''}]", "--tasks: 0: prompt: "),
-        (": :", "is not YAML"),
+        (": :", "is not YAML in UTF-8"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(

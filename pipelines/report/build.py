@@ -134,7 +134,7 @@ def _answers(files: list[File], columns: Columns) -> Iterator[Answers]:
         rows, at = entry.rows, 0
         with store.open_file(info.uri) as file:
             parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-            for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns.names):
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns.names, use_threads=False):
                 yield Answers(columns, rows[at : at + len(batch)], batch)
                 at += len(batch)
 

@@ -30,7 +30,7 @@ def _chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chu
     table = Table.of(uri, parquet.schema_arrow, columns)
     _check_packing(uri, parquet.metadata, {*table.read, table.image})
     at = 0
-    for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.read):
+    for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.read, use_threads=False):
         batch.validate(full=True)  # text that is no UTF-8 would be found when the run is done
         numbers = range(at, at + len(batch))
         yield table.chunk(batch, at, [ImageRef("parquet", uri, member=table.image or "", row=i) for i in numbers])

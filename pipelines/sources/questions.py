@@ -86,7 +86,7 @@ class Asker:
             known = ", ".join(sorted(self._names)) or "none: files and tars without .json or .txt have no columns"
             raise SourceError(
                 f"the input has no column {', '.join(unknown)}; its columns: {known} "
-                "(in --prompt, {{ and }} stand for braces)"
+                "(in prompts, {{ and }} stand for braces)"
             )
         if self._names and self._num_without_columns and self.columns.in_prompt:
             raise SourceError(

@@ -43,7 +43,7 @@ class Table:
         if doubled := sorted(name for name in names if schema.names.count(name) > 1):
             raise SourceError(f"{store.shown(uri)} has several columns named {', '.join(doubled)}; rename them")
         if missing := sorted(columns.wanted - names):
-            braces = " ({{ and }} in --prompt stand for braces)" if columns.in_prompt - names else ""
+            braces = " ({{ and }} in prompts stand for braces)" if columns.in_prompt - names else ""
             raise SourceError(f"{store.shown(uri)} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
         image = _image_column(uri, schema, columns.image)
         return cls(uri, columns, names, image, image is not None and _holds_uris(schema.field(image).type))
