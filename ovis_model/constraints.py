@@ -153,7 +153,7 @@ def _grammar(constraint: Constraint) -> str:
 def _token_trie(
     tokenizer: Tokenizer, vocab_size: int | None, eos_token_ids: list[int] | None
 ) -> llguidance.LLTokenizer:
-    """To the library, added tokens of the form <...> are special whatever the checkpoint calls them: never in an answer."""
+    """Added tokens of the form <...> are special to the library, whatever the checkpoint says: never in an answer."""
     return llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=eos_token_ids)
 
 
