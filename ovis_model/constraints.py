@@ -153,11 +153,8 @@ def _grammar(constraint: Constraint) -> str:
 def _token_trie(
     tokenizer: Tokenizer, vocab_size: int | None, eos_token_ids: list[int] | None
 ) -> llguidance.LLTokenizer:
-    """Added tokens are special here: none may stand inside an answer, whatever the checkpoint calls them."""
-    description = json.loads(tokenizer.to_str())
-    for token in description["added_tokens"]:
-        token["special"] = True
-    return llguidance.LLTokenizer(json.dumps(description), n_vocab=vocab_size, eos_token=eos_token_ids)
+    """Added tokens of the form <...> are special to the library, whatever the checkpoint says: never in an answer."""
+    return llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=eos_token_ids)
 
 
 @cache
