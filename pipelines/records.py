@@ -34,7 +34,7 @@ def closed(schema: Json) -> Json:
     """The same schema, in which objects hold only the properties that it names, unless it speaks of others.
 
     JSON Schema would allow any others, which no column could hold. A schema with `allOf` is left as it is: its parts
-    name some of the properties of one object each.
+    name some of the properties of one object each, and so is an object with alternatives beside its properties.
     """
     return schema if _has_key(schema, "allOf") else _closed(schema)
 
@@ -50,8 +50,10 @@ def _closed(schema: Json) -> Json:
         return [_closed(item) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    inner = {name: _closed_part(name, part) for name, part in schema.items()}
     is_object = isinstance(schema.get("properties"), Mapping) and schema.get("type", "object") == "object"
+    if is_object and _alternatives(schema):
+        return schema  # each names some of the properties, as those of an `allOf`
+    inner = {name: _closed_part(name, part) for name, part in schema.items()}
     return inner if not is_object or any(name in schema for name in _OPEN) else {**inner, "additionalProperties": False}
 
 
@@ -67,16 +69,21 @@ def _shape(schema: Json, root: Json, above: tuple[str, ...]) -> Shape:
     if "$ref" in schema:
         reference = schema["$ref"]
         return _JSON_TEXT if reference in above else _shape(_resolved(reference, root), root, (*above, reference))
-    alternatives = schema.get("anyOf", schema.get("oneOf"))
-    if alternatives and isinstance(alternatives, list):
+    if alternatives := _alternatives(schema):
         others = [part for part in alternatives if part != {"type": "null"}]
-        return _shape(others[0], root, above) if len(others) == 1 else _JSON_TEXT
+        is_one = len(others) == 1 and "properties" not in schema
+        return _shape(others[0], root, above) if is_one else _JSON_TEXT
     kind = _kind(schema)
     if kind == "object" and schema.get("properties") and isinstance(schema["properties"], Mapping):
         return _struct({name: _shape(part, root, above) for name, part in schema["properties"].items()})
     if kind == "array" and isinstance(schema.get("items"), Mapping) and "prefixItems" not in schema:
         return _list(_shape(schema["items"], root, above))
     return _SCALARS.get(kind, _JSON_TEXT)
+
+
+def _alternatives(schema: Mapping[str, Json]) -> list[Json]:
+    found = schema.get("anyOf", schema.get("oneOf"))
+    return found if isinstance(found, list) else []
 
 
 def _kind(schema: Mapping[str, Json]) -> str:

@@ -142,6 +142,8 @@ def test_a_closed_schema_allows_less_and_never_more() -> None:
     assert closed(odd)["properties"]["properties"] == {"type": "string"}
     assert closed({**INVOICE, "additionalProperties": True})["additionalProperties"] is True
     assert closed({"allOf": [INVOICE]}) == {"allOf": [INVOICE]}
+    parts = {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}, "required": ["b"]}, {"required": ["a"]}]}
+    assert closed(parts) == parts and shape_of(parts).type == pa.string()
 
 
 _VALUES = st.recursive(
