@@ -32,7 +32,7 @@ class Budget:
     vision_tiles: int = 16  # of one pass; a tile of a published size takes about 0.1 GB in the visual head
 
 
-CACHED_PER_TOKEN = 32
+CACHED_PER_TOKEN = 24
 """Tokens in the cache that count as one in a pass that goes on after them: it copies their keys and values, layer by
 layer, which takes no more memory than that in any published size (`tests/test_memory.py`)."""
 

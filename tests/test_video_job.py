@@ -42,7 +42,7 @@ def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     job = Job(["jobs.caption", *arguments(videos, output)]).start()
     while job.process.poll() is None and not any(output.glob("data/*.parquet")):
-        time.sleep(0.05)
+        time.sleep(0.01)
     job.kill()
     job.wait_until_all_gone()
     done = {Path(str(id_)).name for id_ in read_results(str(output)).column("id").to_pylist()}
