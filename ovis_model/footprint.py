@@ -9,7 +9,7 @@ from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
 from ovis_model.ranks import rank_counts
 
 _ROWS, _TOKENS_PER_ROW = 16, 2600  # that should fit side by side, or the device waits for its memory: 3x3 cells each
-_ACTIVATION_BYTES = 4 << 30  # 16 tiles in the visual head, the logits of 64 rows, what the libraries keep
+_ACTIVATION_BYTES = 4 << 30  # 16 tiles in the visual head, the logits of 128 rows, what the libraries keep
 _USABLE = 0.9  # of a device's memory
 
 

@@ -38,7 +38,7 @@ CPU = [
         "tiny112, 3 tiles",
         f"--model tests/golden/tiny112-untied/aidc --image-size 168x126 --rows 512 --peer-batch 32 64 {MIXED}",
     ),
-    Run("24 layers of width 128", f"--model 24x128 --image-size 112x112 --rows 128 --peer-batch 32 64 {MIXED}"),
+    Run("24 layers of width 128", f"--model 24x128 --image-size 112x112 --rows 256 --peer-batch 32 64 {MIXED}"),
 ]
 ONE_B = [
     Run(

@@ -150,7 +150,7 @@ def test_half_of_one_is_one() -> None:
 
 def test_the_plan_is_told_in_a_line() -> None:
     line = describe(SIZES["1B"], torch.bfloat16, Budget(kv_tokens=1_000_000))
-    assert "64 rows side by side in 12.29 GB of keys and values (1000000 tokens)" in line and "\n" not in line
+    assert "128 rows side by side in 12.29 GB of keys and values (1000000 tokens)" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("names", [("memory.max", "memory.current")])
