@@ -110,7 +110,7 @@ FLAGS = "flags"
 
 
 def columns_of(tasks: Sequence[Task], *, with_alternatives: bool) -> list[pa.Field]:
-    """`flags`, and the columns of each task. Raises ValueError if two share a name."""
+    """`flags`, and the columns of each task. Whether two share a name is for the caller to check."""
     fields = [pa.field(FLAGS, pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False)]
     for task in tasks:
         fields += [
