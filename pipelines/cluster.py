@@ -261,12 +261,16 @@ class Sizes:
 def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int, tasks_per_row: int = 1) -> Sizes:
     """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
 
-    Many units, so that every actor has work early and late; larger ones when there would be too many.
+    Many units, so that every actor has work early and late; larger ones when there would be too many. Of several
+    replicas none takes more than half of its share ahead: the first to be ready would leave the others nothing.
     """
     fair_share = num_rows // (16 * pools.num_preprocessors)
     rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // MAX_BLOCKS), 8)
     rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
-    calls = 1 + -(-ROWS_SIDE_BY_SIDE // (rows_per_batch * tasks_per_row))
+    rows_ahead = -(-ROWS_SIDE_BY_SIDE // tasks_per_row)
+    if pools.num_replicas > 1:
+        rows_ahead = min(rows_ahead, max(1, num_rows // (2 * pools.num_replicas)))
+    calls = 1 + -(-rows_ahead // rows_per_batch)
     return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, calls)
 
 

@@ -151,8 +151,12 @@ def test_units_and_batches(num_rows: int, num_replicas: int, num_preprocessors: 
     sizes = plan_batches(num_rows, pools, most_tile_bytes=most_tile_bytes)
     assert ROWS_PER_GROUP % sizes.rows_per_unit == 0
     assert sizes.rows_per_batch * most_tile_bytes <= max(BATCH_BYTES, 4 * most_tile_bytes)
-    # While one batch runs out, the others still fill all slots.
-    assert sizes.rows_per_batch * (sizes.calls_per_replica - 1) >= ROWS_SIDE_BY_SIDE
+    # While one batch runs out, the others still fill all slots; but no replica takes the share of another.
+    share = num_rows / num_replicas
+    wanted = ROWS_SIDE_BY_SIDE if num_replicas == 1 else min(ROWS_SIDE_BY_SIDE, share // 2)
+    assert sizes.rows_per_batch * (sizes.calls_per_replica - 1) >= wanted
+    if num_replicas > 1 and share >= 32:  # so that a batch is an eighth of it at most
+        assert sizes.rows_per_batch * (sizes.calls_per_replica + 1) <= share
     if num_rows <= 20_000 * ROWS_PER_GROUP:
         assert num_rows / sizes.rows_per_unit <= 41_000
 

@@ -92,10 +92,11 @@ def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
     four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path, by: signal.Signals
 ) -> None:
     """Of the driver, with ranks at work."""
-    options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 0.2}
+    # So slow that both replicas have work for minutes, whenever each of them is ready.
+    options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 2}
     driver = Driver(four_gpus, pictures, tmp_path / "out", num_preprocessors=2, **options)
     driver.wait_for_leaders(2)
-    assert len(four_gpus.processes("ovis_model.rank_process")) == 4
+    assert len(four_gpus.processes("ovis_model.rank_process")) == 4, driver.events()
     driver.process.send_signal(by)
     code, _, err = driver.finish(60)
     assert code == (1 if by is signal.SIGINT else -signal.SIGKILL), err
