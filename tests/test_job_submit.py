@@ -16,6 +16,9 @@ from tests.clusters import RayHead
 
 NUM_ROWS = 120
 
+# It stops processes that are at work, on a machine that others may load: whether they still were is up to the clock.
+pytestmark = pytest.mark.flaky(reruns=1)
+
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
@@ -41,7 +44,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
     command = ["--working-dir", ".", "--", "python", "-m", "jobs.caption", *map(str, arguments)]
     client = JobSubmissionClient(head.dashboard)
     job = head.ray("submit", "--submission-id", "first", *command)
-    while not (tmp_path / "out" / "data").exists():  # the first rows are written
+    while not any((tmp_path / "out").glob("data/*.parquet")):  # the first rows are written
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)
     assert client.stop_job("first")  # what `ray job stop` does, without its start
