@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ovis_model.patterns import check_pattern
@@ -55,7 +55,19 @@ def served(text: str) -> Json:
     for where, part in _subschemas(schema, "#"):
         _check_min_properties(part, where)
         _tighten(part)
+        if "anyOf" not in part and _are_told_apart(part.get("oneOf", []), schema):
+            part["anyOf"] = part.pop("oneOf")  # the same, as no value matches two; the library follows no references
     return schema
+
+
+def resolved(reference: Any, root: Any) -> Any:
+    """What "#/$defs/name" names in the schema `root`; None for anything else."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    found = root
+    for name in filter(None, reference.removeprefix("#").split("/")):
+        found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+    return found
 
 
 def _parsed(text: str) -> Any:
@@ -265,6 +277,31 @@ def _check_min_properties(schema: Json, where: str) -> None:
         raise ValueError(
             f"{where}: the keyword 'minProperties' over 1 is served beside additionalProperties: false only"
         )
+
+
+def _are_told_apart(schemas: list[Json | bool], root: Json) -> bool:
+    """By a tag: a property that each requires, with other constants in each."""
+    tags = [_tags(schema, root) for schema in schemas]
+    for name in set(tags[0]).intersection(*tags[1:]) if tags else ():
+        values = [value for tag in tags for value in tag[name]]
+        if len(values) == len(set(values)):
+            return True
+    return False
+
+
+def _tags(schema: Any, root: Json) -> dict[str, set[str]]:
+    """Of the properties that an object must have: those of few values, and these as JSON."""
+    for _ in range(MAX_DEPTH):  # a reference to itself has none
+        if isinstance(schema, dict) and "$ref" in schema:
+            schema = resolved(schema["$ref"], root)
+    if not isinstance(schema, dict) or schema.get("type") != "object":
+        return {}
+    parts = {name: part for name, part in schema.get("properties", {}).items() if isinstance(part, dict)}
+    return {
+        name: {json.dumps(value, sort_keys=True) for value in part.get("enum", [part.get("const")])}
+        for name, part in parts.items()
+        if name in schema.get("required", ()) and ("enum" in part or "const" in part)
+    }
 
 
 def _tighten(schema: Json) -> None:

@@ -88,7 +88,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        # Outside of these, scores divided by it overflow float32 or are all alike.
+        is_sound = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+        _require(is_sound, "temperature", self.temperature, "0 (greedy) or from 1e-6 to 1e6")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "positive, 1 is off")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ovis_model.json_schema import resolved
+
 _INT64 = range(-(1 << 63), 1 << 63)
 _OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "$ref")
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
@@ -68,7 +70,7 @@ def _shape(schema: Json, root: Json, above: tuple[str, ...]) -> Shape:
         return _JSON_TEXT
     if "$ref" in schema:
         reference = schema["$ref"]
-        return _JSON_TEXT if reference in above else _shape(_resolved(reference, root), root, (*above, reference))
+        return _JSON_TEXT if reference in above else _shape(resolved(reference, root), root, (*above, reference))
     if alternatives := _alternatives(schema):
         others = [part for part in alternatives if part != {"type": "null"}]
         is_one = len(others) == 1 and "properties" not in schema
@@ -101,16 +103,6 @@ def _kind(schema: Mapping[str, Json]) -> str:
 def _listed(value: Json) -> list[Json]:
     """Nothing for what is no list: `json_schema.served` refuses such a schema, and knows where in it."""
     return value if isinstance(value, list) else []
-
-
-def _resolved(reference: Json, root: Json) -> Json:
-    """Of a reference into the same schema, "#/$defs/name"; anything else is unknown here."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return None
-    found = root
-    for name in filter(None, reference.removeprefix("#").split("/")):
-        found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-    return found
 
 
 def _struct(fields: Mapping[str, Shape]) -> Shape:

@@ -74,6 +74,16 @@ SCHEMAS: dict[str, Json] = {
     "one of, told apart by a tag": {
         "oneOf": [record(kind={"const": "circle"}, radius={"type": "integer"}), record(kind={"const": "dot"})]
     },
+    "one of references, told apart by a tag": {  # as pydantic writes a union with a discriminator
+        "oneOf": [{"$ref": "#/$defs/Circle"}, {"$ref": "#/$defs/Box"}, {"$ref": "#/$defs/Other"}],
+        "discriminator": {"propertyName": "kind"},
+        "$defs": {
+            "Circle": record(kind={"const": "circle"}, radius={"type": "integer"}),
+            "Box": record(kind={"enum": ["square", "box"]}, side={"type": "integer"}),
+            "Other": {"$ref": "#/$defs/Dot"},
+            "Dot": record(kind={"const": "dot"}),
+        },
+    },
     "all of": {"allOf": [{"type": "integer", "minimum": 0}, {"maximum": 9}]},
     "references": {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -96,7 +96,16 @@ def test_logprobs_can_be_off() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("stop", ("",))],
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -1),
+        ("temperature", 1e-39),
+        ("temperature", float("inf")),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("stop", ("",)),
+    ],
 )
 def test_impossible_parameters_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}="):
