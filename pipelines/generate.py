@@ -16,6 +16,7 @@ from ovis_model.processor import Processor
 from ovis_model.ranks import TensorParallelEngine
 from ovis_model.types import Engine, EngineDied, RequestError
 from pipelines import schema
+from pipelines.actor import end_with_python
 from pipelines.answering import Answering
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, AloneOrTogether, Attempts
 from pipelines.config import RunConfig
@@ -73,6 +74,7 @@ class Generate:
         make_engine: EngineFactory,
         attempts: Attempts,
     ) -> None:
+        end_with_python()
         self._config, self._attempts, self._process = config, attempts, AloneOrTogether()
         self._schema = schema.result(config.columns)
         processor = Processor.from_pretrained(config.model, revision)

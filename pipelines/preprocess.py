@@ -13,6 +13,7 @@ from ovis_model.processor import Processor
 from ovis_model.prompt import IMAGE_MARK, video_query, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines import store
+from pipelines.actor import end_with_python
 from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster import BATCH_BYTES
 from pipelines.config import RunConfig
@@ -52,6 +53,7 @@ class Preprocess:
         encoder: Encoder | None = None,
     ) -> None:
         """`encoder` compares frames of videos; None is needed for images and for frames that are spread evenly."""
+        end_with_python()
         self._config, self._output, self._attempts = config, output, attempts
         self._tasks = config.asked
         self._processor = Processor.from_pretrained(config.model, revision)

@@ -95,10 +95,10 @@ class FakeGpuCluster:
             # Ray Data keeps an actor of its own without resources for statistics, for the life of the cluster.
             state = self.state()
             ours = [name for name in state["actors"] if "MapWorker" in name or "Attempt" in name]
-            ranks = self.processes("ovis_model.rank_process")
-            if not ours and not ranks and not state["placement_groups"] and not any(state["held"].values()):
+            processes = self.processes("ovis_model.rank_process") + self.processes("ray::MapWorker")
+            if not ours and not processes and not state["placement_groups"] and not any(state["held"].values()):
                 return
-            assert time.monotonic() < deadline_s, (state, ranks)
+            assert time.monotonic() < deadline_s, (state, processes)
             time.sleep(0.5)
 
     def close(self) -> None:

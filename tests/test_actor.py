@@ -1,0 +1,50 @@
+"""Processes of actors that C would keep for ever."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipelines.actor import end_with_python
+
+
+class HangsAtExit:
+    """As Ray's own part of a process may: in what C calls after Python has ended."""
+
+    def __init__(self, *, ends_with_python: bool) -> None:
+        if ends_with_python:
+            end_with_python()
+        libc = ctypes.CDLL(None)
+        assert libc.on_exit(ctypes.cast(libc.pause, ctypes.c_void_p), None) == 0
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize("ends_with_python", [True, False])
+def test_an_actor_that_hangs_at_exit_is_gone(ray_cluster: None, ends_with_python: bool) -> None:
+    actor = ray.remote(HangsAtExit).options(num_cpus=0).remote(ends_with_python=ends_with_python)
+    pid = ray.get(actor.pid.remote())
+    del actor
+    try:
+        deadline_s = time.monotonic() + (60 if ends_with_python else 5)
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert Path(f"/proc/{pid}").exists() != ends_with_python
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_driver_ends_as_ever(ray_cluster: None) -> None:
+    before = atexit._ncallbacks()
+    end_with_python()
+    assert atexit._ncallbacks() == before
