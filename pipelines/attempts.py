@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from pipelines.actor import end_with_python
+
 MAX_TRIES = 2  # of a batch before its rows are tried alone, and of a row alone before it is given up
 GIVEN_UP = f"the process died {MAX_TRIES} times on this row alone"
 
@@ -27,6 +29,7 @@ class AttemptCounts:
     """The counts: in an actor of the driver, or in this process if nothing else runs."""
 
     def __init__(self) -> None:
+        end_with_python()
         self._begun: Counter[str] = Counter()
 
     def begin(self, work: str) -> int:
