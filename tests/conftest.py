@@ -15,8 +15,10 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
 
-# A machine that others use too may take any time over an example.
-settings.register_profile("shared machine", deadline=None)
+# A machine that others use too may take any time over an example. The same examples each time, so that a test fails for
+# what was changed; --hypothesis-profile=search draws new ones.
+settings.register_profile("shared machine", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
 settings.load_profile("shared machine")
 
 # A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start there and interrupt.
