@@ -42,7 +42,8 @@ from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig,
 from ovis_model.decoding import run_eagerly
 from ovis_model.engine import OvisEngine, Stats
 from ovis_model.model import Ovis
-from ovis_model.parallel import ALONE, Shard, joined, leave
+from ovis_model.parallel import ALONE, Shard, joined
+from ovis_model.process import leave
 from ovis_model.prompt import expand_atoms, image_placeholders
 from ovis_model.tiling import choose_grid, tile_image
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Request, SamplingParams

@@ -10,14 +10,11 @@ exchange of 256 embeddings a tile replaces two in each of 24 blocks.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -144,16 +141,6 @@ def joined(rank: int, size: int, meeting_point: Path, on_exchange: Callable[[], 
         yield Shard(rank, size, on_exchange)
     finally:
         dist.destroy_process_group()
-
-
-def leave() -> NoReturn:
-    """End a process that was a rank, with exit code 0, past the interpreter's own end.
-
-    gloo's threads outlive their group; one that lets go of a tensor while Python ends aborts the process (torch 2.13).
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 class ShardedLinear(nn.Linear):

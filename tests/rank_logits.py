@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ovis_model.parallel import joined, leave
+from ovis_model.parallel import joined
+from ovis_model.process import leave
 from ovis_model.weights import load_model
 from tests.golden_data import checkpoint_dir
 from tests.test_engine import golden_requests, prompt_logits
