@@ -26,7 +26,7 @@ from pipelines.sink import read_results
 from pipelines.sources import list_rows
 from tests.golden_data import checkpoint_dir
 from tests.processes import run_job
-from tests.test_end_to_end import draw
+from tests.test_end_to_end import annotation, draw
 from tests.test_engine import engine_of
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
@@ -68,8 +68,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
-    values = {"model": MODEL, "max_new_tokens": 8, "tasks": TASKS, **options}
-    return AnnotateConfig(input=(str(inputs),), output=str(output), **values)
+    return annotation(inputs, output, **{"tasks": TASKS, **options})
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:

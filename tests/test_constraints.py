@@ -365,7 +365,7 @@ def test_the_bits_of_a_mask() -> None:
         (one_of(record(kind={"enum": ["a", "b"]}), record(kind={"enum": ["b", "c"]})), "or use 'anyOf'"),
         (one_of(*({**record(kind={"const": kind}), "required": []} for kind in "ab")), "or use 'anyOf'"),
         (one_of(*({"properties": {"kind": {"const": kind}}, "required": ["kind"]} for kind in "ab")), "or use 'anyOf'"),
-        (one_of({"$ref": "#/oneOf/0"}, record(kind={"const": "b"})), "'oneOf'|does not exist|infinite|recursive"),
+        (one_of({"$ref": "#/oneOf/0"}, record(kind={"const": "b"})), "or use 'anyOf'"),
         ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 2}, "'minProperties' over 1"),
         ({"const": 2**53 + 1}, "#/const: '9007199254740993' must be a number within"),
         ({"minimum": 1e300}, "#/minimum: .* must be a number within"),
