@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import ROOT
+
+# Of a test that stops processes at work: on a machine that others load, whether they still were is up to the clock. It
+# runs once more if it fails, and the summary names it.
+against_the_clock = pytest.mark.flaky(reruns=1)
 
 _MARK = "OVIS_TEST_RUN"
 _AGENTS = {"ray::DashboardA", "ray::RuntimeEnv"}  # cut by the kernel

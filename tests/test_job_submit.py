@@ -13,11 +13,9 @@ from ray.job_submission import JobSubmissionClient
 from jobs.shapes import make_picture
 from pipelines.sink import read_results
 from tests.clusters import RayHead
+from tests.processes import against_the_clock
 
 NUM_ROWS = 120
-
-# It stops processes that are at work, on a machine that others may load: whether they still were is up to the clock.
-pytestmark = pytest.mark.flaky(reruns=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@against_the_clock
 @pytest.mark.timeout(300)
 def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
     head: RayHead, pictures: Path, tmp_path: Path

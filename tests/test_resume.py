@@ -11,12 +11,9 @@ import pytest
 
 from jobs.shapes import make_picture
 from pipelines.sink import read_results
-from tests.processes import Job, OpenCounter, run_caption, run_job
+from tests.processes import Job, OpenCounter, against_the_clock, run_caption, run_job
 
 NUM_ROWS = 200
-
-# It stops processes that are at work, on a machine that others may load: whether they still were is up to the clock.
-pytestmark = pytest.mark.flaky(reruns=1)
 TASKS = """
 - {name: caption, prompt: "Describe the image.", max_new_tokens: 24}
 - {name: round, prompt: "Is it round?", answer: bool}
@@ -57,6 +54,7 @@ def rows_of(output: Path) -> list[dict[str, object]]:
     return rows
 
 
+@against_the_clock
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("job_name", ["caption", "annotate"])
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -94,12 +92,15 @@ def test_a_finished_run_opens_nothing_and_starts_no_ray(pictures: Path, tmp_path
     first = run_caption(*arguments(some, output))
     assert first.exit_code == 0
     with OpenCounter(pictures) as counter:
+        started_s = time.monotonic()
         again = run_caption(*arguments(some, output))
     assert not counter.opens
     assert again.summary["skipped_done"] == again.summary["rows"] == 10
+    assert time.monotonic() - started_s < 5
     assert "plan:" in first.stderr and "plan:" not in again.stderr  # which Ray's resources are asked for
 
 
+@against_the_clock
 def test_termination_keeps_what_is_finished(pictures: Path, tmp_path: Path) -> None:
     """`ray job stop` sends SIGTERM and, three seconds later, SIGKILL."""
     output = tmp_path / "out"

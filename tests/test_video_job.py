@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 
 from pipelines.sink import read_results
-from tests.processes import Job, OpenCounter, run_caption
+from tests.processes import Job, OpenCounter, against_the_clock, run_caption
 from tests.test_siglip import TINY
 from tests.videos import write_sound, write_video
 
 NUM_GOOD = 40
-
-# It stops processes that are at work, on a machine that others may load: whether they still were is up to the clock.
-pytestmark = pytest.mark.flaky(reruns=1)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +37,7 @@ def arguments(videos: Path, output: Path, *options: str) -> list[str]:
     return [str(videos), str(output), *common, "--rows-per-file", "4", *options]
 
 
+@against_the_clock
 @pytest.mark.timeout(300)
 def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
