@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from jobs.shapes import make_picture
 from pipelines.sink import read_results
 
 SHOWN = 12
-_SEEDS_APART = 1_000_000  # two --seed values share no picture
+SEEDS_APART = 1_000_000  # two --seed values share no picture
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,17 @@ class Comparison:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="default demo_output")
+    run_from_command_line(run_demo, "jobs.demo", __doc__, Path("demo_output"))
+
+
+def run_from_command_line(demo: Callable[[Path, int, int], int], name: str, about: str | None, output: Path) -> None:
+    """Exit with what `demo` gives for the output directory, the number of pictures and the seed."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=(about or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=output, help=f"default {output}")
     parser.add_argument("--count", type=int, default=200, help="number of pictures (default 200)")
     parser.add_argument("--seed", type=int, default=1, help="other seeds draw other pictures (default 1)")
     args = parser.parse_args()
-    sys.exit(run_demo(args.output, args.count, args.seed))
+    sys.exit(demo(args.output, args.count, args.seed))
 
 
 def run_demo(output: Path, count: int, seed: int) -> int:
@@ -61,10 +67,13 @@ def run_demo(output: Path, count: int, seed: int) -> int:
 
 
 def _caption(pictures: Path, captions: Path) -> int:
-    """The job's exit code. Its progress comes to this terminal on stderr."""
-    command = ["-m", "jobs.caption", str(pictures), str(captions), "--model", "demo", "--overwrite"]
-    print(f"$ {shlex.join(['python', *command])}", flush=True)
-    return subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode
+    return run_module("jobs.caption", str(pictures), str(captions), "--model", "demo", "--overwrite")
+
+
+def run_module(*command: str) -> int:
+    """The exit code of `python -m ...`. Its progress comes to this terminal on stderr."""
+    print(f"$ {shlex.join(['python', '-m', *command])}", flush=True)
+    return subprocess.run([sys.executable, "-m", *command], stdout=subprocess.DEVNULL).returncode
 
 
 def draw_pictures(directory: Path, count: int, seed: int) -> dict[str, str]:
@@ -75,7 +84,7 @@ def draw_pictures(directory: Path, count: int, seed: int) -> dict[str, str]:
             picture.unlink()
     truths = {}
     for i in range(count):
-        image, scene = make_picture(seed * _SEEDS_APART + i, held_out=True)
+        image, scene = make_picture(seed * SEEDS_APART + i, held_out=True)
         name = f"{i:04}.jpg" if i % 4 == 3 else f"{i:04}.png"
         image.save(directory / name, quality=90)  # which PNG ignores
         truths[name] = scene.caption
