@@ -18,6 +18,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN pip install --no-cache-dir --constraint constraints.txt torch
 
 COPY jobs jobs
+COPY demo demo
+COPY benchmarks benchmarks
 COPY pipelines pipelines
 COPY ovis_model ovis_model
 RUN pip install --no-cache-dir --constraint constraints.txt '.[s3,video]' 'ray[default]'

@@ -54,4 +54,4 @@ $(DEV): $(RUNTIME)
 
 clean:
 	rm -rf .venv build demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find jobs pipelines ovis_model tests -name __pycache__ -prune -exec rm -rf {} +
+	find jobs demo benchmarks pipelines ovis_model tests -name __pycache__ -prune -exec rm -rf {} +

@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from pipelines.caption import RowsLost, StageFailed, Summary, caption
 from pipelines.config import RunConfig
-from pipelines.lease import LeaseLost
-from pipelines.reasons import EverythingFails
-from pipelines.retries import StoreFault
+from pipelines.errors import EverythingFails, LeaseLost, RowsLost, StageFailed, StoreFault
+from pipelines.pipeline import Summary, caption
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 

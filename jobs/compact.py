@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from jobs.cli import run_job
-from pipelines.rewrite import compact_run
+from pipelines.output.compact import compact_run
 
 
 def main(argv: list[str] | None = None) -> int:

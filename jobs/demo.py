@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.shapes import make_picture
-from pipelines.sink import read_results
+from demo.drawings import make_picture
+from pipelines.output.sink import read_results
 
 SHOWN = 12
 SEEDS_APART = 1_000_000  # two --seed values share no picture

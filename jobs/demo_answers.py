@@ -3,7 +3,7 @@
     python -m jobs.demo_answers [--output demo_answers] [--count 200] [--seed 1]
 
 Draws the pictures, writes a list of them with a question about each and what is true, and runs the jobs as a user
-would: `jobs.annotate` with jobs/tasks.yaml, then `jobs.report`, which compares the answers with the truth.
+would: `jobs.annotate` with demo/tasks.yaml, then `jobs.report`, which compares the answers with the truth.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from demo.drawings import make_picture, questions
 from jobs.demo import SEEDS_APART, run_from_command_line, run_module
-from jobs.shapes import make_picture, questions
-from pipelines.sink import read_results
+from pipelines.output.sink import read_results
 
-TASKS = Path(__file__).with_name("tasks.yaml")
+TASKS = Path(__file__).parents[1] / "demo" / "tasks.yaml"
 TRUTHS = {"is_so": "is_so_truth", "count": "count_truth", "background": "background_truth"}
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ovis_model.processor import Processor
-from ovis_model.text import cut_at_stop
+from ovis_model.inputs.processor import Processor
+from ovis_model.tokenizer import cut_at_stop
 from ovis_model.types import Completion, Engine, FinishReason, Request, RequestError, SamplingParams
-from pipelines.answers import Answer, Answered, flags_of
 from pipelines.config import RunConfig
-from pipelines.tasks import Task
+from pipelines.tasks.answer_types import Answer, Answered, flags_of
+from pipelines.tasks.task import Task
 
 Row = dict[str, Any]
 

@@ -13,10 +13,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from ovis_model.prompt import CHAIN_OF_THOUGHT
+from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT
 from pipelines import schema
-from pipelines.answers import Answered
-from pipelines.tasks import Task, check_text, columns_of, no_values, read_tasks, values_of
+from pipelines.tasks.answer_types import Answered
+from pipelines.tasks.task import Task, check_text, columns_of, no_values, read_tasks, values_of
 
 SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES, FRAME_MAX_TILES = 9, 4, 1  # the model card's
 PIXELS = "pixels"  # the frame encoder that needs no model

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ovis_model.processor import Processor
-from ovis_model.ranks import TensorParallelEngine
+from ovis_model.engine.rank_pool import TensorParallelEngine
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import Engine, EngineDied, RequestError
 from pipelines import schema
-from pipelines.actor import end_with_python
 from pipelines.answering import Answering
-from pipelines.attempts import GIVEN_UP, MAX_TRIES, AloneOrTogether, Attempts
+from pipelines.cluster.actor import end_with_python
+from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, AloneOrTogether, Attempts
 from pipelines.config import RunConfig
 
 Batch = dict[str, np.ndarray]
@@ -52,7 +52,7 @@ def load_engine(config: RunConfig, revision: str | None, replica: Replica) -> En
         )
     import torch
 
-    from ovis_model.engine import OvisEngine
+    from ovis_model.engine.engine import OvisEngine
 
     torch.set_num_threads(replica.num_threads)
     return OvisEngine.from_pretrained(

@@ -9,36 +9,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ovis_model.processor import Processor
-from ovis_model.prompt import IMAGE_MARK, video_query, without_marks
+from ovis_model.inputs.processor import Processor
+from ovis_model.inputs.prompt import IMAGE_MARK, video_query, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
-from pipelines import store
-from pipelines.actor import end_with_python
-from pipelines.attempts import GIVEN_UP, MAX_TRIES, Attempts
-from pipelines.cluster import BATCH_BYTES
+from pipelines.cluster.actor import end_with_python
+from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts
+from pipelines.cluster.resources import BATCH_BYTES
 from pipelines.config import RunConfig
-from pipelines.fetch import Fetcher, Pending
-from pipelines.frames import Encoder, FrameSelector
-from pipelines.ledger import RowRange
-from pipelines.manifest import read_rows, sample_images
-from pipelines.media import MediaError, decode_image
-from pipelines.retries import StoreFault
+from pipelines.errors import MediaError, RowError, StoreFault
+from pipelines.media.fetch import Fetcher, Pending
+from pipelines.media.frame_selection import Encoder, FrameSelector
+from pipelines.media.images import decode_image
+from pipelines.media.reference import ImageRef
+from pipelines.media.video import Frame, looks_like_video
+from pipelines.output.ledger import RowRange
+from pipelines.output.manifest import read_rows, sample_images
 from pipelines.schema import Stage
-from pipelines.sources.rows import ImageRef
 from pipelines.sources.videos import is_in_place, video_of
-from pipelines.tasks import Task
-from pipelines.video import Frame, looks_like_video
+from pipelines.storage import store
+from pipelines.tasks.task import Task
 
 Row = dict[str, Any]
 Batch = dict[str, np.ndarray]
-
-
-class RowError(ValueError):
-    """This row cannot be prepared, others can."""
-
-    def __init__(self, stage: Stage, reason: str) -> None:
-        super().__init__(reason)
-        self.stage = stage
 
 
 class Preprocess:

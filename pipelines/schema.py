@@ -41,6 +41,9 @@ MANIFEST = pa.schema(
     ]
 )
 
+ROWS_PER_GROUP = 1 << 12
+"""Rows of a row group of the manifest: a unit of work lies within one."""
+
 KEPT = "kept"
 """The manifest's last column if the run keeps columns of its input: a struct of them."""
 

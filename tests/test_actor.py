@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipelines.actor import end_with_python
+from pipelines.cluster.actor import end_with_python
 
 
 class HangsAtExit:

@@ -13,19 +13,19 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
-from ovis_model.processor import Processor
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, SamplingParams
 from pipelines.answering import Answering
-from pipelines.attempts import AttemptCounts
-from pipelines.caption import caption
+from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
-from pipelines.manifest import write_manifest
+from pipelines.errors import RunError
+from pipelines.output.manifest import write_manifest
+from pipelines.output.sink import read_results
+from pipelines.pipeline import caption
 from pipelines.preprocess import Preprocess
-from pipelines.run import RunError
-from pipelines.sink import read_results
 from pipelines.sources import list_rows
-from tests.golden_data import checkpoint_dir
-from tests.processes import run_job
+from tests.support.golden_data import checkpoint_dir
+from tests.support.processes import run_job
 from tests.test_end_to_end import annotation, draw
 from tests.test_engine import engine_of
 

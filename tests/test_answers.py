@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.answers import flags_of, is_repetitive, parse_answer
-from pipelines.records import closed, shape_of
+from pipelines.tasks.answer_types import flags_of, is_repetitive, parse_answer
+from pipelines.tasks.arrow_types import closed, shape_of
 
 INVOICE = {
     "type": "object",

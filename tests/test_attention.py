@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ovis_model import attention
-from ovis_model.attention import (
+from ovis_model.network import attention
+from ovis_model.network.attention import (
     Sdpa,
     _kernels,
     attend_all,

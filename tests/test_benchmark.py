@@ -9,14 +9,22 @@ import sys
 import pytest
 import torch
 
-from jobs.floor import Ceilings, cost
+from benchmarks.roofline import Ceilings, cost
 from ovis_model.config import SIZES
 from tests.conftest import ROOT
-from tests.golden_data import checkpoint_dir
+from tests.support.golden_data import checkpoint_dir
 
 
 def test_both_sides_generate_the_same() -> None:
-    command = ["jobs.benchmark", "--model", str(checkpoint_dir("tiny56-tied")), "--image-size", "100x60", "--rows", "6"]
+    command = [
+        "benchmarks.engine",
+        "--model",
+        str(checkpoint_dir("tiny56-tied")),
+        "--image-size",
+        "100x60",
+        "--rows",
+        "6",
+    ]
     options = ["--output-median", "5", "--output-cap", "9", "--rounds", "1", "--peer-batch", "4"]
     run = subprocess.run(
         [sys.executable, "-m", *command, *options], cwd=ROOT, capture_output=True, text=True, check=True
@@ -41,7 +49,7 @@ def test_the_floor_counts_what_a_published_size_needs() -> None:
 
 
 def test_ranks_generate_alone() -> None:
-    command = ["jobs.benchmark", "--model", "24x128", "--ranks", "2", "--image-size", "112x112", "--rows", "3"]
+    command = ["benchmarks.engine", "--model", "24x128", "--ranks", "2", "--image-size", "112x112", "--rows", "3"]
     options = ["--output-median", "4", "--output-cap", "6"]
     run = subprocess.run(
         [sys.executable, "-m", *command, *options], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,5 @@
-"""Small files that ask for a lot: error rows, or rows, in bounded memory and time. What they are: tests/bombs.py.
+"""Small files that ask for a lot: error rows, or rows, in bounded memory and time. They are made by
+tests/stress/bombs.py.
 
 The slow ones, minutes to make or to read, run with --run-slow: 4 minutes.
 """
@@ -11,8 +12,8 @@ import sys
 
 import pytest
 
-from tests.bombs import BOMBS
 from tests.conftest import ROOT
+from tests.stress.bombs import BOMBS
 
 MAX_RSS_MB, MAX_S = 512, 200
 
@@ -54,7 +55,7 @@ SLOW = {
 )
 @pytest.mark.timeout(600)
 def test_bombs_are_handled(name: str) -> None:
-    command = [sys.executable, "-m", "tests.bombs", name]
+    command = [sys.executable, "-m", "tests.stress.bombs", name]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr[-2000:]
     measured = json.loads(finished.stdout)

@@ -1,4 +1,4 @@
-"""What `python -m tests.chaos` does to whole runs: some of its events, and all of them with --run-slow."""
+"""What `python -m tests.stress.chaos` does to whole runs: some of its events, and all of them with --run-slow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import ALL_EVENTS, Chaos
+from tests.stress.chaos import ALL_EVENTS, Chaos
 
 _BY_DEFAULT = ("disk",)
 

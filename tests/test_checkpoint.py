@@ -10,9 +10,9 @@ import fsspec
 import pytest
 
 from ovis_model.checkpoint import CheckpointError, describe_checkpoint, fetch_checkpoint
-from ovis_model.engine import OvisEngine
-from ovis_model.processor import Processor
-from tests.golden_data import checkpoint_dir
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.inputs.processor import Processor
+from tests.support.golden_data import checkpoint_dir
 
 SOURCE = checkpoint_dir("tiny56-tied")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

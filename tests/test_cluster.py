@@ -10,15 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovis_model.config import SIZES
-from ovis_model.footprint import language_parameters, vision_parameters
-from ovis_model.model import Ovis
+from ovis_model.network.ovis import Ovis
+from ovis_model.sizing import language_parameters, vision_parameters
 from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines import cluster
-from pipelines.cluster import (
+from pipelines.cluster import resources as cluster
+from pipelines.cluster.resources import (
     BATCH_BYTES,
     Hardware,
     Pools,
-    ResourceError,
     last_line,
     plan_batches,
     plan_pools,
@@ -26,7 +25,8 @@ from pipelines.cluster import (
     ray_session,
 )
 from pipelines.config import CaptionConfig
-from pipelines.manifest import ROWS_PER_GROUP
+from pipelines.errors import ResourceError
+from pipelines.schema import ROWS_PER_GROUP
 
 
 def config(**options: object) -> CaptionConfig:
@@ -167,5 +167,5 @@ def test_the_last_line_is_the_actors_own() -> None:
         "The above exception was the direct cause of the following exception:\n\n"
         "ray.exceptions.UserCodeException: UDF failed to process a data block.\nsee the log"
     )
-    assert last_line(RuntimeError(trace)) == "pipelines.store.StoreError: no such bucket"
+    assert last_line(RuntimeError(trace)) == "pipelines.storage.store.StoreError: no such bucket"
     assert last_line(RuntimeError("nothing named\nlast")) == "last"

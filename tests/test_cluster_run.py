@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.sink import read_results
-from tests.clusters import Driver, FakeGpuCluster, RayHead, fake_gpu_cluster
+from pipelines.output.sink import read_results
 from tests.conftest import ROOT
-from tests.golden_data import checkpoint_dir
-from tests.processes import against_the_clock
+from tests.support.clusters import Driver, FakeGpuCluster, RayHead, fake_gpu_cluster
+from tests.support.golden_data import checkpoint_dir
+from tests.support.processes import against_the_clock
 from tests.test_end_to_end import draw
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
@@ -98,7 +98,7 @@ def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
     options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 2}
     driver = Driver(four_gpus, pictures, tmp_path / "out", num_preprocessors=2, **options)
     driver.wait_for_leaders(2)
-    assert len(four_gpus.processes("ovis_model.rank_process")) == 4, driver.events()
+    assert len(four_gpus.processes("ovis_model.engine.rank_process")) == 4, driver.events()
     driver.process.send_signal(by)
     code, _, err = driver.finish(60)
     assert code == (1 if by is signal.SIGINT else -signal.SIGKILL), err
@@ -146,7 +146,7 @@ _WHERE_ACTORS_ARE = """
 import sys
 import ray
 from ray.data import ActorPoolStrategy
-from pipelines.cluster import Hardware, prefer_nodes_without
+from pipelines.cluster.resources import Hardware, prefer_nodes_without
 class Where:
     def __call__(self, batch):
         return {"node": [ray.get_runtime_context().get_node_id()] * len(batch["id"])}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import CaptionConfig, parse_command_line
-from pipelines.sources import SourceError
+from pipelines.errors import SourceError
 from tests.test_jsonl import write_lines
 from tests.test_parquet import write
 from tests.test_sources import config_of, rows_of

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ovis_model.config import SIZES, ConfigError, OvisConfig, parse_config
-from ovis_model.weights import empty_model
-from tests.golden_data import CHECKPOINTS, checkpoint_dir
+from ovis_model.network.weights import empty_model
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 
 # Unique parameters, from the facts that the published configurations imply.
 PARAMETERS = {

@@ -19,9 +19,9 @@ from PIL import Image
 from s3fs import S3FileSystem
 
 from pipelines import schema
-from pipelines.caption import caption
-from pipelines.sink import read_results
-from tests.fake_engine import FakeEngineFactory
+from pipelines.output.sink import read_results
+from pipelines.pipeline import caption
+from tests.support.fake_engine import FakeEngineFactory
 from tests.test_jsonl import write_lines
 from tests.test_object_store import BUCKET
 from tests.test_parquet import HF, kept_columns, write

@@ -21,17 +21,17 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator as Validator
 from pydantic import BaseModel, ConfigDict, Field
 
-from ovis_model import constraints
-from ovis_model.constraints import Guides, check
-from ovis_model.engine import OvisEngine
-from ovis_model.kv_cache import DecodeStep, KVCache
-from ovis_model.processor import Processor
-from ovis_model.sampling import unpacked
-from ovis_model.scheduler import Budget
-from ovis_model.text import load_tokenizer
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.kv_cache import DecodeStep, KVCache
+from ovis_model.engine.sampling import unpacked
+from ovis_model.engine.scheduler import Budget
+from ovis_model.grammar import guides as constraints
+from ovis_model.grammar.guides import Guides, check
+from ovis_model.inputs.processor import Processor
+from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Completion, Constraint, Request, RequestError, SamplingParams
-from tests.answer_types import PATTERNS, SCHEMAS, record
-from tests.golden_data import checkpoint_dir
+from tests.support.answer_types import PATTERNS, SCHEMAS, record
+from tests.support.golden_data import checkpoint_dir
 from tests.test_engine import golden_requests, prompt_logits
 
 CHECKPOINT = checkpoint_dir("tiny56-tied")

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.fetch import Fetcher
-from pipelines.sources import SourceError
-from pipelines.sources.rows import ImageRef
+from pipelines.errors import SourceError
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import ImageRef
 from tests.test_jsonl import write_lines
 from tests.test_shards import picture
 from tests.test_sources import Row, rows_of

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.decoder import Video, VideoDecoder
-from pipelines.media import MediaError
-from pipelines.video import Sampling, Window, sample_frames
+from pipelines.errors import MediaError
+from pipelines.media.video import Sampling, Window, sample_frames
+from pipelines.media.video_process import Video, VideoDecoder
 from tests.conftest import ROOT
-from tests.videos import clip, number_in, write_repeated, write_video
+from tests.support.videos import clip, number_in, write_repeated, write_video
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
 
 def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only an interruption: it does so twice."""
-    monkeypatch.setattr("pipelines.decoder.sys.executable", "/bin/false")
+    monkeypatch.setattr("pipelines.media.video_process.sys.executable", "/bin/false")
     with pytest.raises(MediaError, match=r"died on it twice \(exit code 1\)"):
         decoder.sample(Video(str(clip("carphone_pristine.mp4"))), Sampling(2))
 
@@ -132,7 +132,7 @@ def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path:
 def test_it_ends_with_its_parent() -> None:
     program = (
         "import os, sys\n"
-        "from pipelines.decoder import *\n"
+        "from pipelines.media.video_process import *\n"
         "decoder = VideoDecoder()\n"
         f"decoder.duration_s(Video({str(clip('bikes.mp4'))!r}))\n"
         "print(decoder._process.pid, flush=True)\n"

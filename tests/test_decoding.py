@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovis_model.decoding import CudaGraphs, Decoded, Decoder, length_bucket, row_bucket
-from ovis_model.engine import OvisEngine
-from ovis_model.kv_cache import KVCache
-from ovis_model.scheduler import Budget
-from tests.golden_data import checkpoint_dir
+from ovis_model.engine.decode_step import CudaGraphs, Decoded, Decoder, length_bucket, row_bucket
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.kv_cache import KVCache
+from ovis_model.engine.scheduler import Budget
+from tests.support.golden_data import checkpoint_dir
 from tests.test_engine import GREEDY, PARAMS, alone, engine_of, golden_requests, greedy_ids, ids_of
 
 CHECKPOINT = "tiny56-tied"
@@ -119,7 +119,7 @@ def test_state_stays_in_place_and_needs_the_host_only_when_rows_change() -> None
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_graphs_on_the_device_generate_the_same(dtype: Any) -> None:
     """As eager steps do, with rows that enter and leave; in float32 also as the original does."""
-    from ovis_model.decoding import run_eagerly
+    from ovis_model.engine.decode_step import run_eagerly
 
     engine = OvisEngine.from_pretrained(str(checkpoint_dir(CHECKPOINT)), device="cuda", dtype=dtype)
     eager = OvisEngine(engine.model, budget=Budget(kv_tokens=1600, slots=8), make_runner=lambda: run_eagerly)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from demo.drawings import KINDS, Kind, Question, QuestionKind, is_held_out, make_picture, questions
 from jobs import demo
-from jobs.shapes import KINDS, Kind, Question, QuestionKind, is_held_out, make_picture, questions
 from ovis_model.checkpoint import DEMO_DIRECTORY
-from ovis_model.engine import OvisEngine
-from ovis_model.processor import Processor
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import SamplingParams
 
 PROMPT = "Describe the image."  # what it is trained with: the job's default

@@ -13,8 +13,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ovis_model.config import SIZES
-from pipelines.cluster import Hardware, ResourceError, plan_pools, plan_tensor_parallel
+from pipelines.cluster.resources import Hardware, plan_pools, plan_tensor_parallel
 from pipelines.config import CaptionConfig, parse_command_line
+from pipelines.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]
 RAY_VERSION = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ovis_model.config import SIZES
-from pipelines.caption import _plan
-from pipelines.cluster import Hardware, plan_pools
+from pipelines.cluster.resources import Hardware, plan_pools
 from pipelines.config import CaptionConfig
-from pipelines.encode import NO_ENCODERS, plan_encoders
+from pipelines.media.frame_encoder import NO_ENCODERS, plan_encoders
+from pipelines.pipeline import _plan
 
 
 def config(**options: Any) -> CaptionConfig:

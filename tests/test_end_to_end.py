@@ -19,19 +19,18 @@ import ray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ovis_model.processor import Processor
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import SamplingParams
 from pipelines import schema
-from pipelines.caption import caption
 from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
-from pipelines.lease import Lease, LeaseError
-from pipelines.run import RunError
-from pipelines.sink import read_results
-from pipelines.sources import SourceError
-from tests.fake_engine import FakeEngineFactory
-from tests.golden_data import CHECKPOINTS, checkpoint_dir
-from tests.photographs import photographs
-from tests.processes import run_caption
+from pipelines.errors import LeaseError, RunError, SourceError
+from pipelines.output.lease import Lease
+from pipelines.output.sink import read_results
+from pipelines.pipeline import caption
+from tests.support.fake_engine import FakeEngineFactory
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.support.photographs import photographs
+from tests.support.processes import run_caption
 from tests.test_engine import engine_of
 
 MODEL = str(checkpoint_dir("tiny56-tied"))

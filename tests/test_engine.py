@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovis_model.config import Layout
-from ovis_model.engine import OvisEngine
-from ovis_model.kv_cache import DecodeStep, KVCache
-from ovis_model.processor import Processor
-from ovis_model.scheduler import Budget
-from ovis_model.text import cut_at_stop
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.kv_cache import DecodeStep, KVCache
+from ovis_model.engine.scheduler import Budget
+from ovis_model.inputs.processor import Processor
+from ovis_model.tokenizer import cut_at_stop
 from ovis_model.types import Request, RequestError, SamplingParams
-from tests.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, expected_arrays, picture
+from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, expected_arrays, picture
 
 GREEDY = SamplingParams(max_new_tokens=48)
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,5 @@
-"""Mutated images, tars and tables: no crash, no hang, one row or one fault each. What is done to them: tests/fuzz.py.
+"""Mutated images, tars and tables: no crash, no hang, one row or one fault each. They are mutated
+by tests/stress/fuzz.py.
 
 The full numbers, 1,000 images, 200 tars and 100 tables, take about 10 s; with --run-slow 20 times as many, 3 minutes.
 """
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.fuzz import LIMIT_S, originals
-from tests.mutations import mutated
+from tests.stress.fuzz import LIMIT_S, originals
+from tests.stress.mutations import mutated
 
 FILES = {"images": 1000, "tars": 200, "tables": 100}
 
@@ -35,10 +36,10 @@ def test_many_mutated_files(kind: str) -> None:
 
 def fuzz(kind: str, first: int, last: int) -> Counter[str]:
     """What became of the files, each of them in time; the process that reads them ends well."""
-    command = [sys.executable, "-m", "tests.fuzz", kind, str(first), str(last)]
+    command = [sys.executable, "-m", "tests.stress.fuzz", kind, str(first), str(last)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S * 40)
     lines: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert finished.returncode == 0, f"python -m tests.fuzz {kind} {lines[-1]}: {finished.stderr[-3000:]}"
+    assert finished.returncode == 0, f"python -m tests.stress.fuzz {kind} {lines[-1]}: {finished.stderr[-3000:]}"
     ended = [line for line in lines if "end" in line]
     assert [line["end"] for line in ended] == list(range(first, last))
     slowest = max(ended, key=lambda line: line["s"])

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.caption import caption
 from pipelines.config import CaptionConfig
-from pipelines.reasons import EverythingFails, Reasons
-from pipelines.sink import read_results
-from tests.fake_engine import FakeEngineFactory
-from tests.golden_data import checkpoint_dir
-from tests.processes import Job, OpenCounter
+from pipelines.errors import EverythingFails
+from pipelines.monitoring.error_reasons import Reasons
+from pipelines.output.sink import read_results
+from pipelines.pipeline import caption
+from tests.support.fake_engine import FakeEngineFactory
+from tests.support.golden_data import checkpoint_dir
+from tests.support.processes import Job, OpenCounter
 from tests.test_sink import results_of
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
@@ -77,7 +78,7 @@ def test_compacting_while_a_run_writes_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "run.json").write_text("{}")
-    from pipelines.lease import Lease
+    from pipelines.output.lease import Lease
 
     with Lease(str(output)):
         refused = Job(["jobs.compact", str(output)]).start().finish()

@@ -13,17 +13,17 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipelines import http, retries, store
-from pipelines.fetch import Fetcher
-from pipelines.http import WebFileSystem
-from pipelines.sources import SourceError
-from pipelines.sources.rows import ImageRef
+from pipelines.errors import SourceError
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import ImageRef
+from pipelines.storage import http, retries, store
+from pipelines.storage.http import WebFileSystem
+from tests.support.web_server import WebServer
 from tests.test_jsonl import write_lines
 from tests.test_parquet import HF, is_refused, write
 from tests.test_shards import picture
 from tests.test_sources import rows_of
 from tests.test_tar import images_of, write_tar
-from tests.web_server import WebServer
 
 
 @pytest.fixture

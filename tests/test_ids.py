@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import manifest
-from pipelines.ledger import RowRange
-from pipelines.manifest import read_columns, read_rows
-from pipelines.run import Run, RunError, open_run
-from pipelines.sources import Known, SourceError, list_rows
+from pipelines.errors import RunError, SourceError
+from pipelines.output import manifest
+from pipelines.output.ledger import RowRange
+from pipelines.output.manifest import read_columns, read_rows
+from pipelines.output.run_record import Run, open_run
+from pipelines.sources import Known, list_rows
 from tests.test_jsonl import write_lines
 from tests.test_sources import config_of
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from jobs.shapes import make_picture
-from pipelines.sink import read_results
-from tests.clusters import RayHead
-from tests.processes import against_the_clock
+from demo.drawings import make_picture
+from pipelines.output.sink import read_results
+from tests.support.clusters import RayHead
+from tests.support.processes import against_the_clock
 
 NUM_ROWS = 120
 

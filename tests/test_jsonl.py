@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.fetch import Fetcher
-from pipelines.sources import SourceError, jsonl
-from pipelines.sources.rows import ImageRef
+from pipelines.errors import SourceError
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import ImageRef
+from pipelines.sources import jsonl
 from tests.test_parquet import is_refused
 from tests.test_sources import rows_of
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovis_model.keyframes import Rules, mdp3, select_frames, uniform_indices
+from ovis_model.inputs.keyframes import Rules, mdp3, select_frames, uniform_indices
 
 GOLDEN = Path(__file__).parent / "golden" / "mdp3"
 CASES: list[dict[str, Any]] = json.loads((GOLDEN / "expected.json").read_text())["cases"]

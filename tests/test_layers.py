@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from ovis_model import layers
-from ovis_model.engine import OvisEngine
-from ovis_model.layers import linear, pass_dtype
-from ovis_model.model import Ovis
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.network import layers
+from ovis_model.network.layers import linear, pass_dtype
+from ovis_model.network.ovis import Ovis
+from ovis_model.network.weights import load_model
 from ovis_model.types import SamplingParams
-from ovis_model.weights import load_model
-from tests.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 from tests.test_engine import golden_requests, pixels_of, prompt_logits
 
 CPU = torch.device("cpu")

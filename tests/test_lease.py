@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import lease
-from pipelines.lease import STALE_S, Lease, LeaseError, LeaseLost
+from pipelines.errors import LeaseError, LeaseLost
+from pipelines.output import lease
+from pipelines.output.lease import STALE_S, Lease
 
 
 def test_a_second_driver_is_told_who_has_it(tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_a_second_driver_is_told_who_has_it(tmp_path: Path) -> None:
 
 
 def test_a_dead_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
-    script = f"import os\nfrom pipelines.lease import Lease\nLease({str(tmp_path)!r}).__enter__()\nos._exit(1)"
+    script = f"import os\nfrom pipelines.output.lease import Lease\nLease({str(tmp_path)!r}).__enter__()\nos._exit(1)"
     subprocess.run([sys.executable, "-c", script], check=False)
     assert (tmp_path / "driver.json").exists()
     with Lease(str(tmp_path)):
@@ -38,7 +39,9 @@ def test_a_dead_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> No
 
 
 def test_a_killed_driver_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
-    script = f"import time\nfrom pipelines.lease import Lease\nLease({str(tmp_path)!r}).__enter__()\ntime.sleep(60)"
+    script = (
+        f"import time\nfrom pipelines.output.lease import Lease\nLease({str(tmp_path)!r}).__enter__()\ntime.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", script]) as process:
         deadline_s = time.monotonic() + 20
         while not (tmp_path / "driver.json").exists():

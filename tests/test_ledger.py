@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.ledger import FileEntry, Ledger, Ranges, RowRange, count, difference, split, to_ranges, union
-from pipelines.sink import write_file
+from pipelines.output.ledger import FileEntry, Ledger, Ranges, RowRange, count, difference, split, to_ranges, union
+from pipelines.output.sink import write_file
 from tests.test_sink import results_of
 
 NUMBERS = st.sets(st.integers(0, 60), max_size=40)

@@ -15,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import media
-from pipelines.media import MAX_PIXELS, MediaError, decode_image
+from pipelines.errors import MediaError
+from pipelines.media import images as media
+from pipelines.media.images import MAX_PIXELS, decode_image
 
 ORIENTATION = 0x0112
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")

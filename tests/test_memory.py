@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovis_model.config import SIZES, OvisConfig
-from ovis_model.kv_cache import Extend, KVCache, Prefill, bytes_per_token
-from ovis_model.memory import (
+from ovis_model.engine.kv_cache import Extend, KVCache, Prefill, bytes_per_token
+from ovis_model.engine.memory_plan import (
     _cgroup_bytes,
     describe,
     free_bytes,
@@ -25,8 +25,8 @@ from ovis_model.memory import (
     vision_bytes,
     widened_bytes,
 )
-from ovis_model.scheduler import CACHED_PER_TOKEN, Budget
-from ovis_model.weights import empty_model
+from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget
+from ovis_model.network.weights import empty_model
 
 META = torch.device("meta")
 WEIGHTS_AND_PASSES = pytest.mark.parametrize(

@@ -11,18 +11,18 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.decoder import Video, VideoDecoder
-from pipelines.fetch import Fetcher
-from pipelines.sink import read_results
-from pipelines.sources.rows import ImageRef
-from pipelines.video import Sampling
-from tests.golden_data import checkpoint_dir
-from tests.processes import run_caption
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import ImageRef
+from pipelines.media.video import Sampling
+from pipelines.media.video_process import Video, VideoDecoder
+from pipelines.output.sink import read_results
+from tests.support.golden_data import checkpoint_dir
+from tests.support.processes import run_caption
+from tests.support.videos import number_in, write_video
 from tests.test_parquet import HF, write
 from tests.test_shards import picture
 from tests.test_sources import rows_of
 from tests.test_tar import write_tar
-from tests.videos import number_in, write_video
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 BUCKET = "s3://bucket"

@@ -20,14 +20,15 @@ import pytest
 import torch
 
 from ovis_model.config import SIZES, OvisConfig
-from ovis_model.engine import OvisEngine
-from ovis_model.model import Ovis
-from ovis_model.parallel import Shard
-from ovis_model.ranks import TensorParallelEngine, check_tensor_parallel, rank_counts
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.rank_pool import TensorParallelEngine
+from ovis_model.network.ovis import Ovis
+from ovis_model.network.tensor_parallel import Shard
+from ovis_model.sizing import check_tensor_parallel, rank_counts
 from ovis_model.types import Constraint, EngineDied, Request, RequestError, SamplingParams
 from tests.conftest import ROOT
-from tests.golden_data import checkpoint_dir, expected_arrays
-from tests.processes import against_the_clock
+from tests.support.golden_data import checkpoint_dir, expected_arrays
+from tests.support.processes import against_the_clock
 from tests.test_engine import GREEDY, PARAMS, alone, golden_requests, greedy_ids, ids_of
 from tests.test_siblings import TASKS, assert_same, items_of, params_of
 from tests.test_siblings import alone as alone_of_item
@@ -51,7 +52,12 @@ def test_logits_are_the_originals_and_weights_are_shared_out(tmp_path: Path, che
     outs = [tmp_path / f"{rank}.npz" for rank in range(ranks)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.rank_logits", *map(str, (rank, ranks, tmp_path / "meet", checkpoint, out))],
+            [
+                sys.executable,
+                "-m",
+                "tests.support.rank_logits",
+                *map(str, (rank, ranks, tmp_path / "meet", checkpoint, out)),
+            ],
             cwd=ROOT,
         )
         for rank, out in enumerate(outs)
@@ -232,7 +238,7 @@ def test_a_checkpoint_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_one_rank_on_nccl(tmp_path: Path) -> None:
-    from ovis_model.parallel import joined
+    from ovis_model.network.tensor_parallel import joined
 
     with joined(0, 1, tmp_path / "meet", lambda: None):
         x = torch.ones(4, device="cuda")

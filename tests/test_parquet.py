@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.fetch import Fetcher, Pending, _ParquetCells
-from pipelines.sources import SourceError, list_rows
-from pipelines.sources.rows import ImageRef
+from pipelines.errors import SourceError
+from pipelines.media.fetch import Fetcher, Pending, _ParquetCells
+from pipelines.media.reference import ImageRef
+from pipelines.sources import list_rows
 from tests.test_sources import Row, config_of, rows_of
 
 HF = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

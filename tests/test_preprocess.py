@@ -13,16 +13,17 @@ import pytest
 from PIL import Image
 
 from ovis_model.types import IMAGE_START_ID
-from pipelines import fetch, preprocess
-from pipelines.attempts import AttemptCounts
+from pipelines import preprocess
+from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
-from pipelines.ledger import RowRange
-from pipelines.manifest import read_rows, write_manifest
+from pipelines.media import fetch
+from pipelines.media.reference import ImageRef
+from pipelines.output.ledger import RowRange
+from pipelines.output.manifest import read_rows, write_manifest
 from pipelines.preprocess import Preprocess
 from pipelines.sources import list_rows
-from pipelines.sources.rows import ImageRef
 from tests.conftest import ROOT
-from tests.golden_data import checkpoint_dir
+from tests.support.golden_data import checkpoint_dir
 
 MODEL = str(checkpoint_dir("tiny112-untied"))
 

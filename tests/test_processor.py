@@ -15,10 +15,11 @@ import sklearn  # type: ignore[import-untyped]
 from PIL import Image
 
 from ovis_model.config import Layout
-from ovis_model.processor import Processor
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import IMAGE_ATOM_ID
-from pipelines.media import MediaError, decode_image
-from tests.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, picture
+from pipelines.errors import MediaError
+from pipelines.media.images import decode_image
+from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, picture
 
 EVERY_CHECKPOINT = [(checkpoint, layout) for checkpoint in CHECKPOINTS for layout in LAYOUTS]
 SUFFIXES = {".png", ".jpg", ".gif", ".tif"}
@@ -148,8 +149,8 @@ def test_the_cpu_half_runs_without_torch() -> None:
     program = f"""
 import sys
 from PIL import Image
-from ovis_model.processor import Processor
-from pipelines.media import decode_image
+from ovis_model.inputs.processor import Processor
+from pipelines.media.images import decode_image
 processor = Processor.from_pretrained({str(checkpoint_dir(CHECKPOINTS[0]))!r})
 request = processor.request("What is it?", [Image.new("RGB", (90, 60))])
 heavy = {{"torch", "transformers", "ray", "pyarrow"}} & set(sys.modules)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines import progress
-from pipelines.progress import RunProgress
+from pipelines.monitoring import progress
+from pipelines.monitoring.progress import RunProgress
 
 
 def test_the_start_does_not_count_into_the_time_left(

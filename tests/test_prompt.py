@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from ovis_model.prompt import (
+from ovis_model.inputs.prompt import (
     CHAIN_OF_THOUGHT,
     DEFAULT_SYSTEM_PROMPT,
     IMAGE_MARK,
@@ -21,9 +21,9 @@ from ovis_model.prompt import (
     video_query,
     without_marks,
 )
-from ovis_model.text import load_tokenizer
+from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, Grid
-from tests.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected
+from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected
 
 TOKENIZERS = {layout: load_tokenizer(checkpoint_dir(CHECKPOINTS[0], layout)) for layout in LAYOUTS}
 CHATS = {layout: ChatTokenizer(TOKENIZERS[layout]) for layout in LAYOUTS}

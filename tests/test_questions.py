@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from jobs.shapes import (
+from demo.drawings import (
     BACKGROUNDS,
     COLOURS,
     NUM_QUESTIONS,

@@ -17,17 +17,18 @@ import pytest
 from PIL import Image
 
 from jobs import report
-from pipelines import schema, store
-from pipelines.manifest import ROWS_PER_FILE, write_manifest
+from pipelines import schema
+from pipelines.media.reference import ImageRef
+from pipelines.output.manifest import ROWS_PER_FILE, write_manifest
 from pipelines.report import build
 from pipelines.report.build import ReportOptions, report_uri, write_report
 from pipelines.report.counts import Calibration, Spread, TopCounts
 from pipelines.report.page import json_for_html
 from pipelines.report.pictures import thumbnails
 from pipelines.report.sample import shuffled
-from pipelines.sources.rows import ImageRef
-from tests.annotations import TASKS, answer, item, output_schema, write_record, write_rows, write_run
-from tests.videos import number_in, write_video
+from pipelines.storage import store
+from tests.support.annotations import TASKS, answer, item, output_schema, write_record, write_rows, write_run
+from tests.support.videos import number_in, write_video
 
 ROOT = Path(__file__).parents[1]
 Json = dict[str, Any]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.shapes import make_picture
-from pipelines.sink import read_results
-from tests.processes import Job, OpenCounter, against_the_clock, run_caption, run_job
+from demo.drawings import make_picture
+from pipelines.output.sink import read_results
+from tests.support.processes import Job, OpenCounter, against_the_clock, run_caption, run_job
 
 NUM_ROWS = 200
 TASKS = """

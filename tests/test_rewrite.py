@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import exchange, rewrite, store
-from pipelines.exchange import exchange_files, finish_exchange
-from pipelines.lease import Lease, LeaseLost
-from pipelines.ledger import Ledger, RowRange, count
-from pipelines.rewrite import Compacted, compact, compact_run, drop_error_rows
-from pipelines.sink import read_results, write_file
+from pipelines.errors import LeaseLost
+from pipelines.output import compact as rewrite
+from pipelines.output import file_swap as exchange
+from pipelines.output.compact import Compacted, compact, compact_run, drop_error_rows
+from pipelines.output.file_swap import exchange_files, finish_exchange
+from pipelines.output.lease import Lease
+from pipelines.output.ledger import Ledger, RowRange, count
+from pipelines.output.sink import read_results, write_file
+from pipelines.storage import store
 from tests.test_sink import results_of
 
 

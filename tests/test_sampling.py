@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ovis_model.sampling import RandomStream, Sampler
+from ovis_model.engine.sampling import RandomStream, Sampler
 from ovis_model.types import SamplingParams
 
 CPU = torch.device("cpu")

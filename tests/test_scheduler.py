@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovis_model.scheduler import CACHED_PER_TOKEN, Budget, Move, Row, Scheduler, Span, passes, rows_of
+from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget, Move, Row, Scheduler, Span, passes, rows_of
 from ovis_model.types import Request, SamplingParams
 
 

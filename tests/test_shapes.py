@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from jobs.shapes import (
+from demo.drawings import (
     BACKGROUNDS,
     COLOURS,
     KINDS,

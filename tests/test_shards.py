@@ -15,16 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ovis_model.processor import Processor
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, SamplingParams
 from pipelines import schema
-from pipelines.caption import StageFailed, caption
 from pipelines.config import CaptionConfig
+from pipelines.errors import StageFailed
 from pipelines.generate import Replica
-from pipelines.sink import read_results
-from tests.fake_engine import FakeEngine, FakeEngineFactory
-from tests.golden_data import checkpoint_dir
-from tests.processes import OpenCounter
+from pipelines.output.sink import read_results
+from pipelines.pipeline import caption
+from tests.support.fake_engine import FakeEngine, FakeEngineFactory
+from tests.support.golden_data import checkpoint_dir
+from tests.support.processes import OpenCounter
 from tests.test_engine import engine_of
 from tests.test_jsonl import write_lines
 from tests.test_parquet import HF, kept_columns, write

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovis_model.engine import OvisEngine
-from ovis_model.kv_cache import Extend
-from ovis_model.processor import Processor
-from ovis_model.scheduler import Budget, Row
-from ovis_model.siblings import prefixes_of
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.kv_cache import Extend
+from ovis_model.engine.prefix_sharing import prefixes_of
+from ovis_model.engine.scheduler import Budget, Row
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, RequestError, SamplingParams
-from tests.golden_data import CHECKPOINTS, checkpoint_dir, expected, picture
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir, expected, picture
 from tests.test_decoding import Recorded
 from tests.test_engine import PARAMS, engine_of, golden_requests, prompt_logits
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, SiglipModel
 
-from ovis_model.keyframes import select_frames
-from ovis_model.siglip import SiglipEncoder
-from tests.objects import OBJECTS, Object, scenes
+from ovis_model.inputs.keyframes import select_frames
+from ovis_model.network.siglip import SiglipEncoder
+from tests.support.objects import OBJECTS, Object, scenes
 
 TINY = Path(__file__).parent / "tiny_siglip"
 

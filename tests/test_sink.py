@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import schema, sink, store
-from pipelines.lease import Lease, LeaseLost
-from pipelines.ledger import Ledger, RowRange
-from pipelines.sink import Sink, read_results, remove_temporaries, write_file
+from pipelines import schema
+from pipelines.errors import LeaseLost
+from pipelines.output import sink
+from pipelines.output.lease import Lease
+from pipelines.output.ledger import Ledger, RowRange
+from pipelines.output.sink import Sink, read_results, remove_temporaries, write_file
+from pipelines.storage import store
 
 
 def results_of(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:

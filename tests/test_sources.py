@@ -9,8 +9,9 @@ import fsspec
 import pytest
 
 from pipelines.config import CaptionConfig
-from pipelines.sources import SourceError, list_rows
-from pipelines.store import read_bytes
+from pipelines.errors import SourceError
+from pipelines.sources import list_rows
+from pipelines.storage.store import read_bytes
 
 
 @pytest.fixture

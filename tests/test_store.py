@@ -11,8 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from pipelines import retries, store
-from pipelines.store import StoreError
+from pipelines.errors import StoreError
+from pipelines.storage import retries, store
 
 
 @pytest.mark.parametrize("source", ["profile", "fsspec"])

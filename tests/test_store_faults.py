@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines import retries, store
-from pipelines.attempts import AttemptCounts
+from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
-from pipelines.fetch import Fetcher
-from pipelines.manifest import write_manifest
+from pipelines.errors import StoreFault
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import ImageRef
+from pipelines.output.manifest import write_manifest
 from pipelines.preprocess import Preprocess
-from pipelines.retries import StoreFault
 from pipelines.sources import list_rows
-from pipelines.sources.rows import ImageRef
-from tests.faulty_store import Faults, FaultyStore
-from tests.golden_data import checkpoint_dir
-from tests.processes import run_caption
+from pipelines.storage import retries, store
+from tests.support.faulty_store import Faults, FaultyStore
+from tests.support.golden_data import checkpoint_dir
+from tests.support.processes import run_caption
 from tests.test_parquet import HF, write
 from tests.test_shards import picture
 from tests.test_tar import write_tar

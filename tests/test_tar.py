@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.fetch import Fetcher
-from pipelines.sources import SourceError, tar
-from pipelines.sources.rows import ImageRef
+from pipelines.errors import SourceError
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import ImageRef
+from pipelines.sources import tar
 from tests.test_sources import Row, rows_of
 
 Members = list[tuple[str, bytes]]

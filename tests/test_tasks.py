@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from ovis_model.types import Constraint
 from pipelines import schema
 from pipelines.config import AnnotateConfig, parse_command_line
-from pipelines.sources import SourceError, list_rows
+from pipelines.errors import SourceError
+from pipelines.sources import list_rows
 
 TASKS = """
 tasks:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovis_model.pixels import CLIP_MEAN, CLIP_STD, normalization_table
-from ovis_model.prompt import image_placeholders
-from ovis_model.tiling import choose_grid, num_tiles, picture_size, tile_image, tile_images
+from ovis_model.inputs.prompt import image_placeholders
+from ovis_model.inputs.tiling import choose_grid, num_tiles, picture_size, tile_image, tile_images
+from ovis_model.network.ovis import CLIP_MEAN, CLIP_STD, normalization_table
 from ovis_model.types import Grid
-from tests.golden_data import CHECKPOINTS, expected, picture
+from tests.support.golden_data import CHECKPOINTS, expected, picture
 
 MAX_TILES = range(1, 13)
 sides = st.integers(1, 4000) | st.sampled_from([447, 448, 449, 896, 897, 1344, 1345, 4032])

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from jobs.train_demo import QUESTIONS, Codec, Example, Task, _example, _loss
+from demo.train import QUESTIONS, Codec, Example, Task, _example, _loss
 from ovis_model.checkpoint import DEMO_DIRECTORY
-from ovis_model.model import Ovis
-from ovis_model.weights import load_model
+from ovis_model.network.ovis import Ovis
+from ovis_model.network.weights import load_model
 
 
 def test_tasks_behind_one_prefix_are_learnt_as_if_alone() -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ovis_model.engine import OvisEngine
-from ovis_model.prompt import expand_atoms, image_placeholders
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.inputs.prompt import expand_atoms, image_placeholders
+from ovis_model.network.weights import load_model
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Grid, Request, SamplingParams
-from ovis_model.weights import load_model
-from tests.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 from tests.test_engine import golden_requests, pixels_of, prompt_logits
 
 transformers = pytest.importorskip("transformers")

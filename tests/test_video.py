@@ -13,10 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.media import MediaError
-from pipelines.video import Frame, Sampling, Window, duration_s, frames_at, sample_frames
-from tests.photographs import photographs
-from tests.videos import CLIPS, SHOT_STARTS, clip, join, number_in, numbered, write_repeated, write_sound, write_video
+from pipelines.errors import MediaError
+from pipelines.media.video import Frame, Sampling, Window, duration_s, frames_at, sample_frames
+from tests.support.photographs import photographs
+from tests.support.videos import (
+    CLIPS,
+    SHOT_STARTS,
+    clip,
+    join,
+    number_in,
+    numbered,
+    write_repeated,
+    write_sound,
+    write_video,
+)
 
 
 def sampled(path: Path, num_frames: int = 12, window: Window | None = None, **options: Any) -> list[Frame]:

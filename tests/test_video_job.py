@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.sink import read_results
-from tests.processes import Job, OpenCounter, against_the_clock, run_caption
+from pipelines.output.sink import read_results
+from tests.support.processes import Job, OpenCounter, against_the_clock, run_caption
+from tests.support.videos import write_sound, write_video
 from tests.test_siglip import TINY
-from tests.videos import write_sound, write_video
 
 NUM_GOOD = 40
 

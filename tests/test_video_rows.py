@@ -13,17 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ovis_model.processor import Processor
-from ovis_model.prompt import video_query
-from pipelines import frames, store
-from pipelines.attempts import AttemptCounts
+from ovis_model.inputs.processor import Processor
+from ovis_model.inputs.prompt import video_query
+from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
-from pipelines.frames import Encoder, FrameSelector, PixelEncoder
-from pipelines.manifest import write_manifest
+from pipelines.errors import SourceError
+from pipelines.media import frame_selection as frames
+from pipelines.media.frame_selection import Encoder, FrameSelector, PixelEncoder
+from pipelines.output.manifest import write_manifest
 from pipelines.preprocess import Preprocess
-from pipelines.sources import SourceError, list_rows
-from tests.golden_data import checkpoint_dir
-from tests.videos import SHOT_STARTS, clip, number_in, numbered, write_sound, write_video
+from pipelines.sources import list_rows
+from pipelines.storage import store
+from tests.support.golden_data import checkpoint_dir
+from tests.support.videos import SHOT_STARTS, clip, number_in, numbered, write_sound, write_video
 
 MODEL = str(checkpoint_dir("tiny112-untied"))
 UNIFORM_4 = [12, 37, 62, 87]  # of 100 frames

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ovis_model.vision import merge_patches
+from ovis_model.network.vision import merge_patches
 
 
 def test_neighbours_become_channels() -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ovis_model.config import Layout
-from ovis_model.weights import WeightsError, load_model
-from tests.golden_data import CHECKPOINTS, checkpoint_dir
+from ovis_model.network.weights import WeightsError, load_model
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]

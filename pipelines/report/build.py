@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines import store
-from pipelines.ledger import FileEntry, count, read_entries, union
+from pipelines.errors import RunError
+from pipelines.output.ledger import FileEntry, count, read_entries, union
+from pipelines.output.run_record import read_record
 from pipelines.report.answers import Answers
 from pipelines.report.columns import Columns, columns_of
 from pipelines.report.page import render
@@ -22,9 +23,8 @@ from pipelines.report.pictures import pictures_of
 from pipelines.report.rows import name_of_run, row_json, run_json
 from pipelines.report.sample import Picked, Sheet
 from pipelines.report.statistics import RunStatistics
-from pipelines.run import RunError, read_record
-from pipelines.sources.parquet import BUFFER_BYTES
-from pipelines.store import FileInfo
+from pipelines.storage import store
+from pipelines.storage.store import FileInfo
 
 MOST_ROWS = 5_000
 _MOST_PICTURE_BYTES, _MOST_ROW_BYTES = 12_000_000, 5_000_000  # of a page; the rest of its 20 MB is counts
@@ -133,7 +133,7 @@ def _answers(files: list[File], columns: Columns) -> Iterator[Answers]:
     for info, entry in files:
         rows, at = entry.rows, 0
         with store.open_file(info.uri) as file:
-            parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
             for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns.names, use_threads=False):
                 yield Answers(columns, rows[at : at + len(batch)], batch)
                 at += len(batch)

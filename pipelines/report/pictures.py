@@ -13,17 +13,17 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines import store
-from pipelines.attempts import GIVEN_UP
-from pipelines.decoder import VideoDecoder
-from pipelines.fetch import Fetcher, Pending
-from pipelines.manifest import take_rows
-from pipelines.media import MediaError, decode_image
+from pipelines.cluster.attempts import GIVEN_UP
+from pipelines.errors import MediaError, StoreFault
+from pipelines.media.fetch import Fetcher, Pending
+from pipelines.media.images import decode_image
+from pipelines.media.reference import ImageRef
+from pipelines.media.video import Frame, Sampling, looks_like_video
+from pipelines.media.video_process import VideoDecoder
+from pipelines.output.manifest import take_rows
 from pipelines.report.sample import Picked
-from pipelines.retries import StoreFault
-from pipelines.sources.rows import ImageRef
 from pipelines.sources.videos import is_in_place, video_of
-from pipelines.video import Frame, Sampling, looks_like_video
+from pipelines.storage import store
 
 Json = dict[str, Any]
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.reasons import kind_of
+from pipelines.monitoring.error_reasons import kind_of
 from pipelines.report.answers import Answers, as_floats, as_ints, as_keys, as_mask, only
 from pipelines.report.columns import Columns, Task
 from pipelines.report.counts import Calibration, Histogram, Spread, TopCounts

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from pipelines import store
+from pipelines.errors import SourceError
 from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
-from pipelines.sources.rows import SourceError
-from pipelines.store import FileInfo
+from pipelines.storage import store
+from pipelines.storage.store import FileInfo
 
 KINDS = {
     ".tar": "tar",

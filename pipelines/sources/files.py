@@ -6,9 +6,10 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from pipelines import store
-from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, chunks_of
-from pipelines.store import FileInfo
+from pipelines.media.reference import ImageRef
+from pipelines.sources.rows import Chunk, Columns, Row, chunks_of
+from pipelines.storage import store
+from pipelines.storage.store import FileInfo
 
 _IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 _VIDEO_FORMATS = "3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"

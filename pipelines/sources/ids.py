@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines import store
-from pipelines.sources.rows import SourceError
+from pipelines.errors import SourceError
+from pipelines.storage import store
 
 OnDuplicate = Literal["error", "suffix", "skip"]
 Tables = Callable[[], Iterable[pa.Table]]

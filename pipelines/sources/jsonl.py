@@ -7,20 +7,11 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines import store
-from pipelines.sources.rows import (
-    Chunk,
-    Columns,
-    ImageRef,
-    Row,
-    SourceError,
-    chunks_of,
-    json_object,
-    resolve,
-    row_error,
-    text_of,
-)
-from pipelines.store import FileInfo
+from pipelines.errors import SourceError
+from pipelines.media.reference import ImageRef, resolve
+from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, row_error, text_of
+from pipelines.storage import store
+from pipelines.storage.store import FileInfo
 
 MAX_LINE_BYTES = 16 << 20
 _IMAGE_FIELDS = ("image", "video", "uri", "file_name")

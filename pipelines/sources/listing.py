@@ -7,14 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from pipelines import schema, store
+from pipelines import schema
 from pipelines.config import RunConfig
+from pipelines.errors import SourceError
 from pipelines.sources.files import IMAGE_SUFFIXES
 from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
 from pipelines.sources.questions import Asker
-from pipelines.sources.rows import Chunk, SourceError
+from pipelines.sources.rows import Chunk
 from pipelines.sources.shards import list_chunks
 from pipelines.sources.videos import with_windows
+from pipelines.storage import store
 
 
 def list_rows(config: RunConfig, known: Known | None = None) -> Listing:

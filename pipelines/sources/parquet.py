@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import store
-from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns, ImageRef, SourceError
+from pipelines.errors import SourceError
+from pipelines.media.reference import ImageRef
+from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns
 from pipelines.sources.tables import Table
-from pipelines.store import FileInfo
+from pipelines.storage import store
+from pipelines.storage.store import FileInfo
 
-BUFFER_BYTES = 1 << 20  # or a column of a row group would be held whole
 _HARMLESS_BYTES = 64 << 20  # that a column of a row group may unpack to from nearly nothing
 
 
@@ -20,7 +21,7 @@ def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
     """Reads the columns that are asked for; that of the images only if it holds URIs."""
     try:
         with store.open_file(info.uri) as file:
-            parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
             yield from _chunks(info.uri, parquet, columns)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read {store.shown(info.uri)} as Parquet: {error}") from error

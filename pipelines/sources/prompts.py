@@ -8,13 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.sources.rows import SourceError
+from pipelines.errors import NoValue, SourceError
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
-
-
-class NoValue(LookupError):  # noqa: N818  (the name says what happened)
-    """The row has nothing in a column that the prompt names; the argument is the column."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from pipelines import schema
 from pipelines.config import RunConfig
-from pipelines.sources.prompts import NoValue, Template
-from pipelines.sources.rows import Chunk, Columns, Row, SourceError
+from pipelines.errors import NoValue, SourceError
+from pipelines.sources.prompts import Template
+from pipelines.sources.rows import Chunk, Columns, Row
 from pipelines.sources.videos import is_video
 
 VIDEO_PROMPT = "Describe the video."  # instead of the default for images

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
+from pipelines.errors import SourceError
+from pipelines.media.reference import ImageRef
+
 ROWS_PER_CHUNK = 1 << 12
 MAX_DEPTH = 40  # of JSON; Arrow stores columns that are nested up to 64 deep
-
-Kind = Literal["file", "tar", "tgz", "parquet", "arrow"]
-
-
-class SourceError(ValueError):
-    """An INPUT that cannot be listed, and what to do about it."""
-
-
-class ImageRef(NamedTuple):
-    """Where the bytes of an image are.
-
-    kind      fields that count
-    file      uri; num_bytes as listed, -1 if nobody asked
-    tar       uri, offset, num_bytes, member (its name)
-    tgz       the same, offset in the unpacked stream
-    parquet   uri, row (of the file), member (the column); stands for all images of that cell, maybe none
-    arrow     the same, row of the batch that is the message at offset, of num_bytes
-    """
-
-    kind: Kind
-    uri: str
-    offset: int = -1
-    num_bytes: int = -1
-    member: str = ""
-    row: int = -1
-    start_s: float = 0.0  # of a video: the part of it, in seconds from its start
-    stop_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -130,13 +105,6 @@ def text_of(value: Any) -> str | None:
     if value is None or value == "":
         return None
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-def resolve(path: str, of_file: str) -> str:
-    """`path` as given in `of_file`: a URI or absolute, else relative to that file."""
-    if "://" in path or path.startswith("/"):
-        return path
-    return f"{of_file.rpartition('/')[0]}/{path}"
 
 
 def row_error(images: Sequence[ImageRef], prompt: str | None, where: str) -> str:

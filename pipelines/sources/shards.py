@@ -8,16 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby, islice
 
-from pipelines import store
+from pipelines.errors import SourceError
 from pipelines.sources.arrow import list_arrow
 from pipelines.sources.directories import KINDS, files_in, kind_of
 from pipelines.sources.files import list_files
 from pipelines.sources.jsonl import list_jsonl
 from pipelines.sources.parquet import list_parquet
-from pipelines.sources.rows import Chunk, Columns, SourceError
+from pipelines.sources.rows import Chunk, Columns
 from pipelines.sources.tar import list_tar
 from pipelines.sources.videos import without_window
-from pipelines.store import FileInfo
+from pipelines.storage import store
+from pipelines.storage.store import FileInfo
 
 _MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".feather", ".lance")
 _GLOB_CHARACTERS = frozenset("*?[")

@@ -8,8 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines import store
-from pipelines.sources.rows import Chunk, Columns, ImageRef, Row, SourceError, resolve, row_error, text_of
+from pipelines.errors import SourceError
+from pipelines.media.reference import ImageRef, resolve
+from pipelines.sources.rows import Chunk, Columns, Row, row_error, text_of
+from pipelines.storage import store
 
 _VIDEO_NAMES = ("video", "video_url", "video_path")
 _URI_NAMES = (

@@ -14,21 +14,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from pipelines import store
+from pipelines.errors import SourceError
+from pipelines.media.reference import ImageRef, Kind
 from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
-from pipelines.sources.rows import (
-    Chunk,
-    Columns,
-    ImageRef,
-    Kind,
-    Row,
-    SourceError,
-    chunks_of,
-    json_object,
-    row_error,
-    text_of,
-)
-from pipelines.store import FileInfo
+from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, row_error, text_of
+from pipelines.storage import store
+from pipelines.storage.store import FileInfo
 
 MAX_MEMBERS = 10_000_000
 MAX_SIDECAR_BYTES = 4 << 20

@@ -14,12 +14,13 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from pipelines import store
-from pipelines.decoder import Video, VideoDecoder
-from pipelines.media import MediaError
+from pipelines.errors import MediaError
+from pipelines.media.reference import ImageRef
+from pipelines.media.video import Window
+from pipelines.media.video_process import Video, VideoDecoder
 from pipelines.sources.files import VIDEO_SUFFIXES
-from pipelines.sources.rows import Chunk, ImageRef, Row
-from pipelines.video import Window
+from pipelines.sources.rows import Chunk, Row
+from pipelines.storage import store
 
 MAX_WINDOWS = 100_000  # of one video: a header that promises more is wrong
 _HEADER_TIMEOUT_S = 60

@@ -1,0 +1,89 @@
+"""What a decode step costs beyond its kernels: python -m benchmarks.decode [--model 24x128] [--rows 1 8 32]
+
+A step is taken three ways, in turn, over the same rows: by the engine, with all that it does around the model; by the
+decoder alone; and as a recording of the same operators (`torch.jit.trace`) that torch's C++ interpreter plays, without
+Python and without the engine. The difference of the first and the last is the overhead. CPU time, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from benchmarks.engine import load
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.scheduler import Row
+from ovis_model.types import Request, SamplingParams
+
+PROMPT_TOKENS = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="24x128")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=200)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load(args.model, torch.device("cpu"), torch.float32)
+    layers = model.config.language.num_hidden_layers
+    target = 0.1 + 0.02 * layers
+    for rows in args.rows:
+        engine_ms, decoder_ms, kernels_ms = measure(OvisEngine(model), rows, args.rounds)
+        print(
+            f"{rows:3} rows: step {engine_ms:6.2f} ms, decoder alone {decoder_ms:6.2f}, kernels {kernels_ms:6.2f}; "
+            f"overhead {engine_ms - kernels_ms:5.2f} ms (aim {target:.2f})"
+        )
+
+
+@torch.inference_mode()
+def measure(engine: OvisEngine, rows: int, rounds: int) -> tuple[float, float, float]:
+    """Median ms of a step: the engine's, the decoder's, the recording's. All begin at the same lengths."""
+    running = start(engine, rows)
+    decoder, longest = engine._held_decoder(), max(row.num_cached for row in running)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated; it is what shows kernels without Python
+        state = decoder._state.clone()
+        recording = torch.jit.trace(lambda state: decoder._step(rows, longest)[0], (state,), check_trace=False)
+    sides: list[Callable[[], object]] = [
+        lambda: engine._step(),
+        lambda: decoder.step(rows, longest),
+        lambda: recording(state),
+    ]
+    times_ms: list[list[float]] = [[], [], []]
+    for _ in range(rounds):
+        for side, times in zip(sides, times_ms, strict=True):
+            rewind(running)
+            decoder._state.copy_(state)
+            begun = time.process_time()
+            side()
+            times.append((time.process_time() - begun) * 1e3)
+    return tuple(statistics.median(times) for times in times_ms)  # type: ignore[return-value]
+
+
+def start(engine: OvisEngine, rows: int) -> list[Row]:
+    """Rows of the same length that are never finished."""
+    none = np.zeros((0, 3, engine.config.vision.image_size, engine.config.vision.image_size), np.uint8)
+    request = Request(np.arange(PROMPT_TOKENS, dtype=np.int32), none, np.zeros((0, 2), np.int32))
+    engine.enqueue([request] * rows, SamplingParams(max_new_tokens=1000))
+    engine.config = replace(engine.config, eos_token_ids=())
+    for _ in range(2):
+        engine._step()
+    return engine._scheduler.running
+
+
+def rewind(running: list[Row]) -> None:
+    """To where the first step began: so all are over as many tokens."""
+    for row in running:
+        del row.output_ids[3:]
+
+
+if __name__ == "__main__":
+    main()

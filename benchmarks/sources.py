@@ -1,0 +1,140 @@
+"""What each kind of input costs, without a model: `python -m benchmarks.sources [--rows N] [--image-kb N]`.
+
+CPU seconds of one process, so that other load on the machine does not count: to list, to read every image in order,
+and to read it as several preprocessors do, each in a process of its own with every fourth unit of 64 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import CaptionConfig
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import ImageRef
+from pipelines.sources import list_rows
+from tests.support.web_server import WebServer
+from tests.test_parquet import HF
+from tests.test_tar import write_tar
+
+UNIT_ROWS, PREPROCESSORS = 64, 4
+
+Images = list[list[ImageRef]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--image-kb", type=int, default=50)
+    parser.add_argument("--kind", default="", help="only those whose name holds this")
+    args = parser.parse_args()
+    noise = random.Random(0).randbytes
+    payloads = [noise(args.image_kb << 10) for _ in range(args.rows)]
+    print(f"{args.rows} rows of {args.image_kb} KB; rows per CPU second\n")
+    print("| kind | listing | reading in order | of 4 preprocessors, together |\n|---|---|---|---|")
+    for name, make in KINDS.items():
+        if args.kind not in name:
+            continue
+        with tempfile.TemporaryDirectory() as directory, make(Path(directory), payloads) as uri:
+            _report(name, uri, args.rows)
+
+
+def _report(name: str, uri: str, num_rows: int) -> None:
+    config = CaptionConfig(input=(uri,), output="out", model="demo", allow_private_addresses=True)
+    started_s = time.process_time()
+    with list_rows(config) as listing:
+        rows = [row for table in listing.tables() for row in table.column("images").to_pylist()]
+    listed_s = time.process_time() - started_s
+    images = [[ImageRef(**image) for image in row] for row in rows]
+    assert len(images) == num_rows
+    units = [images[at : at + UNIT_ROWS] for at in range(0, num_rows, UNIT_ROWS)]
+    read_s = _seconds(units)
+    shared_s = sum(_seconds(units[first::PREPROCESSORS]) for first in range(PREPROCESSORS))
+    rates = (f"{num_rows / seconds:,.0f}" for seconds in (listed_s, read_s, shared_s))
+    print(f"| {name} | {' | '.join(rates)} |", flush=True)
+
+
+def _seconds(units: list[Images]) -> float:
+    fetcher, started_s = Fetcher(), time.process_time()
+    for unit in units:
+        for begin in range(0, len(unit), 16):
+            for pending in [fetcher.submit(images) for images in unit[begin : begin + 16]]:
+                pending.result()
+    return time.process_time() - started_s
+
+
+@contextmanager
+def _files(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+    for i, data in enumerate(payloads):
+        (directory / f"{i:06}.jpg").write_bytes(data)
+    yield str(directory)
+
+
+def _tar(mode: str) -> Callable[[Path, list[bytes]], object]:
+    @contextmanager
+    def make(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+        members = [(f"{i:06}.jpg", data) for i, data in enumerate(payloads)]
+        yield str(write_tar(directory / ("a.tar" if mode == "w" else "a.tgz"), members, mode))
+
+    return make
+
+
+def _parquet(rows_per_group: int) -> Callable[[Path, list[bytes]], object]:
+    @contextmanager
+    def make(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+        images = pa.array([{"bytes": data, "path": None} for data in payloads], HF)
+        path = directory / "a.parquet"
+        pq.write_table(pa.table({"image": images}), path, row_group_size=rows_per_group)
+        yield str(path)
+
+    return make
+
+
+@contextmanager
+def _arrow(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+    table = pa.table({"image": pa.array([{"bytes": data, "path": None} for data in payloads], HF)})
+    with pa.ipc.new_stream(directory / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    yield str(directory / "a.arrow")
+
+
+@contextmanager
+def _jsonl(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+    with _files(directory, payloads):
+        lines = "\n".join(json.dumps({"image": f"{i:06}.jpg"}) for i in range(len(payloads)))
+        (directory / "a.jsonl").write_text(lines)
+        yield str(directory / "a.jsonl")
+
+
+@contextmanager
+def _web(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+    """The server's threads are of this process and count too."""
+    with WebServer().running() as server:
+        server.files = {f"/{i}.jpg": data for i, data in enumerate(payloads)}
+        lines = "\n".join(json.dumps({"image": f"{server.url}/{i}.jpg"}) for i in range(len(payloads)))
+        (directory / "a.jsonl").write_text(lines)
+        yield str(directory / "a.jsonl")
+
+
+KINDS = {
+    "image files": _files,
+    "JSON lines of files": _jsonl,
+    "tar": _tar("w"),
+    "tar.gz": _tar("w:gz"),
+    "Parquet, row groups of 100": _parquet(100),
+    "Parquet, one row group": _parquet(1_000_000),
+    "saved dataset (Arrow)": _arrow,
+    "JSON lines of URLs (loopback, with the server)": _web,
+}
+
+if __name__ == "__main__":
+    main()

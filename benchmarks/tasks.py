@@ -1,0 +1,157 @@
+"""Eight tasks an item, as siblings and as eight separate requests: python -m benchmarks.tasks [--model vision-bound]
+
+`--model` is `tiny56-tied`, `tiny112-untied`, a shape of `benchmarks.engine` such as 1B (with `--dtype bfloat16`), or
+`vision-bound`: 256 tokens a tile, random weights, most of the arithmetic in the tower. Items are photographs and drawn
+pictures, in turn. Four tasks are free text, which ends after a fixed number of tokens, four are choices. Both sides are
+one call of the same engine; they take turns, in one thread; CPU seconds, medians. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import count, islice
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.engine import SHAPES, load
+from demo.drawings import make_picture
+from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
+from ovis_model.engine.engine import OvisEngine, Stats
+from ovis_model.inputs.processor import Processor
+from ovis_model.tokenizer import load_tokenizer
+from ovis_model.types import Completion, Request, SamplingParams
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.support.photographs import photographs
+
+VISION_BOUND = OvisConfig(
+    vision=VisionConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        image_size=448,
+        vocab_size=4096,
+    ),
+    language=LanguageConfig(
+        hidden_size=128,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=640,
+        tie_word_embeddings=True,
+    ),
+)
+TASKS: dict[str, int | list[str]] = {
+    "Describe the image.": 32,
+    "Give up to five tags, separated by commas.": 16,
+    "What text is in the image? Answer with the text and nothing else.": 16,
+    "Answer with a JSON object: kind, colour, position.": 32,
+    "Is there a person?": ["Yes", "No"],
+    "Is it a photograph?": ["Yes", "No"],
+    "How many objects are there? Answer with a number.": [str(number) for number in range(10)],
+    "Which shape is the largest?": ["circle", "square", "triangle", "star", "none of these"],
+}
+"""Tokens of an answer, or its choices."""
+
+
+def main() -> None:
+    args = _parse()
+    torch.set_num_threads(1)
+    SHAPES["vision-bound"] = VISION_BOUND
+    name = str(checkpoint_dir(args.model)) if args.model in CHECKPOINTS else args.model
+    engine = OvisEngine(load(name, torch.device("cpu"), getattr(torch, args.dtype)))
+    items, params = tasks_of(engine.config, args.items, args.max_tiles)
+    engine.config = replace(engine.config, eos_token_ids=())
+    sides = {"siblings": items, "separate": [[_apart(request) for request in item] for item in items]}
+    for side in sides.values():  # warm
+        _run(engine, side[:1], params)
+    rounds = [{side: _run(engine, sides[side], params) for side in sides} for _ in range(args.rounds)]
+    print(json.dumps(report(args, sides["siblings"], rounds)))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vision-bound")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--items", type=int, default=8)
+    parser.add_argument("--max-tiles", type=int, default=1, help="of an item (default 1)")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def tasks_of(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[list[Request]], list[SamplingParams]]:
+    """The requests of each item, with one array of tiles, and the parameters of each task."""
+    tokenizer = load_tokenizer(checkpoint_dir("tiny56-tied"))
+    processor, end = Processor(config, tokenizer), tokenizer.token_to_id("<|im_end|>")
+    requests = []
+    for picture in islice(_pictures(), items):
+        each = [processor.request(prompt, [picture], max_tiles) for prompt in TASKS]
+        requests.append([replace(request, tiles=each[0].tiles) for request in each])
+    return requests, [_params(answer, lambda text: (*tokenizer.encode(text).ids, end)) for answer in TASKS.values()]
+
+
+def _params(answer: int | list[str], encode: Callable[[str], tuple[int, ...]]) -> SamplingParams:
+    if isinstance(answer, int):
+        return SamplingParams(max_new_tokens=answer)
+    return SamplingParams(choices=tuple(encode(choice) for choice in answer))
+
+
+def _pictures() -> Iterator[Image.Image]:
+    for seed in count():
+        for path in photographs()[seed : seed + 1]:
+            with Image.open(path) as photograph:
+                yield photograph.convert("RGB")
+        yield make_picture(seed, held_out=False)[0]
+
+
+def _apart(request: Request) -> Request:
+    """The same, but a sibling of no other."""
+    return replace(request, tiles=request.tiles.copy())
+
+
+def _run(
+    engine: OvisEngine, items: Sequence[Sequence[Request]], params: list[SamplingParams]
+) -> tuple[float, Stats, list[Completion]]:
+    engine.stats = Stats()
+    begun_s = time.process_time()
+    completions = engine.generate([request for item in items for request in item], params * len(items))
+    return time.process_time() - begun_s, engine.stats, completions
+
+
+def report(
+    args: argparse.Namespace,
+    items: list[list[Request]],
+    rounds: list[dict[str, tuple[float, Stats, list[Completion]]]],
+) -> dict[str, object]:
+    pairs = list(zip(rounds[0]["siblings"][2], rounds[0]["separate"][2], strict=True))
+    probs = [(a.choice_probs, b.choice_probs) for a, b in pairs if a.choice_probs is not None]
+    cpu_s = {side: statistics.median(r[side][0] for r in rounds) for side in rounds[0]}
+    result = {
+        "model": args.model,
+        "items": len(items),
+        "tiles": sum(len(item[0].tiles) for item in items),
+        "ratio": statistics.median(r["separate"][0] / r["siblings"][0] for r in rounds),
+        "equal_answers": sum(a.output_ids.tolist() == b.output_ids.tolist() for a, b in pairs),
+        "answers": len(pairs),
+        "largest_difference_of_probabilities": max(float(np.abs(a - b).max()) for a, b in probs),
+        **{side: {"cpu_s": cpu_s[side], **asdict(rounds[-1][side][1])} for side in cpu_s},
+    }
+    print(
+        f"{args.model}: {len(items)} items, {cpu_s['separate']:.2f} -> {cpu_s['siblings']:.2f} CPU s, "
+        f"{result['ratio']:.2f} times less; {result['equal_answers']} of {len(pairs)} answers equal; tiles encoded "
+        f"{rounds[0]['separate'][1].tiles} -> {rounds[0]['siblings'][1].tiles}, prompt tokens "
+        f"{rounds[0]['separate'][1].prompt_tokens} -> {rounds[0]['siblings'][1].prompt_tokens}"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Keys and values of the rows that are being generated: one slot a row, rows of any length side by side."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovis_model.config import LanguageConfig
+from ovis_model.network.attention import attend_cached, attend_causal, attend_extended, reads_lengths
+
+
+class KVCache:
+    """keys, values: [layers, slots, capacity, kv_heads, head_dim]. Rows in use are the first slots, without a gap."""
+
+    def __init__(
+        self, config: LanguageConfig, *, slots: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
+        # Zeros: a mask makes the weight of an unused place 0, and 0 times the NaN of stray memory is NaN.
+        self.keys, self.values = (_zeros(shape, device, dtype) for _ in range(2))
+        self.slots, self.capacity = slots, capacity
+        self.attention_reads_lengths = reads_lengths(self.keys)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another."""
+        for store in (self.keys, self.values):
+            store[:, target, :length] = store[:, source, :length]
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a CPU only the pages that rows come to use take memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+class Prefill:
+    """Prompts, padded on the right, into the slots `slots` (int64[B]) of a cache."""
+
+    def __init__(self, cache: KVCache, slots: Tensor) -> None:
+        self._cache, self._slots = cache, slots
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = key.shape[1]
+        self._cache.keys[layer, self._slots, :length] = key
+        self._cache.values[layer, self._slots, :length] = value
+        return attend_causal(query, key, value)
+
+
+class Extend:
+    """New tokens, `width` a row with padding on the right, after the first `starts[b]` ones of slot `sources[b]`.
+
+    Rows may share a source; no start is over `longest`. With `targets` (all int64[B]) what is in the source and the new
+    tokens go to slot `targets[b]`, which may be the source itself; without, nobody keeps the new ones.
+    """
+
+    def __init__(
+        self, cache: KVCache, sources: Tensor, starts: Tensor, longest: int, width: int, targets: Tensor | None = None
+    ) -> None:
+        self._cache, self._sources, self._targets = cache, sources, targets
+        self._longest, self._lengths = longest, (starts + width).int()
+        shape = (len(sources), longest + width, *cache.keys.shape[3:])
+        self._keys, self._values = (cache.keys.new_zeros(shape) for _ in range(2))
+        rows, places = (torch.arange(n, device=starts.device) for n in (len(sources), width))
+        self._at = rows[:, None], starts[:, None] + places
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self._put(self._keys, self._cache.keys[layer], key)
+        self._put(self._values, self._cache.values[layer], value)
+        return attend_extended(query, self._keys, self._values, self._lengths)
+
+    def _put(self, held: Tensor, store: Tensor, new: Tensor) -> None:
+        held[:, : self._longest] = store[self._sources, : self._longest]
+        held[self._at] = new
+        if self._targets is not None:
+            length = min(held.shape[1], store.shape[1])  # what is beyond is padding
+            store[self._targets, :length] = held[:, :length]
+
+
+class DecodeStep:
+    """One more token for each of the first B slots, which hold `lengths` (int64[B]) <= `longest` tokens so far."""
+
+    def __init__(self, cache: KVCache, lengths: Tensor, longest: int) -> None:
+        rows, seen = len(lengths), longest + 1
+        self._keys, self._values = (store[:, :rows, :seen].unbind() for store in (cache.keys, cache.values))
+        self._at = torch.arange(rows, device=lengths.device)[:, None], lengths[:, None]
+        self._lengths = (lengths + 1).int()
+        places = torch.arange(seen, device=lengths.device)
+        unseen = (places > lengths[:, None])[:, None, None]
+        # Added to the scores. A kernel that is given bools makes this of them, again in every layer.
+        self._mask = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=unseen.device)
+        self._mask.masked_fill_(unseen, -math.inf)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_put_(self._at, key)
+        values.index_put_(self._at, value)
+        return attend_cached(query, keys, values, self._lengths, self._mask)
+
+
+def bytes_per_token(config: LanguageConfig, dtype: torch.dtype) -> int:
+    """Of keys and values, over all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

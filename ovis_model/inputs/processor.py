@@ -1,0 +1,87 @@
+"""Text and pictures to a Request; token ids back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image
+from tokenizers import Tokenizer
+
+from ovis_model.checkpoint import fetch_checkpoint
+from ovis_model.config import OvisConfig
+from ovis_model.inputs.prompt import DEFAULT_SYSTEM_PROMPT, IMAGE_MARK, ChatTokenizer, expand_atoms, image_query
+from ovis_model.inputs.tiling import choose_grid, tile_images
+from ovis_model.tokenizer import detokenize, load_tokenizer
+from ovis_model.types import Request
+
+
+class Processor:
+    """The CPU half of Ovis2. Knows the checkpoint's tokenizer and sizes, not its weights."""
+
+    def __init__(self, config: OvisConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self._tokenizer = tokenizer
+        self._chat = ChatTokenizer(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> Processor:
+        """Of a checkpoint in either layout; see `checkpoint.fetch_checkpoint`. Fetches no weights.
+
+        Raises ValueError if it cannot be found or is no Ovis2.
+        """
+        directory = fetch_checkpoint(str(path_or_id), revision, weights=False)
+        return cls(OvisConfig.from_directory(directory), load_tokenizer(directory))
+
+    def request(
+        self,
+        text: str,
+        images: Sequence[Image.Image] = (),
+        max_tiles: int = 9,
+        system_prompt: str | None = None,
+    ) -> Request:
+        """The model input that asks `text` about `images`, each cut into at most `max_tiles` cells.
+
+        `text` holds one `<image>` mark per image, or none: then the images come first. Raises ValueError for
+        another number of marks, an empty image or text that is not Unicode.
+        """
+        pictures = [_as_rgb(image) for image in images]
+        ids = self.prompt_ids(text, [image.size for image in pictures], max_tiles, system_prompt)
+        [request] = self.with_tiles([ids], pictures, max_tiles)
+        return request
+
+    def with_tiles(
+        self, prompts: Sequence[Sequence[int]], pictures: Sequence[Image.Image], max_tiles: int = 9
+    ) -> list[Request]:
+        """The second half of `request`: ids from `prompt_ids`, and the RGB pictures whose sizes it was given.
+
+        Several prompts about the same pictures share their tiles, so that an engine encodes them once.
+        """
+        tiles, sizes = tile_images(pictures, max_tiles, self.config.vision.image_size)
+        return [Request(expand_atoms(ids, self.config.vision.tokens_per_tile), tiles, sizes) for ids in prompts]
+
+    def prompt_ids(
+        self,
+        text: str,
+        image_sizes: Sequence[tuple[int, int]] = (),
+        max_tiles: int = 9,
+        system_prompt: str | None = None,
+    ) -> list[int]:
+        """Ids of `request` for images of (width_px, height_px) before expansion: one atom per tile."""
+        tile_size = self.config.vision.image_size
+        grids = [choose_grid(width, height, max_tiles, tile_size) for width, height in image_sizes]
+        query = text if IMAGE_MARK in text else image_query(text, len(grids))
+        return self._chat.prompt_ids(query, grids, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of a whole answer: the text and the end of the turn. Raises ValueError for text that is not Unicode."""
+        return self._chat.answer_ids(text)
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """Text of output ids, without special tokens."""
+        return detokenize(self._tokenizer, ids)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    # As in the original: colours under transparency are kept. convert() would copy an RGB image.
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,215 @@
+"""Scaled dot-product attention behind four functions, one for each shape of the work, whatever kernels compute it.
+
+In half precision on CUDA the kernels are those of flash-attn where it is installed, else torch's own FlashAttention;
+everywhere else torch's `scaled_dot_product_attention`. OVIS_ATTENTION=flash, varlen or sdpa chooses by hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+class Memory(Protocol):
+    """What a decoder layer attends to beside the tokens that it is given."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, T, heads, head_dim], twice [B, T, kv_heads, head_dim] -> [B, T, heads, head_dim]"""
+        ...
+
+
+class NoMemory:
+    """Only the tokens that are given, each seeing those before it: training, and scoring a text in one pass."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend_causal(query, key, value)
+
+
+def attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every query sees every key; all [B, T, heads, head_dim], so is the result."""
+    return kernels(query).attend_all(query, key, value)
+
+
+def attend_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A query sees the keys up to its own place: [B, T, heads, head_dim] over [B, T, kv_heads, head_dim].
+
+    Rows may be padded on the right: nothing before the padding sees it.
+    """
+    return kernels(query).attend_causal(query, key, value)
+
+
+def attend_cached(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+    """The newest token of each row over the row's own cache: [B, 1, heads, head_dim], also the result.
+
+    keys, values: [B, S, kv_heads, head_dim], of which row b holds the first `lengths[b]` (int32[B]);
+    mask: bool[B, 1, 1, S], or 0 and -inf to add to the scores, says the same to kernels that take one.
+    """
+    return kernels(query).attend_cached(query, keys, values, lengths, mask)
+
+
+def attend_extended(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """The newest T tokens of each row over all of the row's: [B, T, heads, head_dim], also the result.
+
+    keys, values: [B, S, kv_heads, head_dim], of which row b holds the first `lengths[b]` (int32[B]), the T among them;
+    each token sees those up to its own place. Rows may be padded on the right, as those of `attend_causal`.
+    """
+    return kernels(query).attend_extended(query, keys, values, lengths)
+
+
+def reads_lengths(keys: Tensor) -> bool:
+    """Whether `attend_cached` over caches like this one reads no place beyond a row's length."""
+    return kernels(keys).reads_lengths
+
+
+_MASK_VALUES = 1 << 22
+"""Of a mask that is made for several new tokens over a cache: 16 MB in float32, however long prompts are."""
+
+
+class Kernels(Protocol):
+    reads_lengths: bool
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor: ...
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor: ...
+
+
+class Sdpa:
+    """torch's own, on every device and in every type."""
+
+    reads_lengths = False
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        batch, _, heads, head_dim = query.shape
+        # The queries that share a key head take the place of its time steps: no key is repeated for them.
+        grouped = query.view(batch, keys.shape[2], heads // keys.shape[2], head_dim)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(batch, 1, heads, head_dim)
+
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        (batch, width, heads, head_dim), (places, kv_heads) = query.shape, keys.shape[1:3]
+        groups = heads // kv_heads
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        at, place = (torch.arange(n, device=query.device) for n in (width, places))
+        last = lengths[:, None] - width + at  # [B, T]: the place of each query
+        step = max(1, _MASK_VALUES // (batch * groups * places))
+        parts = []
+        for part, own in zip(torch.split(query, step, 1), torch.split(last, step, 1), strict=True):
+            # As in `attend_cached`, the queries that share a key head follow each other in time.
+            grouped = part.view(batch, -1, kv_heads, groups, head_dim).transpose(1, 2).flatten(2, 3)
+            mask = (place <= own[..., None]).repeat_interleave(groups, 1)[:, None]
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+            parts.append(out.view(batch, kv_heads, -1, groups, head_dim).transpose(1, 2).flatten(2, 3))
+        return torch.cat(parts, 1)
+
+
+class Varlen(Sdpa):
+    """torch's FlashAttention over rows of their own lengths. Without a mask `Sdpa` runs the same kernel."""
+
+    reads_lengths = True
+
+    def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        batch, places = keys.shape[:2]
+        starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
+        out: Tensor = varlen_attn(  # type: ignore[assignment]
+            query.flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            starts,
+            starts * places,
+            1,
+            places,
+            enable_gqa=True,
+            seqused_k=lengths,
+        )
+        return out[:, None]
+
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        batch, width, places = *query.shape[:2], keys.shape[1]
+        starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
+        out: Tensor = varlen_attn(  # type: ignore[assignment]
+            query.flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            starts * width,
+            starts * places,
+            width,
+            places,
+            window_size=(-1, 0),  # causal: the last query at the last of the keys in use
+            enable_gqa=True,
+            seqused_k=lengths,
+        )
+        return out.view(query.shape)
+
+
+class Flash:
+    """The flash-attn package."""
+
+    reads_lengths = True
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from flash_attn import flash_attn_func
+
+        out: Tensor = flash_attn_func(query, key, value)
+        return out
+
+    def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from flash_attn import flash_attn_func
+
+        out: Tensor = flash_attn_func(query, key, value, causal=True)
+        return out
+
+    def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        from flash_attn import flash_attn_with_kvcache
+
+        out: Tensor = flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths)
+        return out
+
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        from flash_attn import flash_attn_with_kvcache
+
+        out: Tensor = flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths, causal=True)
+        return out
+
+
+def kernels(like: Tensor) -> Kernels:
+    """The best for tensors of this device and type, or on CUDA those that OVIS_ATTENTION names."""
+    return _kernels(like.is_cuda and like.dtype != torch.float32)
+
+
+@cache
+def _kernels(is_half_on_cuda: bool) -> Kernels:
+    found, name = available(is_half_on_cuda), os.environ.get("OVIS_ATTENTION")
+    if name is None or not is_half_on_cuda:
+        return next(iter(found.values()))
+    if name not in found:
+        raise ValueError(f"OVIS_ATTENTION={name} is not to be had here; use one of {', '.join(found)} or unset it")
+    return found[name]
+
+
+def available(is_half_on_cuda: bool) -> dict[str, Kernels]:
+    """All that can run, the best first."""
+    found: dict[str, Kernels] = {}
+    if is_half_on_cuda and importlib.util.find_spec("flash_attn"):
+        found["flash"] = Flash()
+    if is_half_on_cuda and importlib.util.find_spec("torch.nn.attention.varlen"):
+        found["varlen"] = Varlen()
+    return {**found, "sdpa": Sdpa()}

@@ -1,0 +1,116 @@
+"""Ovis2: visual tokens and text meet in one sequence of embeddings (Ovis, arXiv:2405.20797)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ovis_model.config import NUM_INDICATORS, OvisConfig
+from ovis_model.network.attention import NoMemory
+from ovis_model.network.language import Qwen2ForCausalLM
+from ovis_model.network.layers import linear, pass_dtype
+from ovis_model.network.tensor_parallel import ALONE, Shard
+from ovis_model.network.vision import HEAD_CHUNK_TOKENS, VisualTokenizer
+from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Of red, green and blue in [0, 1]; the `image_mean` of every published checkpoint."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Ovis(nn.Module):
+    """Attribute names are those of AIDC-AI's checkpoints.
+
+    `post_trunk_norm` applies the tower's last norm, as transformers does and the original does not.
+    """
+
+    def __init__(self, config: OvisConfig, *, post_trunk_norm: bool = False, shard: Shard = ALONE) -> None:
+        super().__init__()
+        self.config, self.shard = config, shard
+        self.visual_tokenizer = VisualTokenizer(config.vision, post_trunk_norm=post_trunk_norm)
+        self.vte = nn.Embedding(config.vision.vocab_size, config.language.hidden_size)
+        self.llm = Qwen2ForCausalLM(config.language, shard)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vte.weight.dtype
+
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """Of activations in vision and prefill: see `layers.pass_dtype`."""
+        return pass_dtype(self.dtype, self.device)
+
+    def normalize(self, tiles: Tensor, tile_sizes: Tensor) -> Tensor:
+        """uint8[N, 3, S, S], int[N, 2] (height_px, width_px) -> pixels [N, 3, S, S] in `pass_dtype`.
+
+        CLIP's mean and deviation through a table that is bitwise equal to the original path; the border around the
+        picture becomes 0, the mean colour, because the original pads after it normalises.
+        """
+        table = torch.from_numpy(normalization_table()).to(self.device, self.pass_dtype)
+        pixels = torch.empty(tiles.shape, dtype=table.dtype, device=table.device)
+        for channel in range(3):
+            bytes_ = tiles[:, channel]
+            pixels[:, channel] = table[channel].index_select(0, bytes_.int().flatten()).view(bytes_.shape)
+        # A product, because filling by a mask takes a CPU six times as long.
+        return pixels.mul_(_inside(tile_sizes, tiles.shape[-1], table.dtype)[:, None])
+
+    def encode_tiles(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size] in the model's dtype.
+
+        Computed in the dtype of the pixels. The indicators have probability 0 in the original, so their rows of the
+        table are left out.
+        """
+        return self.shard.deal(pixels, self._encode_tiles)
+
+    def _encode_tiles(self, pixels: Tensor) -> Tensor:
+        features, table = self.visual_tokenizer.features(pixels), self.vte.weight[:-NUM_INDICATORS]
+        chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
+        probabilities = map(self.visual_tokenizer.probabilities, chunks)
+        embeds = torch.cat([linear(chunk, table.t()).to(table.dtype) for chunk in probabilities])
+        return embeds.view(*features.shape[:2], table.shape[1])
+
+    def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
+        """int64[T] with placeholders, visual embeddings [n, hidden_size] -> [T, hidden_size].
+
+        The atoms of `input_ids`, in order, take the rows of `visual`: their numbers must be equal.
+        """
+        atoms, indicators = input_ids == IMAGE_ATOM_ID, input_ids <= IMAGE_START_ID
+        assert int(atoms.sum()) == visual.shape[0], (
+            f"{int(atoms.sum())} placeholders for {visual.shape[0]} visual tokens"
+        )
+        embeds: Tensor = self.llm.model.embed_tokens(input_ids.clamp(min=0))
+        indicator_rows = self.config.vision.num_visual_words + IMAGE_START_ID - input_ids[indicators]
+        embeds = embeds.masked_scatter(atoms[:, None], visual.to(embeds.dtype))
+        return embeds.masked_scatter(indicators[:, None], self.vte(indicator_rows))
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T, hidden_size], int64[B, T] -> logits [B, T, vocab_size]: for training and for scoring whole texts."""
+        return self.llm.logits(self.llm.model(inputs_embeds, position_ids, NoMemory()))
+
+
+def _inside(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    """[N, S, S]: 1 where the centred picture of (height, width) is in its tile, 0 around it."""
+    at = torch.arange(side, device=tile_sizes.device)
+    start = (side - tile_sizes) // 2  # [N, 2]
+    within = (at >= start[..., None]) & (at < (start + tile_sizes)[..., None])  # [N, 2, S]
+    rows, columns = within.to(dtype).unbind(1)
+    return rows[:, :, None] * columns[:, None, :]
+
+
+def normalization_table() -> NDArray[np.float32]:
+    """float32[3, 256]: row c maps a byte of channel c to its normalised value.
+
+    Bitwise what the original's `CLIPImageProcessor` computes. The border of a tile is 0 after normalisation,
+    which no byte maps to: set it, do not look it up.
+    """
+    # Order and types decide the last bit: a float64 product rounded once, then float32 throughout.
+    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.array(CLIP_MEAN, np.float32)[:, None], np.array(CLIP_STD, np.float32)[:, None]
+    table: NDArray[np.float32] = (unit - mean) / std
+    return table

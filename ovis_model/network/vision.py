@@ -1,0 +1,152 @@
+"""AIMv2 tower (arXiv:2411.14402) and visual head: normalised tiles -> probabilities over the visual vocabulary.
+
+Attribute names are those of AIDC-AI's checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ovis_model.config import VisionConfig
+from ovis_model.network.attention import attend_all
+from ovis_model.network.layers import LayerNorm, Linear, PatchNorm, gated
+
+HEAD_CHUNK_TOKENS = 1024
+"""Visual tokens that the head takes at once: over 65,536 words they are 0.13 GB in bfloat16, and two or three such
+tensors are alive; the tiles of a whole pass would be 0.5 GB each."""
+
+
+class VisualTokenizer(nn.Module):
+    """A tile becomes `tokens_per_tile` visual tokens, each a probability vector (Ovis, arXiv:2405.20797)."""
+
+    def __init__(self, config: VisionConfig, *, post_trunk_norm: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, post_trunk_norm=post_trunk_norm)
+        self.head = nn.Sequential(
+            Linear(config.hidden_size * config.hidden_stride**2, config.num_visual_words, bias=False),
+            LayerNorm(config.num_visual_words, eps=1e-5),
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[N, 3, S, S] normalised -> [N, tokens_per_tile, num_visual_words]"""
+        return self.probabilities(self.features(pixels))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """[N, 3, S, S] normalised -> [N, tokens_per_tile, hidden_stride^2 * hidden_size]"""
+        return merge_patches(self.backbone(pixels), self.config.hidden_stride)
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """[..., hidden_stride^2 * hidden_size] -> [..., num_visual_words]; softmax in the dtype of `features`."""
+        words: Tensor = self.head(features)
+        return words.softmax(-1)
+
+
+def merge_patches(features: Tensor, stride: int) -> Tensor:
+    """[N, P*P, H] -> [N, (P/stride)^2, stride*stride*H]: stride x stride neighbours become one token's channels.
+
+    An odd side is padded with zeros at the right and bottom, as the original does.
+    """
+    n, patches, hidden = features.shape
+    side = round(patches**0.5)
+    pad = -side % stride
+    grid = F.pad(features.view(n, side, side, hidden), (0, 0, 0, pad, 0, pad))
+    merged = (side + pad) // stride
+    grid = grid.reshape(n, merged, stride, merged, stride, hidden).permute(0, 1, 3, 2, 4, 5)
+    return grid.reshape(n, merged * merged, stride * stride * hidden)
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: VisionConfig, *, post_trunk_norm: bool) -> None:
+        super().__init__()
+        self.preprocessor = Preprocessor(config)
+        self.trunk = Trunk(config, post_trunk_norm=post_trunk_norm)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, num_patches, hidden_size]"""
+        features: Tensor = self.trunk(self.preprocessor(pixels))
+        return features
+
+
+class Preprocessor(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patchifier = Patchifier(config)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches, config.hidden_size))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches: Tensor = self.patchifier(pixels)
+        return patches + self.pos_embed
+
+
+class Patchifier(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.norm = PatchNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # Contiguous: products of a transposed tensor are batched ones, which take up to a quarter longer on a CPU.
+        weight, bias = (parameter.to(pixels.dtype) for parameter in self.proj.parameters())
+        embedded = F.conv2d(pixels, weight, bias, self.proj.stride)
+        patches: Tensor = self.norm(embedded.flatten(2).transpose(1, 2).contiguous())
+        return patches
+
+
+class Trunk(nn.Module):
+    """The blocks. `post_trunk_norm` is in every checkpoint, but the original never applies it and transformers does."""
+
+    def __init__(self, config: VisionConfig, *, post_trunk_norm: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.post_trunk_norm = PatchNorm(config.hidden_size, config.rms_norm_eps)
+        self.applies_post_trunk_norm = post_trunk_norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.post_trunk_norm(hidden) if self.applies_post_trunk_norm else hidden
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm_1 = PatchNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config)
+        self.norm_2 = PatchNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.attn(self.norm_1(hidden)).add_(hidden)
+        out: Tensor = self.mlp(self.norm_2(hidden)).add_(hidden)
+        return out
+
+
+class Attention(nn.Module):
+    """Full attention among the patches of one tile."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        n, patches, size = hidden.shape
+        qkv = self.qkv(hidden).view(n, patches, 3, self.num_heads, size // self.num_heads)
+        out: Tensor = self.proj(attend_all(*qkv.unbind(2)).reshape(n, patches, size))
+        return out
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fc3 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.fc2(gated(self.fc1(hidden), self.fc3(hidden)))
+        return out

@@ -1,0 +1,197 @@
+"""safetensors files -> a model on its device, one tensor at a time, in either layout of checkpoint.
+
+Strict: a tensor that is missing, unknown or misshapen stops the load and is named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ovis_model.config import Layout, OvisConfig
+from ovis_model.network.ovis import Ovis
+from ovis_model.network.tensor_parallel import ALONE, WHOLE, Part, Shard, ShardedEmbedding, ShardedLinear
+
+
+class WeightsError(ValueError):
+    """The checkpoint's tensors are not those of its configuration."""
+
+
+def load_model(
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    post_trunk_norm: bool = False,
+    shard: Shard = ALONE,
+) -> Ovis:
+    """The checkpoint in `directory`, or a rank's part of it, in eval mode. Raises ConfigError or WeightsError.
+
+    The model is laid out empty on `device`; each tensor is read from its mapped file, cast and copied into place, so
+    the largest tensor is all that exists twice.
+    """
+    config = OvisConfig.from_directory(directory)
+    model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard)
+    load_weights(model, directory, config.layout)
+    return model
+
+
+def empty_model(
+    config: OvisConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    post_trunk_norm: bool = False,
+    shard: Shard = ALONE,
+) -> Ovis:
+    """An Ovis in eval mode whose parameters are allocated and not initialised."""
+    with torch.device("meta"):
+        model = Ovis(config, post_trunk_norm=post_trunk_norm, shard=shard).to(dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    model.llm.fuse()
+    return model
+
+
+def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
+    """Fill every parameter of `model`, reading no more. Raises WeightsError that names each tensor at fault."""
+    pending, parts = tensor_targets(model, layout), _tensor_parts(model, layout)
+    faults = _Faults()
+    ignored = {_LM_HEAD[layout]} if model.config.language.tie_word_embeddings else set()
+    for name, stored in _stored_tensors(directory):
+        if name in ignored:
+            continue
+        target, part = pending.pop(name, None), parts.get(name, WHOLE)
+        if target is None:
+            faults.unexpected.append(name)
+        elif not _is_float(stored) or tuple(stored.get_shape()) != part.whole_shape(target.shape):
+            faults.misshapen.append(
+                f"{name} is {_describe(stored)} instead of a float {part.whole_shape(target.shape)}"
+            )
+        else:
+            target.copy_(stored[part.slices(target.shape)])
+    faults.missing.extend(pending)
+    faults.raise_if_any(directory)
+
+
+def tensor_targets(model: Ovis, layout: Layout) -> dict[str, Tensor]:
+    """Each tensor name that the layout stores -> the (part of the) parameter that it fills."""
+    targets: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        names = [name] if layout == "aidc" else _native_names(name)
+        data = parameter.data[0] if name == _POS_EMBED and layout == "native" else parameter.data
+        targets.update(zip(names, data.chunk(len(names)), strict=True))
+    return targets
+
+
+def _tensor_parts(model: Ovis, layout: Layout) -> dict[str, Part]:
+    """The names of tensors that the model holds a part of."""
+    parts: dict[str, Part] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, ShardedLinear | ShardedEmbedding):
+            names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+            parts.update(
+                (n, module.part) for name in names for n in ([name] if layout == "aidc" else _native_names(name))
+            )
+    return parts
+
+
+_POS_EMBED = "visual_tokenizer.backbone.preprocessor.pos_embed"
+_LM_HEAD: dict[Layout, str] = {"aidc": "llm.lm_head.weight", "native": "lm_head.weight"}
+
+_TOWER = "model.vision_tower.transformer"
+_TO_NATIVE = [
+    (
+        r"visual_tokenizer\.backbone\.preprocessor\.patchifier\.proj\.",
+        rf"{_TOWER}.embeddings.patch_embedding.",
+    ),
+    (r"visual_tokenizer\.backbone\.preprocessor\.patchifier\.norm\.", rf"{_TOWER}.embeddings.rms_norm."),
+    (
+        r"visual_tokenizer\.backbone\.preprocessor\.pos_embed",
+        rf"{_TOWER}.embeddings.position_embedding.weight",
+    ),
+    (r"visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.", rf"{_TOWER}.rms_norm."),
+    (r"visual_tokenizer\.backbone\.trunk\.blocks\.", rf"{_TOWER}.encoder.layers."),
+    (r"\.norm_([12])\.", r".rms_norm\1."),
+    (r"\.attn\.proj\.", ".attention.out_proj."),
+    (r"\.attn\.qkv\.", ".attention.qkv."),
+    (r"\.mlp\.fc1\.", ".ffn.gate_proj."),
+    (r"\.mlp\.fc2\.", ".ffn.down_proj."),
+    (r"\.mlp\.fc3\.", ".ffn.up_proj."),
+    (r"visual_tokenizer\.head\.0\.", "model.vision_tower.head_linear."),
+    (r"visual_tokenizer\.head\.1\.", "model.vision_tower.head_norm."),
+    (r"^vte\.", "model.visual_embeddings_table."),
+    (r"^llm\.model\.", "model.language_model."),
+    (r"^llm\.lm_head\.", "lm_head."),
+]
+
+
+def _native_names(name: str) -> list[str]:
+    """transformers' name or, where it splits the fused query-key-value matrix, its three names in row order."""
+    for pattern, replacement in _TO_NATIVE:
+        name = re.sub(pattern, replacement, name)
+    if ".attention.qkv." not in name:
+        return [name]
+    return [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"]
+
+
+@dataclass
+class _Faults:
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    def raise_if_any(self, directory: Path) -> None:
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
+        found = [f"{kind}: {_enumerate(names)}" for kind, names in kinds.items() if names]
+        if found:
+            raise WeightsError(f"the weights in {directory} do not fit its config.json; " + "; ".join(found))
+
+
+def _enumerate(names: list[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _is_float(stored: Any) -> bool:
+    return str(stored.get_dtype()).startswith(("F", "BF"))
+
+
+def _describe(stored: Any) -> str:
+    return f"{stored.get_dtype()} {tuple(stored.get_shape())}"
+
+
+def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Names and safetensors' slices: what is cut out of one is all that is read of it."""
+    for path in _shards(directory):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as shard:
+                for name in shard.keys():  # noqa: SIM118  (not a dict)
+                    yield name, shard.get_slice(name)
+        except OSError as error:
+            raise WeightsError(f"cannot read {path}: {error}") from error
+        except Exception as error:
+            # safetensors' own error type is not exported under a stable name.
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise WeightsError(f"{index} names a file outside its directory")
+        return [directory / name for name in names]
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise WeightsError(f"{directory} has no .safetensors file; other weight formats can hold code and are refused")
+    return shards

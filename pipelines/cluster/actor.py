@@ -1,0 +1,31 @@
+"""How processes end that hold a part of the work."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import NoReturn
+
+
+def end_with_python() -> None:
+    """Have the process of this actor `leave` where Python ends; elsewhere do nothing.
+
+    Ray counts an actor as dead before its process is (ray#52322): nobody would end one that hangs on its way out, and
+    its memory, on a GPU too, would never come back.
+    """
+    import ray
+
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        atexit.register(leave)  # the last to register is called first: what Python libraries do at exit is not needed
+
+
+def leave() -> NoReturn:
+    """End this process with exit code 0, past what C++ destroys at its end.
+
+    gloo's threads outlive their group; one that lets go of a tensor while Python ends aborts the process (torch 2.13).
+    Ray can wait for itself there for ever (2.60: a publisher answers into the event loop that is being destroyed).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,364 @@
+"""The Ray that a run uses, and how its CPUs, GPUs and rows are shared between the pools of actors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from ovis_model.config import OvisConfig
+from ovis_model.sizing import check_tensor_parallel, device_bytes, fewest_ranks
+from ovis_model.types import ROWS_SIDE_BY_SIDE
+from pipelines.config import RunConfig
+from pipelines.errors import ResourceError
+from pipelines.schema import ROWS_PER_GROUP
+
+BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
+
+PREPROCESSORS_PER_GPU = 12  # one core prepares about 12 full-HD images a second, a GPU takes many more
+_CPUS_PER_CPU_REPLICA = 8
+MAX_BLOCKS = 20_000  # of units: the driver holds an object for each
+
+GPU_TYPE_LABEL = "ray.io/accelerator-type"  # Ray's own, on nodes with GPUs
+_SMALLEST_USUAL_GPU_BYTES = 14 << 30  # 16 GB, less what a driver and other processes take
+_ASK_S = 60.0  # for the memory of a node's GPUs
+
+_LOCAL = {
+    "address": "local",
+    "num_cpus": max(2, os.cpu_count() or 2),
+    "include_dashboard": False,
+    "logging_level": logging.CRITICAL,
+    "log_to_driver": False,
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the nodes of a cluster have. `gpus`: of each node that has some; `gpu_types`: Ray's names of them."""
+
+    cpus: float
+    gpus: tuple[int, ...] = ()
+    gpu_types: tuple[str, ...] = ()
+
+    @classmethod
+    def of_cluster(cls) -> Hardware:
+        """Of all nodes that are alive: what there is, not what is free now. Ray waits for what another job or an
+        earlier pass still holds."""
+        import ray
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        with_gpus = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1]
+        return cls(
+            sum(node["Resources"].get("CPU", 0) for node in nodes),
+            tuple(int(node["Resources"]["GPU"]) for node in with_gpus),
+            tuple(sorted({node["Labels"].get(GPU_TYPE_LABEL, "") for node in with_gpus} - {""})),
+        )
+
+    def without(self, *, cpus: float, gpus: int, gpus_per_replica: int) -> Hardware:
+        """What is left beside other actors. On which nodes their GPUs will be Ray decides: the worst is assumed."""
+        left = list(self.gpus)
+        for _ in range(gpus):
+            left[min(range(len(left)), key=lambda node: (left[node] == 0, left[node] % gpus_per_replica))] -= 1
+        return replace(self, cpus=self.cpus - cpus, gpus=tuple(filter(None, left)))
+
+    def room_for(self, gpus_per_replica: int) -> int:
+        """Replicas: the ranks of one are on one node, where their links are fast."""
+        return sum(gpus // gpus_per_replica for gpus in self.gpus)
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Actors and what each reserves: never more than one CPU, so that any node can hold any of them, and together
+    never more than there is. A pool that cannot start waits for ever (ray-project/ray#44687).
+
+    `may_grow`: replicas start on GPUs that join while the run is on; `waits_for_gpus`: not all GPUs are there yet.
+    """
+
+    device: Literal["cpu", "cuda"]
+    num_replicas: int
+    replica_cpus: float
+    replica_gpus: int
+    threads_per_replica: int
+    num_preprocessors: int
+    preprocessor_cpus: float
+    tensor_parallel: int = 1
+    may_grow: bool = False
+    waits_for_gpus: bool = False
+
+    def __str__(self) -> str:
+        each = "1 GPU" if self.replica_gpus == 1 else f"{self.replica_gpus} GPUs"
+        ranks = f" in {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
+        share = f"on {each}" if self.device == "cuda" else f"with {self.threads_per_replica} threads on CPUs"
+        more = ", more as GPUs join" * self.may_grow + ", as soon as their GPUs are there" * self.waits_for_gpus
+        return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} to prepare images"
+
+
+def plan_pools(config: RunConfig, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
+    """For replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
+    if hardware.cpus <= 0 and not config.autoscale:
+        raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
+    if uses_gpus(config, hardware):
+        return _gpu_pools(config, hardware, tensor_parallel)
+    return _cpu_pools(config, hardware.cpus, tensor_parallel)
+
+
+def uses_gpus(config: RunConfig, hardware: Hardware) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and bool(hardware.gpus or config.autoscale))
+
+
+def _gpu_pools(config: RunConfig, hardware: Hardware, tensor_parallel: int) -> Pools:
+    room = hardware.room_for(tensor_parallel)
+    wanted = _chosen(config.num_replicas, room)
+    preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
+    if not config.autoscale:  # which has cores started for them too
+        _check_room(wanted, room, hardware, tensor_parallel)
+        preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted))  # a replica's thread keeps a core busy
+    preprocessors = _chosen(config.num_preprocessors, preprocessors)
+    return Pools(
+        device="cuda",
+        num_replicas=wanted,
+        # A replica reserves no CPU: preprocessors that took all those of a GPU's node would keep it from starting.
+        replica_cpus=0,
+        replica_gpus=tensor_parallel,
+        threads_per_replica=1,
+        num_preprocessors=preprocessors,
+        preprocessor_cpus=1 if config.autoscale else _share(hardware.cpus, preprocessors),
+        tensor_parallel=tensor_parallel,
+        may_grow=config.num_replicas == "auto",
+        waits_for_gpus=wanted > room,
+    )
+
+
+def _check_room(wanted: int, room: int, hardware: Hardware, tensor_parallel: int) -> None:
+    if not hardware.gpus:
+        raise ResourceError("device=cuda, but the cluster has no GPU; use --device cpu or add a GPU node")
+    if not room:
+        raise ResourceError(
+            f"a replica needs {tensor_parallel} GPUs of one node, and the largest node has {max(hardware.gpus)}; "
+            "lower --tensor-parallel or add a larger node"
+        )
+    if wanted > room:
+        each = f" of {tensor_parallel} GPUs on one node" if tensor_parallel > 1 else ""
+        raise ResourceError(
+            f"{wanted} replicas{each} need {wanted * tensor_parallel} GPUs; the cluster has {sum(hardware.gpus)}, room "
+            f"for {room}. Lower --num-replicas, or give --autoscale if the cluster can start more nodes"
+        )
+
+
+def _cpu_pools(config: RunConfig, cpus: float, tensor_parallel: int) -> Pools:
+    replicas = _chosen(config.num_replicas, max(1, int(cpus // _CPUS_PER_CPU_REPLICA)))
+    preprocessors = _chosen(config.num_preprocessors, max(1, int(cpus // 4)))
+    threads = max(1, int(cpus - preprocessors) // replicas)
+    share = _share(cpus, replicas + preprocessors)
+    threads = min(threads, _CPUS_PER_CPU_REPLICA)
+    return Pools("cpu", replicas, share, 0, threads, preprocessors, share, tensor_parallel)
+
+
+def plan_tensor_parallel(config: RunConfig, hardware: Hardware, model: OvisConfig) -> int:
+    """What `--tensor-parallel` comes to here: of `auto`, the fewest GPUs that hold a replica and room for its rows.
+
+    The GPUs' memory is asked for only if the model might not fit into the smallest that are usual. Raises ValueError.
+    """
+    if config.tensor_parallel != "auto":
+        check_tensor_parallel(model.language, config.tensor_parallel)
+        return config.tensor_parallel
+    if not uses_gpus(config, hardware):
+        return 1
+    value_bytes = 4 if config.dtype == "float32" else 2
+    if device_bytes(model, 1, value_bytes) <= _SMALLEST_USUAL_GPU_BYTES:
+        return 1
+    if not hardware.gpus:
+        raise ResourceError("no GPU is there yet to tell how much memory it has; give --tensor-parallel N")
+    return fewest_ranks(model, gpu_memory_bytes(), value_bytes)
+
+
+def gpu_memory_bytes() -> int:
+    """Of the smallest GPU of the cluster, as the driver on each node tells. Raises ResourceError."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    here = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    ask = ray.remote(_ask_driver).options(num_cpus=0, max_retries=0)
+    try:
+        told: list[int] = ray.get([ask.options(scheduling_strategy=node).remote() for node in here], timeout=_ASK_S)
+        return min(told)
+    except (ray.exceptions.RayError, ValueError) as error:
+        raise ResourceError(
+            f"cannot tell how much memory the GPUs have ({last_line(error)}); give --tensor-parallel N"
+        ) from error
+
+
+def _ask_driver() -> int:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB, a line for each
+    told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=_ASK_S)
+    return min(map(int, told.stdout.split())) << 20
+
+
+@contextmanager
+def asked_for_gpus(pools: Pools) -> Iterator[None]:
+    """While in the context, an autoscaler holds GPUs for all replicas.
+
+    Ray Data's pools do not make it start any for actors that they could have (ray-project/ray#59144).
+    """
+    if not pools.waits_for_gpus:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"GPU": pools.replica_gpus}] * pools.num_replicas)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def prefer_nodes_without(gpu_types: tuple[str, ...]) -> dict[str, Any]:
+    """Options of an actor that leaves the cores beside GPUs to the replicas there, as long as there are others."""
+    if not gpu_types:
+        return {}
+    others = {GPU_TYPE_LABEL: f"!in({','.join(gpu_types)})"}
+    return {"label_selector": others, "fallback_strategy": [{"label_selector": {}}]}
+
+
+def settled_dtype(config: RunConfig, pools: Pools) -> str:
+    """What `--dtype auto` comes to on this cluster."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if pools.device == "cuda" else "float32"
+
+
+def _chosen(option: int | Literal["auto"], auto: int) -> int:
+    return auto if option == "auto" else option
+
+
+def _share(cpus: float, actors: int) -> float:
+    """CPUs of each of `actors`: one, or an equal part of what there is, in Ray's steps of 1e-4."""
+    return min(1.0, int(cpus / actors * 10_000) / 10_000)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`rows_per_unit`: what a preprocessor takes at once; `calls_per_replica`: batches that its engine mixes."""
+
+    rows_per_unit: int
+    rows_per_batch: int
+    calls_per_replica: int
+
+
+def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int, tasks_per_row: int = 1) -> Sizes:
+    """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
+
+    Many units, so that every actor has work early and late; larger ones when there would be too many. Of several
+    replicas none takes more than half of its share ahead: the first to be ready would leave the others nothing.
+    """
+    fair_share = num_rows // (16 * pools.num_preprocessors)
+    rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // MAX_BLOCKS), 8)
+    rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
+    rows_ahead = -(-ROWS_SIDE_BY_SIDE // tasks_per_row)
+    if pools.num_replicas > 1:
+        rows_ahead = min(rows_ahead, max(1, num_rows // (2 * pools.num_replicas)))
+    calls = 1 + -(-rows_ahead // rows_per_batch)
+    return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, calls)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one up to `number`, so that units fit into the row groups of the manifest."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS or of a submitted job, else start one on this machine and end it afterwards."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # For the local cluster's processes: see generate.load_engine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Or each pool's start prints an error about arguments that are far too small to be evicted (ray#53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if ray.is_initialized():  # by a program that calls us
+        yield
+        return
+    with _own_sigterm_handler():
+        if address := os.environ.get("RAY_ADDRESS"):
+            _check_address(address)
+            ray.init(address="auto", logging_level=logging.WARNING)
+        else:
+            ray.init(**_LOCAL)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Ray puts a handler of its own in place, which prints a stack and ends the process with code 15."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries an address that does not answer for minutes. Raises ResourceError."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ResourceError(
+            f"RAY_ADDRESS={address} does not answer ({error}); unset it to run on this machine, or start that cluster"
+        ) from error
+
+
+Cause = TypeVar("Cause", bound=Exception)
+
+
+def cause_of(error: BaseException | None, kind: type[Cause]) -> Cause | None:
+    """The exception of this kind that an actor raised, below the wrappers that Ray puts around it."""
+    while error is not None and not isinstance(error, kind):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
+
+
+def last_line(error: Exception) -> str:
+    """Of a remote trace: the exception's type and message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Died|Unavailable)\b", line)]
+    # Ray's own wrapper comes last and says nothing.
+    told = [line for line in named if not re.match(r"ray\.exceptions\.(UserCodeException|RayTaskError)", line)]
+    return (told or named or lines)[-1]
+
+
+def configure_ray_data() -> None:
+    """For the datasets that this process runs."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts rows
+    context.target_max_block_size = BATCH_BYTES
+    # A pool that may grow does as soon as its actors have work for more than themselves: they always have one call in
+    # hand more than they can run.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.01
+    # Half an hour without a block fails a run by default: less than a large model may need to load.
+    context.execution_no_progress_timeout_s = 4 * 3600
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # What an actor raises is told once, by us, and not with a request to open an issue at Ray's.
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off

@@ -1,0 +1,1 @@
+"""References -> pixels: fetch bytes, decode images and videos, choose frames."""

@@ -1,0 +1,162 @@
+"""Frames and questions -> vectors to choose frames by, in actors of their own that preprocessors ask."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovis_model.checkpoint import CheckpointError, describe_checkpoint, fetch_checkpoint
+from pipelines.config import PIXELS, RunConfig
+
+logger = logging.getLogger(__name__)
+
+GPUS_PER_ENCODER_GPU = 9  # an encoder of 0.9 billion parameters keeps up with some replicas
+CPUS_PER_ENCODER = 8
+_MAX_THREADS = 4
+
+
+@dataclass(frozen=True)
+class EncoderPool:
+    """Actors and what each reserves; `gpus` and `cpus` in all are what the captioner has to do without."""
+
+    device: Literal["cpu", "cuda"]
+    num_encoders: int
+    cpus_each: int
+    gpus_each: int
+    num_threads: int
+
+    @property
+    def cpus(self) -> int:
+        return self.num_encoders * self.cpus_each
+
+    @property
+    def gpus(self) -> int:
+        return self.num_encoders * self.gpus_each
+
+    def __str__(self) -> str:
+        """Behind the plan of the captioner."""
+        where = f"with {self.num_threads} threads on CPUs" if self.device == "cpu" else "on a GPU each"
+        return f"; {self.num_encoders} to compare frames, {where}" if self.num_encoders else ""
+
+
+NO_ENCODERS = EncoderPool("cpu", 0, 0, 0, 0)
+
+
+def plan_encoders(config: RunConfig, *, cpus: float, gpus: float) -> EncoderPool:
+    """A GPU of their own if there are several, so that no captioner shares its memory; else CPUs."""
+    if not needs_encoder(config):
+        return NO_ENCODERS
+    if config.device != "cpu" and gpus >= 2:
+        return EncoderPool("cuda", max(1, int(gpus) // GPUS_PER_ENCODER_GPU), 0, 1, 1)
+    if config.device != "cpu" and gpus >= 1:
+        logger.warning(
+            "the only GPU is the captioner's, so frames are encoded on CPUs: a small --frame-encoder such as "
+            "google/siglip-base-patch16-224 is far faster there, and %s needs no model",
+            PIXELS,
+        )
+    threads = min(_MAX_THREADS, max(1, int(cpus) // CPUS_PER_ENCODER))
+    return EncoderPool("cpu", max(1, int(cpus) // CPUS_PER_ENCODER), 1 if cpus >= 4 else 0, 0, threads)
+
+
+def needs_encoder(config: RunConfig) -> bool:
+    return config.frame_selection != "uniform" and config.frame_encoder != PIXELS
+
+
+def describe_encoder(config: RunConfig) -> dict[str, str | None]:
+    """What identifies the encoder of a run, nothing if it has none. Raises ValueError if it cannot be used."""
+    if not needs_encoder(config):
+        return {}
+    if missing := [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]:
+        raise CheckpointError(
+            f"--frame-selection {config.frame_selection} needs {' and '.join(missing)}: pip install "
+            f"'ovis2-ray[video]', or choose --frame-encoder {PIXELS}"
+        )
+    try:
+        directory = fetch_checkpoint(config.frame_encoder, weights=False)
+        kind = json.loads((directory / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--frame-encoder {config.frame_encoder}: {error}") from error
+    if kind != "siglip":
+        raise CheckpointError(f"--frame-encoder {config.frame_encoder} is {kind}, not a SigLIP")
+    described = describe_checkpoint(config.frame_encoder)
+    return {f"frame encoder {name}": described[name] for name in ("revision", "weights")}
+
+
+class Encode:
+    """One encoder in an actor."""
+
+    def __init__(self, name: str, revision: str | None, device: Literal["cpu", "cuda"], num_threads: int) -> None:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        import torch
+
+        from ovis_model.network.siglip import SiglipEncoder
+
+        torch.set_num_threads(num_threads)
+        self._encoder = SiglipEncoder.from_pretrained(name, revision, device)
+
+    def size(self) -> tuple[int, int]:
+        return self._encoder.size
+
+    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._encoder.frames(pictures)
+
+    def text(self, text: str) -> NDArray[np.float32]:
+        return self._encoder.text(text)
+
+
+class RemoteEncoder:
+    """Some `Encode` actors, seen from another process."""
+
+    def __init__(self, actors: Sequence[Any], size: tuple[int, int]) -> None:
+        self._actors, self.size = actors, size
+
+    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._ask("frames", pictures)
+
+    def text(self, text: str) -> NDArray[np.float32]:
+        return self._ask("text", text)
+
+    def _ask(self, method: str, argument: Any) -> NDArray[np.float32]:
+        import ray
+
+        vectors: NDArray[np.float32] = ray.get(getattr(random.choice(self._actors), method).remote(argument))
+        return vectors
+
+    def stop(self) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def start_encoders(config: RunConfig, revision: str | None, pool: EncoderPool) -> RemoteEncoder | None:
+    """The pool's actors, loaded; to be stopped. None if the pool is empty."""
+    if not pool.num_encoders:
+        return None
+    import ray
+
+    options = {
+        "num_cpus": pool.cpus_each,
+        "num_gpus": pool.gpus_each,
+        "max_restarts": -1,
+        "max_task_retries": 2,
+        "scheduling_strategy": "SPREAD",
+    }
+    make = ray.remote(Encode).options(**options)
+    arguments = (config.frame_encoder, revision, pool.device, pool.num_threads)
+    actors = [make.remote(*arguments) for _ in range(pool.num_encoders)]
+    try:
+        return RemoteEncoder(actors, ray.get([actor.size.remote() for actor in actors])[0])
+    except BaseException:
+        for actor in actors:
+            ray.kill(actor)
+        raise

@@ -1,0 +1,342 @@
+"""A file of video to a few of its frames: only those are decoded to pixels, and what lies between is skipped.
+
+Knows nothing of rows, processes and limits: `decoder` runs this in a process that can be killed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from ovis_model.inputs.keyframes import uniform_indices
+from pipelines.errors import MediaError
+from pipelines.media.images import MAX_PIXELS
+
+# Demuxers that read one file: playlists (hls, dash, concat) would open others, by name or over the network.
+_FORMATS = (
+    "mov,mp4,matroska,webm,avi,flv,live_flv,mpeg,mpegts,mpegvideo,asf,ogg,rm,wtv,dv,mxf,nut,ivf,h264,hevc,av1,obu,"
+    "m4v,h263,vc1,gif,y4m,yuv4mpegpipe,3gp,swf,nsv,smjpeg,mjpeg"
+)
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")
+_BLIND_SEEK_S = 10  # without an index, what is nearer is decoded on the way rather than sought
+_LOST_SHARE, _LOST_S = 0.1, 1.0  # of the stated duration: headers lie by this much about whole files
+_SLACK_S = 0.002  # containers round times, some to milliseconds
+_BUFFER_BYTES = 1 << 16
+
+# ISO media but pictures in it (AVIF, HEIC), Matroska, AVI, FLV, ASF, Ogg, MPEG program and transport streams, MXF.
+_SIGNATURES = re.compile(
+    rb"....(ftyp(?!avi[fs]|hei[cmsx]|mif1|msf1)|moov|moof|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01"
+    rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|OggS|\0\0\x01[\xba\xb3]|\x47.{187}\x47|\x06\x0e\x2b\x34",
+    re.DOTALL,
+)
+
+Pixels = NDArray[np.uint8]
+
+
+class Window(NamedTuple):
+    """Part of a video, in seconds from its start: `start_s` up to `stop_s`."""
+
+    start_s: float = 0.0
+    stop_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Frames spread evenly: at most `num_frames`, and at most `fps` of them a second."""
+
+    num_frames: int
+    fps: float | None = None
+
+
+class Frame(NamedTuple):
+    """`pixels` uint8[H, W, 3], upright RGB; `timestamp_s` from the start of the video."""
+
+    pixels: Pixels
+    timestamp_s: float
+
+
+def sample_frames(
+    file: BinaryIO, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
+) -> list[Frame]:
+    """The frames that `sampling` asks for, in the order of time, resized to (width_px, height_px) if given.
+
+    Frame numbers are the model card's: of T = int(fps * duration) frames the middle of each of `num_frames` equal
+    parts, all of them if there are no more. fps and duration are what ffmpeg prints, as the card's code has them.
+    Raises MediaError for what holds no such frames.
+    """
+    with _Video(file) as video:
+        return list(video.frames_at(_times(video, sampling, window or Window()), size))
+
+
+def frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
+    """The frames shown at these ascending times, in full size. Raises MediaError."""
+    with _Video(file) as video:
+        return list(video.frames_at(times_s, None))
+
+
+def looks_like_video(data: bytes) -> bool:
+    """By its first bytes: the kinds of file that `image` decoders do not read."""
+    return _SIGNATURES.match(data) is not None
+
+
+def duration_s(file: BinaryIO) -> float:
+    """As its header has it, or else by its packets. Raises MediaError."""
+    with _Video(file) as video:
+        return video.duration_s
+
+
+def _times(video: _Video, sampling: Sampling, window: Window) -> list[float]:
+    stop_s = min(window.stop_s, video.duration_s)
+    if not window.start_s < stop_s and window.start_s > 0:
+        raise MediaError(f"the window starts at {window.start_s:g} s, the video ends at {video.duration_s:g} s")
+    length_s = stop_s - window.start_s
+    count = max(1, int(video.fps * length_s))
+    wanted = sampling.num_frames
+    if sampling.fps is not None:
+        wanted = min(wanted, max(1, math.ceil(length_s * sampling.fps)))
+    return [window.start_s + int(index) / video.fps for index in uniform_indices(count, wanted)]
+
+
+class _Video:
+    """One file whose frames are asked for in the order of time. To be closed. Raises MediaError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._may_seek = self._may_skip = True
+        self._wanted_from_s = -math.inf
+        self._start_over()
+        self.fps = _stated_fps(self._stream)
+        self.duration_s = self._duration_s()
+
+    def __enter__(self) -> _Video:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._container.close()
+
+    def frames_at(self, times_s: Sequence[float], size: tuple[int, int] | None) -> Iterator[Frame]:
+        """A frame for each of these ascending times: the last one that has begun then, as a player would show it."""
+        for time_s in times_s:
+            shown = self._shown_at(time_s)
+            if self._time_s(shown) < self._wanted_from_s:
+                # One that was skipped may have begun since. So it is in videos whose frames stay for long.
+                self._may_skip = False
+                self._container.close()
+                self._start_over()
+                shown = self._shown_at(time_s)
+            yield Frame(_pixels(shown, size), max(0.0, self._time_s(shown)))
+
+    def _start_over(self) -> None:
+        """Not by a seek, which some formats cannot do to their very start."""
+        self._container = _open(self._file)
+        try:
+            self._stream = _video_stream(self._container)
+        except MediaError:
+            self._container.close()
+            raise
+        self._stream.codec_context.thread_type = "NONE"  # other cores have other videos; threads cost a quarter more
+        self._start_s = (self._container.start_time or 0) / av.time_base
+        self._frames = self._decoded()
+        self._shown: VideoFrame | None = None  # the last one passed
+        self._next: VideoFrame | None = None  # decoded, and later than what was asked for
+
+    def _shown_at(self, time_s: float) -> VideoFrame:
+        """Raises MediaError."""
+        self._wanted_from_s = time_s - 2 / self.fps if self._may_skip else -math.inf
+        self._approach(time_s)
+        slack_s = min(_SLACK_S, 0.5 / self.fps)
+        while self._shown is None or self._time_s(self._shown) <= time_s - slack_s:
+            following, self._next = self._next or next(self._frames, None), None
+            if following is None:
+                return self._last(time_s)
+            if self._shown is not None and self._time_s(following) > time_s + slack_s:
+                self._next = following
+                break
+            self._shown = following
+        return self._shown
+
+    def _last(self, time_s: float) -> VideoFrame:
+        """Where there are no more frames. Raises MediaError if more are missing than headers lie by."""
+        if self._shown is None:
+            raise MediaError("no frame of the video can be decoded")
+        end_s, stated_s = self._time_s(self._shown) + 1 / self.fps, self._stated_end_s()
+        if min(time_s, stated_s) - end_s > max(_LOST_S, _LOST_SHARE * stated_s):
+            raise MediaError(
+                f"the video ends at {end_s:.1f} s, its header says {stated_s:.1f} s: it is truncated, or its header "
+                f"is wrong; with #t=0,{end_s:.1f} behind its name what is there is taken"
+            )
+        return self._shown
+
+    def _stated_end_s(self) -> float:
+        """Of the pictures: the sound may go on behind the last one."""
+        if self._stream.duration is not None:
+            return float(self._stream.duration * (self._stream.time_base or 0))
+        if match := re.match(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):  # Matroska
+            return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+        return self.duration_s
+
+    def _approach(self, time_s: float) -> None:
+        """Seek, if that saves decoding what lies between."""
+        here_s = self._time_s(self._shown) if self._shown else 0.0
+        key_s = self._key_frame_before(time_s)
+        is_worth_it = time_s - here_s > _BLIND_SEEK_S if key_s is None else key_s > here_s
+        if self._may_seek and is_worth_it:
+            self._seek(time_s)
+            # Not again where it led back: without key frames that would decode the whole video each time.
+            self._may_seek &= self._shown is not None and self._time_s(self._shown) > here_s
+
+    def _key_frame_before(self, time_s: float) -> float | None:
+        """None if the file has no index that reaches so far. Entries are decoding times, a little early."""
+        index, base = self._stream.index_entries, self._stream.time_base
+        if base is None or self._container.format.name not in _INDEXED or len(index) < 2:
+            return None
+        wanted = round((time_s + self._start_s) / base)
+        if index[len(index) - 1].timestamp < wanted:
+            return None
+        entry = index.search_timestamp(wanted)
+        return None if entry < 0 else float(index[entry].timestamp * base) - self._start_s
+
+    def _seek(self, time_s: float) -> None:
+        """To a key frame at or before `time_s`, however the file is indexed."""
+        for back_s in (0, 1, 10, 100):
+            if time_s <= back_s:
+                break
+            try:
+                self._container.seek(round((time_s - back_s + self._start_s) * av.time_base))
+            except av.FFmpegError:
+                break
+            self._frames, self._next = self._decoded(), None
+            self._shown = next(self._frames, None)
+            if self._shown is not None and self._time_s(self._shown) <= time_s + _SLACK_S:
+                return
+        self._container.close()
+        self._start_over()
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        """Frames in the order of time. As in ffmpeg, a packet that cannot be decoded is left out.
+
+        Before `_wanted_from_s` those that no other frame refers to are skipped.
+        """
+        previous = -math.inf
+        for packet in _packets(self._container, self._stream):
+            is_early = packet.pts is not None and self._time_s(packet) < self._wanted_from_s
+            self._stream.codec_context.skip_frame = "NONREF" if is_early else "DEFAULT"
+            try:
+                frames = packet.decode()
+            except (av.FFmpegError, EOFError):
+                continue
+            for frame in frames:
+                if frame.pts is None:
+                    _number(frame, self._stream, previous)
+                if frame.pts > previous:
+                    previous = frame.pts
+                    yield frame
+
+    def _time_s(self, timed: Any) -> float:
+        """Of a frame or a packet, from the start of the video."""
+        return float((timed.pts or 0) * (timed.time_base or 0)) - self._start_s
+
+    def _duration_s(self) -> float:
+        """In hundredths, as ffmpeg prints it."""
+        microseconds = self._container.duration or 0
+        if microseconds <= 0:
+            microseconds = self._measured()
+        return (microseconds + 5000) // 10_000 / 100
+
+    def _measured(self) -> int:
+        """Microseconds up to the end of the last packet; nothing is decoded."""
+        end_s, count = 0.0, 0
+        for packet in _packets(self._container, self._stream):
+            count += packet.size > 0
+            if packet.pts is not None:
+                end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        length_s = max(end_s - self._start_s, count / self.fps)
+        self._container.close()
+        self._start_over()
+        return round(length_s * av.time_base)
+
+
+def _open(file: BinaryIO) -> InputContainer:
+    if not file.seek(0, io.SEEK_END):
+        raise MediaError("not a video: the file is empty")
+    file.seek(0)
+    try:
+        options = {"format_whitelist": _FORMATS}
+        return av.open(file, "r", buffer_size=_BUFFER_BYTES, options=options, metadata_errors="replace")
+    except av.FFmpegError as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise MediaError(f"not a video, or its header is damaged: {reason}") from error
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    """Raises MediaError. The cover of a song is a video stream of one picture: not ours."""
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise MediaError(f"no video in the file: it holds {kinds}")
+    context: Any = streams[0].codec_context
+    if context is None:
+        raise MediaError("the video's codec is unknown, or its header is damaged")
+    _check_size(context.width, context.height)
+    return streams[0]
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise MediaError(f"the video says that it is {width} x {height} px: its header is damaged")
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"too large: {width:,} x {height:,} px are over the limit of {MAX_PIXELS:,} pixels")
+
+
+def _stated_fps(stream: VideoStream) -> float:
+    """Frames a second as ffmpeg prints them, two decimals, and moviepy reads them: 29.97 is 30000 / 1001."""
+    rate = float(stream.average_rate or stream.guessed_rate or stream.base_rate or 0)
+    stated = round(rate, 2)
+    if stated <= 0:
+        return rate if rate > 0 else 1.0
+    for whole in (23, 24, 25, 30, 50):
+        if stated != whole and abs(stated - whole * 1000 / 1001) < 0.01:
+            return whole * 1000 / 1001
+    return stated
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
+    """Up to the end of the file or to where it cannot be read on."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            return
+        if packet is None:
+            return
+        yield packet
+
+
+def _number(frame: VideoFrame, stream: VideoStream, previous: float) -> None:
+    """Gives a frame of a bare stream, which has no times, its own."""
+    step = 1 / _stated_fps(stream) / float(stream.time_base or 1)
+    frame.time_base = stream.time_base
+    frame.pts = 0 if previous == -math.inf else round(previous + step)
+
+
+def _pixels(frame: VideoFrame, size: tuple[int, int] | None) -> Pixels:
+    """uint8[H, W, 3] of `frame`, turned upright. The colours are those of ffmpeg's command line."""
+    _check_size(frame.width, frame.height)
+    quarter_turns = round(frame.rotation / 90) % 4
+    width, height = size if size is not None else (frame.width, frame.height)
+    if quarter_turns % 2 and size is not None:
+        width, height = height, width
+    picture: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # type: ignore[assignment]
+    return np.ascontiguousarray(np.rot90(picture, quarter_turns))  # libav pads the rows of most sizes

@@ -1,0 +1,288 @@
+"""Videos decoded in a process of their own, which is ended when one of them takes too long, too much memory or crashes.
+
+`python -m pipelines.media.video_process FD` is that process; it answers over the socket FD until its parent is gone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from pipelines.errors import MediaError, StoreFault
+from pipelines.media import video
+from pipelines.media.video import Frame, Pixels, Sampling, Window
+from pipelines.storage import store
+
+TIMEOUT_S = 600.0
+MAX_MEMORY_BYTES = 4 << 30
+_LENGTH = struct.Struct("!Q")
+_BLOCK_BYTES = 1 << 20
+
+Json = dict[str, Any]
+
+
+class Video(NamedTuple):
+    """Where a video is: a file, or `num_bytes` from `offset` of it, or `data` itself."""
+
+    uri: str
+    offset: int = -1
+    num_bytes: int = -1
+    data: bytes = b""
+
+
+class VideoDecoder:
+    """One process that decodes one video after the other, started when first needed. For one thread at a time.
+
+    Its methods raise MediaError for a video that cannot be decoded within the limits, OSError if it cannot be read and
+    StoreFault if its store is down.
+    """
+
+    def __init__(self, *, timeout_s: float = TIMEOUT_S, max_memory_bytes: int = MAX_MEMORY_BYTES) -> None:
+        self._timeout_s, self._max_memory_bytes = timeout_s, max_memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def sample(
+        self, place: Video, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
+    ) -> list[Frame]:
+        """See `video.sample_frames`."""
+        window = window or Window()
+        return self._frames("sample", place, sampling=asdict(sampling), window=list(window), size=size)
+
+    def at(self, place: Video, times_s: Sequence[float]) -> list[Frame]:
+        """See `video.frames_at`."""
+        return self._frames("at", place, times_s=list(times_s))
+
+    def duration_s(self, place: Video) -> float:
+        """See `video.duration_s`."""
+        reply, _ = self._ask("duration", place)
+        return float(reply["duration_s"])
+
+    def close(self) -> None:
+        """End the process; a later call starts another."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._socket = None
+
+    def _frames(self, what: str, place: Video, **arguments: Any) -> list[Frame]:
+        reply, pixels = self._ask(what, place, **arguments)
+        return [Frame(*frame) for frame in zip(pixels, reply["timestamps_s"], strict=True)]
+
+    def _ask(self, what: str, place: Video, **arguments: Any) -> tuple[Json, list[Pixels]]:
+        """Once more if the process dies on it: it may have been ended from outside."""
+        for last_try in (False, True):
+            stream = _Stream(self._started(), time.monotonic() + self._timeout_s)
+            try:
+                request = {"what": what, "place": place[:3], "arguments": arguments, "stores": store.settings()}
+                stream.send(request, place.data)
+                reply = stream.receive_json()
+                _raise_if_error(reply)
+                return reply, [stream.receive(shape) for shape in reply["shapes"]]
+            except TimeoutError as error:
+                self.close()
+                raise MediaError(f"decoding takes longer than {self._timeout_s:g} s") from error
+            except (_Ended, ConnectionError) as error:
+                how = self._how_it_ended()
+                if last_try:
+                    raise MediaError(f"the decoder died on it twice ({how})") from error
+        raise AssertionError("unreachable")
+
+    def _started(self) -> socket.socket:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._socket is None:
+            self._socket, theirs = socket.socketpair()
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "pipelines.media.video_process",
+                str(theirs.fileno()),
+                str(os.getpid()),
+            ]
+            paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]  # this package, whatever is installed
+            environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
+            self._process = subprocess.Popen(
+                [*command, str(self._max_memory_bytes)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+            theirs.close()
+        return self._socket
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        code = self._process.wait()
+        self.close()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class _Ended(Exception):  # noqa: N818
+    """The other side has closed the socket."""
+
+
+class _Stream:
+    """Messages over a socket: a length, JSON of that length, bytes that the JSON says more of."""
+
+    def __init__(self, connection: socket.socket, deadline_s: float = float("inf")) -> None:
+        self._connection, self._deadline_s = connection, deadline_s
+
+    def send(self, message: Json, *payloads: Any) -> None:
+        data = json.dumps({**message, "num_bytes": [memoryview(payload).nbytes for payload in payloads]}).encode()
+        for part in (_LENGTH.pack(len(data)), data, *payloads):
+            self._wait()
+            self._connection.sendall(memoryview(part).cast("B") if memoryview(part).nbytes else b"")
+
+    def receive_json(self) -> Json:
+        (length,) = _LENGTH.unpack(self.receive([_LENGTH.size]).tobytes())
+        message: Json = json.loads(self.receive([length]).tobytes())
+        return message
+
+    def receive(self, shape: Sequence[int]) -> np.ndarray:
+        """uint8 of this shape. Raises TimeoutError, _Ended."""
+        array = np.empty(shape, np.uint8)
+        view = array.reshape(-1).data
+        while view.nbytes:
+            self._wait()
+            if not (count := self._connection.recv_into(view)):
+                raise _Ended
+            view = view[count:]
+        return array
+
+    def _wait(self) -> None:
+        if self._deadline_s < float("inf"):
+            left_s = self._deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            self._connection.settimeout(left_s)
+
+
+def _raise_if_error(reply: Json) -> None:
+    match reply.get("error"):
+        case "read":
+            raise OSError(reply["reason"])
+        case "store":
+            raise StoreFault(reply["reason"])
+        case "decode":
+            raise MediaError(reply["reason"])
+
+
+def main(fd: int, parent: int, max_memory_bytes: int) -> None:
+    """Answer until the other side closes the socket or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    stream = _Stream(socket.socket(fileno=fd))
+    while True:
+        try:
+            request = stream.receive_json()
+            data = stream.receive(request["num_bytes"]).tobytes()
+        except (_Ended, ConnectionError):
+            return
+        answer, frames = _answer(request, data)
+        stream.send(answer, *(frame.pixels for frame in frames))
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed cannot end a process in the middle of a video."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
+    try:
+        store.use_settings(request["stores"])
+        uri, offset, num_bytes = request["place"]
+        with _opened(Video(uri, offset, num_bytes, data)) as file:
+            return _run(request["what"], file, request["arguments"])
+    except MediaError as error:
+        return {"error": "decode", "reason": str(error)}, []
+    except MemoryError:
+        return {"error": "decode", "reason": "decoding needs more memory than a video may take"}, []
+    except OSError as error:
+        return {"error": "read", "reason": error.strerror or str(error) or type(error).__name__}, []
+    except StoreFault as error:
+        return {"error": "store", "reason": str(error)}, []
+    except Exception as error:
+        # On damaged data libraries raise whatever their parsing runs into; none of it may stop the run.
+        return {"error": "decode", "reason": f"{type(error).__name__}: {error}"}, []
+
+
+def _run(what: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Frame]]:
+    if what == "duration":
+        return {"duration_s": video.duration_s(file), "shapes": []}, []
+    frames = _sample(file, **arguments) if what == "sample" else video.frames_at(file, **arguments)
+    shapes = [frame.pixels.shape for frame in frames]
+    return {"shapes": shapes, "timestamps_s": [frame.timestamp_s for frame in frames]}, frames
+
+
+def _sample(file: BinaryIO, sampling: Json, window: list[float], size: list[int] | None) -> list[Frame]:
+    return video.sample_frames(file, Sampling(**sampling), Window(*window), (size[0], size[1]) if size else None)
+
+
+@contextmanager
+def _opened(place: Video) -> Iterator[BinaryIO]:
+    if place.data:
+        yield io.BytesIO(place.data)
+        return
+    with store.open_file(place.uri, block_bytes=_BLOCK_BYTES) as file:
+        yield file if place.offset < 0 else io.BufferedReader(_Part(file, place.offset, place.num_bytes))
+
+
+class _Part(io.RawIOBase):
+    """`num_bytes` of a file from `offset` on, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, offset: int, num_bytes: int) -> None:
+        self._file, self._offset, self._num_bytes = file, offset, num_bytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._num_bytes}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), max(0, self._num_bytes - self._at))
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""The frozen input: every row's number, id and place, written once as OUTPUT/manifest and read by range."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.media.reference import ImageRef
+from pipelines.output.ledger import RowRange
+from pipelines.schema import KEPT, MANIFEST, ROW, ROWS_PER_GROUP
+from pipelines.storage import store
+
+ROWS_PER_FILE = 1 << 17
+
+
+def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) -> None:
+    """Tables of one schema, `schema.manifest` without the row number -> numbered files of ROWS_PER_FILE rows.
+
+    With `first_row` they go behind the rows that are there; a kill leaves those as they were.
+    """
+    for start, table in _files(tables, first_row):
+        if start % ROWS_PER_FILE:
+            table = pa.concat_tables([_begun_file(output, start), table])
+            start -= start % ROWS_PER_FILE
+        numbers = pa.array(range(start, start + len(table)), pa.int64())
+        buffer = io.BytesIO()
+        numbered = table.add_column(0, MANIFEST.field(ROW), numbers)
+        pq.write_table(numbered, buffer, row_group_size=ROWS_PER_GROUP, compression="zstd")
+        store.write_bytes(_file_of(output, start), buffer.getvalue())
+
+
+def _begun_file(output: str, end: int) -> pa.Table:
+    """The last file's rows up to `end`: behind it may be some of an extension that was killed."""
+    return store.read_parquet(_file_of(output, end)).slice(0, end % ROWS_PER_FILE).drop_columns([ROW])
+
+
+def read_columns(output: str, num_rows: int, columns: list[str]) -> Iterator[pa.Table]:
+    """These columns of all rows, a table for each file."""
+    for start in range(0, num_rows, ROWS_PER_FILE):
+        yield store.read_parquet(_file_of(output, start), columns).slice(0, num_rows - start)
+
+
+def read_rows(output: str, rows: RowRange) -> pa.Table:
+    """Schema MANIFEST. `rows` must lie within one row group: cut them at ROWS_PER_GROUP or a divisor of it."""
+    first, last = rows.start // ROWS_PER_GROUP, (rows.stop - 1) // ROWS_PER_GROUP
+    assert first == last, f"rows {rows} cross a row group of {ROWS_PER_GROUP}"
+    return _read_group(output, first, MANIFEST.names).slice(rows.start - first * ROWS_PER_GROUP, rows.stop - rows.start)
+
+
+def take_rows(output: str, rows: NDArray[np.int64], columns: list[str]) -> pa.Table:
+    """These columns of some rows, in order, by sorted row numbers, at least one."""
+    groups = [
+        _read_group(output, group, columns).take(rows[rows // ROWS_PER_GROUP == group] % ROWS_PER_GROUP)
+        for group in np.unique(rows // ROWS_PER_GROUP).tolist()
+    ]
+    return pa.concat_tables(groups)
+
+
+def sample_images(output: str) -> Iterator[ImageRef]:
+    """Some images, from the first, the middle and the last rows."""
+    files = store.list_files(store.join(output, "manifest"))
+    for number in _spread(len(files)):
+        with store.open_file(files[number].uri) as file:
+            parquet = pq.ParquetFile(file, pre_buffer=False)
+            for group in _spread(parquet.num_row_groups):
+                rows = parquet.read_row_group(group, columns=["images"], use_threads=False).column(0)
+                for row in _spread(len(rows)):
+                    yield from (ImageRef(**image) for image in rows[row].as_py())
+
+
+def _spread(length: int) -> list[int]:
+    return sorted({0, length // 2, length - 1}) if length else []
+
+
+class KeptColumns:
+    """The columns of the input that go on into the output; their values are read when the rows are written."""
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        with store.open_file(_file_of(self._output, 0)) as file:
+            columns = pq.read_schema(file)
+        return pa.schema(list(columns.field(KEPT).type) if KEPT in columns.names else [])
+
+    def read(self, rows: NDArray[np.int64]) -> list[pa.ChunkedArray]:
+        """The columns of `schema` for sorted row numbers."""
+        if not len(self.schema):
+            return []
+        columns: list[pa.ChunkedArray] = take_rows(self._output, rows, [KEPT]).column(KEPT).flatten()
+        return columns
+
+
+def _read_group(output: str, group: int, columns: list[str]) -> pa.Table:
+    groups_per_file = ROWS_PER_FILE // ROWS_PER_GROUP
+    with store.open_file(_file_of(output, group * ROWS_PER_GROUP)) as file:
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        return parquet.read_row_group(group % groups_per_file, columns=columns, use_threads=False)
+
+
+def _file_of(output: str, row: int) -> str:
+    return store.join(output, "manifest", f"rows-{row // ROWS_PER_FILE * ROWS_PER_FILE:012}.parquet")
+
+
+def _files(tables: Iterable[pa.Table], first_row: int) -> Iterator[tuple[int, pa.Table]]:
+    """The same rows in tables that end at multiples of ROWS_PER_FILE, with the number of the first row of each."""
+    waiting: list[pa.Table] = []
+    start = first_row
+    for table in tables:
+        waiting.append(table)
+        while sum(map(len, waiting)) >= (room := ROWS_PER_FILE - start % ROWS_PER_FILE):
+            joined = pa.concat_tables(waiting)
+            yield start, joined.slice(0, room)
+            waiting, start = [joined.slice(room)], start + room
+    if any(map(len, waiting)):
+        yield start, pa.concat_tables(waiting)

@@ -1,0 +1,153 @@
+"""Results -> Parquet files that appear whole or not at all, and back."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import schema
+from pipelines.output.lease import Lease
+from pipelines.output.ledger import FOOTER_KEY, FileEntry, Ledger, to_ranges
+from pipelines.output.manifest import KeptColumns
+from pipelines.storage import store
+
+FLUSH_S = 30.0  # so that a killed run loses no more than this of finished work
+
+
+class Sink:
+    """Collects result rows in the driver and writes them to `data_uri`; `ledger` says which rows are there.
+
+    One writer: results are text, about 1 KB a row, so one process keeps up with thousands of rows a second, and it
+    alone knows what has arrived, when to write and how far the run is. A context: inside it a thread writes rows that
+    have waited for FLUSH_S; on the way out all that wait are written, whatever ends the run.
+    """
+
+    def __init__(
+        self,
+        data_uri: str,
+        ledger: Ledger,
+        lease: Lease,
+        *,
+        rows_per_file: int,
+        kept: KeptColumns | None = None,
+    ) -> None:
+        self._data_uri, self._ledger, self._lease, self._rows_per_file = data_uri, ledger, lease, rows_per_file
+        self._kept = kept
+        self._waiting: list[pa.Table] = []
+        self._oldest_s = 0.0  # when the first waiting row came
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._fault: Exception | None = None
+        self._thread = threading.Thread(target=self._flush_late_rows, name="flush", daemon=True)
+
+    def __enter__(self) -> Sink:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+        try:
+            self._thread.join()
+            self.flush()
+        except KeyboardInterrupt:  # on the way out, when everything has arrived
+            self.flush()
+            raise
+        if self._fault is not None and exception[0] is None:
+            raise self._fault
+
+    def add(self, results: pa.Table) -> pa.Table:
+        """Take rows of `schema.result` and write what is due -> the rows that were new.
+
+        A stage that is run again after its process died may hand over rows that it handed over before. Raises
+        OSError or LeaseError if rows cannot be written.
+        """
+        with self._lock:
+            if self._fault is not None:
+                raise self._fault
+            rows = results.column(schema.ROW).to_numpy()
+            is_new = self._ledger.new_rows(rows) & ~np.isin(rows, self._waiting_rows())
+            new = results.filter(pa.array(is_new))
+            self._oldest_s = self._oldest_s if self._waiting else time.monotonic()
+            self._waiting.append(new)
+            if sum(map(len, self._waiting)) >= self._rows_per_file:
+                self._flush()
+            return new
+
+    def flush(self) -> None:
+        """Write all waiting rows."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        self._lease.check()
+        table = pa.concat_tables(self._waiting).sort_by(schema.ROW)
+        while len(table):
+            self._ledger.add(write_file(self._data_uri, table.slice(0, self._rows_per_file), self._kept))
+            table = table.slice(self._rows_per_file)
+            self._waiting = [table]  # one that fails leaves no row written and waiting
+        self._waiting.clear()
+
+    def _flush_late_rows(self) -> None:
+        while not self._closed.wait(min(1.0, FLUSH_S / 2)):
+            try:
+                with self._lock:
+                    if self._waiting and time.monotonic() - self._oldest_s > FLUSH_S:
+                        self._flush()
+            except Exception as fault:  # told to the thread that hands over rows
+                self._fault = fault
+                return
+
+    def _waiting_rows(self) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.int64), *(t.column(schema.ROW).to_numpy() for t in self._waiting)])
+
+
+def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None) -> FileEntry:
+    """Rows of `schema.result` sorted by row number -> one file of them and the kept columns."""
+    rows = results.column(schema.ROW).to_numpy()
+    table = results.drop_columns([schema.ROW])
+    if kept is not None:
+        # Read here, not handed through the stages: they keep their types, and the stages stay light.
+        table = pa.table([*table.columns, *kept.read(rows)], schema=pa.schema([*table.schema, *kept.schema]))
+    entry, data = encode_file(table, rows)
+    store.write_bytes(store.join(data_uri, entry.file_name), data)
+    return entry
+
+
+def encode_file(table: pa.Table, rows: NDArray[np.int64]) -> tuple[FileEntry, bytes]:
+    """A table of the output and its ascending row numbers -> a Parquet file whose footer says which rows it holds."""
+    entry = FileEntry(to_ranges(rows), pc.sum(pc.equal(table.column("status"), "error")).as_py() or 0)
+    buffer = io.BytesIO()
+    marked = table.replace_schema_metadata({FOOTER_KEY: entry.to_json().encode()})
+    pq.write_table(marked, buffer, compression="zstd")
+    return entry, buffer.getvalue()
+
+
+def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
+    """An output file's row numbers, ascending, and its rows."""
+    table = store.read_parquet(uri)
+    entry = FileEntry.from_json(table.schema.metadata[FOOTER_KEY])
+    return entry.rows, table.replace_schema_metadata(None)
+
+
+def read_results(output: str) -> pa.Table:
+    """All rows of a run, in the order of the input."""
+    uris = [info.uri for info in store.list_files(store.join(output, "data")) if info.uri.endswith(".parquet")]
+    files = [read_file(uri) for uri in uris]
+    whole = pa.concat_tables([table for _, table in files] or [schema.OUTPUT.empty_table()])
+    return whole.take(np.argsort(np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in files)])))
+
+
+def remove_temporaries(data_uri: str) -> None:
+    """What a killed writer left under a temporary name."""
+    for info in store.list_files(data_uri):
+        if info.uri.endswith(store.TEMPORARY_SUFFIX):
+            store.remove(info.uri)

@@ -1,0 +1,1 @@
+"""Files by URI: local paths, object stores and http(s), with bounded retries."""

@@ -1,0 +1,35 @@
+"""Messages of Arrow's IPC format, checked before Arrow reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.errors import SourceError
+
+_FILE_START = b"ARROW1\0\0"  # of the file format, which is a stream with an index behind it
+
+
+def read_schema(file: Any) -> pa.Schema:
+    """Leaves `file` at the first batch. Raises ArrowException or SourceError."""
+    if file.read(len(_FILE_START)) != _FILE_START:
+        file.seek(0)
+    schema = pa.ipc.read_schema(_checked(pa.ipc.read_message(file), "schema"))
+    if any(pa.types.is_dictionary(field.type) for field in schema):
+        raise SourceError("Arrow streams with dictionaries are not read; save the dataset as Parquet")
+    return schema
+
+
+def read_batch(message: pa.ipc.Message, schema: pa.Schema, names: list[str]) -> pa.RecordBatch:
+    """The columns `names`, checked: what points out of a damaged batch would end the process."""
+    batch = pa.ipc.read_record_batch(_checked(message, "record batch"), schema).select(names)
+    batch.validate(full=True)
+    return batch
+
+
+def _checked(message: pa.ipc.Message, type_: str) -> pa.ipc.Message:
+    """Arrow reads a message of any type as what it is asked for, and ends the process."""
+    if message.type != type_:
+        raise pa.ArrowInvalid(f"a message of type {message.type!r} where one of type {type_!r} belongs")
+    return message

@@ -1,0 +1,255 @@
+"""Files by http(s) URL, for INPUT that others wrote: bounded in time, bytes and redirects, and to public addresses.
+
+Options of the class go into fsspec's configuration, such as FSSPEC_HTTP='{"total_timeout_s": 300}'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+import time
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import aiohttp
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.spec import AbstractBufferedFile
+from yarl import URL
+
+from pipelines.errors import BusyFault, FinalFault
+from pipelines.storage.retries import retried
+
+MAX_FILE_BYTES = 256 << 20  # of what is read whole
+MAX_REDIRECTS = 5
+_CHUNK_BYTES = 64 << 10
+_REDIRECTS = (301, 302, 303, 307, 308)
+_NOT_FOUND, _FORBIDDEN, _BUSY = (404, 410), (401, 403, 407, 451), (408, 425, 429)
+_AS_GIVEN = re.compile(r"[!-~]+")  # printable ASCII is sent as it is: a signature may cover its spelling
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_AZURE_METADATA = ipaddress.ip_address("168.63.129.16")  # public by its number only
+
+
+class AddressRefused(FinalFault):
+    """A host inside the network that the run is in."""
+
+
+class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
+    """Reads only. Raises OSError without the URL in it, which may hold credentials; one request an attempt."""
+
+    protocol = ("http", "https")
+
+    def __init__(
+        self,
+        allow_private: bool = False,
+        connect_timeout_s: float = 10,
+        read_timeout_s: float = 20,
+        total_timeout_s: float = 60,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._allow_private = allow_private
+        self._timeout = aiohttp.ClientTimeout(total_timeout_s, sock_connect=connect_timeout_s, sock_read=read_timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path
+
+    async def _info(self, path: str, **_: Any) -> dict[str, Any]:
+        """One byte is asked for, as not every server answers HEAD. `size` is None if it is not told."""
+        async with self._answer(path, first=0, last=0) as response:
+            return {"name": path, "type": "file", "size": _size(response)}
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        """A file from its start, at most `end` bytes, or else the range."""
+        if start:
+            assert end is not None, "a range has an end"
+            return await self._cat_range(path, start, end)
+        async with self._answer(path) as response:
+            if (response.content_length or 0) > MAX_FILE_BYTES:
+                raise FinalFault(
+                    f"the file has {response.content_length:,} bytes, over the limit of {MAX_FILE_BYTES:,}"
+                )
+            data = await _body(response, MAX_FILE_BYTES + 1 if end is None else end)
+        if end is None and len(data) > MAX_FILE_BYTES:
+            raise FinalFault(f"the file has more than the limit of {MAX_FILE_BYTES:,} bytes")
+        return data
+
+    def cat_range(self, path: str, start: int, end: int) -> bytes:
+        data: bytes = sync(self.loop, self._cat_range, path, start, end)
+        return data
+
+    async def _cat_range(self, path: str, start: int, end: int) -> bytes:
+        async with self._answer(path, first=start, last=end - 1) as response:
+            if response.status == 416:
+                return b""
+            if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise FinalFault(
+                    "the server does not serve ranges of files, which shards need; copy the shard elsewhere"
+                )
+            return await _body(response, end - start)
+
+    async def _glob(self, path: str, **_: Any) -> dict[str, Any]:
+        return {}
+
+    async def _pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        raise FinalFault("nothing can be written by http; choose another OUTPUT")
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> WebFile:
+        return WebFile(self, path, mode, block_size or "default", size=self._known_size(path))
+
+    def _known_size(self, path: str) -> int:
+        size: int | None = retried(lambda: self.info(path))["size"]
+        if size is None:
+            raise FinalFault(
+                "the server does not tell the size of the file, which shards need; copy the shard elsewhere"
+            )
+        return size
+
+    @asynccontextmanager
+    async def _answer(
+        self, url: str, first: int | None = None, last: int | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """What the server says after its redirects, status and headers checked."""
+        headers = {} if first is None else {"Range": f"bytes={first}-{last}"}
+        try:
+            async with asyncio.timeout(self._timeout.total), self._follow(_parsed(url), headers) as response:
+                _check(response)
+                yield response
+        except TimeoutError as error:
+            raise BusyFault("timeout: the server was too slow") from error  # fsspec takes the text off a TimeoutError
+        except aiohttp.ClientError as error:
+            raise _as_os_error(error) from error
+        except ValueError as error:  # of a header or a name that cannot be sent
+            raise FinalFault(f"the URL cannot be asked for: {type(error).__name__}") from error
+
+    @asynccontextmanager
+    async def _follow(self, url: URL, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        for _ in range(MAX_REDIRECTS + 1):
+            async with self._connected().get(url, headers=headers, allow_redirects=False) as response:
+                if response.status not in _REDIRECTS:
+                    yield response
+                    return
+                url = url.join(_parsed(response.headers.get("Location", "")))
+                _check_scheme(url)
+        raise FinalFault(f"more than {MAX_REDIRECTS} redirects")
+
+    def _connected(self) -> aiohttp.ClientSession:
+        """On fsspec's event loop, of one thread."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(socket_factory=self._socket, limit_per_host=32),
+                timeout=self._timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"Accept-Encoding": "identity", "User-Agent": "ovis2-ray"},
+                auto_decompress=False,
+            )
+            weakref.finalize(self, _close, self.loop, self._session)
+        return self._session
+
+    def _socket(self, address: Any) -> socket.socket:
+        """For the address connected to, whatever name or redirect led to it, and however often it was resolved."""
+        family, kind, protocol, _, where = address
+        if not (self._allow_private or _is_public(where[0])):
+            raise AddressRefused(f"{where[0]} is not a public address; --allow-private-addresses permits it")
+        return socket.socket(family, kind, protocol)
+
+
+class WebFile(AbstractBufferedFile):  # type: ignore[misc]
+    """A file that is read in blocks."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return retried(lambda: self._exactly(start, min(end, self.size)))
+
+    def _exactly(self, start: int, end: int) -> bytes:
+        data: bytes = self.fs.cat_range(self.path, start, end)
+        if len(data) != end - start:
+            raise OSError(f"{len(data):,} bytes came instead of {end - start:,}: truncated, or changed meanwhile")
+        return data
+
+
+def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
+    """Or aiohttp complains when the process ends."""
+    with suppress(Exception):
+        sync(loop, session.close, timeout=1)
+
+
+def _parsed(url: str) -> URL:
+    return URL(url, encoded=_AS_GIVEN.fullmatch(url) is not None)
+
+
+def _check_scheme(url: URL) -> None:
+    if url.scheme not in ("http", "https"):
+        raise FinalFault(f"a redirect to {url.scheme or 'nowhere'}")
+
+
+def _check(response: aiohttp.ClientResponse) -> None:
+    """Raises OSError unless there is a body as it was asked for, or the range lies behind the end."""
+    status, reason = response.status, f"HTTP {response.status} {response.reason or ''}".rstrip()
+    if status in _NOT_FOUND:
+        raise FileNotFoundError(reason)
+    if status in _FORBIDDEN:
+        raise PermissionError(reason)
+    if status in _BUSY or status >= 500:
+        raise BusyFault(reason, _retry_after_s(response.headers.get("Retry-After", "")))
+    if status not in (200, 206, 416):
+        raise FinalFault(reason)
+    encoding = response.headers.get("Content-Encoding", "identity").lower()
+    if encoding != "identity":
+        raise FinalFault(f"the server packs its answer ({encoding}) although it was asked not to")
+
+
+async def _body(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The first `most` bytes at most, counted as they come, whatever the headers say."""
+    data = bytearray()
+    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+        data += chunk
+        if len(data) >= most:
+            break
+    del data[most:]
+    return bytes(data)
+
+
+def _size(response: aiohttp.ClientResponse) -> int | None:
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    if response.status in (206, 416):
+        return int(total) if total.isdecimal() else None
+    return response.content_length
+
+
+def _retry_after_s(value: str) -> float:
+    """Seconds or a date; 0 if there is none."""
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _as_os_error(error: aiohttp.ClientError) -> OSError:
+    """Without the URL that aiohttp puts into most of its messages."""
+    cause = getattr(error, "os_error", None)
+    if isinstance(cause, OSError):
+        return cause if isinstance(cause, AddressRefused) else OSError(f"no connection: {cause.strerror or cause}")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return OSError("the answer ended too early: truncated")
+    if isinstance(error, aiohttp.InvalidURL):
+        return FinalFault("not a URL that can be asked for")
+    return OSError(f"the server's answer cannot be read ({type(error).__name__})")
+
+
+def _is_public(address: str) -> bool:
+    """Also of what an IPv6 address leads to by translation."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast and ip != _AZURE_METADATA

@@ -1,0 +1,342 @@
+"""Files by URI, local or in an object store: list, read, write at once, remove. The only module that knows fsspec.
+
+What fails for a reason of its own raises OSError; what fails because the store does, StoreFault.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.errors import FinalFault, StoreError, StoreFault
+from pipelines.storage.retries import MORE_ATTEMPTS, is_final, retried
+
+TEMPORARY_SUFFIX = ".tmp"
+
+_EXTRAS = {
+    "http": "http",
+    "https": "http",
+    "s3": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+}
+_WEB = ("http", "https")
+_FINAL_NAMES = ("ParamValidationError",)  # botocore's, for the name of a bucket that cannot be one
+PARQUET_BUFFER_BYTES = 1 << 20  # or a column of a row group would be held whole
+_MAPPED_BLOCK_BYTES = 4 << 20
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    uri: str
+    num_bytes: int  # -1: the store does not say
+    is_regular: bool = True  # False for a pipe, a socket or a device, which may never end
+
+
+def open_store(uri: str) -> tuple[Any, str]:
+    """The file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
+    if "://" not in uri:
+        local = LocalFileSystem()
+        return local, local._strip_protocol(uri)
+    protocol = uri.split("://", 1)[0]
+    try:
+        # Not fsspec's url_to_fs: it takes a `::` in a name for a chain of file systems.
+        kind = _file_system(protocol)
+        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
+    except ImportError as error:
+        install = f"; pip install 'ovis2-ray[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+        raise StoreError(f"{shown(uri)}: {error}{install}") from error
+    except ValueError as error:
+        raise StoreError(f"{shown(uri)}: {error}") from error
+
+
+def _file_system(protocol: str) -> Any:
+    if protocol not in _WEB:
+        return fsspec.get_filesystem_class(protocol)
+    from pipelines.storage.http import WebFileSystem  # fsspec's own follows any redirect anywhere and reads without end
+
+    return WebFileSystem
+
+
+def allow_private_addresses(allowed: bool) -> None:
+    """Whether this process may ask hosts inside its own network by http, as INPUT of strangers should not make it."""
+    fsspec.config.conf.setdefault("http", {})["allow_private"] = allowed
+
+
+def shown(uri: str) -> str:
+    """A URI or an id for people to read: without user and password, of a URL without its query (a signature?)."""
+    plain = re.sub(r"(?<=://)[^/?#]*@", "", uri)
+    return re.sub(r"\?[^#]*", "", plain) if uri.partition("://")[0] in _WEB else plain
+
+
+def name_of(uri: str) -> str:
+    """Where the suffix of a file is found: of a URL, without its query."""
+    return re.split("[?#]", uri, maxsplit=1)[0] if uri.partition("://")[0] in _WEB else uri
+
+
+@contextmanager
+def _faults_as_os_errors() -> Iterator[None]:
+    """Each store's client has exceptions of its own: whoever uses a store handles OSError."""
+    try:
+        yield
+    except (OSError, StoreError):
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise FinalFault(f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        name = type(error).__name__
+        raise (FinalFault if name in _FINAL_NAMES else OSError)(f"{name}: {error}") from error
+
+
+def settings() -> dict[str, Any]:
+    """What this process has set for its stores, as JSON, for `use_settings` in another."""
+    return dict(fsspec.config.conf)
+
+
+def use_settings(given: dict[str, Any]) -> None:
+    fsspec.config.conf.update(given)
+
+
+def absolute_uri(uri: str) -> str:
+    """A local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
+    fs, path = open_store(uri)
+    return path if isinstance(fs, LocalFileSystem) else uri
+
+
+def place_of(uri: str) -> str:
+    """The store of `uri`: protocol and bucket or host, "" for this machine's files."""
+    return "/".join(uri.split("/")[:3]) if "://" in uri else ""
+
+
+def join(uri: str, *names: str) -> str:
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def list_files(uri: str) -> list[FileInfo]:
+    """All files below a directory, sorted by name, links followed; nothing if it does not exist. Raises OSError."""
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        return sorted(_walk(path), key=lambda info: info.uri)
+    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.find(path, detail=True))
+    return [_info(fs, name, found[name]) for name in sorted(found)]
+
+
+def glob_files(uri: str) -> list[FileInfo]:
+    """The files that match, without directories, sorted by name. Raises OSError."""
+    fs, path = open_store(uri)
+    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.glob(path, detail=True))
+    return [_info(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
+
+
+def find_file(uri: str) -> FileInfo | None:
+    """What is at `uri` unless that is a directory or nothing. Raises OSError."""
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        return _local_info(path) if fs.exists(path) and not fs.isdir(path) else None
+    try:
+        info = _tried(fs, lambda: fs.info(path))
+    except FileNotFoundError:
+        return None
+    return _info(fs, path, info) if info["type"] != "directory" else None
+
+
+def is_directory(uri: str) -> bool:
+    """Raises OSError."""
+    fs, path = open_store(uri)
+    return bool(_tried(fs, lambda: fs.isdir(path)))
+
+
+def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """The whole file or bytes `start` up to `stop`, fewer if it ends before.
+
+    Raises OSError.
+    """
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(f"{path} is not a regular file")  # a pipe may never end
+    data: bytes = _tried(fs, lambda: fs.cat_file(path, start=start, end=stop))
+    return data
+
+
+def can_read(uri: str, offset: int) -> bool:
+    """Whether the store hands out the byte there now, asked once."""
+    fs, path = open_store(uri)
+    try:
+        with _faults_as_os_errors():
+            return len(fs.cat_file(path, start=offset, end=offset + 1)) == 1
+    except OSError:
+        return False
+
+
+def _tried(fs: Any, action: Callable[[], T]) -> T:
+    """`action`, with the faults that may pass tried again. One that never does is a StoreFault, but on the web, where
+    each host is one of many: there every fault is an OSError."""
+
+    def attempt() -> T:
+        with _faults_as_os_errors():
+            return action()
+
+    if "http" in fs.protocol:
+        return retried(attempt)
+    try:
+        return retried(attempt, MORE_ATTEMPTS)
+    except OSError as error:
+        if is_final(error):
+            raise
+        raise StoreFault(f"the store fails again and again: {error}") from error
+
+
+def open_file(uri: str, block_bytes: int | None = None) -> Any:
+    """A binary file object that reads the parts it is asked for, from an object store in blocks of this size.
+
+    Raises OSError, as its `read` does.
+    """
+    fs, path = open_store(uri)
+    options = {"block_size": block_bytes} if block_bytes else {}
+    if "http" in fs.protocol:  # whose files try again themselves
+        with _faults_as_os_errors():
+            return fs.open(path, "rb", **options)
+    file = _tried(fs, lambda: fs.open(path, "rb", **options))
+    return file if isinstance(fs, LocalFileSystem) else _PatientFile(fs, file)
+
+
+def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Raises OSError.
+
+    On this thread alone (`use_threads`, `pre_buffer`), as wherever a driver reads Parquet: a thread of Arrow's that
+    lets go of a Python file while the interpreter ends aborts the process.
+    """
+    with open_file(uri) as file:
+        return pq.read_table(file, columns=columns, use_threads=False, pre_buffer=False)
+
+
+def map_file(uri: str) -> Any:
+    """A binary file for Arrow, in memory only where it is looked at if it is local. Raises OSError."""
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pa.memory_map(path)
+    return pa.PythonFile(open_file(uri, _MAPPED_BLOCK_BYTES), mode="r")
+
+
+class _PatientFile:
+    """A file of a store whose reads are tried again."""
+
+    def __init__(self, fs: Any, file: Any) -> None:
+        self._fs, self._file = fs, file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _PatientFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def read(self, size: int = -1) -> bytes:
+        at = self._file.tell()
+
+        def read() -> bytes:
+            self._file.seek(at)
+            data: bytes = self._file.read(size)
+            return data
+
+        return _tried(self._fs, read)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """All of `data` or nothing appears at `uri`, whenever the process dies: renamed locally, one put elsewhere.
+
+    Raises OSError.
+    """
+    fs, path = open_store(uri)
+    if not isinstance(fs, LocalFileSystem):
+        _tried(fs, lambda: fs.pipe_file(path, data))
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def move(source: str, target: str) -> None:
+    """One file to another place of the same store: renamed locally, copied there and removed elsewhere.
+
+    The target is whole whenever the process dies. Raises OSError.
+    """
+    fs, path = open_store(source)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).replace(target)
+        return
+    there = open_store(target)[1]
+    _tried(fs, lambda: fs.cp_file(path, there))
+    remove(source)
+
+
+def remove(uri: str) -> None:
+    """One file; fine if it is gone. Raises OSError."""
+    fs, path = open_store(uri)
+    with suppress(FileNotFoundError):
+        _tried(fs, lambda: fs.rm_file(path))
+
+
+def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
+    if isinstance(fs, LocalFileSystem):
+        return _local_info(name)
+    size = info.get("size")
+    return FileInfo(fs.unstrip_protocol(name), -1 if size is None else int(size))
+
+
+def _walk(directory: str) -> Iterator[FileInfo]:
+    """fsspec's own walk does not follow links to directories, and passes over those that it may not read."""
+    seen = {os.path.realpath(directory)}
+    for parent, directories, names in os.walk(directory, followlinks=True, onerror=_raise_unless_missing):
+        directories[:] = [name for name in directories if _is_new(f"{parent}/{name}", seen)]
+        yield from (_local_info(f"{parent}/{name}") for name in names)
+
+
+def _is_new(directory: str, seen: set[str]) -> bool:
+    """A link to a directory that was walked already, such as a parent, would never end."""
+    real = os.path.realpath(directory)
+    is_new = real not in seen
+    seen.add(real)
+    return is_new
+
+
+def _local_info(path: str) -> FileInfo:
+    """A link counts as what it leads to; one that leads nowhere is found missing when it is read."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return FileInfo(path, 0)
+    return FileInfo(path, status.st_size, stat.S_ISREG(status.st_mode))
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

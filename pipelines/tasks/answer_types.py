@@ -1,0 +1,325 @@
+"""What a task's answer may be: how the model is held to it, the type of its column, and its value from the text.
+
+text                        anything                              string
+bool                        Yes or No                             bool
+{choices: [a, b]}           one of them                           string
+int, {int: {min, max}}      a whole number                        int64
+list[str]                   a JSON array of strings               list<string>
+{regex: PATTERN}            what the whole pattern matches        string
+{json_schema: SCHEMA}       JSON that the schema allows           what `records.shape_of` makes of the schema
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from ovis_model.types import Constraint
+from pipelines.tasks.arrow_types import Shape, closed, shape_of
+
+MOST_DIGITS = 18  # of an int64, whatever they are
+MAX_ITEMS = 100  # of a list of strings, unless the task says otherwise
+MAX_STRING_LENGTH = 200  # of each of them: a tag or a line, and an end to a loop
+_REPETITIVE = 2.4  # times that zlib shortens a text in a loop: Whisper's threshold (arXiv:2212.04356, section 4.5)
+
+
+class Answer(Protocol):
+    """A type of answers. `options` are scored instead of decoded; `constraint` bounds what is decoded."""
+
+    @property
+    def spec(self) -> Any:
+        """As in a file of tasks."""
+        ...
+
+    @property
+    def type(self) -> pa.DataType: ...
+
+    @property
+    def options(self) -> tuple[str, ...]: ...
+
+    @property
+    def constraint(self) -> Constraint | None: ...
+
+    def value(self, text: str) -> Any:
+        """For a column of `type`. Raises ValueError if the text is no such answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An answer that is not one of a few."""
+
+    options = ()
+
+    @property
+    def constraint(self) -> Constraint | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Text(_Decoded):
+    spec = "text"
+    type = pa.string()
+
+    def value(self, text: str) -> str:
+        return text
+
+
+@dataclass(frozen=True)
+class Choices:
+    options: tuple[str, ...]
+    type = pa.string()
+    constraint = None
+
+    def __post_init__(self) -> None:
+        if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
+            raise ValueError(f"choices {list(self.options)} must be two or more texts, each once and none empty")
+
+    @property
+    def spec(self) -> Any:
+        return {"choices": list(self.options)}
+
+    def value(self, text: str) -> str | bool:
+        if text not in self.options:
+            raise ValueError(f"{text!r} is none of {', '.join(self.options)}")
+        return text
+
+
+@dataclass(frozen=True)
+class YesNo(Choices):
+    options: tuple[str, ...] = ("Yes", "No")
+    spec = "bool"
+    type = pa.bool_()
+
+    def value(self, text: str) -> bool:
+        return super().value(text) == "Yes"
+
+
+@dataclass(frozen=True)
+class Integer(_Decoded):
+    minimum: int = -(10**MOST_DIGITS) + 1
+    maximum: int = 10**MOST_DIGITS - 1
+    type = pa.int64()
+
+    def __post_init__(self) -> None:
+        if not -(10**MOST_DIGITS) < self.minimum <= self.maximum < 10**MOST_DIGITS:
+            raise ValueError(
+                f"int from {self.minimum} to {self.maximum}: min may not be over max, nor have more than {MOST_DIGITS} "
+                "digits"
+            )
+
+    @property
+    def spec(self) -> Any:
+        return "int" if self == Integer() else {"int": {"min": self.minimum, "max": self.maximum}}
+
+    @property
+    def constraint(self) -> Constraint:
+        return _json({"type": "integer", "minimum": self.minimum, "maximum": self.maximum})
+
+    def value(self, text: str) -> int:
+        number = int(text)
+        if not self.minimum <= number <= self.maximum:
+            raise ValueError(f"{number} is not between {self.minimum} and {self.maximum}")
+        return number
+
+
+@dataclass(frozen=True)
+class Strings(_Decoded):
+    max_items: int = MAX_ITEMS
+    type = pa.list_(pa.string())
+
+    def __post_init__(self) -> None:
+        if self.max_items < 1:
+            raise ValueError(f"max_items={self.max_items} must be at least 1")
+
+    @property
+    def spec(self) -> Any:
+        return "list[str]" if self.max_items == MAX_ITEMS else {"list[str]": {"max_items": self.max_items}}
+
+    @property
+    def constraint(self) -> Constraint:
+        items = {"type": "string", "minLength": 1, "maxLength": MAX_STRING_LENGTH}
+        return _json({"type": "array", "items": items, "maxItems": self.max_items})
+
+    def value(self, text: str) -> list[str]:
+        items = json.loads(text)
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise ValueError("not a JSON array of strings")
+        return items
+
+
+@dataclass(frozen=True)
+class Pattern(_Decoded):
+    regex: str
+    type = pa.string()
+
+    @property
+    def spec(self) -> Any:
+        return {"regex": self.regex}
+
+    @property
+    def constraint(self) -> Constraint:
+        return Constraint("regex", self.regex)
+
+    def value(self, text: str) -> str:
+        return text  # the decoding matched it: another engine for patterns may read them in another way
+
+
+@dataclass(frozen=True)
+class Record(_Decoded):
+    """`schema`: JSON text. Objects with `properties` hold no others unless the schema speaks of them."""
+
+    schema: str
+
+    @property
+    def spec(self) -> Any:
+        return {"json_schema": json.loads(self.schema)}
+
+    @property
+    def type(self) -> pa.DataType:
+        return _shape_of(self.schema).type
+
+    @property
+    def constraint(self) -> Constraint:
+        return _held_to(self.schema)
+
+    def value(self, text: str) -> Any:
+        try:
+            return _shape_of(self.schema).convert(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+
+
+def _json(schema: Any) -> Constraint:
+    return Constraint("json_schema", json.dumps(schema))
+
+
+@lru_cache  # every row asks for it
+def _held_to(schema: str) -> Constraint:
+    return _json(closed(json.loads(schema)))
+
+
+@lru_cache
+def _shape_of(schema: str) -> Shape:
+    return shape_of(json.loads(schema))
+
+
+def parse_answer(spec: Any) -> Answer:
+    """Of a file of tasks. Raises ValueError."""
+    if isinstance(spec, Text | Choices | Integer | Strings | Pattern | Record):
+        return spec
+    if isinstance(spec, str) and spec in _PLAIN:
+        return _PLAIN[spec]
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        [(kind, argument)] = spec.items()
+        if kind in _WITH_ARGUMENT:
+            return _WITH_ARGUMENT[kind](argument)
+    raise ValueError(
+        f"answer: {spec!r} is unknown; give text, bool, int, list[str], {{int: {{min: 0, max: 9}}}}, "
+        "{choices: [...]}, {regex: ...} or {json_schema: ...}"
+    )
+
+
+def _choices(options: Any) -> Choices:
+    if not isinstance(options, list | tuple):
+        raise ValueError(f"choices: {options!r} is no list")
+    if strange := [option for option in options if not isinstance(option, str)]:
+        raise ValueError(f"choices: {strange[0]!r} is no text; YAML reads words such as yes, no and 1 so: quote it")
+    return Choices(tuple(options))
+
+
+def _int(bounds: Any) -> Integer:
+    given = _options(bounds, "int", {"min": "minimum", "max": "maximum"})
+    return Integer(**given)
+
+
+def _strings(bounds: Any) -> Strings:
+    return Strings(**_options(bounds, "list[str]", {"max_items": "max_items"}))
+
+
+def _options(given: Any, kind: str, names: Mapping[str, str]) -> dict[str, int]:
+    if not isinstance(given, Mapping) or not given.keys() <= names.keys():
+        raise ValueError(f"{kind}: {given!r} must name {' and '.join(names)} only")
+    if strange := [value for value in given.values() if type(value) is not int]:
+        raise ValueError(f"{kind}: {strange[0]!r} is no whole number")
+    return {names[name]: value for name, value in given.items()}
+
+
+def _regex(pattern: Any) -> Pattern:
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"regex: {pattern!r} is no pattern")
+    return Pattern(pattern)
+
+
+def _json_schema(schema: Any) -> Record:
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError(f"json_schema: {schema!r} is neither a schema nor a file that holds one")
+    try:
+        text = json.dumps(schema)
+    except TypeError as error:
+        raise ValueError(f"json_schema: {error}; {_QUOTE}") from error
+    if json.loads(text) != schema:
+        raise ValueError(f"json_schema: {schema!r} holds names that are no texts, or what JSON lacks; {_QUOTE}")
+    return Record(text)
+
+
+_QUOTE = "YAML reads words such as yes, no, 1 and 2030-12-31 as other than text: quote them"
+
+
+_PLAIN: dict[str, Answer] = {"text": Text(), "bool": YesNo(), "int": Integer(), "list[str]": Strings()}
+_WITH_ARGUMENT: dict[str, Callable[[Any], Answer]] = {
+    "choices": _choices,
+    "int": _int,
+    "list[str]": _strings,
+    "regex": _regex,
+    "json_schema": _json_schema,
+}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A task's answer. `confidence`: the mean log-probability, or the probability of each option.
+
+    `alternative`: what it was chosen over, if the task was asked twice.
+    """
+
+    text: str
+    value: Any
+    finish_reason: str
+    confidence: float | dict[str, float]
+    flags: tuple[str, ...]
+    mean_logprob: float
+    num_tokens: int
+    alternative: Answered | None = None
+
+
+def flags_of(answer: Answer, text: str, value: Any, finish_reason: str) -> tuple[str, ...]:
+    """What is suspicious: truncated, repetition, empty, invalid."""
+    found = {
+        "truncated": finish_reason == "length",
+        "repetition": not answer.options and is_repetitive("\n".join(_texts(text if value is None else value))),
+        "empty": not text.strip(),
+        "invalid": value is None,
+    }
+    return tuple(flag for flag, is_so in found.items() if is_so)
+
+
+def is_repetitive(text: str) -> bool:
+    """A loop compresses far better than speech does; a short text never does."""
+    data = text.encode()
+    return len(data) > _REPETITIVE * len(zlib.compress(data))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value: the names of fields and the brackets of a record repeat by themselves."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)

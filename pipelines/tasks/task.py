@@ -1,0 +1,168 @@
+"""What is asked of every row: one question or several, each with its own type of answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, field_validator
+
+from ovis_model.types import SamplingParams
+from pipelines.tasks.answer_types import Answer, Answered, Text, parse_answer
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")  # as in SamplingParams
+
+Encode = Callable[[str], Sequence[int]]
+"""A whole answer as token ids, the end of the turn included."""
+
+
+class Task(BaseModel):
+    """A question. What is None is as the run has it: `of_run` fills it in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)
+    prompt: str = Field(min_length=1)
+    system: str | None = Field(None, min_length=1)
+    answer: Annotated[Any, BeforeValidator(parse_answer), PlainSerializer(lambda answer: answer.spec)] = Text()
+    max_new_tokens: PositiveInt | None = None
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, gt=0)
+    stop: tuple[str, ...] | None = None
+    seed: int | None = None
+
+    @field_validator("prompt", "system", "stop")
+    @classmethod
+    def _is_unicode(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for text in (value,) if isinstance(value, str) else value or ():
+            check_text(text)
+        return value
+
+    def of_run(self, **defaults: Any) -> Task:
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    @property
+    def where(self) -> str:
+        """Before a message that is about one task of several."""
+        return f"task {self.name}: " if self.name else ""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Of free text; other answers end where their type says so."""
+        return () if self.answer.options or self.answer.constraint else self.stop or ()
+
+    def sampling(self, row_id: str, encode: Encode) -> SamplingParams:
+        """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
+        key = "\0".join(filter(None, (str(self.seed), row_id, self.name)))
+        kind: Answer = self.answer
+        options = {name: getattr(self, name) for name in _SAMPLING}
+        return SamplingParams(
+            **options,
+            stop=self.stops,
+            seed=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1,  # torch takes signed ones
+            choices=tuple(tuple(encode(option)) for option in kind.options),
+            constraint=kind.constraint,
+        )
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for what can be no part of a prompt."""
+    if text == "":
+        raise ValueError("may not be empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not UTF-8") from None
+
+
+def read_tasks(path: str) -> list[dict[str, Any]]:
+    """The tasks of a YAML file, unchecked; a `json_schema` may name a file beside it. Raises ValueError, OSError."""
+    file = Path(path)
+    try:
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML in UTF-8: {error}") from error
+    tasks = values.get("tasks") if isinstance(values, dict) else values
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise ValueError(f"{path} must hold `tasks:` and a list of them, each with a name and a prompt")
+    return [_with_schema(task, file.parent) for task in tasks]
+
+
+def _with_schema(task: dict[str, Any], directory: Path) -> dict[str, Any]:
+    answer = task.get("answer")
+    if not isinstance(answer, dict) or not isinstance(answer.get("json_schema"), str):
+        return task
+    path = directory / answer["json_schema"]
+    try:
+        return {**task, "answer": {"json_schema": json.loads(path.read_text("utf-8"))}}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"task {task.get('name')}: {path} is not JSON: {error}") from error
+
+
+FLAGS = "flags"
+
+
+def columns_of(tasks: Sequence[Task], *, with_alternatives: bool) -> list[pa.Field]:
+    """`flags`, and the columns of each task. Whether two share a name is for the caller to check."""
+    fields = [pa.field(FLAGS, pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False)]
+    for task in tasks:
+        fields += [
+            pa.field(task.name, task.answer.type),
+            pa.field(f"{task.name}_text", pa.string(), nullable=False),
+            pa.field(f"{task.name}_finish_reason", pa.string(), nullable=False),
+            _confidence_field(task),
+        ]
+        if with_alternatives:
+            fields.append(pa.field(f"{task.name}_alternative", _ALTERNATIVE))
+    return fields
+
+
+def _confidence_field(task: Task) -> pa.Field:
+    name = f"{task.name}_confidence"
+    if not task.answer.options:
+        return pa.field(name, pa.float32(), nullable=False)
+    return pa.field(name, pa.struct([pa.field(o, pa.float32(), nullable=False) for o in task.answer.options]))
+
+
+_ALTERNATIVE = pa.struct(
+    [
+        pa.field("text", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("flags", pa.list_(pa.string())),
+    ]
+)
+
+
+def values_of(tasks: Sequence[Task], answers: Sequence[Answered]) -> dict[str, Any]:
+    """The columns of `columns_of`, of a row that has answers."""
+    values: dict[str, Any] = {
+        FLAGS: [f"{task.name}:{flag}" for task, answer in zip(tasks, answers, strict=True) for flag in answer.flags]
+    }
+    for task, answer in zip(tasks, answers, strict=True):
+        values[task.name] = answer.value
+        values[f"{task.name}_text"] = answer.text
+        values[f"{task.name}_finish_reason"] = answer.finish_reason
+        values[f"{task.name}_confidence"] = answer.confidence
+        values[f"{task.name}_alternative"] = answer.alternative and _alternative(answer.alternative)
+    return values
+
+
+def _alternative(answer: Answered) -> dict[str, Any]:
+    return {"text": answer.text, "finish_reason": answer.finish_reason, "flags": list(answer.flags)}
+
+
+def no_values(tasks: Sequence[Task]) -> dict[str, Any]:
+    """The columns of `columns_of`, of a row that failed."""
+    values: dict[str, Any] = {FLAGS: []}
+    for task in tasks:
+        values |= {task.name: None, f"{task.name}_text": "", f"{task.name}_finish_reason": ""}
+        if not task.answer.options:
+            values[f"{task.name}_confidence"] = float("nan")
+    return values

@@ -1,0 +1,148 @@
+"""Outputs of an annotation run, written for tests as `jobs.annotate` lays them out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import schema
+from pipelines.media.reference import ImageRef
+from pipelines.output.ledger import RowRange
+from pipelines.output.manifest import write_manifest
+from pipelines.output.sink import encode_file
+from pipelines.storage import store
+
+Json = dict[str, Any]
+
+RECORD = pa.struct(
+    [("colour", pa.string()), ("size", pa.struct([("width", pa.int64())])), ("parts", pa.list_(pa.string()))]
+)
+TYPES: dict[str, pa.DataType] = {
+    "text": pa.string(),
+    "bool": pa.bool_(),
+    "int": pa.int64(),
+    "choices": pa.string(),
+    "list": pa.list_(pa.string()),
+    "record": RECORD,
+}
+
+TASKS = [
+    {"name": "caption", "prompt": "Describe the image.", "answer": "text"},
+    {"name": "has_red", "prompt": "Is there a red object?", "answer": "bool"},
+    {"name": "count", "prompt": "How many objects are there?", "answer": {"int": {"min": 0, "max": 20}}},
+    {"name": "kind", "prompt": "Which shape is it?", "answer": {"choices": ["circle", "square", "triangle"]}},
+    {"name": "tags", "prompt": "Tags?", "answer": {"list[str]": {"max_items": 10}}},
+    {"name": "record", "prompt": "As JSON.", "answer": {"json_schema": {"type": "object"}}},
+]
+KINDS = ("text", "bool", "int", "choices", "list", "record")
+
+
+def answer(value: Any, text: str | None = None, confidence: Any = -0.1, finish_reason: str = "stop") -> Json:
+    """What one task says of one item; `text` is the value's own if not given."""
+    text = (value if isinstance(value, str) else json.dumps(value)) if text is None else text
+    return {"": value, "_text": text, "_finish_reason": finish_reason, "_confidence": confidence}
+
+
+def item(name: str, answers: Sequence[Json], *, images: Sequence[ImageRef] = (), **columns: Any) -> Json:
+    """A row that went well, or with `stage` and `error` one that did not; further columns are kept ones."""
+    return {"id": name, "uri": images[0].uri if images else name, "images": images, "answers": answers, **columns}
+
+
+def write_run(output: Path, items: Iterable[Json], *, rows_per_file: int = 1000, tasks: Sequence[Json] = TASKS) -> Path:
+    """OUTPUT/manifest, data and run.json of these rows."""
+    rows = list(items)
+    place = str(output)
+    write_manifest(place, [_manifest(rows)] if rows else [])
+    for start in range(0, len(rows), rows_per_file):
+        part = rows[start : start + rows_per_file]
+        write_rows(place, start, _table(part, tasks))
+    write_record(output, len(rows), tasks)
+    return output
+
+
+def write_rows(output: str, start: int, table: pa.Table) -> None:
+    entry, data = encode_file(table, np.arange(*RowRange(start, start + len(table))))
+    store.write_bytes(store.join(output, "data", entry.file_name), data)
+
+
+def write_record(output: Path, num_rows: int, tasks: Sequence[Json]) -> None:
+    record = {
+        "config": {"input": ["pictures"], "model": "demo", "keep_columns": []},
+        "model": {"id": "demo", "revision": None, "weights": "0123456789abcdef"},
+        "tasks": list(tasks),
+        "num_rows": num_rows,
+        "versions": {"ovis2-ray": "0.1.0"},
+        "status": "finished",
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "updated_at": "2026-01-02T03:04:15+00:00",
+        "settled_dtype": "float32",
+    }
+    store.write_bytes(store.join(str(output), "run.json"), json.dumps(record).encode())
+
+
+def output_schema(tasks: Sequence[Json], kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    base = [schema.OUTPUT.field(name) for name in ("id", "uri", "status", "stage", "error")]
+    counts = [schema.OUTPUT.field(f"num_{name}") for name in ("images", "tiles", "prompt_tokens", "output_tokens")]
+    own = [*counts, schema.OUTPUT.field("frame_timestamps_s"), pa.field("flags", pa.list_(pa.string()))]
+    return pa.schema([*base, *own, *(field for task in tasks for field in _fields(task)), *kept])
+
+
+def kind_of(task: Json) -> str:
+    name = task["answer"] if isinstance(task["answer"], str) else next(iter(task["answer"]))
+    return {"list[str]": "list", "json_schema": "record"}.get(name, name)
+
+
+def _fields(task: Json) -> list[pa.Field]:
+    name, kind = task["name"], kind_of(task)
+    choices = {"bool": ["Yes", "No"]}.get(kind) or (task["answer"]["choices"] if kind == "choices" else None)
+    confidence = pa.struct([(choice, pa.float32()) for choice in choices]) if choices else pa.float32()
+    texts = [(f"{name}_text", pa.string()), (f"{name}_finish_reason", pa.string())]
+    return [pa.field(*pair) for pair in ((name, TYPES[kind]), *texts, (f"{name}_confidence", confidence))]
+
+
+def _table(rows: Sequence[Json], tasks: Sequence[Json]) -> pa.Table:
+    own = {"id", "uri", "images", "answers", "stage", "error", "flags", "frame_timestamps_s"}
+    kept = pa.Table.from_pylist([{k: v for k, v in row.items() if k not in own} for row in rows])
+    fields = [kept.schema.field(name) for name in kept.column_names]
+    return pa.Table.from_pylist([_flat(row, tasks) for row in rows], output_schema(tasks, fields))
+
+
+def _flat(row: Json, tasks: Sequence[Json]) -> Json:
+    is_error = bool(row.get("error"))
+    nothing = {"_text": "", "_finish_reason": ""}
+    flat = {
+        "status": "error" if is_error else "ok",
+        "stage": "",
+        "error": "",
+        "num_images": 1,
+        "num_tiles": 3,
+        "num_prompt_tokens": 20,
+        "num_output_tokens": 0 if is_error else 10,
+        "frame_timestamps_s": [],
+        "flags": [],
+    }
+    for number, task in enumerate(tasks):
+        failed = {**nothing, "": None, "_confidence": None if kind_of(task) in ("bool", "choices") else math.nan}
+        said = failed if is_error else row["answers"][number]
+        flat |= {f"{task['name']}{end}": value for end, value in said.items()}
+    return flat | {key: value for key, value in row.items() if key not in ("images", "answers")}
+
+
+def _manifest(rows: Sequence[Json]) -> pa.Table:
+    entries = [
+        {
+            **{name: row[name] for name in ("id", "uri")},
+            "images": [image._asdict() for image in row["images"]],
+            "prompt": "",
+            "has_own_prompt": False,
+            "error": "",
+        }
+        for row in rows
+    ]
+    return pa.Table.from_pylist(entries, schema.MANIFEST.remove(0))

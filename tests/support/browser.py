@@ -1,0 +1,90 @@
+"""A Chromium without a window, as the tests and `python -m tests.support.browser PAGE PNG` drive it.
+
+    python -m tests.support.browser captions/report.html docs/report.png [--dark] [--script JAVASCRIPT]
+
+Needs Debian's packages chromium and chromium-driver, or what else is on the PATH under these names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# Nothing but the page: no profile, no updates, no requests of the browser's own.
+_OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--hide-scrollbars"),
+    *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+def missing() -> str:
+    """Why there is no browser, "" if there is one."""
+    if not _browser() or not shutil.which("chromedriver"):
+        return "needs chromium and chromedriver: apt-get install chromium chromium-driver"
+    return ""
+
+
+def _browser() -> str | None:
+    return next(filter(None, map(shutil.which, _BROWSERS)), None)
+
+
+@contextmanager
+def chromium(width_px: int = 1500, height_px: int = 1000) -> Iterator[Any]:
+    """A selenium driver. Its logs hold what a page writes to the console and asks of the network."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = _browser() or ""
+        for option in (*_OPTIONS, f"--user-data-dir={profile}", f"--window-size={width_px},{height_px}"):
+            options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        # A driver that is named is not looked for: selenium would download one.
+        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+def open_page(driver: Any, page: Path | str, *, dark: bool = False) -> None:
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    driver.get(Path(page).resolve().as_uri())
+
+
+def requests(driver: Any) -> list[str]:
+    """The URLs that were asked for since the last call, but for those that the page's own policy blocked."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    blocked = {e["params"]["requestId"] for e in events if e["params"].get("blockedReason") == "csp"}
+    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [request["request"]["url"] for request in sent if request["requestId"] not in blocked]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.browser", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("page", type=Path)
+    parser.add_argument("png", type=Path)
+    parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--script", default="", help="to run before the picture is taken")
+    parser.add_argument("--height-px", type=int, default=1000)
+    args = parser.parse_args()
+    with chromium(height_px=args.height_px) as driver:
+        open_page(driver, args.page, dark=args.dark)
+        driver.execute_script(args.script)
+        driver.execute_cdp_cmd("Runtime.evaluate", {"expression": "document.fonts.ready", "awaitPromise": True})
+        args.png.write_bytes(driver.get_screenshot_as_png())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Ray clusters of several nodes on this machine, with GPUs that Ray believes in, and what is left of a run on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.conftest import ROOT
+
+_MARK = "OVIS_TEST_CLUSTER"
+BIN = Path(sys.executable).parent
+_STATE = """
+import json, sys
+import ray
+from ray._private.state import state
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+total, free = ray.cluster_resources(), ray.available_resources()
+actors = [a["ActorClassName"] for a in state.actor_table(None).values() if a["State"] != "DEAD"]
+groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+held = {name: total[name] - free.get(name, 0) for name in ("CPU", "GPU") if name in total}
+print(json.dumps({"actors": actors, "placement_groups": len(groups), "held": held}))
+"""
+
+
+class FakeGpuCluster:
+    """`nodes` beside the head: what `Cluster.add_node` takes. The head holds nothing unless `head` says so."""
+
+    def __init__(self, *nodes: dict[str, Any], head: dict[str, Any] | None = None) -> None:
+        self.mark = uuid.uuid4().hex
+        self.drivers: list[subprocess.Popen[str]] = []  # ended with the cluster
+        os.environ[_MARK] = self.mark
+        try:
+            self._cluster = Cluster(initialize_head=True, head_node_args=_node(**(head or {"num_cpus": 0})))
+            self.nodes = [self.add(**node) for node in nodes]
+        finally:
+            del os.environ[_MARK]
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self, **node: Any) -> Any:
+        os.environ[_MARK] = self.mark
+        return self._cluster.add_node(**_node(**node))
+
+    def kill(self, node: Any) -> None:
+        """As when a spot machine is taken away."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def state(self) -> dict[str, Any]:
+        """Actors that live, placement groups that exist, CPUs and GPUs that are held."""
+        command = [sys.executable, "-c", _STATE, self.address]
+        state: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return state
+
+    def processes(self, title: str) -> list[int]:
+        """Pids of this cluster's processes with `title` in their command line."""
+        found = []
+        for directory in Path("/proc").iterdir():
+            if directory.name.isdigit():
+                try:
+                    if self.mark.encode() in (directory / "environ").read_bytes() and title in (
+                        (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    ):
+                        found.append(int(directory.name))
+                except OSError:
+                    continue  # gone
+        return found
+
+    def wait_for_process(self, title: str, timeout_s: float = 60) -> int:
+        deadline_s = time.monotonic() + timeout_s
+        while not (pids := self.processes(title)):
+            assert time.monotonic() < deadline_s, f"no process {title}"
+            time.sleep(0.05)
+        return pids[0]
+
+    def assert_nothing_is_left(self, timeout_s: float = 30) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            # Ray Data keeps an actor of its own without resources for statistics, for the life of the cluster.
+            state = self.state()
+            ours = [name for name in state["actors"] if "MapWorker" in name or "Attempt" in name]
+            processes = self.processes("ovis_model.engine.rank_process") + self.processes("ray::MapWorker")
+            if not ours and not processes and not state["placement_groups"] and not any(state["held"].values()):
+                return
+            assert time.monotonic() < deadline_s, (state, processes)
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        for driver in self.drivers:
+            driver.kill()
+        self._cluster.shutdown()
+
+
+def _node(**options: Any) -> dict[str, Any]:
+    return {"object_store_memory": 128 << 20, "include_dashboard": False, **options}
+
+
+@contextmanager
+def fake_gpu_cluster(*nodes: dict[str, Any], head: dict[str, Any] | None = None) -> Iterator[FakeGpuCluster]:
+    cluster = FakeGpuCluster(*nodes, head=head)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+class RayHead:
+    """`ray start --head`, with ports and a directory of its own.
+
+    `node_types`, of Ray's launcher: an autoscaler starts nodes of them on this machine; the head has no CPU then.
+    """
+
+    def __init__(self, node_types: dict[str, Any] | None = None) -> None:
+        self.drivers: list[subprocess.Popen[str]] = []
+        self._directory = tempfile.mkdtemp(prefix="ray-")  # its sockets' paths must be short
+        ports = _free_ports(4)
+        self.dashboard = f"http://127.0.0.1:{ports[0]}"
+        self.address = f"{ray.util.get_node_ip_address()}:{ports[1]}"
+        autoscaling: tuple[str, ...] = ()
+        if node_types:
+            autoscaling = ("--autoscaling-config", self._autoscaling_config(node_types))
+        self._environment = {
+            **os.environ,
+            "OVIS_TEST_HEAD": uuid.uuid4().hex,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the cluster's
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_FAKE_CLUSTER": "1",  # takes effect with the provider of that name
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        self._process = subprocess.Popen(
+            [
+                *(
+                    BIN / "ray",
+                    "start",
+                    "--head",
+                    "--block",
+                    "--num-cpus",
+                    "0" if node_types else "4",
+                    "--disable-usage-stats",
+                ),
+                *("--temp-dir", self._directory, "--object-store-memory", str(256 << 20)),
+                *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports[0]), "--port", str(ports[1])),
+                *("--dashboard-agent-listen-port", str(ports[2]), "--ray-client-server-port", str(ports[3])),
+                *autoscaling,
+            ],
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait_until_up(ports[0])
+
+    def ray(self, *command: str) -> subprocess.Popen[str]:
+        """`ray job ...` on the user's side."""
+        return subprocess.Popen(
+            [str(BIN / "ray"), "job", command[0], "--address", self.dashboard, *command[1:]],
+            cwd=ROOT,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def submit(self, *arguments: object) -> tuple[int, str]:
+        """The command of the README, to its end -> the exit code and what the user sees."""
+        process = self.ray("submit", "--working-dir", ".", "--", "python", "-m", "jobs.caption", *map(str, arguments))
+        out, _ = process.communicate(timeout=120)
+        return process.returncode, out
+
+    def _autoscaling_config(self, node_types: dict[str, Any]) -> str:
+        config = {
+            "cluster_name": "fake",
+            "max_workers": 8,
+            "upscaling_speed": 10,
+            "idle_timeout_minutes": 5,
+            "provider": {"type": "fake_multinode", "gcs_address": self.address, "disable_node_updaters": True},
+            "head_node_type": "ray.head.default",  # as that provider calls it
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                **{name: {"node_config": {}, "min_workers": 0, **node} for name, node in node_types.items()},
+            },
+            **{name: {} for name in ("auth", "docker", "file_mounts")},
+            **{name: [] for name in ("cluster_synced_files", "initialization_commands", "setup_commands")},
+            **{name: [] for name in ("head_setup_commands", "worker_setup_commands", "rsync_exclude", "rsync_filter")},
+            **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
+            "file_mounts_sync_continuously": False,
+        }
+        path = Path(self._directory) / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        return str(path)
+
+    def close(self) -> None:
+        for driver in self.drivers:
+            driver.kill()
+        # SIGTERM would let it drain for half a minute.
+        for pid in self._left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _left(self) -> list[int]:
+        mark = self._environment["OVIS_TEST_HEAD"].encode()
+        return [
+            int(directory.name)
+            for directory in Path("/proc").iterdir()
+            if directory.name.isdigit() and mark in _environ(directory)
+        ]
+
+    def _wait_until_up(self, port: int) -> None:
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline_s and self._process.poll() is None, "Ray does not start"
+                time.sleep(0.2)
+
+
+class Driver:
+    """`python -m tests.support.run_on_fake_gpus`: a run on a cluster, as a process of its own."""
+
+    def __init__(self, cluster: FakeGpuCluster | RayHead, inputs: Path, output: Path, **options: Any) -> None:
+        self.log = output.with_suffix(".log")
+        self.log.touch()
+        given = json.dumps({"input": [str(inputs)], "output": str(output), **options})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.run_on_fake_gpus", given, str(self.log)],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        cluster.drivers.append(self.process)
+
+    def finish(self, timeout_s: float = 180) -> tuple[int, str, str]:
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGINT)
+            out, err = self.process.communicate(timeout=30)
+            raise AssertionError(f"not done after {timeout_s} s: {err}") from None
+        return self.process.returncode, out, err
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the replicas told: of each set of ranks {"leader", "ranks", "gpus"}, of each batch {"rows"}."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def wait_for_rows(self, number: int) -> None:
+        self._wait(lambda: sum(event.get("rows", 0) for event in self.events()) >= number)
+
+    def wait_for_leaders(self, number: int) -> list[dict[str, Any]]:
+        """The first to tell of their ranks."""
+        self._wait(lambda: len(self._leaders()) >= number)
+        return self._leaders()[:number]
+
+    def _leaders(self) -> list[dict[str, Any]]:
+        return [event for event in self.events() if "leader" in event]
+
+    def _wait(self, is_so: Callable[[], bool], timeout_s: float = 90) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not is_so():
+            assert self.process.poll() is None, self.finish()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+
+
+def _environ(directory: Path) -> bytes:
+    try:
+        return (directory / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def _free_ports(number: int) -> list[int]:
+    """Outside of 10002-19999, which Ray gives to its workers."""
+    found: list[int] = []
+    for port in range(20_000 + os.getpid() % 10_000, 65_000):
+        with socket.socket() as candidate:
+            if candidate.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+        if len(found) == number:
+            return found
+    raise AssertionError("no free ports")

@@ -1,0 +1,47 @@
+"""What the original Ovis2 code gave for two tiny checkpoints, and the pictures that it was given.
+
+Made once with AIDC-AI/Ovis v2.0 in float32 on a CPU; `golden/<checkpoint>/{aidc,native}` are its two layouts.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ovis_model.config import Layout
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CHECKPOINTS = ("tiny56-tied", "tiny112-untied")
+LAYOUTS: tuple[Layout, ...] = ("aidc", "native")
+CHANNELS = {"RGB": 3, "L": 1, "RGBA": 4}
+
+Json = dict[str, Any]
+
+
+def checkpoint_dir(checkpoint: str, layout: Layout = "aidc") -> Path:
+    return GOLDEN / checkpoint / layout
+
+
+@cache
+def expected(checkpoint: str) -> Json:
+    """`preprocessing`: 72 cases, `generation`: 8 cases."""
+    data: Json = json.loads((GOLDEN / checkpoint / "expected.json").read_text("utf-8"))
+    return data
+
+
+@cache
+def expected_arrays(checkpoint: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / checkpoint / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+def picture(case: Json) -> Image.Image:
+    """The picture of a case: its {seed, width, height, mode} are the whole recipe."""
+    shape = (case["height"], case["width"], CHANNELS[case["mode"]])
+    pixels = np.random.Generator(np.random.PCG64(case["seed"])).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(pixels[..., 0] if case["mode"] == "L" else pixels)

@@ -1,0 +1,36 @@
+"""One rank that loads its part of a golden checkpoint.
+
+    python -m tests.support.rank_logits RANK SIZE FILE CHECKPOINT OUT
+
+Writes the logits of every golden prompt, and how large its part of the decoder is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ovis_model.network.tensor_parallel import joined
+from ovis_model.network.weights import load_model
+from pipelines.cluster.actor import leave
+from tests.support.golden_data import checkpoint_dir
+from tests.test_engine import golden_requests, prompt_logits
+
+
+def main() -> None:
+    rank, size, meeting_point, checkpoint, out = sys.argv[1:]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    directory = checkpoint_dir(checkpoint)
+    with joined(int(rank), int(size), Path(meeting_point), lambda: None) as shard:
+        model = load_model(directory, device=torch.device("cpu"), dtype=torch.float32, shard=shard)
+        logits = [prompt_logits(model, request)[-1] for request in golden_requests(checkpoint)]
+    np.savez(out, *logits, llm_parameters=sum(p.numel() for p in model.llm.parameters()))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A captioning run whose replicas hold GPUs that only Ray believes in, and compute on CPUs.
+
+python -m tests.support.run_on_fake_gpus '{"input": [...], "output": ..., ...}' LOG
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import run_job
+from ovis_model.engine.rank_pool import TensorParallelEngine
+from ovis_model.types import Completion, Engine, Request, SamplingParams
+from pipelines.config import CaptionConfig
+from pipelines.generate import Replica
+from pipelines.pipeline import caption
+from tests.support.fake_engine import FakeEngine, FakeEngineFactory
+
+
+@dataclass(frozen=True)
+class OnCpus:
+    """`poison_tiles`: a request of so many tiles kills rank 1, each time."""
+
+    log: Path
+    seconds_per_row: float = 0.0
+    poison_tiles: int | None = None
+
+    def __call__(self, config: CaptionConfig, revision: str | None, replica: Replica) -> Engine:
+        assert replica.device == "cuda"
+        if replica.tensor_parallel == 1:
+            return _Fake(self)
+        return _Ranks(self, config, replica)
+
+
+class _Ranks(TensorParallelEngine):
+    def __init__(self, told: OnCpus, config: CaptionConfig, replica: Replica) -> None:
+        self._told, self._device = told, threading.Lock()  # one device: calls take turns
+        super().__init__(config.model, tensor_parallel=replica.tensor_parallel, device="cpu", num_threads=1)
+        self._tell_ranks()
+
+    def rebuild(self) -> None:
+        before = self.pids
+        super().rebuild()
+        if self.pids != before:
+            self._tell_ranks()
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        if any(len(request.tiles) == self._told.poison_tiles for request in requests):
+            pids = self.pids
+            threading.Timer(0.1, lambda: os.kill(pids[1], signal.SIGKILL)).start()
+            time.sleep(0.5)
+        completions = super().generate(requests, params)
+        with self._device:
+            time.sleep(self._told.seconds_per_row * len(requests))
+        _tell(self._told.log, rows=len(requests))
+        return completions
+
+    def _tell_ranks(self) -> None:
+        _tell(self._told.log, leader=os.getpid(), ranks=self.pids, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+class _Fake(FakeEngine):
+    def __init__(self, told: OnCpus) -> None:
+        import ray
+
+        super().__init__(FakeEngineFactory(seconds_per_row=told.seconds_per_row))
+        self._told, self._node = told, ray.get_runtime_context().get_node_id()
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        completions = super().generate(requests, params)
+        _tell(self._told.log, rows=len(requests), node=self._node, at_s=time.time())
+        return completions
+
+
+def _tell(log: Path, **event: Any) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.write(file, f"{json.dumps(event)}\n".encode())
+    os.close(file)
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+    engine = OnCpus(Path(sys.argv[2]), options.pop("seconds_per_row", 0.0), options.pop("poison_tiles", None))
+    return run_job(lambda: caption(CaptionConfig(**options), make_engine=engine))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
