@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from tests.conftest import ROOT
+from tests.support.roots import ROOT
 
 TIME_LIMIT_S = 570
 """Of the runs on a GPU together; those that find it used up are left out."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ovis_model.inputs.keyframes import Rules, mdp3
-from tests.test_keyframes import walk
+from tests.support.frame_vectors import walk
 
 WIDTH = 1152
 CASES = ((128, 8, -1), (128, 32, -1), (128, 8, 32), (128, 32, 32), (512, 32, -1), (512, 32, 32))

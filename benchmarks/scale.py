@@ -28,9 +28,9 @@ from pipelines.config import CaptionConfig
 from pipelines.output.manifest import write_manifest
 from pipelines.pipeline import caption
 from pipelines.sources import list_rows
-from tests.conftest import ROOT
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.processes import OpenCounter
+from tests.support.roots import ROOT
 
 Figures = dict[str, float]
 _PICTURE_SIZE = (252, 252)  # nine cells and the overview: 211 KB of tiles

@@ -22,9 +22,9 @@ from pipelines.config import CaptionConfig
 from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import ImageRef
 from pipelines.sources import list_rows
+from tests.support.parquet_files import HF
+from tests.support.tars import write_tar
 from tests.support.web_server import WebServer
-from tests.test_parquet import HF
-from tests.test_tar import write_tar
 
 UNIT_ROWS, PREPROCESSORS = 64, 4
 

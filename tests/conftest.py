@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,10 +21,11 @@ settings.register_profile("shared machine", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("shared machine")
 
+# What the modules of tests.support assert is explained as in a test.
+pytest.register_assert_rewrite("tests.support")
+
 # A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start there and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-ROOT = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +67,15 @@ def endpoint() -> Iterator[str]:
             environment.setenv(name, value)
         yield settings["AWS_ENDPOINT_URL"]
     server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str) -> Iterator[Any]:
+    """A file system with an empty `s3://bucket`, removed after the test."""
+    from tests.support.buckets import empty_bucket
+
+    with empty_bucket() as fs:
+        yield fs
 
 
 @pytest.fixture(scope="session")

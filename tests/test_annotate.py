@@ -24,10 +24,11 @@ from pipelines.output.sink import read_results
 from pipelines.pipeline import caption
 from pipelines.preprocess import Preprocess
 from pipelines.sources import list_rows
+from tests.support.engines import engine_of
 from tests.support.golden_data import checkpoint_dir
+from tests.support.job_configs import annotation
+from tests.support.pictures import draw
 from tests.support.processes import run_job
-from tests.test_end_to_end import annotation, draw
-from tests.test_engine import engine_of
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 TASKS: list[dict[str, Any]] = [

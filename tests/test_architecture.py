@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.roots import ROOT
+
 PACKAGES = ("benchmarks", "jobs", "demo", "pipelines", "ovis_model")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS: dict[str, dict[str, Any]] = {
@@ -89,6 +90,21 @@ def test_cpu_half_and_driver_leave_torch_unloaded() -> None:
     assert_unloaded([*modules("pipelines"), "jobs.caption", "jobs.demo"], ("torch", "transformers"))
 
 
+def test_test_files_import_nothing_from_one_another() -> None:
+    """What several of them need lies in tests/support, so that each can be read, moved and run alone."""
+    importers = [*python_files(), *sorted((ROOT / "tests").rglob("*.py"))]
+    found = [(str(path.relative_to(ROOT)), name) for path in importers for name in imported_tests(path.read_text())]
+    assert not found
+    for line in (
+        "from tests.test_a import b",
+        "import tests.test_a",
+        "from tests import test_a",
+        "from . import test_a",
+    ):
+        assert imported_tests(f"def f(): {line}") == ["tests.test_a"]
+    assert imported_tests("from tests.conftest import a") == ["tests.conftest"]
+
+
 def test_functions_are_small() -> None:
     lengths = sorted(function_lengths(), reverse=True)
     worst = "\n".join(f"{lines:4} {name}" for lines, name in lengths[:10])
@@ -134,6 +150,18 @@ def assert_unloaded(imported: list[str], unwanted: tuple[str, ...]) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def imported_tests(source: str) -> list[str]:
+    """Return the modules of tests, and conftest, that a file in tests/ with this source imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(part for part in ("tests" if node.level == 1 else "", node.module) if part)
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return [found[0] for name in names if (found := re.match(r"tests\.(test_\w+|conftest)", name))]
 
 
 def function_lengths() -> Iterator[tuple[int, str]]:

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.roofline import Ceilings, cost
 from ovis_model.config import SIZES
-from tests.conftest import ROOT
 from tests.support.golden_data import checkpoint_dir
+from tests.support.roots import ROOT
 
 
 def test_both_sides_generate_the_same() -> None:

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.stress.bombs import BOMBS
+from tests.support.roots import ROOT
 
 MAX_RSS_MB, MAX_S = 512, 200
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from pipelines.output.sink import read_results
-from tests.conftest import ROOT
 from tests.support.clusters import Driver, FakeGpuCluster, RayHead, fake_gpu_cluster
 from tests.support.golden_data import checkpoint_dir
+from tests.support.pictures import draw
 from tests.support.processes import against_the_clock
-from tests.test_end_to_end import draw
+from tests.support.roots import ROOT
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 NUM_ROWS = 200

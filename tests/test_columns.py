@@ -10,10 +10,10 @@ import pytest
 
 from pipelines.config import CaptionConfig, parse_command_line
 from pipelines.errors import SourceError
-from tests.test_jsonl import write_lines
-from tests.test_parquet import write
-from tests.test_sources import config_of, rows_of
-from tests.test_tar import write_tar
+from tests.support.jsonl_files import write_lines
+from tests.support.parquet_files import write
+from tests.support.rows import config_of, rows_of
+from tests.support.tars import write_tar
 
 
 @pytest.fixture

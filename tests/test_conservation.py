@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import duckdb
-import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
@@ -21,12 +20,13 @@ from s3fs import S3FileSystem
 from pipelines import schema
 from pipelines.output.sink import read_results
 from pipelines.pipeline import caption
+from tests.support.buckets import BUCKET
 from tests.support.fake_engine import FakeEngineFactory
-from tests.test_jsonl import write_lines
-from tests.test_object_store import BUCKET
-from tests.test_parquet import HF, kept_columns, write
-from tests.test_shards import config, picture
-from tests.test_tar import write_tar
+from tests.support.job_configs import config
+from tests.support.jsonl_files import write_lines
+from tests.support.parquet_files import HF, kept_columns, write
+from tests.support.pictures import picture
+from tests.support.tars import write_tar
 
 NUM_ROWS = 12
 
@@ -89,16 +89,6 @@ KINDS: dict[str, tuple[Callable[[Path], dict[str, pa.Array]], ...]] = {
     "Parquet": (_parquet,),
     "a saved dataset": (_dataset,),
 }
-
-
-@pytest.fixture
-def bucket(endpoint: str) -> Iterator[S3FileSystem]:
-    S3FileSystem.clear_instance_cache()
-    fs = fsspec.filesystem("s3")
-    fs.call_s3("create_bucket", Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
-    yield fs
-    fs.rm("bucket", recursive=True)
-    S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize("kinds", KINDS)

@@ -31,8 +31,8 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Completion, Constraint, Request, RequestError, SamplingParams
 from tests.support.answer_types import PATTERNS, SCHEMAS, record
+from tests.support.engines import golden_requests, prompt_logits
 from tests.support.golden_data import checkpoint_dir
-from tests.test_engine import golden_requests, prompt_logits
 
 CHECKPOINT = checkpoint_dir("tiny56-tied")
 TOKENIZER = load_tokenizer(CHECKPOINT)

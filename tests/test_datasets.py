@@ -16,9 +16,9 @@ from PIL import Image
 from pipelines.errors import SourceError
 from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import ImageRef
-from tests.test_jsonl import write_lines
-from tests.test_shards import picture
-from tests.test_sources import Row, rows_of
+from tests.support.jsonl_files import write_lines
+from tests.support.pictures import picture
+from tests.support.rows import Row, rows_of
 
 NUM_ROWS = 25
 

@@ -18,7 +18,7 @@ import pytest
 from pipelines.errors import MediaError
 from pipelines.media.video import Sampling, Window, sample_frames
 from pipelines.media.video_process import Video, VideoDecoder
-from tests.conftest import ROOT
+from tests.support.roots import ROOT
 from tests.support.videos import clip, number_in, write_repeated, write_video
 
 

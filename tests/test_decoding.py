@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,32 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovis_model.engine.decode_step import CudaGraphs, Decoded, Decoder, length_bucket, row_bucket
+from ovis_model.engine.decode_step import Decoder, length_bucket, row_bucket
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.kv_cache import KVCache
 from ovis_model.engine.scheduler import Budget
+from tests.support.engines import GREEDY, PARAMS, alone, engine_of, golden_requests, greedy_ids, ids_of
 from tests.support.golden_data import checkpoint_dir
-from tests.test_engine import GREEDY, PARAMS, alone, engine_of, golden_requests, greedy_ids, ids_of
+from tests.support.replays import Recorded
 
 CHECKPOINT = "tiny56-tied"
-
-
-class Replays(CudaGraphs):
-    """Runs everything twice: a capture does so too, and a step that is not the same again cannot be replayed."""
-
-    def _capture(self, run: Callable[[], Decoded]) -> Callable[[], Decoded]:
-        return lambda: (run(), run())[1]
-
-
-class Recorded:
-    """Makes `Replays` and keeps them."""
-
-    def __init__(self) -> None:
-        self.made: list[Replays] = []
-
-    def __call__(self) -> Replays:
-        self.made.append(Replays())
-        return self.made[-1]
 
 
 @settings(max_examples=15, deadline=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -16,8 +15,8 @@ from ovis_model.config import SIZES
 from pipelines.cluster.resources import Hardware, plan_pools, plan_tensor_parallel
 from pipelines.config import CaptionConfig, parse_command_line
 from pipelines.errors import ResourceError
+from tests.support.roots import ROOT
 
-ROOT = Path(__file__).parents[1]
 RAY_VERSION = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 
 

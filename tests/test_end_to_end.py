@@ -22,26 +22,20 @@ from safetensors.torch import load_file, save_file
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import SamplingParams
 from pipelines import schema
-from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
+from pipelines.config import CaptionConfig, RunConfig
 from pipelines.errors import LeaseError, RunError, SourceError
 from pipelines.output.lease import Lease
 from pipelines.output.sink import read_results
 from pipelines.pipeline import caption
+from tests.support.engines import engine_of
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.support.job_configs import annotation
 from tests.support.photographs import photographs
+from tests.support.pictures import draw
 from tests.support.processes import run_caption
-from tests.test_engine import engine_of
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
-
-
-def draw(path: Path, seed: int, width: int = 90, height: int = 60) -> Path:
-    """A picture of smooth colours, the format by the suffix."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)
-    return path
 
 
 @pytest.fixture
@@ -56,16 +50,6 @@ def pictures(tmp_path: Path) -> Path:
 def config(inputs: Path | str, output: Path, **options: object) -> CaptionConfig:
     values = {"model": MODEL, "max_new_tokens": 8, **options}
     return CaptionConfig(input=(str(inputs),), output=str(output), **values)  # type: ignore[arg-type]
-
-
-def annotation(inputs: Path | str, output: Path, **options: object) -> AnnotateConfig:
-    """The same question and another one."""
-    tasks = [
-        {"name": "caption", "prompt": "Describe the image."},
-        {"name": "round", "prompt": "Is it?", "answer": "bool"},
-    ]
-    values = {"model": MODEL, "max_new_tokens": 8, "tasks": tasks, **options}
-    return AnnotateConfig(input=(str(inputs),), output=str(output), **values)  # type: ignore[arg-type]
 
 
 def test_a_folder_becomes_parquet(pictures: Path, tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,33 +22,21 @@ from ovis_model.engine.scheduler import Budget
 from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import cut_at_stop
 from ovis_model.types import Request, RequestError, SamplingParams
-from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, expected_arrays, picture
+from tests.support.engines import (
+    GREEDY,
+    PARAMS,
+    alone,
+    engine_of,
+    golden_requests,
+    greedy_ids,
+    ids_of,
+    pixels_of,
+    prompt_logits,
+)
+from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, expected_arrays
 
-GREEDY = SamplingParams(max_new_tokens=48)
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 both_checkpoints = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-
-
-@cache
-def engine_of(checkpoint: str, layout: Layout = "aidc") -> OvisEngine:
-    return OvisEngine.from_pretrained(str(checkpoint_dir(checkpoint, layout)), device="cpu", dtype="float32")
-
-
-@cache
-def golden_requests(checkpoint: str) -> tuple[Request, ...]:
-    processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
-    return tuple(
-        processor.request(case["query"], [picture(p) for p in case["images"]], max_tiles=case["max_partition"] or 9)
-        for case in expected(checkpoint)["generation"]
-    )
-
-
-def greedy_ids(checkpoint: str) -> list[list[int]]:
-    return [case["greedy_ids"] for case in expected(checkpoint)["generation"]]
-
-
-def ids_of(engine: OvisEngine, requests: Sequence[Request], params: SamplingParams = GREEDY) -> list[list[int]]:
-    return [completion.output_ids.tolist() for completion in engine.generate(requests, params)]
 
 
 @both_layouts
@@ -126,22 +112,6 @@ def test_rows_of_any_kind_enter_and_leave_without_touching_each_other(data: st.D
     found = engine.generate([requests[i] for i, _ in picked], params)
     for completion, (index, kind), length in zip(found, picked, lengths, strict=True):
         assert completion.output_ids.tolist() == alone(index, kind)[:length]
-
-
-PARAMS = {
-    "greedy": GREEDY,
-    "penalised": SamplingParams(repetition_penalty=1.3),
-    "sampled": SamplingParams(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=1),
-    "other seed": SamplingParams(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.2, seed=2),
-    "hot": SamplingParams(temperature=3.0, seed=3),
-}
-
-
-@cache
-def alone(index: int, kind: str) -> list[int]:
-    """The first 12 tokens of a golden request that has the engine to itself."""
-    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[index]
-    return ids_of(engine, [request], replace(PARAMS[kind], max_new_tokens=12))[0]
 
 
 def test_seeds_matter() -> None:
@@ -278,15 +248,3 @@ def test_bfloat16_generates() -> None:
     engine = OvisEngine.from_pretrained(directory, device="cpu", dtype="bfloat16")
     completions = engine.generate(golden_requests("tiny112-untied"), SamplingParams(max_new_tokens=4))
     assert all(len(completion.output_ids) for completion in completions)
-
-
-@torch.inference_mode()
-def prompt_logits(model: torch.nn.Module, request: Request) -> torch.Tensor:
-    """[T, vocab] without a cache and without padding."""
-    visual = model.encode_tiles(pixels_of(model, request)).flatten(0, 1)
-    embeds = model.embed(torch.from_numpy(request.input_ids).long(), visual)[None]
-    return model(embeds, torch.arange(len(request.input_ids))[None])[0]
-
-
-def pixels_of(model: torch.nn.Module, request: Request) -> torch.Tensor:
-    return model.normalize(torch.from_numpy(request.tiles), torch.from_numpy(request.tile_sizes))

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.stress.fuzz import LIMIT_S, originals
 from tests.stress.mutations import mutated
+from tests.support.roots import ROOT
 
 FILES = {"images": 1000, "tars": 200, "tables": 100}
 

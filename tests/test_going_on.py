@@ -16,8 +16,8 @@ from pipelines.output.sink import read_results
 from pipelines.pipeline import caption
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
+from tests.support.outputs import results_of
 from tests.support.processes import Job, OpenCounter
-from tests.test_sink import results_of
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 

@@ -18,12 +18,13 @@ from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import ImageRef
 from pipelines.storage import http, retries, store
 from pipelines.storage.http import WebFileSystem
+from tests.support.fetched import images_of, is_refused
+from tests.support.jsonl_files import write_lines
+from tests.support.parquet_files import HF, write
+from tests.support.pictures import picture
+from tests.support.rows import rows_of
+from tests.support.tars import write_tar
 from tests.support.web_server import WebServer
-from tests.test_jsonl import write_lines
-from tests.test_parquet import HF, is_refused, write
-from tests.test_shards import picture
-from tests.test_sources import rows_of
-from tests.test_tar import images_of, write_tar
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_columns, read_rows
 from pipelines.output.run_record import Run, open_run
 from pipelines.sources import Known, list_rows
-from tests.test_jsonl import write_lines
-from tests.test_sources import config_of
+from tests.support.jsonl_files import write_lines
+from tests.support.rows import config_of
 
 MODEL = {"id": "demo", "revision": None, "weights": "0"}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from pathlib import Path
 
@@ -13,15 +11,9 @@ from pipelines.errors import SourceError
 from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import ImageRef
 from pipelines.sources import jsonl
-from tests.test_parquet import is_refused
-from tests.test_sources import rows_of
-
-
-def write_lines(path: Path, *objects: object) -> Path:
-    lines = [o if isinstance(o, bytes) else json.dumps(o, ensure_ascii=False).encode() for o in objects]
-    data = b"\n".join(lines)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
+from tests.support.fetched import is_refused
+from tests.support.jsonl_files import write_lines
+from tests.support.rows import rows_of
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])

@@ -15,25 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovis_model.inputs.keyframes import Rules, mdp3, select_frames, uniform_indices
+from tests.support.frame_vectors import Array, unit, walk
 
 GOLDEN = Path(__file__).parent / "golden" / "mdp3"
 CASES: list[dict[str, Any]] = json.loads((GOLDEN / "expected.json").read_text())["cases"]
 ARRAYS = np.load(GOLDEN / "expected.npz")
-
-Array = np.ndarray
-
-
-def walk(count: int, width: int = 32, seed: int = 0) -> tuple[Array, Array]:
-    """Frames float64[count, width] like an encoder's: scenes that drift and are cut; and a query far from all."""
-    random = np.random.default_rng(seed)
-    common, step = random.normal(size=width), random.normal(size=(count, width))
-    cuts = np.maximum.accumulate(np.where(random.random(count) < 0.1, np.arange(count), 0))
-    frames = unit(1.5 * unit(common) + unit(random.normal(size=(count, width))[cuts] + 0.3 * step))
-    return frames, unit(0.15 * unit(common) + unit(random.normal(size=width)))
-
-
-def unit(vectors: Array) -> Array:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])

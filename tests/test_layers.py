@@ -14,8 +14,8 @@ from ovis_model.network.layers import linear, pass_dtype
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.weights import load_model
 from ovis_model.types import SamplingParams
+from tests.support.engines import golden_requests, pixels_of, prompt_logits
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
-from tests.test_engine import golden_requests, pixels_of, prompt_logits
 
 CPU = torch.device("cpu")
 MACHINES = {

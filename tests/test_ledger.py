@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.output.ledger import FileEntry, Ledger, Ranges, RowRange, count, difference, split, to_ranges, union
 from pipelines.output.sink import write_file
-from tests.test_sink import results_of
+from tests.support.outputs import results_of
 
 NUMBERS = st.sets(st.integers(0, 60), max_size=40)
 

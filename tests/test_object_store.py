@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -16,40 +15,34 @@ from pipelines.media.reference import ImageRef
 from pipelines.media.video import Sampling
 from pipelines.media.video_process import Video, VideoDecoder
 from pipelines.output.sink import read_results
+from tests.support.buckets import BUCKET
 from tests.support.golden_data import checkpoint_dir
+from tests.support.parquet_files import HF, write
+from tests.support.pictures import picture
 from tests.support.processes import run_caption
+from tests.support.rows import rows_of
+from tests.support.tars import write_tar
 from tests.support.videos import number_in, write_video
-from tests.test_parquet import HF, write
-from tests.test_shards import picture
-from tests.test_sources import rows_of
-from tests.test_tar import write_tar
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
-BUCKET = "s3://bucket"
 
 
 @pytest.fixture
-def store(endpoint: str, tmp_path: Path) -> Iterator[fsspec.AbstractFileSystem]:
+def store(bucket: S3FileSystem, tmp_path: Path) -> S3FileSystem:
     """With a file, a tar, a Parquet file and JSON lines in it: 12 good rows and a bad one."""
-    # fsspec keeps its file systems, with the environment of their first use.
-    S3FileSystem.clear_instance_cache()
-    fs = fsspec.filesystem("s3")
-    fs.call_s3("create_bucket", Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
     for i in range(4):
-        fs.pipe_file(f"bucket/in/{i}.png", picture(i))
+        bucket.pipe_file(f"bucket/in/{i}.png", picture(i))
     members = [(f"{i}.png", picture(i)) for i in range(4)]
-    fs.put_file(str(write_tar(tmp_path / "a.tar", members)), "bucket/in/a.tar")
-    fs.put_file(str(write_tar(tmp_path / "b.tgz", members, "w:gz")), "bucket/in/b.tgz")
+    bucket.put_file(str(write_tar(tmp_path / "a.tar", members)), "bucket/in/a.tar")
+    bucket.put_file(str(write_tar(tmp_path / "b.tgz", members, "w:gz")), "bucket/in/b.tgz")
     images = pa.array([{"bytes": picture(i), "path": None} for i in range(2)], HF)
-    fs.put_file(str(write(tmp_path / "c.parquet", {"image": images, "n": [0, 1]})), "bucket/in/c.parquet")
+    bucket.put_file(str(write(tmp_path / "c.parquet", {"image": images, "n": [0, 1]})), "bucket/in/c.parquet")
     lines = [{"image": ["0.png", "1.png"], "n": 2}, {"prompt": "2 + 2?", "n": 3}, {"image": "nowhere.png"}]
-    fs.pipe_file("bucket/in/d.jsonl", "\n".join(map(json.dumps, lines)).encode())
-    yield fs
-    fs.rm("bucket", recursive=True)
-    S3FileSystem.clear_instance_cache()
+    bucket.pipe_file("bucket/in/d.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    return bucket
 
 
-def test_references_are_read_by_range(store: fsspec.AbstractFileSystem) -> None:
+def test_references_are_read_by_range(store: S3FileSystem) -> None:
     rows = rows_of(f"{BUCKET}/in", f"{BUCKET}/in/a.tar", f"{BUCKET}/in/b.tgz", f"{BUCKET}/in/c.parquet")
     assert len(rows) == 14 and all(row["uri"].startswith(f"{BUCKET}/in/") for row in rows)
     fetcher = Fetcher()
@@ -57,7 +50,7 @@ def test_references_are_read_by_range(store: fsspec.AbstractFileSystem) -> None:
     assert data == [[picture(i)] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
 
 
-def test_a_run_from_s3_to_s3_and_once_more(store: fsspec.AbstractFileSystem) -> None:
+def test_a_run_from_s3_to_s3_and_once_more(store: S3FileSystem) -> None:
     inputs = [f"--input={BUCKET}/in/{name}" for name in ("a.tar", "b.tgz", "c.parquet", "d.jsonl")]
     arguments = [f"{BUCKET}/in", f"{BUCKET}/out", *inputs, "--keep-columns", "n", "--model", MODEL]
     finished = run_caption(*arguments, "--max-new-tokens", 2)
@@ -74,7 +67,7 @@ def test_a_run_from_s3_to_s3_and_once_more(store: fsspec.AbstractFileSystem) -> 
 
 
 def test_videos_are_decoded_where_they_are(
-    store: fsspec.AbstractFileSystem, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: S3FileSystem, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By a process that knows of the store what this one was told, and not by its command line."""
     data = write_video(tmp_path / "a.mp4", 200).read_bytes()

@@ -26,12 +26,12 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import Shard
 from ovis_model.sizing import check_tensor_parallel, rank_counts
 from ovis_model.types import Constraint, EngineDied, Request, RequestError, SamplingParams
-from tests.conftest import ROOT
+from tests.support.engines import GREEDY, PARAMS, alone, golden_requests, greedy_ids, ids_of
 from tests.support.golden_data import checkpoint_dir, expected_arrays
+from tests.support.golden_items import TASKS, assert_same, items_of, params_of
+from tests.support.golden_items import alone as alone_of_item
 from tests.support.processes import against_the_clock
-from tests.test_engine import GREEDY, PARAMS, alone, golden_requests, greedy_ids, ids_of
-from tests.test_siblings import TASKS, assert_same, items_of, params_of
-from tests.test_siblings import alone as alone_of_item
+from tests.support.roots import ROOT
 
 
 def start(checkpoint: str, ranks: int, **options: float) -> TensorParallelEngine:

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import SourceError
-from pipelines.media.fetch import Fetcher, Pending, _ParquetCells
+from pipelines.media.fetch import Fetcher, _ParquetCells
 from pipelines.media.reference import ImageRef
 from pipelines.sources import list_rows
-from tests.test_sources import Row, config_of, rows_of
-
-HF = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def write(path: Path, table: dict[str, Any] | pa.Table, **options: Any) -> Path:
-    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), path, **options)
-    return path
-
-
-def images_of(rows: list[Row], fetcher: Fetcher | None = None) -> list[list[bytes]]:
-    fetcher = fetcher or Fetcher()
-    return [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
-
-
-def is_refused(images: Pending) -> bool:
-    try:
-        images.result()
-    except OSError:
-        return True
-    return False
+from tests.support.fetched import images_of, is_refused
+from tests.support.parquet_files import HF, kept_columns, write
+from tests.support.rows import config_of, rows_of
 
 
 @pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary_view()])
@@ -111,23 +90,6 @@ def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
         name: array.type for name, array in columns.items()
     }
     assert table.column("kept").to_pylist() == pa.table(columns).to_pylist()
-
-
-def kept_columns(count: int) -> dict[str, pa.Array]:
-    """Columns of types that do not survive a detour through Python or numpy."""
-    moment = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
-    return {
-        "row": pa.array([*range(count - 1), None], pa.uint8()),
-        "when": pa.array([moment] * count, pa.timestamp("ns", "Europe/Berlin")),
-        "price": pa.array([decimal.Decimal("1.50")] * count, pa.decimal128(10, 2)),
-        "category": pa.array([f"c{i % 3}" for i in range(count)]).dictionary_encode(),
-        "box": pa.array([[float(i), 2.0] for i in range(count)], pa.list_(pa.float32(), 2)),
-        "nested": pa.array(
-            [{"a": [{"b": None}]}] * count, pa.struct([("a", pa.list_(pa.struct([("b", pa.int16())])))])
-        ),
-        "blob": pa.array([b"\xff"] * count, pa.large_binary()),
-        "nothing": pa.nulls(count),
-    }
 
 
 def test_a_file_that_cannot_be_read_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_rows, write_manifest
 from pipelines.preprocess import Preprocess
 from pipelines.sources import list_rows
-from tests.conftest import ROOT
 from tests.support.golden_data import checkpoint_dir
+from tests.support.roots import ROOT
 
 MODEL = str(checkpoint_dir("tiny112-untied"))
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines import schema
+from tests.support.roots import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FOLDERS = ("jobs", "pipelines", "ovis_model", "tests", "docs", ".ci")
 

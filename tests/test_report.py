@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +27,22 @@ from pipelines.report.page import json_for_html
 from pipelines.report.pictures import thumbnails
 from pipelines.report.sample import shuffled
 from pipelines.storage import store
-from tests.support.annotations import TASKS, answer, item, output_schema, write_record, write_rows, write_run
+from tests.support.annotations import (
+    HOSTILE,
+    TASKS,
+    answer,
+    answers_of,
+    item,
+    output_schema,
+    write_record,
+    write_rows,
+    write_run,
+)
+from tests.support.pictures import image_at
+from tests.support.roots import ROOT
 from tests.support.videos import number_in, write_video
 
-ROOT = Path(__file__).parents[1]
 Json = dict[str, Any]
-
-HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--\u2028&amp;"
-
-
-def image_at(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> ImageRef:
-    Image.new("RGB", size, colour).save(path)
-    return ImageRef("file", str(path))
-
-
-def answers_of(
-    *, red: bool = True, count: int = 2, kind: str = "circle", sure: float = 0.9, tags: Sequence[str] = (), **more: Any
-) -> list[Json]:
-    """One for each of TASKS."""
-    rest = 1 - sure
-    kinds = {name: sure if name == kind else rest / 2 for name in ("circle", "square", "triangle")}
-    record = more.get("record", {"colour": "red", "size": {"width": 4}, "parts": ["a", "b"]})
-    return [
-        answer(more.get("caption", "A circle."), confidence=more.get("logprob", -0.1)),
-        answer(red, "Yes" if red else "No", {"Yes": sure if red else rest, "No": rest if red else sure}),
-        answer(count),
-        answer(kind, None, kinds),
-        answer(list(tags), json.dumps(list(tags)), -0.2),
-        answer(record, None if record else '{"colour": ', -0.3),
-    ]
 
 
 def data_of(page: Path | str) -> Json:

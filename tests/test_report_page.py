@@ -12,8 +12,8 @@ import pytest
 from pipelines.report import page
 from pipelines.report.build import ReportOptions, write_report
 from tests.support import browser
-from tests.support.annotations import TASKS, item, write_run
-from tests.test_report import HOSTILE, answers_of, image_at
+from tests.support.annotations import HOSTILE, TASKS, answers_of, item, write_run
+from tests.support.pictures import image_at
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "there is one")
 

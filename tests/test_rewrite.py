@@ -21,7 +21,7 @@ from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, RowRange, count
 from pipelines.output.sink import read_results, write_file
 from pipelines.storage import store
-from tests.test_sink import results_of
+from tests.support.outputs import results_of
 
 
 def lease_of(output: Path) -> Lease:

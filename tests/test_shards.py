@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -23,26 +22,14 @@ from pipelines.errors import StageFailed
 from pipelines.generate import Replica
 from pipelines.output.sink import read_results
 from pipelines.pipeline import caption
+from tests.support.engines import engine_of
 from tests.support.fake_engine import FakeEngine, FakeEngineFactory
-from tests.support.golden_data import checkpoint_dir
+from tests.support.job_configs import MODEL, config
+from tests.support.jsonl_files import write_lines
+from tests.support.parquet_files import HF, kept_columns, write
+from tests.support.pictures import picture
 from tests.support.processes import OpenCounter
-from tests.test_engine import engine_of
-from tests.test_jsonl import write_lines
-from tests.test_parquet import HF, kept_columns, write
-from tests.test_tar import write_tar
-
-MODEL = str(checkpoint_dir("tiny56-tied"))
-
-
-def picture(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (60 + 9 * (seed % 8), 50), (seed * 7 % 256, seed * 31 % 256, 90)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def config(inputs: Sequence[object], output: Path | str, **options: object) -> CaptionConfig:
-    values = {"model": MODEL, "max_new_tokens": 4, **options}
-    return CaptionConfig(input=tuple(map(str, inputs)), output=str(output), **values)  # type: ignore[arg-type]
+from tests.support.tars import write_tar
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from transformers import AutoTokenizer, SiglipModel
 
 from ovis_model.inputs.keyframes import select_frames
 from ovis_model.network.siglip import SiglipEncoder
+from tests.support.golden_data import checkpoint_dir
 from tests.support.objects import OBJECTS, Object, scenes
-
-TINY = Path(__file__).parent / "tiny_siglip"
+from tests.support.roots import TINY_SIGLIP
 
 
 @cache
 def encoder() -> SiglipEncoder:
-    return SiglipEncoder.from_pretrained(str(TINY))
+    return SiglipEncoder.from_pretrained(str(TINY_SIGLIP))
 
 
 def pixels(seed: int, count: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def pixels(seed: int, count: int) -> np.ndarray:
 
 
 def test_vectors_are_those_of_transformers() -> None:
-    model, tokenizer = SiglipModel.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    model, tokenizer = SiglipModel.from_pretrained(TINY_SIGLIP), AutoTokenizer.from_pretrained(TINY_SIGLIP)
     pictures = pixels(0, 40)
     with torch.no_grad():
         normalised = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
@@ -62,19 +62,19 @@ def test_a_long_text_is_the_mean_of_its_parts() -> None:
 
 
 def test_only_safetensors_of_a_siglip_are_loaded(tmp_path: Path) -> None:
-    pickled = shutil.copytree(TINY, tmp_path / "pickled")
-    weights = SiglipModel.from_pretrained(TINY).state_dict()
+    pickled = shutil.copytree(TINY_SIGLIP, tmp_path / "pickled")
+    weights = SiglipModel.from_pretrained(TINY_SIGLIP).state_dict()
     (pickled / "model.safetensors").unlink()
     torch.save(weights, pickled / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"safetensors"):
         SiglipEncoder.from_pretrained(str(pickled))
-    other = Path(__file__).parent / "golden" / "tiny56-tied" / "native"
+    other = checkpoint_dir("tiny56-tied", "native")
     with pytest.raises(ValueError, match="holds ovis2, not a SigLIP"):
         SiglipEncoder.from_pretrained(str(other))
 
 
 def test_it_is_small_and_knows_its_objects() -> None:
-    assert sum(path.stat().st_size for path in TINY.iterdir()) < 1 << 20
+    assert sum(path.stat().st_size for path in TINY_SIGLIP.iterdir()) < 1 << 20
     texts = np.stack([encoder().text(thing.text) for thing in OBJECTS])
     right = []
     for seed in range(20):

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import schema
 from pipelines.errors import LeaseLost
 from pipelines.output import sink
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, RowRange
 from pipelines.output.sink import Sink, read_results, remove_temporaries, write_file
 from pipelines.storage import store
-
-
-def results_of(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
-    """Result rows with these row numbers."""
-    return pa.Table.from_pylist([_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
-
-
-def _result(row: int, is_error: bool) -> dict[str, object]:
-    return {
-        "row": row,
-        "id": f"id-{row}",
-        "uri": f"uri-{row}",
-        "prompt": "",
-        "text": "" if is_error else f"text {row}",
-        "status": "error" if is_error else "ok",
-        "stage": "decode" if is_error else "",
-        "error": "why" if is_error else "",
-        "finish_reason": "stop",
-        "num_images": 1,
-        "num_tiles": 1,
-        "num_prompt_tokens": 5,
-        "num_output_tokens": 2,
-        "mean_logprob": math.nan if is_error else -1.0,
-        "frame_timestamps_s": [],
-    }
+from tests.support.outputs import results_of
 
 
 @pytest.fixture

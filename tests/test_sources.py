@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
 
-from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
-from pipelines.sources import list_rows
 from pipelines.storage.store import read_bytes
+from tests.support.rows import Row, rows_of
 
 
 @pytest.fixture
@@ -21,20 +19,6 @@ def tree(tmp_path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"12345")
     return tmp_path
-
-
-Row = dict[str, Any]
-
-
-def rows_of(*inputs: object, **options: object) -> list[Row]:
-    """Rows of the manifest, without their numbers."""
-    with list_rows(config_of(*inputs, **options)) as listing:
-        return [row for table in listing.tables() for row in table.to_pylist()]
-
-
-def config_of(*inputs: object, **options: object) -> CaptionConfig:
-    values = {"input": tuple(map(str, inputs)), "output": "out", "model": "demo", **options}
-    return CaptionConfig(**values)  # type: ignore[arg-type]
 
 
 def names(rows: list[Row]) -> list[str]:

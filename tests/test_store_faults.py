@@ -21,10 +21,10 @@ from pipelines.sources import list_rows
 from pipelines.storage import retries, store
 from tests.support.faulty_store import Faults, FaultyStore
 from tests.support.golden_data import checkpoint_dir
+from tests.support.parquet_files import HF, write
+from tests.support.pictures import picture
 from tests.support.processes import run_caption
-from tests.test_parquet import HF, write
-from tests.test_shards import picture
-from tests.test_tar import write_tar
+from tests.support.tars import write_tar
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 

@@ -7,34 +7,16 @@ import json
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import SourceError
-from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import ImageRef
 from pipelines.sources import tar
-from tests.test_sources import Row, rows_of
-
-Members = list[tuple[str, bytes]]
-
-
-def write_tar(path: Path, members: Members, mode: str = "w", **options: Any) -> Path:
-    with tarfile.open(path, mode, **options) as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
-
-
-def images_of(rows: list[Row]) -> list[list[bytes]]:
-    """What is read through the references of each row."""
-    fetcher = Fetcher()
-    return [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+from tests.support.fetched import images_of
+from tests.support.rows import Row, rows_of
+from tests.support.tars import write_tar
 
 
 def keys(rows: list[Row]) -> list[str]:

@@ -14,8 +14,8 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.prompt import expand_atoms, image_placeholders
 from ovis_model.network.weights import load_model
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Grid, Request, SamplingParams
+from tests.support.engines import golden_requests, pixels_of, prompt_logits
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
-from tests.test_engine import golden_requests, pixels_of, prompt_logits
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,8 +10,8 @@ import pytest
 
 from pipelines.output.sink import read_results
 from tests.support.processes import Job, OpenCounter, against_the_clock, run_caption
+from tests.support.roots import TINY_SIGLIP
 from tests.support.videos import write_sound, write_video
-from tests.test_siglip import TINY
 
 NUM_GOOD = 40
 
@@ -73,7 +73,16 @@ def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
 def test_frames_are_chosen_by_an_encoder_in_an_actor(videos: Path, tmp_path: Path) -> None:
     """Which is gone afterwards, as all that the job started."""
     output = tmp_path / "out"
-    options = ["--frame-selection", "mdp3", "--frame-encoder", str(TINY), "--num-candidates", "16", "--limit", "6"]
+    options = [
+        "--frame-selection",
+        "mdp3",
+        "--frame-encoder",
+        str(TINY_SIGLIP),
+        "--num-candidates",
+        "16",
+        "--limit",
+        "6",
+    ]
     finished = run_caption(*arguments(videos, output, *options))
     assert finished.exit_code == 0, finished.stderr
     rows = read_results(str(output)).to_pylist()

@@ -41,12 +41,30 @@ TASKS = [
     {"name": "record", "prompt": "As JSON.", "answer": {"json_schema": {"type": "object"}}},
 ]
 KINDS = ("text", "bool", "int", "choices", "list", "record")
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--\u2028&amp;"
 
 
 def answer(value: Any, text: str | None = None, confidence: Any = -0.1, finish_reason: str = "stop") -> Json:
     """What one task says of one item; `text` is the value's own if not given."""
     text = (value if isinstance(value, str) else json.dumps(value)) if text is None else text
     return {"": value, "_text": text, "_finish_reason": finish_reason, "_confidence": confidence}
+
+
+def answers_of(
+    *, red: bool = True, count: int = 2, kind: str = "circle", sure: float = 0.9, tags: Sequence[str] = (), **more: Any
+) -> list[Json]:
+    """One for each of TASKS."""
+    rest = 1 - sure
+    kinds = {name: sure if name == kind else rest / 2 for name in ("circle", "square", "triangle")}
+    record = more.get("record", {"colour": "red", "size": {"width": 4}, "parts": ["a", "b"]})
+    return [
+        answer(more.get("caption", "A circle."), confidence=more.get("logprob", -0.1)),
+        answer(red, "Yes" if red else "No", {"Yes": sure if red else rest, "No": rest if red else sure}),
+        answer(count),
+        answer(kind, None, kinds),
+        answer(list(tags), json.dumps(list(tags)), -0.2),
+        answer(record, None if record else '{"colour": ', -0.3),
+    ]
 
 
 def item(name: str, answers: Sequence[Json], *, images: Sequence[ImageRef] = (), **columns: Any) -> Json:

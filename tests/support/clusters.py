@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.conftest import ROOT
+from tests.support.roots import ROOT
 
 _MARK = "OVIS_TEST_CLUSTER"
 BIN = Path(sys.executable).parent

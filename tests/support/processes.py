@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.roots import ROOT
 
 # Of a test that stops processes at work: on a machine that others load, whether they still were is up to the clock. It
 # runs once more if it fails, and the summary names it.

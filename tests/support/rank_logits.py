@@ -17,8 +17,8 @@ import torch
 from ovis_model.network.tensor_parallel import joined
 from ovis_model.network.weights import load_model
 from pipelines.cluster.actor import leave
+from tests.support.engines import golden_requests, prompt_logits
 from tests.support.golden_data import checkpoint_dir
-from tests.test_engine import golden_requests, prompt_logits
 
 
 def main() -> None:

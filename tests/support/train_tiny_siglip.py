@@ -18,8 +18,8 @@ from torch.nn.functional import logsigmoid, normalize
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from tests.support.objects import COLOURS, OBJECTS, SHAPES, draw
+from tests.support.roots import TINY_SIGLIP
 
-DIRECTORY = Path(__file__).parents[1] / "tiny_siglip"
 STEPS, LEARNING_RATE, SIDE_PX, NUM_POSITIONS = 3000, 2e-3, 32, 16
 UNKNOWN, END = "<unk>", "</s>"
 OTHERS = ("a", "an", "the", "is", "where", "what", "of", "show", "picture", "frame", "video", "in", "there", "with")
@@ -88,4 +88,4 @@ def save(directory: Path, model: SiglipModel, tokenizer: PreTrainedTokenizerFast
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DIRECTORY)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else TINY_SIGLIP)

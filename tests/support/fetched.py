@@ -1,0 +1,20 @@
+"""What a `Fetcher` reads through the references of rows."""
+
+from __future__ import annotations
+
+from pipelines.media.fetch import Fetcher, Pending
+from pipelines.media.reference import ImageRef
+from tests.support.rows import Row
+
+
+def images_of(rows: list[Row], fetcher: Fetcher | None = None) -> list[list[bytes]]:
+    fetcher = fetcher or Fetcher()
+    return [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+
+
+def is_refused(images: Pending) -> bool:
+    try:
+        images.result()
+    except OSError:
+        return True
+    return False

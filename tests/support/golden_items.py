@@ -1,0 +1,59 @@
+"""Eight tasks about each golden picture set, and what each answers alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from ovis_model.inputs.processor import Processor
+from ovis_model.types import Completion, Request, SamplingParams
+from tests.support.engines import PARAMS, engine_of
+from tests.support.golden_data import checkpoint_dir, expected, picture
+
+END = 564
+CHOICES = ((17, END), (5, 301, 22, END), (9, 8, END), (END,))
+CHOICE = SamplingParams(choices=CHOICES)
+TASKS: tuple[tuple[str, str | None, SamplingParams], ...] = (
+    ("Describe the image.", None, PARAMS["greedy"]),
+    ("Is there a red object?", None, replace(CHOICE, choices=CHOICES[:2])),
+    ("How many objects are there? Answer with a number and nothing else.", None, PARAMS["penalised"]),
+    ("Which shape is it?", None, CHOICE),
+    ("Tags, please.", None, PARAMS["sampled"]),
+    ("", None, replace(CHOICE, temperature=1.5, seed=4)),
+    ("Describe the image.", "You are terse.", PARAMS["hot"]),
+    ("Is it large?", "You are terse.", CHOICE),
+)
+
+
+@cache
+def items_of(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
+    """For each golden picture set, the tasks as requests with one array of tiles; the last ones have no picture."""
+    processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
+    cases = [case for case in expected(checkpoint)["generation"] if case["images"]]
+    items = []
+    for pictures, most in [*(([picture(p) for p in c["images"]], c["max_partition"]) for c in cases), ([], 1)]:
+        requests = [processor.request(text, pictures, most, system) for text, system, _ in TASKS]
+        items.append(tuple(replace(request, tiles=requests[0].tiles) for request in requests))
+    return tuple(items)
+
+
+@cache
+def alone(checkpoint: str, item: int, task: int) -> Completion:
+    [completion] = engine_of(checkpoint).generate([items_of(checkpoint)[item][task]], params_of(task))
+    return completion
+
+
+def params_of(task: int) -> SamplingParams:
+    return replace(TASKS[task][2], max_new_tokens=3 + task)
+
+
+def assert_same(found: Completion, wanted: Completion) -> None:
+    assert found.output_ids.tolist() == wanted.output_ids.tolist()
+    assert found.finish_reason == wanted.finish_reason
+    assert found.mean_logprob == pytest.approx(wanted.mean_logprob, abs=1e-4)
+    assert (found.choice_probs is None) == (wanted.choice_probs is None)
+    if wanted.choice_probs is not None:
+        np.testing.assert_allclose(found.choice_probs, wanted.choice_probs, atol=1e-4, rtol=0)

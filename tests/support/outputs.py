@@ -1,0 +1,35 @@
+"""Result rows as a sink is given them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from pipelines import schema
+
+
+def results_of(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
+    """Result rows with these row numbers."""
+    return pa.Table.from_pylist([_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
+
+
+def _result(row: int, is_error: bool) -> dict[str, object]:
+    return {
+        "row": row,
+        "id": f"id-{row}",
+        "uri": f"uri-{row}",
+        "prompt": "",
+        "text": "" if is_error else f"text {row}",
+        "status": "error" if is_error else "ok",
+        "stage": "decode" if is_error else "",
+        "error": "why" if is_error else "",
+        "finish_reason": "stop",
+        "num_images": 1,
+        "num_tiles": 1,
+        "num_prompt_tokens": 5,
+        "num_output_tokens": 2,
+        "mean_logprob": math.nan if is_error else -1.0,
+        "frame_timestamps_s": [],
+    }

@@ -1,0 +1,30 @@
+"""Pictures, drawn for tests from a seed or in one colour."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.media.reference import ImageRef
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (60 + 9 * (seed % 8), 50), (seed * 7 % 256, seed * 31 % 256, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def draw(path: Path, seed: int, width: int = 90, height: int = 60) -> Path:
+    """A picture of smooth colours, the format by the suffix."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def image_at(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> ImageRef:
+    Image.new("RGB", size, colour).save(path)
+    return ImageRef("file", str(path))

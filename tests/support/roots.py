@@ -1,0 +1,8 @@
+"""Where this repository and the data of its tests lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TINY_SIGLIP = ROOT / "tests" / "tiny_siglip"

@@ -1,0 +1,21 @@
+"""Rows of the manifest that INPUTs become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.config import CaptionConfig
+from pipelines.sources import list_rows
+
+Row = dict[str, Any]
+
+
+def rows_of(*inputs: object, **options: object) -> list[Row]:
+    """Rows of the manifest, without their numbers."""
+    with list_rows(config_of(*inputs, **options)) as listing:
+        return [row for table in listing.tables() for row in table.to_pylist()]
+
+
+def config_of(*inputs: object, **options: object) -> CaptionConfig:
+    values = {"input": tuple(map(str, inputs)), "output": "out", "model": "demo", **options}
+    return CaptionConfig(**values)  # type: ignore[arg-type]
