@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
+from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, SamplingParams
 from pipelines.answering import Answering
@@ -108,7 +109,7 @@ def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: 
 def test_a_picture_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path) -> None:
     asked = config(pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)])
     rows = prepared(asked, tmp_path / "out")
-    engine = engine_of("tiny56-tied")
+    engine = OvisEngine(engine_of("tiny56-tied").model)
     values = Answering(asked, Processor.from_pretrained(MODEL), engine).values(rows)
     assert len(values) == 6 and all(isinstance(row, dict) for row in values)
     assert engine.stats.tiles == sum(len(row["tiles"]) for row in rows)
