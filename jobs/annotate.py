@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 
 from jobs.cli import run_rows
-from pipelines.config import AnnotateConfig, parse_command_line
+from jobs.command_line import parse_command_line
+from pipelines.config import AnnotateConfig
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pipelines.config import RunConfig
 from pipelines.errors import EverythingFails, LeaseLost, RowsLost, StageFailed, StoreFault
-from pipelines.pipeline import Summary, caption
+from pipelines.pipeline import Summary, run_pipeline
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 
@@ -61,7 +61,7 @@ def run_rows(config: RunConfig) -> int:
     def exit_code(summary: Summary) -> int:
         return TOO_MANY_ERRORS if summary.error > config.max_error_rate * summary.rows else OK
 
-    return run_job(lambda: caption(config), exit_code)
+    return run_job(lambda: run_pipeline(config), exit_code)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

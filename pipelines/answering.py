@@ -8,16 +8,13 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
-import numpy as np
-
 from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import cut_at_stop
 from ovis_model.types import Completion, Engine, FinishReason, Request, RequestError, SamplingParams
-from pipelines.config import RunConfig
+from pipelines.rows import PreparedRow
 from pipelines.tasks.answer_types import Answer, Answered, flags_of
+from pipelines.tasks.questionnaire import Columns, Questionnaire
 from pipelines.tasks.task import Task
-
-Row = dict[str, Any]
 
 # Of an answer that is asked for again: far enough from the first to leave its loop or dead end, and room to finish.
 _AGAIN_TEMPERATURE, _AGAIN_TOP_P, _AGAIN_PENALTY, _AGAIN_TIMES_LONGER = 0.7, 0.9, 1.1, 2
@@ -35,29 +32,24 @@ class Question:
 class Answering:
     """Asks `engine` all tasks of rows. Several threads may call at once."""
 
-    def __init__(self, config: RunConfig, processor: Processor, engine: Engine) -> None:
-        self._config, self._tasks = config, config.asked
+    def __init__(self, questionnaire: Questionnaire, processor: Processor, engine: Engine) -> None:
+        self._questionnaire, self._tasks = questionnaire, questionnaire.tasks
         self._processor, self._engine = processor, engine
         self._answer_ids = cache(processor.answer_ids)
 
-    def values(self, rows: Sequence[Row]) -> list[Row | RequestError]:
-        """Of each row the columns that its answers decide, or why it has none. Raises EngineDied."""
+    def columns(self, rows: Sequence[PreparedRow]) -> list[Columns | RequestError]:
+        """Return, for each row, the columns that its answers decide, or why it has none. Raises EngineDied."""
         asked = [self._questions(row) for row in rows]
         answered = [
             outcome if isinstance(outcome, RequestError) else list(map(self._answered, questions, outcome))
             for questions, outcome in zip(asked, self._completions(asked), strict=True)
         ]
-        if self._config.asks_again:
+        if self._questionnaire.regenerates_flagged:
             self._ask_again(asked, answered)
-        return [a if isinstance(a, RequestError) else self._config.values(a) for a in answered]
+        return [a if isinstance(a, RequestError) else self._questionnaire.columns(a) for a in answered]
 
-    def _questions(self, row: Row) -> list[Question]:
-        prompts = np.split(row["input_ids"], np.cumsum(row["prompt_lengths"])[:-1])
-        tiles, sizes = row["tiles"], row["tile_sizes"]
-        return [
-            Question(task, row["id"], Request(ids, tiles, sizes))
-            for task, ids in zip(self._tasks, prompts, strict=True)
-        ]
+    def _questions(self, row: PreparedRow) -> list[Question]:
+        return [Question(task, row.id, request) for task, request in zip(self._tasks, row.requests, strict=True)]
 
     def _completions(self, asked: Sequence[Sequence[Question]]) -> list[list[Completion] | RequestError]:
         """Of all rows at once; if one of them cannot be generated, of each by itself."""
@@ -79,7 +71,7 @@ class Answering:
             try:
                 self._generate([question])
             except RequestError as error:
-                return RequestError(f"{question.task.where}{error}")
+                return RequestError(f"{question.task.label}{error}")
         return None
 
     def _generate(self, questions: Sequence[Question]) -> list[Completion]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,7 @@ from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines.cluster.actor import end_with_python
 from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster.resources import BATCH_BYTES
-from pipelines.config import RunConfig
+from pipelines.config import ImageOptions, ModelOptions
 from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, Pending
 from pipelines.media.frame_selection import Encoder, FrameSelector
@@ -24,13 +23,12 @@ from pipelines.media.reference import ImageRef
 from pipelines.media.video import Frame, looks_like_video
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_rows, sample_images
+from pipelines.rows import Batch, ManifestRow, PreparedRow
 from pipelines.schema import Stage
 from pipelines.sources.videos import is_in_place, video_of
 from pipelines.storage import store
+from pipelines.tasks.questionnaire import Questionnaire
 from pipelines.tasks.task import Task
-
-Row = dict[str, Any]
-Batch = dict[str, np.ndarray]
 
 
 class Preprocess:
@@ -38,138 +36,145 @@ class Preprocess:
 
     def __init__(
         self,
-        config: RunConfig,
         output: str,
-        revision: str | None,
+        model: ModelOptions,
+        images: ImageOptions,
+        questionnaire: Questionnaire,
         attempts: Attempts,
         encoder: Encoder | None = None,
+        *,
+        allow_private_addresses: bool = False,
     ) -> None:
-        """`encoder` compares frames of videos; None is needed for images and for frames that are spread evenly."""
+        """Load the processor of `model`. `encoder` compares frames of videos; uniform ones and images need none."""
         end_with_python()
-        self._config, self._output, self._attempts = config, output, attempts
-        self._tasks = config.asked
-        self._processor = Processor.from_pretrained(config.model, revision)
-        store.allow_private_addresses(config.allow_private_addresses)
+        store.allow_private_addresses(allow_private_addresses)
+        self._output, self._attempts = output, attempts
+        self._requests = RequestBuilder(Processor.from_pretrained(model.model, model.revision), images, questionnaire)
         self._fetcher = Fetcher()
-        self._frames = FrameSelector(config, encoder)
+        self._frames = FrameSelector(images, encoder)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """int64 `start`, `stop` -> columns of `_prepared` rows, at most BATCH_BYTES or one row at once."""
-        for start, stop in zip(batch["start"], batch["stop"], strict=True):
+        """int64 `start`, `stop` -> columns of prepared rows, at most BATCH_BYTES or one row at once."""
+        for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
             work = f"prepare rows {start} to {stop}"
-            rows: list[Row] = read_rows(self._output, RowRange(int(start), int(stop))).to_pylist()
+            rows = ManifestRow.from_table(read_rows(self._output, RowRange(start, stop)))
             if self._attempts.begin(work) <= MAX_TRIES:
-                yield from _batches(self._prepare(row, images) for row, images in self._fetched(rows))
+                fetched = self._fetcher.ahead((row, self._needed_images(row)) for row in rows)
+                yield from _batches(self._prepare(row, images) for row, images in fetched)
             else:
                 yield from _batches(map(self._prepare_alone, rows))
             self._attempts.end(work)
 
-    def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, Pending]]:
-        return self._fetcher.ahead((row, self._images_of(row)) for row in rows)
+    def _needed_images(self, row: ManifestRow) -> Sequence[ImageRef]:
+        """Return what to fetch: nothing for a row that fails anyway, nor for a video that is decoded where it is."""
+        is_needed = not row.error and len(row.images) <= self._requests.max_images and not is_in_place(row.images)
+        return row.images if is_needed else ()
 
-    def _images_of(self, row: Row) -> list[ImageRef]:
-        """Nothing is fetched for a row that fails anyway, nor for a video that is decoded where it is."""
-        images = [ImageRef(**image) for image in row["images"]]
-        is_needed = not row["error"] and len(images) <= self._most_images and not is_in_place(images)
-        return images if is_needed else []
-
-    def _prepare(self, row: Row, images: Pending) -> Row:
+    def _prepare(self, row: ManifestRow, images: Pending) -> PreparedRow:
         try:
-            return self._request(row, images)
+            return self._prepare_or_raise(row, images)
         except RowError as error:
-            return self._failed(row, error)
+            return _failed(row, error)
         except StoreFault as fault:
             if self._is_store_down(row):  # then the run has to stop
                 raise
-            return self._failed(row, RowError("read", f"{fault}; other files are read"))
+            return _failed(row, RowError("read", f"{fault}; other files are read"))
 
-    def _prepare_alone(self, row: Row) -> Row:
-        """A row among others of which one killed its process again and again; nothing else is on its way meanwhile."""
-        work = f"prepare row {row['row']}"
+    def _prepare_alone(self, row: ManifestRow) -> PreparedRow:
+        """Prepare a row of a range that killed its process again and again; nothing else is on its way meanwhile."""
+        work = f"prepare row {row.row}"
         if self._attempts.begin(work) > MAX_TRIES:
-            return self._failed(row, RowError("decode", GIVEN_UP))
-        prepared = self._prepare(row, self._fetcher.submit(self._images_of(row)))
+            return _failed(row, RowError("decode", GIVEN_UP))
+        prepared = self._prepare(row, self._fetcher.submit(self._needed_images(row)))
         self._attempts.end(work)
         return prepared
 
-    def _failed(self, row: Row, error: RowError) -> Row:
-        return _failed(row, error, self._processor.config.vision.image_size)
-
-    def _request(self, row: Row, images: Pending) -> Row:
-        """The prepared row. Raises RowError and StoreFault."""
-        if row["error"]:
-            raise RowError("list", row["error"])
+    def _prepare_or_raise(self, row: ManifestRow, images: Pending) -> PreparedRow:
+        """Return the prepared row. Raises RowError and StoreFault."""
+        if row.error:
+            raise RowError("list", row.error)
         with _stage("read", OSError):
             encoded = images.result()
         with _stage("tile", ValueError):
-            self._check_number(max(len(encoded), len(row["images"])))
-        references = [ImageRef(**image) for image in row["images"]]
-        if is_in_place(references) or any(map(looks_like_video, encoded)):
-            return self._video_request(row, references, encoded)
-        if not encoded and not row["has_own_prompt"]:
+            self._requests.check_number(max(len(encoded), len(row.images)))
+        if is_in_place(row.images) or any(map(looks_like_video, encoded)):
+            return self._prepare_video(row, encoded)
+        if not encoded and not row.has_own_prompt:
             raise RowError("read", "no image, and no prompt of its own")
         with _stage("decode", MediaError):
-            pictures = _decoded(encoded)
+            pictures = _decode_images(encoded)
         with _stage("tile", ValueError):
-            questions = [_harmless(prompt, num_images=len(pictures)) for prompt in self._config.prompts(row["prompt"])]
-            requests = self._tiled(questions, pictures, self._config.tiles_for(len(pictures)))
-        return _prepared(row, requests, len(pictures))
+            return _prepared(row, self._requests.about_images(row.prompt, pictures), len(pictures))
 
-    def _is_store_down(self, row: Row) -> bool:
-        """No other image there can be read; a place that no other row names says nothing of the run's store."""
-        own = {(image["uri"], image["offset"]) for image in row["images"]}
-        places = {store.place_of(image["uri"]) for image in row["images"]}
+    def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> PreparedRow:
+        with _stage("decode", MediaError), _stage("read", OSError):
+            video, window = video_of(row.images, encoded)
+            frames = self._frames.select(video, window, self._requests.question(row.prompt))
+        with _stage("tile", ValueError):
+            self._requests.check_number(len(frames))
+            return _prepared(row, self._requests.about_frames(row.prompt, frames), len(frames), frames)
+
+    def _is_store_down(self, row: ManifestRow) -> bool:
+        """Whether no other image there can be read; a place that no other row names says nothing of the run's store."""
+        own = {(image.uri, image.offset) for image in row.images}
+        places = {store.place_of(image.uri) for image in row.images}
         others = [image for image in sample_images(self._output) if (image.uri, image.offset) not in own]
         there = [image for image in others if store.place_of(image.uri) in places]
         if others and not there:
             return False
         return not any(store.can_read(image.uri, image.offset if image.kind == "tar" else 0) for image in there)
 
-    def _video_request(self, row: Row, references: list[ImageRef], encoded: list[bytes]) -> Row:
-        with _stage("decode", MediaError), _stage("read", OSError):
-            video, window = video_of(references, encoded)
-            prompts = self._config.prompts(row["prompt"])
-            frames = self._frames.select(video, window, without_marks("\n".join(prompts)))
-        with _stage("tile", ValueError):
-            self._check_number(len(frames))
-            questions = [_about_video(prompt, len(frames)) for prompt in prompts]
-            pictures = [Image.fromarray(frame.pixels) for frame in frames]
-            requests = self._tiled(questions, pictures, self._config.tiles_for_frames)
-        return _prepared(row, requests, len(frames), frames)
 
-    def _tiled(self, questions: Sequence[str], pictures: list[Image.Image], max_tiles: int) -> list[Request]:
-        """A request for each question, all with the same tiles."""
+class RequestBuilder:
+    """Builds the requests of a row: a prompt for each task, all over the same tiles."""
+
+    def __init__(self, processor: Processor, images: ImageOptions, questionnaire: Questionnaire) -> None:
+        self._processor, self._images, self._questionnaire = processor, images, questionnaire
+        self._max_length = processor.config.max_length
+        self._tokens_per_tile = processor.config.vision.tokens_per_tile
+        # An image is a tile at least. One is always tried, for the message that says by how much it is too long.
+        self.max_images = max(1, self._max_length // self._tokens_per_tile)
+
+    def question(self, prompt: str) -> str:
+        """Return the text of all prompts of a row, for frames to match; `prompt` as the manifest stores it."""
+        return without_marks("\n".join(self._questionnaire.prompts(prompt)))
+
+    def about_images(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Request]:
+        """Return the requests of a row with these images, maybe none. Raises ValueError if one is too long."""
+        prompts = self._questionnaire.prompts(prompt)
+        questions = [_neutralize_marks(text, num_images=len(pictures)) for text in prompts]
+        return self._build(questions, pictures, self._images.max_tiles_per_image(len(pictures)))
+
+    def about_frames(self, prompt: str, frames: Sequence[Frame]) -> list[Request]:
+        """Return the requests of a row with the frames of a video. Raises ValueError if one is too long."""
+        questions = [_about_video(text, len(frames)) for text in self._questionnaire.prompts(prompt)]
+        pictures = [Image.fromarray(frame.pixels) for frame in frames]
+        return self._build(questions, pictures, self._images.max_tiles_per_frame)
+
+    def _build(self, questions: Sequence[str], pictures: Sequence[Image.Image], max_tiles: int) -> list[Request]:
         sizes = [picture.size for picture in pictures]
         prompts = []
-        for task, question in zip(self._tasks, questions, strict=True):
+        for task, question in zip(self._questionnaire.tasks, questions, strict=True):
             ids = self._processor.prompt_ids(question, sizes, max_tiles, task.system)
             # Before tiling: a row that is far too long would also need far too much memory.
             self._check_length(task, len(ids) + ids.count(IMAGE_ATOM_ID) * (self._tokens_per_tile - 1))
             prompts.append(ids)
         return self._processor.with_tiles(prompts, pictures, max_tiles)
 
-    def _check_number(self, num_images: int) -> None:
-        if num_images > self._most_images:
-            raise ValueError(f"{num_images} images are more than the {self._most_images} that the model's limit allows")
+    def check_number(self, num_images: int) -> None:
+        """Raise ValueError if the images alone are over the model's limit."""
+        if num_images > self.max_images:
+            raise ValueError(f"{num_images} images are more than the {self.max_images} that the model's limit allows")
 
     def _check_length(self, task: Task, num_prompt_tokens: int) -> None:
         # Choices are scored, not generated; the engine knows how long they are.
-        limit, output = self._processor.config.max_length, 0 if task.answer.options else task.max_new_tokens or 0
-        excess = num_prompt_tokens + output - limit
+        output = 0 if task.answer.options else task.max_new_tokens or 0
+        excess = num_prompt_tokens + output - self._max_length
         if excess > 0:
             raise ValueError(
-                f"{task.where}{num_prompt_tokens} prompt + {output} output tokens are {excess} over the "
-                f"model's limit of {limit}; lower --max-new-tokens, --max-tiles or --num-frames, or shorten the prompt"
+                f"{task.label}{num_prompt_tokens} prompt + {output} output tokens are {excess} over the model's limit "
+                f"of {self._max_length}; lower --max-new-tokens, --max-tiles or --num-frames, or shorten the prompt"
             )
-
-    @property
-    def _tokens_per_tile(self) -> int:
-        return self._processor.config.vision.tokens_per_tile
-
-    @property
-    def _most_images(self) -> int:
-        """An image is a tile at least. One is always tried, for the message that says by how much it is too long."""
-        return max(1, self._processor.config.max_length // self._tokens_per_tile)
 
 
 @contextmanager
@@ -182,7 +187,7 @@ def _stage(stage: Stage, expected: type[Exception]) -> Iterator[None]:
         raise RowError(stage, reason) from error
 
 
-def _decoded(encoded: list[bytes]) -> list[Image.Image]:
+def _decode_images(encoded: Sequence[bytes]) -> list[Image.Image]:
     pictures = []
     for number, data in enumerate(encoded, 1):
         try:
@@ -192,64 +197,35 @@ def _decoded(encoded: list[bytes]) -> list[Image.Image]:
     return pictures
 
 
-def _harmless(prompt: str, *, num_images: int) -> str:
-    """Marks that do not place each image once are the user's text, not ours."""
+def _neutralize_marks(prompt: str, *, num_images: int) -> str:
+    """Return the prompt without marks that do not place each image once: they are the user's text, not ours."""
     return prompt if prompt.count(IMAGE_MARK) == num_images else without_marks(prompt)
 
 
 def _about_video(prompt: str, num_frames: int) -> str:
-    question = _harmless(prompt, num_images=num_frames)
+    question = _neutralize_marks(prompt, num_images=num_frames)
     return question if IMAGE_MARK in question else video_query(question, num_frames)
 
 
-def _prepared(row: Row, requests: Sequence[Request], num_images: int, frames: Sequence[Frame] = ()) -> Row:
-    return {
-        "row": row["row"],
-        "id": row["id"],
-        "uri": row["uri"],
-        "prompt": row["prompt"],
-        "stage": "",
-        "error": "",
-        "num_images": num_images,
-        "frame_timestamps_s": np.array([frame.timestamp_s for frame in frames], np.float32),
-        # One after the other: a column takes arrays, not lists of them.
-        "input_ids": np.concatenate([request.input_ids for request in requests]),
-        "prompt_lengths": np.array([len(request.input_ids) for request in requests], np.int32),
-        "tiles": requests[0].tiles,
-        "tile_sizes": requests[0].tile_sizes,
-    }
+def _prepared(
+    row: ManifestRow, requests: Sequence[Request], num_images: int, frames: Sequence[Frame] = ()
+) -> PreparedRow:
+    timestamps_s = np.array([frame.timestamp_s for frame in frames], np.float32)
+    return PreparedRow(row.row, row.id, row.uri, row.prompt, tuple(requests), num_images, timestamps_s)
 
 
-def _failed(row: Row, error: RowError, tile_size: int) -> Row:
-    # Arrays of no tiles, not None: a column may not mix tensors and objects.
-    nothing = Request(
-        np.zeros(0, np.int32), np.zeros((0, 3, tile_size, tile_size), np.uint8), np.zeros((0, 2), np.int32)
-    )
-    return {**_prepared(row, [nothing], 0), "stage": error.stage, "error": str(error)}
+def _failed(row: ManifestRow, error: RowError) -> PreparedRow:
+    return PreparedRow(row.row, row.id, row.uri, row.prompt, stage=error.stage, error=str(error))
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[Batch]:
-    waiting: list[Row] = []
+def _batches(rows: Iterable[PreparedRow]) -> Iterator[Batch]:
+    waiting: list[PreparedRow] = []
     waiting_bytes = 0
     for row in rows:
-        if waiting and waiting_bytes + row["tiles"].nbytes > BATCH_BYTES:
-            yield _columns(waiting)
+        if waiting and waiting_bytes + row.num_tile_bytes > BATCH_BYTES:
+            yield PreparedRow.to_columns(waiting)
             waiting, waiting_bytes = [], 0
         waiting.append(row)
-        waiting_bytes += row["tiles"].nbytes
+        waiting_bytes += row.num_tile_bytes
     if waiting:
-        yield _columns(waiting)
-
-
-def _columns(rows: list[Row]) -> Batch:
-    return {name: _column([row[name] for row in rows]) for name in rows[0]}
-
-
-def _column(values: list[Any]) -> np.ndarray:
-    if not isinstance(values[0], np.ndarray):
-        return np.array(values, dtype=object if isinstance(values[0], str) else np.int64)
-    # Filled one by one: numpy would try to stack arrays of one shape.
-    column = np.empty(len(values), dtype=object)
-    for i, value in enumerate(values):
-        column[i] = value
-    return column
+        yield PreparedRow.to_columns(waiting)

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar
 from ovis_model.config import OvisConfig
 from ovis_model.sizing import check_tensor_parallel, device_bytes, fewest_ranks
 from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.config import RunConfig
-from pipelines.errors import ResourceError
+from pipelines.config import ResourceOptions
+from pipelines.errors import ResourceError, StageFailed, StoreFault
 from pipelines.schema import ROWS_PER_GROUP
 
 BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
@@ -101,7 +101,7 @@ class Pools:
         return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} to prepare images"
 
 
-def plan_pools(config: RunConfig, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
+def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
     """For replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
     if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
@@ -110,11 +110,11 @@ def plan_pools(config: RunConfig, hardware: Hardware, tensor_parallel: int = 1) 
     return _cpu_pools(config, hardware.cpus, tensor_parallel)
 
 
-def uses_gpus(config: RunConfig, hardware: Hardware) -> bool:
+def uses_gpus(config: ResourceOptions, hardware: Hardware) -> bool:
     return config.device == "cuda" or (config.device == "auto" and bool(hardware.gpus or config.autoscale))
 
 
-def _gpu_pools(config: RunConfig, hardware: Hardware, tensor_parallel: int) -> Pools:
+def _gpu_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int) -> Pools:
     room = hardware.room_for(tensor_parallel)
     wanted = _chosen(config.num_replicas, room)
     preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
@@ -153,7 +153,7 @@ def _check_room(wanted: int, room: int, hardware: Hardware, tensor_parallel: int
         )
 
 
-def _cpu_pools(config: RunConfig, cpus: float, tensor_parallel: int) -> Pools:
+def _cpu_pools(config: ResourceOptions, cpus: float, tensor_parallel: int) -> Pools:
     replicas = _chosen(config.num_replicas, max(1, int(cpus // _CPUS_PER_CPU_REPLICA)))
     preprocessors = _chosen(config.num_preprocessors, max(1, int(cpus // 4)))
     threads = max(1, int(cpus - preprocessors) // replicas)
@@ -162,7 +162,7 @@ def _cpu_pools(config: RunConfig, cpus: float, tensor_parallel: int) -> Pools:
     return Pools("cpu", replicas, share, 0, threads, preprocessors, share, tensor_parallel)
 
 
-def plan_tensor_parallel(config: RunConfig, hardware: Hardware, model: OvisConfig) -> int:
+def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: OvisConfig) -> int:
     """What `--tensor-parallel` comes to here: of `auto`, the fewest GPUs that hold a replica and room for its rows.
 
     The GPUs' memory is asked for only if the model might not fit into the smallest that are usual. Raises ValueError.
@@ -229,8 +229,8 @@ def prefer_nodes_without(gpu_types: tuple[str, ...]) -> dict[str, Any]:
     return {"label_selector": others, "fallback_strategy": [{"label_selector": {}}]}
 
 
-def settled_dtype(config: RunConfig, pools: Pools) -> str:
-    """What `--dtype auto` comes to on this cluster."""
+def resolve_dtype(config: ResourceOptions, pools: Pools) -> Literal["float32", "bfloat16"]:
+    """Return the dtype that `--dtype auto` resolves to on this cluster."""
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if pools.device == "cuda" else "float32"
@@ -254,7 +254,7 @@ class Sizes:
     calls_per_replica: int
 
 
-def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int, tasks_per_row: int = 1) -> Sizes:
+def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_row: int = 1) -> Sizes:
     """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
 
     Many units, so that every actor has work early and late; larger ones when there would be too many. Of several
@@ -262,7 +262,7 @@ def plan_batches(num_rows: int, pools: Pools, *, most_tile_bytes: int, tasks_per
     """
     fair_share = num_rows // (16 * pools.num_preprocessors)
     rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // MAX_BLOCKS), 8)
-    rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // most_tile_bytes))
+    rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // max_tile_bytes))
     rows_ahead = -(-ROWS_SIDE_BY_SIDE // tasks_per_row)
     if pools.num_replicas > 1:
         rows_ahead = min(rows_ahead, max(1, num_rows // (2 * pools.num_replicas)))
@@ -324,6 +324,19 @@ def _check_address(address: str) -> None:
         raise ResourceError(
             f"RAY_ADDRESS={address} does not answer ({error}); unset it to run on this machine, or start that cluster"
         ) from error
+
+
+@contextmanager
+def ray_errors_named() -> Iterator[None]:
+    """Raise what an actor raised: StoreFault as such, anything else as StageFailed with its message."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        if fault := cause_of(error, StoreFault):
+            raise fault from error
+        raise StageFailed(last_line(error)) from error
 
 
 Cause = TypeVar("Cause", bound=Exception)

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovis_model.checkpoint import CheckpointError, describe_checkpoint, fetch_checkpoint
-from pipelines.config import PIXELS, RunConfig
+from pipelines.config import PIXELS, ImageOptions
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,13 @@ class EncoderPool:
 NO_ENCODERS = EncoderPool("cpu", 0, 0, 0, 0)
 
 
-def plan_encoders(config: RunConfig, *, cpus: float, gpus: float) -> EncoderPool:
+def plan_encoders(config: ImageOptions, *, cpus: float, gpus: float, device: str) -> EncoderPool:
     """A GPU of their own if there are several, so that no captioner shares its memory; else CPUs."""
-    if not needs_encoder(config):
+    if not config.needs_encoder:
         return NO_ENCODERS
-    if config.device != "cpu" and gpus >= 2:
+    if device != "cpu" and gpus >= 2:
         return EncoderPool("cuda", max(1, int(gpus) // GPUS_PER_ENCODER_GPU), 0, 1, 1)
-    if config.device != "cpu" and gpus >= 1:
+    if device != "cpu" and gpus >= 1:
         logger.warning(
             "the only GPU is the captioner's, so frames are encoded on CPUs: a small --frame-encoder such as "
             "google/siglip-base-patch16-224 is far faster there, and %s needs no model",
@@ -67,13 +68,9 @@ def plan_encoders(config: RunConfig, *, cpus: float, gpus: float) -> EncoderPool
     return EncoderPool("cpu", max(1, int(cpus) // CPUS_PER_ENCODER), 1 if cpus >= 4 else 0, 0, threads)
 
 
-def needs_encoder(config: RunConfig) -> bool:
-    return config.frame_selection != "uniform" and config.frame_encoder != PIXELS
-
-
-def describe_encoder(config: RunConfig) -> dict[str, str | None]:
+def describe_encoder(config: ImageOptions) -> dict[str, str | None]:
     """What identifies the encoder of a run, nothing if it has none. Raises ValueError if it cannot be used."""
-    if not needs_encoder(config):
+    if not config.needs_encoder:
         return {}
     if missing := [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]:
         raise CheckpointError(
@@ -131,17 +128,13 @@ class RemoteEncoder:
         vectors: NDArray[np.float32] = ray.get(getattr(random.choice(self._actors), method).remote(argument))
         return vectors
 
-    def stop(self) -> None:
-        import ray
 
-        for actor in self._actors:
-            ray.kill(actor)
-
-
-def start_encoders(config: RunConfig, revision: str | None, pool: EncoderPool) -> RemoteEncoder | None:
-    """The pool's actors, loaded; to be stopped. None if the pool is empty."""
+@contextmanager
+def running_encoders(name: str, revision: str | None, pool: EncoderPool) -> Iterator[RemoteEncoder | None]:
+    """Start the actors of the pool, loaded, and end them with the context. None if the pool is empty."""
     if not pool.num_encoders:
-        return None
+        yield None
+        return
     import ray
 
     options = {
@@ -152,11 +145,9 @@ def start_encoders(config: RunConfig, revision: str | None, pool: EncoderPool) -
         "scheduling_strategy": "SPREAD",
     }
     make = ray.remote(Encode).options(**options)
-    arguments = (config.frame_encoder, revision, pool.device, pool.num_threads)
-    actors = [make.remote(*arguments) for _ in range(pool.num_encoders)]
+    actors = [make.remote(name, revision, pool.device, pool.num_threads) for _ in range(pool.num_encoders)]
     try:
-        return RemoteEncoder(actors, ray.get([actor.size.remote() for actor in actors])[0])
-    except BaseException:
+        yield RemoteEncoder(actors, ray.get([actor.size.remote() for actor in actors])[0])
+    finally:
         for actor in actors:
             ray.kill(actor)
-        raise

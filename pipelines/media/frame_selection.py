@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovis_model.inputs.keyframes import select_frames
-from pipelines.config import RunConfig
+from pipelines.config import ImageOptions
 from pipelines.media.video import Frame, Sampling, Window
 from pipelines.media.video_process import Video, VideoDecoder
 
@@ -60,7 +60,7 @@ class _Candidates(NamedTuple):
 class FrameSelector:
     """For one thread. Rows that ask about the same video share what was decoded and embedded for it."""
 
-    def __init__(self, config: RunConfig, encoder: Encoder | None = None) -> None:
+    def __init__(self, config: ImageOptions, encoder: Encoder | None = None) -> None:
         """`encoder` is needed unless frames are spread evenly."""
         self._config, self._encoder = config, encoder or PixelEncoder()
         self._decoder = VideoDecoder()

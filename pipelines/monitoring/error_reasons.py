@@ -32,6 +32,12 @@ class Reasons:
         self._examples: dict[str, str] = {}
         self._num_rows = self._num_errors = 0
 
+    def __enter__(self) -> Reasons:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.log()
+
     def add(self, results: pa.Table) -> None:
         """Rows of `schema.result`. Raises EverythingFails."""
         errors = results.filter(pc.equal(results.column("status"), "error"))

@@ -7,6 +7,8 @@ import sys
 import time
 from types import TracebackType
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -47,11 +49,13 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def add(self, *, rows: int, errors: int, tokens: int) -> None:
+    def add(self, results: pa.Table) -> None:
+        """Count rows of `schema.result`."""
+        rows, tokens = len(results), pc.sum(results.column("num_output_tokens")).as_py() or 0
         if self._warm_up is None:
             self._warm_up = (time.monotonic(), rows, tokens)
         self.num_new += rows
-        self.num_errors += errors
+        self.num_errors += pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
         self.num_tokens += tokens
         self._bar.update(self._task, advance=rows, rate=self._rates())
         if self._bar.disable and (time.monotonic() - self._logged_s > _LOG_EVERY_S or self._is_complete()):

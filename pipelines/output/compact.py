@@ -15,7 +15,7 @@ from pipelines.errors import RunError
 from pipelines.output.file_swap import exchange_files, finish_exchange
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import FileEntry, Ranges, RowRange, count, read_entries, union
-from pipelines.output.run_record import hold_lease
+from pipelines.output.run_record import acquire_lease
 from pipelines.output.sink import encode_file, read_file
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
@@ -44,7 +44,7 @@ def compact_run(output: str, file_bytes: int) -> Compacted:
     output = store.absolute_uri(output)
     if store.find_file(store.join(output, "run.json")) is None:
         raise RunError(f"{output} holds no run (no run.json)")
-    with hold_lease(output) as lease:
+    with acquire_lease(output) as lease:
         finish_exchange(output)
         return compact(output, file_bytes, lease)
 

@@ -46,8 +46,8 @@ class Run:
         self.record.update(fields, updated_at=_now())
         _write_record(self.output, self.record)
 
-    def settle_dtype(self, dtype: str) -> None:
-        """What `auto` came to. Raises RunError if the rows that are done were generated in another type."""
+    def record_dtype(self, dtype: str) -> None:
+        """Record what `auto` resolved to. Raises RunError if the rows that are done were generated in another type."""
         settled = self.record.setdefault("settled_dtype", dtype)
         if settled != dtype:
             raise RunError(
@@ -57,52 +57,53 @@ class Run:
         self.update()
 
 
-def hold_lease(output: str) -> Lease:
-    """To be entered before anything in OUTPUT is looked at or changed. Raises RunError."""
+def acquire_lease(output: str) -> Lease:
+    """Return the lease to enter before anything in OUTPUT is looked at or changed. Raises RunError."""
     uri = store.absolute_uri(output)
     if not uri.strip("/") or uri.rstrip("/").endswith(":"):
         raise RunError(f"{output!r} names no place for an OUTPUT; give a directory or a URI with a path")
     return Lease(uri)
 
 
-def open_run(config: RunConfig, model: Json) -> Run:
-    """Go on with the run that OUTPUT holds, with more rows if it is to be extended, or list the input and start one.
+def open_run(config: RunConfig, models: Json) -> Run:
+    """Resume the run that OUTPUT holds, with more rows if it is to be extended, or list the input and start one.
 
-    `model` says which model it is (id, revision, weights). Raises RunError if OUTPUT holds another run or something
+    `models` identifies the model (id, revision, weights). Raises RunError if OUTPUT holds another run or something
     else or cannot be written, SourceError if the input cannot be listed; nothing has changed then.
     """
     output = store.absolute_uri(config.output)
-    what = {
+    identity = {
         "config": {**config.fingerprint_fields(), "input": [store.absolute_uri(uri) for uri in config.input]},
-        "model": model,
+        "model": models,
     }
+    defaults = config.fingerprint_defaults()
     try:
         record = read_record(output)
         if config.overwrite or record is None:
-            record = _start(output, config, what, replaces=record)
+            record = _start(output, config, identity, replaces=record)
         elif config.extend:
-            _check_same(output, record, what, but=_LISTED)
-            _extend(output, config, what, record)
-        _check_same(output, record, what)
+            _check_same(output, record, identity, defaults, except_for=_LISTED)
+            _extend(output, config, identity, record)
+        _check_same(output, record, identity, defaults)
         finish_exchange(output)
     except OSError as error:
         raise RunError(f"cannot use {output} as OUTPUT: {error}") from error
     return Run(output, record["num_rows"], record)
 
 
-def _start(output: str, config: RunConfig, what: Json, *, replaces: Json | None) -> Json:
-    _check_foreign(output, what["config"]["input"], replaces)
-    with list_rows(config) as listing:
+def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | None) -> Json:
+    _check_foreign(output, identity["config"]["input"], replaces)
+    with list_rows(config, config.questionnaire) as listing:
         if replaces is not None:
             _write_record(output, {"status": _REPLACED})
         _remove_ours(output)
         write_manifest(output, listing.tables())
     # Last: a run.json says that the manifest is whole.
     record = {
-        **what,
-        "fingerprint": _fingerprint(what),
+        **identity,
+        "fingerprint": _fingerprint(identity),
         "options": config.model_dump(mode="json"),
-        **config.provenance,
+        **config.questionnaire.describe(),
         "num_rows": listing.num_rows,
         "versions": {"ovis2-ray": __version__, **{name: _version(name) for name in _VERSIONS_OF}},
         "status": "running",
@@ -112,17 +113,17 @@ def _start(output: str, config: RunConfig, what: Json, *, replaces: Json | None)
     return record
 
 
-def _extend(output: str, config: RunConfig, what: Json, record: Json) -> None:
-    """Rows that the run does not have yet go behind those that it has; a run.json that counts them comes last."""
+def _extend(output: str, config: RunConfig, identity: Json, record: Json) -> None:
+    """Append the rows that the run does not have yet; a run.json that counts them comes last."""
     num_rows: int = record["num_rows"]
     known = Known(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
-    with list_rows(config, known) as listing:
+    with list_rows(config, config.questionnaire, known) as listing:
         if listing.num_rows:
             listing.kept = _same_kept(KeptColumns(output).schema, listing.kept)
             write_manifest(output, listing.tables(), num_rows)
     logger.warning("%d rows of the input are new, %d rows were there", listing.num_rows, num_rows)
     listed = {"at": _now(), "first_row": num_rows, "input": record["config"]["input"]}
-    record.update({**what, "fingerprint": _fingerprint(what)})
+    record.update({**identity, "fingerprint": _fingerprint(identity)})
     record.update(
         status="running",
         counts=None,
@@ -162,14 +163,19 @@ def _remove_ours(output: str) -> None:
                 store.remove(info.uri)
 
 
-def _check_same(output: str, record: Json, what: Json, but: frozenset[str] = frozenset()) -> None:
-    """Raises RunError with each difference between the run there and this one."""
+def _check_same(
+    output: str, record: Json, identity: Json, defaults: Json, except_for: frozenset[str] = frozenset()
+) -> None:
+    """Raise RunError with each difference between the run in OUTPUT and this one.
+
+    An option that the record lacks is one that the version that wrote it did not have: it counts as its default.
+    """
     if record.get("status") == _REPLACED:
         raise RunError(f"an --overwrite of {output} was interrupted; give --overwrite again")
-    there, here = (_said_one_by_one(r) for r in (record, what))
+    there, here = _flatten(record, defaults), _flatten(identity)
     differences = [
         f"{name.replace('_', '-')} {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted((there.keys() | here.keys()) - but)
+        for name in sorted((there.keys() | here.keys()) - except_for)
         if there.get(name) != here.get(name)
     ]
     if differences:
@@ -180,13 +186,14 @@ def _check_same(output: str, record: Json, what: Json, but: frozenset[str] = fro
         )
 
 
-def _said_one_by_one(record: Json) -> Json:
-    """Options, what the model is, and the names of the tasks and each of them without what it leaves open."""
-    said = {**record["config"], **{f"model {name}": value for name, value in record["model"].items()}}
-    if tasks := said.get("tasks"):
-        said["tasks"] = [task["name"] for task in tasks]
-        said |= {f"task {t['name']}": {k: v for k, v in t.items() if v is not None and k != "name"} for t in tasks}
-    return said
+def _flatten(record: Json, defaults: Json | None = None) -> Json:
+    """Flatten a run record to {setting: value} for comparison; of a task without what it leaves open."""
+    models = {f"model {name}": value for name, value in record["model"].items()}
+    settings = {**(defaults or {}), **record["config"], **models}
+    if tasks := settings.get("tasks"):
+        settings["tasks"] = [task["name"] for task in tasks]
+        settings |= {f"task {t['name']}": {k: v for k, v in t.items() if v is not None and k != "name"} for t in tasks}
+    return settings
 
 
 def read_record(output: str) -> Json | None:
@@ -206,8 +213,8 @@ def _write_record(output: str, record: Json) -> None:
     store.write_bytes(store.join(output, "run.json"), json.dumps(record, indent=2).encode())
 
 
-def _fingerprint(what: Json) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+def _fingerprint(identity: Json) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _version(name: str) -> str | None:

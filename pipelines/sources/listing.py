@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from pipelines import schema
-from pipelines.config import RunConfig
+from pipelines.config import SourceOptions
 from pipelines.errors import SourceError
 from pipelines.sources.files import IMAGE_SUFFIXES
 from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
@@ -17,40 +17,41 @@ from pipelines.sources.rows import Chunk
 from pipelines.sources.shards import list_chunks
 from pipelines.sources.videos import with_windows
 from pipelines.storage import store
+from pipelines.tasks.questionnaire import Questionnaire
 
 
-def list_rows(config: RunConfig, known: Known | None = None) -> Listing:
+def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: Known | None = None) -> Listing:
     """The rows of all inputs, without those that are `known`. To be closed.
 
     Raises SourceError if there are none at all, if a column is unknown or, unless --on-duplicate-id says otherwise, if
     two share an id.
     """
-    store.allow_private_addresses(config.allow_private_addresses)
-    listing = Listing(config.keep_columns)
+    store.allow_private_addresses(options.allow_private_addresses)
+    listing = Listing(options.keep_columns)
     try:
-        _list_into(listing, config)
-        listing.settle_ids(config.on_duplicate_id, known or Known())
+        _list_into(listing, options, questionnaire)
+        listing.settle_ids(options.on_duplicate_id, known or Known())
     except OSError as error:
         listing.__exit__()
-        raise SourceError(f"cannot list {_shown(config)}: {error}") from error
+        raise SourceError(f"cannot list {_shown(options)}: {error}") from error
     except BaseException:
         listing.__exit__()
         raise
     return listing
 
 
-def _shown(config: RunConfig) -> str:
-    return ", ".join(map(store.shown, config.input))
+def _shown(options: SourceOptions) -> str:
+    return ", ".join(map(store.shown, options.input))
 
 
-def _list_into(listing: Listing, config: RunConfig) -> None:
-    asker = Asker(config)
-    rows = _limited(list_chunks(config.input, asker.columns), config.limit)  # each is one window or more
-    for chunk in _limited(with_windows(rows, config.window_s), config.limit):
+def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire) -> None:
+    asker = Asker(options, questionnaire)
+    rows = _limited(list_chunks(options.input, asker.columns), options.limit)  # each is one window or more
+    for chunk in _limited(with_windows(rows, options.window_s), options.limit):
         listing.add(asker.table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
-            f"no rows in {_shown(config)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
+            f"no rows in {_shown(options)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "shards (.tar .parquet .jsonl) in a directory are given as a glob such as DIRECTORY/*.tar"
         )
     asker.finish()

@@ -7,11 +7,12 @@ import logging
 import pyarrow as pa
 
 from pipelines import schema
-from pipelines.config import RunConfig
+from pipelines.config import SourceOptions
 from pipelines.errors import NoValue, SourceError
 from pipelines.sources.prompts import Template
 from pipelines.sources.rows import Chunk, Columns, Row
 from pipelines.sources.videos import is_video
+from pipelines.tasks.questionnaire import Questionnaire
 
 VIDEO_PROMPT = "Describe the video."  # instead of the default for images
 
@@ -21,14 +22,14 @@ logger = logging.getLogger(__name__)
 class Asker:
     """Gives each row its question, and notes what the columns turn out to be."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        self._templates = [Template(task.prompt, task.where or "--prompt ") for task in config.asked]
+    def __init__(self, options: SourceOptions, questionnaire: Questionnaire) -> None:
+        self._questionnaire = questionnaire
+        self._templates = [Template(task.prompt, task.label or "--prompt ") for task in questionnaire.tasks]
         self.columns = Columns(
-            id=config.id_column,
-            image=config.image_column,
-            prompt=config.own_prompts or None,
-            keep=config.keep_columns,
+            id=options.id_column,
+            image=options.image_column,
+            prompt=questionnaire.prompt_column or None,
+            keep=options.keep_columns,
             in_prompt=frozenset[str]().union(*(template.names for template in self._templates)),
         )
         self._names: set[str] = set()
@@ -48,7 +49,7 @@ class Asker:
             "id": [row.id for row in chunk.rows],
             "uri": [row.uri for row in chunk.rows],
             "images": [[image._asdict() for image in row.images] for row in chunk.rows],
-            "prompt": [self._config.manifest_prompt(prompts) for prompts, _ in asked],
+            "prompt": [self._questionnaire.layout.join_prompts(prompts) for prompts, _ in asked],
             "has_own_prompt": [self._has_own_prompt(row) for row in chunk.rows],
             "error": [error for _, error in asked],
         }
@@ -58,7 +59,7 @@ class Asker:
         """The questions and why they cannot be asked, if so."""
         if row.prompt is not None and self._has_own_prompt(row):
             return [row.prompt], row.error
-        if any(map(is_video, row.images)) and self._config.prompt_is_open:
+        if any(map(is_video, row.images)) and self._questionnaire.has_default_prompt:
             return [VIDEO_PROMPT], row.error
         if row.error or not has_columns:
             return [template.text for template in self._templates], row.error
@@ -75,7 +76,7 @@ class Asker:
         return prompts, error
 
     def _has_own_prompt(self, row: Row) -> bool:
-        return self._config.own_prompts is not None and row.prompt is not None
+        return self._questionnaire.prompt_column is not None and row.prompt is not None
 
     def finish(self) -> None:
         """Raises SourceError for columns that no row has."""

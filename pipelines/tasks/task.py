@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, field_validator
 
 from ovis_model.types import SamplingParams
-from pipelines.tasks.answer_types import Answer, Answered, Text, parse_answer
+from pipelines.tasks.answer_types import Answer, Text, parse_answer
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")  # as in SamplingParams
 
@@ -22,7 +21,7 @@ Encode = Callable[[str], Sequence[int]]
 
 
 class Task(BaseModel):
-    """A question. What is None is as the run has it: `of_run` fills it in."""
+    """A question. What is None is as the run has it: `with_defaults` fills it in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -45,12 +44,13 @@ class Task(BaseModel):
             check_text(text)
         return value
 
-    def of_run(self, **defaults: Any) -> Task:
+    def with_defaults(self, **defaults: Any) -> Task:
+        """Return the same task with `defaults` for the fields that it leaves open."""
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property
-    def where(self) -> str:
-        """Before a message that is about one task of several."""
+    def label(self) -> str:
+        """What begins a message about one task of several: `task NAME: `, or nothing."""
         return f"task {self.name}: " if self.name else ""
 
     @property
@@ -104,65 +104,3 @@ def _with_schema(task: dict[str, Any], directory: Path) -> dict[str, Any]:
         return {**task, "answer": {"json_schema": json.loads(path.read_text("utf-8"))}}
     except json.JSONDecodeError as error:
         raise ValueError(f"task {task.get('name')}: {path} is not JSON: {error}") from error
-
-
-FLAGS = "flags"
-
-
-def columns_of(tasks: Sequence[Task], *, with_alternatives: bool) -> list[pa.Field]:
-    """`flags`, and the columns of each task. Whether two share a name is for the caller to check."""
-    fields = [pa.field(FLAGS, pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False)]
-    for task in tasks:
-        fields += [
-            pa.field(task.name, task.answer.type),
-            pa.field(f"{task.name}_text", pa.string(), nullable=False),
-            pa.field(f"{task.name}_finish_reason", pa.string(), nullable=False),
-            _confidence_field(task),
-        ]
-        if with_alternatives:
-            fields.append(pa.field(f"{task.name}_alternative", _ALTERNATIVE))
-    return fields
-
-
-def _confidence_field(task: Task) -> pa.Field:
-    name = f"{task.name}_confidence"
-    if not task.answer.options:
-        return pa.field(name, pa.float32(), nullable=False)
-    return pa.field(name, pa.struct([pa.field(o, pa.float32(), nullable=False) for o in task.answer.options]))
-
-
-_ALTERNATIVE = pa.struct(
-    [
-        pa.field("text", pa.string()),
-        pa.field("finish_reason", pa.string()),
-        pa.field("flags", pa.list_(pa.string())),
-    ]
-)
-
-
-def values_of(tasks: Sequence[Task], answers: Sequence[Answered]) -> dict[str, Any]:
-    """The columns of `columns_of`, of a row that has answers."""
-    values: dict[str, Any] = {
-        FLAGS: [f"{task.name}:{flag}" for task, answer in zip(tasks, answers, strict=True) for flag in answer.flags]
-    }
-    for task, answer in zip(tasks, answers, strict=True):
-        values[task.name] = answer.value
-        values[f"{task.name}_text"] = answer.text
-        values[f"{task.name}_finish_reason"] = answer.finish_reason
-        values[f"{task.name}_confidence"] = answer.confidence
-        values[f"{task.name}_alternative"] = answer.alternative and _alternative(answer.alternative)
-    return values
-
-
-def _alternative(answer: Answered) -> dict[str, Any]:
-    return {"text": answer.text, "finish_reason": answer.finish_reason, "flags": list(answer.flags)}
-
-
-def no_values(tasks: Sequence[Task]) -> dict[str, Any]:
-    """The columns of `columns_of`, of a row that failed."""
-    values: dict[str, Any] = {FLAGS: []}
-    for task in tasks:
-        values |= {task.name: None, f"{task.name}_text": "", f"{task.name}_finish_reason": ""}
-        if not task.answer.options:
-            values[f"{task.name}_confidence"] = float("nan")
-    return values

@@ -1,0 +1,51 @@
+"""What can be known of a run before anything starts: its model exists, and its tasks fit the model."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from ovis_model.checkpoint import describe_checkpoint, local_path
+from ovis_model.grammar.guides import check
+from ovis_model.inputs.processor import Processor
+from ovis_model.sizing import check_tensor_parallel
+from pipelines.config import RunConfig
+from pipelines.media.frame_encoder import describe_encoder
+from pipelines.tasks.task import Task
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def resolve_places(config: Config) -> Config:
+    """Return the configuration with the paths of its models as every node sees them."""
+    return config.changed(model=local_path(config.model), frame_encoder=local_path(config.frame_encoder))
+
+
+def check_model(config: RunConfig) -> None:
+    """Check all that can be known of the model and the options without weights. Raises ValueError."""
+    processor = Processor.from_pretrained(config.model, config.revision)
+    if config.tensor_parallel != "auto":
+        check_tensor_parallel(processor.config.language, config.tensor_parallel)
+    for task in config.questionnaire.tasks:
+        _check_task(task, processor)
+
+
+def describe_models(config: RunConfig) -> dict[str, str | None]:
+    """Return what identifies the model and the frame encoder: ids, revisions, hashes. Raises ValueError."""
+    return {**describe_checkpoint(config.model, config.revision), **describe_encoder(config)}
+
+
+def _check_task(task: Task, processor: Processor) -> None:
+    params = task.sampling("", processor.answer_ids)
+    for option in task.answer.options:
+        if (read := processor.detokenize(processor.answer_ids(option))) != option:
+            raise ValueError(f"{task.label}the model reads the choice {option!a} as {read!a}; write it so")
+    if params.constraint is not None:
+        try:
+            check(params.constraint)
+        except ValueError as error:
+            raise ValueError(f"{task.label}{error}") from error
+    if params.max_new_tokens >= processor.config.max_length:
+        raise ValueError(
+            f"{task.label}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's "
+            f"{processor.config.max_length} tokens; lower it"
+        )

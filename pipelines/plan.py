@@ -1,0 +1,60 @@
+"""How the cluster is shared between the pools of actors of a run, and the rows between their calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ovis_model.checkpoint import fetch_checkpoint
+from ovis_model.config import OvisConfig
+from pipelines.cluster.resources import (
+    Hardware,
+    Pools,
+    Sizes,
+    plan_batches,
+    plan_pools,
+    plan_tensor_parallel,
+    prefer_nodes_without,
+    resolve_dtype,
+)
+from pipelines.config import RunConfig
+from pipelines.media.frame_encoder import EncoderPool, plan_encoders
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`node_preference`: options of actors that leave the cores of GPU nodes to the replicas."""
+
+    pools: Pools
+    encoders: EncoderPool
+    sizes: Sizes
+    dtype: Literal["float32", "bfloat16"]
+    node_preference: dict[str, Any]
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        return f"plan: {self.pools}{self.encoders}"
+
+
+def plan_run(config: RunConfig, num_rows: int) -> Plan:
+    """Plan `num_rows` rows on the cluster that this process is connected to. Raises ValueError."""
+    model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
+    hardware = Hardware.of_cluster()
+    encoders, pools = _share_hardware(config, hardware, model)
+    sizes = plan_batches(
+        num_rows,
+        pools,
+        max_tile_bytes=config.max_tiles_per_row * 3 * model.vision.image_size**2,
+        tasks_per_row=len(config.questionnaire.tasks),
+    )
+    return Plan(pools, encoders, sizes, resolve_dtype(config, pools), prefer_nodes_without(hardware.gpu_types))
+
+
+def _share_hardware(config: RunConfig, hardware: Hardware, model: OvisConfig) -> tuple[EncoderPool, Pools]:
+    tensor_parallel = plan_tensor_parallel(config, hardware, model)
+    encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=sum(hardware.gpus))
+    left = hardware.without(cpus=encoders.cpus, gpus=encoders.gpus, gpus_per_replica=tensor_parallel)
+    if encoders.gpus and left.room_for(tensor_parallel) < (1 if config.num_replicas == "auto" else config.num_replicas):
+        encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=0)  # a replica needs it more
+        left = hardware.without(cpus=encoders.cpus, gpus=0, gpus_per_replica=tensor_parallel)
+    return encoders, plan_pools(config, left, tensor_parallel)

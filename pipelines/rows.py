@@ -1,0 +1,163 @@
+"""The row at each hand-over, and its columns there: from the manifest, between the stages, and as a result.
+
+Each type is frozen and has its codec next to it; nothing else knows how a row is laid out in columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ovis_model.types import Request
+from pipelines.media.reference import ImageRef
+from pipelines.schema import Stage, Status
+from pipelines.tasks.questionnaire import Columns
+
+Batch = dict[str, NDArray[Any]]
+"""Columns of prepared rows, as Ray hands them over."""
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """A row of the frozen input. `prompt`: as the manifest stores it; `error`: why the row cannot even be read."""
+
+    row: int
+    id: str
+    uri: str
+    images: tuple[ImageRef, ...]
+    prompt: str
+    has_own_prompt: bool
+    error: str
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> list[ManifestRow]:
+        """Decode rows of `schema.MANIFEST`."""
+        return [
+            cls(**{**values, "images": tuple(ImageRef(**image) for image in values["images"])})
+            for values in table.to_pylist()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRow:
+    """A row that is ready for the model, or failed: then `stage` and `error` say where and why.
+
+    requests: one for each task, all with the same tiles; none for a row that failed.
+    frame_timestamps_s: float32[F], of the frames of a video; empty for images.
+    """
+
+    row: int
+    id: str
+    uri: str
+    prompt: str
+    requests: tuple[Request, ...] = ()
+    num_images: int = 0
+    frame_timestamps_s: NDArray[np.float32] = np.zeros(0, np.float32)  # noqa: RUF009  (never written to)
+    stage: Stage = ""
+    error: str = ""
+
+    @property
+    def num_tiles(self) -> int:
+        """Overviews included."""
+        return len(self.requests[0].tiles) if self.requests else 0
+
+    @property
+    def num_tile_bytes(self) -> int:
+        """Bytes of the tiles: nearly all that the row takes on its way."""
+        return self.requests[0].tiles.nbytes if self.requests else 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts of all tasks."""
+        return sum(len(request.input_ids) for request in self.requests)
+
+    @classmethod
+    def to_columns(cls, rows: Sequence[PreparedRow]) -> Batch:
+        """Encode at least one row. The tiles that its requests share are there once, the prompts end to end."""
+        requests = [row.requests for row in rows]
+        return {
+            **{name: np.array([getattr(row, name) for row in rows], object) for name in _TEXTS},
+            **{name: np.array([getattr(row, name) for row in rows], np.int64) for name in ("row", "num_images")},
+            "frame_timestamps_s": _stack([row.frame_timestamps_s for row in rows]),
+            "input_ids": _stack([np.concatenate([_NO_IDS, *(r.input_ids for r in each)]) for each in requests]),
+            "prompt_lengths": _stack([np.array([len(r.input_ids) for r in each], np.int32) for each in requests]),
+            "tiles": _stack([each[0].tiles if each else _NO_TILES for each in requests]),
+            "tile_sizes": _stack([each[0].tile_sizes if each else _NO_SIZES for each in requests]),
+        }
+
+    @classmethod
+    def from_columns(cls, batch: Batch) -> list[PreparedRow]:
+        """Decode what `to_columns` gave. The requests of a row share their tiles again."""
+        return [
+            cls(
+                **{name: str(batch[name][i]) for name in _TEXTS},  # type: ignore[arg-type]
+                row=int(batch["row"][i]),
+                num_images=int(batch["num_images"][i]),
+                frame_timestamps_s=batch["frame_timestamps_s"][i],
+                requests=_split_requests(*(batch[name][i] for name in _REQUEST_COLUMNS)),
+            )
+            for i in range(len(batch["row"]))
+        ]
+
+
+_TEXTS = ("id", "uri", "prompt", "stage", "error")
+_REQUEST_COLUMNS = ("input_ids", "prompt_lengths", "tiles", "tile_sizes")
+# Arrays of no tiles, not None: a column may not mix tensors and objects.
+_NO_IDS, _NO_TILES, _NO_SIZES = np.zeros(0, np.int32), np.zeros((0, 3, 1, 1), np.uint8), np.zeros((0, 2), np.int32)
+
+
+def _split_requests(
+    input_ids: NDArray[np.int32], lengths: NDArray[np.int32], tiles: NDArray[np.uint8], sizes: NDArray[np.int32]
+) -> tuple[Request, ...]:
+    prompts = np.split(input_ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    return tuple(Request(ids, tiles, sizes) for ids in prompts)
+
+
+def _stack(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    # Filled one by one: numpy would try to stack arrays of one shape.
+    column = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        column[i] = value
+    return column
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A finished row. `answers`: the columns that the questionnaire decides, of an error row those of no answer."""
+
+    prepared: PreparedRow
+    answers: Columns
+    stage: Stage = ""
+    error: str = ""
+
+    @property
+    def status(self) -> Status:
+        """`error` for a row that failed in any stage."""
+        return "error" if self.stage else "ok"
+
+    @classmethod
+    def to_table(cls, rows: Sequence[ResultRow], result_schema: pa.Schema) -> pa.Table:
+        """Encode rows as `schema.result` of the questionnaire's schema."""
+        return pa.Table.from_pylist([row._to_columns() for row in rows], result_schema)
+
+    def _to_columns(self) -> Columns:
+        prepared = self.prepared
+        return {
+            "row": prepared.row,
+            "id": prepared.id,
+            "uri": prepared.uri,
+            "prompt": prepared.prompt,
+            "status": self.status,
+            "stage": self.stage,
+            "error": self.error,
+            "num_images": prepared.num_images,
+            "num_tiles": prepared.num_tiles,
+            "num_prompt_tokens": prepared.num_prompt_tokens,
+            "frame_timestamps_s": prepared.frame_timestamps_s,
+            **self.answers,
+        }

@@ -1,0 +1,175 @@
+"""What is asked of every row, and the columns of the output that the answers decide."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from pipelines import schema
+from pipelines.tasks.answer_types import Answered
+from pipelines.tasks.task import Task
+
+FLAGS = "flags"
+
+Columns = Mapping[str, Any]
+"""Column name -> value, of one row."""
+
+
+class Layout(Protocol):
+    """How prompts are stored in the manifest, and answers in the columns of the output."""
+
+    def schema(self, tasks: Sequence[Task]) -> pa.Schema:
+        """Return the columns of the output, without kept columns."""
+        ...
+
+    def join_prompts(self, prompts: Sequence[str]) -> str:
+        """Return what the manifest stores for a row that is asked these prompts."""
+        ...
+
+    def split_prompts(self, stored: str) -> Sequence[str]:
+        """Return the prompts of a row from what the manifest stores."""
+        ...
+
+    def columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
+        """Return the values that the answers to `tasks` decide."""
+        ...
+
+    def empty(self, tasks: Sequence[Task]) -> Columns:
+        """Return the values of the same columns for a row that failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Questionnaire:
+    """The tasks of a run, with nothing left open, and their layout.
+
+    `prompt_column`: the column of the rows' own prompts, "" for that of their format, None if rows bring none.
+    `has_default_prompt`: the user has not said what to ask, so videos may be asked something else.
+    """
+
+    tasks: tuple[Task, ...]
+    layout: Layout
+    prompt_column: str | None = None
+    has_default_prompt: bool = False
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the output, without kept columns."""
+        return self.layout.schema(self.tasks)
+
+    @property
+    def regenerates_flagged(self) -> bool:
+        """Whether flagged answers are generated once more."""
+        return isinstance(self.layout, TaskLayout) and self.layout.with_alternatives
+
+    def prompts(self, stored: str) -> Sequence[str]:
+        """Return the prompt of each task from what the manifest stores for a row."""
+        return self.layout.split_prompts(stored)
+
+    def columns(self, answers: Sequence[Answered]) -> Columns:
+        """Return the values of a row that its answers, one for each task, decide."""
+        num_tokens = sum(answer.num_tokens for answer in answers)
+        return {**self.layout.columns(self.tasks, answers), "num_output_tokens": num_tokens}
+
+    def empty(self) -> Columns:
+        """Return the values of the same columns for a row that failed."""
+        return {**self.layout.empty(self.tasks), "num_output_tokens": 0}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what run.json records in addition to the options: the tasks, unless their layout is flat."""
+        if isinstance(self.layout, FlatLayout):
+            return {}
+        return {"tasks": [task.model_dump(mode="json") for task in self.tasks]}
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """One task without a name: its answer is the row's `text`. `prompt_suffix` ends every prompt."""
+
+    prompt_suffix: str = ""
+
+    def schema(self, tasks: Sequence[Task]) -> pa.Schema:
+        return schema.OUTPUT
+
+    def join_prompts(self, prompts: Sequence[str]) -> str:
+        [prompt] = prompts
+        return prompt + self.prompt_suffix
+
+    def split_prompts(self, stored: str) -> Sequence[str]:
+        return (stored,)
+
+    def columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
+        [answer] = answers
+        return {"text": answer.text, "finish_reason": answer.finish_reason, "mean_logprob": answer.mean_logprob}
+
+    def empty(self, tasks: Sequence[Task]) -> Columns:
+        return {"text": "", "finish_reason": "", "mean_logprob": float("nan")}
+
+
+@dataclass(frozen=True)
+class TaskLayout:
+    """Columns of its own for each task, after `flags`: value, text, finish reason, confidence, maybe an alternative."""
+
+    with_alternatives: bool = False
+
+    def schema(self, tasks: Sequence[Task]) -> pa.Schema:
+        flags = pa.field(FLAGS, pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False)
+        return pa.schema([*schema.ITEM, flags, *(field for task in tasks for field in self._fields(task))])
+
+    def _fields(self, task: Task) -> Iterator[pa.Field]:
+        yield pa.field(task.name, task.answer.type)
+        yield pa.field(f"{task.name}_text", pa.string(), nullable=False)
+        yield pa.field(f"{task.name}_finish_reason", pa.string(), nullable=False)
+        yield _confidence_field(task)
+        if self.with_alternatives:
+            yield pa.field(f"{task.name}_alternative", _ALTERNATIVE)
+
+    def join_prompts(self, prompts: Sequence[str]) -> str:
+        return json.dumps(prompts, ensure_ascii=False)
+
+    def split_prompts(self, stored: str) -> Sequence[str]:
+        prompts: list[str] = json.loads(stored)
+        return prompts
+
+    def columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
+        pairs = list(zip(tasks, answers, strict=True))
+        values: dict[str, Any] = {FLAGS: [f"{task.name}:{flag}" for task, answer in pairs for flag in answer.flags]}
+        for task, answer in pairs:
+            values[task.name] = answer.value
+            values[f"{task.name}_text"] = answer.text
+            values[f"{task.name}_finish_reason"] = answer.finish_reason
+            values[f"{task.name}_confidence"] = answer.confidence
+            values[f"{task.name}_alternative"] = answer.alternative and _describe_alternative(answer.alternative)
+        return values
+
+    def empty(self, tasks: Sequence[Task]) -> Columns:
+        values: dict[str, Any] = {FLAGS: []}
+        for task in tasks:
+            values |= {task.name: None, f"{task.name}_text": "", f"{task.name}_finish_reason": ""}
+            if not task.answer.options:
+                values[f"{task.name}_confidence"] = float("nan")
+        return values
+
+
+def _confidence_field(task: Task) -> pa.Field:
+    name = f"{task.name}_confidence"
+    if not task.answer.options:
+        return pa.field(name, pa.float32(), nullable=False)
+    return pa.field(name, pa.struct([pa.field(o, pa.float32(), nullable=False) for o in task.answer.options]))
+
+
+_ALTERNATIVE = pa.struct(
+    [
+        pa.field("text", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("flags", pa.list_(pa.string())),
+    ]
+)
+
+
+def _describe_alternative(answer: Answered) -> Columns:
+    return {"text": answer.text, "finish_reason": answer.finish_reason, "flags": list(answer.flags)}
