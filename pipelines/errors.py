@@ -24,7 +24,10 @@ Errors of the model (`CheckpointError`, `RequestError`, `EngineDied` ...) are in
 
 from __future__ import annotations
 
-from pipelines.schema import Stage
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # so that decoding an image does not load Arrow
+    from pipelines.schema import Stage
 
 
 class SourceError(ValueError):

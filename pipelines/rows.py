@@ -6,7 +6,7 @@ Each type is frozen and has its codec next to it; nothing else knows how a row i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ class PreparedRow:
     prompt: str
     requests: tuple[Request, ...] = ()
     num_images: int = 0
-    frame_timestamps_s: NDArray[np.float32] = np.zeros(0, np.float32)  # noqa: RUF009  (never written to)
+    frame_timestamps_s: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     stage: Stage = ""
     error: str = ""
 
