@@ -19,7 +19,7 @@ from pathlib import Path
 import ray
 
 from pipelines.config import CaptionConfig
-from pipelines.pipeline import caption
+from pipelines.pipeline import run_pipeline
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
 
@@ -49,7 +49,7 @@ def _run(directory: Path, replicas: int, args: argparse.Namespace) -> dict[str, 
         num_preprocessors=args.preprocessors,
     )
     cpu_s = time.process_time()
-    summary = caption(config, make_engine=FakeEngineFactory(seconds_per_row=args.ms_per_row / 1000, busy_log=log))
+    summary = run_pipeline(config, make_engine=FakeEngineFactory(seconds_per_row=args.ms_per_row / 1000, busy_log=log))
     cpu_s = time.process_time() - cpu_s
     assert summary.ok == rows, summary
     calls = [tuple(map(float, line.split())) for line in log.read_text().splitlines()]

@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipelines.config import CaptionConfig
 from pipelines.output.manifest import write_manifest
-from pipelines.pipeline import caption
+from pipelines.pipeline import run_pipeline
 from pipelines.sources import list_rows
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.processes import OpenCounter
@@ -40,7 +40,7 @@ _RUN = "import sys; from benchmarks.scale import run; run(*sys.argv[1:])"
 def run(source: str, output: str) -> None:
     """In a process of its own: a run with the demo model's processor and a fake engine."""
     engine = FakeEngineFactory(float(os.environ.get("OVIS_BENCH_SECONDS_PER_ROW", "0")))
-    caption(CaptionConfig(input=(source,), output=output, model="demo"), make_engine=engine)
+    run_pipeline(CaptionConfig(input=(source,), output=output, model="demo"), make_engine=engine)
 
 
 def listing(place: Path, num_files: int, num_tars: int) -> Figures:
@@ -62,7 +62,8 @@ def listing(place: Path, num_files: int, num_tars: int) -> Figures:
 
 def _manifest_bytes(source: str, output: Path) -> float:
     """On disk, a row."""
-    with list_rows(CaptionConfig(input=(source,), output="none", model="demo")) as rows:
+    config = CaptionConfig(input=(source,), output="none", model="demo")
+    with list_rows(config, config.questionnaire) as rows:
         write_manifest(str(output), rows.tables())
     return sum(path.stat().st_size for path in output.rglob("*.parquet")) / rows.num_rows
 
@@ -77,7 +78,8 @@ def write_tar(path: Path, num_members: int) -> None:
 
 
 def _list(source: str) -> None:
-    with list_rows(CaptionConfig(input=(source,), output="none", model="demo")):
+    config = CaptionConfig(input=(source,), output="none", model="demo")
+    with list_rows(config, config.questionnaire):
         pass
 
 

@@ -51,7 +51,7 @@ def main() -> None:
 def _report(name: str, uri: str, num_rows: int) -> None:
     config = CaptionConfig(input=(uri,), output="out", model="demo", allow_private_addresses=True)
     started_s = time.process_time()
-    with list_rows(config) as listing:
+    with list_rows(config, config.questionnaire) as listing:
         rows = [row for table in listing.tables() for row in table.column("images").to_pylist()]
     listed_s = time.process_time() - started_s
     images = [[ImageRef(**image) for image in row] for row in rows]

@@ -40,7 +40,7 @@ def plan_run(config: RunConfig, num_rows: int) -> Plan:
     """Plan `num_rows` rows on the cluster that this process is connected to. Raises ValueError."""
     model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
     hardware = Hardware.of_cluster()
-    encoders, pools = _share_hardware(config, hardware, model)
+    encoders, pools = share_hardware(config, hardware, model)
     sizes = plan_batches(
         num_rows,
         pools,
@@ -50,7 +50,8 @@ def plan_run(config: RunConfig, num_rows: int) -> Plan:
     return Plan(pools, encoders, sizes, resolve_dtype(config, pools), prefer_nodes_without(hardware.gpu_types))
 
 
-def _share_hardware(config: RunConfig, hardware: Hardware, model: OvisConfig) -> tuple[EncoderPool, Pools]:
+def share_hardware(config: RunConfig, hardware: Hardware, model: OvisConfig) -> tuple[EncoderPool, Pools]:
+    """Plan the pools of encoders, replicas and preprocessors, which together hold no more than there is."""
     tensor_parallel = plan_tensor_parallel(config, hardware, model)
     encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=sum(hardware.gpus))
     left = hardware.without(cpus=encoders.cpus, gpus=encoders.gpus, gpus_per_replica=tensor_parallel)

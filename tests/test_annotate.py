@@ -17,19 +17,16 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, SamplingParams
 from pipelines.answering import Answering
-from pipelines.cluster.attempts import AttemptCounts
-from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
+from pipelines.config import AnnotateConfig, CaptionConfig
 from pipelines.errors import RunError
-from pipelines.output.manifest import write_manifest
 from pipelines.output.sink import read_results
-from pipelines.pipeline import caption
-from pipelines.preprocess import Preprocess
-from pipelines.sources import list_rows
+from pipelines.pipeline import run_pipeline
 from tests.support.engines import engine_of
 from tests.support.golden_data import checkpoint_dir
 from tests.support.job_configs import annotation
 from tests.support.pictures import draw
 from tests.support.processes import run_job
+from tests.support.stages import prepare_rows
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 TASKS: list[dict[str, Any]] = [
@@ -78,23 +75,14 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def prepared(config: RunConfig, output: Path) -> list[dict[str, Any]]:
-    """As `Generate` gets them."""
-    with list_rows(config) as listing:
-        write_manifest(str(output), listing.tables())
-    stage = Preprocess(config, str(output), None, AttemptCounts())
-    batches = stage({"start": np.array([0]), "stop": np.array([listing.num_rows])})
-    return [dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)]
-
-
 def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    summary = caption(config(pictures, tmp_path / "all"))
+    summary = run_pipeline(config(pictures, tmp_path / "all"))
     assert (summary.rows, summary.ok) == (6, 6)
     rows = rows_of(tmp_path / "all")
     for task in (TASKS[0], TASKS[3]):
         name, prompt = task["name"], task["prompt"]
         options = {"max_new_tokens": task.get("max_new_tokens", 8), "model": MODEL, "prompt": prompt}
-        caption(CaptionConfig(input=(str(pictures),), output=str(tmp_path / name), **options))
+        run_pipeline(CaptionConfig(input=(str(pictures),), output=str(tmp_path / name), **options))
         for row, alone in zip(rows, rows_of(tmp_path / name), strict=True):
             assert (row["id"], row["num_tiles"]) == (alone["id"], alone["num_tiles"])
             assert row[name] == row[f"{name}_text"] == alone["text"]
@@ -108,22 +96,22 @@ def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: 
 
 def test_a_picture_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path) -> None:
     asked = config(pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)])
-    rows = prepared(asked, tmp_path / "out")
+    rows = prepare_rows(asked)
     engine = OvisEngine(engine_of("tiny56-tied").model)
-    values = Answering(asked, Processor.from_pretrained(MODEL), engine).values(rows)
+    values = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), engine).columns(rows)
     assert len(values) == 6 and all(isinstance(row, dict) for row in values)
-    assert engine.stats.tiles == sum(len(row["tiles"]) for row in rows)
-    assert engine.stats.prompt_tokens < sum(len(row["input_ids"]) for row in rows) / 2
+    assert engine.stats.tiles == sum(row.num_tiles for row in rows)
+    assert engine.stats.prompt_tokens < sum(row.num_prompt_tokens for row in rows) / 2
 
 
 def test_the_output_is_typed_for_every_reader(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     asked = config(pictures, tmp_path / "out", tasks=TASKS + CONSTRAINED, rows_per_file=4)
-    caption(asked)
+    run_pipeline(asked)
     (pictures / "6.png").write_text("no picture")
-    caption(asked.model_copy(update={"extend": True}))
+    run_pipeline(asked.model_copy(update={"extend": True}))
     data = tmp_path / "out" / "data"
     files = [pyarrow.parquet.read_schema(file) for file in data.iterdir()]
-    assert len(files) >= 3 and all(schema.equals(asked.columns) for schema in files)
+    assert len(files) >= 3 and all(schema.equals(asked.questionnaire.schema) for schema in files)
     assert pd.read_parquet(data)["count"].notna().sum() == 6
     assert len(pyarrow.dataset.dataset(data).to_table()) == 7
     query = f"select count(*) from '{data}/*.parquet' where sharp is not null and record.kind in ('bill', 'receipt')"
@@ -144,8 +132,8 @@ def test_the_output_is_typed_for_every_reader(ray_cluster: None, pictures: Path,
 
 
 def test_flagged_answers_are_asked_for_again(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    caption(config(pictures, tmp_path / "once"))
-    caption(config(pictures, tmp_path / "again", regenerate="flagged"))
+    run_pipeline(config(pictures, tmp_path / "once"))
+    run_pipeline(config(pictures, tmp_path / "again", regenerate="flagged"))
     num_flagged = 0
     for once, again in zip(rows_of(tmp_path / "once"), rows_of(tmp_path / "again"), strict=True):
         for name in ("caption", "sharp", "kind", "mood"):
@@ -177,8 +165,8 @@ def test_an_answer_is_asked_for_again_by_another_draw(pictures: Path, tmp_path: 
                 for p in params
             ]
 
-    answering = Answering(asked, Processor.from_pretrained(MODEL), Empty())
-    [values] = answering.values(prepared(asked, tmp_path / "out"))
+    answering = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), Empty())
+    [values] = answering.columns(prepare_rows(asked))
     assert values["sharp_text"] == "No" and values["sharp"] is False  # not "N", cut at a stop string
     first, _, again = drawn
     assert (again.temperature, again.top_p) == (first.temperature, first.top_p) and again.seed != first.seed
@@ -186,21 +174,21 @@ def test_an_answer_is_asked_for_again_by_another_draw(pictures: Path, tmp_path: 
 
 def test_a_task_that_is_too_long_is_named(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     tasks = [TASKS[0], {**TASKS[3], "max_new_tokens": 32_760}]
-    caption(config(pictures / "0.png", tmp_path / "out", tasks=tasks))
+    run_pipeline(config(pictures / "0.png", tmp_path / "out", tasks=tasks))
     [row] = rows_of(tmp_path / "out")
     assert (row["status"], row["stage"]) == ("error", "tile")
     assert row["error"].startswith("task mood: ") and "over the model's limit" in row["error"]
 
 
 def test_other_tasks_are_another_run(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    caption(config(pictures / "0.png", tmp_path / "out"))
+    run_pipeline(config(pictures / "0.png", tmp_path / "out"))
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [task["name"] for task in record["tasks"]] == ["caption", "sharp", "kind", "mood"]
     assert record["tasks"][1]["answer"] == "bool" and record["tasks"][3]["max_new_tokens"] == 3
     with pytest.raises(
         RunError, match=r"task kind .* there, None here; .*tasks \['caption', 'sharp', 'kind', 'mood'\] there"
     ):
-        caption(config(pictures / "0.png", tmp_path / "out", tasks=TASKS[:2]))
+        run_pipeline(config(pictures / "0.png", tmp_path / "out", tasks=TASKS[:2]))
 
 
 def test_the_command(pictures: Path, tmp_path: Path) -> None:
@@ -228,5 +216,5 @@ def test_a_schema_that_cannot_be_served_is_refused_at_once(
 ) -> None:
     tasks = [{"name": "odd", "prompt": "Read it.", "answer": answer}]
     with pytest.raises(ValueError, match="task odd: ") as info:
-        caption(config(pictures, tmp_path / "out", tasks=tasks))
+        run_pipeline(config(pictures, tmp_path / "out", tasks=tasks))
     assert message in str(info.value) and not (tmp_path / "out").exists()

@@ -144,13 +144,13 @@ def test_memory_of_the_published_sizes() -> None:
     num_rows=st.integers(1, 10**10),
     num_replicas=st.integers(1, 64),
     num_preprocessors=st.integers(1, 500),
-    most_tile_bytes=st.integers(1000, 10_000_000),
+    max_tile_bytes=st.integers(1000, 10_000_000),
 )
-def test_units_and_batches(num_rows: int, num_replicas: int, num_preprocessors: int, most_tile_bytes: int) -> None:
+def test_units_and_batches(num_rows: int, num_replicas: int, num_preprocessors: int, max_tile_bytes: int) -> None:
     pools = Pools("cpu", num_replicas, 1, 0, 1, num_preprocessors, 1)
-    sizes = plan_batches(num_rows, pools, most_tile_bytes=most_tile_bytes)
+    sizes = plan_batches(num_rows, pools, max_tile_bytes=max_tile_bytes)
     assert ROWS_PER_GROUP % sizes.rows_per_unit == 0
-    assert sizes.rows_per_batch * most_tile_bytes <= max(BATCH_BYTES, 4 * most_tile_bytes)
+    assert sizes.rows_per_batch * max_tile_bytes <= max(BATCH_BYTES, 4 * max_tile_bytes)
     # While one batch runs out, the others still fill all slots; but no replica takes the share of another.
     share = num_rows / num_replicas
     wanted = ROWS_SIDE_BY_SIDE if num_replicas == 1 else min(ROWS_SIDE_BY_SIDE, share // 2)
@@ -163,7 +163,7 @@ def test_units_and_batches(num_rows: int, num_replicas: int, num_preprocessors: 
 
 def test_the_last_line_is_the_actors_own() -> None:
     trace = (
-        'ray::MapWorker.submit()\n  File "x.py", line 1\npipelines.store.StoreError: no such bucket\n\n'
+        'ray::MapWorker.submit()\n  File "x.py", line 1\npipelines.storage.store.StoreError: no such bucket\n\n'
         "The above exception was the direct cause of the following exception:\n\n"
         "ray.exceptions.UserCodeException: UDF failed to process a data block.\nsee the log"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import CaptionConfig, parse_command_line
+from jobs.command_line import parse_command_line
+from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
 from tests.support.jsonl_files import write_lines
 from tests.support.parquet_files import write

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import CaptionConfig, parse_command_line
+from jobs.command_line import parse_command_line
+from pipelines.config import CaptionConfig
 
 
 def parse(*argv: str) -> CaptionConfig:
@@ -86,7 +87,7 @@ def test_an_unknown_option_in_yaml_is_named(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_seed_belongs_to_a_row() -> None:
     config = parse("in", "out", "--model", "demo", "--seed", "5")
-    [task] = config.asked
+    [task] = config.questionnaire.tasks
     seeds = {task.sampling(row_id, lambda _: []).seed for row_id in "abc"}
     assert len(seeds) == 3 and all(0 <= seed < 2**63 for seed in seeds if seed is not None)
     assert task.sampling("a", lambda _: []) == task.sampling("a", lambda _: [])
@@ -94,5 +95,5 @@ def test_a_seed_belongs_to_a_row() -> None:
 
 def test_tiles_by_number_of_images() -> None:
     config = parse("in", "out", "--model", "demo")
-    assert (config.tiles_for(1), config.tiles_for(3)) == (9, 4)
-    assert parse("in", "out", "--model", "demo", "--max-tiles", "2").tiles_for(3) == 2
+    assert (config.max_tiles_per_image(1), config.max_tiles_per_image(3)) == (9, 4)
+    assert parse("in", "out", "--model", "demo", "--max-tiles", "2").max_tiles_per_image(3) == 2

@@ -19,7 +19,7 @@ from s3fs import S3FileSystem
 
 from pipelines import schema
 from pipelines.output.sink import read_results
-from pipelines.pipeline import caption
+from pipelines.pipeline import run_pipeline
 from tests.support.buckets import BUCKET
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.job_configs import config
@@ -124,7 +124,7 @@ def make_inputs(directory: Path, kinds: str) -> tuple[list[Path], dict[str, pa.A
 
 def conserve(inputs: list[str], output: str, columns: dict[str, pa.Array]) -> None:
     options = {"rows_per_file": 7, "keep_columns": tuple(columns), "image_column": None}
-    summary = caption(config(inputs, output, **options), make_engine=FakeEngineFactory())
+    summary = run_pipeline(config(inputs, output, **options), make_engine=FakeEngineFactory())
     results = read_results(output)
     assert summary.rows == len(results) == NUM_ROWS * len(inputs) == len(set(results.column("id").to_pylist()))
     assert set(results.column("status").to_pylist()) == {"ok"}

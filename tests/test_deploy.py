@@ -11,9 +11,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from jobs.command_line import parse_command_line
 from ovis_model.config import SIZES
 from pipelines.cluster.resources import Hardware, plan_pools, plan_tensor_parallel
-from pipelines.config import CaptionConfig, parse_command_line
+from pipelines.config import CaptionConfig
 from pipelines.errors import ResourceError
 from tests.support.roots import ROOT
 

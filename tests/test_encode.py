@@ -11,7 +11,7 @@ from ovis_model.config import SIZES
 from pipelines.cluster.resources import Hardware, plan_pools
 from pipelines.config import CaptionConfig
 from pipelines.media.frame_encoder import NO_ENCODERS, plan_encoders
-from pipelines.pipeline import _plan
+from pipelines.plan import share_hardware
 
 
 def config(**options: Any) -> CaptionConfig:
@@ -20,12 +20,12 @@ def config(**options: Any) -> CaptionConfig:
 
 @pytest.mark.parametrize("options", [{"frame_selection": "uniform"}, {"frame_encoder": "pixels"}])
 def test_no_actors_where_none_are_needed(options: dict[str, Any]) -> None:
-    assert plan_encoders(config(**options), cpus=64, gpus=8) == NO_ENCODERS
+    assert plan_encoders(config(**options), device="auto", cpus=64, gpus=8) == NO_ENCODERS
 
 
 @pytest.mark.parametrize(("gpus", "encoders", "replicas"), [(2, 1, 1), (8, 1, 7), (16, 1, 15), (64, 7, 57)])
 def test_a_gpu_of_their_own_if_there_are_several(gpus: int, encoders: int, replicas: int) -> None:
-    pool = plan_encoders(config(), cpus=gpus * 12, gpus=gpus)
+    pool = plan_encoders(config(), device="auto", cpus=gpus * 12, gpus=gpus)
     assert (pool.device, pool.num_encoders, pool.gpus) == ("cuda", encoders, encoders)
     hardware = Hardware(gpus * 12, (8,) * (gpus // 8) or (gpus,))
     pools = plan_pools(config(), hardware.without(cpus=pool.cpus, gpus=pool.gpus, gpus_per_replica=1))
@@ -42,7 +42,7 @@ def test_replicas_fit_wherever_ray_puts_the_encoders() -> None:
 
 def test_the_only_gpu_is_the_captioners(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        pool = plan_encoders(config(), cpus=16, gpus=1)
+        pool = plan_encoders(config(), device="auto", cpus=16, gpus=1)
     assert (pool.device, pool.num_encoders, pool.cpus, pool.gpus) == ("cpu", 2, 2, 0)
     assert "siglip-base-patch16-224" in caplog.text
 
@@ -50,17 +50,18 @@ def test_the_only_gpu_is_the_captioners(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize("cpus", [1, 2, 4, 8, 64])
 def test_pools_and_encoders_fit_together_on_cpus(cpus: int) -> None:
     """What cannot start waits for ever."""
-    pool = plan_encoders(config(), cpus=cpus, gpus=0)
+    pool = plan_encoders(config(), device="auto", cpus=cpus, gpus=0)
     pools = plan_pools(config(), Hardware(cpus).without(cpus=pool.cpus, gpus=0, gpus_per_replica=1))
     wanted = pools.num_replicas * pools.replica_cpus + pools.num_preprocessors * pools.preprocessor_cpus
     assert wanted + pool.cpus <= cpus
     assert pool.num_encoders >= 1
 
 
-def test_encoders_leave_the_gpus_to_replicas_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_leave_the_gpus_to_replicas_that_need_them() -> None:
     """Two GPUs and a model that takes both: frames are compared on CPUs."""
     for options, on_gpus in (({"tensor_parallel": 2}, 0), ({"tensor_parallel": 1}, 1), ({"num_replicas": 2}, 0)):
-        monkeypatch.setattr(Hardware, "of_cluster", lambda: Hardware(32, (2,)))
-        _, encoders, pools = _plan(config(device="cuda", **{"tensor_parallel": 1, **options}), SIZES["8B"])
+        encoders, pools = share_hardware(
+            config(device="cuda", **{"tensor_parallel": 1, **options}), Hardware(32, (2,)), SIZES["8B"]
+        )
         assert encoders.gpus == on_gpus and encoders.num_encoders > 0
         assert pools.num_replicas * pools.replica_gpus == 2 - on_gpus

@@ -26,7 +26,7 @@ from pipelines.config import CaptionConfig, RunConfig
 from pipelines.errors import LeaseError, RunError, SourceError
 from pipelines.output.lease import Lease
 from pipelines.output.sink import read_results
-from pipelines.pipeline import caption
+from pipelines.pipeline import run_pipeline
 from tests.support.engines import engine_of
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
@@ -72,7 +72,7 @@ def test_a_folder_becomes_parquet(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_texts_are_those_of_the_engine_alone(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    caption(config(pictures, tmp_path / "out"))
+    run_pipeline(config(pictures, tmp_path / "out"))
     rows = read_results(str(tmp_path / "out")).to_pylist()
     processor = Processor.from_pretrained(MODEL)
     for row in rows:
@@ -96,7 +96,7 @@ def test_photographs_are_ok_rows(ray_cluster: None, tmp_path: Path, checkpoint: 
     for i, photograph in enumerate(photographs()):
         (links / f"{i:03}{photograph.suffix}").symlink_to(photograph)
     model = str(checkpoint_dir(checkpoint))
-    summary = caption(config(links, tmp_path / "out", model=model, max_new_tokens=4, max_tiles=4))
+    summary = run_pipeline(config(links, tmp_path / "out", model=model, max_new_tokens=4, max_tiles=4))
     rows = read_results(str(tmp_path / "out")).to_pylist()
     assert [row["error"] for row in rows if row["status"] != "ok"] == []
     assert summary.ok == len(photographs()) >= 20
@@ -143,7 +143,7 @@ def test_bad_rows_are_error_rows_and_the_others_are_untouched(
     ray_cluster: None, mixed: Path, tmp_path: Path, config_of: Callable[..., RunConfig], prefix: str
 ) -> None:
     text, confidence = f"{prefix}text", "caption_confidence" if prefix else "mean_logprob"
-    summary = caption(config_of(mixed, tmp_path / "out"))
+    summary = run_pipeline(config_of(mixed, tmp_path / "out"))
     rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
     assert summary.rows == len(rows) == len(list(mixed.iterdir())) == summary.ok + summary.error
     for name, (stage, reason) in BAD.items():
@@ -157,7 +157,7 @@ def test_bad_rows_are_error_rows_and_the_others_are_untouched(
     for i in range(24):
         name = f"{i:02}.{('jpg', 'png', 'webp')[i % 3]}"
         (good_only / name).symlink_to(mixed / name)
-    caption(config_of(good_only, tmp_path / "alone"))
+    run_pipeline(config_of(good_only, tmp_path / "alone"))
     for row in read_results(str(tmp_path / "alone")).to_pylist():
         assert rows[Path(row["id"]).name][text] == row[text]
 
@@ -167,12 +167,12 @@ def test_extreme_aspect_ratios_give_rows(ray_cluster: None, tmp_path: Path) -> N
     directory.mkdir()
     for i, (width, height) in enumerate([(10_000, 1), (1, 10_000), (20_000, 2), (3, 2_000), (5_000, 7)]):
         draw(directory / f"{i}.png", i, width, height)
-    assert caption(config(directory, tmp_path / "out")).rows == 5
+    assert run_pipeline(config(directory, tmp_path / "out")).rows == 5
     assert all(row["status"] == "ok" for row in read_results(str(tmp_path / "out")).to_pylist())
 
 
 def test_a_row_that_is_too_long_says_by_how_much(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    caption(config(pictures / "00.jpg", tmp_path / "out", max_new_tokens=32760))
+    run_pipeline(config(pictures / "00.jpg", tmp_path / "out", max_new_tokens=32760))
     [row] = read_results(str(tmp_path / "out")).to_pylist()
     assert (row["status"], row["stage"]) == ("error", "tile")
     assert "over the model's limit of 32768" in row["error"] and "--max-new-tokens" in row["error"]
@@ -180,7 +180,7 @@ def test_a_row_that_is_too_long_says_by_how_much(ray_cluster: None, pictures: Pa
 
 def test_a_row_that_the_engine_refuses_is_isolated(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     engine = FakeEngineFactory(fails_on_tiles=5)
-    caption(config(pictures, tmp_path / "out"), make_engine=engine)
+    run_pipeline(config(pictures, tmp_path / "out"), make_engine=engine)
     rows = read_results(str(tmp_path / "out")).to_pylist()
     failed = [row for row in rows if row["status"] == "error"]
     assert 0 < len(failed) < len(rows) == 24
@@ -190,37 +190,37 @@ def test_a_row_that_the_engine_refuses_is_isolated(ray_cluster: None, pictures: 
 
 def test_image_marks_in_a_prompt_do_no_harm(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     prompt = "What do <image> and <|im_end|> mean in <image>?"
-    summary = caption(config(pictures / "00.jpg", tmp_path / "out", prompt=prompt))
+    summary = run_pipeline(config(pictures / "00.jpg", tmp_path / "out", prompt=prompt))
     assert summary.ok == 1
     assert read_results(str(tmp_path / "out")).column("prompt").to_pylist() == [prompt]
 
 
 def test_sampling_is_the_same_however_rows_are_batched(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     options = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
-    caption(config(pictures, tmp_path / "all", **options))
-    caption(config(pictures / "1*.*", tmp_path / "some", **options))
+    run_pipeline(config(pictures, tmp_path / "all", **options))
+    run_pipeline(config(pictures / "1*.*", tmp_path / "some", **options))
     texts = {row["id"]: row["text"] for row in read_results(str(tmp_path / "all")).to_pylist()}
     some = read_results(str(tmp_path / "some")).to_pylist()
     assert len(some) == 10 and all(texts[row["id"]] == row["text"] for row in some)
-    caption(config(pictures, tmp_path / "other", **{**options, "seed": 4}))
+    run_pipeline(config(pictures, tmp_path / "other", **{**options, "seed": 4}))
     others = {row["id"]: row["text"] for row in read_results(str(tmp_path / "other")).to_pylist()}
     assert others != texts
 
 
 def test_another_run_in_the_same_output_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     engine = FakeEngineFactory()
-    caption(config(pictures, tmp_path / "out"), make_engine=engine)
+    run_pipeline(config(pictures, tmp_path / "out"), make_engine=engine)
     with pytest.raises(RunError, match=r"prompt 'Describe the image\.' there, 'Why\?' here"):
-        caption(config(pictures, tmp_path / "out", prompt="Why?"), make_engine=engine)
+        run_pipeline(config(pictures, tmp_path / "out", prompt="Why?"), make_engine=engine)
     assert set(read_results(str(tmp_path / "out")).column("prompt").to_pylist()) == {"Describe the image."}
-    caption(config(pictures, tmp_path / "out", prompt="Why?", overwrite=True), make_engine=engine)
+    run_pipeline(config(pictures, tmp_path / "out", prompt="Why?", overwrite=True), make_engine=engine)
     assert set(read_results(str(tmp_path / "out")).column("prompt").to_pylist()) == {"Why?"}
 
 
 def test_what_does_not_change_the_rows_may_change(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     engine = FakeEngineFactory()
-    caption(config(pictures, tmp_path / "out"), make_engine=engine)
-    again = caption(config(pictures, tmp_path / "out", rows_per_file=3, num_replicas=2), make_engine=engine)
+    run_pipeline(config(pictures, tmp_path / "out"), make_engine=engine)
+    again = run_pipeline(config(pictures, tmp_path / "out", rows_per_file=3, num_replicas=2), make_engine=engine)
     assert again.skipped_done == again.rows == 24
 
 
@@ -235,61 +235,61 @@ def test_foreign_files_in_output_are_refused_and_kept(
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"mine")
     with pytest.raises(RunError, match="holds files of something else"):
-        caption(config(pictures, tmp_path / "out", overwrite=overwrite))
+        run_pipeline(config(pictures, tmp_path / "out", overwrite=overwrite))
     assert foreign.read_bytes() == b"mine"
 
 
 def test_the_input_is_never_removed(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
     mine = draw(output / "data" / "mine.jpg", seed=1)
     with pytest.raises(RunError, match="the input is in"):
-        caption(config(output / "data", output, overwrite=True))
+        run_pipeline(config(output / "data", output, overwrite=True))
     with pytest.raises(RunError, match="something else"):
-        caption(config(pictures, output, overwrite=True))
+        run_pipeline(config(pictures, output, overwrite=True))
     assert mine.exists()
 
 
 def test_a_mistyped_input_removes_nothing(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
     with pytest.raises(SourceError, match="does not exist"):
-        caption(config(tmp_path / "picz", output, overwrite=True))
+        run_pipeline(config(tmp_path / "picz", output, overwrite=True))
     assert len(read_results(str(output))) == 24
 
 
 def test_an_output_that_cannot_be_written_is_bad_usage(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LeaseError, match="cannot use"):
-        caption(config(pictures, tmp_path / "file"))
+        run_pipeline(config(pictures, tmp_path / "file"))
 
 
 def test_an_output_in_use_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     """Before a byte of it is changed."""
     output = tmp_path / "out"
-    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
     with Lease(str(output)):
         before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
         with pytest.raises(LeaseError, match="another run writes here"):
-            caption(config(pictures, output, prompt="Why?", overwrite=True))
+            run_pipeline(config(pictures, output, prompt="Why?", overwrite=True))
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_another_type_of_numbers_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     """A run on a GPU in bfloat16 does not go on in float32 on a CPU."""
     output = tmp_path / "out"
-    caption(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
     record = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps({**record, "settled_dtype": "bfloat16"}))
     min((output / "data").iterdir()).unlink()
     with pytest.raises(RunError, match="generated in bfloat16"):
-        caption(config(pictures, output), make_engine=FakeEngineFactory())
+        run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
 
 
 @pytest.mark.timeout(240)
 def test_a_row_that_kills_its_replica_is_an_error_row(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     draw(pictures / "poison.png", seed=60, width=600, height=500)
-    summary = caption(config(pictures, tmp_path / "out"), make_engine=FakeEngineFactory(dies_on_tiles=10))
+    summary = run_pipeline(config(pictures, tmp_path / "out"), make_engine=FakeEngineFactory(dies_on_tiles=10))
     rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
     assert (summary.rows, summary.error) == (25, 1)
     assert (rows["poison.png"]["num_tiles"], rows["poison.png"]["stage"]) == (10, "generate")
@@ -298,7 +298,7 @@ def test_a_row_that_kills_its_replica_is_an_error_row(ray_cluster: None, picture
 
 def test_rows_are_in_the_order_of_the_input(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     engine = FakeEngineFactory(seconds_per_row=0.01)
-    caption(config(pictures, tmp_path / "out", rows_per_file=5, num_preprocessors=2), make_engine=engine)
+    run_pipeline(config(pictures, tmp_path / "out", rows_per_file=5, num_preprocessors=2), make_engine=engine)
     assert read_results(str(tmp_path / "out")).column("id").to_pylist() == sorted(map(str, pictures.iterdir()))
     assert all(pq.read_metadata(file).num_rows <= 5 for file in (tmp_path / "out" / "data").iterdir())
 
@@ -344,7 +344,7 @@ def test_the_engine_is_busy_while_images_are_prepared(ray_cluster: None, tmp_pat
         (directory / f"{i:03}.jpg").write_bytes(one.read_bytes())
     log = tmp_path / "busy"
     engine = FakeEngineFactory(seconds_per_row=0.05, busy_log=log)
-    caption(config(directory, tmp_path / "out", num_preprocessors=2), make_engine=engine)
+    run_pipeline(config(directory, tmp_path / "out", num_preprocessors=2), make_engine=engine)
     calls = np.loadtxt(io.StringIO(log.read_text()))
     busy_s, window_s = (calls[:, 1] - calls[:, 0]).sum(), calls[:, 1].max() - calls[:, 0].min()
     assert calls[:, 2].sum() == 200

@@ -13,7 +13,7 @@ from pipelines.config import CaptionConfig
 from pipelines.errors import EverythingFails
 from pipelines.monitoring.error_reasons import Reasons
 from pipelines.output.sink import read_results
-from pipelines.pipeline import caption
+from pipelines.pipeline import run_pipeline
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
 from tests.support.outputs import results_of
@@ -45,11 +45,11 @@ def statuses(output: Path) -> list[str]:
 def test_error_rows_are_taken_up_again_and_nothing_else(ray_cluster: None, tmp_path: Path) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 20, broken=(3, 4, 11)), tmp_path / "out"
     engine = FakeEngineFactory()
-    assert caption(config(pictures, output, rows_per_file=7), make_engine=engine).error == 3
+    assert run_pipeline(config(pictures, output, rows_per_file=7), make_engine=engine).error == 3
     write_pictures(pictures, 12, broken=(4,))
-    assert caption(config(pictures, output), make_engine=engine).error == 3  # not without being told
+    assert run_pipeline(config(pictures, output), make_engine=engine).error == 3  # not without being told
     with OpenCounter(pictures) as counter:
-        summary = caption(config(pictures, output, retry_errors=True), make_engine=engine)
+        summary = run_pipeline(config(pictures, output, retry_errors=True), make_engine=engine)
     assert set(counter.opens) == {f"{i:05}.png" for i in (3, 4, 11)}
     assert (summary.rows, summary.ok, summary.error, summary.skipped_done) == (20, 19, 1, 17)
     assert [i for i, status in enumerate(statuses(output)) if status == "error"] == [4]
@@ -60,10 +60,10 @@ def test_error_rows_are_taken_up_again_and_nothing_else(ray_cluster: None, tmp_p
 def test_a_run_is_extended_and_compacted(ray_cluster: None, tmp_path: Path) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 9), tmp_path / "out"
     engine = FakeEngineFactory()
-    caption(config(pictures, output, rows_per_file=4), make_engine=engine)
+    run_pipeline(config(pictures, output, rows_per_file=4), make_engine=engine)
     write_pictures(pictures, 14)
     with OpenCounter(pictures) as counter:
-        summary = caption(config(pictures, output, rows_per_file=4, extend=True), make_engine=engine)
+        summary = run_pipeline(config(pictures, output, rows_per_file=4, extend=True), make_engine=engine)
     assert set(counter.opens) == {f"{i:05}.png" for i in range(9, 14)}
     assert (summary.rows, summary.skipped_done) == (14, 9)
     before = read_results(str(output))
@@ -71,7 +71,7 @@ def test_a_run_is_extended_and_compacted(ray_cluster: None, tmp_path: Path) -> N
     assert done.exit_code == 0, done.stderr
     assert done.summary["files_after"] == len(list((output / "data").iterdir())) == 1
     assert read_results(str(output)).equals(before)
-    assert caption(config(pictures, output, extend=True), make_engine=engine).skipped_done == 14
+    assert run_pipeline(config(pictures, output, extend=True), make_engine=engine).skipped_done == 14
 
 
 def test_compacting_while_a_run_writes_is_refused(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_run_in_which_everything_fails_stops_early(
 ) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 6000, broken=tuple(range(6000))), tmp_path / "out"
     with pytest.raises(EverythingFails, match="--retry-errors"):
-        caption(config(pictures, output), make_engine=FakeEngineFactory())
+        run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
     assert "x decode: not an image" in caplog.text
     written = statuses(output)
     assert set(written) == {"error"}

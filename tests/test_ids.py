@@ -23,7 +23,8 @@ MODEL = {"id": "demo", "revision": None, "weights": "0"}
 
 
 def ids_of(*inputs: object, **options: object) -> list[str]:
-    with list_rows(config_of(*inputs, **options)) as listing:
+    config = config_of(*inputs, **options)
+    with list_rows(config, config.questionnaire) as listing:
         ids = [id_ for table in listing.tables() for id_ in table.column("id").to_pylist()]
         assert len(ids) == listing.num_rows
     return ids
@@ -69,7 +70,8 @@ def test_policies_against_plain_python(tmp_path_factory: pytest.TempPathFactory,
 def test_rows_keep_their_columns_when_others_are_left_out(tmp_path: Path) -> None:
     rows = [{"id": id_, "image": f"{i}.png", "n": i} for i, id_ in enumerate("abacb")]
     path = write_lines(tmp_path / "x.jsonl", *rows)
-    with list_rows(config_of(path, keep_columns=("n",), on_duplicate_id="skip")) as listing:
+    config = config_of(path, keep_columns=("n",), on_duplicate_id="skip")
+    with list_rows(config, config.questionnaire) as listing:
         kept = [row for table in listing.tables() for row in table.to_pylist()]
     assert [(row["id"], row["kept"]["n"]) for row in kept] == [("a", 0), ("b", 1), ("c", 3)]
 
@@ -141,7 +143,8 @@ def test_extend_across_the_files_of_the_manifest(tmp_path: Path, monkeypatch: py
     a, b = lines(tmp_path / "a.jsonl", [f"a{i}" for i in range(11)]), lines(tmp_path / "b.jsonl", ["b0", "b1"])
     c = lines(tmp_path / "c.jsonl", [f"c{i}" for i in range(17)])
     run = opened(tmp_path / "out", a)
-    with list_rows(config_of(b), Known()) as listing:
+    config = config_of(b)
+    with list_rows(config, config.questionnaire, Known()) as listing:
         manifest.write_manifest(run.output, listing.tables(), run.num_rows)  # and killed before run.json
     run = opened(tmp_path / "out", c, extend=True)
     assert manifest_ids(run) == [*(f"a{i}" for i in range(11)), *(f"c{i}" for i in range(17))]

@@ -84,7 +84,7 @@ def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
     columns = kept_columns(3)
     write(tmp_path / "a.parquet", {"image": pa.array([b"1"] * 3), **columns})
     config = config_of(tmp_path / "a.parquet", image_column="image", keep_columns=tuple(columns))
-    with list_rows(config) as listing:
+    with list_rows(config, config.questionnaire) as listing:
         [table] = listing.tables()
     assert {field.name: field.type for field in table.schema.field("kept").type} == {
         name: array.type for name, array in columns.items()

@@ -8,42 +8,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from ovis_model.types import IMAGE_START_ID
 from pipelines import preprocess
-from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
 from pipelines.media import fetch
 from pipelines.media.reference import ImageRef
 from pipelines.output.ledger import RowRange
-from pipelines.output.manifest import read_rows, write_manifest
+from pipelines.output.manifest import read_rows
 from pipelines.preprocess import Preprocess
-from pipelines.sources import list_rows
+from pipelines.rows import Batch, ManifestRow, PreparedRow
 from tests.support.golden_data import checkpoint_dir
 from tests.support.roots import ROOT
+from tests.support.stages import preprocess_stage, run_stage
 
 MODEL = str(checkpoint_dir("tiny112-untied"))
 
 
-def rows_of(directory: Path, output: Path, **options: object) -> list[dict[str, object]]:
+def rows_of(directory: Path, output: Path, **options: object) -> list[PreparedRow]:
     """Prepared rows of all images in `directory`."""
-    stage, units = stage_of(directory, output, **options)
-    return [
-        dict(zip(batch, values, strict=True)) for batch in stage(units) for values in zip(*batch.values(), strict=True)
-    ]
+    return run_stage(*stage_of(directory, output, **options))
 
 
-def stage_of(directory: Path, output: Path, **options: object) -> tuple[Preprocess, dict[str, np.ndarray]]:
+def stage_of(directory: Path, output: Path, **options: object) -> tuple[Preprocess, Batch]:
     config = CaptionConfig(input=(str(directory),), output=str(output), model=MODEL, **options)  # type: ignore[arg-type]
-    with list_rows(config) as listing:
-        write_manifest(str(output), listing.tables())
-    return Preprocess(config, str(output), None, AttemptCounts()), {
-        "start": np.array([0]),
-        "stop": np.array([listing.num_rows]),
-    }
+    return preprocess_stage(config)
 
 
 @pytest.fixture
@@ -57,9 +48,9 @@ def pictures(tmp_path: Path) -> Path:
 
 def test_rows_keep_their_order_and_their_numbers(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures, tmp_path / "out")
-    assert [row["row"] for row in rows] == list(range(40))
-    assert [Path(str(row["uri"])).name for row in rows] == [f"{i:02}.png" for i in range(40)]
-    assert {row["stage"] for row in rows} == {""}
+    assert [row.row for row in rows] == list(range(40))
+    assert [Path(str(row.uri)).name for row in rows] == [f"{i:02}.png" for i in range(40)]
+    assert {row.stage for row in rows} == {""}
 
 
 def test_batches_are_bounded_in_bytes(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,16 +64,16 @@ def test_chain_of_thought_and_system_prompt_reach_the_prompt(pictures: Path, tmp
     plain = rows_of(pictures, tmp_path / "a")[0]
     reasoned = rows_of(pictures, tmp_path / "b", chain_of_thought=True)[0]
     instructed = rows_of(pictures, tmp_path / "c", system_prompt="Be brief.")[0]
-    assert "step-by-step" in str(reasoned["prompt"])
-    lengths = [len(row["input_ids"]) for row in (plain, reasoned, instructed)]  # type: ignore[arg-type]
+    assert "step-by-step" in str(reasoned.prompt)
+    lengths = [len(row.requests[0].input_ids) for row in (plain, reasoned, instructed)]  # type: ignore[arg-type]
     assert lengths[1] > lengths[0] != lengths[2]
 
 
 def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 100)
     rows = rows_of(pictures, tmp_path / "out")
-    assert {row["stage"] for row in rows} == {"read"}
-    assert "over the limit of 100" in str(rows[0]["error"])
+    assert {row.stage for row in rows} == {"read"}
+    assert "over the limit of 100" in str(rows[0].error)
 
 
 @pytest.mark.parametrize("sizes_are_known", [True, False])
@@ -104,7 +95,7 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(fetch.store, "read_bytes", count)
     stage, _ = stage_of(tmp_path / "in" / ("*.png" if sizes_are_known else "rows.jsonl"), tmp_path / "out")
-    rows = read_rows(str(tmp_path / "out"), RowRange(0, 30)).to_pylist()
+    rows = ManifestRow.from_table(read_rows(str(tmp_path / "out"), RowRange(0, 30)))
     done = 0
     for i, (_, images) in enumerate(stage._fetched(rows)):
         assert num_read[0] - done <= 1000 + 300
@@ -150,7 +141,7 @@ def test_a_row_that_kills_its_process_is_given_up_alone(pictures: Path, tmp_path
     stage, units = stage_of(pictures, tmp_path / "out")
     for work in ("prepare rows 0 to 40", "prepare rows 0 to 40", "prepare row 7", "prepare row 7"):
         stage._attempts.begin(work)
-    rows = [(s, e) for batch in stage(units) for s, e in zip(batch["stage"], batch["error"], strict=True)]
+    rows = [(row.stage, row.error) for row in run_stage(stage, units)]
     assert rows.pop(7) == ("decode", "the process died 2 times on this row alone")
     assert set(rows) == {("", "")}
 
@@ -161,7 +152,7 @@ def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Pa
     (pictures / "04.png").unlink()
     (pictures / "04.png").mkdir()
     os.truncate(pictures / "05.png", 60)
-    rows = [(s, e) for batch in stage(units) for s, e in zip(batch["stage"], batch["error"], strict=True)]
+    rows = [(row.stage, row.error) for row in run_stage(stage, units)]
     assert [stage for stage, _ in rows[3:6]] == ["read", "read", "decode"]
     assert all(error for _, error in rows[3:6])
     assert {stage for stage, _ in rows[:3] + rows[6:]} == {""}
@@ -187,21 +178,23 @@ def lines(pictures: Path) -> Path:
 
 
 def test_rows_of_several_images_and_of_none(lines: Path, tmp_path: Path) -> None:
-    rows = {row["id"]: row for row in rows_of(lines, tmp_path / "out", max_new_tokens=8)}
-    image_starts = {id_: list(row["input_ids"]).count(IMAGE_START_ID) for id_, row in rows.items()}  # type: ignore[call-overload]
-    assert {id_: row["num_images"] for id_, row in rows.items() if not row["stage"]} == {
+    rows = {row.id: row for row in rows_of(lines, tmp_path / "out", max_new_tokens=8)}
+    image_starts = {
+        id_: sum(list(request.input_ids).count(IMAGE_START_ID) for request in row.requests) for id_, row in rows.items()
+    }
+    assert {id_: row.num_images for id_, row in rows.items() if not row.stage} == {
         "three": 3,
         "placed": 2,
         "unplaced": 2,
         "text": 0,
     }
     assert [image_starts[id_] for id_ in ("three", "placed", "unplaced", "text")] == [3, 2, 2, 0]
-    assert rows["text"]["tiles"].shape == (0, 3, 112, 112)  # type: ignore[attr-defined]
-    assert (rows["bad"]["stage"], rows["missing"]["stage"]) == ("decode", "read")
-    assert "image 2 of 2" in str(rows["bad"]["error"])
-    assert (rows["many"]["stage"], rows["long"]["stage"]) == ("tile", "tile")
-    assert "3000 images are more than" in str(rows["many"]["error"])
-    assert "over the model's limit" in str(rows["long"]["error"])
+    assert rows["text"].requests[0].tiles.shape == (0, 3, 112, 112)  # type: ignore[attr-defined]
+    assert (rows["bad"].stage, rows["missing"].stage) == ("decode", "read")
+    assert "image 2 of 2" in str(rows["bad"].error)
+    assert (rows["many"].stage, rows["long"].stage) == ("tile", "tile")
+    assert "3000 images are more than" in str(rows["many"].error)
+    assert "over the model's limit" in str(rows["long"].error)
 
 
 def test_several_images_are_cut_less(pictures: Path, tmp_path: Path) -> None:
@@ -210,4 +203,4 @@ def test_several_images_are_cut_less(pictures: Path, tmp_path: Path) -> None:
     (pictures / "a.jsonl").write_text('{"image": ["large.png", "large.png", "large.png"]}')
     [one], [three] = rows_of(large, tmp_path / "one"), rows_of(pictures / "a.jsonl", tmp_path / "three")
     [alike] = rows_of(large, tmp_path / "alike", max_tiles=4)
-    assert len(three["tiles"]) == 3 * len(alike["tiles"]) < 3 * len(one["tiles"])  # type: ignore[arg-type]
+    assert three.num_tiles == 3 * alike.num_tiles < 3 * one.num_tiles

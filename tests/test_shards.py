@@ -21,7 +21,7 @@ from pipelines.config import CaptionConfig
 from pipelines.errors import StageFailed
 from pipelines.generate import Replica
 from pipelines.output.sink import read_results
-from pipelines.pipeline import caption
+from pipelines.pipeline import run_pipeline
 from tests.support.engines import engine_of
 from tests.support.fake_engine import FakeEngine, FakeEngineFactory
 from tests.support.job_configs import MODEL, config
@@ -59,7 +59,7 @@ def shards(tmp_path: Path) -> list[Path]:
 
 def test_every_kind_of_input_in_one_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 7}
-    summary = caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    summary = run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     rows = read_results(str(tmp_path / "out")).to_pylist()
     ids = [row["id"] for row in rows]
     assert summary.rows == len(rows) == len(set(ids)) == 46
@@ -88,7 +88,7 @@ def test_kept_columns_keep_their_types_to_the_output(ray_cluster: None, tmp_path
     table = {"image": [picture(i) for i in range(19)] + [b"bad"], **columns}
     write(tmp_path / "a.parquet", table, row_group_size=6)
     options = {"image_column": "image", "keep_columns": tuple(columns), "rows_per_file": 6}
-    caption(config([tmp_path / "a.parquet"], tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    run_pipeline(config([tmp_path / "a.parquet"], tmp_path / "out", **options), make_engine=FakeEngineFactory())
     results = read_results(str(tmp_path / "out"))
     assert results.select(list(columns)).to_pylist() == pa.table(columns).to_pylist()
     wanted = pa.schema([*schema.OUTPUT, *pa.table(columns).schema])
@@ -125,25 +125,25 @@ def test_a_run_that_died_goes_on(ray_cluster: None, shards: list[Path], tmp_path
     options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 4}
     dying = DiesOnce(calls=tmp_path / "calls")
     with pytest.raises(StageFailed):
-        caption(config(shards, tmp_path / "out", **options), make_engine=dying)
+        run_pipeline(config(shards, tmp_path / "out", **options), make_engine=dying)
     done = len(read_results(str(tmp_path / "out")))
     assert 0 < done < 46
-    summary = caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    summary = run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     assert (summary.rows, summary.skipped_done) == (46, done)
-    caption(config(shards, tmp_path / "whole", **options), make_engine=FakeEngineFactory())
+    run_pipeline(config(shards, tmp_path / "whole", **options), make_engine=FakeEngineFactory())
     resumed, whole = (read_results(str(tmp_path / name)).to_pylist() for name in ("out", "whole"))
     assert repr(resumed) == repr(whole)  # repr, for NaN
 
 
 def test_resume_opens_only_shards_with_missing_rows(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     options = {"prompt_column": "question", "rows_per_file": 7}
-    caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     whole = read_results(str(tmp_path / "out")).to_pylist()
     max((tmp_path / "out" / "data").iterdir()).unlink()
     done = {row["id"] for row in read_results(str(tmp_path / "out")).to_pylist()}
     needed = {Path(row["uri"]).name for row in whole if row["id"] not in done}
     with OpenCounter(tmp_path) as counter:
-        caption(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+        run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     assert 0 < len(done) < 46 and not needed & {"a.tar", "b.tar"}
     assert counter.opens.keys() <= needed
     assert repr(read_results(str(tmp_path / "out")).to_pylist()) == repr(whole)
@@ -161,6 +161,6 @@ def test_rows_without_images_are_answered_by_the_model() -> None:
 
 def test_another_choice_of_columns_is_another_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     engine = FakeEngineFactory()
-    caption(config(shards[-1:], tmp_path / "out", keep_columns=("label",)), make_engine=engine)
+    run_pipeline(config(shards[-1:], tmp_path / "out", keep_columns=("label",)), make_engine=engine)
     with pytest.raises(ValueError, match="keep-columns"):
-        caption(config(shards[-1:], tmp_path / "out"), make_engine=engine)
+        run_pipeline(config(shards[-1:], tmp_path / "out"), make_engine=engine)

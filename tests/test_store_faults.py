@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
 from pipelines.errors import StoreFault
 from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import ImageRef
-from pipelines.output.manifest import write_manifest
-from pipelines.preprocess import Preprocess
+from pipelines.rows import PreparedRow
 from pipelines.sources import list_rows
 from pipelines.storage import retries, store
 from tests.support.faulty_store import Faults, FaultyStore
@@ -24,6 +21,7 @@ from tests.support.golden_data import checkpoint_dir
 from tests.support.parquet_files import HF, write
 from tests.support.pictures import picture
 from tests.support.processes import run_caption
+from tests.support.stages import preprocess_stage, run_stage
 from tests.support.tars import write_tar
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
@@ -77,7 +75,7 @@ def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.Abstract
     )
     with server.failing(Faults(share=0.3, kinds=("error", "cut"))) as faults:
         config = CaptionConfig(input=("s3://bucket/a.parquet", "s3://bucket/b.tgz"), output="out", model="demo")
-        with list_rows(config) as listing:
+        with list_rows(config, config.questionnaire) as listing:
             rows = [row for table in listing.tables() for row in table.to_pylist()]
         fetcher = Fetcher()
         data = [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
@@ -96,15 +94,11 @@ def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fssp
         store.read_bytes("s3://bucket/b.png")
 
 
-def prepared(output: Path, server: FaultyStore, faults: Faults) -> list[dict[str, object]]:
+def prepared(output: Path, server: FaultyStore, faults: Faults) -> list[PreparedRow]:
     """Twelve rows after the CPU stage, whose reads meet the faults."""
-    config = CaptionConfig(input=("s3://bucket/in",), output=str(output), model=MODEL)
-    with list_rows(config) as listing:
-        write_manifest(str(output), listing.tables())
-    stage = Preprocess(config, str(output), None, AttemptCounts())
+    stage, units = preprocess_stage(CaptionConfig(input=("s3://bucket/in",), output=str(output), model=MODEL))
     with server.failing(faults):
-        batches = list(stage({"start": np.array([0]), "stop": np.array([12])}))
-    return [dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)]
+        return run_stage(stage, units)
 
 
 @pytest.fixture
@@ -119,8 +113,8 @@ def test_a_file_that_the_store_alone_never_gives_is_an_error_row(
 ) -> None:
     """Others of its store are read, so it is the file; a run that could never end would help nobody."""
     rows = prepared(tmp_path, server, Faults(broken=("in/07.png", "in/00.png")))
-    assert [row["stage"] == "read" for row in rows] == [i in (0, 7) for i in range(12)]
-    assert "other files are read" in str(rows[7]["error"])
+    assert [row.stage == "read" for row in rows] == [i in (0, 7) for i in range(12)]
+    assert "other files are read" in str(rows[7].error)
 
 
 def test_rows_of_a_store_that_is_down_are_no_error_rows(

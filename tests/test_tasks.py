@@ -12,9 +12,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from jobs.command_line import parse_command_line
 from ovis_model.types import Constraint
 from pipelines import schema
-from pipelines.config import AnnotateConfig, parse_command_line
+from pipelines.config import AnnotateConfig
 from pipelines.errors import SourceError
 from pipelines.sources import list_rows
 
@@ -50,7 +51,7 @@ def tasks_file(tmp_path: Path) -> Path:
 
 
 def rows_of(config: AnnotateConfig) -> list[dict[str, Any]]:
-    with list_rows(config) as listing:
+    with list_rows(config, config.questionnaire) as listing:
         return [row for table in listing.tables() for row in table.to_pylist()]
 
 
@@ -60,11 +61,11 @@ def parse(*argv: str) -> AnnotateConfig:
 
 def test_a_file_of_tasks(tasks_file: Path) -> None:
     config = parse("--tasks", str(tasks_file), "--max-new-tokens", "7", "--stop", "END", "--system-prompt", "Hello.")
-    caption, has_red, _, record = config.asked
+    caption, has_red, _, record = config.questionnaire.tasks
     assert (caption.max_new_tokens, caption.temperature, caption.system) == (40, 0.5, "Hello.")
     assert (has_red.max_new_tokens, has_red.temperature, has_red.system) == (7, 0.0, "Be brief.")
     assert record.answer.spec == {"json_schema": RECORD}
-    params = [task.sampling("row", encode) for task in config.asked]
+    params = [task.sampling("row", encode) for task in config.questionnaire.tasks]
     assert [p.stop for p in params] == [("END",), (), (), ()]
     assert params[1].choices == (tuple(b"Yes"), tuple(b"No"))
     assert isinstance(params[2].constraint, Constraint) and params[0].constraint is None
@@ -75,15 +76,18 @@ def test_a_file_of_tasks(tasks_file: Path) -> None:
 def test_tasks_in_a_config_file_and_back(tasks_file: Path, tmp_path: Path) -> None:
     config = parse("--tasks", str(tasks_file))
     written = tmp_path / "config.yaml"
-    written.write_text(yaml.safe_dump({"tasks": config.provenance["tasks"]}, sort_keys=False))
+    written.write_text(yaml.safe_dump({"tasks": config.questionnaire.describe()["tasks"]}, sort_keys=False))
     again = parse("--config", str(written))
-    assert again.asked == config.asked and again.columns == config.columns
+    assert (
+        again.questionnaire.tasks == config.questionnaire.tasks
+        and again.questionnaire.schema == config.questionnaire.schema
+    )
     assert pickle.loads(pickle.dumps(config)) == config
     assert json.loads(json.dumps(config.fingerprint_fields()))["tasks"][1]["answer"] == "bool"
 
 
 def test_columns(tasks_file: Path) -> None:
-    columns = parse("--tasks", str(tasks_file)).columns
+    columns = parse("--tasks", str(tasks_file)).questionnaire.schema
     assert columns.names[: len(schema.ITEM)] == schema.ITEM.names
     assert columns.names[len(schema.ITEM) :] == [
         "flags",
@@ -96,7 +100,7 @@ def test_columns(tasks_file: Path) -> None:
     assert [field.name for field in columns.field("has_red_confidence").type] == ["Yes", "No"]
     assert columns.field("tags_confidence").type == pa.float32()
     assert columns.field("record").type == pa.struct({"what": pa.string()})
-    again = parse("--tasks", str(tasks_file), "--regenerate", "flagged").columns
+    again = parse("--tasks", str(tasks_file), "--regenerate", "flagged").questionnaire.schema
     assert set(again.names) - set(columns.names) == {
         f"{t}_alternative" for t in ("caption", "has_red", "tags", "record")
     }
@@ -148,14 +152,14 @@ def test_a_row_without_an_image_is_not_said_to_be_asked(
 
 
 def test_only_free_text_ends_at_a_stop_string(tasks_file: Path) -> None:
-    asked = parse("--tasks", str(tasks_file), "--stop", "o").asked
+    asked = parse("--tasks", str(tasks_file), "--stop", "o").questionnaire.tasks
     assert [task.stops for task in asked] == [("o",), (), (), ()]
 
 
 def test_an_error_row_has_no_answer_whatever_its_task_is_called() -> None:
     task = {"name": "prompt", "prompt": "How many?", "answer": "int"}
     config = AnnotateConfig(input=("a",), output="b", model="demo", tasks=[task])
-    assert config.no_values()["prompt"] is None
+    assert config.questionnaire.empty()["prompt"] is None
 
 
 def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path) -> None:
@@ -163,7 +167,7 @@ def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path)
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)})
     dog, nothing, no_image = rows_of(config)
-    assert config.prompts(dog["prompt"]) == ["Describe this dog.", "Is there red?", "Tags?", "Read it."]
+    assert config.questionnaire.prompts(dog["prompt"]) == ["Describe this dog.", "Is there red?", "Tags?", "Read it."]
     assert (dog["error"], dog["has_own_prompt"]) == ("", False)
     assert nothing["error"] == "task caption: names the column 'kind', which is empty in this row"
     assert no_image["error"].endswith("no image, and no prompt of its own")

@@ -15,16 +15,15 @@ from PIL import Image
 
 from ovis_model.inputs.processor import Processor
 from ovis_model.inputs.prompt import video_query
-from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
 from pipelines.media import frame_selection as frames
 from pipelines.media.frame_selection import Encoder, FrameSelector, PixelEncoder
-from pipelines.output.manifest import write_manifest
-from pipelines.preprocess import Preprocess
+from pipelines.rows import PreparedRow
 from pipelines.sources import list_rows
 from pipelines.storage import store
 from tests.support.golden_data import checkpoint_dir
+from tests.support.stages import prepare_rows
 from tests.support.videos import SHOT_STARTS, clip, number_in, numbered, write_sound, write_video
 
 MODEL = str(checkpoint_dir("tiny112-untied"))
@@ -33,23 +32,19 @@ UNIFORM_4 = [12, 37, 62, 87]  # of 100 frames
 Row = dict[str, Any]
 
 
-def prepared(tmp_path: Path, *inputs: Path | str, encoder: Encoder | None = None, **options: Any) -> list[Row]:
+def prepared(tmp_path: Path, *inputs: Path | str, encoder: Encoder | None = None, **options: Any) -> list[PreparedRow]:
     config = CaptionConfig(
         input=tuple(map(str, inputs)),
         output=str(tmp_path / "out"),
         model=MODEL,
         **{"max_new_tokens": 8, "num_frames": 4, **options},
     )
-    with list_rows(config) as listing:
-        write_manifest(config.output, listing.tables())
-    stage = Preprocess(config, config.output, None, AttemptCounts(), encoder)
-    batches = stage({"start": np.array([0]), "stop": np.array([listing.num_rows])})
-    return [dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)]
+    return prepare_rows(config, encoder)
 
 
-def numbers(row: Row) -> list[int]:
+def numbers(row: PreparedRow) -> list[int]:
     """Of the frames in a row of drawn ones, by their times."""
-    return [round(float(time_s) * 25) for time_s in row["frame_timestamps_s"]]
+    return [round(float(time_s) * 25) for time_s in row.frame_timestamps_s]
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +57,10 @@ def test_a_row_is_the_model_cards_video_prompt_with_one_tile_a_frame(tmp_path: P
     (row,) = prepared(tmp_path, drawn, prompt="What happens?")
     pictures = [Image.fromarray(frame) for frame in map(decoded_frame(drawn), UNIFORM_4)]
     expected = Processor.from_pretrained(MODEL).request(video_query("What happens?", 4), pictures, max_tiles=1)
-    assert np.array_equal(row["input_ids"], expected.input_ids)
-    assert np.array_equal(row["tiles"], expected.tiles)
-    assert (row["num_images"], len(row["tiles"]), numbers(row)) == (4, 4, UNIFORM_4)
-    assert row["frame_timestamps_s"].dtype == np.float32
+    assert np.array_equal(row.requests[0].input_ids, expected.input_ids)
+    assert np.array_equal(row.requests[0].tiles, expected.tiles)
+    assert (row.num_images, len(row.requests[0].tiles), numbers(row)) == (4, 4, UNIFORM_4)
+    assert row.frame_timestamps_s.dtype == np.float32
 
 
 def decoded_frame(path: Path) -> Any:
@@ -77,7 +72,7 @@ def decoded_frame(path: Path) -> Any:
 
 def test_more_tiles_a_frame_if_they_are_asked_for(tmp_path: Path, drawn: Path) -> None:
     (row,) = prepared(tmp_path, drawn, max_tiles=4, num_frames=2)
-    assert len(row["tiles"]) > 2
+    assert len(row.requests[0].tiles) > 2
 
 
 def test_videos_are_rows_in_directories_beside_images(tmp_path: Path, drawn: Path) -> None:
@@ -88,10 +83,10 @@ def test_videos_are_rows_in_directories_beside_images(tmp_path: Path, drawn: Pat
     write_video(directory / "c.webm", 30, codec="libvpx")
     (directory / "notes.txt").write_text("left out")
     rows = prepared(tmp_path, directory)
-    assert [Path(row["uri"]).name for row in rows] == ["a.MP4", "b.png", "c.webm"]
-    assert [row["num_images"] for row in rows] == [4, 1, 4]
-    assert [len(row["frame_timestamps_s"]) for row in rows] == [4, 0, 4]
-    assert [row["prompt"] for row in rows] == ["Describe the video.", "Describe the image.", "Describe the video."]
+    assert [Path(row.uri).name for row in rows] == ["a.MP4", "b.png", "c.webm"]
+    assert [row.num_images for row in rows] == [4, 1, 4]
+    assert [len(row.frame_timestamps_s) for row in rows] == [4, 0, 4]
+    assert [row.prompt for row in rows] == ["Describe the video.", "Describe the image.", "Describe the video."]
 
 
 @pytest.mark.parametrize("name", ["shard.tar", "shard.tar.gz"])
@@ -103,10 +98,10 @@ def test_videos_are_members_of_tars(tmp_path: Path, drawn: Path, name: str) -> N
         tar.add(sidecar, "x/a.json")
         tar.add(clip("carphone_pristine.mp4"), "b.mp4")
     rows = prepared(tmp_path, tmp_path / name, prompt_column="question")
-    assert [row["id"].rsplit("#")[1] for row in rows] == ["x/a", "b"]
-    assert [row["prompt"] for row in rows] == ["Who?", "Describe the video."]
+    assert [row.id.rsplit("#")[1] for row in rows] == ["x/a", "b"]
+    assert [row.prompt for row in rows] == ["Who?", "Describe the video."]
     assert numbers(rows[0]) == UNIFORM_4
-    assert [row["num_images"] for row in rows] == [4, 4]
+    assert [row.num_images for row in rows] == [4, 4]
 
 
 def test_videos_are_named_or_held_by_parquet(tmp_path: Path, drawn: Path) -> None:
@@ -117,7 +112,7 @@ def test_videos_are_named_or_held_by_parquet(tmp_path: Path, drawn: Path) -> Non
     rows = [
         row for name in ("bytes", "struct", "names") for row in prepared(tmp_path / name, tmp_path / f"{name}.parquet")
     ]
-    assert [row["stage"] for row in rows] == ["", "decode", "", "", ""]
+    assert [row.stage for row in rows] == ["", "decode", "", "", ""]
     assert [numbers(rows[i]) for i in (0, 2, 3)] == [UNIFORM_4] * 3
     assert numbers(rows[4]) == [56, 68, 81, 93]
 
@@ -134,8 +129,8 @@ def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows = prepared(tmp_path, tmp_path / "list.jsonl")
     assert [numbers(row) for row in rows[:3]] == [[28, 34, 40, 46], [78, 84, 90, 96], [3, 9, 15, 21]]
-    assert rows[0]["uri"] == f"{drawn}#t=1,2"
-    assert [(row["stage"], row["error"]) for row in rows[3:]] == [
+    assert rows[0].uri == f"{drawn}#t=1,2"
+    assert [(row.stage, row.error) for row in rows[3:]] == [
         ("list", "the window #t=2,1 ends before it starts"),
         ("list", "'#t=1:00' is no window in seconds, such as #t=10,20 or #t=10"),
         ("decode", "the window starts at 60 s, the video ends at 4 s"),
@@ -145,7 +140,7 @@ def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
 def test_a_window_may_be_the_input(tmp_path: Path, drawn: Path) -> None:
     (row,) = prepared(tmp_path, f"{drawn}#t=1,2")
     assert numbers(row) == [28, 34, 40, 46]
-    assert row["id"] == row["uri"] == f"{drawn}#t=1,2"
+    assert row.id == row.uri == f"{drawn}#t=1,2"
     with pytest.raises(SourceError, match="does not exist"):
         prepared(tmp_path / "other", f"{drawn}x#t=1,2")
 
@@ -160,7 +155,7 @@ def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
     with tarfile.open(tmp_path / "c.tar", "w") as tar:
         tar.add(drawn, "c.mp4")
     rows = prepared(tmp_path, directory, tmp_path / "c.tar", window_s=1.5, num_frames=2)
-    assert [Path(row["id"]).name for row in rows] == [
+    assert [Path(row.id).name for row in rows] == [
         "1s.mp4",
         "4s.mp4#t=0,1.5",
         "4s.mp4#t=1.5,3",
@@ -171,9 +166,9 @@ def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
         "c.tar#c#t=1.5,3",
         "c.tar#c#t=3",
     ]
-    assert [Path(row["uri"]).name for row in rows][-5:] == ["b.png", "broken.mp4", "c.tar", "c.tar", "c.tar"]
+    assert [Path(row.uri).name for row in rows][-5:] == ["b.png", "broken.mp4", "c.tar", "c.tar", "c.tar"]
     assert [numbers(row) for row in rows[1:4]] == [[9, 27], [46, 64], [81, 93]]
-    assert [row["stage"] for row in rows] == ["", "", "", "", "", "decode", "", "", ""]
+    assert [row.stage for row in rows] == ["", "", "", "", "", "decode", "", "", ""]
 
 
 def test_kept_columns_go_with_each_window(tmp_path: Path, drawn: Path) -> None:
@@ -183,7 +178,7 @@ def test_kept_columns_go_with_each_window(tmp_path: Path, drawn: Path) -> None:
     config = CaptionConfig(
         input=(str(tmp_path / "list.jsonl"),), output="out", model=MODEL, keep_columns=("label",), window_s=2
     )
-    with list_rows(config) as listing:
+    with list_rows(config, config.questionnaire) as listing:
         table = pa.concat_tables(listing.tables())
     assert table.column("id").to_pylist() == ["one#t=0,2", "one#t=2", "two#t=0,2", "two#t=2"]
     assert [kept["label"] for kept in table.column("kept").to_pylist()] == ["one", "one", "two", "two"]
@@ -203,11 +198,11 @@ def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows = prepared(tmp_path, tmp_path / "list.jsonl")
-    assert [row["stage"] for row in rows] == ["read", "decode", "decode", "tile"]
-    assert rows[0]["error"] == "No such file or directory"
-    assert "holds audio" in rows[1]["error"]
-    assert "one video and nothing beside it" in rows[2]["error"]
-    assert "--num-frames" in rows[3]["error"]
+    assert [row.stage for row in rows] == ["read", "decode", "decode", "tile"]
+    assert rows[0].error == "No such file or directory"
+    assert "holds audio" in rows[1].error
+    assert "one video and nothing beside it" in rows[2].error
+    assert "--num-frames" in rows[3].error
 
 
 def test_a_video_that_is_a_file_is_not_fetched(tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +213,7 @@ def test_a_video_that_is_a_file_is_not_fetched(tmp_path: Path, drawn: Path, monk
 
     monkeypatch.setattr(store, "read_bytes", refuse)
     (row,) = prepared(tmp_path, drawn)
-    assert row["stage"] == ""
+    assert row.stage == ""
 
 
 class Counted(PixelEncoder):
@@ -254,19 +249,19 @@ def test_questions_about_one_video_share_its_frames(tmp_path: Path, colours: Pat
     rows = prepared(
         tmp_path, tmp_path / "list.jsonl", encoder=encoder, frame_selection="top-k", num_candidates=30, num_frames=3
     )
-    assert [set(np.floor(row["frame_timestamps_s"]).tolist()) for row in rows] == [{0}, {2}, {2}, {1}]
+    assert [set(np.floor(row.frame_timestamps_s).tolist()) for row in rows] == [{0}, {2}, {2}, {1}]
     assert (encoder.num_frames, encoder.num_texts) == (1, 3)
 
 
 def test_frames_may_match_another_text_than_the_question(tmp_path: Path, colours: Path) -> None:
     options = {"frame_selection": "top-k", "num_candidates": 30, "num_frames": 3, "prompt": "Describe red."}
     (row,) = prepared(tmp_path, colours, encoder=Counted(), frame_query="blue", **options)
-    assert set(np.floor(row["frame_timestamps_s"]).tolist()) == {2}
+    assert set(np.floor(row.frame_timestamps_s).tolist()) == {2}
 
 
 def test_mdp3_without_a_model_shows_every_colour(tmp_path: Path, colours: Path) -> None:
     (row,) = prepared(tmp_path, colours, frame_selection="mdp3", frame_encoder="pixels", num_frames=3)
-    assert np.floor(row["frame_timestamps_s"]).tolist() == [0, 1, 2]
+    assert np.floor(row.frame_timestamps_s).tolist() == [0, 1, 2]
 
 
 def test_recent_videos_are_kept_up_to_a_limit(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +279,7 @@ def test_recent_videos_are_kept_up_to_a_limit(colours: Path, monkeypatch: pytest
 def shots(row: Row) -> int:
     """How many of the six shots of bikes.mp4 are in it."""
     starts = np.array(SHOT_STARTS)
-    return len({int(np.searchsorted(starts, round(float(t) * 25), "right")) for t in row["frame_timestamps_s"]})
+    return len({int(np.searchsorted(starts, round(float(t) * 25), "right")) for t in row.frame_timestamps_s})
 
 
 def test_six_frames_show_the_shots_of_a_real_clip(tmp_path: Path) -> None:
@@ -310,7 +305,7 @@ def test_numbered_frames_survive_the_model_input(tmp_path: Path) -> None:
     """What the model is shown is what was at those times."""
     path = write_video(tmp_path / "large.mp4", (np.kron(numbered(i), np.ones((2, 2, 1), np.uint8)) for i in range(100)))
     (row,) = prepared(tmp_path, path)
-    tiles, sizes = row["tiles"], row["tile_sizes"]
+    tiles, sizes = row.requests[0].tiles, row.requests[0].tile_sizes
     for tile, (height, width), number in zip(tiles, sizes.tolist(), UNIFORM_4, strict=True):
         top, left = (tile.shape[1] - height) // 2, (tile.shape[2] - width) // 2
         assert number_in(tile[:, top : top + height, left : left + width].transpose(1, 2, 0)) == number

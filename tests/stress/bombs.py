@@ -64,7 +64,7 @@ def _shard(path: Path) -> str:
     keep = ("note",) if "kept" in path.name else ()
     config = CaptionConfig(input=(str(path),), output="out", model="demo", keep_columns=keep)
     try:
-        with list_rows(config) as listing:
+        with list_rows(config, config.questionnaire) as listing:
             errors = [error for table in listing.tables() for error in table.column("error").to_pylist() if error]
             first = next(listing.tables()).slice(0, 1).to_pylist()[0]
             num_rows = listing.num_rows

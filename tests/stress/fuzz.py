@@ -113,7 +113,7 @@ def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
         path.write_bytes(data)
         config = CaptionConfig(input=(str(path),), output="out", model="demo", **options)  # type: ignore[arg-type]
         try:
-            with list_rows(config) as listing:
+            with list_rows(config, config.questionnaire) as listing:
                 rows = [row for table in listing.tables() for row in table.to_pylist()]
         except SourceError as error:
             assert str(path) in str(error) or "column" in str(error), error

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from ovis_model.types import Completion, EngineDied, Request, RequestError, SamplingParams
-from pipelines.config import RunConfig
 from pipelines.generate import Replica
 
 
@@ -26,7 +25,7 @@ class FakeEngineFactory:
     fails_on_tiles: int | None = None
     dies_on_tiles: int | None = None
 
-    def __call__(self, config: RunConfig, revision: str | None, replica: Replica) -> FakeEngine:
+    def __call__(self, replica: Replica) -> FakeEngine:
         return FakeEngine(self)
 
 

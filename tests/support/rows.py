@@ -12,7 +12,8 @@ Row = dict[str, Any]
 
 def rows_of(*inputs: object, **options: object) -> list[Row]:
     """Rows of the manifest, without their numbers."""
-    with list_rows(config_of(*inputs, **options)) as listing:
+    config = config_of(*inputs, **options)
+    with list_rows(config, config.questionnaire) as listing:
         return [row for table in listing.tables() for row in table.to_pylist()]
 
 

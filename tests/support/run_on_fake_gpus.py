@@ -21,7 +21,7 @@ from ovis_model.engine.rank_pool import TensorParallelEngine
 from ovis_model.types import Completion, Engine, Request, SamplingParams
 from pipelines.config import CaptionConfig
 from pipelines.generate import Replica
-from pipelines.pipeline import caption
+from pipelines.pipeline import run_pipeline
 from tests.support.fake_engine import FakeEngine, FakeEngineFactory
 
 
@@ -33,17 +33,17 @@ class OnCpus:
     seconds_per_row: float = 0.0
     poison_tiles: int | None = None
 
-    def __call__(self, config: CaptionConfig, revision: str | None, replica: Replica) -> Engine:
+    def __call__(self, replica: Replica) -> Engine:
         assert replica.device == "cuda"
         if replica.tensor_parallel == 1:
             return _Fake(self)
-        return _Ranks(self, config, replica)
+        return _Ranks(self, replica)
 
 
 class _Ranks(TensorParallelEngine):
-    def __init__(self, told: OnCpus, config: CaptionConfig, replica: Replica) -> None:
+    def __init__(self, told: OnCpus, replica: Replica) -> None:
         self._told, self._device = told, threading.Lock()  # one device: calls take turns
-        super().__init__(config.model, tensor_parallel=replica.tensor_parallel, device="cpu", num_threads=1)
+        super().__init__(replica.model, tensor_parallel=replica.tensor_parallel, device="cpu", num_threads=1)
         self._tell_ranks()
 
     def rebuild(self) -> None:
@@ -93,7 +93,7 @@ def _tell(log: Path, **event: Any) -> None:
 def main() -> int:
     options = json.loads(sys.argv[1])
     engine = OnCpus(Path(sys.argv[2]), options.pop("seconds_per_row", 0.0), options.pop("poison_tiles", None))
-    return run_job(lambda: caption(CaptionConfig(**options), make_engine=engine))
+    return run_job(lambda: run_pipeline(CaptionConfig(**options), make_engine=engine))
 
 
 if __name__ == "__main__":
