@@ -17,7 +17,6 @@ from PIL import Image
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, SamplingParams
 from pipelines import schema
-from pipelines.config import CaptionConfig
 from pipelines.errors import StageFailed
 from pipelines.generate import Replica
 from pipelines.output.sink import read_results
@@ -102,7 +101,7 @@ class DiesOnce(FakeEngineFactory):
 
     calls: Path = Path()
 
-    def __call__(self, config: CaptionConfig, revision: str | None, replica: Replica) -> FakeEngine:
+    def __call__(self, replica: Replica) -> FakeEngine:
         return DyingEngine(self)
 
 
