@@ -114,21 +114,22 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     print(plan, file=sys.stderr)
     run.record_dtype(plan.dtype)
     configure_ray_data()
-    pools, sizes, questionnaire = plan.pools, plan.sizes, config.questionnaire
-    config = config.changed(revision=run.record["model"]["revision"])
-    replica = Replica(
-        config.model, config.revision, plan.dtype, pools.device, pools.threads_per_replica, pools.tensor_parallel
-    )
-    encoder_revision = run.record["model"].get("frame encoder revision")
-    with ray_errors_named(), running_encoders(config.frame_encoder, encoder_revision, plan.encoders) as encoder:
+    pools, sizes, questionnaire, found = plan.pools, plan.sizes, config.questionnaire, run.record["model"]
+    model = config.model, found["revision"]
+    replica = Replica(*model, plan.dtype, pools.device, pools.threads_per_replica, pools.tensor_parallel)
+    # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
+    units = [unit._asdict() for unit in split(missing, sizes.rows_per_unit)]
+    with (
+        ray_errors_named(),
+        running_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
+        asked_for_gpus(pools),
+    ):
         attempts = RemoteAttempts(start_attempt_counts())
-        # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
-        units = [unit._asdict() for unit in split(missing, sizes.rows_per_unit)]
         rows = (
             ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS))
             .map_batches(
                 Preprocess,
-                fn_constructor_args=(run.output, config, config, questionnaire, attempts, encoder),
+                fn_constructor_args=(run.output, *model, config, questionnaire, attempts, encoder),
                 fn_constructor_kwargs={"allow_private_addresses": config.allow_private_addresses},
                 batch_size=1,
                 num_cpus=pools.preprocessor_cpus,
@@ -150,9 +151,8 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
                 ),
             )
         )
-        with asked_for_gpus(pools):
-            for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield table.cast(schema.result(questionnaire.schema))
+        for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield table.cast(schema.result(questionnaire.schema))
 
 
 def _summarize(run: Run, ledger: Ledger, progress: RunProgress, seconds: float) -> Summary:

@@ -14,7 +14,7 @@ from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines.cluster.actor import end_with_python
 from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster.resources import BATCH_BYTES
-from pipelines.config import ImageOptions, ModelOptions
+from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, Pending
 from pipelines.media.frame_selection import Encoder, FrameSelector
@@ -37,7 +37,8 @@ class Preprocess:
     def __init__(
         self,
         output: str,
-        model: ModelOptions,
+        model: str,
+        revision: str | None,
         images: ImageOptions,
         questionnaire: Questionnaire,
         attempts: Attempts,
@@ -49,7 +50,7 @@ class Preprocess:
         end_with_python()
         store.allow_private_addresses(allow_private_addresses)
         self._output, self._attempts = output, attempts
-        self._requests = RequestBuilder(Processor.from_pretrained(model.model, model.revision), images, questionnaire)
+        self._requests = RequestBuilder(Processor.from_pretrained(model, revision), images, questionnaire)
         self._fetcher = Fetcher()
         self._frames = FrameSelector(images, encoder)
 

@@ -172,7 +172,7 @@ def _check_same(
     """
     if record.get("status") == _REPLACED:
         raise RunError(f"an --overwrite of {output} was interrupted; give --overwrite again")
-    there, here = _flatten(record, defaults), _flatten(identity)
+    there, here = _flatten(record, defaults), _flatten(identity, defaults)
     differences = [
         f"{name.replace('_', '-')} {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted((there.keys() | here.keys()) - except_for)
@@ -186,10 +186,10 @@ def _check_same(
         )
 
 
-def _flatten(record: Json, defaults: Json | None = None) -> Json:
+def _flatten(record: Json, defaults: Json) -> Json:
     """Flatten a run record to {setting: value} for comparison; of a task without what it leaves open."""
     models = {f"model {name}": value for name, value in record["model"].items()}
-    settings = {**(defaults or {}), **record["config"], **models}
+    settings = {**defaults, **record["config"], **models}
     if tasks := settings.get("tasks"):
         settings["tasks"] = [task["name"] for task in tasks]
         settings |= {f"task {t['name']}": {k: v for k, v in t.items() if v is not None and k != "name"} for t in tasks}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,30 +19,6 @@ Columns = Mapping[str, Any]
 """Column name -> value, of one row."""
 
 
-class Layout(Protocol):
-    """How prompts are stored in the manifest, and answers in the columns of the output."""
-
-    def schema(self, tasks: Sequence[Task]) -> pa.Schema:
-        """Return the columns of the output, without kept columns."""
-        ...
-
-    def join_prompts(self, prompts: Sequence[str]) -> str:
-        """Return what the manifest stores for a row that is asked these prompts."""
-        ...
-
-    def split_prompts(self, stored: str) -> Sequence[str]:
-        """Return the prompts of a row from what the manifest stores."""
-        ...
-
-    def columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
-        """Return the values that the answers to `tasks` decide."""
-        ...
-
-    def empty(self, tasks: Sequence[Task]) -> Columns:
-        """Return the values of the same columns for a row that failed."""
-        ...
-
-
 @dataclass(frozen=True)
 class Questionnaire:
     """The tasks of a run, with nothing left open, and their layout.
@@ -52,7 +28,7 @@ class Questionnaire:
     """
 
     tasks: tuple[Task, ...]
-    layout: Layout
+    layout: FlatLayout | TaskLayout
     prompt_column: str | None = None
     has_default_prompt: bool = False
 
@@ -64,7 +40,7 @@ class Questionnaire:
     @property
     def regenerates_flagged(self) -> bool:
         """Whether flagged answers are generated once more."""
-        return isinstance(self.layout, TaskLayout) and self.layout.with_alternatives
+        return self.layout.with_alternatives
 
     def prompts(self, stored: str) -> Sequence[str]:
         """Return the prompt of each task from what the manifest stores for a row."""
@@ -91,28 +67,37 @@ class FlatLayout:
     """One task without a name: its answer is the row's `text`. `prompt_suffix` ends every prompt."""
 
     prompt_suffix: str = ""
+    with_alternatives = False
 
     def schema(self, tasks: Sequence[Task]) -> pa.Schema:
+        """Return the columns of the output, without kept columns."""
         return schema.OUTPUT
 
     def join_prompts(self, prompts: Sequence[str]) -> str:
+        """Return what the manifest stores for a row that is asked these prompts."""
         [prompt] = prompts
         return prompt + self.prompt_suffix
 
     def split_prompts(self, stored: str) -> Sequence[str]:
+        """Return the prompts of a row from what the manifest stores."""
         return (stored,)
 
     def columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
+        """Return the values that the answers to `tasks` decide."""
         [answer] = answers
         return {"text": answer.text, "finish_reason": answer.finish_reason, "mean_logprob": answer.mean_logprob}
 
     def empty(self, tasks: Sequence[Task]) -> Columns:
+        """Return the values of the same columns for a row that failed."""
         return {"text": "", "finish_reason": "", "mean_logprob": float("nan")}
 
 
 @dataclass(frozen=True)
 class TaskLayout:
-    """Columns of its own for each task, after `flags`: value, text, finish reason, confidence, maybe an alternative."""
+    """As `FlatLayout`, but for several tasks: after `flags`, columns of its own for each.
+
+    They are the value, its text, finish reason and confidence, and the alternative if flagged answers have one.
+    """
 
     with_alternatives: bool = False
 

@@ -17,7 +17,7 @@ def preprocess_stage(config: RunConfig, encoder: Encoder | None = None) -> tuple
     """List INPUT into OUTPUT's manifest; return the stage and the one unit that holds all rows."""
     with list_rows(config, config.questionnaire) as listing:
         write_manifest(config.output, listing.tables())
-    stage = Preprocess(config.output, config, config, config.questionnaire, AttemptCounts(), encoder)
+    stage = Preprocess(config.output, config.model, None, config, config.questionnaire, AttemptCounts(), encoder)
     return stage, {"start": np.array([0]), "stop": np.array([listing.num_rows])}
 
 
