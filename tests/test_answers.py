@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.tasks.answer_types import flags_of, is_repetitive, parse_answer
-from pipelines.tasks.arrow_types import closed, shape_of
+from pipelines.tasks.arrow_types import close_objects, shape_of
 
 INVOICE = {
     "type": "object",
@@ -125,7 +125,7 @@ def test_a_schema_that_holds_itself_ends_in_json_text() -> None:
     "schema",
     [
         *(True, {}, {"type": ["string", "integer"]}, {"$ref": "#/nowhere"}, {"enum": [1, "a"]}),
-        *({"type": 5}, {"type": [{}]}, {"enum": 5}, {"anyOf": 5}, {"properties": [1]}),  # for `served` to refuse
+        *({"type": 5}, {"type": [{}]}, {"enum": 5}, {"anyOf": 5}, {"properties": [1]}),  # for `parse_schema` to refuse
     ],
 )
 def test_what_arrow_has_no_type_for_is_json_text(schema: Any) -> None:
@@ -136,14 +136,14 @@ def test_what_arrow_has_no_type_for_is_json_text(schema: Any) -> None:
 def test_a_closed_schema_allows_less_and_never_more() -> None:
     jsonschema.validate({"number": "7", "other": 1}, INVOICE)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"number": "7", "other": 1}, closed(INVOICE))
-    assert closed(INVOICE)["$defs"]["line"]["additionalProperties"] is False
+        jsonschema.validate({"number": "7", "other": 1}, close_objects(INVOICE))
+    assert close_objects(INVOICE)["$defs"]["line"]["additionalProperties"] is False
     odd = {"properties": {"properties": {"type": "string"}, "enum": {"type": "object", "properties": {}}}}
-    assert closed(odd)["properties"]["properties"] == {"type": "string"}
-    assert closed({**INVOICE, "additionalProperties": True})["additionalProperties"] is True
-    assert closed({"allOf": [INVOICE]}) == {"allOf": [INVOICE]}
+    assert close_objects(odd)["properties"]["properties"] == {"type": "string"}
+    assert close_objects({**INVOICE, "additionalProperties": True})["additionalProperties"] is True
+    assert close_objects({"allOf": [INVOICE]}) == {"allOf": [INVOICE]}
     parts = {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}, "required": ["b"]}, {"required": ["a"]}]}
-    assert closed(parts) == parts and shape_of(parts).type == pa.string()
+    assert close_objects(parts) == parts and shape_of(parts).type == pa.string()
 
 
 _VALUES = st.recursive(

@@ -105,7 +105,7 @@ def test_every_answer_that_ends_matches_its_pattern() -> None:
     assert sum(completion.finish_reason == "stop" for completion in found) > 0.85 * len(found)
 
 
-def test_a_schema_that_pydantic_writes_is_served() -> None:
+def test_a_schema_that_pydantic_writes_is_supported() -> None:
     schema = Receipt.model_json_schema()
     check(schema_of(schema))
     for completion in answers([held_to(schema_of(schema), seed=seed, max_new_tokens=400) for seed in range(5)]):
@@ -142,7 +142,7 @@ class Receipt(BaseModel):
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_every_schema_that_is_served_is_honoured(data: st.DataObject) -> None:
+def test_every_schema_that_is_supported_is_honoured(data: st.DataObject) -> None:
     """Bounds, lengths, patterns and their combinations; answers byte by byte, drawn evenly or from a few bytes."""
     schema = data.draw(anything)
     try:
@@ -306,7 +306,7 @@ def test_choices_have_no_use_for_a_constraint_and_take_none_from_the_rows_beside
 
 
 def test_a_constraint_that_fails_later_fails_its_row_alone() -> None:
-    endless = schema_of({"type": "string", "pattern": "not served: (?=a)"})
+    endless = schema_of({"type": "string", "pattern": "not supported: (?=a)"})
     nothing = schema_of({"$ref": "#"})
     model = OvisEngine(engine().model, tokenizer=TOKENIZER)
     params = [FREE, held_to(endless), held_to(nothing), held_to(DIGIT, seed=1), FREE]
@@ -346,8 +346,8 @@ def test_the_bits_of_a_mask() -> None:
 @pytest.mark.parametrize(
     ("schema", "told"),
     [
-        ({"type": "string", "maxLenght": 3}, "#: the keyword 'maxLenght' is not served"),
-        (record(a={"not": {"type": "null"}}), "#/properties/a: the keyword 'not' is not served"),
+        ({"type": "string", "maxLenght": 3}, "#: the keyword 'maxLenght' is not supported"),
+        (record(a={"not": {"type": "null"}}), "#/properties/a: the keyword 'not' is not supported"),
         ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
         ({"type": "array", "contains": {"const": 1}}, "'contains'"),
         ({"if": {}, "then": {}}, "'if'"),
@@ -358,7 +358,7 @@ def test_the_bits_of_a_mask() -> None:
         ({"$dynamicRef": "#a"}, "'\\$dynamicRef'"),
         ({"x-guidance": {"lenient": True}}, "'x-guidance'"),
         ({"$defs": {"a": {"$id": "https://example.com"}}}, "#/\\$defs/a: the keyword '\\$id'"),
-        ({"type": "string", "format": "iban"}, "#/format: 'iban' must be a format that is served: date, "),
+        ({"type": "string", "format": "iban"}, "#/format: 'iban' must be a supported format: date, "),
         ({"$ref": "https://example.com/a.json"}, "#/\\$ref: .* others are not fetched"),
         ({"$ref": "#/$defs/none"}, "does not exist"),
         ({"oneOf": [{"type": "integer", "minimum": 0}, {"type": "integer", "maximum": 9}]}, "or use 'anyOf'"),

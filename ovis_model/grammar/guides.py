@@ -1,8 +1,6 @@
-"""Answers held to a regular expression or a JSON schema: what is served, compiled grammars, masks of the next tokens.
+"""Compile regular expressions and JSON schemas, and mask the tokens that cannot come next.
 
-Grammars, their parsing and the masks are llguidance's. It leaves some keywords out without a word and honours a few
-others almost; `check` refuses both, so that an answer that was begun and ended is always valid. Knows token ids and
-bytes: no torch, no prompts.
+llguidance parses and masks. An answer that ends is always valid. Knows token ids and bytes: no torch, no prompts.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ovis_model.grammar.json_schema import served
-from ovis_model.grammar.regex import check_pattern, shortened
+from ovis_model.grammar.json_schema import adapt_schema, parse_schema
+from ovis_model.grammar.regex import check_pattern, shorten
 from ovis_model.types import Constraint
 
 if TYPE_CHECKING:
@@ -42,18 +40,18 @@ _TEXT = r"/[^\x00-\x08\x0B\x0C\x0E-\x1F\x7F]*/"
 
 
 def check(constraint: Constraint, tokenizer: Tokenizer | None = None) -> None:
-    """Raises ValueError naming the keyword that is not served, the fault in the pattern, or that no answer fits.
+    """Raise ValueError if the constraint is not supported or no answer satisfies it.
 
-    With a tokenizer also that its tokens can spell the beginning of an answer.
+    With a tokenizer, also check that its tokens can spell the beginning of an answer.
     """
     matcher = _matcher(constraint, _byte_trie() if tokenizer is None else _token_trie(tokenizer, None, None))
     matcher.compute_bitmask()
     if matcher.is_error():
-        raise ValueError(f"no answer satisfies the {constraint.kind} {shortened(constraint.spec)}")
+        raise ValueError(f"no answer satisfies the {constraint.kind} {shorten(constraint.spec)}")
 
 
 class Guide:
-    """What may follow in one answer. `error` says why it cannot go on, if it cannot."""
+    """The state of one answer. `error` says why it cannot be continued, if so."""
 
     def __init__(self, grammar: Future[llguidance.LLMatcher]) -> None:
         self._grammar = grammar
@@ -62,7 +60,7 @@ class Guide:
         self.error = ""
 
     def at(self, output_ids: Sequence[int]) -> llguidance.LLMatcher:
-        """The grammar's state after these tokens; waits until it is compiled. May go back to the start."""
+        """Wait for the grammar and return its state after these tokens. Fewer tokens than last time start it again."""
         if self._matcher is None or len(output_ids) < self._num_taken:
             self._matcher, self._num_taken = self._grammar.result().deep_copy(), 0
         self._matcher.consume_tokens(list(output_ids[self._num_taken :]))
@@ -71,10 +69,10 @@ class Guide:
 
 
 class Guides:
-    """Guides and masks for one model. Compiles and computes in threads of its own, which hold no interpreter lock."""
+    """Guides and masks for one model, computed in threads that hold no interpreter lock."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """`vocab_size` counts the logits: those beyond the tokenizer's ids are never allowed."""
+        """`vocab_size` is the number of logits; those beyond the tokenizer's ids are always masked."""
         self.vocab_size = vocab_size
         self._tokenizer, self._eos_token_ids = tokenizer, list(eos_token_ids)
         self._compiling = ThreadPoolExecutor(1, "grammars")
@@ -85,14 +83,14 @@ class Guides:
         self._lock = Lock()
 
     def guide(self, constraint: Constraint) -> Guide:
-        """For a new answer; the grammar is compiled in the background unless it was before."""
+        """Return the guide of a new answer. A grammar is compiled once, in the background."""
         with self._lock:
             return Guide(self._grammar(constraint))
 
     def masks(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> Future[NDArray[np.uint8]]:
-        """Of the guides and what each answer holds: uint8[answers, bytes], a bit per token id, the lowest first.
+        """Compute masks from guides and each answer's token ids: uint8[answers, bytes], a bit per id, lowest first.
 
-        A guide that has an `error` when they are done allows all.
+        A guide with an `error` allows all tokens.
         """
         return self._masking.submit(self._masks, answers)
 
@@ -130,19 +128,19 @@ def _state(guide: Guide, output_ids: Sequence[int]) -> llguidance.LLMatcher | No
 
 
 def _matcher(constraint: Constraint, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
-    """At the start of an answer. Raises ValueError."""
+    """Return the state at the start of an answer. Raise ValueError with what the library refuses."""
     matcher = llguidance.LLMatcher(trie, _grammar(constraint), log_level=0, limits=_LIMITS)
     if matcher.is_error():
         reason = matcher.get_error().strip().splitlines()[0]
         if "coerce_one_of" in reason:  # an option that would make it wrong
-            reason = "'oneOf' is served where no value can match two of its parts; tell them apart, or use 'anyOf'"
-        raise ValueError(f"{constraint.kind} {shortened(constraint.spec)}: {reason}")
+            reason = "'oneOf' is supported if no value can match two of its parts; add a tag, or use 'anyOf'"
+        raise ValueError(f"{constraint.kind} {shorten(constraint.spec)}: {reason}")
     return matcher
 
 
 def _grammar(constraint: Constraint) -> str:
     if constraint.kind == "json_schema":
-        schema = json.dumps(served(constraint.spec), ensure_ascii=False)
+        schema = json.dumps(adapt_schema(parse_schema(constraint.spec)), ensure_ascii=False)
         return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
     check_pattern(constraint.spec)
     pattern = llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(constraint.spec, "dw"))
@@ -153,18 +151,18 @@ def _grammar(constraint: Constraint) -> str:
 def _token_trie(
     tokenizer: Tokenizer, vocab_size: int | None, eos_token_ids: list[int] | None
 ) -> llguidance.LLTokenizer:
-    """Added tokens of the form <...> are special to the library, whatever the checkpoint says: never in an answer."""
+    """Read the vocabulary. Added tokens of the form <...> are special to the library and always masked."""
     return llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=eos_token_ids)
 
 
 @cache
 def _byte_trie() -> llguidance.LLTokenizer:
-    """For checks without a checkpoint: every byte is a token."""
+    """Return a vocabulary of bytes, for checks without a checkpoint."""
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
 
 
 class _Bytes:
-    """The interface that the library asks of a tokenizer."""
+    """The tokenizer interface of the library."""
 
     tokens = (*(bytes([byte]) for byte in range(256)), b"<end of text>")
     eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)

@@ -1,4 +1,4 @@
-"""What a task's answer may be: how the model is held to it, the type of its column, and its value from the text.
+"""Define the types of answers: what constrains the model, the type of the column, and the value of a text.
 
 text                        anything                              string
 bool                        Yes or No                             bool
@@ -6,7 +6,7 @@ bool                        Yes or No                             bool
 int, {int: {min, max}}      a whole number                        int64
 list[str]                   a JSON array of strings               list<string>
 {regex: PATTERN}            what the whole pattern matches        string
-{json_schema: SCHEMA}       JSON that the schema allows           what `records.shape_of` makes of the schema
+{json_schema: SCHEMA}       JSON that the schema allows           `arrow_types.shape_of` of the schema
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from ovis_model.grammar.json_schema import parse_schema, validate_answer
 from ovis_model.types import Constraint
-from pipelines.tasks.arrow_types import Shape, closed, shape_of
+from pipelines.tasks.arrow_types import Shape, close_objects, shape_of
 
-MOST_DIGITS = 18  # of an int64, whatever they are
+MAX_DIGITS = 18  # of an int64, whatever they are
 MAX_ITEMS = 100  # of a list of strings, unless the task says otherwise
 MAX_STRING_LENGTH = 200  # of each of them: a tag or a line, and an end to a loop
 _REPETITIVE = 2.4  # times that zlib shortens a text in a loop: Whisper's threshold (arXiv:2212.04356, section 4.5)
 
 
 class Answer(Protocol):
-    """A type of answers. `options` are scored instead of decoded; `constraint` bounds what is decoded."""
+    """A type of answers. `options` are scored instead of decoded; `constraint` limits what is decoded."""
 
     @property
     def spec(self) -> Any:
-        """As in a file of tasks."""
+        """The type as written in a file of tasks."""
         ...
 
     @property
@@ -47,13 +48,13 @@ class Answer(Protocol):
     def constraint(self) -> Constraint | None: ...
 
     def value(self, text: str) -> Any:
-        """For a column of `type`. Raises ValueError if the text is no such answer."""
+        """Return the value for a column of `type`. Raise ValueError if the text is no such answer."""
         ...
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """An answer that is not one of a few."""
+    """An answer that is decoded freely or within a constraint."""
 
     options = ()
 
@@ -103,14 +104,14 @@ class YesNo(Choices):
 
 @dataclass(frozen=True)
 class Integer(_Decoded):
-    minimum: int = -(10**MOST_DIGITS) + 1
-    maximum: int = 10**MOST_DIGITS - 1
+    minimum: int = -(10**MAX_DIGITS) + 1
+    maximum: int = 10**MAX_DIGITS - 1
     type = pa.int64()
 
     def __post_init__(self) -> None:
-        if not -(10**MOST_DIGITS) < self.minimum <= self.maximum < 10**MOST_DIGITS:
+        if not -(10**MAX_DIGITS) < self.minimum <= self.maximum < 10**MAX_DIGITS:
             raise ValueError(
-                f"int from {self.minimum} to {self.maximum}: min may not be over max, nor have more than {MOST_DIGITS} "
+                f"int from {self.minimum} to {self.maximum}: min may not be over max, nor have more than {MAX_DIGITS} "
                 "digits"
             )
 
@@ -173,7 +174,7 @@ class Pattern(_Decoded):
 
 @dataclass(frozen=True)
 class Record(_Decoded):
-    """`schema`: JSON text. Objects with `properties` hold no others unless the schema speaks of them."""
+    """JSON by a `schema` (JSON text). Objects with `properties` hold no others unless the schema speaks of them."""
 
     schema: str
 
@@ -187,11 +188,13 @@ class Record(_Decoded):
 
     @property
     def constraint(self) -> Constraint:
-        return _held_to(self.schema)
+        return _constraint_of(self.schema)
 
     def value(self, text: str) -> Any:
         try:
-            return _shape_of(self.schema).convert(json.loads(text))
+            value = json.loads(text)
+            validate_answer(value, self.schema)
+            return _shape_of(self.schema).convert(value)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
 
@@ -201,8 +204,11 @@ def _json(schema: Any) -> Constraint:
 
 
 @lru_cache  # every row asks for it
-def _held_to(schema: str) -> Constraint:
-    return _json(closed(json.loads(schema)))
+def _constraint_of(schema: str) -> Constraint:
+    try:
+        return _json(close_objects(parse_schema(schema)))
+    except ValueError:
+        return Constraint("json_schema", schema)  # `guides.check` reports it, before a run starts
 
 
 @lru_cache
@@ -211,7 +217,7 @@ def _shape_of(schema: str) -> Shape:
 
 
 def parse_answer(spec: Any) -> Answer:
-    """Of a file of tasks. Raises ValueError."""
+    """Return the type that a file of tasks names. Raise ValueError."""
     if isinstance(spec, Text | Choices | Integer | Strings | Pattern | Record):
         return spec
     if isinstance(spec, str) and spec in _PLAIN:
@@ -284,9 +290,9 @@ _WITH_ARGUMENT: dict[str, Callable[[Any], Answer]] = {
 
 @dataclass(frozen=True)
 class Answered:
-    """A task's answer. `confidence`: the mean log-probability, or the probability of each option.
+    """A task's answer. `confidence` is the mean log-probability, or the probability of each option.
 
-    `alternative`: what it was chosen over, if the task was asked twice.
+    `alternative` is the answer that was not chosen, if the task was asked twice.
     """
 
     text: str
@@ -300,7 +306,7 @@ class Answered:
 
 
 def flags_of(answer: Answer, text: str, value: Any, finish_reason: str) -> tuple[str, ...]:
-    """What is suspicious: truncated, repetition, empty, invalid."""
+    """Return why an answer is suspicious: truncated, repetition, empty, invalid."""
     found = {
         "truncated": finish_reason == "length",
         "repetition": not answer.options and is_repetitive("\n".join(_texts(text if value is None else value))),
@@ -311,13 +317,13 @@ def flags_of(answer: Answer, text: str, value: Any, finish_reason: str) -> tuple
 
 
 def is_repetitive(text: str) -> bool:
-    """A loop compresses far better than speech does; a short text never does."""
+    """Return whether a text compresses as only loops do; a short text never does."""
     data = text.encode()
     return len(data) > _REPETITIVE * len(zlib.compress(data))
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The strings in a value: the names of fields and the brackets of a record repeat by themselves."""
+    """Yield the strings in a value, without the names of fields, which repeat by themselves."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,20 +1,20 @@
-"""JSON schemas -> Arrow types, and JSON values -> what a column of such a type takes."""
+"""Map JSON schemas to Arrow types, and JSON values to what a column of such a type takes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from referencing.jsonschema import DRAFT202012
 
-from ovis_model.grammar.json_schema import resolved
+from ovis_model.grammar.json_schema import resolve, walk
 
 _INT64 = range(-(1 << 63), 1 << 63)
-_OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "$ref")
-_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
-_OF_VALUES = ("enum", "const", "default", "examples")
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "$ref"}
 
 Json = Any
 
@@ -28,41 +28,32 @@ class Shape:
 
 
 def shape_of(schema: Json) -> Shape:
-    """Objects with `properties` are structs, arrays lists; what Arrow has no type for is JSON text in a string."""
+    """Return a struct for an object with `properties`, a list for an array; JSON text where Arrow has no type."""
     return _shape(schema, schema, ())
 
 
-def closed(schema: Json) -> Json:
-    """The same schema, in which objects hold only the properties that it names, unless it speaks of others.
+def close_objects(schema: Json) -> Json:
+    """Return a schema whose objects hold only the properties that it names, unless it speaks of others.
 
     JSON Schema would allow any others, which no column could hold. A schema with `allOf` is left as it is: its parts
-    name some of the properties of one object each, and so is an object with alternatives beside its properties.
+    name some of the properties of one object each, and so do alternatives next to the properties of an object.
     """
-    return schema if _has_key(schema, "allOf") else _closed(schema)
+    closed = deepcopy(schema)
+    if not any("allOf" in part for part in walk(closed)):
+        _close(closed)
+    return closed
 
 
-def _has_key(value: Json, name: str) -> bool:
-    if isinstance(value, Mapping):
-        return name in value or any(_has_key(part, name) for part in value.values())
-    return isinstance(value, list) and any(_has_key(part, name) for part in value)
-
-
-def _closed(schema: Json) -> Json:
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    is_object = isinstance(schema.get("properties"), Mapping) and schema.get("type", "object") == "object"
+def _close(schema: Json) -> None:
+    if not isinstance(schema, dict):
+        return
+    is_object = "properties" in schema and schema.get("type", "object") == "object"
     if is_object and _alternatives(schema):
-        return schema  # each names some of the properties, as those of an `allOf`
-    inner = {name: _closed_part(name, part) for name, part in schema.items()}
-    return inner if not is_object or any(name in schema for name in _OPEN) else {**inner, "additionalProperties": False}
-
-
-def _closed_part(keyword: str, part: Json) -> Json:
-    if keyword in _OF_NAMES and isinstance(part, Mapping):
-        return {name: _closed(schema) for name, schema in part.items()}
-    return part if keyword in _OF_VALUES else _closed(part)
+        return
+    for part in DRAFT202012.subresources_of(schema):
+        _close(part)
+    if is_object and not schema.keys() & _OPEN:
+        schema["additionalProperties"] = False
 
 
 def _shape(schema: Json, root: Json, above: tuple[str, ...]) -> Shape:
@@ -70,7 +61,7 @@ def _shape(schema: Json, root: Json, above: tuple[str, ...]) -> Shape:
         return _JSON_TEXT
     if "$ref" in schema:
         reference = schema["$ref"]
-        return _JSON_TEXT if reference in above else _shape(resolved(reference, root), root, (*above, reference))
+        return _JSON_TEXT if reference in above else _shape(resolve(reference, root), root, (*above, reference))
     if alternatives := _alternatives(schema):
         others = [part for part in alternatives if part != {"type": "null"}]
         is_one = len(others) == 1 and "properties" not in schema
@@ -89,7 +80,7 @@ def _alternatives(schema: Mapping[str, Json]) -> list[Json]:
 
 
 def _kind(schema: Mapping[str, Json]) -> str:
-    """The one JSON type beside null that a schema allows, or ""."""
+    """Return the one JSON type that a schema allows besides null, or ""."""
     if "enum" in schema or "const" in schema:
         values = _listed(schema.get("enum", [schema.get("const")]))
         kinds = {_KIND_OF.get(type(value), "") for value in values if value is not None}
@@ -101,7 +92,7 @@ def _kind(schema: Mapping[str, Json]) -> str:
 
 
 def _listed(value: Json) -> list[Json]:
-    """Nothing for what is no list: `json_schema.served` refuses such a schema, and knows where in it."""
+    """Return no values for what is no list: `json_schema.parse_schema` refuses such a schema with its place."""
     return value if isinstance(value, list) else []
 
 
