@@ -67,11 +67,34 @@ def test_an_answer_has_a_type_and_a_value(spec: Any, type_: pa.DataType, text: s
         ({"json_schema": {"type": "integer"}}, "0.5"),
         ({"json_schema": {"type": "number"}}, "1" * 400),
         ({"json_schema": True}, "[" * 100_000),
+        ({"json_schema": {"type": "integer", "maximum": 5}}, "7"),
+        ({"json_schema": {"type": "array", "items": {"type": "string"}, "minItems": 2}}, '["a"]'),
+        ({"json_schema": {"enum": ["bill", "receipt"]}}, '"note"'),
+        ({"json_schema": INVOICE}, '{"total": 5}'),
+        ({"json_schema": INVOICE}, '{"number": "1", "kind": "note"}'),
+        ({"json_schema": {"patternProperties": {"^a": {}}, "properties": {"b": {"type": "null"}}}}, '{"b": 1}'),
+        ({"list[str]": {"max_items": 1}}, '["a", "b"]'),
     ],
 )
 def test_what_is_no_such_answer_is_refused(spec: Any, text: str) -> None:
     with pytest.raises(ValueError):
         parse_answer(spec).value(text)
+
+
+@pytest.mark.parametrize("part", [{"pattern": "^(?:a+)+$"}, {"patternProperties": {"^(?:a+)+$": {"type": "null"}}}])
+def test_patterns_are_left_to_the_grammar(part: Any) -> None:
+    """Python's `re` would take years over these texts, and every row of a replica would wait."""
+    text = "a" * 60 + "!"
+    either = {"anyOf": [{"type": "integer"}, part], "additionalProperties": {"type": "integer"}}
+    assert json.loads(parse_answer({"json_schema": either}).value(json.dumps({text: 1}))) == {text: 1}
+    assert json.loads(parse_answer({"json_schema": either}).value(json.dumps(text))) == text
+
+
+@pytest.mark.parametrize("spec", ["int", "list[str]", {"int": {"min": -3, "max": 10**18 - 1}}, {"int": {"max": 3}}])
+def test_a_spec_that_repeats_the_defaults_is_the_spec_without_them(spec: Any) -> None:
+    full = {"int": {"min": 1 - 10**18, "max": 10**18 - 1}, "list[str]": {"max_items": 100}}
+    [(kind, bounds)] = [(spec, {})] if isinstance(spec, str) else spec.items()
+    assert parse_answer({kind: {**full[kind], **bounds}}).spec == parse_answer(spec).spec
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from ovis_model.engine.sampling import unpacked
 from ovis_model.engine.scheduler import Budget
 from ovis_model.grammar import guides as constraints
 from ovis_model.grammar.guides import Guides, check
+from ovis_model.grammar.json_schema import validate_answer
 from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Completion, Constraint, Request, RequestError, SamplingParams
@@ -90,6 +91,7 @@ def test_every_answer_that_ends_is_valid_json_by_its_schema(rounds: int) -> None
         if completion.finish_reason == "stop":
             value = json.loads(text_of(completion))
             Validator(schema, format_checker=Validator.FORMAT_CHECKER).validate(value)
+            validate_answer(value, json.dumps(schema))
             num_ended += 1
         else:
             assert len(completion.output_ids) == 200
@@ -157,6 +159,7 @@ def test_every_schema_that_is_supported_is_honoured(data: st.DataObject) -> None
         byte = int(rng.choice([b for b in allowed if chr(b) in favoured] or list(allowed)))
         if byte == END:
             Validator(schema).validate(json.loads(answer.decode()))
+            validate_answer(json.loads(answer.decode()), json.dumps(schema))
             return
         assert state.consume_token(byte)
         answer.append(byte)

@@ -112,14 +112,17 @@ _CHECKS.checkers = {"decimal": (_is_exact, ()), "pattern": (_is_pattern, ValueEr
 _TABLE = Draft202012Validator(keywords.SUPPORTED, format_checker=_CHECKS)
 
 
-def _additional(validator: Any, part: Any, value: Any, schema: Json) -> Iterator[ValidationError]:
-    if "patternProperties" not in schema:
-        yield from _KEYWORDS["additionalProperties"](validator, part, value, schema)
+def _skip(validator: Any, part: Any, value: Any, schema: Json) -> tuple[()]:
+    return ()
+
+
+def _check_additional(validator: Any, part: Any, value: Any, schema: Json) -> Any:
+    return () if "patternProperties" in schema else _KEYWORDS["additionalProperties"](validator, part, value, schema)
 
 
 _KEYWORDS = Draft202012Validator.VALIDATORS
 # llguidance matches patterns in linear time; Python's `re` may need exponential time, and would halt a replica.
-_NO_PATTERNS = {"pattern": None, "patternProperties": None, "additionalProperties": _additional}
+_NO_PATTERNS = {"pattern": _skip, "patternProperties": _skip, "additionalProperties": _check_additional}
 # The parts of a `oneOf` that was compiled exclude each other, but not without their patterns.
 _Validator: Any = extend(Draft202012Validator, {**_NO_PATTERNS, "oneOf": _KEYWORDS["anyOf"]})
 

@@ -53,20 +53,11 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    """An answer that is decoded freely or within a constraint."""
-
-    options = ()
-
-    @property
-    def constraint(self) -> Constraint | None:
-        return None
-
-
-@dataclass(frozen=True)
-class Text(_Decoded):
+class Text:
     spec = "text"
     type = pa.string()
+    options = ()
+    constraint = None
 
     def value(self, text: str) -> str:
         return text
@@ -103,62 +94,10 @@ class YesNo(Choices):
 
 
 @dataclass(frozen=True)
-class Integer(_Decoded):
-    minimum: int = -(10**MAX_DIGITS) + 1
-    maximum: int = 10**MAX_DIGITS - 1
-    type = pa.int64()
-
-    def __post_init__(self) -> None:
-        if not -(10**MAX_DIGITS) < self.minimum <= self.maximum < 10**MAX_DIGITS:
-            raise ValueError(
-                f"int from {self.minimum} to {self.maximum}: min may not be over max, nor have more than {MAX_DIGITS} "
-                "digits"
-            )
-
-    @property
-    def spec(self) -> Any:
-        return "int" if self == Integer() else {"int": {"min": self.minimum, "max": self.maximum}}
-
-    @property
-    def constraint(self) -> Constraint:
-        return _json({"type": "integer", "minimum": self.minimum, "maximum": self.maximum})
-
-    def value(self, text: str) -> int:
-        number = int(text)
-        if not self.minimum <= number <= self.maximum:
-            raise ValueError(f"{number} is not between {self.minimum} and {self.maximum}")
-        return number
-
-
-@dataclass(frozen=True)
-class Strings(_Decoded):
-    max_items: int = MAX_ITEMS
-    type = pa.list_(pa.string())
-
-    def __post_init__(self) -> None:
-        if self.max_items < 1:
-            raise ValueError(f"max_items={self.max_items} must be at least 1")
-
-    @property
-    def spec(self) -> Any:
-        return "list[str]" if self.max_items == MAX_ITEMS else {"list[str]": {"max_items": self.max_items}}
-
-    @property
-    def constraint(self) -> Constraint:
-        items = {"type": "string", "minLength": 1, "maxLength": MAX_STRING_LENGTH}
-        return _json({"type": "array", "items": items, "maxItems": self.max_items})
-
-    def value(self, text: str) -> list[str]:
-        items = json.loads(text)
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise ValueError("not a JSON array of strings")
-        return items
-
-
-@dataclass(frozen=True)
-class Pattern(_Decoded):
+class Pattern:
     regex: str
     type = pa.string()
+    options = ()
 
     @property
     def spec(self) -> Any:
@@ -173,14 +112,19 @@ class Pattern(_Decoded):
 
 
 @dataclass(frozen=True)
-class Record(_Decoded):
-    """JSON by a `schema` (JSON text). Objects with `properties` hold no others unless the schema speaks of them."""
+class Record:
+    """JSON that satisfies a `schema` (JSON text); `given` is the spec if the schema was made from another one.
+
+    Objects with `properties` hold no others unless the schema speaks of them.
+    """
 
     schema: str
+    given: str = ""
+    options = ()
 
     @property
     def spec(self) -> Any:
-        return {"json_schema": json.loads(self.schema)}
+        return json.loads(self.given) if self.given else {"json_schema": json.loads(self.schema)}
 
     @property
     def type(self) -> pa.DataType:
@@ -199,14 +143,10 @@ class Record(_Decoded):
             raise ValueError("nested too deeply") from error
 
 
-def _json(schema: Any) -> Constraint:
-    return Constraint("json_schema", json.dumps(schema))
-
-
 @lru_cache  # every row asks for it
 def _constraint_of(schema: str) -> Constraint:
     try:
-        return _json(close_objects(parse_schema(schema)))
+        return Constraint("json_schema", json.dumps(close_objects(parse_schema(schema))))
     except ValueError:
         return Constraint("json_schema", schema)  # `guides.check` reports it, before a run starts
 
@@ -218,7 +158,7 @@ def _shape_of(schema: str) -> Shape:
 
 def parse_answer(spec: Any) -> Answer:
     """Return the type that a file of tasks names. Raise ValueError."""
-    if isinstance(spec, Text | Choices | Integer | Strings | Pattern | Record):
+    if isinstance(spec, Text | Choices | Pattern | Record):
         return spec
     if isinstance(spec, str) and spec in _PLAIN:
         return _PLAIN[spec]
@@ -240,21 +180,32 @@ def _choices(options: Any) -> Choices:
     return Choices(tuple(options))
 
 
-def _int(bounds: Any) -> Integer:
-    given = _options(bounds, "int", {"min": "minimum", "max": "maximum"})
-    return Integer(**given)
+def _int(bounds: Any) -> Record:
+    widest = {"min": 1 - 10**MAX_DIGITS, "max": 10**MAX_DIGITS - 1}
+    given = widest | _options(bounds, "int", widest)
+    low, high = given["min"], given["max"]
+    if not widest["min"] <= low <= high <= widest["max"]:
+        raise ValueError(f"int from {low} to {high}: min may not be over max, nor have more than {MAX_DIGITS} digits")
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    return Record(json.dumps(schema), json.dumps("int" if given == widest else {"int": given}))
 
 
-def _strings(bounds: Any) -> Strings:
-    return Strings(**_options(bounds, "list[str]", {"max_items": "max_items"}))
+def _strings(bounds: Any) -> Record:
+    default = {"max_items": MAX_ITEMS}
+    given = default | _options(bounds, "list[str]", default)
+    if given["max_items"] < 1:
+        raise ValueError(f"max_items={given['max_items']} must be at least 1")
+    items = {"type": "string", "minLength": 1, "maxLength": MAX_STRING_LENGTH}
+    schema = {"type": "array", "items": items, "maxItems": given["max_items"]}
+    return Record(json.dumps(schema), json.dumps("list[str]" if given == default else {"list[str]": given}))
 
 
-def _options(given: Any, kind: str, names: Mapping[str, str]) -> dict[str, int]:
+def _options(given: Any, kind: str, names: Mapping[str, int]) -> dict[str, int]:
     if not isinstance(given, Mapping) or not given.keys() <= names.keys():
         raise ValueError(f"{kind}: {given!r} must name {' and '.join(names)} only")
     if strange := [value for value in given.values() if type(value) is not int]:
         raise ValueError(f"{kind}: {strange[0]!r} is no whole number")
-    return {names[name]: value for name, value in given.items()}
+    return dict(given)
 
 
 def _regex(pattern: Any) -> Pattern:
@@ -278,7 +229,7 @@ def _json_schema(schema: Any) -> Record:
 _QUOTE = "YAML reads words such as yes, no, 1 and 2030-12-31 as other than text: quote them"
 
 
-_PLAIN: dict[str, Answer] = {"text": Text(), "bool": YesNo(), "int": Integer(), "list[str]": Strings()}
+_PLAIN: dict[str, Answer] = {"text": Text(), "bool": YesNo(), "int": _int({}), "list[str]": _strings({})}
 _WITH_ARGUMENT: dict[str, Callable[[Any], Answer]] = {
     "choices": _choices,
     "int": _int,
