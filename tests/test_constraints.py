@@ -347,7 +347,7 @@ def test_the_bits_of_a_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "told"),
+    ("schema", "message"),
     [
         ({"type": "string", "maxLenght": 3}, "#: the keyword 'maxLenght' is not supported"),
         (record(a={"not": {"type": "null"}}), "#/properties/a: the keyword 'not' is not supported"),
@@ -390,13 +390,13 @@ def test_the_bits_of_a_mask() -> None:
         (True, "a schema is an object"),
     ],
 )
-def test_a_schema_that_cannot_be_honoured_is_refused_with_its_keyword(schema: object, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_schema_that_cannot_be_honoured_is_refused_with_its_keyword(schema: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check(schema_of(schema))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "the schema is not JSON"),
         ("[" * 200_000, "over the limit"),
@@ -406,13 +406,13 @@ def test_a_schema_that_cannot_be_honoured_is_refused_with_its_keyword(schema: ob
         ('{"const":' + "[" * 100 + "]" * 100 + "}", "more than 64 names deep"),
     ],
 )
-def test_a_schema_that_is_broken_or_huge_is_refused(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_schema_that_is_broken_or_huge_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check(Constraint("json_schema", text))
 
 
 @pytest.mark.parametrize(
-    ("pattern", "told"),
+    ("pattern", "message"),
     [
         ("a(b", "unterminated subpattern at position 1"),
         ("x*(?=y)", "at position 2"),
@@ -430,8 +430,8 @@ def test_a_schema_that_is_broken_or_huge_is_refused(text: str, told: str) -> Non
         ("a" * 10_001, "over the limit of 10000"),
     ],
 )
-def test_a_pattern_that_means_several_things_is_refused_with_its_position(pattern: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_pattern_that_means_several_things_is_refused_with_its_position(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check(Constraint("regex", pattern))
 
 
