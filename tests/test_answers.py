@@ -42,6 +42,7 @@ INVOICE = {
         ({"list[str]": {"max_items": 3}}, pa.list_(pa.string()), "[]", []),
         ({"regex": "[A-Z]{2}"}, pa.string(), "AB", "AB"),
         ({"json_schema": {"type": "integer"}}, pa.int64(), "5", 5),
+        ({"json_schema": {"$schema": "draft-04", "$id": 5, "type": "integer"}}, pa.int64(), "5", 5),
     ],
 )
 def test_an_answer_has_a_type_and_a_value(spec: Any, type_: pa.DataType, text: str, value: Any) -> None:
@@ -148,7 +149,14 @@ def test_a_schema_that_holds_itself_ends_in_json_text() -> None:
     "schema",
     [
         *(True, {}, {"type": ["string", "integer"]}, {"$ref": "#/nowhere"}, {"enum": [1, "a"]}),
-        *({"type": 5}, {"type": [{}]}, {"enum": 5}, {"anyOf": 5}, {"properties": [1]}),  # for `parse_schema` to refuse
+        *(
+            {"type": 5},
+            {"type": [{}]},
+            {"enum": 5},
+            {"anyOf": 5},
+            {"properties": [1]},
+            {"$ref": 5},
+        ),  # for `parse_schema` to refuse
     ],
 )
 def test_what_arrow_has_no_type_for_is_json_text(schema: Any) -> None:

@@ -67,9 +67,11 @@ def walk(schema: Any) -> Iterator[Json]:
             yield from walk(part)
 
 
-def resolve(reference: str, root: Json) -> Any:
-    """Return what "#/$defs/name" names in the schema `root`, or None."""
-    found: Any = root
+def resolve(reference: Any, root: Any) -> Any:
+    """Return what "#/$defs/name" names in the schema `root`; None for anything else."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    found = root
     for name in filter(None, reference.removeprefix("#").split("/")):
         found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
     return found
@@ -129,7 +131,7 @@ _Validator: Any = extend(Draft202012Validator, {**_NO_PATTERNS, "oneOf": _KEYWOR
 
 @lru_cache
 def _validator(schema: str) -> Any:
-    return _Validator(json.loads(schema))
+    return _Validator(parse_schema(schema))
 
 
 def _rewrite(part: Json, root: Json) -> None:
