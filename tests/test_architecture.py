@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.structure import count_body_lines, read_modules
 from tests.support.roots import ROOT
 
 PACKAGES = ("benchmarks", "jobs", "demo", "pipelines", "ovis_model")
@@ -165,16 +166,10 @@ def imported_tests(source: str) -> list[str]:
 
 
 def function_lengths() -> Iterator[tuple[int, str]]:
-    """Lines of each function's body, its docstring left out."""
-    for path in python_files():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield body_lines(node), f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
-
-
-def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    body = function.body[ast.get_docstring(function) is not None :]
-    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+    """Yield the lines of each function's body without its docstring, and where it is."""
+    for module in read_modules(ROOT):
+        for function in module.functions:
+            yield count_body_lines(function), f"{module.path}:{function.lineno} {function.name}"
 
 
 def python_files() -> list[Path]:
