@@ -1,4 +1,4 @@
-"""Rates and the time left, as told."""
+"""A job logs its rates and the time left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.monitoring import progress
-from pipelines.monitoring.progress import RunProgress
+from pipelines.monitoring.progress import Progress, RunProgress
 
 
 def results(num_rows: int, num_errors: int) -> pa.Table:
@@ -30,3 +30,11 @@ def test_the_start_does_not_count_into_the_time_left(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "110/1000 rows, 0.2 rows/s, 2 tokens/s, 1 errors, ETA 1:29:00"
     assert lines[-1] == "299/1000 rows, 9.0 rows/s, 90 tokens/s, 1 errors, ETA 0:01:18"
+
+
+def test_a_short_job_logs_where_it_begins_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("rows counted", total=3) as counted:
+        for _ in range(3):
+            counted.advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["1/3 rows counted", "3/3 rows counted"]

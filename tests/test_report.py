@@ -19,10 +19,11 @@ from PIL import Image
 from jobs import report
 from pipelines import schema
 from pipelines.media.reference import ImageRef
+from pipelines.monitoring.top_counts import TopCounts
 from pipelines.output.manifest import ROWS_PER_FILE, write_manifest
 from pipelines.report import build
 from pipelines.report.build import ReportOptions, report_uri, write_report
-from pipelines.report.counts import Calibration, Spread, TopCounts
+from pipelines.report.counts import Calibration, Spread
 from pipelines.report.page import json_for_html
 from pipelines.report.pictures import thumbnails
 from pipelines.report.sample import shuffled
@@ -252,7 +253,7 @@ def test_the_random_sample_is_even() -> None:
 
 def test_frequent_keys_are_counted_in_bounded_memory() -> None:
     rng = np.random.default_rng(0)
-    counts, frequent = TopCounts(most_keys=100), 0
+    counts, frequent = TopCounts(max_keys=100), 0
     for _ in range(50):
         keys = rng.integers(1 << 40, size=500).astype(str).tolist() + ["often"] * 20
         counts.add(pa.array(keys))

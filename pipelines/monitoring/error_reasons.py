@@ -1,36 +1,71 @@
-"""Why rows failed: the most frequent reasons, and an end to a run in which everything does."""
+"""Count why rows failed, and stop a run in which everything fails."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.errors import EverythingFails
+from pipelines.monitoring.top_counts import MAX_KEY_CHARACTERS, TopCounts
 
-FEWEST_ROWS = 500  # before a run is judged: seconds of work, and no small input is ever cut short
-_MOST_REASONS = 10_000
+_MIN_ROWS = 500  # before a run is judged: seconds of work, and no small input is ever cut short
+_MAX_EXAMPLES = 10_000
+_SEPARATOR = ": "
 _NUMBER = re.compile(r"\d[\d,._]*")
 
 logger = logging.getLogger(__name__)
 
 
-def kind_of(reason: str) -> str:
-    """The same for reasons that differ in their numbers only."""
-    return _NUMBER.sub("0", reason)
+def reason_key(stage: str, error: str) -> str:
+    """Return the group of an error row: reasons that differ only in their numbers share one."""
+    return _NUMBER.sub("0", f"{stage}{_SEPARATOR}{error}")[:MAX_KEY_CHARACTERS]
+
+
+@dataclass(frozen=True)
+class ReasonCount:
+    """A group of error rows; `stage` and `reason` are those of the first row that was counted."""
+
+    key: str
+    stage: str
+    reason: str
+    count: int
+
+
+class ReasonCounts:
+    """Error rows by stage and reason, in the bounded memory of `counts`."""
+
+    def __init__(self) -> None:
+        self.counts = TopCounts()
+        self._examples: dict[str, tuple[str, str]] = {}
+
+    def add(self, stages: Iterable[str], errors: Iterable[str]) -> None:
+        for stage, error in zip(stages, errors, strict=True):
+            key = reason_key(stage, error)
+            self.counts.add_key(key)
+            if len(self._examples) < _MAX_EXAMPLES:
+                self._examples.setdefault(key, (stage, error))
+
+    def top(self, limit: int) -> list[ReasonCount]:
+        """Return the most frequent groups first."""
+        return [ReasonCount(key, *self._example(key), count) for key, count in self.counts.top(limit)]
+
+    def _example(self, key: str) -> tuple[str, str]:
+        stage, _, reason = key.partition(_SEPARATOR)
+        return self._examples.get(key, (stage, reason))
 
 
 class Reasons:
-    """Error rows of this driver by stage and reason. Those that differ in their numbers only count as one."""
+    """The error rows of this driver; `stop_error_rate` is the share of errors at which the run stops."""
 
     def __init__(self, stop_error_rate: float) -> None:
         self._stop_error_rate = stop_error_rate
-        self._counts: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
-        self._num_rows = self._num_errors = 0
+        self._reasons = ReasonCounts()
+        self._num_rows = 0
 
     def __enter__(self) -> Reasons:
         return self
@@ -39,22 +74,18 @@ class Reasons:
         self.log()
 
     def add(self, results: pa.Table) -> None:
-        """Rows of `schema.result`. Raises EverythingFails."""
+        """Count rows of `schema.result`. Raise EverythingFails if too many of the rows so far are errors."""
         errors = results.filter(pc.equal(results.column("status"), "error"))
         self._num_rows += len(results)
-        self._num_errors += len(errors)
-        for stage, error in zip(errors.column("stage").to_pylist(), errors.column("error").to_pylist(), strict=True):
-            self._count(f"{stage}: {error}")
+        self._reasons.add(errors.column("stage").to_pylist(), errors.column("error").to_pylist())
         self._check()
 
-    def _count(self, reason: str) -> None:
-        kind = kind_of(reason)
-        if kind in self._counts or len(self._counts) < _MOST_REASONS:
-            self._counts[kind] += 1
-            self._examples.setdefault(kind, reason)
+    @property
+    def _num_errors(self) -> int:
+        return self._reasons.counts.total
 
     def _check(self) -> None:
-        if self._num_rows >= FEWEST_ROWS and self._num_errors > self._stop_error_rate * self._num_rows:
+        if self._num_rows >= _MIN_ROWS and self._num_errors > self._stop_error_rate * self._num_rows:
             raise EverythingFails(
                 f"{self._num_errors} of the first {self._num_rows} rows are errors, see their reasons above. "
                 "When they are mended, the same command with --retry-errors takes them up again and goes on; "
@@ -62,7 +93,8 @@ class Reasons:
             )
 
     def log(self, limit: int = 10) -> None:
+        """Log the most frequent reasons with their counts."""
         if self._num_errors:
             logger.warning("%d error rows. The most frequent reasons:", self._num_errors)
-        for kind, times in self._counts.most_common(limit):
-            logger.warning("  %d x %s", times, self._examples[kind])
+        for reason in self._reasons.top(limit):
+            logger.warning("  %d x %s: %s", reason.count, reason.stage, reason.reason)

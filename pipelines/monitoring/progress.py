@@ -1,4 +1,4 @@
-"""How far a run is and when it will end, on stderr: a bar on a terminal, a line now and then in a log."""
+"""Show how far a job is and when it will end, on stderr."""
 
 from __future__ import annotations
 
@@ -6,41 +6,56 @@ import math
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _LOG_EVERY_S = 10.0
 
 
-class RunProgress:
-    """Counts rows of one run. `num_done` were done before it."""
+class Rate:
+    """Units per second, without the start-up time before the first units as soon as there are more."""
 
-    def __init__(self, num_rows: int, num_done: int) -> None:
-        self.num_rows, self.num_done, self.num_new, self.num_errors, self.num_tokens = (
-            num_rows,
-            num_done,
-            0,
-            0,
-            0,
-        )
-        self._started_s, self._logged_s = time.monotonic(), -math.inf
-        self._warm_up: tuple[float, int, int] | None = None  # when the first rows came, how many, of how many tokens
-        self._bar = Progress(
-            TextColumn("captioning"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+    def __init__(self) -> None:
+        self._started_s, self._first_s, self._first_count = time.monotonic(), 0.0, 0
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        if not self.count:
+            self._first_s, self._first_count = time.monotonic(), count
+        self.count += count
+
+    @property
+    def per_s(self) -> float:
+        since_s, before = self._first_s, self._first_count
+        if self.count == before:
+            since_s, before = self._started_s, 0
+        return (self.count - before) / max(time.monotonic() - since_s, 1e-3)
+
+
+class Progress:
+    """A count of `unit` from `num_done` to `total`: a bar on a terminal, a line at most every 10 s in a log."""
+
+    def __init__(self, unit: str, total: int, num_done: int = 0) -> None:
+        self.num_done = num_done
+        self._unit, self._total, self._rate = unit, total, Rate()
+        self._logged_s = -math.inf
+        self._bar = rich_progress.Progress(
+            rich_progress.TextColumn(unit),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[details]}"),
+            rich_progress.TextColumn("ETA"),
+            rich_progress.TimeRemainingColumn(),
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task("", total=num_rows, completed=num_done, rate="starting")
+        self._task = self._bar.add_task("", total=total, completed=num_done, details="starting")
 
-    def __enter__(self) -> RunProgress:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -49,39 +64,48 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def add(self, results: pa.Table) -> None:
-        """Count rows of `schema.result`."""
-        rows, tokens = len(results), pc.sum(results.column("num_output_tokens")).as_py() or 0
-        if self._warm_up is None:
-            self._warm_up = (time.monotonic(), rows, tokens)
-        self.num_new += rows
-        self.num_errors += pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
-        self.num_tokens += tokens
-        self._bar.update(self._task, advance=rows, rate=self._rates())
-        if self._bar.disable and (time.monotonic() - self._logged_s > _LOG_EVERY_S or self._is_complete()):
+    def advance(self, count: int) -> None:
+        self._rate.add(count)
+        details = self._details()
+        self._bar.update(self._task, advance=count, details=details)
+        if self._bar.disable and (time.monotonic() - self._logged_s > _LOG_EVERY_S or not self._remaining):
             self._logged_s = time.monotonic()
-            print(f"{self._done()}/{self.num_rows} rows, {self._rates()}, ETA {self._eta()}", file=sys.stderr)
+            counts = f"{self._total - self._remaining}/{self._total} {self._unit}"
+            print(f"{counts}, {details}, ETA {self._eta()}", file=sys.stderr)
 
-    def _done(self) -> int:
-        return self.num_done + self.num_new
+    @property
+    def num_new(self) -> int:
+        return self._rate.count
 
-    def _is_complete(self) -> bool:
-        return self._done() == self.num_rows
+    @property
+    def _remaining(self) -> int:
+        return self._total - self.num_done - self.num_new
 
-    def _rates(self) -> str:
-        errors = f", {self.num_errors} errors" if self.num_errors else ""
-        rows_per_s, tokens_per_s = self._per_s()
-        return f"{rows_per_s:.1f} rows/s, {tokens_per_s:.0f} tokens/s{errors}"
-
-    def _per_s(self) -> tuple[float, float]:
-        """Rows and tokens a second, without the start and what came at its end as soon as there is more."""
-        since_s, rows, tokens = self._warm_up or (self._started_s, 0, 0)
-        if self.num_new == rows:
-            since_s, rows, tokens = self._started_s, 0, 0
-        elapsed_s = max(time.monotonic() - since_s, 1e-3)
-        return (self.num_new - rows) / elapsed_s, (self.num_tokens - tokens) / elapsed_s
+    def _details(self) -> str:
+        return f"{self._rate.per_s:.1f} rows/s"
 
     def _eta(self) -> str:
-        remaining_s = (self.num_rows - self._done()) / max(self._per_s()[0], 1e-6)
-        hours, rest_s = divmod(round(remaining_s), 3600)
+        hours, rest_s = divmod(round(self._remaining / max(self._rate.per_s, 1e-6)), 3600)
         return f"{hours}:{rest_s // 60:02}:{rest_s % 60:02}"
+
+
+class RunProgress(Progress):
+    """The rows of a run, their errors and tokens; `num_done` rows were done before it."""
+
+    def __init__(self, num_rows: int, num_done: int) -> None:
+        super().__init__("rows", num_rows, num_done)
+        self._tokens, self._num_errors = Rate(), 0
+
+    def add(self, results: pa.Table) -> None:
+        """Count rows of `schema.result`."""
+        self._num_errors += pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
+        self._tokens.add(pc.sum(results.column("num_output_tokens")).as_py() or 0)
+        self.advance(len(results))
+
+    @property
+    def num_tokens(self) -> int:
+        return self._tokens.count
+
+    def _details(self) -> str:
+        errors = f", {self._num_errors} errors" if self._num_errors else ""
+        return f"{super()._details()}, {self._tokens.per_s:.0f} tokens/s{errors}"

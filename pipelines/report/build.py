@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines.errors import RunError
+from pipelines.monitoring.progress import Progress
 from pipelines.output.ledger import FileEntry, count, read_entries, union
 from pipelines.output.run_record import read_record
 from pipelines.report.answers import Answers
@@ -29,9 +27,7 @@ from pipelines.storage.store import FileInfo
 MOST_ROWS = 5_000
 _MOST_PICTURE_BYTES, _MOST_ROW_BYTES = 12_000_000, 5_000_000  # of a page; the rest of its 20 MB is counts
 _ROWS_AT_ONCE = 1 << 13
-_LOG_EVERY_S = 10.0
 
-T = TypeVar("T")
 Json = dict[str, Any]
 File = tuple[FileInfo, FileEntry]
 
@@ -123,9 +119,11 @@ def _count(files: list[File], columns: Columns, most_rows: int) -> tuple[Json, l
     """The counts of all rows, and the rows to show."""
     statistics, sheet = RunStatistics(columns), Sheet(columns, most_rows)
     num_rows = sum(count(entry.ranges) for _, entry in files)
-    for answers in _shown(_answers(files, columns), "rows counted", num_rows, lambda answers: len(answers.rows)):
-        statistics.add(answers)
-        sheet.offer(answers)
+    with Progress("rows counted", num_rows) as progress:
+        for answers in _answers(files, columns):
+            statistics.add(answers)
+            sheet.offer(answers)
+            progress.advance(len(answers.rows))
     return statistics.to_json(), sheet.rows()
 
 
@@ -143,22 +141,10 @@ def _rows(output: str, picked: list[Picked], columns: Columns, limit_s: float) -
     """As JSON, each with its media; all together within the limits of a page."""
     most_bytes = _MOST_PICTURE_BYTES // max(1, len(picked))
     pictures = pictures_of(output, picked, most_bytes=most_bytes, limit_s=limit_s)
-    shown = _shown(pictures, "rows with their media", len(picked), lambda _: 1)
     most_bytes = _MOST_ROW_BYTES // max(1, len(picked))
-    return [{**row_json(row, columns, most_bytes), "media": media} for row, media in shown]
-
-
-def _shown(items: Iterable[T], what: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
-    """The same, with progress on stderr: a bar on a terminal, a line now and then in a log."""
-    console = Console(file=sys.stderr)
-    parts = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    done, logged_s = 0, time.monotonic()
-    with Progress(*parts, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=total)
-        for item in items:
-            yield item
-            done += size(item)
-            bar.update(task, completed=done)
-            if bar.disable and time.monotonic() - logged_s > _LOG_EVERY_S:
-                logged_s = time.monotonic()
-                print(f"{done}/{total} {what}", file=sys.stderr)
+    rows = []
+    with Progress("rows with their media", len(picked)) as progress:
+        for row, media in pictures:
+            rows.append({**row_json(row, columns, most_bytes), "media": media})
+            progress.advance(1)
+    return rows

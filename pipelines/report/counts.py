@@ -1,59 +1,13 @@
-"""Counts in bounded memory, whatever the number of rows: the most frequent keys, histograms, calibration."""
+"""Histograms and calibration in bounded memory, whatever the number of rows."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 Json = dict[str, Any]
-
-_MOST_KEYS = 10_000
-_MOST_KEY_CHARACTERS = 200
-
-
-class TopCounts:
-    """How often each key came. Exact up to `most_keys` different ones; then the rarest are forgotten now and again.
-
-    A count is then too low by `most_missed` at the most.
-    """
-
-    def __init__(self, most_keys: int = _MOST_KEYS) -> None:
-        self._most_keys = most_keys
-        self._counts: Counter[Any] = Counter()
-        self.total = self.most_missed = 0
-
-    def add(self, keys: pa.Array | pa.ChunkedArray) -> None:
-        """Null is no key."""
-        for pair in pc.value_counts(keys.drop_null()).to_pylist():
-            self.add_key(pair["values"], pair["counts"])
-
-    def add_key(self, key: Any, count: int = 1) -> None:
-        self._counts[key[:_MOST_KEY_CHARACTERS] if isinstance(key, str) else key] += count
-        self.total += count
-        if len(self._counts) > 2 * self._most_keys:
-            ordered = self._counts.most_common()
-            self.most_missed += ordered[self._most_keys][1]
-            self._counts = Counter(dict(ordered[: self._most_keys]))
-
-    def top(self, count: int) -> list[tuple[Any, int]]:
-        """The most frequent first; equal ones in the order of their keys."""
-        return sorted(self._counts.items(), key=lambda item: (-item[1], str(item[0])))[:count]
-
-    def items(self) -> Mapping[Any, int]:
-        return self._counts
-
-    def to_json(self, count: int) -> Json:
-        """`rest` is what is not among the `count` most frequent; `distinct` is null where keys were forgotten."""
-        top = self.top(count)
-        distinct = None if self.most_missed else len(self._counts)
-        rest = self.total - sum(times for _, times in top)
-        return {"top": top, "rest": rest, "distinct": distinct, "most_missed": self.most_missed}
 
 
 class Spread:

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
+from pipelines.monitoring.error_reasons import reason_key
 from pipelines.report.columns import Columns, Task
 from pipelines.report.page import json_for_html
 from pipelines.report.sample import Picked
-from pipelines.report.statistics import reason_key
 from pipelines.storage import store
 
 Json = dict[str, Any]

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipelines.monitoring.error_reasons import reason_key
 from pipelines.report.answers import Answers, as_mask, only
 from pipelines.report.columns import Columns
-from pipelines.report.statistics import reason_key
 
 Group = Literal["random", "unsure", "flagged", "wrong", "errors"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.monitoring.error_reasons import kind_of
+from pipelines.monitoring.error_reasons import ReasonCounts
+from pipelines.monitoring.top_counts import TopCounts
 from pipelines.report.answers import Answers, as_floats, as_ints, as_keys, as_mask, only
 from pipelines.report.columns import Columns, Task
-from pipelines.report.counts import Calibration, Histogram, Spread, TopCounts
+from pipelines.report.counts import Calibration, Histogram, Spread
 
 Json = dict[str, Any]
 
@@ -30,14 +32,13 @@ class RunStatistics:
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
         self._tasks = [_TaskStatistics(task) for task in columns.tasks]
-        self._rows = self._errors = self._flagged = 0
+        self._rows = self._flagged = 0
         self._sums: Counter[str] = Counter()
-        self._tokens, self._flags, self._reasons = Spread(), TopCounts(), _Reasons()
+        self._tokens, self._flags, self._reasons = Spread(), TopCounts(), ReasonCounts()
 
     def add(self, answers: Answers) -> None:
         self._rows += len(answers.rows)
-        self._errors += int((~answers.is_ok).sum())
-        self._reasons.add(answers)
+        self._reasons.add(*(only(answers.column(name), ~answers.is_ok).to_pylist() for name in ("stage", "error")))
         self._flagged += int(as_mask(pc.greater(pc.list_value_length(answers.flags), 0)).sum())
         self._flags.add(answers.flags.flatten())
         for name in _SUMS:
@@ -47,47 +48,22 @@ class RunStatistics:
             task.add(answers)
 
     def to_json(self) -> Json:
+        num_errors = self._reasons.counts.total
         return {
             "rows": self._rows,
-            "ok": self._rows - self._errors,
-            "error": self._errors,
+            "ok": self._rows - num_errors,
+            "error": num_errors,
             "flagged": self._flagged,
             **self._sums,
             "tokens": self._tokens.to_json(),
             "flags": self._flags.to_json(_SHOWN_REASONS),
-            "reasons": self._reasons.to_json(),
+            "reasons": _reasons_json(self._reasons),
             "tasks": [task.to_json() for task in self._tasks],
         }
 
 
-class _Reasons:
-    """Error rows by stage and reason; those that differ in their numbers only count as one, shown by the first."""
-
-    def __init__(self) -> None:
-        self._counts = TopCounts()
-        self._examples: dict[str, tuple[str, str]] = {}
-
-    def add(self, answers: Answers) -> None:
-        stages, errors = (only(answers.column(name), ~answers.is_ok).to_pylist() for name in ("stage", "error"))
-        for stage, error in zip(stages, errors, strict=True):
-            kind = reason_key(stage, error)
-            self._counts.add_key(kind)
-            if len(self._examples) < _SHOWN_REASONS * 100:
-                self._examples.setdefault(kind, (stage, error))
-
-    def to_json(self) -> Json:
-        counts = self._counts.to_json(_SHOWN_REASONS)
-        top = [
-            {"key": key, "stage": stage, "reason": reason, "count": count}
-            for key, count in counts["top"]
-            for stage, reason in [self._examples.get(key, ("", key))]
-        ]
-        return {**counts, "top": top}
-
-
-def reason_key(stage: str, error: str) -> str:
-    """Under which an error row is counted and found."""
-    return kind_of(f"{stage}: {error}")[:200]
+def _reasons_json(reasons: ReasonCounts) -> Json:
+    return {**reasons.counts.to_json(_SHOWN_REASONS), "top": [asdict(reason) for reason in reasons.top(_SHOWN_REASONS)]}
 
 
 class _TaskStatistics:
