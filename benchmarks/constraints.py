@@ -49,7 +49,8 @@ def main() -> None:
     model = load(args.model, torch.device("cpu"), torch.float32)
     size = model.config.language.vocab_size
     tokenizer = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else made_up(size)
-    eos = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+    ids = tokenizer.get_vocab()
+    eos = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     print(f"{tokenizer.get_vocab_size()} tokens, {size} logits, {torch.get_num_threads()} threads")
     for name in ("text recognition", "product listing", "invoice"):
         masks_alone(name, Guides(tokenizer, size, eos), max(args.rows))

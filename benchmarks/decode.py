@@ -51,7 +51,7 @@ def measure(engine: OvisEngine, rows: int, rounds: int) -> tuple[float, float, f
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated; it is what shows kernels without Python
         state = decoder._state.clone()
-        recording = torch.jit.trace(lambda state: decoder._step(rows, longest)[0], (state,), check_trace=False)
+        recording = torch.jit.trace(lambda state: decoder._step(rows, longest)[0], (state,), check_trace=False)  # type: ignore[no-untyped-call]
     sides: list[Callable[[], object]] = [
         lambda: engine._step(),
         lambda: decoder.step(rows, longest),

@@ -77,7 +77,7 @@ def by_demo(what: str) -> Vectors:
         tiles = torch.from_numpy(stacked(images, side)).permute(0, 3, 1, 2)
         pixels = model.normalize(tiles, torch.full((len(images), 2), side))
         encode = model.encode_tiles if what == "vte" else model.visual_tokenizer
-        return torch.cat([encode(part).mean(dim=1) for part in pixels.split(16)]).numpy()
+        return torch.cat([encode(part).mean(dim=1) for part in torch.split(pixels, 16)]).numpy()
 
     return vectors
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ def main(published: str | None) -> None:
         frames, query = (array.astype(np.float32) for array in walk(count, WIDTH))
         rules = Rules(segment_size=segment_size)
         picks = mdp3(frames, query, k, rules=rules).indices.tolist()
-        here_ms = 1e3 * median_s(lambda f=frames, q=query, k=k, r=rules: mdp3(f, q, k, rules=r), 15)
+        here_ms = 1e3 * median_s(partial(mdp3, frames, query, k, rules=rules), 15)
         line = f"{count:10} {k:6} {segment_size:7}"
         if published is None:
             print(f"{line}  {'':12}  {here_ms:7.2f}")
             continue
         select = published_selector(published, k, segment_size)
-        theirs_ms = 1e3 * median_s(lambda s=select, f=frames, q=query: s(f, q), 1 if count > 128 else 3)
+        theirs_ms = 1e3 * median_s(partial(select, frames, query), 1 if count > 128 else 3)
         same = select(frames, query) == picks
         print(f"{line}  {theirs_ms:12.0f}  {here_ms:7.2f}  {theirs_ms / here_ms:5.0f}  {same}", flush=True)
 

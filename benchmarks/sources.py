@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ from tests.support.web_server import WebServer
 UNIT_ROWS, PREPROCESSORS = 64, 4
 
 Images = list[list[ImageRef]]
+MakeInput = Callable[[Path, list[bytes]], AbstractContextManager[str]]
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def _files(directory: Path, payloads: list[bytes]) -> Iterator[str]:
     yield str(directory)
 
 
-def _tar(mode: str) -> Callable[[Path, list[bytes]], object]:
+def _tar(mode: str) -> MakeInput:
     @contextmanager
     def make(directory: Path, payloads: list[bytes]) -> Iterator[str]:
         members = [(f"{i:06}.jpg", data) for i, data in enumerate(payloads)]
@@ -88,7 +89,7 @@ def _tar(mode: str) -> Callable[[Path, list[bytes]], object]:
     return make
 
 
-def _parquet(rows_per_group: int) -> Callable[[Path, list[bytes]], object]:
+def _parquet(rows_per_group: int) -> MakeInput:
     @contextmanager
     def make(directory: Path, payloads: list[bytes]) -> Iterator[str]:
         images = pa.array([{"bytes": data, "path": None} for data in payloads], HF)
@@ -125,7 +126,7 @@ def _web(directory: Path, payloads: list[bytes]) -> Iterator[str]:
         yield str(directory / "a.jsonl")
 
 
-KINDS = {
+KINDS: dict[str, MakeInput] = {
     "image files": _files,
     "JSON lines of files": _jsonl,
     "tar": _tar("w"),

@@ -89,19 +89,18 @@ def _parse() -> argparse.Namespace:
 
 def tasks_of(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[list[Request]], list[SamplingParams]]:
     """The requests of each item, with one array of tiles, and the parameters of each task."""
-    tokenizer = load_tokenizer(checkpoint_dir("tiny56-tied"))
-    processor, end = Processor(config, tokenizer), tokenizer.token_to_id("<|im_end|>")
+    processor = Processor(config, load_tokenizer(checkpoint_dir("tiny56-tied")))
     requests = []
     for picture in islice(_pictures(), items):
         each = [processor.request(prompt, [picture], max_tiles) for prompt in TASKS]
         requests.append([replace(request, tiles=each[0].tiles) for request in each])
-    return requests, [_params(answer, lambda text: (*tokenizer.encode(text).ids, end)) for answer in TASKS.values()]
+    return requests, [_params(answer, processor.answer_ids) for answer in TASKS.values()]
 
 
-def _params(answer: int | list[str], encode: Callable[[str], tuple[int, ...]]) -> SamplingParams:
+def _params(answer: int | list[str], encode: Callable[[str], list[int]]) -> SamplingParams:
     if isinstance(answer, int):
         return SamplingParams(max_new_tokens=answer)
-    return SamplingParams(choices=tuple(encode(choice) for choice in answer))
+    return SamplingParams(choices=tuple(tuple(encode(choice)) for choice in answer))
 
 
 def _pictures() -> Iterator[Image.Image]:
@@ -132,7 +131,7 @@ def report(
     rounds: list[dict[str, tuple[float, Stats, list[Completion]]]],
 ) -> dict[str, object]:
     pairs = list(zip(rounds[0]["siblings"][2], rounds[0]["separate"][2], strict=True))
-    probs = [(a.choice_probs, b.choice_probs) for a, b in pairs if a.choice_probs is not None]
+    probs = [(p, q) for a, b in pairs if (p := a.choice_probs) is not None and (q := b.choice_probs) is not None]
     cpu_s = {side: statistics.median(r[side][0] for r in rounds) for side in rounds[0]}
     result = {
         "model": args.model,
