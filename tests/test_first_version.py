@@ -150,16 +150,7 @@ def assert_refused(finished: Finished, difference: list[str]) -> None:
     assert [part for part in difference if part not in last_line] == [], last_line
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "fps",
-        pytest.param(
-            "top_k",
-            marks=pytest.mark.xfail(reason="an option that run.json lacks counts as null, not as its default"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("option", ["fps", "top_k"])
 def test_an_option_that_run_json_lacks_counts_as_its_default(place: Path, option: str) -> None:
     drop_option(place / "caption", option)
     finished = start_again("caption", place)
