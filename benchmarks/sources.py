@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import CaptionConfig
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import ImageRef, read_reference
 from pipelines.sources import list_rows
 from tests.support.parquet_files import HF
 from tests.support.tars import write_tar
@@ -55,7 +55,7 @@ def _report(name: str, uri: str, num_rows: int) -> None:
     with list_rows(config, config.questionnaire) as listing:
         rows = [row for table in listing.tables() for row in table.column("images").to_pylist()]
     listed_s = time.process_time() - started_s
-    images = [[ImageRef(**image) for image in row] for row in rows]
+    images = [[read_reference(image) for image in row] for row in rows]
     assert len(images) == num_rows
     units = [images[at : at + UNIT_ROWS] for at in range(0, num_rows, UNIT_ROWS)]
     read_s = _seconds(units)

@@ -14,7 +14,8 @@ import pyarrow as pa
 from pipelines import schema
 from pipelines.checks import check_model, describe_models, resolve_places
 from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
-from pipelines.cluster.resources import MAX_BLOCKS, asked_for_gpus, configure_ray_data, ray_errors_named, ray_session
+from pipelines.cluster.ray_session import configure_ray_data, ray_errors_named, ray_session, request_gpus
+from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.config import RunConfig
 from pipelines.errors import LeaseLost, RowsLost, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
@@ -113,7 +114,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     plan = plan_run(config, count(missing))
     print(plan, file=sys.stderr)
     run.record_dtype(plan.dtype)
-    configure_ray_data()
+    configure_ray_data(BATCH_BYTES)
     pools, sizes, questionnaire, found = plan.pools, plan.sizes, config.questionnaire, run.record["model"]
     model = config.model, found["revision"]
     replica = Replica(*model, plan.dtype, pools.device, pools.threads_per_replica, pools.tensor_parallel)
@@ -122,7 +123,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     with (
         ray_errors_named(),
         running_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
-        asked_for_gpus(pools),
+        request_gpus(pools.gpus_to_request),
     ):
         attempts = RemoteAttempts(start_attempt_counts())
         rows = (

@@ -19,13 +19,12 @@ from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, Pending
 from pipelines.media.frame_selection import Encoder, FrameSelector
 from pipelines.media.images import decode_image
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import ImageRef, is_in_place, locate_video
 from pipelines.media.video import Frame, looks_like_video
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_rows, sample_images
 from pipelines.rows import Batch, ManifestRow, PreparedRow
 from pipelines.schema import Stage
-from pipelines.sources.videos import is_in_place, video_of
 from pipelines.storage import store
 from pipelines.tasks.questionnaire import Questionnaire
 from pipelines.tasks.task import Task
@@ -111,7 +110,7 @@ class Preprocess:
 
     def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> PreparedRow:
         with _stage("decode", MediaError), _stage("read", OSError):
-            video, window = video_of(row.images, encoded)
+            video, window = locate_video(row.images, encoded)
             frames = self._frames.select(video, window, self._requests.question(row.prompt))
         with _stage("tile", ValueError):
             self._requests.check_number(len(frames))
@@ -119,13 +118,13 @@ class Preprocess:
 
     def _is_store_down(self, row: ManifestRow) -> bool:
         """Whether no other image there can be read; a place that no other row names says nothing of the run's store."""
-        own = {(image.uri, image.offset) for image in row.images}
-        places = {store.place_of(image.uri) for image in row.images}
-        others = [image for image in sample_images(self._output) if (image.uri, image.offset) not in own]
+        own = {image.location for image in row.images}
+        places = {store.place_of(uri) for uri, _ in own}
+        others = [image for image in sample_images(self._output) if image.location not in own]
         there = [image for image in others if store.place_of(image.uri) in places]
         if others and not there:
             return False
-        return not any(store.can_read(image.uri, image.offset if image.kind == "tar" else 0) for image in there)
+        return not any(image.can_read() for image in there)
 
 
 class RequestBuilder:

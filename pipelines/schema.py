@@ -18,7 +18,7 @@ ROW = "row"
 
 _IMAGE = pa.struct(
     [
-        _column("kind", pa.string()),  # how to read it: sources.rows.ImageRef
+        _column("kind", pa.string()),  # how to read it: media.reference
         _column("uri", pa.string()),
         _column("offset", pa.int64()),  # bytes; -1: the whole file
         _column("num_bytes", pa.int64()),  # as listed; -1: unknown

@@ -13,16 +13,15 @@ from ovis_model.config import SIZES
 from ovis_model.network.ovis import Ovis
 from ovis_model.sizing import language_parameters, vision_parameters
 from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.cluster import resources as cluster
+from pipelines.cluster import resources
+from pipelines.cluster.ray_session import last_line, ray_session
 from pipelines.cluster.resources import (
     BATCH_BYTES,
     Hardware,
     Pools,
-    last_line,
     plan_batches,
     plan_pools,
     plan_tensor_parallel,
-    ray_session,
 )
 from pipelines.config import CaptionConfig
 from pipelines.errors import ResourceError
@@ -118,14 +117,14 @@ def test_what_an_autoscaler_is_asked_for() -> None:
     [("1B", 16, 1), ("8B", 24, 2), ("16B", 80, 1), ("16B", 24, 4), ("34B", 80, 2), ("34B", 141, 1), ("34B", 24, 8)],
 )
 def test_tensor_parallel_by_memory(monkeypatch: pytest.MonkeyPatch, size: str, memory_gb: int, ranks: int) -> None:
-    monkeypatch.setattr(cluster, "gpu_memory_bytes", lambda: memory_gb * 10**9)
+    monkeypatch.setattr(resources, "gpu_memory_bytes", lambda: memory_gb * 10**9)
     assert plan_tensor_parallel(config(), machine(8, 8), SIZES[size]) == ranks
     assert plan_tensor_parallel(config(device="cpu"), machine(8, 8), SIZES[size]) == 1
     assert plan_tensor_parallel(config(tensor_parallel=2), machine(8, 8), SIZES[size]) == 2
 
 
 def test_a_model_that_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "gpu_memory_bytes", lambda: 16 * 10**9)
+    monkeypatch.setattr(resources, "gpu_memory_bytes", lambda: 16 * 10**9)
     with pytest.raises(ValueError, match="GPUs of 16 GB are too small for this model, which takes 20 GB on each of 8"):
         plan_tensor_parallel(config(), machine(8, 8), SIZES["34B"])
 

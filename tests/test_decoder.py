@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from pipelines.errors import MediaError
-from pipelines.media.video import Sampling, Window, sample_frames
-from pipelines.media.video_process import Video, VideoDecoder
+from pipelines.media.reference import Video, Window
+from pipelines.media.video import Sampling, sample_frames
+from pipelines.media.video_process import VideoDecoder
 from tests.support.roots import ROOT
 from tests.support.videos import clip, number_in, write_repeated, write_video
 
@@ -55,23 +56,23 @@ def test_frames_are_those_decoded_here(decoder: VideoDecoder, tmp_path: Path) ->
     shard.write_bytes(bytes(1000) + data + bytes(77))
     places = [Video(str(path)), Video(str(shard), 1000, len(data)), Video("anywhere", data=data)]
     for place in places:
-        frames = decoder.sample(place, Sampling(6), Window(1, 9))
+        frames = decoder.sample_frames(place, Sampling(6), Window(1, 9))
         assert [f.timestamp_s for f in frames] == [f.timestamp_s for f in expected]
         assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(frames, expected, strict=True))
-        again = decoder.at(place, [f.timestamp_s for f in frames[:2]])
+        again = decoder.frames_at(place, [f.timestamp_s for f in frames[:2]])
         assert np.array_equal(again[1].pixels, expected[1].pixels)
         assert decoder.duration_s(place) == 10.0
 
 
 def test_what_cannot_be_read_or_decoded_does_not_end_the_process(decoder: VideoDecoder, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
-        decoder.sample(Video(str(tmp_path / "gone.mp4")), Sampling(3))
+        decoder.sample_frames(Video(str(tmp_path / "gone.mp4")), Sampling(3))
     first = pid_of(decoder)
     with pytest.raises(MediaError, match="not a video"):
-        decoder.sample(Video("", data=b"nothing"), Sampling(3))
+        decoder.sample_frames(Video("", data=b"nothing"), Sampling(3))
     with pytest.raises(MediaError, match="not a video"):
-        decoder.sample(Video(str(clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
-    assert len(decoder.sample(Video(str(clip("bikes.mp4"))), Sampling(3))) == 3
+        decoder.sample_frames(Video(str(clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
+    assert len(decoder.sample_frames(Video(str(clip("bikes.mp4"))), Sampling(3))) == 3
     assert pid_of(decoder) == first
 
 
@@ -80,32 +81,32 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder
     slow = Video(str(clip("bigbuckbunny.mp4")))
     started_s = time.monotonic()
     with pytest.raises(MediaError, match=r"longer than 0\.4 s"):
-        decoder.sample(slow, Sampling(10_000), size=(1600, 1600))
+        decoder.sample_frames(slow, Sampling(10_000), size=(1600, 1600))
     assert time.monotonic() - started_s < 10
     decoder._timeout_s = 60
-    assert len(decoder.sample(slow, Sampling(2))) == 2
+    assert len(decoder.sample_frames(slow, Sampling(2))) == 2
 
 
 def test_memory_is_limited(tmp_path: Path) -> None:
     decoder = VideoDecoder(max_memory_bytes=700 << 20)
     with pytest.raises(MediaError, match="more memory"):
-        decoder.sample(Video(str(clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
-    assert len(decoder.sample(Video(str(clip("bikes.mp4"))), Sampling(12))) == 12
+        decoder.sample_frames(Video(str(clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
+    assert len(decoder.sample_frames(Video(str(clip("bikes.mp4"))), Sampling(12))) == 12
     decoder.close()
 
 
 def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
     place = Video(str(clip("carphone_pristine.mp4")))
-    decoder.sample(place, Sampling(2))
+    decoder.sample_frames(place, Sampling(2))
     os.kill(pid_of(decoder), signal.SIGKILL)
-    assert len(decoder.sample(place, Sampling(2))) == 2
+    assert len(decoder.sample_frames(place, Sampling(2))) == 2
 
 
 def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only an interruption: it does so twice."""
     monkeypatch.setattr("pipelines.media.video_process.sys.executable", "/bin/false")
     with pytest.raises(MediaError, match=r"died on it twice \(exit code 1\)"):
-        decoder.sample(Video(str(clip("carphone_pristine.mp4"))), Sampling(2))
+        decoder.sample_frames(Video(str(clip("carphone_pristine.mp4"))), Sampling(2))
 
 
 def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path:
             start = chance.randrange(len(damaged))
             del damaged[start : start + 500]
         try:
-            assert decoder.sample(Video("", data=bytes(damaged)), Sampling(5))
+            assert decoder.sample_frames(Video("", data=bytes(damaged)), Sampling(5))
         except MediaError as error:
             reasons.append(str(error))
     assert 20 < len(reasons) < 180
@@ -136,7 +137,7 @@ def test_it_ends_with_its_parent() -> None:
         "decoder = VideoDecoder()\n"
         f"decoder.duration_s(Video({str(clip('bikes.mp4'))!r}))\n"
         "print(decoder._process.pid, flush=True)\n"
-        f"decoder.sample(Video({str(clip('bigbuckbunny.mp4'))!r}), Sampling(10_000), size=(3000, 3000))\n"
+        f"decoder.sample_frames(Video({str(clip('bigbuckbunny.mp4'))!r}), Sampling(10_000), size=(3000, 3000))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -166,7 +167,7 @@ def test_very_long_videos_are_bounded(tmp_path: Path, suffix: str, fps: int, tim
     seconds = []
     for place in (Video(str(source)), Video(str(path))):
         before_s = cpu_s(decoder)
-        frames = decoder.sample(place, Sampling(128))
+        frames = decoder.sample_frames(place, Sampling(128))
         seconds.append(cpu_s(decoder) - before_s)
     middle = [(n + 0.5) * 500 * times / 128 for n in range(128)]
     assert [number_in(frame.pixels) for frame in frames] == [int(number) % 500 for number in middle]

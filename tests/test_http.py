@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipelines.errors import SourceError
+from pipelines.errors import BusyFault, FinalFault, SourceError
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import ImageRef
-from pipelines.storage import http, retries, store
+from pipelines.media.reference import read_reference
+from pipelines.storage import http, store
 from pipelines.storage.http import WebFileSystem
 from tests.support.fetched import images_of, is_refused
 from tests.support.jsonl_files import write_lines
@@ -31,8 +32,7 @@ from tests.support.web_server import WebServer
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     options = {"allow_private": True, "connect_timeout_s": 0.5, "read_timeout_s": 0.5, "total_timeout_s": 1}
     monkeypatch.setitem(fsspec.config.conf, "http", options)
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(retries, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(store, "WEB_RETRIES", replace(store.WEB_RETRIES, first_pause_s=0.01, patience_s=1.5))
     WebFileSystem.clear_instance_cache()
     with WebServer().running() as server:
         server.files["/a.png"] = picture(1)
@@ -52,18 +52,18 @@ def listed(*inputs: object, **options: object) -> list[dict[str, Any]]:
     [
         ("/missing", FileNotFoundError, "^HTTP 404 Not Found$", 1),
         ("/private", PermissionError, "HTTP 403", 1),
-        ("/teapot", retries.FinalFault, "HTTP 418", 1),
-        ("/loop", retries.FinalFault, "more than 5 redirects", 6),
-        ("/file", retries.FinalFault, "redirect to file", 1),
-        ("/packed", retries.FinalFault, "packs its answer", 1),
-        ("/huge", retries.FinalFault, "99,999,999,999 bytes, over the limit", 1),
-        ("/broken", retries.BusyFault, "HTTP 500", 5),
+        ("/teapot", FinalFault, "HTTP 418", 1),
+        ("/loop", FinalFault, "more than 5 redirects", 6),
+        ("/file", FinalFault, "redirect to file", 1),
+        ("/packed", FinalFault, "packs its answer", 1),
+        ("/huge", FinalFault, "99,999,999,999 bytes, over the limit", 1),
+        ("/broken", BusyFault, "HTTP 500", 5),
         ("/truncated", OSError, "ended too early", 5),
         ("/junk", OSError, "cannot be read", 5),
         ("/endless-header", OSError, "cannot be read", 5),
-        ("/silent", retries.BusyFault, "timeout", 3),
-        ("/drip", retries.BusyFault, "timeout", 2),
-        ("/drip-body", retries.BusyFault, "timeout", 2),
+        ("/silent", BusyFault, "timeout", 3),
+        ("/drip", BusyFault, "timeout", 2),
+        ("/drip-body", BusyFault, "timeout", 2),
     ],
 )
 def test_faults_are_told_and_tried_again_if_that_may_help(
@@ -87,8 +87,8 @@ def test_what_passes_is_waited_for(web: WebServer) -> None:
 
 def test_bytes_are_counted_as_they_come(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(f"{web.url}/endless") == b"x" * 1000
-    monkeypatch.setattr(http, "MAX_FILE_BYTES", 1 << 20)
-    with pytest.raises(retries.FinalFault, match="more than the limit"):
+    monkeypatch.setitem(fsspec.config.conf["http"], "max_file_bytes", 1 << 20)
+    with pytest.raises(FinalFault, match="more than the limit"):
         store.read_bytes(f"{web.url}/endless")
 
 
@@ -211,5 +211,5 @@ def test_each_bad_url_is_one_row(web: WebServer, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"image": url}) for url in [*urls, f"{web.url}/a.png"]))
     fetcher = Fetcher()
-    futures = [fetcher.submit([ImageRef(**image) for image in row["images"]]) for row in listed(path)]
+    futures = [fetcher.submit([read_reference(image) for image in row["images"]]) for row in listed(path)]
     assert [is_refused(future) for future in futures] == [True] * len(urls) + [False]

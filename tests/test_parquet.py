@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import SourceError
-from pipelines.media.fetch import Fetcher, _ParquetCells
-from pipelines.media.reference import ImageRef
+from pipelines.media.fetch import Fetcher
+from pipelines.media.readers import ParquetReader
+from pipelines.media.reference import read_reference
 from pipelines.sources import list_rows
 from tests.support.fetched import images_of, is_refused
 from tests.support.parquet_files import HF, kept_columns, write
@@ -116,7 +117,7 @@ def test_a_damaged_row_group_is_error_rows_and_is_tried_once(tmp_path: Path) -> 
     path.write_bytes(data)
     fetcher, outcomes = Fetcher(), []
     for row in rows:
-        future = fetcher.submit([ImageRef(**image) for image in row["images"]])
+        future = fetcher.submit([read_reference(image) for image in row["images"]])
         outcomes.append(is_refused(future))
     assert outcomes == [False] * 30 + [True] * 30 + [False] * 30
 
@@ -140,14 +141,14 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_fault_that_passes_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [bytes([i]) for i in range(200)]
     rows = rows_of(write(tmp_path / "a.parquet", {"image": values}))
-    advance, faults = _ParquetCells._advance, iter([False] * 70 + [True] + [False] * 1000)
+    advance, faults = ParquetReader._advance, iter([False] * 70 + [True] + [False] * 1000)
 
-    def unreliable(self: _ParquetCells, row: int) -> None:
+    def unreliable(self: ParquetReader, row: int) -> None:
         if next(faults):
             raise OSError("connection reset")
         advance(self, row)
 
-    monkeypatch.setattr(_ParquetCells, "_advance", unreliable)
+    monkeypatch.setattr(ParquetReader, "_advance", unreliable)
     assert images_of(rows) == [[value] for value in values]
 
 

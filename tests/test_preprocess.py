@@ -14,12 +14,13 @@ from PIL import Image
 from ovis_model.types import IMAGE_START_ID
 from pipelines import preprocess
 from pipelines.config import CaptionConfig
-from pipelines.media import fetch
-from pipelines.media.reference import ImageRef
+from pipelines.media.fetch import Fetcher
+from pipelines.media.reference import FileRef
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_rows
 from pipelines.preprocess import Preprocess
 from pipelines.rows import Batch, ManifestRow, PreparedRow
+from pipelines.storage import store
 from tests.support.golden_data import checkpoint_dir
 from tests.support.roots import ROOT
 from tests.support.stages import preprocess_stage, run_stage
@@ -69,9 +70,10 @@ def test_chain_of_thought_and_system_prompt_reach_the_prompt(pictures: Path, tmp
     assert lengths[1] > lengths[0] != lengths[2]
 
 
-def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 100)
-    rows = rows_of(pictures, tmp_path / "out")
+def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path) -> None:
+    stage, units = stage_of(pictures, tmp_path / "out")
+    stage._fetcher = Fetcher(max_image_bytes=100)
+    rows = run_stage(stage, units)
     assert {row.stage for row in rows} == {"read"}
     assert "over the limit of 100" in str(rows[0].error)
 
@@ -83,9 +85,7 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "in" / f"{i:02}.png").write_bytes(bytes([i]) * 300)
     lines = "\n".join(json.dumps({"image": f"{i:02}.png"}) for i in range(30))
     (tmp_path / "in" / "rows.jsonl").write_text(lines)
-    monkeypatch.setattr(fetch, "AHEAD_BYTES", 1000)
-    monkeypatch.setattr(fetch, "_SHARE_BYTES", 100)
-    read = fetch.store.read_bytes
+    read = store.read_bytes
     num_read = [0]
 
     def count(uri: str, start: int = 0, stop: int = 0) -> bytes:
@@ -93,8 +93,9 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         num_read[0] += len(data)
         return data
 
-    monkeypatch.setattr(fetch.store, "read_bytes", count)
+    monkeypatch.setattr(store, "read_bytes", count)
     stage, _ = stage_of(tmp_path / "in" / ("*.png" if sizes_are_known else "rows.jsonl"), tmp_path / "out")
+    stage._fetcher = Fetcher(max_at_once=10, max_ahead_bytes=1000)
     rows = ManifestRow.from_table(read_rows(str(tmp_path / "out"), RowRange(0, 30)))
     done = 0
     for i, (_, images) in enumerate(stage._fetched(rows)):
@@ -104,13 +105,13 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert i == 29
 
 
-def test_the_images_of_a_row_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_of_a_row_are_bounded_together(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x" * 60)
-    monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 100)
-    image = ImageRef("file", str(tmp_path / "a.png"), num_bytes=60)
-    assert len(fetch.Fetcher().fetch([image])) == 1
+    fetcher = Fetcher(max_image_bytes=100)
+    image = FileRef(str(tmp_path / "a.png"), num_bytes=60)
+    assert len(fetcher.fetch([image])) == 1
     with pytest.raises(OSError, match="over the limit of 100"):
-        fetch.Fetcher().submit([image, image]).result()
+        fetcher.submit([image, image]).result()
 
 
 def test_an_unreadable_file_is_an_error_row(pictures: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from jobs import report
 from pipelines import schema
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import FileRef, ImageRef, TarRef
 from pipelines.monitoring.top_counts import TopCounts
 from pipelines.output.manifest import ROWS_PER_FILE, write_manifest
 from pipelines.report import build
@@ -62,7 +62,7 @@ def report_of(output: Path, **options: Any) -> Json:
 def mixed(tmp_path: Path) -> Path:
     """Ten rows in three files: seven answers about pictures, a video, two errors."""
     pictures = [image_at(tmp_path / f"{i}.png", size=(64 + i, 48)) for i in range(7)]
-    video = ImageRef("file", str(write_video(tmp_path / "clip.mp4", 50)))
+    video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
     rows = [
         item(
             f"picture-{i}",
@@ -86,7 +86,7 @@ def mixed(tmp_path: Path) -> Path:
     rows.append({**clip, "frame_timestamps_s": [0.0, 0.4, 1.2]})
     for size in (123, 4567):
         error = {"stage": "decode", "error": f"truncated PNG of {size} bytes", "truth_kind": None, "truth_count": None}
-        rows.append(item(f"bad-{size}", [], images=[ImageRef("file", str(tmp_path / "gone.png"))], **error))
+        rows.append(item(f"bad-{size}", [], images=[FileRef(str(tmp_path / "gone.png"))], **error))
     return write_run(tmp_path / "out", rows, rows_per_file=4)
 
 
@@ -156,7 +156,7 @@ def test_rows_show_their_media(mixed: Path) -> None:
 
 
 def test_frames_are_those_that_the_model_was_shown(tmp_path: Path) -> None:
-    video = ImageRef("file", str(write_video(tmp_path / "clip.mp4", 50)))
+    video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
     clip = {**item("clip", answers_of(), images=[video]), "frame_timestamps_s": [0.4, 1.2]}
     (row,) = report_of(write_run(tmp_path / "out", [clip]))["rows"]
     assert [number_in(pixels_of(image["src"])) for image in row["media"]["images"]] == [10, 30]
@@ -178,9 +178,9 @@ def test_members_of_a_tar_and_gone_media_and_no_manifest(tmp_path: Path) -> None
         tar.add(tmp_path / "a.png", "a.png")
     with tarfile.open(tmp_path / "a.tar") as tar:
         member = tar.getmember("a.png")
-    there = ImageRef("tar", str(tmp_path / "a.tar"), member.offset_data, member.size, "a.png")
-    gone = ImageRef("tar", str(tmp_path / "b.tar"), 512, 100, "a.png")
-    text = ImageRef("file", str(Path(__file__)))
+    there = TarRef(str(tmp_path / "a.tar"), member.offset_data, member.size, "a.png")
+    gone = TarRef(str(tmp_path / "b.tar"), 512, 100, "a.png")
+    text = FileRef(str(Path(__file__)))
     rows = [
         item(f"{i}", answers_of(), images=images)
         for i, images in enumerate([[there], [gone], [text], [], [there] * 20])
@@ -274,7 +274,7 @@ def test_a_spread_keeps_all_values_whatever_their_range() -> None:
 
 
 def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
-    image = image_at(tmp_path / "a.png")._replace(uri=f"{tmp_path}/a.png")
+    image = image_at(tmp_path / "a.png")
     row = item(HOSTILE, answers_of(caption=HOSTILE, tags=[HOSTILE]), images=[image], kept=HOSTILE)
     error = item(f"{HOSTILE} 2", [], stage="read", error=HOSTILE, kept=HOSTILE)
     output = write_run(tmp_path / "out", [row, error], tasks=[{**task, "prompt": HOSTILE} for task in TASKS])
@@ -304,7 +304,7 @@ def test_signatures_and_passwords_do_not_get_onto_the_page(tmp_path: Path) -> No
 def test_texts_and_pictures_keep_the_page_within_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(256, size=(250, 250, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    image = ImageRef("file", str(tmp_path / "a.png"))
+    image = FileRef(str(tmp_path / "a.png"))
     rows = [item(f"r{i}", answers_of(caption="\U0001f600<" * 9000), images=[image] * (1 + i)) for i in range(6)]
     output = write_run(tmp_path / "out", rows)
     monkeypatch.setattr(build, "_MOST_PICTURE_BYTES", 200_000)
@@ -417,7 +417,7 @@ def write_large_run(output: Path, num_rows: int, rows_per_file: int = 50_000) ->
     """All rows show the same picture; their answers differ, and every captions is another."""
     noise = np.random.default_rng(0).integers(256, size=(600, 800, 3), dtype=np.uint8)
     Image.fromarray(noise).save(output / "a.jpg")
-    image = ImageRef("file", str(output / "a.jpg"))
+    image = FileRef(str(output / "a.jpg"))
     rng, tables = np.random.default_rng(1), []
     table_schema = output_schema(TASKS, [pa.field("truth", pa.string())])
     for start in range(0, num_rows, rows_per_file):
@@ -473,7 +473,7 @@ def _large_manifest(rows: range, image: ImageRef) -> pa.Table:
     columns = {
         "id": ids,
         "uri": ids,
-        "images": [[image._asdict()]] * count,
+        "images": [[image.to_struct()]] * count,
         "prompt": [""] * count,
         "has_own_prompt": [False] * count,
         "error": [""] * count,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -11,8 +12,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from pipelines.errors import StoreError
-from pipelines.storage import retries, store
+from pipelines.errors import BusyFault, StoreError
+from pipelines.storage import store
 
 
 @pytest.mark.parametrize("source", ["profile", "fsspec"])
@@ -58,7 +59,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, method: str, faults: list[Exception])
         return original(*arguments, **options)
 
     monkeypatch.setattr(MemoryFileSystem, method, faulty)
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(store, "RETRIES", replace(store.RETRIES, first_pause_s=0.001))
     return calls
 
 
@@ -82,7 +83,7 @@ def test_tries_are_bounded_and_what_cannot_pass_is_not_tried_again(monkeypatch: 
     calls = fails(monkeypatch, "cat_file", [ConnectionResetError(str(i)) for i in range(20)])
     with pytest.raises((OSError, RuntimeError), match=r"\d$"):
         store.read_bytes("memory://retried/a")
-    assert retries.ATTEMPTS <= len(calls) <= 10
+    assert store.RETRIES.max_attempts <= len(calls) <= 10
     for fault in (FileNotFoundError("gone"), PermissionError("no"), ValueError("a bad name")):
         monkeypatch.undo()
         calls = fails(monkeypatch, "cat_file", [fault])
@@ -93,8 +94,8 @@ def test_tries_are_bounded_and_what_cannot_pass_is_not_tried_again(monkeypatch: 
 
 def test_pauses_double_differ_and_heed_the_store() -> None:
     random.seed(0)
-    pauses = [[retries.pause_s(attempt) for _ in range(100)] for attempt in (1, 2, 3)]
+    pauses = [[store.RETRIES.pause_s(attempt) for _ in range(100)] for attempt in (1, 2, 3)]
     for attempt, some in enumerate(pauses):
         assert 0.125 * 2**attempt <= min(some) < max(some) <= 0.25 * 2**attempt and len(set(some)) > 90
-    assert 7 < retries.pause_s(1, retries.BusyFault("busy", 7)) < 8
-    assert retries.pause_s(1, retries.BusyFault("busy", 1e9)) < 61
+    assert 7 < store.RETRIES.pause_s(1, BusyFault("busy", 7)) < 8
+    assert store.RETRIES.pause_s(1, BusyFault("busy", 1e9)) < 61

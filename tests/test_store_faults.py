@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -12,10 +13,10 @@ from s3fs import S3FileSystem
 from pipelines.config import CaptionConfig
 from pipelines.errors import StoreFault
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import FileRef, read_reference
 from pipelines.rows import PreparedRow
 from pipelines.sources import list_rows
-from pipelines.storage import retries, store
+from pipelines.storage import store
 from tests.support.faulty_store import Faults, FaultyStore
 from tests.support.golden_data import checkpoint_dir
 from tests.support.parquet_files import HF, write
@@ -41,7 +42,7 @@ def s3(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()  # fsspec keeps its file systems, with the environment of their first use
     monkeypatch.setattr(S3FileSystem, "retries", 1)
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(store, "RETRIES", replace(store.RETRIES, first_pause_s=0.001))
     fs = fsspec.filesystem("s3")
     fs.mkdir("bucket")
     yield fs
@@ -78,7 +79,7 @@ def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.Abstract
         with list_rows(config, config.questionnaire) as listing:
             rows = [row for table in listing.tables() for row in table.to_pylist()]
         fetcher = Fetcher()
-        data = [fetcher.submit([ImageRef(**image) for image in row["images"]]).result() for row in rows]
+        data = [fetcher.submit([read_reference(image) for image in row["images"]]).result() for row in rows]
     assert data == [[picture(i)] for i in range(40)] * 2
     assert faults.num_faults > 0
 
@@ -89,7 +90,7 @@ def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fssp
         with pytest.raises(StoreFault, match="fails again and again"):
             store.read_bytes("s3://bucket/a.png")
         with pytest.raises(StoreFault):
-            Fetcher().submit([ImageRef("file", "s3://bucket/a.png", num_bytes=5)]).result()
+            Fetcher().submit([FileRef("s3://bucket/a.png", num_bytes=5)]).result()
     with pytest.raises(FileNotFoundError):
         store.read_bytes("s3://bucket/b.png")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import SourceError
-from pipelines.sources import tar
+from pipelines.sources.rows import Columns
+from pipelines.sources.tar import TarLimits, list_tar
+from pipelines.storage.store import FileInfo
 from tests.support.fetched import images_of
 from tests.support.rows import Row, rows_of
 from tests.support.tars import write_tar
@@ -164,11 +167,12 @@ def test_headers_that_lie_about_their_size_are_damage(tmp_path: Path) -> None:
         assert "damaged at byte 0" in row["error"]
 
 
-def test_the_number_of_members_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar, "MAX_MEMBERS", 3)
+def test_the_number_of_members_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(whole_tar(tmp_path))
-    *readable, damage = rows_of(tmp_path / "a.tar")
-    assert len(readable) == 3 and "more than 3 members" in damage["error"]
+    info, limits = FileInfo(str(tmp_path / "a.tar"), -1), TarLimits(max_members=3)
+    [chunk] = list_tar(info, Columns(), is_gzip=False, limits=limits)
+    *readable, damage = chunk.rows
+    assert len(readable) == 3 and "more than 3 members" in damage.error
 
 
 def test_bad_sidecars_are_error_rows(tmp_path: Path) -> None:
@@ -199,8 +203,8 @@ def test_many_tars_keep_their_order_and_the_limit_holds(tmp_path: Path) -> None:
 
 def test_a_gz_is_unpacked_once_when_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewinds = []
-    original = tar.gzip.GzipFile.rewind
-    monkeypatch.setattr(tar.gzip.GzipFile, "rewind", lambda self: (rewinds.append(1), original(self)))
+    original = gzip.GzipFile.rewind
+    monkeypatch.setattr(gzip.GzipFile, "rewind", lambda self: (rewinds.append(1), original(self)))
     path = write_tar(tmp_path / "a.tgz", [(f"{i}.jpg", bytes([i])) for i in range(50)], "w:gz")
     assert images_of(rows_of(path)) == [[bytes([i])] for i in range(50)]
     assert len(rewinds) <= 1

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import MediaError
-from pipelines.media.video import Frame, Sampling, Window, duration_s, frames_at, sample_frames
+from pipelines.media.reference import Window
+from pipelines.media.video import Frame, Sampling, duration_s, frames_at, sample_frames
 from tests.support.photographs import photographs
 from tests.support.videos import (
     CLIPS,

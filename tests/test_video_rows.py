@@ -17,8 +17,8 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.inputs.prompt import video_query
 from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
-from pipelines.media import frame_selection as frames
 from pipelines.media.frame_selection import Encoder, FrameSelector, PixelEncoder
+from pipelines.media.reference import Video, Window
 from pipelines.rows import PreparedRow
 from pipelines.sources import list_rows
 from pipelines.storage import store
@@ -264,16 +264,15 @@ def test_mdp3_without_a_model_shows_every_colour(tmp_path: Path, colours: Path) 
     assert np.floor(row.frame_timestamps_s).tolist() == [0, 1, 2]
 
 
-def test_recent_videos_are_kept_up_to_a_limit(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recent_videos_are_kept_up_to_a_limit(colours: Path) -> None:
     """And the last one always, so that rows of one video never decode it twice in a row."""
-    monkeypatch.setattr(frames, "RECENT_BYTES", 1)
     config = CaptionConfig(input=("x",), output="y", model=MODEL)
-    selector = FrameSelector(config)
-    place = frames.Video(str(colours))
-    first = selector.select(place, frames.Window(), "")
-    assert selector.select(place, frames.Window(), "") is first
-    selector.select(frames.Video(str(clip("carphone_pristine.mp4"))), frames.Window(), "")
-    assert selector.select(place, frames.Window(), "") is not first
+    selector = FrameSelector(config, max_recent_bytes=1)
+    place = Video(str(colours))
+    first = selector.select(place, Window(), "")
+    assert selector.select(place, Window(), "") is first
+    selector.select(Video(str(clip("carphone_pristine.mp4"))), Window(), "")
+    assert selector.select(place, Window(), "") is not first
 
 
 def shots(row: Row) -> int:

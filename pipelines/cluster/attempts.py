@@ -19,7 +19,7 @@ GIVEN_UP = f"the process died {MAX_TRIES} times on this row alone"
 
 class Attempts(Protocol):
     def begin(self, work: str) -> int:
-        """How often `work` was begun and not ended, this time included."""
+        """Return how often `work` was begun and not ended, this time included."""
         ...
 
     def end(self, work: str) -> None: ...
@@ -41,7 +41,7 @@ class AttemptCounts:
 
 
 def start_attempt_counts() -> Any:
-    """An AttemptCounts actor on the driver's own node: it lives as long as the run, whatever other nodes do."""
+    """Start an AttemptCounts actor on the driver's own node: it lives as long as the run, whatever other nodes do."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,24 +1,17 @@
-"""The Ray that a run uses, and how its CPUs, GPUs and rows are shared between the pools of actors."""
+"""What a cluster has, and how its CPUs, GPUs and rows are shared between the pools of actors."""
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-import signal
-import socket
 import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from ovis_model.config import OvisConfig
 from ovis_model.sizing import check_tensor_parallel, device_bytes, fewest_ranks
 from ovis_model.types import ROWS_SIDE_BY_SIDE
+from pipelines.cluster.ray_session import last_line
 from pipelines.config import ResourceOptions
-from pipelines.errors import ResourceError, StageFailed, StoreFault
+from pipelines.errors import ResourceError
 from pipelines.schema import ROWS_PER_GROUP
 
 BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
@@ -31,14 +24,6 @@ GPU_TYPE_LABEL = "ray.io/accelerator-type"  # Ray's own, on nodes with GPUs
 _SMALLEST_USUAL_GPU_BYTES = 14 << 30  # 16 GB, less what a driver and other processes take
 _ASK_S = 60.0  # for the memory of a node's GPUs
 
-_LOCAL = {
-    "address": "local",
-    "num_cpus": max(2, os.cpu_count() or 2),
-    "include_dashboard": False,
-    "logging_level": logging.CRITICAL,
-    "log_to_driver": False,
-}
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -50,8 +35,10 @@ class Hardware:
 
     @classmethod
     def of_cluster(cls) -> Hardware:
-        """Of all nodes that are alive: what there is, not what is free now. Ray waits for what another job or an
-        earlier pass still holds."""
+        """Return what all nodes that are alive have, not what is free now.
+
+        Ray waits for what another job or an earlier pass still holds.
+        """
         import ray
 
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -63,14 +50,14 @@ class Hardware:
         )
 
     def without(self, *, cpus: float, gpus: int, gpus_per_replica: int) -> Hardware:
-        """What is left beside other actors. On which nodes their GPUs will be Ray decides: the worst is assumed."""
+        """Return what other actors leave. Ray decides on which nodes their GPUs are: the worst is assumed."""
         left = list(self.gpus)
         for _ in range(gpus):
             left[min(range(len(left)), key=lambda node: (left[node] == 0, left[node] % gpus_per_replica))] -= 1
         return replace(self, cpus=self.cpus - cpus, gpus=tuple(filter(None, left)))
 
     def room_for(self, gpus_per_replica: int) -> int:
-        """Replicas: the ranks of one are on one node, where their links are fast."""
+        """Return the number of replicas that fit, each on one node, where its ranks have fast links."""
         return sum(gpus // gpus_per_replica for gpus in self.gpus)
 
 
@@ -93,6 +80,11 @@ class Pools:
     may_grow: bool = False
     waits_for_gpus: bool = False
 
+    @property
+    def gpus_to_request(self) -> list[int]:
+        """Return the GPUs of each replica, if an autoscaler has to start them."""
+        return [self.replica_gpus] * self.num_replicas if self.waits_for_gpus else []
+
     def __str__(self) -> str:
         each = "1 GPU" if self.replica_gpus == 1 else f"{self.replica_gpus} GPUs"
         ranks = f" in {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
@@ -102,7 +94,7 @@ class Pools:
 
 
 def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
-    """For replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
+    """Plan the pools for replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
     if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
     if uses_gpus(config, hardware):
@@ -163,7 +155,7 @@ def _cpu_pools(config: ResourceOptions, cpus: float, tensor_parallel: int) -> Po
 
 
 def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: OvisConfig) -> int:
-    """What `--tensor-parallel` comes to here: of `auto`, the fewest GPUs that hold a replica and room for its rows.
+    """Return the ranks of a replica: for `auto`, the fewest GPUs that hold a replica and room for its rows.
 
     The GPUs' memory is asked for only if the model might not fit into the smallest that are usual. Raises ValueError.
     """
@@ -181,7 +173,7 @@ def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: Ovi
 
 
 def gpu_memory_bytes() -> int:
-    """Of the smallest GPU of the cluster, as the driver on each node tells. Raises ResourceError."""
+    """Return the memory of the cluster's smallest GPU, as reported by each node's driver. Raises ResourceError."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -203,26 +195,8 @@ def _ask_driver() -> int:
     return min(map(int, told.stdout.split())) << 20
 
 
-@contextmanager
-def asked_for_gpus(pools: Pools) -> Iterator[None]:
-    """While in the context, an autoscaler holds GPUs for all replicas.
-
-    Ray Data's pools do not make it start any for actors that they could have (ray-project/ray#59144).
-    """
-    if not pools.waits_for_gpus:
-        yield
-        return
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[{"GPU": pools.replica_gpus}] * pools.num_replicas)
-    try:
-        yield
-    finally:
-        request_resources(bundles=[])
-
-
 def prefer_nodes_without(gpu_types: tuple[str, ...]) -> dict[str, Any]:
-    """Options of an actor that leaves the cores beside GPUs to the replicas there, as long as there are others."""
+    """Return the options of an actor that leaves the cores next to GPUs to the replicas, if there are other cores."""
     if not gpu_types:
         return {}
     others = {GPU_TYPE_LABEL: f"!in({','.join(gpu_types)})"}
@@ -241,7 +215,7 @@ def _chosen(option: int | Literal["auto"], auto: int) -> int:
 
 
 def _share(cpus: float, actors: int) -> float:
-    """CPUs of each of `actors`: one, or an equal part of what there is, in Ray's steps of 1e-4."""
+    """Return the CPUs of each of `actors`: one, or an equal part of all CPUs, in Ray's steps of 1e-4."""
     return min(1.0, int(cpus / actors * 10_000) / 10_000)
 
 
@@ -255,7 +229,7 @@ class Sizes:
 
 
 def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_row: int = 1) -> Sizes:
-    """Batches of at most BATCH_BYTES, enough of them at once that a replica never runs dry at the end of one.
+    """Plan batches of at most BATCH_BYTES, enough at once that a replica never runs dry at the end of one.
 
     Many units, so that every actor has work early and late; larger ones when there would be too many. Of several
     replicas none takes more than half of its share ahead: the first to be ready would leave the others nothing.
@@ -271,107 +245,5 @@ def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_
 
 
 def _power_of_two(number: int) -> int:
-    """The largest one up to `number`, so that units fit into the row groups of the manifest."""
+    """Return the largest one up to `number`, so that units fit into the row groups of the manifest."""
     return 1 << max(0, number.bit_length() - 1)
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS or of a submitted job, else start one on this machine and end it afterwards."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # For the local cluster's processes: see generate.load_engine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Or each pool's start prints an error about arguments that are far too small to be evicted (ray#53727).
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-
-    if ray.is_initialized():  # by a program that calls us
-        yield
-        return
-    with _own_sigterm_handler():
-        if address := os.environ.get("RAY_ADDRESS"):
-            _check_address(address)
-            ray.init(address="auto", logging_level=logging.WARNING)
-        else:
-            ray.init(**_LOCAL)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _own_sigterm_handler() -> Iterator[None]:
-    """Ray puts a handler of its own in place, which prints a stack and ends the process with code 15."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _check_address(address: str) -> None:
-    """Ray itself tries an address that does not answer for minutes. Raises ResourceError."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ResourceError(
-            f"RAY_ADDRESS={address} does not answer ({error}); unset it to run on this machine, or start that cluster"
-        ) from error
-
-
-@contextmanager
-def ray_errors_named() -> Iterator[None]:
-    """Raise what an actor raised: StoreFault as such, anything else as StageFailed with its message."""
-    import ray
-
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        if fault := cause_of(error, StoreFault):
-            raise fault from error
-        raise StageFailed(last_line(error)) from error
-
-
-Cause = TypeVar("Cause", bound=Exception)
-
-
-def cause_of(error: BaseException | None, kind: type[Cause]) -> Cause | None:
-    """The exception of this kind that an actor raised, below the wrappers that Ray puts around it."""
-    while error is not None and not isinstance(error, kind):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
-
-
-def last_line(error: Exception) -> str:
-    """Of a remote trace: the exception's type and message."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Died|Unavailable)\b", line)]
-    # Ray's own wrapper comes last and says nothing.
-    told = [line for line in named if not re.match(r"ray\.exceptions\.(UserCodeException|RayTaskError)", line)]
-    return (told or named or lines)[-1]
-
-
-def configure_ray_data() -> None:
-    """For the datasets that this process runs."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts rows
-    context.target_max_block_size = BATCH_BYTES
-    # A pool that may grow does as soon as its actors have work for more than themselves: they always have one call in
-    # hand more than they can run.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.01
-    # Half an hour without a block fails a run by default: less than a large model may need to load.
-    context.execution_no_progress_timeout_s = 4 * 3600
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # What an actor raises is told once, by us, and not with a request to open an issue at Ray's.
-    for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off

@@ -53,7 +53,7 @@ NO_ENCODERS = EncoderPool("cpu", 0, 0, 0, 0)
 
 
 def plan_encoders(config: ImageOptions, *, cpus: float, gpus: float, device: str) -> EncoderPool:
-    """A GPU of their own if there are several, so that no captioner shares its memory; else CPUs."""
+    """Plan GPUs of their own if there are several, so that no captioner shares its memory; else CPUs."""
     if not config.needs_encoder:
         return NO_ENCODERS
     if device != "cpu" and gpus >= 2:
@@ -69,7 +69,7 @@ def plan_encoders(config: ImageOptions, *, cpus: float, gpus: float, device: str
 
 
 def describe_encoder(config: ImageOptions) -> dict[str, str | None]:
-    """What identifies the encoder of a run, nothing if it has none. Raises ValueError if it cannot be used."""
+    """Return what identifies the encoder of a run, nothing if it has none. Raises ValueError if it cannot be used."""
     if not config.needs_encoder:
         return {}
     if missing := [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]:

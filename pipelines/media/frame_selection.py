@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from ovis_model.inputs.keyframes import select_frames
 from pipelines.config import ImageOptions
-from pipelines.media.video import Frame, Sampling, Window
-from pipelines.media.video_process import Video, VideoDecoder
+from pipelines.media.reference import Video, Window
+from pipelines.media.video import Frame, Sampling
+from pipelines.media.video_process import VideoDecoder
 
-RECENT_BYTES = 256 << 20  # of frames and embeddings that further questions about the same videos may need
 _THUMBNAIL_PX, _POOL = 32, 4
 
 T = TypeVar("T")
 
 
 class Encoder(Protocol):
-    """Compares frames, and frames with text."""
+    """A model that compares frames, and frames with text."""
 
     size: tuple[int, int]
     """(width_px, height_px) of the pictures that it takes."""
@@ -60,25 +60,30 @@ class _Candidates(NamedTuple):
 class FrameSelector:
     """For one thread. Rows that ask about the same video share what was decoded and embedded for it."""
 
-    def __init__(self, config: ImageOptions, encoder: Encoder | None = None) -> None:
-        """`encoder` is needed unless frames are spread evenly."""
+    def __init__(
+        self, config: ImageOptions, encoder: Encoder | None = None, *, max_recent_bytes: int = 256 << 20
+    ) -> None:
+        """`encoder` is needed unless frames are spread evenly.
+
+        `max_recent_bytes` of frames and embeddings are kept for further questions about the same videos.
+        """
         self._config, self._encoder = config, encoder or PixelEncoder()
         self._decoder = VideoDecoder()
-        self._recent = _Recent(RECENT_BYTES)
+        self._recent = _Recent(max_recent_bytes)
 
     def select(self, video: Video, window: Window, question: str) -> list[Frame]:
-        """At most `num_frames`, in the order of time. Raises MediaError, OSError."""
+        """Return at most `num_frames`, in the order of time. Raises MediaError, OSError."""
         place = (*video[:3], hashlib.blake2b(video.data).digest() if video.data else b"", window)
         if self._config.frame_selection == "uniform":
             sampling = Sampling(self._config.num_frames, self._config.fps)
-            return self._recent.get((place, "uniform"), lambda: self._decoder.sample(video, sampling, window))
+            return self._recent.get((place, "uniform"), lambda: self._decoder.sample_frames(video, sampling, window))
         candidates = self._recent.get((place, "candidates"), lambda: self._candidates(video, window))
         times_s = [candidates.timestamps_s[i] for i in self._choose(candidates, question).tolist()]
-        return self._recent.get((place, *times_s), lambda: self._decoder.at(video, times_s))
+        return self._recent.get((place, *times_s), lambda: self._decoder.frames_at(video, times_s))
 
     def _candidates(self, video: Video, window: Window) -> _Candidates:
         sampling = Sampling(self._config.num_candidates, self._config.fps)
-        frames = self._decoder.sample(video, sampling, window, self._encoder.size)
+        frames = self._decoder.sample_frames(video, sampling, window, self._encoder.size)
         pictures = np.stack([frame.pixels for frame in frames])
         return _Candidates([frame.timestamp_s for frame in frames], self._encoder.frames(pictures))
 

@@ -17,8 +17,6 @@ from pipelines.errors import MediaError
 
 MAX_PIXELS = 178_956_970  # 0.7 GB in memory; twice Pillow's MAX_IMAGE_PIXELS, where it refuses too
 
-MAX_ANIMATION_PIXELS = MAX_PIXELS // 8  # of a WebP
-
 # Formats of pictures that Pillow decodes by itself: it hands EPS to Ghostscript, a program to run. The first
 # five come loaded, the next imports all plugins, once. The last two have no signature and take what is left.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "DIB", "TGA")
@@ -50,14 +48,14 @@ _WARNINGS_LOCK = threading.Lock()
 T = TypeVar("T")
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """The RGB picture in `data`, upright; of an animation the first frame.
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the RGB picture in `data`, upright; of an animation the first frame.
 
     EXIF orientation is applied, an unreadable EXIF block ignored. Alpha is dropped and the colour under it
     kept, as in the original. Of 16 bits the upper 8 are kept, as Pillow does for colour; float pixels count
     from 0 (black) to 1 (white). Threads of one process take turns.
 
-    Raises MediaError for everything else: data that is damaged or no picture, more than `MAX_PIXELS` (before
+    Raises MediaError for everything else: data that is damaged or no picture, more than `max_pixels` (before
     decoding), integers beyond 16 bits, floats beyond [0, 1].
     """
     if not data:
@@ -65,14 +63,16 @@ def decode_image(data: bytes) -> Image.Image:
     # Warnings are filtered for the whole process, hence the lock; a doubtful file is no news to a log.
     with _WARNINGS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _attempt(lambda: _decode(data), data)
+        return _attempt(lambda: _decode_upright(data, max_pixels), data)
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode_upright(data: bytes, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    _check_size(*image.size, MAX_PIXELS)
+    if min(image.size) < 1:
+        raise MediaError(f"empty image: {image.width} x {image.height} px")
+    check_num_pixels(*image.size, max_pixels)
     if image.format == "WEBP" and getattr(image, "is_animated", False):
-        _check_size(*image.size, MAX_ANIMATION_PIXELS)  # its decoder holds the canvas several times
+        check_num_pixels(*image.size, max_pixels // 8)  # its decoder holds the canvas several times
     image.load()
     turn = _turn(image, data)
     picture = _as_rgb(image)
@@ -116,9 +116,8 @@ def _unknown(data: bytes) -> str:
     return f"not an image in a supported format: the data starts with {data[:16]!r}"
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise MediaError(f"empty image: {width} x {height} px")
+def check_num_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise MediaError if a picture of this size is too large."""
     if width * height > max_pixels:
         raise MediaError(f"too large: {width:,} x {height:,} px are over the limit of {max_pixels:,} pixels")
 
@@ -151,7 +150,7 @@ def _within(pixels: NDArray[Any], low: int, high: int) -> NDArray[Any]:
 
 
 def _turn(image: Image.Image, data: bytes) -> Image.Transpose | None:
-    """What EXIF asks for. After load(): a PNG may hold its EXIF behind the pixels, a TIFF turns itself."""
+    """Return the turn that EXIF asks for, once loaded: a PNG may hold EXIF after its pixels, a TIFF turns itself."""
     try:
         return _attempt(lambda: _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)), data)
     except MediaError:

@@ -3,34 +3,239 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
-Kind = Literal["file", "tar", "tgz", "parquet", "arrow"]
+from pipelines.errors import MediaError
+from pipelines.media.readers import Readers, check_length, read_file
+from pipelines.storage import store
+
+_VIDEO_FORMATS = "3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in _VIDEO_FORMATS.split())
+
+Struct = dict[str, Any]
+"""One item of the manifest's column `images`."""
 
 
-class ImageRef(NamedTuple):
-    """Where the bytes of an image are.
+class Window(NamedTuple):
+    """Part of a video, in seconds from its start: `start_s` up to `stop_s`."""
 
-    kind      fields that count
-    file      uri; num_bytes as listed, -1 if nobody asked
-    tar       uri, offset, num_bytes, member (its name)
-    tgz       the same, offset in the unpacked stream
-    parquet   uri, row (of the file), member (the column); stands for all images of that cell, maybe none
-    arrow     the same, row of the batch that is the message at offset, of num_bytes
-    """
-
-    kind: Kind
-    uri: str
-    offset: int = -1
-    num_bytes: int = -1
-    member: str = ""
-    row: int = -1
-    start_s: float = 0.0  # of a video: the part of it, in seconds from its start
+    start_s: float = 0.0
     stop_s: float = math.inf
 
 
+class Video(NamedTuple):
+    """Where a video is: a file, or `num_bytes` from `offset` of it, or `data` itself."""
+
+    uri: str
+    offset: int = -1
+    num_bytes: int = -1
+    data: bytes = b""
+
+
+class ByteRange(NamedTuple):
+    """Part of a file, in bytes."""
+
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What references have in common; the defaults are those of a cell. `window` counts for videos."""
+
+    uri: str
+    window: Window = field(default=Window(), kw_only=True)
+
+    @property
+    def listed_bytes(self) -> int:
+        """How many bytes were listed for it, -1: unknown."""
+        return -1
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether reading it goes through what lies before it, so that one thread reads all such references."""
+        return True
+
+    @property
+    def is_video(self) -> bool:
+        """Whether its name is a video's. Media without a name are recognized by content when they are read."""
+        return False
+
+    @property
+    def location(self) -> tuple[str, int]:
+        """The file, and the byte in it where the reference leads, -1 for all of the file."""
+        return self.uri, -1
+
+    def can_read(self) -> bool:
+        """Return whether its store hands out a byte of it now."""
+        return store.can_read(self.uri, 0)
+
+    def _struct(self, kind: str, *, offset: int = -1, num_bytes: int = -1, member: str = "", row: int = -1) -> Struct:
+        start_s, stop_s = self.window
+        place = {"kind": kind, "uri": self.uri, "offset": offset, "num_bytes": num_bytes, "member": member, "row": row}
+        return {**place, "start_s": start_s, "stop_s": stop_s}
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef(_Reference):
+    """A whole file. `num_bytes` as listed, -1: unknown."""
+
+    num_bytes: int = -1
+
+    @property
+    def listed_bytes(self) -> int:
+        return self.num_bytes
+
+    @property
+    def is_in_order(self) -> bool:
+        return False
+
+    @property
+    def is_video(self) -> bool:
+        return _is_video(store.name_of(self.uri))
+
+    def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
+        """Return the bytes of the one image. Raises LongerThanAllowed and other OSErrors."""
+        return [read_file(self.uri, max_bytes)]
+
+    def to_struct(self) -> Struct:
+        return self._struct("file", num_bytes=self.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class TarRef(_Reference):
+    """`num_bytes` from `offset` of a tar, of a tar.gz in its unpacked form; `member` is the name there."""
+
+    offset: int
+    num_bytes: int
+    member: str
+    is_gzip: bool = False
+
+    @property
+    def listed_bytes(self) -> int:
+        return self.num_bytes
+
+    @property
+    def is_in_order(self) -> bool:
+        return self.is_gzip
+
+    @property
+    def is_video(self) -> bool:
+        return _is_video(self.member)
+
+    @property
+    def location(self) -> tuple[str, int]:
+        return self.uri, self.offset
+
+    def can_read(self) -> bool:
+        return store.can_read(self.uri, 0 if self.is_gzip else self.offset)
+
+    def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
+        """Return the bytes of the one image. Raises OSError."""
+        if self.is_gzip:
+            data = readers.tar_gz.read(self.uri, self.offset, self.num_bytes, self.member)
+        else:
+            data = store.read_bytes(self.uri, self.offset, self.offset + self.num_bytes)
+        if len(data) != self.num_bytes:
+            raise OSError(
+                f"{store.shown(self.uri)} ends within {self.member} ({len(data):,} of {self.num_bytes:,} bytes): "
+                "it is truncated or has changed since it was listed"
+            )
+        return [data]
+
+    def to_struct(self) -> Struct:
+        kind = "tgz" if self.is_gzip else "tar"
+        return self._struct(kind, offset=self.offset, num_bytes=self.num_bytes, member=self.member)
+
+
+@dataclass(frozen=True, slots=True)
+class CellRef(_Reference):
+    """All images of one cell, perhaps none. `row` of a Parquet file, or of the Arrow batch that is at `batch`."""
+
+    column: str
+    row: int
+    batch: ByteRange | None = None
+
+    @property
+    def location(self) -> tuple[str, int]:
+        return self.uri, self.batch.offset if self.batch else -1
+
+    def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
+        """Return the images of a cell of bytes, of a struct of bytes or path, or of a list of either.
+
+        Raises LongerThanAllowed and other OSErrors.
+        """
+        cell = self._read_cell(readers)
+        if not isinstance(cell, list):
+            image = self._image_in(cell, max_bytes)
+            return [] if image is None else [image]
+        images = [self._image_in(value, max_bytes) for value in cell]
+        if None in images:
+            place = f"row {self.row} of {store.shown(self.uri)}"
+            raise OSError(f"image {images.index(None) + 1} of {len(cell)} in {place} is null")
+        return [image for image in images if image is not None]
+
+    def _read_cell(self, readers: Readers) -> Any:
+        if self.batch is None:
+            return readers.parquet.read(self.uri, self.column, self.row)
+        return readers.arrow.read(self.uri, self.batch.offset, self.column, self.row)
+
+    def _image_in(self, value: Any, max_bytes: int) -> bytes | None:
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and value.get("path"):
+            return read_file(resolve(value["path"], self.uri), max_bytes)
+        return None if data is None else check_length(data, max_bytes)
+
+    def to_struct(self) -> Struct:
+        if self.batch is None:
+            return self._struct("parquet", member=self.column, row=self.row)
+        offset, num_bytes = self.batch
+        return self._struct("arrow", offset=offset, num_bytes=num_bytes, member=self.column, row=self.row)
+
+
+ImageRef = FileRef | TarRef | CellRef
+
+
+def read_reference(struct: Mapping[str, Any]) -> ImageRef:
+    """Return the reference that `to_struct` made `struct` of. Raises ValueError for a kind that is not supported."""
+    uri, offset, num_bytes, member = (struct[name] for name in ("uri", "offset", "num_bytes", "member"))
+    window = Window(struct["start_s"], struct["stop_s"])
+    match struct["kind"]:
+        case "file":
+            return FileRef(uri, num_bytes, window=window)
+        case "tar" | "tgz" as kind:
+            return TarRef(uri, offset, num_bytes, member, kind == "tgz", window=window)
+        case "parquet":
+            return CellRef(uri, member, struct["row"], window=window)
+        case "arrow":
+            return CellRef(uri, member, struct["row"], ByteRange(offset, num_bytes), window=window)
+        case kind:
+            raise ValueError(f"references of kind {kind!r} are not supported; was OUTPUT begun by a newer version?")
+
+
+def is_in_place(images: Sequence[ImageRef]) -> bool:
+    """Return whether the row is one video that need not be fetched: it is a file, or a part of one."""
+    return len(images) == 1 and images[0].is_video and not images[0].is_in_order
+
+
+def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[Video, Window]:
+    """Return the row's video, in place or fetched as `encoded`, and the part of it to sample. Raises MediaError."""
+    if len(images) > 1 or len(encoded) > 1:
+        raise MediaError("a row holds one video and nothing beside it; make rows of their own of the others")
+    if encoded:
+        return Video(images[0].uri, data=encoded[0]), images[0].window
+    return Video(*images[0].location, images[0].listed_bytes), images[0].window
+
+
 def resolve(path: str, of_file: str) -> str:
-    """`path` as given in `of_file`: a URI or absolute, else relative to that file."""
+    """Return `path` as given in `of_file`: unchanged if it is a URI or absolute, else relative to that file."""
     if "://" in path or path.startswith("/"):
         return path
     return f"{of_file.rpartition('/')[0]}/{path}"
+
+
+def _is_video(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES

@@ -1,6 +1,6 @@
 """A file of video to a few of its frames: only those are decoded to pixels, and what lies between is skipped.
 
-Knows nothing of rows, processes and limits: `decoder` runs this in a process that can be killed.
+Knows nothing of rows, processes and limits: `video_process` runs this in a process that can be killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ovis_model.inputs.keyframes import uniform_indices
 from pipelines.errors import MediaError
-from pipelines.media.images import MAX_PIXELS
+from pipelines.media.images import check_num_pixels
+from pipelines.media.reference import Window
 
 # Demuxers that read one file: playlists (hls, dash, concat) would open others, by name or over the network.
 _FORMATS = (
@@ -44,13 +45,6 @@ _SIGNATURES = re.compile(
 Pixels = NDArray[np.uint8]
 
 
-class Window(NamedTuple):
-    """Part of a video, in seconds from its start: `start_s` up to `stop_s`."""
-
-    start_s: float = 0.0
-    stop_s: float = math.inf
-
-
 @dataclass(frozen=True)
 class Sampling:
     """Frames spread evenly: at most `num_frames`, and at most `fps` of them a second."""
@@ -69,7 +63,7 @@ class Frame(NamedTuple):
 def sample_frames(
     file: BinaryIO, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
 ) -> list[Frame]:
-    """The frames that `sampling` asks for, in the order of time, resized to (width_px, height_px) if given.
+    """Return the frames that `sampling` asks for, in the order of time, resized to (width_px, height_px) if given.
 
     Frame numbers are the model card's: of T = int(fps * duration) frames the middle of each of `num_frames` equal
     parts, all of them if there are no more. fps and duration are what ffmpeg prints, as the card's code has them.
@@ -80,18 +74,18 @@ def sample_frames(
 
 
 def frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
-    """The frames shown at these ascending times, in full size. Raises MediaError."""
+    """Return the frames shown at these ascending times, in full size. Raises MediaError."""
     with _Video(file) as video:
         return list(video.frames_at(times_s, None))
 
 
 def looks_like_video(data: bytes) -> bool:
-    """By its first bytes: the kinds of file that `image` decoders do not read."""
+    """Return whether the first bytes are those of a video that `decode_image` does not read."""
     return _SIGNATURES.match(data) is not None
 
 
 def duration_s(file: BinaryIO) -> float:
-    """As its header has it, or else by its packets. Raises MediaError."""
+    """Return the duration that the header states, or else that of the packets. Raises MediaError."""
     with _Video(file) as video:
         return video.duration_s
 
@@ -126,7 +120,7 @@ class _Video:
         self._container.close()
 
     def frames_at(self, times_s: Sequence[float], size: tuple[int, int] | None) -> Iterator[Frame]:
-        """A frame for each of these ascending times: the last one that has begun then, as a player would show it."""
+        """Yield a frame for each of these ascending times: the last one begun by then, as a player would show it."""
         for time_s in times_s:
             shown = self._shown_at(time_s)
             if self._time_s(shown) < self._wanted_from_s:
@@ -138,7 +132,7 @@ class _Video:
             yield Frame(_pixels(shown, size), max(0.0, self._time_s(shown)))
 
     def _start_over(self) -> None:
-        """Not by a seek, which some formats cannot do to their very start."""
+        """Open the file again: some formats cannot seek to their very start."""
         self._container = _open(self._file)
         try:
             self._stream = _video_stream(self._container)
@@ -147,7 +141,7 @@ class _Video:
             raise
         self._stream.codec_context.thread_type = "NONE"  # other cores have other videos; threads cost a quarter more
         self._start_s = (self._container.start_time or 0) / av.time_base
-        self._frames = self._decoded()
+        self._frames = self._decode_frames()
         self._shown: VideoFrame | None = None  # the last one passed
         self._next: VideoFrame | None = None  # decoded, and later than what was asked for
 
@@ -167,7 +161,7 @@ class _Video:
         return self._shown
 
     def _last(self, time_s: float) -> VideoFrame:
-        """Where there are no more frames. Raises MediaError if more are missing than headers lie by."""
+        """Return the last frame. Raises MediaError if more are missing than headers are usually wrong by."""
         if self._shown is None:
             raise MediaError("no frame of the video can be decoded")
         end_s, stated_s = self._time_s(self._shown) + 1 / self.fps, self._stated_end_s()
@@ -179,7 +173,7 @@ class _Video:
         return self._shown
 
     def _stated_end_s(self) -> float:
-        """Of the pictures: the sound may go on behind the last one."""
+        """Return the stated end of the pictures: the sound may go on after the last one."""
         if self._stream.duration is not None:
             return float(self._stream.duration * (self._stream.time_base or 0))
         if match := re.match(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):  # Matroska
@@ -197,7 +191,7 @@ class _Video:
             self._may_seek &= self._shown is not None and self._time_s(self._shown) > here_s
 
     def _key_frame_before(self, time_s: float) -> float | None:
-        """None if the file has no index that reaches so far. Entries are decoding times, a little early."""
+        """Return None if the file has no index that reaches so far. Entries are decoding times, a little early."""
         index, base = self._stream.index_entries, self._stream.time_base
         if base is None or self._container.format.name not in _INDEXED or len(index) < 2:
             return None
@@ -208,7 +202,7 @@ class _Video:
         return None if entry < 0 else float(index[entry].timestamp * base) - self._start_s
 
     def _seek(self, time_s: float) -> None:
-        """To a key frame at or before `time_s`, however the file is indexed."""
+        """Seek to a key frame at or before `time_s`, however the file is indexed."""
         for back_s in (0, 1, 10, 100):
             if time_s <= back_s:
                 break
@@ -216,15 +210,15 @@ class _Video:
                 self._container.seek(round((time_s - back_s + self._start_s) * av.time_base))
             except av.FFmpegError:
                 break
-            self._frames, self._next = self._decoded(), None
+            self._frames, self._next = self._decode_frames(), None
             self._shown = next(self._frames, None)
             if self._shown is not None and self._time_s(self._shown) <= time_s + _SLACK_S:
                 return
         self._container.close()
         self._start_over()
 
-    def _decoded(self) -> Iterator[VideoFrame]:
-        """Frames in the order of time. As in ffmpeg, a packet that cannot be decoded is left out.
+    def _decode_frames(self) -> Iterator[VideoFrame]:
+        """Yield frames in the order of time. As in ffmpeg, a packet that cannot be decoded is left out.
 
         Before `_wanted_from_s` those that no other frame refers to are skipped.
         """
@@ -244,18 +238,18 @@ class _Video:
                     yield frame
 
     def _time_s(self, timed: Any) -> float:
-        """Of a frame or a packet, from the start of the video."""
+        """Return the time of a frame or a packet, from the start of the video."""
         return float((timed.pts or 0) * (timed.time_base or 0)) - self._start_s
 
     def _duration_s(self) -> float:
-        """In hundredths, as ffmpeg prints it."""
+        """Return the duration in hundredths, as ffmpeg prints it."""
         microseconds = self._container.duration or 0
         if microseconds <= 0:
             microseconds = self._measured()
         return (microseconds + 5000) // 10_000 / 100
 
     def _measured(self) -> int:
-        """Microseconds up to the end of the last packet; nothing is decoded."""
+        """Return the microseconds up to the end of the last packet; nothing is decoded."""
         end_s, count = 0.0, 0
         for packet in _packets(self._container, self._stream):
             count += packet.size > 0
@@ -280,7 +274,7 @@ def _open(file: BinaryIO) -> InputContainer:
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
-    """Raises MediaError. The cover of a song is a video stream of one picture: not ours."""
+    """Return the first stream of video that is not the cover of a song. Raises MediaError."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -295,12 +289,11 @@ def _video_stream(container: InputContainer) -> VideoStream:
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise MediaError(f"the video says that it is {width} x {height} px: its header is damaged")
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"too large: {width:,} x {height:,} px are over the limit of {MAX_PIXELS:,} pixels")
+    check_num_pixels(width, height)
 
 
 def _stated_fps(stream: VideoStream) -> float:
-    """Frames a second as ffmpeg prints them, two decimals, and moviepy reads them: 29.97 is 30000 / 1001."""
+    """Return frames per second as ffmpeg prints them, two decimals, and moviepy reads them: 29.97 is 30000 / 1001."""
     rate = float(stream.average_rate or stream.guessed_rate or stream.base_rate or 0)
     stated = round(rate, 2)
     if stated <= 0:
@@ -312,7 +305,7 @@ def _stated_fps(stream: VideoStream) -> float:
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
-    """Up to the end of the file or to where it cannot be read on."""
+    """Yield packets up to the end of the file or to where it cannot be read further."""
     packets = container.demux(stream)
     while True:
         try:
@@ -325,7 +318,7 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
 
 
 def _number(frame: VideoFrame, stream: VideoStream, previous: float) -> None:
-    """Gives a frame of a bare stream, which has no times, its own."""
+    """Give a frame of a bare stream, which has no times, its own."""
     step = 1 / _stated_fps(stream) / float(stream.time_base or 1)
     frame.time_base = stream.time_base
     frame.pts = 0 if previous == -math.inf else round(previous + step)

@@ -20,13 +20,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media import video
-from pipelines.media.video import Frame, Pixels, Sampling, Window
+from pipelines.media.reference import Video, Window
+from pipelines.media.video import Frame, Pixels, Sampling
 from pipelines.storage import store
 
 TIMEOUT_S = 600.0
@@ -35,15 +36,6 @@ _LENGTH = struct.Struct("!Q")
 _BLOCK_BYTES = 1 << 20
 
 Json = dict[str, Any]
-
-
-class Video(NamedTuple):
-    """Where a video is: a file, or `num_bytes` from `offset` of it, or `data` itself."""
-
-    uri: str
-    offset: int = -1
-    num_bytes: int = -1
-    data: bytes = b""
 
 
 class VideoDecoder:
@@ -58,14 +50,14 @@ class VideoDecoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def sample(
+    def sample_frames(
         self, place: Video, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
     ) -> list[Frame]:
         """See `video.sample_frames`."""
         window = window or Window()
         return self._frames("sample", place, sampling=asdict(sampling), window=list(window), size=size)
 
-    def at(self, place: Video, times_s: Sequence[float]) -> list[Frame]:
+    def frames_at(self, place: Video, times_s: Sequence[float]) -> list[Frame]:
         """See `video.frames_at`."""
         return self._frames("at", place, times_s=list(times_s))
 

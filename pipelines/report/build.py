@@ -140,7 +140,7 @@ def _answers(files: list[File], columns: Columns) -> Iterator[Answers]:
 def _rows(output: str, picked: list[Picked], columns: Columns, limit_s: float) -> list[Json]:
     """As JSON, each with its media; all together within the limits of a page."""
     most_bytes = _MOST_PICTURE_BYTES // max(1, len(picked))
-    pictures = pictures_of(output, picked, most_bytes=most_bytes, limit_s=limit_s)
+    pictures = pictures_of(output, picked, max_bytes=most_bytes, limit_s=limit_s)
     most_bytes = _MOST_ROW_BYTES // max(1, len(picked))
     rows = []
     with Progress("rows with their media", len(picked)) as progress:

@@ -6,7 +6,8 @@ import base64
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -17,72 +18,60 @@ from pipelines.cluster.attempts import GIVEN_UP
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, Pending
 from pipelines.media.images import decode_image
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import ImageRef, is_in_place, locate_video, read_reference
 from pipelines.media.video import Frame, Sampling, looks_like_video
 from pipelines.media.video_process import VideoDecoder
 from pipelines.output.manifest import take_rows
 from pipelines.report.sample import Picked
-from pipelines.sources.videos import is_in_place, video_of
 from pipelines.storage import store
 
 Json = dict[str, Any]
 
-MOST_IMAGES = 16  # of a row, further ones are counted
+MAX_IMAGES = 16  # of a row, further ones are counted
 _SINGLE_PX, _STRIP_PX = 320, 192  # the longer side
 _QUALITY = 75  # of WebP
-_SMALLEST_PX = 24
+_MIN_PX = 24
 _VIDEO_TIMEOUT_S = 60.0
 _FRAMES_OF_A_FAILED_VIDEO = 4
 
 Shown = tuple[Picked, Json]
 
 
-def pictures_of(output: str, rows: Sequence[Picked], *, most_bytes: int, limit_s: float) -> Iterator[Shown]:
+def pictures_of(output: str, rows: Sequence[Picked], *, max_bytes: int, limit_s: float) -> Iterator[Shown]:
     """Rows by row number, each with its media: {"images": [...], "more": how many others} or {"missing": why}.
 
     An image is {"src": data URI, "width": px, "height": px} and, of a video, "time_s". All of a row take at most
-    `most_bytes` as text. Nothing raises: what cannot be read, or not within `limit_s` in all, is missing.
+    `max_bytes` as text. Nothing raises: what cannot be read, or not within `limit_s` in all, is missing.
     """
-    references = _references(output, rows)
-    reader = _Reader(most_bytes, time.monotonic() + limit_s, limit_s)
-    try:
-        yield from reader.read(rows, references)
-    finally:
-        reader.close()
-
-
-def _references(output: str, rows: Sequence[Picked]) -> list[list[ImageRef]] | str:
-    """Of each row, or why they are not known."""
     if not rows:
-        return []
+        return
     try:
         found = take_rows(output, np.array([picked.row for picked in rows]), ["images"])
     except (OSError, StoreFault, pa.ArrowException, IndexError) as error:
-        return f"the manifest cannot be read: {error}"
-    return [[ImageRef(**image) for image in images] for images in found.column("images").to_pylist()]
+        yield from ((picked, {"missing": f"the manifest cannot be read: {error}"}) for picked in rows)
+        return
+    references = (list(map(read_reference, images)) for images in found.column("images").to_pylist())
+    with closing(_Reader(max_bytes, time.monotonic() + limit_s, limit_s)) as reader:
+        yield from reader.read(zip(rows, references, strict=True))
 
 
 class _Reader:
-    def __init__(self, most_bytes: int, deadline_s: float, limit_s: float) -> None:
-        self._most_bytes, self._deadline_s, self._limit_s = most_bytes, deadline_s, limit_s
+    def __init__(self, max_bytes: int, deadline_s: float, limit_s: float) -> None:
+        self._max_bytes, self._deadline_s, self._limit_s = max_bytes, deadline_s, limit_s
         self._fetcher, self._decoder = Fetcher(), VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)
         self._down: set[str] = set()  # stores that failed
 
     def close(self) -> None:
         self._decoder.close()
 
-    def read(self, rows: Sequence[Picked], references: list[list[ImageRef]] | str) -> Iterator[Shown]:
-        if isinstance(references, str):
-            yield from ((picked, {"missing": references}) for picked in rows)
-            return
-        pairs = zip(rows, references, strict=True)
-        wanted = (((picked, images), self._to_fetch(picked, images)) for picked, images in pairs)
+    def read(self, rows: Iterable[tuple[Picked, list[ImageRef]]]) -> Iterator[Shown]:
+        wanted = (((picked, images), self._to_fetch(picked, images)) for picked, images in rows)
         for (picked, images), pending in self._fetcher.ahead(wanted):
             yield picked, self._media(picked, images, pending)
 
     def _to_fetch(self, picked: Picked, images: list[ImageRef]) -> list[ImageRef]:
         is_needed = not self._why_not(picked, images) and not is_in_place(images)
-        return images[:MOST_IMAGES] if is_needed else []
+        return images[:MAX_IMAGES] if is_needed else []
 
     def _why_not(self, picked: Picked, images: list[ImageRef]) -> str:
         if not images:
@@ -111,41 +100,41 @@ class _Reader:
         if is_in_place(images) or any(map(looks_like_video, encoded)):
             frames = self._frames(picked, images, encoded)
             pictures = [Image.fromarray(frame.pixels) for frame in frames]
-            media = thumbnails(pictures, self._most_bytes)
+            media = thumbnails(pictures, self._max_bytes)
             for image, frame in zip(media["images"], frames, strict=False):
                 image["time_s"] = round(frame.timestamp_s, 3)
             return media
         if not encoded:
             return {"missing": "this row has no image"}
         num_images = max(len(encoded), len(images))
-        return thumbnails([decode_image(data) for data in encoded[:MOST_IMAGES]], self._most_bytes, num_images)
+        return thumbnails([decode_image(data) for data in encoded[:MAX_IMAGES]], self._max_bytes, num_images)
 
     def _frames(self, picked: Picked, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
         """Those that the model was shown; of a video that failed before, some."""
-        video, window = video_of(images, encoded)
+        video, window = locate_video(images, encoded)
         times_s = picked.values["frame_timestamps_s"]
         if times_s:
-            return self._decoder.at(video, times_s[:MOST_IMAGES])
-        return self._decoder.sample(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO), window)
+            return self._decoder.frames_at(video, times_s[:MAX_IMAGES])
+        return self._decoder.sample_frames(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO), window)
 
 
-def thumbnails(pictures: Sequence[Image.Image], most_bytes: int, num_images: int = 0) -> Json:
-    """RGB pictures as data URIs of at most `most_bytes` characters in all; those that do not fit are counted."""
-    shown = pictures[:MOST_IMAGES]
+def thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0) -> Json:
+    """RGB pictures as data URIs of at most `max_bytes` characters in all; those that do not fit are counted."""
+    shown = pictures[:MAX_IMAGES]
     side_px = _SINGLE_PX if len(shown) == 1 else _STRIP_PX
-    sources = [source for picture in shown if (source := _thumbnail(picture, side_px, most_bytes // len(shown)))]
+    sources = [source for picture in shown if (source := _thumbnail(picture, side_px, max_bytes // len(shown)))]
     return {"images": sources, "more": max(num_images, len(pictures)) - len(sources)}
 
 
-def _thumbnail(picture: Image.Image, side_px: int, most_bytes: int) -> Json | None:
+def _thumbnail(picture: Image.Image, side_px: int, max_bytes: int) -> Json | None:
     """None if even the smallest is too large."""
     small = picture
-    while side_px >= _SMALLEST_PX:
+    while side_px >= _MIN_PX:
         small = _within(small, side_px)
         source = _data_uri(small)
-        if len(source) <= most_bytes:
+        if len(source) <= max_bytes:
             return {"src": source, "width": small.width, "height": small.height}
-        side_px = math.floor(max(small.size) * min(0.8, math.sqrt(most_bytes / len(source))))
+        side_px = math.floor(max(small.size) * min(0.8, math.sqrt(max_bytes / len(source))))
     return None
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.errors import SourceError
-from pipelines.media.reference import ImageRef
-from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns
+from pipelines.media.reference import ByteRange, CellRef
+from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns, source_errors
 from pipelines.sources.tables import Table
 from pipelines.storage import store
 from pipelines.storage.arrow_ipc import read_batch, read_schema
@@ -17,26 +16,21 @@ from pipelines.storage.store import FileInfo
 
 
 def list_arrow(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
-    """A file is mapped, so of it only what is needed is read. One in a store is read whole: streams have no index."""
-    try:
-        with store.map_file(info.uri) as file:
-            schema = read_schema(file)
-            table = Table.of(info.uri, schema, columns)
-            yield from _chunks(table, file, schema)
-    except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise SourceError(
-            f"cannot read {store.shown(info.uri)} as an Arrow stream: {str(error) or 'it is empty'}"
-        ) from error
+    """List the rows of a stream. A local file is mapped, one in a store is read whole: streams have no index."""
+    with source_errors(info.uri, " as an Arrow stream"), store.map_file(info.uri) as file:
+        schema = read_schema(file)
+        table = Table.of(info.uri, schema, columns)
+        yield from _chunks(table, file, schema)
 
 
 def _chunks(table: Table, file: Any, schema: pa.Schema) -> Iterator[Chunk]:
     at, begin = 0, file.tell()
     for message in _messages(file):
         end = file.tell()
-        batch = read_batch(message, schema, table.read)
+        batch, place = read_batch(message, schema, table.read), ByteRange(begin, end - begin)
         for first in range(0, len(batch), ROWS_PER_CHUNK):
             numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
-            cells = [ImageRef("arrow", table.uri, begin, end - begin, table.image or "", i) for i in numbers]
+            cells = [CellRef(table.uri, table.image or "", i, place) for i in numbers]
             yield table.chunk(batch.slice(first, len(numbers)), at + first, cells)
         at, begin = at + len(batch), end
 

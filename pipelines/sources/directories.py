@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 def kind_of(uri: str) -> str:
-    """Of a shard by its name, or "file"."""
+    """Return the kind of shard that the name says, or "file"."""
     name = store.name_of(uri).lower()
     return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "file")
 
 
 def files_in(uri: str) -> Iterable[FileInfo]:
-    """The files that INPUT stands for if it is a directory. Raises SourceError if that is not clear."""
+    """Return the files of an INPUT that is a directory. Raises SourceError if it is not clear which ones are meant."""
     if saved := _saved_dataset(uri):
         return saved
     infos = store.list_files(uri)
@@ -49,7 +49,7 @@ def files_in(uri: str) -> Iterable[FileInfo]:
 
 
 def _saved_dataset(uri: str) -> list[FileInfo]:
-    """The shards of `Dataset.save_to_disk`, of all splits of a `DatasetDict`; nothing if it is neither."""
+    """Return the shards of `Dataset.save_to_disk`, of all splits of a `DatasetDict`; none if it is neither."""
     splits = _json(uri, "dataset_dict.json").get("splits")
     if isinstance(splits, list):
         return [info for split in splits for info in _saved_dataset(store.join(uri, str(split)))]
@@ -60,7 +60,7 @@ def _saved_dataset(uri: str) -> list[FileInfo]:
 
 
 def _json(uri: str, name: str) -> dict[str, object]:
-    """What a marker file says, nothing if it is not there or something else's."""
+    """Return what a marker file says, nothing if it is missing or not ours."""
     marker = store.join(uri, name)
     if store.find_file(marker) is None:
         return {}
@@ -79,7 +79,7 @@ def _shard(uri: str) -> FileInfo:
 
 
 def _image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) -> list[FileInfo]:
-    """The `metadata.jsonl` of each directory that has one, in place of the images below it."""
+    """Return the `metadata.jsonl` of each directory that has one, in place of the images below it."""
     if unread := [info.uri for info in infos if info.uri.rpartition("/")[2] in _UNREAD_METADATA]:
         raise SourceError(f"{unread[0]} is not read; make it {_METADATA}, or give {uri}/** to caption the images alone")
     metadata = [info for info in infos if info.uri.rpartition("/")[2] == _METADATA]
@@ -92,7 +92,7 @@ def _image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) -> li
 
 
 def _shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
-    """Those of a directory without images. Raises SourceError if they are of several kinds."""
+    """Return those of a directory without images. Raises SourceError if they are of several kinds."""
     shards = [info for info in infos if kind_of(info.uri) != "file" and not info.uri.rpartition("/")[2].startswith(".")]
     kinds = sorted({kind_of(info.uri) for info in shards})
     if len(kinds) > 1:

@@ -81,7 +81,7 @@ class IdIndex:
         self._hashes.extend(_hashes(table))
 
     def settle(self, tables: Tables, on_duplicate: OnDuplicate, known: Known) -> Changes:
-        """The changes after which every id is there once and none is known. Raises SourceError."""
+        """Return the changes after which every id is unique and none is known. Raises SourceError."""
         hashes = _numbers(self._hashes)
         is_known, taken = self._compare(tables, known) if len(known) else (np.zeros(len(hashes), bool), set())
         suspicious = np.concatenate([_repeated(hashes), np.array([*map(_hash, taken)], np.uint64)])
@@ -94,7 +94,7 @@ class IdIndex:
         return changes
 
     def _compare(self, tables: Tables, known: Known) -> tuple[NDArray[np.bool_], set[str]]:
-        """Which rows the run has (bool[N]), and which of its ids stand for something else here."""
+        """Return which rows the run has (bool[N]), and which of its ids stand for something else here."""
         hashes, start = _numbers(self._hashes), 0
         masks: list[NDArray[np.bool_]] = []
         candidates: set[str] = set()
@@ -126,7 +126,7 @@ class IdIndex:
                 changes.replaced = self._with_suffixes(duplicates)
 
     def _with_suffixes(self, duplicates: dict[int, str]) -> dict[int, str]:
-        """`id~2`, `id~3` ... in the order of the rows, passing over ids that another row has."""
+        """Return `id~2`, `id~3` ... in the order of the rows, skipping ids that another row has."""
         taken, number = set(self._hashes), Counter[str]()
         replaced = {}
         for row, id_ in duplicates.items():
@@ -138,7 +138,7 @@ class IdIndex:
 
 
 def _duplicates(rows: NDArray[np.int64], ids: Iterable[str], taken: set[str]) -> dict[int, str]:
-    """The rows, of those given, whose id is taken or that of an earlier one."""
+    """Return the given rows whose id is taken or equals that of an earlier one."""
     seen, duplicates = set(taken), {}
     for row, id_ in zip(rows.tolist(), ids, strict=True):
         if id_ in seen:
@@ -148,7 +148,7 @@ def _duplicates(rows: NDArray[np.int64], ids: Iterable[str], taken: set[str]) ->
 
 
 def _ids_at(tables: Tables, rows: NDArray[np.int64]) -> Iterator[str]:
-    """The ids of these rows, which ascend."""
+    """Yield the ids of these rows, given in ascending order."""
     start = 0
     for table in tables() if len(rows) else ():
         here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))]
@@ -170,7 +170,7 @@ def _hashes(table: pa.Table) -> array[int]:
 
 
 def _row_hashes(table: pa.Table) -> array[int]:
-    """Of each row's id and where its images are; not of their sizes, which a file that was touched may change."""
+    """Hash each row's id and where its images are, but not their sizes, which may change with the file."""
     images = table.column("images").to_pylist()
     places = ([(i["kind"], i["uri"], i["offset"], i["member"], i["row"]) for i in each] for each in images)
     rows = zip(table.column("id").to_pylist(), table.column("uri").to_pylist(), places, strict=True)

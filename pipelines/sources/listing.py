@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 import pyarrow as pa
 
@@ -21,22 +22,20 @@ from pipelines.tasks.questionnaire import Questionnaire
 
 
 def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: Known | None = None) -> Listing:
-    """The rows of all inputs, without those that are `known`. To be closed.
+    """List the rows of all inputs, without those that are `known`; the caller closes the listing.
 
     Raises SourceError if there are none at all, if a column is unknown or, unless --on-duplicate-id says otherwise, if
     two share an id.
     """
     store.allow_private_addresses(options.allow_private_addresses)
-    listing = Listing(options.keep_columns)
-    try:
-        _list_into(listing, options, questionnaire)
-        listing.settle_ids(options.on_duplicate_id, known or Known())
-    except OSError as error:
-        listing.__exit__()
-        raise SourceError(f"cannot list {_shown(options)}: {error}") from error
-    except BaseException:
-        listing.__exit__()
-        raise
+    with ExitStack() as unless_listed:
+        listing = unless_listed.enter_context(Listing(options.keep_columns))
+        try:
+            _list_into(listing, options, questionnaire)
+            listing.settle_ids(options.on_duplicate_id, known or Known())
+        except OSError as error:
+            raise SourceError(f"cannot list {_shown(options)}: {error}") from error
+        unless_listed.pop_all()
     return listing
 
 
@@ -86,7 +85,7 @@ class Listing:
         self._file.close()
 
     def add(self, table: pa.Table, kept: pa.Table | None) -> None:
-        """Rows of schema MANIFEST without `row`, and their kept columns."""
+        """Add rows of schema MANIFEST without `row`, and their kept columns."""
         if kept is not None:
             table = self._with_kept(table, kept)
         sink = pa.BufferOutputStream()
@@ -109,7 +108,7 @@ class Listing:
         return pa.table([*table.columns, *kept.columns], [*table.column_names, *(f"kept {n}" for n in types.names)])
 
     def tables(self) -> Iterator[pa.Table]:
-        """Schema `schema.manifest(kept)` without `row`."""
+        """Yield tables of schema `schema.manifest(kept)` without `row`."""
         whole = schema.manifest(self.kept).remove(0)
         for table in self._changes.applied(self._stored()):
             columns = [table.column(name) for name in schema.MANIFEST.names[1:]]
@@ -118,13 +117,13 @@ class Listing:
             yield pa.table(columns, schema=whole)
 
     def check_kept(self) -> None:
-        """Raises SourceError if a kept column does not fit the type that it has over the whole input."""
+        """Raise SourceError if a kept column does not fit the type that it has over the whole input."""
         if len(self.kept):
             for table in self._stored():
                 self._kept_of(table)
 
     def settle_ids(self, on_duplicate: OnDuplicate, known: Known) -> None:
-        """So that every id is there once and none is known. Raises SourceError."""
+        """Make every id unique and leave out the rows that are known. Raises SourceError."""
         self._changes = self._ids.settle(self._stored, on_duplicate, known)
         self.num_rows -= len(self._changes.left_out)
 

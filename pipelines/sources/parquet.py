@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import SourceError
-from pipelines.media.reference import ImageRef
-from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns
+from pipelines.media.reference import CellRef
+from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns, source_errors
 from pipelines.sources.tables import Table
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
@@ -18,13 +17,10 @@ _HARMLESS_BYTES = 64 << 20  # that a column of a row group may unpack to from ne
 
 
 def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
-    """Reads the columns that are asked for; that of the images only if it holds URIs."""
-    try:
-        with store.open_file(info.uri) as file:
-            parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
-            yield from _chunks(info.uri, parquet, columns)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot read {store.shown(info.uri)} as Parquet: {error}") from error
+    """List the rows; the column of images is only read if it holds URIs."""
+    with source_errors(info.uri, " as Parquet"), store.open_file(info.uri) as file:
+        parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
+        yield from _chunks(info.uri, parquet, columns)
 
 
 def _chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chunk]:
@@ -34,12 +30,12 @@ def _chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chu
     for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.read, use_threads=False):
         batch.validate(full=True)  # text that is no UTF-8 would be found when the run is done
         numbers = range(at, at + len(batch))
-        yield table.chunk(batch, at, [ImageRef("parquet", uri, member=table.image or "", row=i) for i in numbers])
+        yield table.chunk(batch, at, [CellRef(uri, table.image or "", i) for i in numbers])
         at += len(batch)
 
 
 def _check_packing(uri: str, metadata: pq.FileMetaData, names: set[str | None]) -> None:
-    """Raises SourceError for a column that would unpack to far more than it is."""
+    """Raise SourceError for a column that would unpack to far more than its size."""
     for group in range(metadata.num_row_groups):
         for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
             packed, unpacked = column.total_compressed_size, column.total_uncompressed_size

@@ -11,7 +11,6 @@ from pipelines.config import SourceOptions
 from pipelines.errors import NoValue, SourceError
 from pipelines.sources.prompts import Template
 from pipelines.sources.rows import Chunk, Columns, Row
-from pipelines.sources.videos import is_video
 from pipelines.tasks.questionnaire import Questionnaire
 
 VIDEO_PROMPT = "Describe the video."  # instead of the default for images
@@ -48,7 +47,7 @@ class Asker:
         columns = {
             "id": [row.id for row in chunk.rows],
             "uri": [row.uri for row in chunk.rows],
-            "images": [[image._asdict() for image in row.images] for row in chunk.rows],
+            "images": [[image.to_struct() for image in row.images] for row in chunk.rows],
             "prompt": [self._questionnaire.layout.join_prompts(prompts) for prompts, _ in asked],
             "has_own_prompt": [self._has_own_prompt(row) for row in chunk.rows],
             "error": [error for _, error in asked],
@@ -59,7 +58,7 @@ class Asker:
         """The questions and why they cannot be asked, if so."""
         if row.prompt is not None and self._has_own_prompt(row):
             return [row.prompt], row.error
-        if any(map(is_video, row.images)) and self._questionnaire.has_default_prompt:
+        if any(image.is_video for image in row.images) and self._questionnaire.has_default_prompt:
             return [VIDEO_PROMPT], row.error
         if row.error or not has_columns:
             return [template.text for template in self._templates], row.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from pipelines.errors import SourceError
 from pipelines.media.reference import ImageRef
+from pipelines.storage import store
 
 ROWS_PER_CHUNK = 1 << 12
 MAX_DEPTH = 40  # of JSON; Arrow stores columns that are nested up to 64 deep
@@ -39,10 +41,25 @@ class Columns:
     keep: tuple[str, ...] = ()
     in_prompt: frozenset[str] = frozenset()
 
+    def row(
+        self, source: str, number: object, values: Mapping[str, Any], images: tuple[ImageRef, ...], *, what: str
+    ) -> Row:
+        """Return the row `number` of `source`, called `what` in messages; its id and prompt are among `values`."""
+        prompt = text_of(values.get(self.prompt or ""))
+        id_ = text_of(values.get(self.id or "")) or f"{source}#{number}"
+        # A row needs an image or a question of its own: asking the run's question about nothing helps nobody.
+        error = "" if images or prompt else f"{what} {number}: no image, and no prompt of its own"
+        return Row(id_, images[0].uri if images else source, images, prompt, values, error)
+
     @property
     def wanted(self) -> frozenset[str]:
-        """All but the images: what the listing must read."""
-        return self.in_prompt.union(self.keep, filter(None, (self.id, self.prompt)))
+        """Return all columns that the listing must read, which excludes the images."""
+        return self.looked_at.union(self.keep)
+
+    @property
+    def looked_at(self) -> frozenset[str]:
+        """Return the columns whose values make up ids and prompts."""
+        return self.in_prompt.union(filter(None, (self.id, self.prompt)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Chunk:
 
 
 def chunks_of(rows: Iterable[Row], keep: Sequence[str] = (), names: frozenset[str] | None = None) -> Iterator[Chunk]:
-    """Chunks of rows whose columns are `names` or those of their `values`, where the types of the kept are found."""
+    """Yield chunks of rows whose columns are `names` or else those of their `values`."""
     remaining = iter(rows)
     while some := list(islice(remaining, ROWS_PER_CHUNK)):
         found = names if names is not None else frozenset(name for row in some for name in row.values)
@@ -76,7 +93,7 @@ def _array(rows: Sequence[Row], name: str) -> pa.Array:
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """What a JSON text from a stranger holds. Raises ValueError, which JSON and Unicode errors are."""
+    """Parse untrusted JSON. Raises ValueError, which JSON and Unicode errors are."""
     text = data.decode("utf-8-sig")
     try:
         values = json.loads(text)
@@ -101,12 +118,21 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def text_of(value: Any) -> str | None:
-    """A value as an id or a prompt; None if there is none."""
+    """Return a value as an id or a prompt, None if it is empty."""
     if value is None or value == "":
         return None
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
-def row_error(images: Sequence[ImageRef], prompt: str | None, where: str) -> str:
-    """A row needs an image or a question of its own: asking the run's question about nothing helps nobody."""
-    return "" if images or prompt else f"{where}: no image, and no prompt of its own"
+@contextmanager
+def source_errors(uri: str, form: str = "") -> Iterator[None]:
+    """Raise SourceError for what keeps `uri` from being read as a file of this form."""
+    try:
+        yield
+    except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot read {store.shown(uri)}{form}: {str(error) or 'it is empty'}") from error
+
+
+def text_of_name(name: str) -> str:
+    """Return the name of a file as text that a column can hold: bytes that are not UTF-8 are written as \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

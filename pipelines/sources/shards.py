@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 
 from pipelines.errors import SourceError
 from pipelines.sources.arrow import list_arrow
@@ -14,7 +14,7 @@ from pipelines.sources.directories import KINDS, files_in, kind_of
 from pipelines.sources.files import list_files
 from pipelines.sources.jsonl import list_jsonl
 from pipelines.sources.parquet import list_parquet
-from pipelines.sources.rows import Chunk, Columns
+from pipelines.sources.rows import Chunk, Columns, text_of_name
 from pipelines.sources.tar import list_tar
 from pipelines.sources.videos import without_window
 from pipelines.storage import store
@@ -24,12 +24,9 @@ _MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".n
 _GLOB_CHARACTERS = frozenset("*?[")
 _SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
 
-Begun = tuple[list[Chunk], Iterator[Chunk]]
-"""The first chunks of a shard, and the others."""
-
 
 def list_chunks(inputs: Iterable[str], columns: Columns) -> Iterator[Chunk]:
-    """The rows of all inputs, in order. Raises SourceError or OSError if one of them cannot be listed."""
+    """Yield the rows of all inputs, in order. Raises SourceError or OSError if one of them cannot be listed."""
     infos = (info for uri in inputs for info in _expand(uri))
     for are_files, group in groupby(infos, key=lambda info: _kind(info) == "file"):
         list_group = list_files if are_files else _in_parallel
@@ -37,28 +34,22 @@ def list_chunks(inputs: Iterable[str], columns: Columns) -> Iterator[Chunk]:
 
 
 def _in_parallel(shards: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
-    """Chunks in the order of the shards. The next shards are begun meanwhile: listing is waiting for their headers."""
-    ahead: deque[Future[Begun]] = deque()
+    """Yield chunks in the order of the shards. The next ones are begun meanwhile: listing mostly waits for headers."""
+    ahead: deque[Future[Iterator[Chunk]]] = deque()
     pool = ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="list")
     try:
         for shard in shards:
             ahead.append(pool.submit(_begin, _list_shard(shard, columns)))
             if len(ahead) > _SHARDS_AT_ONCE:
-                yield from _all_of(ahead.popleft().result())
+                yield from ahead.popleft().result()
         while ahead:
-            yield from _all_of(ahead.popleft().result())
+            yield from ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(shard: Iterator[Chunk]) -> Begun:
-    return list(islice(shard, _CHUNKS_AHEAD)), shard
-
-
-def _all_of(begun: Begun) -> Iterator[Chunk]:
-    first, others = begun
-    yield from first
-    yield from others
+def _begin(shard: Iterator[Chunk]) -> Iterator[Chunk]:
+    return chain(list(islice(shard, _CHUNKS_AHEAD)), shard)
 
 
 def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
@@ -70,7 +61,7 @@ def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
         case "jsonl":
             return list_jsonl(shard, columns)
         case kind:
-            return list_tar(shard, "tar" if kind == "tar" else "tgz", columns)
+            return list_tar(shard, columns, is_gzip=kind == "tgz")
 
 
 def _expand(uri: str) -> Iterable[FileInfo]:
@@ -88,19 +79,11 @@ def _expand(uri: str) -> Iterable[FileInfo]:
 
 
 def _kind(info: FileInfo) -> str:
-    """A file that is named is taken as an image whatever it is called, unless it holds many rows."""
+    """Return the kind of a file; whatever does not hold many rows is taken as an image."""
     name = store.name_of(info.uri).lower()
     kind = kind_of(info.uri)
-    if kind != "file" and (not info.is_regular or not _is_unicode(info.uri)):
+    if kind != "file" and (not info.is_regular or text_of_name(info.uri) != info.uri):
         raise SourceError(f"{store.shown(info.uri)!r} is not a regular file with a name in UTF-8; rename or replace it")
     if name.endswith(_MANY_ROWS):
         raise SourceError(f"{store.shown(info.uri)}: shards of this kind are not read; make them {' '.join(KINDS)}")
     return kind
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

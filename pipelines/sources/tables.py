@@ -9,23 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.errors import SourceError
-from pipelines.media.reference import ImageRef, resolve
-from pipelines.sources.rows import Chunk, Columns, Row, row_error, text_of
+from pipelines.media.reference import CellRef, FileRef, ImageRef, resolve
+from pipelines.sources.rows import Chunk, Columns
 from pipelines.storage import store
 
-_VIDEO_NAMES = ("video", "video_url", "video_path")
-_URI_NAMES = (
-    "image",
-    "images",
-    "uri",
-    "image_uri",
-    "url",
-    "image_url",
-    "path",
-    "image_path",
-    "file_name",
-    *_VIDEO_NAMES,
-)
+_URI_COLUMNS = "image images uri image_uri url image_url path image_path file_name video video_url video_path"
 
 
 @dataclass(frozen=True)
@@ -40,7 +28,7 @@ class Table:
 
     @classmethod
     def of(cls, uri: str, schema: pa.Schema, columns: Columns) -> Table:
-        """Raises SourceError if a column that is asked for is not there, or not there once."""
+        """Find the columns. Raises SourceError if one that is asked for is missing or ambiguous."""
         names = frozenset(schema.names)
         if doubled := sorted(name for name in names if schema.names.count(name) > 1):
             raise SourceError(f"{store.shown(uri)} has several columns named {', '.join(doubled)}; rename them")
@@ -52,38 +40,25 @@ class Table:
 
     @property
     def read(self) -> list[str]:
-        """The columns that are read while listing: that of the images only if it holds URIs."""
+        """Return the columns that are read while listing: that of the images only if it holds URIs."""
         return sorted(self.columns.wanted.union([self.image] if self.image and self.holds_uris else []))
 
-    def chunk(self, batch: pa.RecordBatch, at: int, cells: Sequence[ImageRef]) -> Chunk:
-        """The columns `read` of some rows, of which the first is row `at` and `cells` say where the images are."""
-        values = batch.select(sorted(_needed(self.columns))).to_pylist() or [{}] * len(cells)
-        if self.image is not None and self.holds_uris:
-            images = [
-                tuple(ImageRef("file", resolve(path, self.uri)) for path in _flat(cell) if path)
-                for cell in batch.column(self.image).to_pylist()
-            ]
-        else:
-            images = [(cell,) if self.image else () for cell in cells]
-        rows = [self._row(at + i, value, image) for i, (value, image) in enumerate(zip(values, images, strict=True))]
+    def chunk(self, batch: pa.RecordBatch, at: int, cells: Sequence[CellRef]) -> Chunk:
+        """Return the rows of a batch of the columns `read`; the first is row `at`, `cells` are their images."""
+        values = batch.select(sorted(self.columns.looked_at)).to_pylist() or [{}] * len(cells)
+        images = self._images(batch, cells)
+        numbered = enumerate(zip(values, images, strict=True), at)
+        rows = [self.columns.row(self.uri, i, *row, what="row") for i, row in numbered]
         keep = list(self.columns.keep)
         return Chunk(rows, self.names, pa.Table.from_batches([batch.select(keep)]) if keep else None)
 
-    def _row(self, number: int, values: dict[str, Any], images: tuple[ImageRef, ...]) -> Row:
-        prompt = text_of(values.get(self.columns.prompt or ""))
-        return Row(
-            id=text_of(values.get(self.columns.id or "")) or f"{self.uri}#{number}",
-            uri=images[0].uri if images else self.uri,
-            images=images,
-            prompt=prompt,
-            values=values,
-            error=row_error(images, prompt, f"row {number}"),
-        )
-
-
-def _needed(columns: Columns) -> frozenset[str]:
-    """Columns whose values are looked at here."""
-    return columns.in_prompt.union(filter(None, (columns.id, columns.prompt)))
+    def _images(self, batch: pa.RecordBatch, cells: Sequence[CellRef]) -> Sequence[tuple[ImageRef, ...]]:
+        if self.image is None:
+            return [()] * len(cells)
+        if not self.holds_uris:
+            return [(cell,) for cell in cells]
+        values = map(_flat, batch.column(self.image).to_pylist())
+        return [tuple(FileRef(resolve(path, self.uri)) for path in paths if path) for paths in values]
 
 
 def _flat(value: Any) -> list[Any]:
@@ -91,7 +66,7 @@ def _flat(value: Any) -> list[Any]:
 
 
 def _image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
-    """The column that holds images, None for "". Raises SourceError with the candidates unless there is just one."""
+    """Return the column of images, None for "". Raises SourceError with the candidates unless there is just one."""
     if given == "":
         return None
     if given is not None:
@@ -99,7 +74,9 @@ def _image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
             return given
         raise SourceError(f"{store.shown(uri)}: column {given!r} holds neither bytes nor URIs; {_describe(schema)}")
     holders = [field.name for field in schema if _holds_bytes(field.type)]
-    candidates: list[str] = holders or [f.name for f in schema if f.name.lower() in _URI_NAMES and _holds_uris(f.type)]
+    candidates: list[str] = holders or [
+        f.name for f in schema if f.name.lower() in _URI_COLUMNS.split() and _holds_uris(f.type)
+    ]
     if len(candidates) != 1:
         found = f"{', '.join(candidates)} may all be" if candidates else "no column looks like"
         raise SourceError(
@@ -114,7 +91,7 @@ def _describe(schema: pa.Schema) -> str:
 
 
 def _holds_bytes(type_: pa.DataType) -> bool:
-    """Bytes, Hugging Face's struct of bytes and path, or a list of either."""
+    """Return whether it holds bytes, Hugging Face's struct of bytes and path, or a list of either."""
     item = _item_type(type_)
     if pa.types.is_struct(item):
         return item.get_field_index("bytes") >= 0 and _is_binary(item.field("bytes").type)

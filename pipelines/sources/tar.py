@@ -10,22 +10,16 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from pipelines.errors import SourceError
-from pipelines.media.reference import ImageRef, Kind
+from pipelines.media.reference import TarRef
 from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
-from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, row_error, text_of
+from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, source_errors, text_of_name
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
-MAX_MEMBERS = 10_000_000
-MAX_SIDECAR_BYTES = 4 << 20
-MAX_NAME, MAX_NAMES = 4096, 96 << 20  # characters of a name, and of all: they are held until the tar is read
-MAX_UNPACKED_BYTES = 1 << 40  # of a tar.gz: what lies behind would take an hour to reach
-_MOST_PACKED = 200  # times; gzip packs zeros 1,000 times
 _MAX_HEADER_BYTES = 1 << 20  # of long names and extended headers, which are read whole
 _BLOCK_BYTES = 1 << 20  # members shorter than this cost no request of their own, longer ones are passed over
 
@@ -34,12 +28,31 @@ _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE
 _DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
 
 
-def list_tar(info: FileInfo, kind: Kind, columns: Columns) -> Iterator[Chunk]:
-    """Rows in the order in which their keys first appear; last, if the tar is damaged, an error row that says where.
+@dataclass(frozen=True)
+class TarLimits:
+    """What a tar may hold at most."""
+
+    max_members: int = 10_000_000
+    max_sidecar_bytes: int = 4 << 20
+    max_name_characters: int = 4096
+    max_names_characters: int = 96 << 20  # of all names together: they are held until the tar is read
+    max_unpacked_bytes: int = 1 << 40  # of a tar.gz: what lies behind would take an hour to reach
+    max_packing: int = 200  # unpacked bytes per byte of a tar.gz; gzip packs zeros 1,000 times
+    usual_unpacked_bytes: int = 1 << 30  # allowed however small the tar.gz is
+
+    def max_bytes(self, packed_bytes: int) -> int:
+        """Return how large a tar.gz may become: images barely compress, so a higher ratio indicates a gzip bomb."""
+        if packed_bytes < 0:
+            return self.max_unpacked_bytes
+        return min(self.max_unpacked_bytes, max(self.usual_unpacked_bytes, self.max_packing * packed_bytes))
+
+
+def list_tar(info: FileInfo, columns: Columns, *, is_gzip: bool, limits: TarLimits | None = None) -> Iterator[Chunk]:
+    """List rows in the order in which their keys first appear; if the tar is damaged, the last one is an error row.
 
     No image is read; sidecars (.json, .txt) only if a column is wanted.
     """
-    index = _Index(info, kind, columns.wanted)
+    index = _Index(info, is_gzip, columns.wanted, limits or TarLimits())
     damage = index.read()
     log_left_out(info.uri, index.others)
     return chunks_of(_rows(index, columns, damage), columns.keep, frozenset(index.names))
@@ -71,19 +84,18 @@ class _Sample:
     error: str = ""
 
     def row(self, key: str, number: int, index: _Index, columns: Columns) -> Row:
-        values = self.values or {}
-        prompt = text_of(values.get(columns.prompt or ""))
-        id_ = text_of(values.get(columns.id or "")) or f"{index.uri}#{key}{f'~{number}' if number > 1 else ''}"
-        images = tuple(ImageRef(index.kind, index.uri, at, size, f"{key}.{end}") for end, at, size in self.images)
-        return Row(id_, index.uri, images, prompt, values, self.error or row_error(images, prompt, f"key {key}"))
+        images = tuple(TarRef(index.uri, at, size, f"{key}.{end}", index.is_gzip) for end, at, size in self.images)
+        unique_key = f"{key}~{number}" if number > 1 else key
+        row = columns.row(index.uri, unique_key, self.values or {}, images, what="key")
+        return replace(row, error=self.error) if self.error else row
 
 
 class _Index:
     """Reads the headers of a tar and the `wanted` columns of its sidecars; `end` is how far it came, in bytes."""
 
-    def __init__(self, info: FileInfo, kind: Kind, wanted: frozenset[str]) -> None:
-        self.uri, self.kind, self._wanted = info.uri, kind, wanted
-        self._most_bytes = _most_unpacked(info.num_bytes) if kind == "tgz" else None
+    def __init__(self, info: FileInfo, is_gzip: bool, wanted: frozenset[str], limits: TarLimits) -> None:
+        self.uri, self.is_gzip, self._wanted, self._limits = info.uri, is_gzip, wanted, limits
+        self._max_bytes = limits.max_bytes(info.num_bytes) if is_gzip else sys.maxsize
         self.names: set[str] = set()  # of columns
         self._name_characters = 0
         self.samples: dict[str | tuple[str, int], _Sample] = {}  # by key; with a number from the second of a key on
@@ -93,19 +105,18 @@ class _Index:
         self.end = 0
 
     def read(self) -> str | None:
-        """What is wrong with the tar, None if it is whole. Raises SourceError if it cannot be opened or read."""
-        try:
-            with _open(self.uri, self.kind) as file:
-                self._read_members(file)
-        except _DAMAGE as error:
-            return f"the tar is damaged at byte {self.end:,} of its unpacked form, nothing behind is read: {error}"
-        except OSError as error:
-            raise SourceError(f"cannot read {store.shown(self.uri)}: {error}") from error
+        """Return what is wrong with the tar, None if it is whole. Raises SourceError if it cannot be opened or read."""
+        with source_errors(self.uri):
+            try:
+                with _open(self.uri, self.is_gzip) as file:
+                    self._read_members(file)
+            except _DAMAGE as error:
+                return f"the tar is damaged at byte {self.end:,} of its unpacked form, nothing behind is read: {error}"
         return None
 
     def _read_members(self, file: Any) -> None:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictHeader) as tar:
-            for number in range(MAX_MEMBERS + 1):
+            for number in range(self._limits.max_members + 1):
                 member = tar.next()
                 if member is None:
                     break
@@ -116,20 +127,21 @@ class _Index:
             _check_tail(file)
 
     def _check(self, member: tarfile.TarInfo, number: int) -> None:
-        if number == MAX_MEMBERS:
-            raise tarfile.ReadError(f"more than {MAX_MEMBERS:,} members; use smaller shards")
+        if number == self._limits.max_members:
+            raise tarfile.ReadError(f"more than {number:,} members; use smaller shards")
         self._name_characters += len(member.name)
-        if len(member.name) > MAX_NAME or self._name_characters > MAX_NAMES:
-            raise tarfile.ReadError(f"a name longer than {MAX_NAME:,}, or all longer than {MAX_NAMES:,} characters")
+        max_one, max_all = self._limits.max_name_characters, self._limits.max_names_characters
+        if len(member.name) > max_one or self._name_characters > max_all:
+            raise tarfile.ReadError(f"a name longer than {max_one:,}, or all longer than {max_all:,} characters")
         if member.size < 0 or member.offset_data < self.end:
             raise tarfile.ReadError("a header with a negative size")
-        if self._most_bytes is not None and member.offset_data + member.size > self._most_bytes:
-            raise tarfile.ReadError(f"more than {self._most_bytes:,} bytes unpacked; use plain tar or smaller shards")
+        if member.offset_data + member.size > self._max_bytes:
+            raise tarfile.ReadError(f"more than {self._max_bytes:,} bytes unpacked; use plain tar or smaller shards")
 
     def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         if member.isdir():
             return
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = text_of_name(member.name)
         match = _KEY.fullmatch(name)
         suffix = PurePosixPath(name).suffix.lower()
         if match is None or suffix not in IMAGE_SUFFIXES | {".json", ".txt"}:
@@ -142,7 +154,7 @@ class _Index:
             self._add_sidecar(sample, tar, member, name)
 
     def _sample(self, key: str, extension: str) -> _Sample:
-        """The first sample of the key that has no such member yet, or a further one."""
+        """Return the first sample of the key that has no such member yet, or a new one."""
         sample = self.samples.setdefault(key, _Sample())
         if extension in sample.extensions:
             number = self._repeats[key, extension] = self._repeats.get((key, extension), 1) + 1
@@ -158,8 +170,9 @@ class _Index:
         sample.images += (_Member(extension, member.offset_data, member.size),)
 
     def _add_sidecar(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
-        if not member.isreg() or member.issparse() or member.size > MAX_SIDECAR_BYTES:
-            sample.error = f"{name} is no file of at most {MAX_SIDECAR_BYTES:,} bytes"
+        max_bytes = self._limits.max_sidecar_bytes
+        if not member.isreg() or member.issparse() or member.size > max_bytes:
+            sample.error = f"{name} is no file of at most {max_bytes:,} bytes"
             return
         file = tar.extractfile(member)
         assert file is not None, name
@@ -173,36 +186,25 @@ class _Index:
             sample.values = {**(sample.values or {}), **wanted}
 
 
-def _most_unpacked(num_bytes: int) -> int:
-    """Of a tar.gz of so many bytes: pictures pack badly, so much more is none of them but a trap."""
-    if num_bytes < 0:
-        return MAX_UNPACKED_BYTES
-    return min(MAX_UNPACKED_BYTES, max(1 << 30, _MOST_PACKED * num_bytes))
-
-
 def _check_tail(file: Any) -> None:
-    """A damaged block looks like an end mark, and one tar behind another would be passed over."""
+    """Raise ReadError for data after the end mark, which is a damaged block or a second tar."""
     if file.read(_BLOCK_BYTES).strip(b"\0"):
         raise tarfile.ReadError("an end mark with more data behind it")
 
 
 def _values(name: str, data: bytes) -> dict[str, Any]:
-    """Of a sidecar. Raises ValueError."""
+    """Return the columns of a sidecar. Raises ValueError."""
     return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else json_object(data)
 
 
 @contextmanager
-def _open(uri: str, kind: Kind) -> Iterator[Any]:
+def _open(uri: str, is_gzip: bool) -> Iterator[Any]:
     with store.open_file(uri, block_bytes=_BLOCK_BYTES) as file:
-        if kind == "tar":
-            yield file
-        else:
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                yield unpacked
+        yield gzip.GzipFile(fileobj=file) if is_gzip else file
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """TarFile takes a header that it cannot read for the end of the archive: here it is damage."""
+    """A header that must be readable: TarFile takes an unreadable one for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictHeader:

@@ -12,7 +12,7 @@ _FILE_START = b"ARROW1\0\0"  # of the file format, which is a stream with an ind
 
 
 def read_schema(file: Any) -> pa.Schema:
-    """Leaves `file` at the first batch. Raises ArrowException or SourceError."""
+    """Read the schema and leave `file` at the first batch. Raises ArrowException or SourceError."""
     if file.read(len(_FILE_START)) != _FILE_START:
         file.seek(0)
     schema = pa.ipc.read_schema(_checked(pa.ipc.read_message(file), "schema"))
@@ -22,14 +22,14 @@ def read_schema(file: Any) -> pa.Schema:
 
 
 def read_batch(message: pa.ipc.Message, schema: pa.Schema, names: list[str]) -> pa.RecordBatch:
-    """The columns `names`, checked: what points out of a damaged batch would end the process."""
+    """Return the columns `names`, checked: what points out of a damaged batch would end the process."""
     batch = pa.ipc.read_record_batch(_checked(message, "record batch"), schema).select(names)
     batch.validate(full=True)
     return batch
 
 
 def _checked(message: pa.ipc.Message, type_: str) -> pa.ipc.Message:
-    """Arrow reads a message of any type as what it is asked for, and ends the process."""
+    """Return the message if it has this type: Arrow would read any other as this one, and end the process."""
     if message.type != type_:
         raise pa.ArrowInvalid(f"a message of type {message.type!r} where one of type {type_!r} belongs")
     return message

@@ -22,9 +22,7 @@ from fsspec.spec import AbstractBufferedFile
 from yarl import URL
 
 from pipelines.errors import BusyFault, FinalFault
-from pipelines.storage.retries import retried
 
-MAX_FILE_BYTES = 256 << 20  # of what is read whole
 MAX_REDIRECTS = 5
 _CHUNK_BYTES = 64 << 10
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -39,7 +37,10 @@ class AddressRefused(FinalFault):
 
 
 class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
-    """Reads only. Raises OSError without the URL in it, which may hold credentials; one request an attempt."""
+    """A read-only file system. Its OSErrors do not name the URL, which may hold credentials; one request per attempt.
+
+    At most `max_file_bytes` are read of a file that is read whole.
+    """
 
     protocol = ("http", "https")
 
@@ -49,10 +50,11 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         connect_timeout_s: float = 10,
         read_timeout_s: float = 20,
         total_timeout_s: float = 60,
+        max_file_bytes: int = 256 << 20,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._allow_private = allow_private
+        self._allow_private, self._max_file_bytes = allow_private, max_file_bytes
         self._timeout = aiohttp.ClientTimeout(total_timeout_s, sock_connect=connect_timeout_s, sock_read=read_timeout_s)
         self._session: aiohttp.ClientSession | None = None
 
@@ -61,23 +63,23 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return path
 
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
-        """One byte is asked for, as not every server answers HEAD. `size` is None if it is not told."""
+        """Ask for one byte, as not every server answers HEAD. `size` is None if the server does not report it."""
         async with self._answer(path, first=0, last=0) as response:
             return {"name": path, "type": "file", "size": _size(response)}
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """A file from its start, at most `end` bytes, or else the range."""
+        """Return a file from its start, at most `end` bytes, or else the range."""
         if start:
             assert end is not None, "a range has an end"
             return await self._cat_range(path, start, end)
         async with self._answer(path) as response:
-            if (response.content_length or 0) > MAX_FILE_BYTES:
+            if (response.content_length or 0) > self._max_file_bytes:
                 raise FinalFault(
-                    f"the file has {response.content_length:,} bytes, over the limit of {MAX_FILE_BYTES:,}"
+                    f"the file has {response.content_length:,} bytes, over the limit of {self._max_file_bytes:,}"
                 )
-            data = await _body(response, MAX_FILE_BYTES + 1 if end is None else end)
-        if end is None and len(data) > MAX_FILE_BYTES:
-            raise FinalFault(f"the file has more than the limit of {MAX_FILE_BYTES:,} bytes")
+            data = await _body(response, self._max_file_bytes + 1 if end is None else end)
+        if end is None and len(data) > self._max_file_bytes:
+            raise FinalFault(f"the file has more than the limit of {self._max_file_bytes:,} bytes")
         return data
 
     def cat_range(self, path: str, start: int, end: int) -> bytes:
@@ -104,7 +106,7 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return WebFile(self, path, mode, block_size or "default", size=self._known_size(path))
 
     def _known_size(self, path: str) -> int:
-        size: int | None = retried(lambda: self.info(path))["size"]
+        size: int | None = self.info(path)["size"]
         if size is None:
             raise FinalFault(
                 "the server does not tell the size of the file, which shards need; copy the shard elsewhere"
@@ -115,7 +117,7 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
     async def _answer(
         self, url: str, first: int | None = None, last: int | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """What the server says after its redirects, status and headers checked."""
+        """Yield the server's response after redirects, status and headers checked."""
         headers = {} if first is None else {"Range": f"bytes={first}-{last}"}
         try:
             async with asyncio.timeout(self._timeout.total), self._follow(_parsed(url), headers) as response:
@@ -140,7 +142,7 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         raise FinalFault(f"more than {MAX_REDIRECTS} redirects")
 
     def _connected(self) -> aiohttp.ClientSession:
-        """On fsspec's event loop, of one thread."""
+        """Return the session, on fsspec's event loop, of one thread."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(socket_factory=self._socket, limit_per_host=32),
@@ -153,7 +155,7 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return self._session
 
     def _socket(self, address: Any) -> socket.socket:
-        """For the address connected to, whatever name or redirect led to it, and however often it was resolved."""
+        """Check the address connected to, whatever name or redirect led to it, and however often it was resolved."""
         family, kind, protocol, _, where = address
         if not (self._allow_private or _is_public(where[0])):
             raise AddressRefused(f"{where[0]} is not a public address; --allow-private-addresses permits it")
@@ -164,9 +166,7 @@ class WebFile(AbstractBufferedFile):  # type: ignore[misc]
     """A file that is read in blocks."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        return retried(lambda: self._exactly(start, min(end, self.size)))
-
-    def _exactly(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
         data: bytes = self.fs.cat_range(self.path, start, end)
         if len(data) != end - start:
             raise OSError(f"{len(data):,} bytes came instead of {end - start:,}: truncated, or changed meanwhile")
@@ -174,7 +174,7 @@ class WebFile(AbstractBufferedFile):  # type: ignore[misc]
 
 
 def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
-    """Or aiohttp complains when the process ends."""
+    """Close the session, or aiohttp complains when the process ends."""
     with suppress(Exception):
         sync(loop, session.close, timeout=1)
 
@@ -189,7 +189,7 @@ def _check_scheme(url: URL) -> None:
 
 
 def _check(response: aiohttp.ClientResponse) -> None:
-    """Raises OSError unless there is a body as it was asked for, or the range lies behind the end."""
+    """Raise OSError unless there is a body as it was asked for, or the range lies behind the end."""
     status, reason = response.status, f"HTTP {response.status} {response.reason or ''}".rstrip()
     if status in _NOT_FOUND:
         raise FileNotFoundError(reason)
@@ -204,14 +204,14 @@ def _check(response: aiohttp.ClientResponse) -> None:
         raise FinalFault(f"the server packs its answer ({encoding}) although it was asked not to")
 
 
-async def _body(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """The first `most` bytes at most, counted as they come, whatever the headers say."""
+async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Return the first `max_bytes` at most, counted as they come, whatever the headers say."""
     data = bytearray()
     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
         data += chunk
-        if len(data) >= most:
+        if len(data) >= max_bytes:
             break
-    del data[most:]
+    del data[max_bytes:]
     return bytes(data)
 
 
@@ -223,7 +223,7 @@ def _size(response: aiohttp.ClientResponse) -> int | None:
 
 
 def _retry_after_s(value: str) -> float:
-    """Seconds or a date; 0 if there is none."""
+    """Parse seconds or a date; return 0 if there is none."""
     if value.isdecimal():
         return float(value)
     try:
@@ -233,7 +233,7 @@ def _retry_after_s(value: str) -> float:
 
 
 def _as_os_error(error: aiohttp.ClientError) -> OSError:
-    """Without the URL that aiohttp puts into most of its messages."""
+    """Convert the error, without the URL that aiohttp puts into most of its messages."""
     cause = getattr(error, "os_error", None)
     if isinstance(cause, OSError):
         return cause if isinstance(cause, AddressRefused) else OSError(f"no connection: {cause.strerror or cause}")
@@ -245,7 +245,7 @@ def _as_os_error(error: aiohttp.ClientError) -> OSError:
 
 
 def _is_public(address: str) -> bool:
-    """Also of what an IPv6 address leads to by translation."""
+    """Return whether the address is public, also the one that an IPv6 address leads to by translation."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)

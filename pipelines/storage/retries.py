@@ -6,42 +6,48 @@ import errno
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from pipelines.errors import BusyFault, FinalFault
 
-ATTEMPTS = 5
-MORE_ATTEMPTS = 8  # 16 to 32 s, of a store that holds a whole run; a host of the web is one of many
-PATIENCE_S = 120.0  # none is begun later: 60 s of a stalled server are waited for twice, not five times
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 60.0
-
 T = TypeVar("T")
-
 
 _FINAL = (FinalFault, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def is_final(error: OSError) -> bool:
+    """Return whether trying again cannot help."""
     return isinstance(error, _FINAL) or error.errno in _FINAL_NUMBERS
 
 
-def retried(action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-    """The result of `action`, which may be done several times. Raises the OSError of the last attempt."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    for attempt in range(1, attempts):
-        try:
-            return action()
-        except OSError as error:
-            if is_final(error) or time.monotonic() > deadline_s:
-                raise
-            time.sleep(pause_s(attempt, error))
-    return action()
+@dataclass(frozen=True)
+class Retries:
+    """How often an action is tried: up to `max_attempts` times, none of them begun later than `patience_s`."""
 
+    max_attempts: int
+    first_pause_s: float = 0.25
+    max_asked_pause_s: float = 60.0  # that a store may ask for
+    patience_s: float = 120.0  # 60 s of a stalled server are waited for twice, not five times
 
-def pause_s(attempt: int, error: OSError | None = None) -> float:
-    """How long to wait after the first, second ... attempt failed: doubling, and at random, so that a thousand
-    readers of one store do not come back together."""
-    longest = _FIRST_PAUSE_S * 2 ** (attempt - 1)
-    asked = error.retry_after_s if isinstance(error, BusyFault) else 0.0
-    return min(asked, _LONGEST_PAUSE_S) + random.uniform(longest / 2, longest)
+    def run(self, action: Callable[[], T]) -> T:
+        """Return the result of `action`, which may be done several times. Raises the OSError of the last attempt."""
+        deadline_s = time.monotonic() + self.patience_s
+        for attempt in range(1, self.max_attempts):
+            try:
+                return action()
+            except OSError as error:
+                if is_final(error) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(self.pause_s(attempt, error))
+        return action()
+
+    def pause_s(self, attempt: int, error: OSError | None = None) -> float:
+        """Return how long to wait after the first, second ... attempt failed.
+
+        It doubles, and is random, so that a thousand readers of one store do not come back together.
+        """
+        longest_s = self.first_pause_s * 2 ** (attempt - 1)
+        asked_s = error.retry_after_s if isinstance(error, BusyFault) else 0.0
+        return min(asked_s, self.max_asked_pause_s) + random.uniform(longest_s / 2, longest_s)

@@ -21,20 +21,14 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import FinalFault, StoreError, StoreFault
-from pipelines.storage.retries import MORE_ATTEMPTS, is_final, retried
+from pipelines.storage.retries import Retries, is_final
 
 TEMPORARY_SUFFIX = ".tmp"
+RETRIES = Retries(max_attempts=8)  # 16 to 32 s, of a store that holds a whole run
+WEB_RETRIES = Retries(max_attempts=5)  # a host of the web is one of many
 
-_EXTRAS = {
-    "http": "http",
-    "https": "http",
-    "s3": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-}
+_EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS |= dict.fromkeys(("az", "abfs", "abfss"), "azure")
 _WEB = ("http", "https")
 _FINAL_NAMES = ("ParamValidationError",)  # botocore's, for the name of a bucket that cannot be one
 PARQUET_BUFFER_BYTES = 1 << 20  # or a column of a row group would be held whole
@@ -52,7 +46,7 @@ class FileInfo:
 
 
 def open_store(uri: str) -> tuple[Any, str]:
-    """The file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
+    """Return the file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
     if "://" not in uri:
         local = LocalFileSystem()
         return local, local._strip_protocol(uri)
@@ -77,24 +71,24 @@ def _file_system(protocol: str) -> Any:
 
 
 def allow_private_addresses(allowed: bool) -> None:
-    """Whether this process may ask hosts inside its own network by http, as INPUT of strangers should not make it."""
+    """Set whether http URLs may lead to hosts inside this process's network, which untrusted INPUT must not reach."""
     fsspec.config.conf.setdefault("http", {})["allow_private"] = allowed
 
 
 def shown(uri: str) -> str:
-    """A URI or an id for people to read: without user and password, of a URL without its query (a signature?)."""
+    """Return a URI or an id for people to read: without credentials, of a URL without its query (a signature?)."""
     plain = re.sub(r"(?<=://)[^/?#]*@", "", uri)
     return re.sub(r"\?[^#]*", "", plain) if uri.partition("://")[0] in _WEB else plain
 
 
 def name_of(uri: str) -> str:
-    """Where the suffix of a file is found: of a URL, without its query."""
+    """Return the part of a URI that ends in the file's suffix: of a URL, without its query."""
     return re.split("[?#]", uri, maxsplit=1)[0] if uri.partition("://")[0] in _WEB else uri
 
 
 @contextmanager
 def _faults_as_os_errors() -> Iterator[None]:
-    """Each store's client has exceptions of its own: whoever uses a store handles OSError."""
+    """Raise OSError for the exceptions that each store's client has of its own."""
     try:
         yield
     except (OSError, StoreError):
@@ -107,7 +101,7 @@ def _faults_as_os_errors() -> Iterator[None]:
 
 
 def settings() -> dict[str, Any]:
-    """What this process has set for its stores, as JSON, for `use_settings` in another."""
+    """Return this process's settings for stores, as JSON, for `use_settings` in another."""
     return dict(fsspec.config.conf)
 
 
@@ -116,13 +110,13 @@ def use_settings(given: dict[str, Any]) -> None:
 
 
 def absolute_uri(uri: str) -> str:
-    """A local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
+    """Return a local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
     fs, path = open_store(uri)
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
 def place_of(uri: str) -> str:
-    """The store of `uri`: protocol and bucket or host, "" for this machine's files."""
+    """Return the store of `uri`: protocol and bucket or host, "" for this machine's files."""
     return "/".join(uri.split("/")[:3]) if "://" in uri else ""
 
 
@@ -131,7 +125,7 @@ def join(uri: str, *names: str) -> str:
 
 
 def list_files(uri: str) -> list[FileInfo]:
-    """All files below a directory, sorted by name, links followed; nothing if it does not exist. Raises OSError."""
+    """Return all files below a directory, sorted by name, links followed; none if it does not exist. Raises OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path), key=lambda info: info.uri)
@@ -140,14 +134,14 @@ def list_files(uri: str) -> list[FileInfo]:
 
 
 def glob_files(uri: str) -> list[FileInfo]:
-    """The files that match, without directories, sorted by name. Raises OSError."""
+    """Return the files that match, without directories, sorted by name. Raises OSError."""
     fs, path = open_store(uri)
     found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.glob(path, detail=True))
     return [_info(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
 
 
 def find_file(uri: str) -> FileInfo | None:
-    """What is at `uri` unless that is a directory or nothing. Raises OSError."""
+    """Return the file at `uri`, None if there is none or a directory. Raises OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return _local_info(path) if fs.exists(path) and not fs.isdir(path) else None
@@ -159,13 +153,13 @@ def find_file(uri: str) -> FileInfo | None:
 
 
 def is_directory(uri: str) -> bool:
-    """Raises OSError."""
+    """Return whether `uri` is a directory. Raises OSError."""
     fs, path = open_store(uri)
     return bool(_tried(fs, lambda: fs.isdir(path)))
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """The whole file or bytes `start` up to `stop`, fewer if it ends before.
+    """Return the whole file or bytes `start` up to `stop`, fewer if it ends before.
 
     Raises OSError.
     """
@@ -177,7 +171,7 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
 
 
 def can_read(uri: str, offset: int) -> bool:
-    """Whether the store hands out the byte there now, asked once."""
+    """Return whether the store hands out the byte there now, asked once."""
     fs, path = open_store(uri)
     try:
         with _faults_as_os_errors():
@@ -187,17 +181,19 @@ def can_read(uri: str, offset: int) -> bool:
 
 
 def _tried(fs: Any, action: Callable[[], T]) -> T:
-    """`action`, with the faults that may pass tried again. One that never does is a StoreFault, but on the web, where
-    each host is one of many: there every fault is an OSError."""
+    """Return the result of `action`, with the faults that may pass tried again.
+
+    One that never does is a StoreFault, but on the web, where each host is one of many: there it is an OSError.
+    """
 
     def attempt() -> T:
         with _faults_as_os_errors():
             return action()
 
     if "http" in fs.protocol:
-        return retried(attempt)
+        return WEB_RETRIES.run(attempt)
     try:
-        return retried(attempt, MORE_ATTEMPTS)
+        return RETRIES.run(attempt)
     except OSError as error:
         if is_final(error):
             raise
@@ -205,21 +201,18 @@ def _tried(fs: Any, action: Callable[[], T]) -> T:
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:
-    """A binary file object that reads the parts it is asked for, from an object store in blocks of this size.
+    """Open a binary file that reads the parts it is asked for, from an object store in blocks of this size.
 
     Raises OSError, as its `read` does.
     """
     fs, path = open_store(uri)
     options = {"block_size": block_bytes} if block_bytes else {}
-    if "http" in fs.protocol:  # whose files try again themselves
-        with _faults_as_os_errors():
-            return fs.open(path, "rb", **options)
     file = _tried(fs, lambda: fs.open(path, "rb", **options))
     return file if isinstance(fs, LocalFileSystem) else _PatientFile(fs, file)
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Raises OSError.
+    """Read a whole file. Raises OSError.
 
     On this thread alone (`use_threads`, `pre_buffer`), as wherever a driver reads Parquet: a thread of Arrow's that
     lets go of a Python file while the interpreter ends aborts the process.
@@ -229,7 +222,7 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def map_file(uri: str) -> Any:
-    """A binary file for Arrow, in memory only where it is looked at if it is local. Raises OSError."""
+    """Open a binary file for Arrow; a local one is mapped. Raises OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return pa.memory_map(path)
@@ -263,7 +256,7 @@ class _PatientFile:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """All of `data` or nothing appears at `uri`, whenever the process dies: renamed locally, one put elsewhere.
+    """Write all of `data` or nothing, whenever the process dies: renamed locally, one put elsewhere.
 
     Raises OSError.
     """
@@ -285,7 +278,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """One file to another place of the same store: renamed locally, copied there and removed elsewhere.
+    """Move a file to another place of the same store: renamed locally, copied and removed elsewhere.
 
     The target is whole whenever the process dies. Raises OSError.
     """
@@ -299,7 +292,7 @@ def move(source: str, target: str) -> None:
 
 
 def remove(uri: str) -> None:
-    """One file; fine if it is gone. Raises OSError."""
+    """Remove a file; it may be gone already. Raises OSError."""
     fs, path = open_store(uri)
     with suppress(FileNotFoundError):
         _tried(fs, lambda: fs.rm_file(path))
@@ -321,7 +314,7 @@ def _walk(directory: str) -> Iterator[FileInfo]:
 
 
 def _is_new(directory: str, seen: set[str]) -> bool:
-    """A link to a directory that was walked already, such as a parent, would never end."""
+    """Return whether a directory was not walked yet: a link to a parent would never end."""
     real = os.path.realpath(directory)
     is_new = real not in seen
     seen.add(real)
@@ -329,7 +322,7 @@ def _is_new(directory: str, seen: set[str]) -> bool:
 
 
 def _local_info(path: str) -> FileInfo:
-    """A link counts as what it leads to; one that leads nowhere is found missing when it is read."""
+    """Describe a file, or what a link leads to; one that leads nowhere is found missing when it is read."""
     try:
         status = Path(path).stat()
     except OSError:

@@ -26,7 +26,7 @@ from pipelines.config import CaptionConfig
 from pipelines.errors import MediaError, SourceError
 from pipelines.media.fetch import Fetcher
 from pipelines.media.images import decode_image
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import read_reference
 from pipelines.sources import list_rows
 
 Lines = list[str]
@@ -77,7 +77,7 @@ def _shard(path: Path) -> str:
 
 def _fault_of(images: list[dict[str, object]]) -> Lines:
     try:
-        Fetcher().submit([ImageRef(**image) for image in images]).result()  # type: ignore[arg-type]
+        Fetcher().submit([read_reference(image) for image in images]).result()  # type: ignore[arg-type]
     except OSError as error:
         return [str(error)]
     return []

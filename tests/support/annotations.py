@@ -156,7 +156,7 @@ def _manifest(rows: Sequence[Json]) -> pa.Table:
     entries = [
         {
             **{name: row[name] for name in ("id", "uri")},
-            "images": [image._asdict() for image in row["images"]],
+            "images": [image.to_struct() for image in row["images"]],
             "prompt": "",
             "has_own_prompt": False,
             "error": "",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import FileRef
 
 
 def picture(seed: int) -> bytes:
@@ -25,6 +25,6 @@ def draw(path: Path, seed: int, width: int = 90, height: int = 60) -> Path:
     return path
 
 
-def image_at(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> ImageRef:
+def image_at(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> FileRef:
     Image.new("RGB", size, colour).save(path)
-    return ImageRef("file", str(path))
+    return FileRef(str(path))

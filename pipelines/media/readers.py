@@ -1,0 +1,182 @@
+"""Open files that images are read from one after the other: a tar.gz, a Parquet file, an Arrow stream."""
+
+from __future__ import annotations
+
+import gzip
+import time
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import StoreFault
+from pipelines.storage import store
+from pipelines.storage.arrow_ipc import read_batch, read_schema
+from pipelines.storage.retries import Retries, is_final
+
+_RETRIES = Retries(max_attempts=2)  # of a cell: damage looks like a fault of the store, whose own retries lie below
+_CELLS_AT_ONCE = 16
+_BLOCK_BYTES = 4 << 20
+
+
+class LongerThanAllowed(OSError):  # noqa: N818  (the name says what happened)
+    """An image has more bytes than may be read now; `num_bytes` is how many were seen."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(f"an image has {num_bytes:,} bytes or more")
+        self.num_bytes = num_bytes
+
+
+def read_file(uri: str, max_bytes: int) -> bytes:
+    """Return the whole file, by one bounded request. Raises LongerThanAllowed."""
+    return check_length(store.read_bytes(uri, 0, max_bytes + 1), max_bytes)
+
+
+def check_length(data: bytes, max_bytes: int) -> bytes:
+    """Return `data`. Raises LongerThanAllowed."""
+    if len(data) > max_bytes:
+        raise LongerThanAllowed(len(data))
+    return data
+
+
+class Readers:
+    """The files that a Fetcher keeps open from one image to the next. For one thread."""
+
+    def __init__(self) -> None:
+        self.tar_gz, self.parquet, self.arrow = TarGzReader(), ParquetReader(), ArrowReader()
+
+
+class TarGzReader:
+    """One tar.gz, unpacked as far as the last image read; a step back unpacks it from the start again."""
+
+    def __init__(self) -> None:
+        self._uri = ""
+        self._file: Any = None
+
+    def read(self, uri: str, offset: int, num_bytes: int, member: str) -> bytes:
+        """Return bytes of the unpacked stream, fewer if it ends before. Raises OSError, about `member`."""
+        if self._uri != uri:
+            self._close()
+            self._file = gzip.GzipFile(fileobj=store.open_file(uri, block_bytes=_BLOCK_BYTES))
+            self._uri = uri
+        try:
+            self._file.seek(offset)
+            data: bytes = self._file.read(num_bytes)
+            return data
+        except (OSError, EOFError, zlib.error) as error:
+            self._close()
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{store.shown(uri)} is damaged before the end of {member}: {error}") from error
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.fileobj.close()
+        self._uri, self._file = "", None
+
+
+_Group = tuple[str, str, int]
+"""A column of a row group of a Parquet file: URI, name of the column, number of the group."""
+
+
+class ParquetReader:
+    """One column of one row group, read forward some cells at a time; a step back reads the group again."""
+
+    def __init__(self) -> None:
+        self._uri = ""
+        self._file: Any = None
+        self._parquet: Any = None
+        self._starts: list[int] = []  # the first row of each row group
+        self._group: _Group | None = None
+        self._stream: Iterator[Any] = iter(())
+        self._first, self._cells = 0, pa.nulls(0)  # the cells in memory and the row of the first of them
+        self._broken: tuple[_Group | None, int] = (None, 0)  # tried once, not for each row from this one on
+
+    def read(self, uri: str, column: str, row: int) -> Any:
+        """Return the cell as Python has it; a fault of the store is tried again. Raises OSError."""
+        for attempt in range(1, _RETRIES.max_attempts + 1):
+            try:
+                self._turn_to(uri, column, row)
+                if self._is_broken and row >= self._broken[1]:
+                    raise OSError(f"its row group cannot be read from row {self._broken[1]} on")
+                self._advance(row)
+                return self._cells[row - self._first].as_py()
+            except StoreFault:
+                self._close()
+                raise
+            except (pa.ArrowException, OSError, StopIteration) as error:
+                if (
+                    attempt == _RETRIES.max_attempts
+                    or self._is_broken
+                    or (isinstance(error, OSError) and is_final(error))
+                ):
+                    self._broken = (self._group, self._first)
+                    raise OSError(f"row {row} of {store.shown(uri)} cannot be read: {error!r}") from error
+                self._close()
+                time.sleep(_RETRIES.pause_s(attempt))
+        raise AssertionError("unreachable")
+
+    @property
+    def _is_broken(self) -> bool:
+        return self._broken[0] == self._group
+
+    def _advance(self, row: int) -> None:
+        while row >= self._first + len(self._cells):
+            self._first += len(self._cells)
+            self._cells = pa.nulls(0)
+            self._cells = next(self._stream).column(0)
+
+    def _turn_to(self, uri: str, column: str, row: int) -> None:
+        if uri != self._uri:
+            self._open(uri)
+        number = bisect_right(self._starts, row) - 1
+        if not 0 <= number < len(self._starts) - 1:
+            raise OSError("the file has changed since it was listed")
+        group = (uri, column, number)
+        if group != self._group or row < self._first:
+            self._stream = self._parquet.iter_batches(_CELLS_AT_ONCE, row_groups=[number], columns=[column])
+            self._group, self._first, self._cells = group, self._starts[number], pa.nulls(0)
+
+    def _open(self, uri: str) -> None:
+        self._close()
+        self._file = store.open_file(uri, block_bytes=_BLOCK_BYTES)
+        self._parquet = pq.ParquetFile(self._file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
+        metadata = self._parquet.metadata
+        self._starts = [0, *accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))]
+        self._uri = uri
+
+    def _close(self) -> None:
+        """So that the next read opens the file again."""
+        if self._file is not None:
+            self._file.close()
+        self._uri, self._file, self._group = "", None, None
+
+
+class ArrowReader:
+    """One column of one batch of an Arrow stream: mapped if the file is local, else one request."""
+
+    def __init__(self) -> None:
+        self._batch: tuple[str, int, str] | None = None
+        self._cells: Any = None
+
+    def read(self, uri: str, offset: int, column: str, row: int) -> Any:
+        """Return the cell as Python has it, of the batch whose message starts at `offset`. Raises OSError."""
+        try:
+            if self._batch != (uri, offset, column):
+                self._batch, self._cells = None, None
+                self._cells = _read_column(uri, offset, column)
+                self._batch = (uri, offset, column)
+            return self._cells[row].as_py()
+        except (pa.ArrowException, EOFError, IndexError) as error:
+            raise OSError(f"row {row} of the batch at byte {offset:,} cannot be read: {error}") from error
+
+
+def _read_column(uri: str, offset: int, column: str) -> Any:
+    with store.map_file(uri) as file:
+        schema = read_schema(file)
+        file.seek(offset)
+        return read_batch(pa.ipc.read_message(file), schema, [column]).column(0)
