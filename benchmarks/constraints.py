@@ -24,7 +24,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.engine import load
+from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.sampling import RandomStream, Sampler
 from ovis_model.grammar import guides as constraints
 from ovis_model.grammar.guides import Guides
@@ -98,8 +100,7 @@ def masks_alone(name: str, guides: Guides, rows: int) -> None:
 def beside_the_model(model: Ovis, tokenizer: Tokenizer, rows: int, rounds: int) -> None:
     free = SamplingParams(max_new_tokens=STEPS, temperature=1.0, seed=1)
     sides = [free, replace(free, constraint=ENDLESS)]
-    engine = OvisEngine(model, tokenizer=tokenizer)
-    engine.config = replace(engine.config, eos_token_ids=())
+    engine = EngineCore(model, tokenizer=tokenizer, eos_token_ids=())
     times: list[list[tuple[float, float]]] = [[], []]
     for round_ in range(rounds + 1):
         for side, measured in zip(sides, times, strict=True):
@@ -124,9 +125,9 @@ def forbidding_ms(model: Ovis, rows: int) -> float:
     return statistics.median(cpu_and_wall(lambda: sampler._forbid(logits, masks))[0] * 1e3 for _ in range(20))
 
 
-def steps_of(engine: OvisEngine, rows: int, params: SamplingParams) -> Callable[[], None]:
+def steps_of(engine: EngineCore, rows: int, params: SamplingParams) -> Callable[[], None]:
     """All steps but the first, which runs the prompts."""
-    waiting = engine.enqueue([prompt(engine, n) for n in range(rows)], params)
+    waiting = engine.enqueue([prompt(engine.model.config, n) for n in range(rows)], [params] * rows)
     engine.step()
 
     def run() -> None:
@@ -142,8 +143,7 @@ def compilation(model: Ovis, tokenizer: Tokenizer, eos: Sequence[int]) -> None:
     trie = constraints._token_trie(tokenizer, size, list(eos))
     grammar_s, _ = cpu_and_wall(lambda: constraints._matcher(LARGE, trie))
     num_keywords = LARGE.spec.count('":')
-    engine = OvisEngine(model, tokenizer=tokenizer)
-    engine.config = replace(engine.config, eos_token_ids=())
+    engine = OvisEngine.from_model(model, tokenizer=tokenizer, eos_token_ids=())
     one, held = SamplingParams(max_new_tokens=1), SamplingParams(max_new_tokens=1, constraint=LARGE)
     firsts = [first_token_s(engine, params) for params in (one, one, held, held)]
     print(
@@ -161,8 +161,8 @@ def first_token_s(engine: OvisEngine, params: SamplingParams) -> float:
     return cpu_and_wall(lambda: engine.generate([request], params))[1]
 
 
-def prompt(engine: OvisEngine, first: int) -> Request:
-    none = np.zeros((0, 3, engine.config.vision.image_size, engine.config.vision.image_size), np.uint8)
+def prompt(config: OvisConfig, first: int) -> Request:
+    none = np.zeros((0, 3, config.vision.image_size, config.vision.image_size), np.uint8)
     return Request(np.arange(first, first + PROMPT_TOKENS, dtype=np.int32), none, np.zeros((0, 2), np.int32))
 
 

@@ -12,14 +12,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from benchmarks.engine import load
-from ovis_model.engine.engine import OvisEngine
-from ovis_model.engine.scheduler import Row
+from ovis_model.engine.engine_core import EngineCore
+from ovis_model.engine.request_state import RequestState
 from ovis_model.types import Request, SamplingParams
 
 PROMPT_TOKENS = 60
@@ -36,7 +35,7 @@ def main() -> None:
     layers = model.config.language.num_hidden_layers
     target = 0.1 + 0.02 * layers
     for rows in args.rows:
-        engine_ms, decoder_ms, kernels_ms = measure(OvisEngine(model), rows, args.rounds)
+        engine_ms, decoder_ms, kernels_ms = measure(EngineCore(model, eos_token_ids=()), rows, args.rounds)
         print(
             f"{rows:3} rows: step {engine_ms:6.2f} ms, decoder alone {decoder_ms:6.2f}, kernels {kernels_ms:6.2f}; "
             f"overhead {engine_ms - kernels_ms:5.2f} ms (aim {target:.2f})"
@@ -44,42 +43,41 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(engine: OvisEngine, rows: int, rounds: int) -> tuple[float, float, float]:
+def measure(engine: EngineCore, rows: int, rounds: int) -> tuple[float, float, float]:
     """Median ms of a step: the engine's, the decoder's, the recording's. All begin at the same lengths."""
     running = start(engine, rows)
-    decoder, longest = engine._held_decoder(), max(row.num_cached for row in running)
+    stepper, longest = engine.runner.stepper, max(row.num_cached for row in running)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated; it is what shows kernels without Python
-        state = decoder._state.clone()
-        recording = torch.jit.trace(lambda state: decoder._step(rows, longest)[0], (state,), check_trace=False)  # type: ignore[no-untyped-call]
+        state = stepper._state.clone()
+        recording = torch.jit.trace(lambda state: stepper._step(rows, longest)[0], (state,), check_trace=False)  # type: ignore[no-untyped-call]
     sides: list[Callable[[], object]] = [
         lambda: engine._step(),
-        lambda: decoder.step(rows, longest),
+        lambda: stepper.step(rows, longest),
         lambda: recording(state),
     ]
     times_ms: list[list[float]] = [[], [], []]
     for _ in range(rounds):
         for side, times in zip(sides, times_ms, strict=True):
             rewind(running)
-            decoder._state.copy_(state)
+            stepper._state.copy_(state)
             begun = time.process_time()
             side()
             times.append((time.process_time() - begun) * 1e3)
     return tuple(statistics.median(times) for times in times_ms)  # type: ignore[return-value]
 
 
-def start(engine: OvisEngine, rows: int) -> list[Row]:
+def start(engine: EngineCore, rows: int) -> list[RequestState]:
     """Rows of the same length that are never finished."""
-    none = np.zeros((0, 3, engine.config.vision.image_size, engine.config.vision.image_size), np.uint8)
+    none = np.zeros((0, 3, engine.model.config.vision.image_size, engine.model.config.vision.image_size), np.uint8)
     request = Request(np.arange(PROMPT_TOKENS, dtype=np.int32), none, np.zeros((0, 2), np.int32))
-    engine.enqueue([request] * rows, SamplingParams(max_new_tokens=1000))
-    engine.config = replace(engine.config, eos_token_ids=())
+    engine.enqueue([request] * rows, [SamplingParams(max_new_tokens=1000)] * rows)
     for _ in range(2):
         engine._step()
-    return engine._scheduler.running
+    return engine.scheduler.running
 
 
-def rewind(running: list[Row]) -> None:
+def rewind(running: list[RequestState]) -> None:
     """To where the first step began: so all are over as many tokens."""
     for row in running:
         del row.output_ids[3:]

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ from torch.multiprocessing.spawn import spawn
 from benchmarks.roofline import ceilings, cost
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig, VisionConfig
+from ovis_model.engine.calls import Stats
 from ovis_model.engine.decode_step import run_eagerly
-from ovis_model.engine.engine import OvisEngine, Stats
+from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.prompt import expand_atoms, image_placeholders
 from ovis_model.inputs.tiling import choose_grid, tile_image
 from ovis_model.network.ovis import Ovis
@@ -104,8 +105,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = load(args.model, torch.device(args.device), getattr(torch, args.dtype))
     work = _work(model.config, args)
-    engine = OvisEngine(model, make_runner=None if args.graphs else lambda: run_eagerly)
-    engine.config = replace(engine.config, eos_token_ids=())
+    step_runner = None if args.graphs else lambda: run_eagerly
+    engine = OvisEngine.from_model(model, make_step_runner=step_runner, eos_token_ids=())
     print(engine.describe(), file=sys.stderr)
     sides: dict[str, Callable[[], list[list[int]]]] = {"engine": lambda: _ours(engine, work)}
     if args.peer:
@@ -115,8 +116,9 @@ def main() -> None:
     if model.device.type == "cuda":
         engine.warm_up()
     _ours(engine, Work(work.requests[:2], [2, 2]))
-    engine.stats = Stats()
-    tell(report([{name: _timed(side) for name, side in sides.items()} for _ in range(args.rounds)], engine, work))
+    before = engine.stats
+    rounds = [{name: _timed(side) for name, side in sides.items()} for _ in range(args.rounds)]
+    tell(report(rounds, model, engine.stats - before, work))
 
 
 def _parse() -> argparse.Namespace:
@@ -193,18 +195,18 @@ def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
     with joined(rank, args.ranks, meeting_point, lambda: None) as shard:
         model = _random_model(SHAPES[args.model], torch.device(args.device), getattr(torch, args.dtype), shard)
         work = _work(model.config, args)
-        engine = OvisEngine(model)
-        engine.config = replace(engine.config, eos_token_ids=())
+        engine = OvisEngine.from_model(model, eos_token_ids=())
         _ours(engine, Work(work.requests[:2], [2, 2]))  # warm
-        engine.stats = Stats()
+        before = engine.stats
         timing = _timed(lambda: _ours(engine, work))
+        stats = engine.stats - before
         exchange_us = {f"[{tokens}, hidden_size]": _exchange_us(model, tokens) for tokens in (1, 64, 8192)}
     if rank == 0:
         result = {
             "ranks": args.ranks,
             "images_per_s": len(work.requests) / timing.wall_s,
             "output_tokens_per_s": sum(work.lengths) / timing.wall_s,
-            "seconds": {part: getattr(engine.stats, f"{part}_s") for part in ("vision", "prefill", "decode")},
+            "seconds": {part: getattr(stats, f"{part}_s") for part in ("vision", "prefill", "decode")},
             "weights_gb": sum(p.numel() * p.itemsize for p in model.parameters()) / 1e9,
             "exchange_us": exchange_us,
         }
@@ -296,9 +298,9 @@ def _timed(side: Callable[[], list[list[int]]]) -> Timing:
     return Timing(time.process_time() - cpu_s, time.perf_counter() - wall_s, outputs)
 
 
-def report(rounds: list[dict[str, Timing]], engine: OvisEngine, work: Work) -> dict[str, Any]:
+def report(rounds: list[dict[str, Timing]], model: Ovis, stats: Stats, work: Work) -> dict[str, Any]:
     """Medians of the rounds: each side, where the engine's time went, and what no engine could save."""
-    ours, stats, model = rounds[0]["engine"].outputs, engine.stats, engine.model
+    ours = rounds[0]["engine"].outputs
     sides = {name: _side([r[name] for r in rounds], ours) for name in rounds[0]}
     wall_s = sum(r["engine"].wall_s for r in rounds) / len(rounds)
     busy_s = {part: getattr(stats, f"{part}_s") / len(rounds) for part in ("vision", "prefill", "decode")}

@@ -23,7 +23,8 @@ from PIL import Image
 from benchmarks.engine import SHAPES, load
 from demo.drawings import make_picture
 from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
-from ovis_model.engine.engine import OvisEngine, Stats
+from ovis_model.engine.calls import Stats
+from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Completion, Request, SamplingParams
@@ -67,9 +68,9 @@ def main() -> None:
     torch.set_num_threads(1)
     SHAPES["vision-bound"] = VISION_BOUND
     name = str(checkpoint_dir(args.model)) if args.model in CHECKPOINTS else args.model
-    engine = OvisEngine(load(name, torch.device("cpu"), getattr(torch, args.dtype)))
+    model = load(name, torch.device("cpu"), getattr(torch, args.dtype))
+    engine = OvisEngine.from_model(model, eos_token_ids=())
     items, params = tasks_of(engine.config, args.items, args.max_tiles)
-    engine.config = replace(engine.config, eos_token_ids=())
     sides = {"siblings": items, "separate": [[_apart(request) for request in item] for item in items]}
     for side in sides.values():  # warm
         _run(engine, side[:1], params)
@@ -88,12 +89,12 @@ def _parse() -> argparse.Namespace:
 
 
 def tasks_of(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[list[Request]], list[SamplingParams]]:
-    """The requests of each item, with one array of tiles, and the parameters of each task."""
+    """The requests of each item, which are one group, and the parameters of each task."""
     processor = Processor(config, load_tokenizer(checkpoint_dir("tiny56-tied")))
     requests = []
     for picture in islice(_pictures(), items):
         each = [processor.request(prompt, [picture], max_tiles) for prompt in TASKS]
-        requests.append([replace(request, tiles=each[0].tiles) for request in each])
+        requests.append([replace(request, tiles=each[0].tiles, group=len(requests)) for request in each])
     return requests, [_params(answer, processor.answer_ids) for answer in TASKS.values()]
 
 
@@ -113,16 +114,16 @@ def _pictures() -> Iterator[Image.Image]:
 
 def _apart(request: Request) -> Request:
     """The same, but a sibling of no other."""
-    return replace(request, tiles=request.tiles.copy())
+    return replace(request, group=None)
 
 
 def _run(
     engine: OvisEngine, items: Sequence[Sequence[Request]], params: list[SamplingParams]
 ) -> tuple[float, Stats, list[Completion]]:
-    engine.stats = Stats()
+    before = engine.stats
     begun_s = time.process_time()
     completions = engine.generate([request for item in items for request in item], params * len(items))
-    return time.process_time() - begun_s, engine.stats, completions
+    return time.process_time() - begun_s, engine.stats - before, completions
 
 
 def report(

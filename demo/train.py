@@ -169,7 +169,7 @@ def train(directory: Path, stage: Stage, num_steps: int | None = None, start_fro
         loss = _train_step(model, optimizer, _examples(codec, step, stage))
         if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == num_steps:
             _save(directory, model, optimizer, step + 1)
-            right = evaluate(OvisEngine(model), codec, range(200))
+            right = evaluate(OvisEngine.from_model(model), codec, range(200))
             print(f"step {step + 1}  {time.monotonic() - started_s:.0f} s  loss {loss:.4f}  {right}", flush=True)
 
 
@@ -244,7 +244,7 @@ class Row(NamedTuple):
 
 
 class Branches:
-    """The `Memory` of such rows: a token sees those before it in the prefix and in its own branch."""
+    """The `AttentionContext` of such rows: a token sees those before it in the prefix and in its own branch."""
 
     def __init__(self, branches: Tensor) -> None:
         """branches: int64[B, T]"""

@@ -5,8 +5,8 @@
     network    the model in plain torch               never Pillow
     engine     batched generation over one replica    never Pillow
 
-They share `types`, `config`, `checkpoint`, `tokenizer` and `sizing`. The names below are the Python API; each is loaded
-when it is first used, so that preparing model input never loads torch.
+They share `types`, `config`, `checkpoint`, `tokenizer`, `sizing` and `child_process`. The names below are the Python
+API; each is loaded when it is first used, so that preparing model input never loads torch.
 """
 
 from __future__ import annotations

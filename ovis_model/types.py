@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -38,11 +38,14 @@ class Request:
     input_ids: int32[T]; text ids >= 0, placeholders < 0, already expanded: T is the true prompt length.
     tiles: uint8[N, 3, S, S]; each picture centred in its tile, the border is ignored.
     tile_sizes: int32[N, 2]; (height_px, width_px) of the picture inside each tile.
+    group: requests of one call with the same group, if it is not None, promise to have the same images: the engine
+    computes once what they share. It refuses a broken promise.
     """
 
     input_ids: NDArray[np.int32]
     tiles: NDArray[np.uint8]
     tile_sizes: NDArray[np.int32]
+    group: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,14 @@ class Engine(Protocol):
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Completions in the order of `requests`; several threads may call at once.
+        """Return completions in the order of `requests`; several threads may call at once.
 
-        Requests of a call whose `tiles` are the very same array are tasks of one item: they share what they can.
-        Raises RequestError if one of the requests cannot be generated, EngineDied if the device is lost.
+        Raise RequestError if one of the requests cannot be generated, EngineDied if the device is lost.
         """
+        ...
+
+    def rebuild(self) -> bool:
+        """Try to mend the engine after EngineDied; return False if its process must be replaced."""
         ...
 
 

@@ -22,7 +22,7 @@ _AGAIN_TEMPERATURE, _AGAIN_TOP_P, _AGAIN_PENALTY, _AGAIN_TIMES_LONGER = 0.7, 0.9
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A task of a row. Those of one row share their tiles, so that the engine encodes them once."""
+    """A task of a row. The requests of one row are a group, so that the engine encodes their images once."""
 
     task: Task
     row_id: str

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from ovis_model.engine.rank_pool import TensorParallelEngine
+from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Engine, EngineDied, RequestError
 from pipelines import schema
@@ -38,28 +38,16 @@ EngineFactory = Callable[[Replica], Engine]
 
 
 def load_engine(replica: Replica) -> Engine:
-    """Load the real engine; torch is imported here, so only where a replica lives."""
+    """Load the real engine, in the process of its replica."""
     # Threads that spin while they wait take the cores that decode images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if replica.tensor_parallel > 1:
-        return TensorParallelEngine(
-            replica.model,
-            tensor_parallel=replica.tensor_parallel,
-            device=replica.device,
-            dtype=replica.dtype,
-            revision=replica.revision,
-            num_threads=max(1, replica.num_threads // replica.tensor_parallel),
-        )
-    import torch
-
-    from ovis_model.engine.engine import OvisEngine
-
-    torch.set_num_threads(replica.num_threads)
     return OvisEngine.from_pretrained(
         replica.model,
         device=replica.device,
         dtype=replica.dtype,
+        tensor_parallel=replica.tensor_parallel,
         revision=replica.revision,
+        num_threads=replica.num_threads,
     )
 
 
@@ -96,11 +84,10 @@ class Generate:
         return results
 
     def _replace_engine(self, error: EngineDied) -> None:
-        """Start new ranks if the engine has some, else a new process. The work that it died on is tried again."""
+        """Rebuild the engine in this process if it can be, else end the process. The work is tried again."""
         print(f"the engine died: {error}", file=sys.stderr, flush=True)
-        if isinstance(self._engine, TensorParallelEngine):
-            with suppress(EngineDied):  # again, while they start: perhaps they do in another place
-                self._engine.rebuild()
+        with suppress(EngineDied):  # again, while it is rebuilt: perhaps it does not die in another process
+            if self._engine.rebuild():
                 return
         # Raising would end the run, a clean exit of the actor as well; Ray replaces a process that is gone.
         os._exit(1)

@@ -91,14 +91,14 @@ class PreparedRow:
 
     @classmethod
     def from_columns(cls, batch: Batch) -> list[PreparedRow]:
-        """Decode what `to_columns` gave. The requests of a row share their tiles again."""
+        """Decode what `to_columns` gave. The requests of a row are a group, and share their tiles again."""
         return [
             cls(
                 **{name: str(batch[name][i]) for name in _TEXTS},  # type: ignore[arg-type]
                 row=int(batch["row"][i]),
                 num_images=int(batch["num_images"][i]),
                 frame_timestamps_s=batch["frame_timestamps_s"][i],
-                requests=_split_requests(*(batch[name][i] for name in _REQUEST_COLUMNS)),
+                requests=_split_requests(int(batch["row"][i]), *(batch[name][i] for name in _REQUEST_COLUMNS)),
             )
             for i in range(len(batch["row"]))
         ]
@@ -111,10 +111,14 @@ _NO_IDS, _NO_TILES, _NO_SIZES = np.zeros(0, np.int32), np.zeros((0, 3, 1, 1), np
 
 
 def _split_requests(
-    input_ids: NDArray[np.int32], lengths: NDArray[np.int32], tiles: NDArray[np.uint8], sizes: NDArray[np.int32]
+    group: int,
+    input_ids: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    tiles: NDArray[np.uint8],
+    sizes: NDArray[np.int32],
 ) -> tuple[Request, ...]:
     prompts = np.split(input_ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
-    return tuple(Request(ids, tiles, sizes) for ids in prompts)
+    return tuple(Request(ids, tiles, sizes, group) for ids in prompts)
 
 
 def _stack(values: Sequence[NDArray[Any]]) -> NDArray[Any]:

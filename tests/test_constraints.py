@@ -22,7 +22,9 @@ from jsonschema import Draft202012Validator as Validator
 from pydantic import BaseModel, ConfigDict, Field
 
 from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.kv_cache import DecodeStep, KVCache
+from ovis_model.engine.model_runner import ModelRunner
 from ovis_model.engine.sampling import unpacked
 from ovis_model.engine.scheduler import Budget
 from ovis_model.grammar import guides as constraints
@@ -71,7 +73,7 @@ def one_of(*schemas: object) -> object:
 
 
 def answers(params: Sequence[SamplingParams], **options: Any) -> list[Completion]:
-    model = OvisEngine(engine().model, tokenizer=TOKENIZER, **options)
+    model = OvisEngine.from_model(engine().model, tokenizer=TOKENIZER, **options)
     return model.generate([request()] * len(params), params)
 
 
@@ -274,7 +276,7 @@ def test_rows_that_start_again_after_running_out_of_memory_start_their_answers_a
 def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that needs it waits for it, not the call that hands the row over, and not the pass over its prompt."""
     compiled, started, prefilled = [], threading.Event(), threading.Event()
-    compile_now, hidden_now = constraints._matcher, OvisEngine._hidden
+    compile_now, hidden_now = constraints._matcher, ModelRunner.run_spans
 
     def slow(constraint: Constraint, trie: Any) -> Any:
         started.set()
@@ -282,14 +284,14 @@ def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.Mo
         compiled.append(constraint)
         return compile_now(constraint, trie)
 
-    def counted(self: OvisEngine, *arguments: Any) -> Any:
+    def counted(self: ModelRunner, *arguments: Any) -> Any:
         hidden = hidden_now(self, *arguments)
         prefilled.set()
         return hidden
 
     monkeypatch.setattr(constraints, "_matcher", slow)
-    monkeypatch.setattr(OvisEngine, "_hidden", counted)
-    model = OvisEngine(engine().model, tokenizer=TOKENIZER)
+    monkeypatch.setattr(ModelRunner, "run_spans", counted)
+    model = EngineCore(engine().model, tokenizer=TOKENIZER)
     rows = model.enqueue([request()] * 6, [held_to(DIGIT, seed=seed) for seed in range(6)])
     assert started.wait(20)
     assert not compiled
@@ -301,8 +303,8 @@ def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.Mo
 
 def test_choices_have_no_use_for_a_constraint_and_take_none_from_the_rows_beside_them() -> None:
     both = held_to(DIGIT, choices=((17, 566), (9, 566)), temperature=0.0)
-    requests = [replace(request(), tiles=request().tiles.copy()) for _ in range(3)]  # not siblings: in one pass
-    model = OvisEngine(engine().model, tokenizer=TOKENIZER)
+    requests = [replace(request(), group=None) for _ in range(3)]  # not siblings: in one pass
+    model = OvisEngine.from_model(engine().model, tokenizer=TOKENIZER)
     found = model.generate(requests, [both, held_to(DIGIT, seed=1), held_to(DIGIT, seed=2)])
     assert found[0].output_ids.tolist() in [[17, 566], [9, 566]]
     assert {int(text_of(completion)) for completion in found[1:]} <= set(range(10))
@@ -311,7 +313,7 @@ def test_choices_have_no_use_for_a_constraint_and_take_none_from_the_rows_beside
 def test_a_constraint_that_fails_later_fails_its_row_alone() -> None:
     endless = schema_of({"type": "string", "pattern": "not supported: (?=a)"})
     nothing = schema_of({"$ref": "#"})
-    model = OvisEngine(engine().model, tokenizer=TOKENIZER)
+    model = EngineCore(engine().model, tokenizer=TOKENIZER)
     params = [FREE, held_to(endless), held_to(nothing), held_to(DIGIT, seed=1), FREE]
     rows = model.enqueue([request()] * 5, params)
     while not all(row.has_left for row in rows):
@@ -448,19 +450,20 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ValueError, match="kind='grammar'"):
         Constraint("grammar", "")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="need a tokenizer"):
-        OvisEngine(engine().model).generate([request()], held_to(DIGIT))
+        OvisEngine.from_model(engine().model).generate([request()], held_to(DIGIT))
 
 
 def test_rows_without_constraints_are_chosen_in_the_fast_way() -> None:
     greedy = SamplingParams(max_new_tokens=5)
-    model = OvisEngine(engine().model, tokenizer=TOKENIZER)
+    model = EngineCore(engine().model, tokenizer=TOKENIZER)
     letters = Constraint("regex", "[a-z]{30}")
     rows = model.enqueue([request()] * 2, [greedy, held_to(letters, temperature=0.0)])
     model.step()
-    assert model._sampler is not None
-    assert not model._sampler.is_greedy
+    assert model.runner._sampler is not None
+    assert not model.runner._sampler.is_greedy
     while not all(row.has_left for row in rows):
         model.step()
-    model.generate([request()], greedy)
-    assert model._sampler is not None
-    assert model._sampler.is_greedy
+    model.enqueue([request()], [greedy])
+    model.step()
+    assert model.runner._sampler is not None
+    assert model.runner._sampler.is_greedy

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ovis_model.config import Layout
 from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.kv_cache import DecodeStep, KVCache
 from ovis_model.engine.scheduler import Budget
 from ovis_model.inputs.processor import Processor
@@ -52,7 +53,7 @@ def test_order_neighbours_and_budgets_change_nothing(checkpoint: str) -> None:
     requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
     rng = random.Random(7)
     for budget in (Budget(kv_tokens=600, slots=3), Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)):
-        engine = OvisEngine(engine_of(checkpoint).model, budget=budget)
+        engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=budget)
         for _ in range(3):
             order = rng.choices(range(len(requests)), k=13)
             assert ids_of(engine, [requests[i] for i in order]) == [wanted[i] for i in order]
@@ -108,7 +109,7 @@ def test_rows_of_any_kind_enter_and_leave_without_touching_each_other(data: st.D
     picked = data.draw(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(sorted(PARAMS))), min_size=1, max_size=24))
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=len(picked), max_size=len(picked)))
     params = [replace(PARAMS[kind], max_new_tokens=n) for (_, kind), n in zip(picked, lengths, strict=True)]
-    engine = OvisEngine(engine_of("tiny56-tied").model, budget=Budget(kv_tokens=200 * slots, slots=slots))
+    engine = OvisEngine.from_model(engine_of("tiny56-tied").model, budget=Budget(kv_tokens=200 * slots, slots=slots))
     found = engine.generate([requests[i] for i, _ in picked], params)
     for completion, (index, kind), length in zip(found, picked, lengths, strict=True):
         assert completion.output_ids.tolist() == alone(index, kind)[:length]
@@ -132,7 +133,7 @@ def test_a_stop_string_ends_a_row_and_is_cut() -> None:
 
 def test_threads_share_the_slots_and_get_their_own_rows() -> None:
     checkpoint = "tiny56-tied"
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=4))
+    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=4))
     requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
     orders = [random.Random(seed).sample(range(len(requests)), k=len(requests)) for seed in range(5)]
     with ThreadPoolExecutor(len(orders)) as pool:
@@ -144,8 +145,8 @@ def test_threads_share_the_slots_and_get_their_own_rows() -> None:
 def test_slots_are_full_until_the_last_rows() -> None:
     """Of the steps before fewer rows than slots are left."""
     checkpoint, slots = "tiny56-tied", 8
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=slots))
-    engine.config = replace(engine.config, eos_token_ids=())
+    budget = Budget(kv_tokens=4000, slots=slots)
+    engine = EngineCore(engine_of(checkpoint).model, budget=budget, eos_token_ids=())
     lengths = random.Random(5).choices([2, 5, 9, 20, 60], k=150)
     requests = [golden_requests(checkpoint)[i % 8] for i in range(len(lengths))]
     rows = engine.enqueue(requests, [SamplingParams(max_new_tokens=n) for n in lengths])
@@ -160,7 +161,7 @@ def test_slots_are_full_until_the_last_rows() -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux' /proc")
 def test_memory_does_not_grow_over_two_thousand_rows() -> None:
     checkpoint = "tiny56-tied"
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=16))
+    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=16))
     requests = [golden_requests(checkpoint)[i % 8] for i in range(100)]
     params = [SamplingParams(max_new_tokens=1 + i % 2) for i in range(100)]
     sizes_bytes = []
@@ -169,7 +170,7 @@ def test_memory_does_not_grow_over_two_thousand_rows() -> None:
         gc.collect()
         sizes_bytes.append(_resident_bytes())
     assert max(sizes_bytes[5:]) < max(sizes_bytes[:5]) + 8 * 2**20
-    assert not engine._scheduler.waiting
+    assert not engine.backend.core.scheduler.waiting
 
 
 def _resident_bytes() -> int:
@@ -180,7 +181,7 @@ def test_out_of_memory_halves_the_batch_then_fails_the_row(monkeypatch: pytest.M
     """The device reports it above two rows at once, then always."""
     checkpoint = "tiny56-tied"
     requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
+    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
     step, most_rows = DecodeStep.__init__, 2
 
     def limited(self: DecodeStep, cache: KVCache, lengths: torch.Tensor, longest: int) -> None:
@@ -204,7 +205,7 @@ def test_a_request_that_never_fits_says_by_how_much() -> None:
 
 def test_a_prompt_that_never_fits_into_a_pass_says_by_how_much() -> None:
     budget = Budget(kv_tokens=4000, prompt_tokens=100)
-    engine = OvisEngine(engine_of("tiny56-tied").model, budget=budget)
+    engine = OvisEngine.from_model(engine_of("tiny56-tied").model, budget=budget)
     request = Request(np.ones(130, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
     with pytest.raises(RequestError, match="130 prompt tokens are 30 over the 100 that the device has memory for"):
         engine.generate([request], GREEDY)
@@ -224,10 +225,10 @@ def test_a_prompt_that_the_model_cannot_take_in_is_refused_and_the_engine_goes_o
 
 
 def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
-    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[0]
+    engine, request = EngineCore(engine_of("tiny56-tied").model), golden_requests("tiny56-tied")[0]
     rows = engine.enqueue([request] * 3, [replace(GREEDY, max_new_tokens=n) for n in (2, 9, 9)])
     engine.step()
-    engine.abandon_rows()
+    engine.abandon()
     assert rows[0].completion().finish_reason == "length"
     for row in rows[1:]:
         with pytest.raises(RequestError, match="interrupted"):

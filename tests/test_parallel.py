@@ -21,7 +21,8 @@ import torch
 
 from ovis_model.config import SIZES, OvisConfig
 from ovis_model.engine.engine import OvisEngine
-from ovis_model.engine.rank_pool import TensorParallelEngine
+from ovis_model.engine.options import EngineOptions
+from ovis_model.engine.rank_pool import RankPool
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import Shard
 from ovis_model.sizing import check_tensor_parallel, rank_counts
@@ -34,14 +35,20 @@ from tests.support.processes import against_the_clock
 from tests.support.roots import ROOT
 
 
-def start(checkpoint: str, ranks: int, **options: float) -> TensorParallelEngine:
-    return TensorParallelEngine(
-        str(checkpoint_dir(checkpoint)), tensor_parallel=ranks, device="cpu", num_threads=1, **options
-    )
+def start(checkpoint: str, ranks: int, hang_s: float | None = None) -> OvisEngine:
+    directory = checkpoint_dir(checkpoint)
+    config = OvisConfig.from_directory(directory)
+    options = EngineOptions(directory=directory, device="cpu", num_threads=1)
+    return OvisEngine(config, RankPool(options, config, ranks, hang_s=hang_s))
+
+
+def pids_of(engine: OvisEngine) -> list[int]:
+    assert isinstance(engine.backend, RankPool)
+    return engine.backend.pids
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> Iterator[TensorParallelEngine]:
+def two_ranks() -> Iterator[OvisEngine]:
     with start("tiny56-tied", 2) as engine:
         yield engine
 
@@ -99,13 +106,13 @@ def test_which_numbers_of_ranks_there_are() -> None:
         OvisEngine.from_pretrained(str(checkpoint_dir("tiny56-tied")), tensor_parallel=3)
 
 
-def test_greedy_ids_are_the_originals(two_ranks: TensorParallelEngine) -> None:
+def test_greedy_ids_are_the_originals(two_ranks: OvisEngine) -> None:
     requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
     assert ids_of(two_ranks, requests) == wanted
     assert [ids_of(two_ranks, [request])[0] for request in requests] == wanted
 
 
-def test_samples_and_penalties_are_those_of_one_rank(two_ranks: TensorParallelEngine) -> None:
+def test_samples_and_penalties_are_those_of_one_rank(two_ranks: OvisEngine) -> None:
     requests = golden_requests("tiny56-tied")
     kinds = sorted(PARAMS)
     params = [replace(PARAMS[kind], max_new_tokens=12) for kind in kinds]
@@ -115,7 +122,7 @@ def test_samples_and_penalties_are_those_of_one_rank(two_ranks: TensorParallelEn
     assert 0 < len(unseeded.output_ids) <= 40
 
 
-def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: TensorParallelEngine) -> None:
+def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: OvisEngine) -> None:
     """Choices that are drawn without a seed included: the ranks would part where they did not agree."""
     items, tasks = items_of("tiny56-tied"), range(len(TASKS))
     found = two_ranks.generate(
@@ -128,7 +135,7 @@ def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: TensorParallelEngine)
     assert len({tuple(completion.output_ids) for completion in drawn}) > 1
 
 
-def test_constrained_answers_are_those_of_one_rank(two_ranks: TensorParallelEngine) -> None:
+def test_constrained_answers_are_those_of_one_rank(two_ranks: OvisEngine) -> None:
     digits = SamplingParams(max_new_tokens=20, temperature=1.0, seed=3, constraint=Constraint("regex", "[0-9]{9}"))
     params = [digits, GREEDY, replace(digits, seed=4), replace(digits, constraint=Constraint("json_schema", "{}"))]
     requests = golden_requests("tiny56-tied")[:4]
@@ -141,7 +148,7 @@ def test_constrained_answers_are_those_of_one_rank(two_ranks: TensorParallelEngi
     assert [completion.output_ids.tolist() for completion in two_ranks.generate(requests, params)] == wanted
 
 
-def test_threads_get_their_own_rows(two_ranks: TensorParallelEngine) -> None:
+def test_threads_get_their_own_rows(two_ranks: OvisEngine) -> None:
     requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
     orders = [random.Random(seed).sample(range(len(requests)), k=len(requests)) for seed in range(4)]
     with ThreadPoolExecutor(len(orders)) as pool:
@@ -149,7 +156,7 @@ def test_threads_get_their_own_rows(two_ranks: TensorParallelEngine) -> None:
     assert found == [[wanted[i] for i in order] for order in orders]
 
 
-def test_a_refused_request_is_no_fault(two_ranks: TensorParallelEngine) -> None:
+def test_a_refused_request_is_no_fault(two_ranks: OvisEngine) -> None:
     long = Request(np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
     with pytest.raises(RequestError, match="232 over the limit of 32768"):
         two_ranks.generate([long], SamplingParams(max_new_tokens=3000))
@@ -159,7 +166,7 @@ def test_a_refused_request_is_no_fault(two_ranks: TensorParallelEngine) -> None:
     test_greedy_ids_are_the_originals(two_ranks)
 
 
-def test_an_interrupt_leaves_the_ranks_whole(two_ranks: TensorParallelEngine) -> None:
+def test_an_interrupt_leaves_the_ranks_whole(two_ranks: OvisEngine) -> None:
     [request] = golden_requests("tiny56-tied")[:1]
     threading.Timer(0.5, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
@@ -173,9 +180,8 @@ def test_two_engines_side_by_side() -> None:
     directory = str(checkpoint_dir("tiny112-untied"))
 
     def one(_: int) -> list[list[int]]:
-        engine = OvisEngine.from_pretrained(directory, device="cpu", tensor_parallel=2)
-        assert isinstance(engine, TensorParallelEngine)
-        with engine:
+        with OvisEngine.from_pretrained(directory, device="cpu", tensor_parallel=2) as engine:
+            assert len(pids_of(engine)) == 2
             return ids_of(engine, golden_requests("tiny112-untied"))
 
     with ThreadPoolExecutor(2) as pool:
@@ -190,7 +196,7 @@ def test_two_engines_side_by_side() -> None:
 def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: str) -> None:
     requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
     with start("tiny56-tied", 2, hang_s=2.0) as engine:
-        first = engine.pids
+        first = pids_of(engine)
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(lambda: [ids_of(engine, requests) for _ in range(1000)])
             time.sleep(0.3)
@@ -202,18 +208,18 @@ def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: s
         assert not any(map(is_alive, first))
         with pytest.raises(EngineDied):
             engine.generate(requests, GREEDY)
-        engine.rebuild()
-        engine.rebuild()  # of living ranks: nothing happens
+        assert engine.rebuild()
+        assert engine.rebuild()  # of living ranks: nothing happens
         assert ids_of(engine, requests) == wanted
-        last = engine.pids
+        last = pids_of(engine)
     assert not any(map(is_alive, last))
 
 
 def test_ranks_end_with_their_owner() -> None:
     program = (
-        "import sys\nfrom tests.test_parallel import start\n"
+        "import sys\nfrom tests.test_parallel import pids_of, start\n"
         "engine = start('tiny56-tied', 2)\n"
-        "print(*engine.pids, engine._ranks._meeting.name, flush=True)\nsys.stdin.read()"
+        "print(*pids_of(engine), engine.backend._ranks._meeting.name, flush=True)\nsys.stdin.read()"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
@@ -233,7 +239,7 @@ def test_a_checkpoint_that_does_not_load_is_named(tmp_path: Path) -> None:
         if file.suffix != ".safetensors":
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(ValueError, match=r"no \.safetensors file"):
-        TensorParallelEngine(str(tmp_path), tensor_parallel=2, device="cpu")
+        OvisEngine.from_pretrained(str(tmp_path), tensor_parallel=2, device="cpu")
 
 
 @pytest.mark.gpu

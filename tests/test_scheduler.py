@@ -9,25 +9,26 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget, Move, Row, Scheduler, Span, passes, rows_of
+from ovis_model.engine.request_state import RequestState, make_states
+from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget, Move, Scheduler, Span, pack_passes
 from ovis_model.types import Request, SamplingParams
 
 
-def row_of(prompt: int, output: int) -> Row:
+def row_of(prompt: int, output: int) -> RequestState:
     request = Request(np.zeros(prompt, np.int32), np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32))
-    return rows_of([request], [SamplingParams(max_new_tokens=output)])[0]
+    return make_states([request], [SamplingParams(max_new_tokens=output)])[0]
 
 
-def siblings_of(shared: int, own: Sequence[tuple[int, int]]) -> list[Row]:
+def siblings_of(shared: int, own: Sequence[tuple[int, int]]) -> list[RequestState]:
     """Rows about one item: prompts that begin with `shared` equal ids, then (ids of its own, output) of each."""
     tiles, sizes = np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32)
     common = np.random.default_rng(shared).integers(0, 99, shared)
     requests, params = [], []
     for number, (length, output) in enumerate(own):
         ids = np.concatenate([common, np.full(length, 100 + number)]).astype(np.int32)
-        requests.append(Request(ids, tiles, sizes))
+        requests.append(Request(ids, tiles, sizes, group="one picture"))
         params.append(SamplingParams(max_new_tokens=output))
-    return rows_of(requests, params)
+    return make_states(requests, params)
 
 
 class Slots:
@@ -36,13 +37,13 @@ class Slots:
     def __init__(self) -> None:
         self.ids: dict[int, list[int]] = {}
 
-    def fill(self, scheduler: Scheduler, admitted: list[Row]) -> None:
-        for spans in scheduler.prompts(admitted):
+    def fill(self, scheduler: Scheduler, admitted: list[RequestState]) -> None:
+        for spans in scheduler.split_prompts(admitted):
             before = {slot: list(ids) for slot, ids in self.ids.items()}  # a pass reads before it writes
             for span in spans:
-                assert span.target is not None and scheduler.running[span.target] is span.row
+                assert span.target is not None and scheduler.running[span.target] is span.state
                 self.ids[span.target] = [*before.get(span.source, [])[: span.start], *span.ids.tolist()]
-                assert self.ids[span.target] == span.row.request.input_ids.tolist()
+                assert self.ids[span.target] == span.state.request.input_ids.tolist()
 
     def move(self, move: Move) -> None:
         self.ids[move.target] = self.ids[move.source][: move.length]
@@ -81,7 +82,7 @@ def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
         cache.fill(scheduler, admitted)
         assert len(scheduler.running) <= scheduler.slots
         if len(scheduler.running) < scheduler.slots and scheduler.waiting:
-            assert scheduler.waiting[0].max_tokens > scheduler.capacity
+            assert scheduler.waiting[0].max_cached > scheduler.capacity
         for slot, row in enumerate(scheduler.running):
             assert cache.ids[slot][: row.num_prompt_tokens] == row.request.input_ids.tolist()[: len(cache.ids[slot])]
             row.append(0, -1.0)
@@ -107,7 +108,7 @@ def test_siblings_compute_what_they_share_once(shared: int, own: list[tuple[int,
             admitted = scheduler.admit()
             scheduler.retire()
             scheduler.plan_cache()
-            spans += list(chain(*scheduler.prompts(admitted)))
+            spans += list(chain(*scheduler.split_prompts(admitted)))
             for row in scheduler.running:
                 row.append(0, -1.0)
                 row.finish_reason = "length" if len(row.output_ids) == row.params.max_new_tokens else None
@@ -135,7 +136,7 @@ def test_nobody_waits_for_the_longest_row() -> None:
 )
 def test_passes_fit_their_budget(lengths: list[tuple[int, int]], max_tokens: int) -> None:
     spans = [Span(row_of(1, 1), np.zeros(length, np.int32), start, 0, 0) for length, start in lengths]
-    groups = list(passes(spans, max_tokens))
+    groups = list(pack_passes(spans, max_tokens))
     assert sorted(id(span) for group in groups for span in group) == sorted(map(id, spans))
     for group in groups:
         widths = [len(span.ids) for span in group]

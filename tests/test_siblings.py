@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from collections import Counter
 from dataclasses import replace
@@ -14,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.kv_cache import Extend
-from ovis_model.engine.prefix_sharing import prefixes_of
-from ovis_model.engine.scheduler import Budget, Row
+from ovis_model.engine.prefix_sharing import find_prefixes
+from ovis_model.engine.request_state import RequestState
+from ovis_model.engine.scheduler import Budget
+from ovis_model.inputs.processor import Processor
 from ovis_model.types import Request, RequestError, SamplingParams
 from tests.support.engines import engine_of, golden_requests, prompt_logits
-from tests.support.golden_data import CHECKPOINTS
+from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 from tests.support.golden_items import CHOICE, CHOICES, END, TASKS, alone, assert_same, items_of, params_of
 from tests.support.replays import Recorded
 
@@ -27,7 +31,7 @@ from tests.support.replays import Recorded
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("slots", [1, 5, 64])
 def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_an_item(checkpoint: str, slots: int) -> None:
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=400 * slots, slots=slots))
+    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=400 * slots, slots=slots))
     # The longest first, so that the cache need not grow: a row that waits for that finds no sibling in it.
     order = sorted(range(8), key=lambda item: -len(items_of(checkpoint)[item][0].input_ids))
     items = [items_of(checkpoint)[index] for index in order]
@@ -36,7 +40,7 @@ def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_an_item(check
     for index, completion in enumerate(found):
         assert_same(completion, alone(checkpoint, order[index // len(TASKS)], index % len(TASKS)))
     assert engine.stats.tiles == sum(len(item[0].tiles) for item in items)
-    prefixes = Counter(prefix for item in items for prefix in prefixes_of(item))
+    prefixes = Counter(prefix for item in items for prefix in find_prefixes(item))
     shared = sum(prefix.length * (num_rows - 1) for prefix, num_rows in prefixes.items())
     assert engine.stats.prompt_tokens == sum(len(request.input_ids) for request in requests) - shared
 
@@ -48,11 +52,11 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
 ) -> None:
     """Also where captured steps take in slots that no row uses, and where memory ends at some moment."""
     checkpoint = "tiny56-tied"
-    items, options = items_of(checkpoint), {"make_runner": Recorded()} if replayed else {}
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=230 * slots, slots=slots), **options)
+    items, options = items_of(checkpoint), {"make_step_runner": Recorded()} if replayed else {}
+    engine = EngineCore(engine_of(checkpoint).model, budget=Budget(kv_tokens=230 * slots, slots=slots), **options)
     tasks = st.lists(st.integers(0, len(TASKS) - 1), min_size=1, max_size=8)
     calls = data.draw(st.lists(st.lists(st.tuples(st.integers(0, 7), tasks), min_size=1, max_size=4), max_size=3))
-    rows: list[tuple[Row, int, int]] = []
+    rows: list[tuple[RequestState, int, int]] = []
     for call in calls:
         picked = [(item, task) for item, own in call for task in own]
         random.Random(len(picked)).shuffle(picked)
@@ -62,8 +66,8 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
         for _ in range(data.draw(st.integers(0, 5))):
             engine.step()
         if data.draw(st.booleans()) and not all(row.has_left for row, _, _ in rows):
-            engine._shrink(torch.OutOfMemoryError("told by the test"))
-            engine._scheduler.budget = engine._budget
+            engine.shrink(torch.OutOfMemoryError("told by the test"))
+            engine.scheduler.budget = engine._budget
     while not all(row.has_left for row, _, _ in rows):
         engine.step()
     for row, item, task in rows:
@@ -126,7 +130,7 @@ def test_many_choices_and_small_passes() -> None:
     params = SamplingParams(choices=choices)
     requests = items_of(checkpoint)[3][:3]
     budget = Budget(kv_tokens=1000, slots=2, prefill_tokens=64)
-    small = OvisEngine(engine_of(checkpoint).model, budget=budget).generate(requests, params)
+    small = OvisEngine.from_model(engine_of(checkpoint).model, budget=budget).generate(requests, params)
     for found, wanted in zip(small, engine_of(checkpoint).generate(requests, params), strict=True):
         assert_same(found, wanted)
         assert found.choice_probs is not None and float(found.choice_probs.sum()) == pytest.approx(1)
@@ -134,7 +138,7 @@ def test_many_choices_and_small_passes() -> None:
 
 def test_samples_of_one_prompt_share_all_but_its_last_token() -> None:
     checkpoint = "tiny56-tied"
-    engine, request = OvisEngine(engine_of(checkpoint).model), golden_requests(checkpoint)[0]
+    engine, request = OvisEngine.from_model(engine_of(checkpoint).model), golden_requests(checkpoint)[0]
     params = [SamplingParams(max_new_tokens=6, temperature=2.0, seed=seed) for seed in range(8)]
     found = engine.generate([request] * 8, params)
     for completion, own in zip(found, params, strict=True):
@@ -145,7 +149,7 @@ def test_samples_of_one_prompt_share_all_but_its_last_token() -> None:
 
 def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = "tiny56-tied"
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
+    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
     extend = Extend.__init__
 
     def limited(self: Extend, cache: object, sources: torch.Tensor, *others: object) -> None:
@@ -159,17 +163,17 @@ def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pyte
     for task, completion in enumerate(found):
         if not params[task].choices:
             assert_same(completion, alone(checkpoint, 0, task))
-    assert engine._scheduler.budget.slots == 2
+    assert engine.backend.core.scheduler.budget.slots == 2
 
 
 def test_a_row_that_is_out_of_memory_keeps_no_visual_tokens() -> None:
     checkpoint = "tiny56-tied"
-    engine = OvisEngine(engine_of(checkpoint).model, budget=Budget(kv_tokens=400, slots=1))
+    engine = EngineCore(engine_of(checkpoint).model, budget=Budget(kv_tokens=400, slots=1))
     requests = [items_of(checkpoint)[item][0] for item in (0, 1)]
-    first, second = engine.enqueue(requests, SamplingParams(max_new_tokens=1))
+    first, second = engine.enqueue(requests, [SamplingParams(max_new_tokens=1)] * 2)
     engine.step()
     assert first.has_left and second.item.visual is not None  # its tiles were in the same pass
-    engine._shrink(torch.OutOfMemoryError("told by the test"))
+    engine.shrink(torch.OutOfMemoryError("told by the test"))
     assert second.error is not None and second.item.visual is None
 
 
@@ -177,17 +181,40 @@ def test_what_siblings_share() -> None:
     tiles, sizes = np.zeros((1, 3, 2, 2), np.uint8), np.array([[2, 2]], np.int32)
 
     def request(*ids: int) -> Request:
-        return Request(np.array(ids, np.int32), tiles, sizes.copy())
+        return Request(np.array(ids, np.int32), tiles.copy(), sizes.copy(), group="one picture")
 
-    same = prefixes_of([request(1, -301, -300, 5, 6), request(1, -301, -300, 5, 7), request(1, -301, -300, 5, 6)])
+    same = find_prefixes([request(1, -301, -300, 5, 6), request(1, -301, -300, 5, 7), request(1, -301, -300, 5, 6)])
     assert same[0] is same[1] is same[2] and same[0].length == 4
-    one, other, third = prefixes_of([request(1, -300, 5), request(2, -300, 5), request(1, -300, 5, 9)])
+    one, other, third = find_prefixes([request(1, -300, 5), request(2, -300, 5), request(1, -300, 5, 9)])
     assert one is third and one is not other and one.item is other.item
     assert (one.length, other.length) == (2, 2)
-    whole, _ = prefixes_of([request(1, -300), request(1, -300)])
+    whole, _ = find_prefixes([request(1, -300), request(1, -300)])
     assert whole.length == 0  # what is left would hold a placeholder
-    copy = replace(request(1, -300, 5), tiles=tiles.copy())
-    assert len({prefix.item for prefix in prefixes_of([request(1, -300, 5), copy])}) == 2
+    for group in (None, "another"):
+        other = replace(request(1, -300, 5), group=group)
+        assert len({prefix.item for prefix in find_prefixes([request(1, -300, 5), other, request(1)])}) == 2
+    apart = replace(request(1, -300, 5), group=None)
+    assert len({prefix.item for prefix in find_prefixes([apart, apart])}) == 2
+
+
+def test_a_group_with_different_images_is_refused_by_name() -> None:
+    first = items_of("tiny56-tied")[0][0]
+    for other in (
+        replace(first, tiles=np.where(first.tiles == 0, 1, first.tiles).astype(np.uint8)),
+        replace(first, tile_sizes=first.tile_sizes - 1),
+        replace(items_of("tiny56-tied")[-1][0], group=first.group),
+    ):
+        broken = [replace(request, group="dog.jpg") for request in (first, first, other)]
+        with pytest.raises(ValueError, match=r"request 2 has other images than .* group 'dog.jpg'"):
+            engine_of("tiny56-tied").generate(broken, CHOICE)
+
+
+def test_a_group_survives_the_way_to_another_process() -> None:
+    """What ranks unpickle shares as much, and holds the tiles once."""
+    requests = Processor.from_pretrained(str(checkpoint_dir("tiny56-tied"))).with_tiles([[1, 2], [1, 3]], [])
+    there = pickle.loads(pickle.dumps([*requests, *requests]))
+    assert len({prefix.item for prefix in find_prefixes(there)}) == 1
+    assert there[0].tiles is there[1].tiles
 
 
 def test_bad_choices_are_refused() -> None:
@@ -199,7 +226,7 @@ def test_bad_choices_are_refused() -> None:
     long = SamplingParams(choices=(tuple([5] * 40_000),))
     with pytest.raises(RequestError, match=r"40000 output tokens are .* over the limit of 32768"):
         engine.generate([request], long)
-    small = OvisEngine(engine.model, budget=Budget(kv_tokens=4000, prompt_tokens=100))
+    small = OvisEngine.from_model(engine.model, budget=Budget(kv_tokens=4000, prompt_tokens=100))
     with pytest.raises(RequestError, match=r"prompt and choice tokens are .* over the 100 that the device has memory"):
         small.generate([request], SamplingParams(choices=((5,) * 90,)))
     ends = replace(request, input_ids=request.input_ids[: np.flatnonzero(request.input_ids == -300)[-1] + 1])

@@ -24,24 +24,24 @@ class Decoded(NamedTuple):
 
 
 Step = Callable[[int, int], Decoded]
-"""For this many rows, with at most so many tokens in the cache; it reads and writes the same buffers each time."""
+"""Runs one step, given the rows and the maximum tokens in the cache; it uses the same buffers each time."""
 
 
-class Runner(Protocol):
-    """How steps are run."""
+class StepRunner(Protocol):
+    """Runs steps."""
 
     def __call__(self, step: Step, rows: int, longest: int, cache: KVCache) -> Decoded:
-        """As `step(rows, longest)`, or over more rows and a longer part of the cache; called under inference mode."""
+        """Run `step` over at least `rows` rows and `longest` cached tokens; called under inference mode."""
         ...
 
 
 def run_eagerly(step: Step, rows: int, longest: int, cache: KVCache) -> Decoded:
-    """As it is written and in exactly the shape that is needed: all that pays on a CPU."""
+    """Run the step in exactly the shape that is needed: all that pays on a CPU."""
     return step(rows, longest)
 
 
 class CudaGraphs:
-    """A graph for each bucket of rows and, for attention that reads masked places, of lengths; captured when needed."""
+    """One graph per bucket of rows and, for attention that reads masked places, of lengths; captured when needed."""
 
     def __init__(self) -> None:
         self._replays: dict[tuple[int, int], Callable[[], Decoded]] = {}
@@ -54,14 +54,14 @@ class CudaGraphs:
         return self._replays[shape]()
 
     def _capture(self, run: Callable[[], Decoded]) -> Callable[[], Decoded]:
-        """The graphs share their memory, because only one runs at a time and its results are used before the next."""
+        """Capture a graph. All share their memory: one runs at a time, and its results are used before the next."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()  # libraries allocate their workspaces, which a capture may not
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": what other threads of the process do on the device is no part of this.
+        # "thread_local": work of other threads on the device must not end the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             decoded = run()
         self._pool = self._pool or graph.pool()
@@ -74,47 +74,47 @@ class CudaGraphs:
 
 
 def row_bucket(rows: int, slots: int) -> int:
-    """1, 2, 4, 8, then multiples of 8: at most seven rows of a step are padding."""
+    """Round up to 1, 2, 4, 8 or a multiple of 8: at most seven rows of a step are padding."""
     return min(1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8, slots)
 
 
 def length_bucket(longest: int, cache: KVCache, step: int = 512) -> int:
-    """Multiples of `step`; all of the cache if attention reads no more of a row than it holds anyway."""
-    most = cache.capacity - 1
-    return most if cache.attention_reads_lengths else min(-(-longest // step) * step, most)
+    """Round up to a multiple of `step`; to all of the cache if attention reads only what a row holds anyway."""
+    maximum = cache.capacity - 1
+    return maximum if cache.attention_reads_lengths else min(-(-longest // step) * step, maximum)
 
 
-class Decoder:
+class BatchStepper:
     """Takes the rows in the first slots of a cache from one token to the next.
 
     The newest token of each row and the number of tokens before it stay on the device: while no row enters or leaves,
-    a step needs nothing of the host.
+    a step needs nothing from the host.
     """
 
-    def __init__(self, model: Ovis, cache: KVCache, run: Runner = run_eagerly) -> None:
+    def __init__(self, model: Ovis, cache: KVCache, run: StepRunner = run_eagerly) -> None:
         self.cache = cache
         self._model, self._run = model, run
         self._state = torch.zeros(2, cache.slots, dtype=torch.int64, device=model.device)
 
     def load(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
-        """The newest token of each row, and how many tokens the cache holds before it."""
+        """Set the newest token of each row, and how many tokens the cache holds before it."""
         # A slot without a row counts as empty: a bucket that takes it in touches its first place only.
         padding = [0] * (self.cache.slots - len(ids))
         self._state.copy_(torch.tensor([[*ids, *padding], [*lengths, *padding]]))
 
     def step(self, rows: int, longest: int) -> Decoded:
-        """For the first `rows` slots, of which none holds more than `longest` tokens."""
+        """Run a step for the first `rows` slots, none of which holds more than `longest` tokens."""
         logits, greedy = self._run(self._step, rows, longest, self.cache)
         return Decoded(logits[:rows], Choice(greedy.ids[:rows], greedy.logprobs[:rows]))
 
     def advance(self, ids: Tensor) -> None:
-        """int64[B]: what each row has chosen becomes its newest token."""
+        """Make `ids` (int64[B]) the newest tokens of the rows."""
         self._state[0, : len(ids)] = ids
         self._state[1, : len(ids)] += 1
 
     def _step(self, rows: int, longest: int) -> Decoded:
         ids, lengths = self._state[:, :rows]
         embeds = self._model.llm.model.embed_tokens(ids[:, None])
-        memory = DecodeStep(self.cache, lengths, longest)
-        logits = self._model.llm.logits(self._model.llm.model(embeds, lengths[:, None], memory)[:, -1])
+        context = DecodeStep(self.cache, lengths, longest)
+        logits = self._model.llm.logits(self._model.llm.model(embeds, lengths[:, None], context)[:, -1])
         return Decoded(logits, choose_greedily(logits))

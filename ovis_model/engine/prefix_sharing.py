@@ -1,11 +1,11 @@
-"""What requests of one call share: the pictures of an item, and what prompts about them begin with.
+"""What requests of one call share: the images of a group, and the ids that its prompts begin with.
 
 Knows ids, not tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,16 @@ from ovis_model.types import Request
 
 @dataclass(eq=False)
 class Item:
-    """Pictures that some requests are about. `visual` holds their embeddings once computed, until no row needs them."""
+    """The images of some requests. `visual` holds their embeddings from the vision pass until no request needs them."""
 
     tiles: NDArray[np.uint8]
     tile_sizes: NDArray[np.int32]
     visual: Any = None
+
+    def has_images_of(self, request: Request) -> bool:
+        """Compare contents, at no cost if the arrays are the same objects."""
+        pairs = ((self.tiles, request.tiles), (self.tile_sizes, request.tile_sizes))
+        return all(own is other or np.array_equal(own, other) for own, other in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,23 +37,32 @@ class Prefix:
     length: int
 
 
-def prefixes_of(requests: Sequence[Request]) -> list[Prefix]:
-    """Of each request; siblings, which have the very same array of tiles, get the same one.
+def find_prefixes(requests: Sequence[Request]) -> list[Prefix]:
+    """Return the prefix of each request; siblings, the requests of one `group`, get the same object.
 
-    Siblings that differ before their last placeholder, such as by the system prompt, share the item only. At least the
-    last id of a prompt is its own, because what comes next is asked of it.
+    Siblings that differ before their last placeholder, such as by the system prompt, share the item only. The last id
+    of a prompt is never shared, because the next token is predicted from it. Raise ValueError if the requests of a
+    group have different images.
     """
-    items: dict[Hashable, Item] = {}
     members: dict[tuple[Item, bytes], list[int]] = {}
-    for index, request in enumerate(requests):
-        key = id(request.tiles), request.tile_sizes.tobytes()
-        item = items.setdefault(key, Item(request.tiles, request.tile_sizes))
-        members.setdefault((item, _to_last_placeholder(request.input_ids).tobytes()), []).append(index)
+    for index, item in enumerate(_items_of(requests)):
+        members.setdefault((item, _to_last_placeholder(requests[index].input_ids).tobytes()), []).append(index)
     prefixes: dict[int, Prefix] = {}
     for (item, _), indexes in members.items():
         prompts = [requests[index].input_ids for index in indexes]
         prefixes.update(dict.fromkeys(indexes, Prefix(item, _num_shared(prompts))))
     return [prefixes[index] for index in range(len(requests))]
+
+
+def _items_of(requests: Sequence[Request]) -> Iterator[Item]:
+    items: dict[Hashable, Item] = {}
+    for index, request in enumerate(requests):
+        item = Item(request.tiles, request.tile_sizes)
+        if request.group is not None:
+            item = items.setdefault(request.group, item)
+        if not item.has_images_of(request):
+            raise ValueError(f"request {index} has other images than the first request of its group {request.group!r}")
+        yield item
 
 
 def _to_last_placeholder(ids: NDArray[np.int32]) -> NDArray[np.int32]:

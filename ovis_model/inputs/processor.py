@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 from PIL import Image
 from tokenizers import Tokenizer
@@ -55,10 +56,11 @@ class Processor:
     ) -> list[Request]:
         """The second half of `request`: ids from `prompt_ids`, and the RGB pictures whose sizes it was given.
 
-        Several prompts about the same pictures share their tiles, so that an engine encodes them once.
+        The requests are one group, so that an engine encodes their pictures once.
         """
         tiles, sizes = tile_images(pictures, max_tiles, self.config.vision.image_size)
-        return [Request(expand_atoms(ids, self.config.vision.tokens_per_tile), tiles, sizes) for ids in prompts]
+        group, per_tile = uuid4(), self.config.vision.tokens_per_tile
+        return [Request(expand_atoms(ids, per_tile), tiles, sizes, group) for ids in prompts]
 
     def prompt_ids(
         self,

@@ -16,16 +16,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
-class Memory(Protocol):
-    """What a decoder layer attends to beside the tokens that it is given."""
+class AttentionContext(Protocol):
+    """What a decoder layer attends to in addition to the tokens that it is given."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, T, heads, head_dim], twice [B, T, kv_heads, head_dim] -> [B, T, heads, head_dim]"""
         ...
 
 
-class NoMemory:
-    """Only the tokens that are given, each seeing those before it: training, and scoring a text in one pass."""
+class NoContext:
+    """Only the given tokens, each seeing those before it: for training, and for scoring a text in one pass."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend_causal(query, key, value)

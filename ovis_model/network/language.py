@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
-from ovis_model.network.attention import Memory
+from ovis_model.network.attention import AttentionContext
 from ovis_model.network.layers import RMSNorm, gated, lay_out, pass_dtype, project, rms_norm
 from ovis_model.network.tensor_parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
@@ -51,31 +51,31 @@ class Qwen2Model(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index, shard) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, position_ids: Tensor, memory: Memory) -> Tensor:
-        """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `memory` takes in what the layers add.
+    def forward(self, hidden: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
+        """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `context` takes in what the layers add.
 
         More than one token a row is a prompt: computed, and given back, in `layers.pass_dtype`.
         """
         if hidden.shape[1] > 1:
             hidden = hidden.to(pass_dtype(hidden.dtype, hidden.device))
         if hidden.dtype != self.norm.weight.dtype:
-            memory = _Narrowed(memory, self.norm.weight.dtype)
+            context = _Narrowed(context, self.norm.weight.dtype)
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         tokens = hidden.flatten(0, 1)
         for layer in self.layers:
-            tokens = layer(tokens, rotary, memory)
+            tokens = layer(tokens, rotary, context)
         out: Tensor = self.norm(tokens)
         return out.view(hidden.shape)
 
 
 class _Narrowed:
-    """A memory in another type than the layers compute in: what a prompt attends to is what the steps after it see."""
+    """A context in another type than the layers compute in: a prompt attends to what the steps after it see."""
 
-    def __init__(self, memory: Memory, dtype: torch.dtype) -> None:
-        self._memory, self._dtype = memory, dtype
+    def __init__(self, context: AttentionContext, dtype: torch.dtype) -> None:
+        self._context, self._dtype = context, dtype
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attended = self._memory.attend(layer, *(x.to(self._dtype) for x in (query, key, value)))
+        attended = self._context.attend(layer, *(x.to(self._dtype) for x in (query, key, value)))
         return attended.to(query.dtype)
 
 
@@ -139,20 +139,20 @@ class DecoderLayer(nn.Module):
         self.mlp.gate_up.fuse()
         self._weights = self._gather()
 
-    def forward(self, tokens: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
+    def forward(self, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """[B * T, hidden_size] -> [B * T, hidden_size]"""
         weights = self._weights or self._gather()
-        tokens = self._attention(weights, tokens, rotary, memory).add_(tokens)
+        tokens = self._attention(weights, tokens, rotary, context).add_(tokens)
         return self._mlp(weights, tokens).add_(tokens)
 
-    def _attention(self, w: LayerWeights, tokens: Tensor, rotary: Rotary, memory: Memory) -> Tensor:
+    def _attention(self, w: LayerWeights, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         batch, length, _, _ = rotary[0].shape
         num_heads, num_kv_heads = self.heads
         heads = project(rms_norm(tokens, w.input_norm, self.eps), w.qkv, w.qkv_bias)
         heads = heads.view(batch, length, -1, self.head_dim)
         query_key, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 2)
         query, key = rotate(query_key, rotary).split_with_sizes((num_heads, num_kv_heads), 2)
-        attended = memory.attend(self.index, query, key, value)
+        attended = context.attend(self.index, query, key, value)
         return self.shard.sum(project(attended.reshape(len(tokens), -1), w.o))
 
     def _mlp(self, w: LayerWeights, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ovis_model.config import NUM_INDICATORS, OvisConfig
-from ovis_model.network.attention import NoMemory
+from ovis_model.network.attention import NoContext
 from ovis_model.network.language import Qwen2ForCausalLM
 from ovis_model.network.layers import linear, pass_dtype
 from ovis_model.network.tensor_parallel import ALONE, Shard
@@ -91,7 +91,7 @@ class Ovis(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
         """[B, T, hidden_size], int64[B, T] -> logits [B, T, vocab_size]: for training and for scoring whole texts."""
-        return self.llm.logits(self.llm.model(inputs_embeds, position_ids, NoMemory()))
+        return self.llm.logits(self.llm.model(inputs_embeds, position_ids, NoContext()))
 
 
 def _inside(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:

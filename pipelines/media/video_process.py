@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import resource
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from ovis_model.child_process import ChildProcess, end_with_parent
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media import video
 from pipelines.media.reference import Video, Window
@@ -47,8 +44,7 @@ class VideoDecoder:
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S, max_memory_bytes: int = MAX_MEMORY_BYTES) -> None:
         self._timeout_s, self._max_memory_bytes = timeout_s, max_memory_bytes
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._process: ChildProcess | None = None
 
     def sample_frames(
         self, place: Video, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
@@ -68,12 +64,9 @@ class VideoDecoder:
 
     def close(self) -> None:
         """End the process; a later call starts another."""
-        if self._socket is not None:
-            self._socket.close()
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._process = self._socket = None
+            self._process.close()
+        self._process = None
 
     def _frames(self, what: str, place: Video, **arguments: Any) -> list[Frame]:
         reply, pixels = self._ask(what, place, **arguments)
@@ -101,26 +94,10 @@ class VideoDecoder:
     def _started(self) -> socket.socket:
         if self._process is not None and self._process.poll() is not None:
             self.close()
-        if self._socket is None:
-            self._socket, theirs = socket.socketpair()
-            command = [
-                sys.executable,
-                "-P",
-                "-m",
-                "pipelines.media.video_process",
-                str(theirs.fileno()),
-                str(os.getpid()),
-            ]
-            paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]  # this package, whatever is installed
-            environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
-            self._process = subprocess.Popen(
-                [*command, str(self._max_memory_bytes)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
-            theirs.close()
-        return self._socket
+        if self._process is None:
+            module = "pipelines.media.video_process"
+            self._process = ChildProcess(module, self._max_memory_bytes, environment=_ONE_THREAD)
+        return self._process.socket
 
     def _how_it_ended(self) -> str:
         assert self._process is not None
@@ -184,10 +161,9 @@ def _raise_if_error(reply: Json) -> None:
 
 def main(fd: int, parent: int, max_memory_bytes: int) -> None:
     """Answer until the other side closes the socket or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent(parent)
     stream = _Stream(socket.socket(fileno=fd))
     while True:
         try:
@@ -197,13 +173,6 @@ def main(fd: int, parent: int, max_memory_bytes: int) -> None:
             return
         answer, frames = _answer(request, data)
         stream.send(answer, *(frame.pixels for frame in frames))
-
-
-def _end_with(parent: int) -> None:
-    """A parent that was killed cannot end a process in the middle of a video."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:

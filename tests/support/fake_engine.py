@@ -48,6 +48,9 @@ class FakeEngine:
             self._log(start_s, len(requests))
         return [Completion(np.array([len(r.tiles)], np.int32), "stop", -0.5) for r in requests]
 
+    def rebuild(self) -> bool:
+        return False
+
     def _log(self, start_s: float, rows: int) -> None:
         if self._factory.busy_log is not None:
             line = f"{start_s} {time.time()} {rows}\n".encode()

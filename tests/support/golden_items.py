@@ -30,13 +30,13 @@ TASKS: tuple[tuple[str, str | None, SamplingParams], ...] = (
 
 @cache
 def items_of(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
-    """For each golden picture set, the tasks as requests with one array of tiles; the last ones have no picture."""
+    """For each golden picture set, the tasks as one group of requests; the last ones have no picture."""
     processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
     cases = [case for case in expected(checkpoint)["generation"] if case["images"]]
     items = []
     for pictures, most in [*(([picture(p) for p in c["images"]], c["max_partition"]) for c in cases), ([], 1)]:
         requests = [processor.request(text, pictures, most, system) for text, system, _ in TASKS]
-        items.append(tuple(replace(request, tiles=requests[0].tiles) for request in requests))
+        items.append(tuple(replace(request, group=len(items)) for request in requests))
     return tuple(items)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import run_job
-from ovis_model.engine.rank_pool import TensorParallelEngine
+from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.rank_pool import RankPool
 from ovis_model.types import Completion, Engine, Request, SamplingParams
 from pipelines.config import CaptionConfig
 from pipelines.generate import Replica
@@ -40,17 +41,25 @@ class OnCpus:
         return _Ranks(self, replica)
 
 
-class _Ranks(TensorParallelEngine):
+class _Ranks:
     def __init__(self, told: OnCpus, replica: Replica) -> None:
         self._told, self._device = told, threading.Lock()  # one device: calls take turns
-        super().__init__(replica.model, tensor_parallel=replica.tensor_parallel, device="cpu", num_threads=1)
+        self._engine = OvisEngine.from_pretrained(
+            replica.model, device="cpu", tensor_parallel=replica.tensor_parallel, num_threads=1
+        )
         self._tell_ranks()
 
-    def rebuild(self) -> None:
+    @property
+    def pids(self) -> list[int]:
+        assert isinstance(self._engine.backend, RankPool)
+        return self._engine.backend.pids
+
+    def rebuild(self) -> bool:
         before = self.pids
-        super().rebuild()
+        self._engine.rebuild()
         if self.pids != before:
             self._tell_ranks()
+        return True
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
@@ -59,7 +68,7 @@ class _Ranks(TensorParallelEngine):
             pids = self.pids
             threading.Timer(0.1, lambda: os.kill(pids[1], signal.SIGKILL)).start()
             time.sleep(0.5)
-        completions = super().generate(requests, params)
+        completions = self._engine.generate(requests, params)
         with self._device:
             time.sleep(self._told.seconds_per_row * len(requests))
         _tell(self._told.log, rows=len(requests))

@@ -1,0 +1,164 @@
+"""How callers and the engine loop talk: messages in, outcomes out. Knows no torch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import astuple, dataclass
+from itertools import count
+from typing import TypeVar
+
+from ovis_model.types import Completion, Request, SamplingParams
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Generate completions."""
+
+    number: int
+    requests: Sequence[Request]
+    params: Sequence[SamplingParams]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Generate the largest batch that the device may hold; its outcome is an empty list."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Fail all requests so far: their caller was interrupted."""
+
+
+Message = Call | WarmUp | Abandon
+Outcome = list[Completion] | Exception
+
+
+@dataclass
+class Stats:
+    """Totals of all work so far. `row_steps` sums the rows of the decode steps, `slot_steps` the available slots."""
+
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    tiles: int = 0
+    prompt_tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    slot_steps: int = 0
+
+    def __sub__(self, earlier: Stats) -> Stats:
+        return Stats(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
+
+
+class Calls:
+    """Calls that wait for their outcomes. Any thread may make one, any thread may settle it."""
+
+    def __init__(self, send: Callable[[Message], None]) -> None:
+        """`send` hands a message to the loop; it is called by one thread at a time."""
+        self._send = send
+        self._lock = threading.Lock()
+        self._numbers = count()
+        self._futures: dict[int, Future[list[Completion]]] = {}
+        self.fault: Exception | None = None
+        self.busy_since_s = 0.0  # of the monotonic clock, while there are calls
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._futures)
+
+    def generate(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[Completion]:
+        """Wait for the completions. Raise the exception that the call or the engine ended with."""
+        return self._make(lambda number: Call(number, requests, params))
+
+    def warm_up(self) -> None:
+        self._make(WarmUp)
+
+    def settle(self, number: int, outcome: Outcome) -> None:
+        """End one call."""
+        with self._lock:
+            future = self._futures.pop(number, None)
+        if future is not None:
+            settle(future, outcome)
+
+    def fail(self, fault: Exception, clean_up: Callable[[], None] = lambda: None) -> None:
+        """End all calls, now and later, with `fault` or that of an earlier failure; `clean_up` comes before."""
+        with self._lock:
+            self.fault = self.fault or fault
+            futures = list(self._futures.values())
+            self._futures.clear()
+        clean_up()
+        for future in futures:
+            settle(future, self.fault)
+
+    def _make(self, message: Callable[[int], Message]) -> list[Completion]:
+        future: Future[list[Completion]] = Future()
+        with self._lock:
+            if self.fault is not None:
+                raise self.fault
+            self.busy_since_s = self.busy_since_s if self._futures else time.monotonic()
+            number = next(self._numbers)
+            self._futures[number] = future
+            self._send(message(number))
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            with self._lock:
+                self._send(Abandon())
+            raise
+
+
+def settle(future: Future[T], outcome: T | Exception) -> None:
+    """Set the future's exception or result, unless it is done already."""
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+class Inbox:
+    """Messages in the order of their arrival. Any thread may put one in; one thread takes them out."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._messages: deque[Message] = deque()
+        self._num_taken = 0
+        self.is_closed = False
+
+    @property
+    def num_arrived(self) -> int:
+        """Messages since the start."""
+        with self._changed:
+            return self._num_taken + len(self._messages)
+
+    def put(self, message: Message) -> None:
+        with self._changed:
+            self._messages.append(message)
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until there is a message to take or the inbox is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._messages or self.is_closed)
+
+    def take(self, until: int) -> list[Message]:
+        """Return all messages up to number `until`; wait for those that have not arrived yet."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_taken + len(self._messages) >= until)
+            taken = [self._messages.popleft() for _ in range(until - self._num_taken)]
+            self._num_taken = until
+        return taken
+
+    def close(self) -> None:
+        with self._changed:
+            self.is_closed = True
+            self._changed.notify_all()

@@ -1,0 +1,200 @@
+"""Generation with row replacement: a finished request leaves and the next one enters at the next step.
+
+Knows token ids only: no prompts, no images. Knows no threads: one caller enqueues and steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from time import perf_counter
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from ovis_model.engine.calls import Stats
+from ovis_model.engine.choices import answer_choices
+from ovis_model.engine.decode_step import CudaGraphs, StepRunner, run_eagerly
+from ovis_model.engine.memory_plan import describe, halved, plan_for
+from ovis_model.engine.model_runner import Masks, ModelRunner
+from ovis_model.engine.request_checks import RequestChecks
+from ovis_model.engine.request_state import RequestState, make_states
+from ovis_model.engine.sampling import Choice
+from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
+from ovis_model.engine.stopping import StopRule
+from ovis_model.grammar.guides import Guides
+from ovis_model.network.ovis import Ovis
+from ovis_model.types import IMAGE_ATOM_ID, EngineDied, Request, RequestError, SamplingParams
+
+# The CUDA libraries' faults come as plain RuntimeErrors.
+_DEVICE_FAULT = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS")
+
+
+class EngineCore:
+    """One model, or a rank's part of one, with the requests that wait and run."""
+
+    def __init__(
+        self,
+        model: Ovis,
+        *,
+        tokenizer: Tokenizer | None = None,
+        budget: Budget | None = None,
+        make_step_runner: Callable[[], StepRunner] | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        """See `OvisEngine.from_model`."""
+        config = model.config
+        self.model, self.stats = model, Stats()
+        self._budget = budget or plan_for(config, model.dtype, model.device, model.shard)
+        self._checks = RequestChecks(config, self._budget, has_tokenizer=tokenizer is not None)
+        self._guides = Guides(tokenizer, config.language.vocab_size, config.eos_token_ids) if tokenizer else None
+        self._stop_rule = StopRule(config.eos_token_ids if eos_token_ids is None else eos_token_ids, tokenizer)
+        self.scheduler = Scheduler(self._budget)
+        default = CudaGraphs if model.device.type == "cuda" else lambda: run_eagerly
+        self.runner = ModelRunner(model, make_step_runner or default)
+
+    def describe(self) -> str:
+        """Return one line about what the engine may hold at once."""
+        budget = describe(self.model.config, self.model.dtype, self.scheduler.budget, self.model.pass_dtype)
+        return f"{self.model.device.type}: {budget}"
+
+    def enqueue(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[RequestState]:
+        """Let requests wait for the next steps. Raise RequestError or ValueError, and add none, if one is refused."""
+        states = make_states(requests, params)
+        for index, state in enumerate(states):
+            self._checks.check(index, state)
+        for state in states:
+            if self._guides and state.params.constraint and not state.params.choices:
+                state.guide = self._guides.guide(state.params.constraint)  # compiled while the prompt is computed
+        self.scheduler.enqueue(states)
+        return states
+
+    def step(self) -> None:
+        """Replace requests that have left, then generate one token of each. Raise EngineDied if the device is lost.
+
+        If the device is out of memory after all, the running requests restart with half the budget.
+        """
+        try:
+            self._step()
+        except torch.OutOfMemoryError as error:
+            if self.model.shard.size > 1:  # the other ranks are in the middle of the step
+                raise EngineDied(f"rank {self.model.shard.rank} is out of memory: {error}") from error
+            self.shrink(error)
+        except RuntimeError as error:
+            if not isinstance(error, torch.AcceleratorError) and not _DEVICE_FAULT.search(str(error)):
+                raise
+            raise EngineDied(str(error)) from error
+
+    def abandon(self) -> None:
+        """Fail all requests that run or wait, but not those that finished in the last step."""
+        for state in (*self.scheduler.running, *self.scheduler.waiting):
+            if not state.has_left:
+                state.error = RequestError("interrupted")
+        self.scheduler = Scheduler(self._budget)
+        self.runner.release_cache()
+
+    def warm_up(self) -> None:
+        """Generate for the maximum of rows, tiles and prompt tokens at once, then for one row less per step.
+
+        So memory runs out here if it ever does, and all buckets of rows are captured.
+        """
+        vision, slots = self.model.config.vision, self._budget.slots
+        tile = np.zeros((1, 3, vision.image_size, vision.image_size), np.uint8)
+        ids = np.full(vision.tokens_per_tile, IMAGE_ATOM_ID, np.int32)
+        rows = min(slots, self._budget.kv_tokens // (len(ids) + slots + 1))
+        request = Request(ids, tile, np.array([tile.shape[2:]], np.int32))
+        states = self.enqueue([request] * rows, [SamplingParams(max_new_tokens=n) for n in range(rows + 1, 1, -1)])
+        while not all(state.has_left for state in states):
+            self.step()
+        for state in states:
+            state.completion()
+        self.stats = Stats()
+
+    def agree_on_arrivals(self, num_arrived: int) -> int:
+        """Return rank 0's `num_arrived`, after comparing the ranks' counts of work."""
+        if self.model.shard.size == 1:
+            return num_arrived
+        work = [self.stats.tiles, self.stats.prompt_tokens, self.stats.steps, self.stats.row_steps]
+        num_agreed, *work_of_leader = self.model.shard.of_leader(torch.tensor([num_arrived, *work])).tolist()
+        assert work == work_of_leader, f"rank {self.model.shard.rank} has done {work}, rank 0 {work_of_leader}"
+        return int(num_agreed)
+
+    def shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Restart the running requests with half the budget; fail the next one if it is out of memory alone."""
+        self.scheduler.restart_all()
+        if self.scheduler.budget.slots > 1:
+            self.scheduler.budget = halved(self.scheduler.budget)
+        else:
+            failed = self.scheduler.waiting.popleft()
+            failed.error = RequestError(f"out of device memory on a request of its own: {error}")
+            self.scheduler.drop_embeddings([failed.item])
+            self.scheduler.budget = self._budget
+        self.runner.release_cache()
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self._replace_left()
+        running = self.scheduler.running
+        if not running:
+            return
+        with self._timed("decode_s"):
+            self._record(running, self.runner.decode(running, self._begin_masks(running)))
+        self.stats.steps += 1
+        self.stats.row_steps += len(running)
+        self.stats.slot_steps += self.scheduler.slots
+
+    def _replace_left(self) -> None:
+        """Let waiting requests into free slots; some may finish at once, by their first token or their choices."""
+        while True:
+            admitted = self.scheduler.admit()
+            self.runner.move(self.scheduler.retire())
+            if self.scheduler.plan_cache():
+                self.runner.allocate(self.scheduler.slots, self.scheduler.capacity)
+                continue
+            if admitted:
+                self._prefill(admitted)
+            if not admitted or not self.scheduler.is_next_sibling_of_left:
+                break
+        self.runner.move(self.scheduler.retire())
+
+    def _prefill(self, admitted: list[RequestState]) -> None:
+        """Put prompts into their slots and generate the first token of each request, or its choice."""
+        whole, rest = self.scheduler.split_prompts(admitted)
+        budget = self.scheduler.budget
+        items = self.scheduler.items_to_encode(span.state.item for span in whole)
+        with self._timed("vision_s"):
+            self.runner.encode(items, budget.vision_tiles)
+        self.stats.tiles += sum(len(item.tiles) for item in items)
+        with self._timed("prefill_s"):
+            for group in chain(*(pack_passes(spans, budget.prefill_tokens) for spans in (whole, rest))):
+                choice = self.runner.prefill(group, self._begin_masks([span.state for span in group]))
+                self.stats.prompt_tokens += sum(len(span.ids) for span in group)
+                if choice is not None:
+                    self._record([span.state for span in group if not span.state.params.choices], choice)
+            answer_choices(self.runner, [*whole, *rest], budget)
+        self.scheduler.drop_embeddings({state.item for state in admitted})
+
+    def _begin_masks(self, states: Sequence[RequestState]) -> Masks | None:
+        """Begin to compute the allowed next tokens of the requests with a constraint, while the model runs."""
+        answers = [(state.guide, state.output_ids) for state in states if state.guide]
+        return self._guides.masks(answers) if self._guides and answers else None
+
+    def _record(self, states: Sequence[RequestState], choice: Choice) -> None:
+        # One copy from the device, as float64, which holds both exactly.
+        ids, logprobs = torch.stack([part.double() for part in choice]).tolist()
+        for state, token_id, logprob in zip(states, ids, logprobs, strict=True):
+            state.append(int(token_id), logprob)
+            state.finish_reason = self._stop_rule.finish_reason(state)
+            if state.guide and state.guide.error:
+                state.error = RequestError(state.guide.error)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started_s = perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()  # tokens are awaited anyway; vision alone would end before its kernels do
+        setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)

@@ -1,0 +1,133 @@
+"""The network with its cache: computes what the scheduler has decided. Knows no budgets and no queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ovis_model.engine.decode_step import BatchStepper, StepRunner
+from ovis_model.engine.kv_cache import Extend, KVCache, Prefill
+from ovis_model.engine.prefix_sharing import Item
+from ovis_model.engine.request_state import RequestState
+from ovis_model.engine.sampling import Choice, Sampler
+from ovis_model.engine.scheduler import Move, Span
+from ovis_model.network.attention import AttentionContext
+from ovis_model.network.ovis import Ovis
+
+Masks = Future[NDArray[np.uint8]]
+"""The allowed next tokens of the requests that have a constraint, while they are being computed: see `Guides.masks`."""
+
+
+class ModelRunner:
+    """Vision passes, prefill and decode steps over one cache. Call its methods under inference mode."""
+
+    def __init__(self, model: Ovis, make_step_runner: Callable[[], StepRunner]) -> None:
+        self.model = model
+        self._make_step_runner = make_step_runner
+        self._stepper: BatchStepper | None = None
+        self._decoding: list[RequestState] = []  # the requests of the last decode step, for which `_sampler` is made
+        self._sampler: Sampler | None = None
+
+    def allocate(self, slots: int, capacity: int) -> None:
+        """Allocate an empty cache in place of the present one."""
+        self.release_cache()
+        config = self.model.shard.local(self.model.config.language)
+        cache = KVCache(config, slots=slots, capacity=capacity, device=self.model.device, dtype=self.model.dtype)
+        self._stepper = BatchStepper(self.model, cache, self._make_step_runner())
+
+    def release_cache(self) -> None:
+        self._stepper = self._sampler = None
+        self._decoding = []
+
+    def move(self, moves: Iterable[Move]) -> None:
+        """Copy cached tokens from slot to slot."""
+        for move in moves:
+            self.stepper.cache.move(move.source, move.target, move.length)
+
+    def encode(self, items: Sequence[Item], max_tiles: int) -> None:
+        """Compute the visual embeddings [tokens, hidden_size] of items, in passes of up to `max_tiles` of all tiles."""
+        tiles = [tile for item in items for tile in item.tiles]
+        sizes = [size for item in items for size in item.tile_sizes]
+        chunks = (slice(start, start + max_tiles) for start in range(0, len(tiles), max_tiles))
+        parts = [self._no_embeddings(), *(self._encode_tiles(tiles[chunk], sizes[chunk]) for chunk in chunks)]
+        counts = [len(item.tiles) * self.model.config.vision.tokens_per_tile for item in items]
+        for item, visual in zip(items, torch.split(torch.cat(parts), counts), strict=True):
+            item.visual = visual
+
+    def prefill(self, group: list[Span], masks: Masks | None) -> Choice | None:
+        """Run the spans, which keep their tokens; return the first token of each request that has no choices."""
+        hidden = self.run_spans(group)
+        last = [(index, len(span.ids) - 1) for index, span in enumerate(group) if not span.state.params.choices]
+        if not last:
+            return None
+        logits = self.logits_at(hidden, last)
+        return self.agree(self._make_sampler([group[index].state for index, _ in last])(logits, masks))
+
+    def decode(self, states: Sequence[RequestState], masks: Masks | None) -> Choice:
+        """Run one decode step; return the next token of each request. Request i is in slot i."""
+        lengths = [state.num_cached for state in states]
+        if self._sampler is None or states != self._decoding:
+            self._sampler, self._decoding = self._make_sampler(states), [*states]
+            self.stepper.load([state.output_ids[-1] for state in states], lengths)
+        logits, greedy = self.stepper.step(len(states), max(lengths))
+        choice = self.agree(greedy if self._sampler.is_greedy else self._sampler(logits, masks))
+        self.stepper.advance(choice.ids)
+        return choice
+
+    def run_spans(self, group: list[Span]) -> Tensor:
+        """Return hidden states [B, T, hidden_size] of the spans, the longest first, padded on the right."""
+        starts = self.to_tensor([span.start for span in group])
+        parts = torch.split(self._embed(group), [len(span.ids) for span in group])
+        embeds = pad_sequence(list(parts), batch_first=True)
+        position_ids = starts[:, None] + torch.arange(embeds.shape[1], device=starts.device)
+        hidden: Tensor = self.model.llm.model(embeds, position_ids, self._context(group, starts, embeds.shape[1]))
+        return hidden
+
+    def logits_at(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Return logits [n, vocab_size] at n (row, time) places of hidden states [B, T, hidden_size]."""
+        return self.model.llm.logits(hidden[self.to_tensor(places).unbind(1)])
+
+    def agree(self, choice: Choice) -> Choice:
+        """Replace the ids by those of rank 0, so that all ranks go on with the same tokens."""
+        return Choice(self.model.shard.of_leader(choice.ids), choice.logprobs)
+
+    def to_tensor(self, values: Sequence[int] | Sequence[tuple[int, int]] | NDArray[np.int32]) -> Tensor:
+        """Return `values` as int64 on the model's device."""
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.model.device)
+
+    @property
+    def stepper(self) -> BatchStepper:
+        assert self._stepper is not None, "there is no cache"
+        return self._stepper
+
+    def _make_sampler(self, states: Sequence[RequestState]) -> Sampler:
+        params, streams = [state.params for state in states], [state.stream for state in states]
+        output_ids = [state.output_ids for state in states]
+        return Sampler(params, streams, self.model.config.language.vocab_size, self.model.device, output_ids)
+
+    def _encode_tiles(self, tiles: Sequence[NDArray[np.uint8]], sizes: Sequence[NDArray[np.int32]]) -> Tensor:
+        stacked = [torch.from_numpy(np.stack(arrays)).to(self.model.device) for arrays in (tiles, sizes)]
+        return self.model.encode_tiles(self.model.normalize(*stacked)).flatten(0, 1)
+
+    def _no_embeddings(self) -> Tensor:
+        return self.model.vte.weight.new_empty(0, self.model.config.language.hidden_size)
+
+    def _embed(self, group: list[Span]) -> Tensor:
+        """Return embeddings [all tokens, hidden_size] of the spans; only whole prompts hold placeholders."""
+        visual = [self._no_embeddings(), *(span.state.item.visual for span in group if not span.start)]
+        return self.model.embed(self.to_tensor(np.concatenate([span.ids for span in group])), torch.cat(visual))
+
+    def _context(self, group: list[Span], starts: Tensor, width: int) -> AttentionContext:
+        """Return what the tokens of `group` attend to; either all of its spans have a target or none."""
+        cache, longest = self.stepper.cache, max(span.start for span in group)
+        targets = self.to_tensor([span.target for span in group if span.target is not None])
+        if len(targets) and not longest:
+            return Prefill(cache, targets)
+        sources = self.to_tensor([span.source for span in group])
+        return Extend(cache, sources, starts, longest, width, targets if len(targets) else None)
