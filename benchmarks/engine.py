@@ -46,7 +46,7 @@ from ovis_model.inputs.prompt import expand_atoms, image_placeholders
 from ovis_model.inputs.tiling import choose_grid, tile_image
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, Shard, joined
-from ovis_model.network.weights import empty_model, load_model, tensor_targets
+from ovis_model.network.weights import empty_model, find_targets, load_model
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Request, SamplingParams
 from pipelines.cluster.actor import leave
 
@@ -244,7 +244,8 @@ def _peer(model: Ovis) -> Any:
     with torch.device("meta"):
         peer: Any = transformers.Ovis2ForConditionalGeneration(peer_config)
     peer.to_empty(device=model.device)
-    peer.load_state_dict(tensor_targets(model, "native"), strict=False, assign=True)
+    weights = {name: target.tensor for name, target in find_targets(model, "native").items()}
+    peer.load_state_dict(weights, strict=False, assign=True)
     peer.tie_weights()
     head_dim, theta = config.language.head_dim, config.language.rope_theta
     exponents = torch.arange(0, head_dim, 2, device=model.device).float() / head_dim

@@ -118,7 +118,7 @@ class EngineCore:
         if self.model.shard.size == 1:
             return num_arrived
         work = [self.stats.tiles, self.stats.prompt_tokens, self.stats.steps, self.stats.row_steps]
-        num_agreed, *work_of_leader = self.model.shard.of_leader(torch.tensor([num_arrived, *work])).tolist()
+        num_agreed, *work_of_leader = self.model.shard.broadcast(torch.tensor([num_arrived, *work])).tolist()
         assert work == work_of_leader, f"rank {self.model.shard.rank} has done {work}, rank 0 {work_of_leader}"
         return int(num_agreed)
 

@@ -19,8 +19,8 @@ from ovis_model.network.layers import WIDENED_VALUES, pass_dtype
 from ovis_model.network.tensor_parallel import Shard
 from ovis_model.network.vision import HEAD_CHUNK_TOKENS
 
-_LARGEST = Budget(kv_tokens=0)
-_LEAST_KV_TOKENS = 1024
+_MAX_BUDGET = Budget(kv_tokens=0)
+_MIN_KV_TOKENS = 1024
 """One tile, a question and an answer: with less there is no point in starting."""
 
 
@@ -37,7 +37,7 @@ def plan_for(config: OvisConfig, dtype: torch.dtype, device: torch.device, shard
     On CUDA all of the cache is taken at once; a CPU's grows with the rows.
     """
     is_cuda = device.type == "cuda"
-    free = shard.least(free_bytes(device) // (1 if is_cuda else shard.size))
+    free = shard.minimum(free_bytes(device) // (1 if is_cuda else shard.size))
     budget = plan(replace(config, language=shard.local(config.language)), dtype, free, pass_dtype(dtype, device))
     return replace(budget, slot_tokens=budget.kv_tokens // budget.slots) if is_cuda else budget
 
@@ -48,11 +48,11 @@ def plan(config: OvisConfig, dtype: torch.dtype, free: int, passes: torch.dtype 
     Passes get up to a third, keys and values the rest. `passes`: the type of their activations, if it is not `dtype`;
     see `layers.pass_dtype`. Raises ValueError if not even a short row fits.
     """
-    usable, budget = free * 9 // 10, replace(_LARGEST, prompt_tokens=config.max_length)
+    usable, budget = free * 9 // 10, replace(_MAX_BUDGET, prompt_tokens=config.max_length)
     while transient_bytes(config, dtype, budget, passes) > usable // 3 and budget.prompt_tokens > 1:
         budget = replace(halved(budget), prompt_tokens=budget.prompt_tokens // 2)
     fit = (usable - transient_bytes(config, dtype, budget, passes)) // bytes_per_token(config.language, dtype)
-    if fit < _LEAST_KV_TOKENS:
+    if fit < _MIN_KV_TOKENS:
         raise ValueError(
             f"{free / 1e9:.1f} GB are free beside the weights, too little to generate: free the device, take a larger "
             "one, or load the model in bfloat16"

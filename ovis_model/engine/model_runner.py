@@ -95,7 +95,7 @@ class ModelRunner:
 
     def agree(self, choice: Choice) -> Choice:
         """Replace the ids by those of rank 0, so that all ranks go on with the same tokens."""
-        return Choice(self.model.shard.of_leader(choice.ids), choice.logprobs)
+        return Choice(self.model.shard.broadcast(choice.ids), choice.logprobs)
 
     def to_tensor(self, values: Sequence[int] | Sequence[tuple[int, int]] | NDArray[np.int32]) -> Tensor:
         """Return `values` as int64 on the model's device."""

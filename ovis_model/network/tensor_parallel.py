@@ -99,15 +99,15 @@ class Shard:
             dist.all_gather(parts, mine)
         return torch.cat(parts)[: len(tiles)]
 
-    def of_leader(self, x: Tensor) -> Tensor:
-        """What rank 0 has in `x`, in place: for what each rank could compute, and must not disagree about."""
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Replace `x` by rank 0's, in place: for what each rank computes, and all must agree on."""
         if self.size > 1:
             with self._exchange():
                 dist.broadcast(x, src=0)
         return x
 
-    def least(self, value: int) -> int:
-        """Of the ranks' values."""
+    def minimum(self, value: int) -> int:
+        """Return the smallest of the ranks' values."""
         smallest = torch.tensor(value)
         if self.size > 1:
             with self._exchange():

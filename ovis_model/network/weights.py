@@ -60,47 +60,51 @@ def empty_model(
     return model
 
 
+@dataclass(frozen=True)
+class Target:
+    """The parameter, or the rows of one, that takes `part` of a stored tensor."""
+
+    tensor: Tensor
+    part: Part = WHOLE
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.part.whole_shape(self.tensor.shape)
+
+    def fill(self, stored: Any) -> None:
+        """Read no more of the stored tensor than is taken."""
+        self.tensor.copy_(stored[self.part.slices(self.tensor.shape)])
+
+
 def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
-    """Fill every parameter of `model`, reading no more. Raises WeightsError that names each tensor at fault."""
-    pending, parts = tensor_targets(model, layout), _tensor_parts(model, layout)
-    faults = _Faults()
+    """Fill every parameter of `model`. Raise WeightsError that names each tensor at fault."""
+    pending, faults = find_targets(model, layout), _Faults()
     ignored = {_LM_HEAD[layout]} if model.config.language.tie_word_embeddings else set()
     for name, stored in _stored_tensors(directory):
         if name in ignored:
             continue
-        target, part = pending.pop(name, None), parts.get(name, WHOLE)
+        target = pending.pop(name, None)
         if target is None:
             faults.unexpected.append(name)
-        elif not _is_float(stored) or tuple(stored.get_shape()) != part.whole_shape(target.shape):
-            faults.misshapen.append(
-                f"{name} is {_describe(stored)} instead of a float {part.whole_shape(target.shape)}"
-            )
+        elif not _is_float(stored) or tuple(stored.get_shape()) != target.stored_shape:
+            faults.misshapen.append(f"{name} is {_describe(stored)} instead of a float {target.stored_shape}")
         else:
-            target.copy_(stored[part.slices(target.shape)])
+            target.fill(stored)
     faults.missing.extend(pending)
     faults.raise_if_any(directory)
 
 
-def tensor_targets(model: Ovis, layout: Layout) -> dict[str, Tensor]:
-    """Each tensor name that the layout stores -> the (part of the) parameter that it fills."""
-    targets: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        names = [name] if layout == "aidc" else _native_names(name)
-        data = parameter.data[0] if name == _POS_EMBED and layout == "native" else parameter.data
-        targets.update(zip(names, data.chunk(len(names)), strict=True))
-    return targets
-
-
-def _tensor_parts(model: Ovis, layout: Layout) -> dict[str, Part]:
-    """The names of tensors that the model holds a part of."""
-    parts: dict[str, Part] = {}
+def find_targets(model: Ovis, layout: Layout) -> dict[str, Target]:
+    """Return the target of each tensor that the layout stores, by its name there."""
+    targets: dict[str, Target] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, ShardedLinear | ShardedEmbedding):
-            names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
-            parts.update(
-                (n, module.part) for name in names for n in ([name] if layout == "aidc" else _native_names(name))
-            )
-    return parts
+        part = module.part if isinstance(module, ShardedLinear | ShardedEmbedding) else WHOLE
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            names = [name] if layout == "aidc" else _native_names(name)
+            data = parameter.data[0] if name == _POS_EMBED and layout == "native" else parameter.data
+            tensors = data.chunk(len(names))
+            targets.update((n, Target(tensor, part)) for n, tensor in zip(names, tensors, strict=True))
+    return targets
 
 
 _POS_EMBED = "visual_tokenizer.backbone.preprocessor.pos_embed"
