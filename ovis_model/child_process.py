@@ -19,7 +19,7 @@ from typing import Any
 _WATCH_EVERY_S = 0.5
 
 
-class ChildProcess:
+class ChildProcess(subprocess.Popen[bytes]):
     """`python -m MODULE FD PARENT ARGUMENTS...`; FD is its end of `socket`, PARENT the id of this process."""
 
     def __init__(
@@ -28,30 +28,13 @@ class ChildProcess:
         """`environment` adds to that of this process."""
         self.socket, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", "-m", module, *map(str, (theirs.fileno(), os.getpid(), *arguments))]
-            self._process = subprocess.Popen(
-                command,
+            super().__init__(
+                [sys.executable, "-P", "-m", module, *map(str, (theirs.fileno(), os.getpid(), *arguments))],
                 env={**os.environ, **(environment or {}), "PYTHONPATH": _search_path()},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 pass_fds=[theirs.fileno()],
             )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal, or None while the process runs."""
-        return self._process.poll()
-
-    def wait(self) -> int:
-        """Wait for the end and return the exit code."""
-        return self._process.wait()
-
-    def kill(self) -> None:
-        """End the process without waiting for it."""
-        self._process.kill()
 
     def close(self) -> None:
         """End the process and wait for it."""

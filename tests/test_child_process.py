@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ovis_model.child_process import ChildProcess
-from tests.conftest import ROOT
+from tests.support.roots import ROOT
 
 CHILD = """
 import os, socket, sys

@@ -23,7 +23,7 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_loop import LoopThread
 from ovis_model.engine.request_state import RequestState, make_states
 from ovis_model.types import Completion, EngineDied, Request, RequestError, SamplingParams
-from tests.conftest import ROOT
+from tests.support.roots import ROOT
 
 
 class FakeCore:
@@ -192,7 +192,7 @@ def test_python_ends_while_the_engine_works() -> None:
     """After an interrupt, too: the loop ends with its step, and nothing is aborted."""
     program = (
         "import threading, time\n"
-        "from tests.test_engine import GREEDY, engine_of, golden_requests\n"
+        "from tests.support.engines import GREEDY, engine_of, golden_requests\n"
         "engine, requests = engine_of('tiny56-tied'), golden_requests('tiny56-tied')\n"
         "def work():\n"
         "    while True: engine.generate(requests, GREEDY)\n"

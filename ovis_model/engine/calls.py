@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass
@@ -37,7 +36,12 @@ class Abandon:
     """Fail all requests so far: their caller was interrupted."""
 
 
-Message = Call | WarmUp | Abandon
+@dataclass(frozen=True)
+class Close:
+    """End the loop."""
+
+
+Message = Call | WarmUp | Abandon | Close
 Outcome = list[Completion] | Exception
 
 
@@ -123,42 +127,3 @@ def settle(future: Future[T], outcome: T | Exception) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
-
-
-class Inbox:
-    """Messages in the order of their arrival. Any thread may put one in; one thread takes them out."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._messages: deque[Message] = deque()
-        self._num_taken = 0
-        self.is_closed = False
-
-    @property
-    def num_arrived(self) -> int:
-        """Messages since the start."""
-        with self._changed:
-            return self._num_taken + len(self._messages)
-
-    def put(self, message: Message) -> None:
-        with self._changed:
-            self._messages.append(message)
-            self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Wait until there is a message to take or the inbox is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._messages or self.is_closed)
-
-    def take(self, until: int) -> list[Message]:
-        """Return all messages up to number `until`; wait for those that have not arrived yet."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_taken + len(self._messages) >= until)
-            taken = [self._messages.popleft() for _ in range(until - self._num_taken)]
-            self._num_taken = until
-        return taken
-
-    def close(self) -> None:
-        with self._changed:
-            self.is_closed = True
-            self._changed.notify_all()

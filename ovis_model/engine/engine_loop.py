@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 
-from ovis_model.engine.calls import Abandon, Calls, Inbox, Message, Outcome, Stats, WarmUp
+from ovis_model.engine.calls import Abandon, Call, Calls, Close, Message, Outcome, Stats, WarmUp
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.request_state import RequestState
 from ovis_model.types import EngineDied, RequestError
@@ -38,35 +39,46 @@ class _RunningCall:
 class EngineLoop:
     """Takes in messages and steps. Requests of several calls run side by side."""
 
-    def __init__(self, core: EngineCore, inbox: Inbox, deliver: Callable[[int, Outcome], None]) -> None:
-        self._core, self._inbox, self._deliver = core, inbox, deliver
+    def __init__(
+        self, core: EngineCore, messages: SimpleQueue[Message], deliver: Callable[[int, Outcome], None]
+    ) -> None:
+        self._core, self._messages, self._deliver = core, messages, deliver
         self._running: list[_RunningCall] = []
+        self._num_taken = 0
 
     def run(self) -> None:
-        """Return when the inbox is closed. Raise the first fault of the engine."""
+        """Return at a `Close` message. Raise the first fault of the engine."""
         while True:
-            if not self._running:
-                self._inbox.wait()  # in all ranks, so that none of them waits for the others while there is no work
-            if self._inbox.is_closed:
-                return
-            for message in self._inbox.take(self._core.agree_on_arrivals(self._inbox.num_arrived)):
+            for message in self._next_messages():
+                if isinstance(message, Close):
+                    return
                 self._take_in(message)
             self._core.step()
             self._deliver_done()
 
+    def _next_messages(self) -> list[Message]:
+        """Return the messages that rank 0 has now; wait for one if there is no work."""
+        # All ranks are without work at once, so that none of them waits for the others.
+        messages = [] if self._running else [self._messages.get()]
+        num_arrived = self._num_taken + len(messages) + self._messages.qsize()
+        num_missing = self._core.agree_on_arrivals(num_arrived) - self._num_taken - len(messages)
+        messages += [self._messages.get() for _ in range(num_missing)]
+        self._num_taken += len(messages)
+        return messages
+
     def _take_in(self, message: Message) -> None:
-        if isinstance(message, Abandon):
-            self._core.abandon()
-        elif isinstance(message, WarmUp):
-            self._core.warm_up()
-            self._deliver(message.number, [])
-        else:
-            try:
-                states = self._core.enqueue(message.requests, message.params)
-            except Exception as error:  # whatever a caller hands in concerns no other caller
-                self._deliver(message.number, error)
-            else:
-                self._running.append(_RunningCall(message.number, states))
+        match message:
+            case Abandon():
+                self._core.abandon()
+            case WarmUp():
+                self._core.warm_up()
+                self._deliver(message.number, [])
+            case Call():
+                try:
+                    states = self._core.enqueue(message.requests, message.params)
+                    self._running.append(_RunningCall(message.number, states))
+                except Exception as error:  # whatever a caller hands in concerns no other caller
+                    self._deliver(message.number, error)
 
     def _deliver_done(self) -> None:
         for call in [call for call in self._running if call.is_done]:
@@ -79,8 +91,8 @@ class LoopThread:
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self._inbox = Inbox()
-        self.calls = Calls(self._inbox.put)
+        self._messages: SimpleQueue[Message] = SimpleQueue()
+        self.calls = Calls(self._messages.put)
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -98,16 +110,16 @@ class LoopThread:
 
     def close(self) -> None:
         """End the thread after its present step. Calls raise EngineDied from then on."""
-        self._inbox.close()
+        self._messages.put(Close())
         if self._thread is not threading.current_thread():  # a garbage collection may run anywhere
             self._thread.join()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(self._num_threads)  # MKL has a number for each thread
         if self.core.model.device.type == "cuda":
             torch.cuda.set_device(self.core.model.device)  # threads begin with the first device
         try:
-            EngineLoop(self.core, self._inbox, self.calls.settle).run()
+            EngineLoop(self.core, self._messages, self.calls.settle).run()
         except Exception as fault:  # the state of all requests is unknown now
             self.calls.fail(fault)
         self.calls.fail(EngineDied("the engine is closed"))

@@ -14,9 +14,10 @@ import traceback
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 
 from ovis_model.child_process import end_with_parent
-from ovis_model.engine.calls import Inbox, Outcome
+from ovis_model.engine.calls import Message, Outcome
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.engine_loop import EngineLoop
 from ovis_model.engine.loading import load_core
@@ -35,7 +36,9 @@ def main(fd: int, parent: int) -> None:
         with joined(options.rank, options.size, options.meeting_point, Pulse(link).beat) as shard:
             core = load_core(options.engine, shard)
             link.send(Ready(core.model.device.type, core.describe()))
-            EngineLoop(core, _inbox_of(link), partial(_deliver, link, core)).run()
+            messages: SimpleQueue[Message] = SimpleQueue()
+            threading.Thread(target=_receive, args=(link, messages), daemon=True).start()
+            EngineLoop(core, messages, partial(_deliver, link, core)).run()
     except Exception as error:
         if not isinstance(error, EngineDied | ValueError):
             traceback.print_exc()
@@ -58,17 +61,11 @@ class Pulse:
             self._last_s = time.monotonic()
 
 
-def _inbox_of(link: Connection) -> Inbox:
-    """Return the inbox that a thread fills with what the owner sends, until the owner is gone."""
-    inbox = Inbox()
-
-    def read() -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                inbox.put(link.recv())
-
-    threading.Thread(target=read, name="inbox", daemon=True).start()
-    return inbox
+def _receive(link: Connection, messages: SimpleQueue[Message]) -> None:
+    """Receive until the owner is gone."""
+    with suppress(EOFError, OSError):
+        while True:
+            messages.put(link.recv())
 
 
 def _deliver(link: Connection, core: EngineCore, number: int, outcome: Outcome) -> None:
