@@ -48,13 +48,17 @@ class EngineLoop:
 
     def run(self) -> None:
         """Return at a `Close` message. Raise the first fault of the engine."""
-        while True:
-            for message in self._next_messages():
-                if isinstance(message, Close):
-                    return
-                self._take_in(message)
+        while self._take_in_arrived():
             self._core.step()
             self._deliver_done()
+
+    def _take_in_arrived(self) -> bool:
+        """Take in the messages that have arrived; return False at a `Close`."""
+        for message in self._next_messages():
+            if isinstance(message, Close):
+                return False
+            self._take_in(message)
+        return True
 
     def _next_messages(self) -> list[Message]:
         """Return the messages that rank 0 has now; wait for one if there is no work."""

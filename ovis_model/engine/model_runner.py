@@ -55,7 +55,7 @@ class ModelRunner:
         tiles = [tile for item in items for tile in item.tiles]
         sizes = [size for item in items for size in item.tile_sizes]
         chunks = (slice(start, start + max_tiles) for start in range(0, len(tiles), max_tiles))
-        parts = [self._no_embeddings(), *(self._encode_tiles(tiles[chunk], sizes[chunk]) for chunk in chunks)]
+        parts = [_no_embeddings(self.model), *(_encode(self.model, tiles[chunk], sizes[chunk]) for chunk in chunks)]
         counts = [len(item.tiles) * self.model.config.vision.tokens_per_tile for item in items]
         for item, visual in zip(items, torch.split(torch.cat(parts), counts), strict=True):
             item.visual = visual
@@ -67,13 +67,13 @@ class ModelRunner:
         if not last:
             return None
         logits = self.logits_at(hidden, last)
-        return self.agree(self._make_sampler([group[index].state for index, _ in last])(logits, masks))
+        return self.agree(_make_sampler(self.model, [group[index].state for index, _ in last])(logits, masks))
 
     def decode(self, states: Sequence[RequestState], masks: Masks | None) -> Choice:
         """Run one decode step; return the next token of each request. Request i is in slot i."""
         lengths = [state.num_cached for state in states]
         if self._sampler is None or states != self._decoding:
-            self._sampler, self._decoding = self._make_sampler(states), [*states]
+            self._sampler, self._decoding = _make_sampler(self.model, states), [*states]
             self.stepper.load([state.output_ids[-1] for state in states], lengths)
         logits, greedy = self.stepper.step(len(states), max(lengths))
         choice = self.agree(greedy if self._sampler.is_greedy else self._sampler(logits, masks))
@@ -106,21 +106,9 @@ class ModelRunner:
         assert self._stepper is not None, "there is no cache"
         return self._stepper
 
-    def _make_sampler(self, states: Sequence[RequestState]) -> Sampler:
-        params, streams = [state.params for state in states], [state.stream for state in states]
-        output_ids = [state.output_ids for state in states]
-        return Sampler(params, streams, self.model.config.language.vocab_size, self.model.device, output_ids)
-
-    def _encode_tiles(self, tiles: Sequence[NDArray[np.uint8]], sizes: Sequence[NDArray[np.int32]]) -> Tensor:
-        stacked = [torch.from_numpy(np.stack(arrays)).to(self.model.device) for arrays in (tiles, sizes)]
-        return self.model.encode_tiles(self.model.normalize(*stacked)).flatten(0, 1)
-
-    def _no_embeddings(self) -> Tensor:
-        return self.model.vte.weight.new_empty(0, self.model.config.language.hidden_size)
-
     def _embed(self, group: list[Span]) -> Tensor:
         """Return embeddings [all tokens, hidden_size] of the spans; only whole prompts hold placeholders."""
-        visual = [self._no_embeddings(), *(span.state.item.visual for span in group if not span.start)]
+        visual = [_no_embeddings(self.model), *(span.state.item.visual for span in group if not span.start)]
         return self.model.embed(self.to_tensor(np.concatenate([span.ids for span in group])), torch.cat(visual))
 
     def _context(self, group: list[Span], starts: Tensor, width: int) -> AttentionContext:
@@ -131,3 +119,18 @@ class ModelRunner:
             return Prefill(cache, targets)
         sources = self.to_tensor([span.source for span in group])
         return Extend(cache, sources, starts, longest, width, targets if len(targets) else None)
+
+
+def _encode(model: Ovis, tiles: Sequence[NDArray[np.uint8]], sizes: Sequence[NDArray[np.int32]]) -> Tensor:
+    stacked = [torch.from_numpy(np.stack(arrays)).to(model.device) for arrays in (tiles, sizes)]
+    return model.encode_tiles(model.normalize(*stacked)).flatten(0, 1)
+
+
+def _no_embeddings(model: Ovis) -> Tensor:
+    return model.vte.weight.new_empty(0, model.config.language.hidden_size)
+
+
+def _make_sampler(model: Ovis, states: Sequence[RequestState]) -> Sampler:
+    params, streams = [state.params for state in states], [state.stream for state in states]
+    output_ids = [state.output_ids for state in states]
+    return Sampler(params, streams, model.config.language.vocab_size, model.device, output_ids)
