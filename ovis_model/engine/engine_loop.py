@@ -23,8 +23,8 @@ class _RunningCall:
     states: Sequence[RequestState]
     num_left: int = 0
 
-    @property
     def is_done(self) -> bool:
+        """Return whether no request is left to generate; each is looked at once after it has left."""
         while self.num_left < len(self.states) and self.states[self.num_left].has_left:
             self.num_left += 1
         return self.num_left == len(self.states)
@@ -85,7 +85,7 @@ class EngineLoop:
                     self._deliver(message.number, error)
 
     def _deliver_done(self) -> None:
-        for call in [call for call in self._running if call.is_done]:
+        for call in [call for call in self._running if call.is_done()]:
             self._running.remove(call)
             self._deliver(call.number, call.outcome())
 
