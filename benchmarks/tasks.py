@@ -91,7 +91,7 @@ def _parse() -> argparse.Namespace:
 def tasks_of(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[list[Request]], list[SamplingParams]]:
     """The requests of each item, which are one group, and the parameters of each task."""
     processor = Processor(config, load_tokenizer(checkpoint_dir("tiny56-tied")))
-    requests = []
+    requests: list[list[Request]] = []
     for picture in islice(_pictures(), items):
         each = [processor.request(prompt, [picture], max_tiles) for prompt in TASKS]
         requests.append([replace(request, tiles=each[0].tiles, group=len(requests)) for request in each])

@@ -97,7 +97,7 @@ def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: 
 def test_a_picture_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path) -> None:
     asked = config(pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)])
     rows = prepare_rows(asked)
-    engine = OvisEngine(engine_of("tiny56-tied").model)
+    engine = OvisEngine.from_model(engine_of("tiny56-tied").model)
     values = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), engine).columns(rows)
     assert len(values) == 6 and all(isinstance(row, dict) for row in values)
     assert engine.stats.tiles == sum(row.num_tiles for row in rows)

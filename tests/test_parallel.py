@@ -234,6 +234,19 @@ def test_ranks_end_with_their_owner() -> None:
         time.sleep(0.05)
 
 
+def test_the_owner_of_ranks_loads_no_torch() -> None:
+    directory = str(checkpoint_dir("tiny56-tied"))
+    program = (
+        "import sys\nimport numpy as np\nfrom ovis_model import OvisEngine, Request, SamplingParams\n"
+        f"with OvisEngine.from_pretrained({directory!r}, 'cpu', tensor_parallel=2) as engine:\n"
+        "    request = Request(np.ones(5, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))\n"
+        "    engine.generate([request], SamplingParams(max_new_tokens=4))\n"
+        "    print(engine.stats.prompt_tokens, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "5 False\n", done.stderr
+
+
 def test_a_checkpoint_that_does_not_load_is_named(tmp_path: Path) -> None:
     for file in checkpoint_dir("tiny56-tied").iterdir():
         if file.suffix != ".safetensors":
