@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +30,10 @@ class Answers:
     @cached_property
     def is_ok(self) -> NDArray[np.bool_]:
         return as_mask(pc.equal(self.column("status"), "ok"))
+
+    def failures(self) -> tuple[list[str], list[str]]:
+        """Return stage and error of each row that is not ok."""
+        return tuple(self.column(name).filter(~self.is_ok).to_pylist() for name in ("stage", "error"))
 
     @cached_property
     def confidence(self) -> Mapping[str, NDArray[np.float64]]:
@@ -96,8 +99,7 @@ def _as_yes_or_no(values: pa.Array) -> pa.Array:
     if pa.types.is_boolean(values.type):
         return pc.if_else(values, "Yes", "No")
     text = pc.utf8_lower(pc.utf8_trim_whitespace(values.cast(pa.string())))
-    known = pc.if_else(pc.is_in(text, pa.array(_YES)), "Yes", pc.if_else(pc.is_in(text, pa.array(_NO)), "No", text))
-    return pc.if_else(pc.is_null(text), pa.scalar(None, pa.string()), known)
+    return pc.if_else(pc.is_in(text, pa.array(_YES)), "Yes", pc.if_else(pc.is_in(text, pa.array(_NO)), "No", text))
 
 
 def as_mask(values: pa.Array) -> NDArray[np.bool_]:
@@ -121,7 +123,3 @@ def as_ints(values: pa.Array) -> NDArray[np.int64]:
 def as_keys(kind: Kind, values: pa.Array) -> pa.Array:
     """What is counted of single answers: as `as_text`, but text as it is."""
     return as_text(kind, values) if kind in ("bool", "int") else values.cast(pa.string())
-
-
-def only(values: pa.Array, mask: NDArray[np.bool_]) -> Any:
-    return values.filter(pa.array(mask))

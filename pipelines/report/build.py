@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import RunError
@@ -65,7 +64,8 @@ def write_report(options: ReportOptions) -> Report:
     record = _record(output)
     store.allow_private_addresses(options.allow_private_addresses)
     files = _files(output)
-    columns = columns_of(record, _schema(files), options.truths)
+    with store.open_file(files[0][0].uri) as file:  # all have one schema
+        columns = columns_of(record, pq.read_schema(file), options.truths)
     counts, picked = _count(files, columns, options.rows)
     rows = _rows(output, picked, columns, options.media_limit_s)
     data = {"run": run_json(output, record), "statistics": counts, "rows": rows, "kept": columns.kept}
@@ -107,12 +107,6 @@ def _files(output: str) -> list[File]:
             f"files in {output} hold the same rows twice: was a jobs.compact of it killed? Then run it again"
         )
     return files
-
-
-def _schema(files: list[File]) -> pa.Schema:
-    """That of all files."""
-    with store.open_file(files[0][0].uri) as file:
-        return pq.read_schema(file)
 
 
 def _count(files: list[File], columns: Columns, most_rows: int) -> tuple[Json, list[Picked]]:

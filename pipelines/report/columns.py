@@ -112,9 +112,7 @@ def _kind(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
 
 
 def _kept(found: pa.Schema, own: Iterable[str]) -> tuple[str, ...]:
-    names = set(own)
-    return tuple(field.name for field in found if field.name not in names and _can_be_shown(field.type))
-
-
-def _can_be_shown(type_: pa.DataType) -> bool:
-    return not (pa.types.is_nested(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+    """Return the columns of the input that can be shown."""
+    hidden = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
+    others = [field for field in found if field.name not in set(own)]
+    return tuple(field.name for field in others if not any(is_hidden(field.type) for is_hidden in hidden))

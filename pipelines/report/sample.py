@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import cache, partial
+from itertools import chain, zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.monitoring.error_reasons import reason_key
-from pipelines.report.answers import Answers, as_mask, only
+from pipelines.report.answers import Answers, as_mask
 from pipelines.report.columns import Columns
 
 Group = Literal["random", "unsure", "flagged", "wrong", "errors"]
@@ -47,7 +49,7 @@ class Sheet:
         self._strata: dict[Group, dict[str, _Lowest]] = {"wrong": {}, "unsure": {}, "flagged": {}, "errors": {}}
 
     def offer(self, answers: Answers) -> None:
-        make = _Maker(answers)
+        make = cache(partial(_picked, answers))  # each row once, however many groups keep it
         order = shuffled(answers.rows)
         everything = np.arange(len(answers.rows))
         self._random.offer(everything, np.zeros(len(order)), order, make)
@@ -56,17 +58,17 @@ class Sheet:
 
     def rows(self) -> list[Picked]:
         """By row number, each with its groups."""
-        groups: dict[int, list[Group]] = {}
+        groups: defaultdict[int, list[Group]] = defaultdict(list)
         found: dict[int, Picked] = {}
         for group, strata in self._strata.items():
             for picked in _in_turns([list(stratum) for _, stratum in sorted(strata.items())], self._share):
                 found[picked.row] = picked
-                groups.setdefault(picked.row, []).append(group)
+                groups[picked.row].append(group)
         for picked in self._random:
             if len(found) >= self._size and picked.row not in found:
                 break
             found[picked.row] = picked
-            groups.setdefault(picked.row, []).append("random")
+            groups[picked.row].append("random")
         for row, picked in found.items():
             picked.groups = tuple(groups[row])
         return [found[row] for row in sorted(found)]
@@ -101,37 +103,22 @@ def _rows_with(answers: Answers, flag: str) -> NDArray[np.int64]:
 
 
 def _by_reason(answers: Answers) -> dict[str, NDArray[np.int64]]:
-    failed = ~answers.is_ok
-    stages, errors = (only(answers.column(name), failed).to_pylist() for name in ("stage", "error"))
-    kinds: dict[str, list[int]] = {}
-    for place, stage, error in zip(np.flatnonzero(failed).tolist(), stages, errors, strict=True):
-        kinds.setdefault(reason_key(stage, error), []).append(place)
+    kinds: defaultdict[str, list[int]] = defaultdict(list)
+    for place, stage, error in zip(np.flatnonzero(~answers.is_ok).tolist(), *answers.failures(), strict=True):
+        kinds[reason_key(stage, error)].append(place)
     return {kind: np.array(places) for kind, places in kinds.items()}
 
 
-class _Maker:
-    """Rows of a batch as Python has them, each made once however many groups keep it."""
-
-    def __init__(self, answers: Answers) -> None:
-        self._answers = answers
-        self._made: dict[int, Picked] = {}
-
-    def __call__(self, place: int) -> Picked:
-        if place not in self._made:
-            self._made[place] = self._make(place)
-        return self._made[place]
-
-    def _make(self, place: int) -> Picked:
-        answers = self._answers
-        (values,) = answers.batch.slice(place, 1).to_pylist()
-        return Picked(
-            row=int(answers.rows[place]),
-            values={name: _bounded(value) for name, value in values.items()},
-            confidence={name: float(values[place]) for name, values in answers.confidence.items()},
-            flags=answers.flags[place].as_py() or [],
-            truth={name: values[place].as_py() for name, values in answers.truth.items()},
-            wrong=[name for name, is_wrong in answers.is_wrong.items() if is_wrong[place]],
-        )
+def _picked(answers: Answers, place: int) -> Picked:
+    (values,) = answers.batch.slice(place, 1).to_pylist()
+    return Picked(
+        row=int(answers.rows[place]),
+        values={name: v[:_MOST_CHARACTERS] if isinstance(v, str) else v for name, v in values.items()},
+        confidence={name: float(values[place]) for name, values in answers.confidence.items()},
+        flags=answers.flags[place].as_py() or [],
+        truth={name: values[place].as_py() for name, values in answers.truth.items()},
+        wrong=[name for name, is_wrong in answers.is_wrong.items() if is_wrong[place]],
+    )
 
 
 class _Lowest:
@@ -175,13 +162,5 @@ def shuffled(rows: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def _in_turns(strata: list[list[Picked]], count: int) -> list[Picked]:
     """The first of each, then the second of each ..., `count` different rows in all."""
-    found: dict[int, Picked] = {}
-    for turn in zip_longest(*strata):
-        for picked in turn:
-            if picked is not None and len(found) < count:
-                found.setdefault(picked.row, picked)
-    return list(found.values())
-
-
-def _bounded(value: Any) -> Any:
-    return value[:_MOST_CHARACTERS] if isinstance(value, str) else value
+    in_turns = filter(None, chain.from_iterable(zip_longest(*strata)))
+    return list({picked.row: picked for picked in in_turns}.values())[:count]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines.monitoring.error_reasons import ReasonCounts
 from pipelines.monitoring.top_counts import TopCounts
-from pipelines.report.answers import Answers, as_floats, as_ints, as_keys, as_mask, only
+from pipelines.report.answers import Answers, as_floats, as_ints, as_keys, as_mask
 from pipelines.report.columns import Columns, Task
 from pipelines.report.counts import Calibration, Histogram, Spread
 
@@ -38,17 +38,18 @@ class RunStatistics:
 
     def add(self, answers: Answers) -> None:
         self._rows += len(answers.rows)
-        self._reasons.add(*(only(answers.column(name), ~answers.is_ok).to_pylist() for name in ("stage", "error")))
+        self._reasons.add(*answers.failures())
         self._flagged += int(as_mask(pc.greater(pc.list_value_length(answers.flags), 0)).sum())
         self._flags.add(answers.flags.flatten())
         for name in _SUMS:
             self._sums[name] += pc.sum(answers.column(name)).as_py() or 0
-        self._tokens.add(as_ints(only(answers.column("num_output_tokens"), answers.is_ok)))
+        self._tokens.add(as_ints(answers.column("num_output_tokens").filter(answers.is_ok)))
         for task in self._tasks:
             task.add(answers)
 
     def to_json(self) -> Json:
         num_errors = self._reasons.counts.total
+        reasons = [asdict(reason) for reason in self._reasons.top(_SHOWN_REASONS)]
         return {
             "rows": self._rows,
             "ok": self._rows - num_errors,
@@ -57,13 +58,9 @@ class RunStatistics:
             **self._sums,
             "tokens": self._tokens.to_json(),
             "flags": self._flags.to_json(_SHOWN_REASONS),
-            "reasons": _reasons_json(self._reasons),
+            "reasons": {**self._reasons.counts.to_json(_SHOWN_REASONS), "top": reasons},
             "tasks": [task.to_json() for task in self._tasks],
         }
-
-
-def _reasons_json(reasons: ReasonCounts) -> Json:
-    return {**reasons.counts.to_json(_SHOWN_REASONS), "top": [asdict(reason) for reason in reasons.top(_SHOWN_REASONS)]}
 
 
 class _TaskStatistics:
@@ -73,17 +70,17 @@ class _TaskStatistics:
         self._finish: Counter[str] = Counter()
         self._values, self._list_lengths, self._fields = TopCounts(), Spread(), _Fields()
         self._lengths = Spread()
-        self._probability, self._surprise = Histogram(0, 1, 20), Spread()
+        self._probability, self._surprise = Histogram(num_bins=20, width=0.05), Spread()
         self._truth = _Truth()
 
     def add(self, answers: Answers) -> None:
         task, ok = self._task, answers.is_ok
-        values = only(answers.column(task.value), ok)
+        values = answers.column(task.value).filter(ok)
         self._answered += len(values) - values.null_count
         self._unanswered += values.null_count
-        for pair in pc.value_counts(only(answers.column(task.finish_reason), ok)).to_pylist():
+        for pair in answers.column(task.finish_reason).filter(ok).value_counts().to_pylist():
             self._finish[pair["values"] or ""] += pair["counts"]
-        self._lengths.add(as_ints(pc.utf8_length(only(answers.column(task.text), ok))))
+        self._lengths.add(as_ints(pc.utf8_length(answers.column(task.text).filter(ok))))
         if task.choices:
             self._probability.add(answers.confidence[task.name][ok])
         else:
@@ -149,7 +146,7 @@ class _Truth:
         self._unanswered += int((is_known & ~counted).sum())
         self._calibration.add(answers.confidence[name][counted], ~is_wrong[counted])
         wrong = counted & is_wrong
-        for pair in zip(only(truth, wrong).to_pylist(), only(said, wrong).to_pylist(), strict=True):
+        for pair in zip(truth.filter(wrong).to_pylist(), said.filter(wrong).to_pylist(), strict=True):
             self._mistakes.add_key(tuple(text[:80] for text in pair))
 
     def to_json(self) -> Json:
