@@ -33,7 +33,8 @@ class Answers:
 
     def failures(self) -> tuple[list[str], list[str]]:
         """Return stage and error of each row that is not ok."""
-        return tuple(self.column(name).filter(~self.is_ok).to_pylist() for name in ("stage", "error"))
+        failed = ~self.is_ok
+        return self.column("stage").filter(failed).to_pylist(), self.column("error").filter(failed).to_pylist()
 
     @cached_property
     def confidence(self) -> Mapping[str, NDArray[np.float64]]:
