@@ -9,14 +9,12 @@ from __future__ import annotations
 import sys
 
 from jobs.cli import run_rows
-from jobs.command_line import parse_command_line
 from pipelines.config import CaptionConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
     description = "Caption images and videos with Ovis2 into Parquet."
-    return run_rows(parse_command_line(CaptionConfig, "python -m jobs.caption", description, arguments))
+    return run_rows(CaptionConfig, "python -m jobs.caption", description, argv)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from jobs.command_line import parse_command_line
 from pipelines.config import RunConfig
 from pipelines.errors import EverythingFails, LeaseLost, RowsLost, StageFailed, StoreFault
 from pipelines.pipeline import Summary, run_pipeline
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
-
 
 Report = TypeVar("Report")
 
@@ -37,11 +37,9 @@ def run_job(
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
-    except StageFailed as error:
-        print(f"{error.__cause__}\n\nerror: {error}", file=sys.stderr)
-        return FAILED
-    except EverythingFails as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (StageFailed, EverythingFails) as error:
+        cause = f"{error.__cause__}\n\n" if isinstance(error, StageFailed) else ""
+        print(f"{cause}error: {error}", file=sys.stderr)
         return FAILED
     except (OSError, StoreFault, RowsLost, LeaseLost) as error:
         advice = ". What is finished is kept: the same command, without --overwrite, goes on" if goes_on else ""
@@ -55,8 +53,9 @@ def run_job(
     return exit_code(report)
 
 
-def run_rows(config: RunConfig) -> int:
-    """Run the job over the rows of an input -> its exit code."""
+def run_rows(kind: type[RunConfig], prog: str, description: str, argv: Sequence[str] | None) -> int:
+    """Run the job over rows that the command line describes -> its exit code."""
+    config = parse_command_line(kind, prog, description, argv)
 
     def exit_code(summary: Summary) -> int:
         return TOO_MANY_ERRORS if summary.error > config.max_error_rate * summary.rows else OK

@@ -16,7 +16,7 @@ from pipelines.config import RunConfig
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def parse_command_line(kind: type[Config], prog: str, description: str, argv: Sequence[str]) -> Config:
+def parse_command_line(kind: type[Config], prog: str, description: str, argv: Sequence[str] | None) -> Config:
     """Return the options: flags over --config's YAML over defaults. On bad usage print what is wrong, exit with 2."""
     parser = _parser(kind, prog, description)
     flags = vars(parser.parse_args(argv))

@@ -56,8 +56,7 @@ def run_demo(output: Path, count: int, seed: int) -> int:
     pictures, captions = output / "pictures", output / "captions"
     truths = draw_pictures(pictures, count, seed)
     print(f"{count} pictures drawn in {pictures}; none of their captions was in the training data", flush=True)
-    exit_code = _caption(pictures, captions)
-    if exit_code != 0:
+    if exit_code := _caption(pictures, captions):
         print(f"error: the captioning job failed with exit code {exit_code}; its messages are above")
         return 1
     _report(compare(captions, truths))
@@ -98,22 +97,14 @@ def compare(captions: Path, truths: dict[str, str]) -> list[Comparison]:
 
 
 def _report(comparisons: list[Comparison]) -> None:
-    for comparison in _sample(comparisons):
-        _show(comparison)
+    """Print the first ones, the first mistakes, which say more than a share, and the shares."""
+    wrong = [c for c in comparisons[SHOWN:] if not c.is_right]
+    for c in [*comparisons[:SHOWN], *wrong[: SHOWN // 3]]:
+        mark = "right" if c.is_right else "WRONG"
+        print(f"\n{mark}  {c.file_name}  {c.caption}\n       truth     {c.truth}")
     print(f"\nexactly right: {_share(comparisons)}")
     print(f"  in one tile: {_share([c for c in comparisons if c.num_tiles == 1])}")
     print(f"  in several:  {_share([c for c in comparisons if c.num_tiles > 1])}\n")
-
-
-def _sample(comparisons: list[Comparison]) -> list[Comparison]:
-    """The first ones, and the first mistakes: a share says less than what went wrong."""
-    wrong = [c for c in comparisons[SHOWN:] if not c.is_right]
-    return [*comparisons[:SHOWN], *wrong[: SHOWN // 3]]
-
-
-def _show(comparison: Comparison) -> None:
-    mark = "right" if comparison.is_right else "WRONG"
-    print(f"\n{mark}  {comparison.file_name}  {comparison.caption}\n       truth     {comparison.truth}")
 
 
 def _share(comparisons: list[Comparison]) -> str:

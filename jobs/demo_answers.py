@@ -32,8 +32,9 @@ def run_demo(output: Path, count: int, seed: int) -> int:
     exit_code = run_module("jobs.annotate", str(listed), str(answers), *options)
     exit_code = exit_code or run_module("jobs.report", str(answers), *truths)
     if exit_code == 0:
-        for task, right in shares_right(answers).items():
-            print(f"{task}: {right:.1%} of {count} right")
+        rows = read_results(str(answers)).to_pylist()
+        for task, truth in TRUTHS.items():
+            print(f"{task}: {sum(row[task] == row[truth] for row in rows) / len(rows):.1%} of {count} right")
         print(f"answers: {answers / 'data'}/*.parquet\npage: {answers / 'report.html'}")
     return exit_code
 
@@ -60,11 +61,6 @@ def _line(path: Path, seed: int) -> dict[str, Any]:
         "count_truth": int(count.answer),
         "background_truth": scene.background,
     }
-
-
-def shares_right(answers: Path) -> dict[str, float]:
-    rows = read_results(str(answers)).to_pylist()
-    return {task: sum(row[task] == row[truth] for row in rows) / len(rows) for task, truth in TRUTHS.items()}
 
 
 if __name__ == "__main__":

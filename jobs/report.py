@@ -14,11 +14,11 @@ from pipelines.report.build import MOST_ROWS, ReportOptions, write_report
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parsed(sys.argv[1:] if argv is None else argv)
+    options = _parse(argv)
     return run_job(lambda: write_report(options), goes_on=False)
 
 
-def _parsed(argv: list[str]) -> ReportOptions:
+def _parse(argv: list[str] | None) -> ReportOptions:
     parser = argparse.ArgumentParser(prog="python -m jobs.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", metavar="OUTPUT", help="of a run, finished or not")
     parser.add_argument("--to", metavar="FILE", help="default OUTPUT/report.html; NAME-report.html here for a URI")

@@ -7,7 +7,7 @@ added to decide rows says since which version: `json_schema_extra={"since": "0.2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT
 from pipelines import schema
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire, TaskLayout
-from pipelines.tasks.task import Task, check_text, read_tasks
+from pipelines.tasks.task import Task, check_texts, read_tasks
 
 SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES, FRAME_MAX_TILES = 9, 4, 1  # the model card's
 PIXELS = "pixels"  # the frame encoder that needs no model
@@ -76,8 +76,7 @@ class ImageOptions(Section):
     """How images and the frames of videos are shown to the model."""
 
     max_tiles: PositiveInt | None = Field(
-        None,
-        description="most cells an image is cut into; default 9 for one image a row, 4 for several, 1 for frames",
+        None, description="most cells an image is cut into; default 9 for one image a row, 4 for several, 1 for frames"
     )
     num_frames: PositiveInt = Field(12, description="most frames of a video that the model is shown")
     fps: float | None = Field(None, gt=0, description="at most so many frames, or candidates, a second of video")
@@ -139,12 +138,7 @@ class SamplingOptions(Section):
     stop: tuple[str, ...] = Field((), description="end an answer before this text; may be repeated")
     seed: int = Field(0, description="of sampling; a row's sample depends on it and the row's id only")
 
-    @field_validator("system_prompt", "stop")
-    @classmethod
-    def _check_texts(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        for text in (value,) if isinstance(value, str) else value or ():
-            check_text(text)
-        return value
+    _check_texts = field_validator("system_prompt", "stop")(check_texts)
 
     def task_defaults(self) -> dict[str, Any]:
         """Return the value of each field that a task may leave open."""
@@ -180,10 +174,7 @@ class OutputOptions(Section):
     rows_per_file: PositiveInt = _how(10_000, description="rows of an output file at most")
     max_error_rate: float = _how(0.1, ge=0, le=1, description="exit 3 when more of the rows are errors")
     stop_error_rate: float = _how(
-        0.9,
-        gt=0,
-        le=1,
-        description="stop early when more of the rows so far, at least 500, are errors; 1 never stops",
+        0.9, gt=0, le=1, description="stop early when more of the rows so far, at least 500, are errors; 1 never stops"
     )
     overwrite: bool = _how(False, description="remove an earlier run from OUTPUT first")
     retry_errors: bool = _how(False, description="take up the error rows of the run in OUTPUT again")
@@ -206,8 +197,7 @@ class RunConfig(OutputOptions, ResourceOptions, SamplingOptions, ImageOptions, M
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
-        own = self.questionnaire.schema.names
-        if taken := sorted(set(self.keep_columns).intersection(own)):
+        if taken := sorted(set(self.keep_columns).intersection(self.questionnaire.schema.names)):
             raise ValueError(
                 f"--keep-columns: the output has columns {', '.join(taken)} of its own; rename yours in the input"
             )
@@ -255,11 +245,7 @@ class CaptionConfig(RunConfig):
     prompt_column: str | None = Field(None, description="column of questions; a row without one is asked --prompt")
     chain_of_thought: bool = Field(False, description="ask for step-by-step reasoning before the answer")
 
-    @field_validator("prompt")
-    @classmethod
-    def _check_prompt(cls, value: str) -> str:
-        check_text(value)
-        return value
+    _check_prompt = field_validator("prompt")(check_texts)
 
     @property
     def questionnaire(self) -> Questionnaire:
@@ -294,7 +280,8 @@ class AnnotateConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        if twice := _duplicates(schema.result(self.questionnaire.schema).names):
+        names = Counter(schema.result(self.questionnaire.schema).names)
+        if twice := sorted(name for name, count in names.items() if count > 1):
             raise ValueError(f"--tasks: two columns of the output would be called {', '.join(twice)}; rename a task")
         return self
 
@@ -305,7 +292,3 @@ class AnnotateConfig(RunConfig):
             tasks=tuple(task.with_defaults(**self.task_defaults()) for task in self.tasks),
             layout=TaskLayout(with_alternatives=self.regenerate is not None),
         )
-
-
-def _duplicates(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, field_validator
@@ -14,10 +14,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from ovis_model.types import SamplingParams
 from pipelines.tasks.answer_types import Answer, Text, parse_answer
 
-_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")  # as in SamplingParams
+_SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"}  # as in SamplingParams
 
+Texts = TypeVar("Texts", str, tuple[str, ...], None)
 Encode = Callable[[str], Sequence[int]]
 """A whole answer as token ids, the end of the turn included."""
+
+
+def check_texts(value: Texts) -> Texts:
+    """Return the text, or texts, of a prompt. Raise ValueError for one that is empty or not UTF-8."""
+    for text in (value,) if isinstance(value, str) else value or ():
+        if text == "":
+            raise ValueError("may not be empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("is not UTF-8") from None
+    return value
 
 
 class Task(BaseModel):
@@ -37,12 +50,7 @@ class Task(BaseModel):
     stop: tuple[str, ...] | None = None
     seed: int | None = None
 
-    @field_validator("prompt", "system", "stop")
-    @classmethod
-    def _is_unicode(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        for text in (value,) if isinstance(value, str) else value or ():
-            check_text(text)
-        return value
+    _check_texts = field_validator("prompt", "system", "stop")(check_texts)
 
     def with_defaults(self, **defaults: Any) -> Task:
         """Return the same task with `defaults` for the fields that it leaves open."""
@@ -62,24 +70,13 @@ class Task(BaseModel):
         """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
         key = "\0".join(filter(None, (str(self.seed), row_id, self.name)))
         kind: Answer = self.answer
-        options = {name: getattr(self, name) for name in _SAMPLING}
         return SamplingParams(
-            **options,
+            **self.model_dump(include=_SAMPLING),
             stop=self.stops,
             seed=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1,  # torch takes signed ones
             choices=tuple(tuple(encode(option)) for option in kind.options),
             constraint=kind.constraint,
         )
-
-
-def check_text(text: str) -> None:
-    """Raises ValueError for what can be no part of a prompt."""
-    if text == "":
-        raise ValueError("may not be empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("is not UTF-8") from None
 
 
 def read_tasks(path: str) -> list[dict[str, Any]]:
