@@ -23,13 +23,14 @@ import argparse
 import json
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -191,26 +192,24 @@ QUESTIONS = Stage(2300, question_learning_rate, first_seed=2_000_000, num_draws=
 
 def evaluate(engine: Engine, codec: Codec, seeds: Iterable[int]) -> dict[str, str]:
     """Share of greedy answers about held-out pictures that are exactly right, by kind of task and by picture."""
-    examples = [_example(codec, seed, held_out=True, num_draws=1) for seed in seeds]
+    examples = (_example(codec, seed, held_out=True, num_draws=1) for seed in seeds)
     tasks = [(example, task) for example in examples for task in example.tasks]
     completions = engine.generate([task.request for _, task in tasks], SamplingParams(max_new_tokens=32))
-    marks: dict[str, list[bool]] = {}
+    marks: defaultdict[str, list[bool]] = defaultdict(list)
     for (example, task), completion in zip(tasks, completions, strict=True):
         is_right = codec.processor.detokenize(completion.output_ids) == task.answer
-        for key in _marked(example, task):
-            marks.setdefault(key, []).append(is_right)
+        tiles = "one tile" if example.num_tiles == 1 else "several tiles"
+        for key in (task.kind, f"{task.kind}, picture of {example.scene.kind}", f"{task.kind}, {tiles}"):
+            marks[key].append(is_right)
     return {key: f"{sum(right)}/{len(right)}" for key, right in sorted(marks.items())}
-
-
-def _marked(example: Example, task: Task) -> tuple[str, ...]:
-    tiles = "one tile" if example.num_tiles == 1 else "several tiles"
-    return task.kind, f"{task.kind}, picture of {example.scene.kind}", f"{task.kind}, {tiles}"
 
 
 def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequence[Example]) -> float:
     total = 0.0
-    for group in _by_num_tiles(examples):
-        loss = _loss(model, group) * len(group) / len(examples)
+    size = attrgetter("num_tiles")
+    for _, group in groupby(sorted(examples, key=size), key=size):
+        alike = list(group)
+        loss = _loss(model, alike) * len(alike) / len(examples)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -275,11 +274,6 @@ def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
     sizes = torch.from_numpy(np.concatenate([request.tile_sizes for request in requests]))
     visual = model.encode_tiles(model.normalize(tiles, sizes)).flatten(0, 1)
     return model.embed(input_ids.flatten(), visual).view(*input_ids.shape, -1)
-
-
-def _by_num_tiles(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    ordered = sorted(examples, key=attrgetter("num_tiles"))
-    return (list(group) for _, group in groupby(ordered, key=attrgetter("num_tiles")))
 
 
 def _examples(codec: Codec, step: int, stage: Stage) -> list[Example]:
@@ -358,14 +352,15 @@ def copy_tokenizer_and_config(source: Path, directory: Path) -> None:
 
 
 def write_tokenizer_and_config(directory: Path) -> None:
-    """`tokenizer.json`, `config.json` and `generation_config.json` in AIDC-AI's layout."""
+    """Write `tokenizer.json`, `config.json` and `generation_config.json` in AIDC-AI's layout."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     pad, end = _id_of(tokenizer, "<|endoftext|>"), _id_of(tokenizer, "<|im_end|>")
     generation = {"bos_token_id": pad, "eos_token_id": [end, pad], "pad_token_id": pad}
-    _write_json(directory / "generation_config.json", generation)
-    _write_json(directory / "config.json", _config(bos_token_id=pad, eos_token_id=end))
+    config = {**_CONFIG, "llm_config": {**_LANGUAGE, "bos_token_id": pad, "eos_token_id": end}}
+    for name, value in (("generation_config", generation), ("config", config)):
+        (directory / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _id_of(tokenizer: Tokenizer, token: str) -> int:
@@ -382,35 +377,14 @@ def make_tokenizer() -> Tokenizer:
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    _train_tokenizer(tokenizer)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _PLAIN_ADDED_TOKENS])
-    return tokenizer
-
-
-def _train_tokenizer(tokenizer: Tokenizer) -> None:
     num_added = len(_SPECIAL_TOKENS) + len(_PLAIN_ADDED_TOKENS)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - num_added, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_corpus(), trainer)
-
-
-def _corpus() -> Iterable[str]:
     captions = [make_picture(seed, held_out=False)[1].caption for seed in range(4000)]
-    return [*captions, *(PROMPT, *TURNS) * 100]
-
-
-def _config(**text_ids: int) -> dict[str, Any]:
-    return {
-        "architectures": ["Ovis"],
-        "model_type": "ovis",
-        "hidden_size": 128,
-        "conversation_formatter_class": "QwenConversationFormatter",
-        "multimodal_max_length": 32768,
-        "torch_dtype": "bfloat16",
-        "llm_config": {**_LANGUAGE, **text_ids},
-        "visual_tokenizer_config": _VISUAL_TOKENIZER,
-    }
+    tokenizer.train_from_iterator([*captions, *(PROMPT, *TURNS) * 100], trainer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _PLAIN_ADDED_TOKENS])
+    return tokenizer
 
 
 _LANGUAGE = {
@@ -453,10 +427,16 @@ _VISUAL_TOKENIZER = {
         "use_bias": False,
     },
 }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+_CONFIG = {
+    "architectures": ["Ovis"],
+    "model_type": "ovis",
+    "hidden_size": 128,
+    "conversation_formatter_class": "QwenConversationFormatter",
+    "multimodal_max_length": 32768,
+    "torch_dtype": "bfloat16",
+    "llm_config": _LANGUAGE,
+    "visual_tokenizer_config": _VISUAL_TOKENIZER,
+}
 
 
 if __name__ == "__main__":

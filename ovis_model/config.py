@@ -130,40 +130,34 @@ def _aidc(config: Json) -> tuple[VisionConfig, LanguageConfig]:
     if "backbone_config" not in tokenizer:
         raise ConfigError("config.json lacks backbone_config in its visual_tokenizer_config")
     backbone = tokenizer["backbone_config"]
-    _expect(backbone, "model_type", "aimv2")
-    _expect(backbone, "use_bias", False)
+    _expect(backbone, model_type="aimv2", use_bias=False)
     return _vision(backbone, tokenizer), _language(llm, bool(llm.get("tie_word_embeddings", False)))
 
 
 def _native(config: Json) -> tuple[VisionConfig, LanguageConfig]:
     vision, text = config["vision_config"], config["text_config"]
-    _expect(vision, "model_type", "ovis2_vision")
-    _expect(vision, "hidden_act", "silu")
-    _expect(vision, "mlp_bias", False)
+    _expect(vision, model_type="ovis2_vision", hidden_act="silu", mlp_bias=False)
     # Ovis2Config reads the top level only and defaults to tied.
     return _vision(vision, vision), _language(text, bool(config.get("tie_word_embeddings", True)))
 
 
 def _vision(backbone: Json, tokenizer: Json) -> VisionConfig:
-    _expect(tokenizer, "tokenize_function", "softmax")
-    _expect(backbone, "qkv_bias", False)
-    _expect(backbone, "num_channels", 3)
+    _expect(tokenizer, tokenize_function="softmax")
+    _expect(backbone, qkv_bias=False, num_channels=3)
     vision = VisionConfig(
         **_fields(backbone, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         **_fields(backbone, "image_size", "patch_size", "rms_norm_eps"),
         **_fields(tokenizer, "hidden_stride", "vocab_size"),
     )
-    _divides(vision.patch_size, vision.image_size, "patch_size", "image_size")
-    _divides(vision.num_attention_heads, vision.hidden_size, "num_attention_heads", "hidden_size")
+    _check_divides(vision, "patch_size", "image_size")
+    _check_divides(vision, "num_attention_heads", "hidden_size")
     return vision
 
 
 def _language(text: Json, tied: bool) -> LanguageConfig:
-    _expect(text, "model_type", "qwen2")
-    _expect(text, "hidden_act", "silu")
-    _expect(text, "use_sliding_window", False)
+    _expect(text, model_type="qwen2", hidden_act="silu", use_sliding_window=False)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    _expect(rope, "type" if "type" in rope else "rope_type", "default")
+    _expect(rope, **{"type" if "type" in rope else "rope_type": "default"})
     theta = rope.get("rope_theta") or text.get("rope_theta") or LanguageConfig.rope_theta
     language = LanguageConfig(
         **_fields(text, "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
@@ -171,13 +165,8 @@ def _language(text: Json, tied: bool) -> LanguageConfig:
         tie_word_embeddings=tied,
         rope_theta=float(theta),
     )
-    _divides(language.num_attention_heads, language.hidden_size, "num_attention_heads", "hidden_size")
-    _divides(
-        language.num_key_value_heads,
-        language.num_attention_heads,
-        "num_key_value_heads",
-        "num_attention_heads",
-    )
+    _check_divides(language, "num_attention_heads", "hidden_size")
+    _check_divides(language, "num_key_value_heads", "num_attention_heads")
     return language
 
 
@@ -188,14 +177,16 @@ def _fields(source: Json, *names: str) -> Json:
     return {name: source[name] for name in names}
 
 
-def _expect(source: Json, name: str, supported: object) -> None:
-    if source.get(name, supported) != supported:
-        raise ConfigError(f"config.json has {name}={source[name]!r}; only {supported!r} is supported")
+def _expect(source: Json, **supported: object) -> None:
+    for name, value in supported.items():
+        if source.get(name, value) != value:
+            raise ConfigError(f"config.json has {name}={source[name]!r}; only {value!r} is supported")
 
 
-def _divides(part: int, whole: int, part_name: str, whole_name: str) -> None:
-    if part < 1 or whole % part:
-        raise ConfigError(f"config.json has {part_name}={part}, which does not divide {whole_name}={whole}")
+def _check_divides(config: VisionConfig | LanguageConfig, part: str, whole: str) -> None:
+    value, multiple = getattr(config, part), getattr(config, whole)
+    if value < 1 or multiple % value:
+        raise ConfigError(f"config.json has {part}={value}, which does not divide {whole}={multiple}")
 
 
 def _read_json(path: Path) -> Json:

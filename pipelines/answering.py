@@ -39,7 +39,10 @@ class Answering:
 
     def columns(self, rows: Sequence[PreparedRow]) -> list[Columns | RequestError]:
         """Return, for each row, the columns that its answers decide, or why it has none. Raises EngineDied."""
-        asked = [self._questions(row) for row in rows]
+        asked = [
+            [Question(task, row.id, request) for task, request in zip(self._tasks, row.requests, strict=True)]
+            for row in rows
+        ]
         answered = [
             outcome if isinstance(outcome, RequestError) else list(map(self._answered, questions, outcome))
             for questions, outcome in zip(asked, self._completions(asked), strict=True)
@@ -48,37 +51,31 @@ class Answering:
             self._ask_again(asked, answered)
         return [a if isinstance(a, RequestError) else self._questionnaire.columns(a) for a in answered]
 
-    def _questions(self, row: PreparedRow) -> list[Question]:
-        return [Question(task, row.id, request) for task, request in zip(self._tasks, row.requests, strict=True)]
-
     def _completions(self, asked: Sequence[Sequence[Question]]) -> list[list[Completion] | RequestError]:
-        """Of all rows at once; if one of them cannot be generated, of each by itself."""
-        try:
-            flat = self._generate(list(chain.from_iterable(asked)))
-        except RequestError:
+        """Generate for all rows at once; if one of them cannot be generated, for each row by itself."""
+        flat = self._generate(list(chain.from_iterable(asked)))
+        if isinstance(flat, RequestError):
             return [self._completions_alone(questions) for questions in asked]
         return [flat[i : i + len(self._tasks)] for i in range(0, len(flat), len(self._tasks))]
 
     def _completions_alone(self, questions: Sequence[Question]) -> list[Completion] | RequestError:
+        """Generate for one row; of several tasks, name the one at fault."""
+        outcome = self._generate(questions)
+        if isinstance(outcome, RequestError) and len(questions) > 1:
+            for question in questions:
+                if isinstance(error := self._generate([question]), RequestError):
+                    return RequestError(f"{question.task.label}{error}")
+        return outcome
+
+    def _generate(self, questions: Sequence[Question]) -> list[Completion] | RequestError:
+        params = [question.task.sampling(question.row_id, self._answer_ids) for question in questions]
+        return self._try([question.request for question in questions], params)
+
+    def _try(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[Completion] | RequestError:
         try:
-            return self._generate(questions)
+            return [*self._engine.generate(requests, params)]
         except RequestError as error:
-            return self._fault_of(questions) or error
-
-    def _fault_of(self, questions: Sequence[Question]) -> RequestError | None:
-        """Which of several tasks it is."""
-        for question in questions if len(questions) > 1 else ():
-            try:
-                self._generate([question])
-            except RequestError as error:
-                return RequestError(f"{question.task.label}{error}")
-        return None
-
-    def _generate(self, questions: Sequence[Question]) -> list[Completion]:
-        return self._engine.generate([question.request for question in questions], list(map(self._sampling, questions)))
-
-    def _sampling(self, question: Question) -> SamplingParams:
-        return question.task.sampling(question.row_id, self._answer_ids)
+            return error
 
     def _answered(self, question: Question, completion: Completion) -> Answered:
         task = question.task
@@ -119,19 +116,14 @@ class Answering:
                 answers[place] = replace(better, alternative=other)
 
     def _second_completions(self, flagged: Sequence[tuple[Question, Answered]]) -> list[Completion | None]:
-        """None where there is no room for a longer answer."""
+        """Generate other answers; None where there is no room for a longer one."""
         requests = [question.request for question, _ in flagged]
         params = [self._changed_sampling(question, first) for question, first in flagged]
-        try:
-            return [*self._engine.generate(requests, params)]
-        except RequestError:
-            return [self._completion_or_none(*alone) for alone in zip(requests, params, strict=True)]
-
-    def _completion_or_none(self, request: Request, params: SamplingParams) -> Completion | None:
-        try:
-            return self._engine.generate([request], params)[0]
-        except RequestError:
-            return None
+        outcome = self._try(requests, params)
+        if not isinstance(outcome, RequestError):
+            return [*outcome]
+        alone = [self._try([request], [its]) for request, its in zip(requests, params, strict=True)]
+        return [None if isinstance(one, RequestError) else one[0] for one in alone]
 
     def _changed_sampling(self, question: Question, first: Answered) -> SamplingParams:
         # Not the first draw once more, where the first was sampled as this one is.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +75,20 @@ class Rules:
         total = _sum_of_gaussians(squared_distances, tuple(sorted(self.alphas, reverse=True)))
         return total / len(self.alphas) if self.mean_kernel else total
 
+    @cached_property
+    def peak(self) -> float:
+        """The kernel of two equal embeddings."""
+        return float(self.kernel(np.zeros(1))[0])
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """All candidates: unit embeddings float64[N, d] and weighted log-relevance float64[N]."""
+
+    embeddings: Floats
+    weighted: Floats
+    rules: Rules
+
 
 def select_frames(
     frames: ArrayLike,
@@ -132,12 +147,13 @@ def mdp3(
     _check(len(embeddings), k, "mdp3")
     log_relevance = _log_relevance(embeddings, query, relevance, rules)
     weighted = np.zeros(len(embeddings)) if log_relevance is None else rules.relevance_weight * log_relevance
+    candidates = _Candidates(embeddings, weighted, rules)
     size = rules.segment_size if rules.segment_size > 0 else len(embeddings)
     scores = np.array([0.0] + [-math.inf] * k)
     traces: list[list[int]] = [[] for _ in range(k + 1)]
     for start in range(0, len(embeddings), size):
         segment = np.arange(start, min(start + size, len(embeddings)))
-        scores, traces = _extend(embeddings, weighted, segment, scores, traces, rules)
+        scores, traces = _extend(candidates, segment, scores, traces)
     return Selection(_spread_repeats(embeddings, np.array(traces[k])), scores)
 
 
@@ -170,15 +186,12 @@ def _log_relevance(
         given = np.asarray(relevance, np.float64)
         if given.shape != (len(embeddings),) or not np.isfinite(given).all():
             raise ValueError(f"relevance must be a finite number for each of the {len(embeddings)} frames")
-        return _log(np.maximum(given, _MIN_RELEVANCE))
-    if query is None:
+    elif query is not None:
+        target = _embeddings(np.asarray(query, np.float64).reshape(1, -1), "query")
+        given = rules.kernel(_squared_distances(target, embeddings)[0])
+    else:
         return None
-    target = _embeddings(np.asarray(query, np.float64).reshape(1, -1), "query")
-    return _log(np.maximum(rules.kernel(_squared_distances(target, embeddings)[0]), _MIN_RELEVANCE))
-
-
-def _log(values: Floats) -> Floats:
-    logarithms: Floats = np.log(values)
+    logarithms: Floats = np.log(np.maximum(given, _MIN_RELEVANCE))
     return logarithms
 
 
@@ -205,15 +218,15 @@ def _sum_of_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> F
 
 
 def _extend(
-    embeddings: Floats, weighted: Floats, segment: Indices, scores: Floats, traces: list[list[int]], rules: Rules
+    candidates: _Candidates, segment: Indices, scores: Floats, traces: list[list[int]]
 ) -> tuple[Floats, list[list[int]]]:
     """One step of the dynamic programming: the best scores and picks of 0 to k frames once `segment` may be used."""
     k = len(scores) - 1
     starts = [s for s in range(k + 1) if scores[s] > -math.inf]
-    given = [tuple(traces[s][max(0, s - rules.condition_size) :]) for s in starts]
+    given = [tuple(traces[s][max(0, s - candidates.rules.condition_size) :]) for s in starts]
     distinct = list(dict.fromkeys(given))
     most = min(k - starts[0], len(segment))
-    gains, picks = _greedy(embeddings, weighted, segment, distinct, most, rules)
+    gains, picks = _greedy(candidates, segment, distinct, most)
     totals = np.full((len(starts), k + 1), -math.inf)  # [start, frames in the end]
     for row, (start, condition) in enumerate(zip(starts, given, strict=True)):
         stop = min(k, start + most)
@@ -227,24 +240,18 @@ def _extend(
 
 
 def _greedy(
-    embeddings: Floats,
-    weighted: Floats,
-    segment: Indices,
-    conditions: list[tuple[int, ...]],
-    most: int,
-    rules: Rules,
+    candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], most: int
 ) -> tuple[Floats, Indices]:
     """Greedy picks in one segment, for each of the `conditions` (frames picked before it) side by side.
 
     Returns gains float64[C, most + 1], of 0 to `most` picks, and the picks int64[C, most] in their order.
     The determinant grows with incremental Cholesky: `variances` is what each candidate would add to it.
     """
-    own = embeddings[segment]
-    kernel = rules.kernel(_squared_distances(own, own))
-    peak = float(rules.kernel(np.zeros(1))[0])
-    np.fill_diagonal(kernel, peak)
-    factors, variances, base = _conditioned(embeddings, weighted, segment, conditions, most, peak, rules)
-    value = np.tile(weighted[segment], (len(conditions), 1))  # of each candidate; -inf once it is picked
+    own = candidates.embeddings[segment]
+    kernel = candidates.rules.kernel(_squared_distances(own, own))
+    np.fill_diagonal(kernel, candidates.rules.peak)
+    factors, variances, base = _conditioned(candidates, segment, conditions, most)
+    value = np.tile(candidates.weighted[segment], (len(conditions), 1))  # of each candidate; -inf once it is picked
     depth, each = factors.shape[1] - most, np.arange(len(conditions))
     gains, picks = np.zeros((len(conditions), most + 1)), np.zeros((len(conditions), most), np.int64)
     gains[:, 0] = base
@@ -259,51 +266,44 @@ def _greedy(
         factors[:, at] = row
         variances = np.maximum(variances - row * row, _MIN_VARIANCE)
         value[each, pick] = -math.inf
-    if rules.score == "conditional":
+    if candidates.rules.score == "conditional":
         gains[:, 1:] -= base[:, None]
     gains[:, 0] = 0
     return gains, segment[picks]
 
 
 def _conditioned(
-    embeddings: Floats,
-    weighted: Floats,
-    segment: Indices,
-    conditions: list[tuple[int, ...]],
-    most: int,
-    peak: float,
-    rules: Rules,
+    candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], most: int
 ) -> tuple[Floats, Floats, Floats]:
     """The start of `_greedy`: rows of the Cholesky factor for the frames picked before.
 
     Returns factors float64[C, depth + most, M] with the first `depth` rows filled, variances float64[C, M], and the
     score of those frames float64[C].
     """
-    depth = max(map(len, conditions))
+    depth, peak = max(map(len, conditions)), candidates.rules.peak
     factors = np.zeros((len(conditions), depth + most, len(segment)))
     variances = np.full((len(conditions), len(segment)), peak)
     base = np.zeros(len(conditions))
     for number, condition in enumerate(conditions):
         if condition:
-            rows, base[number] = _condition_rows(embeddings, weighted, segment, list(condition), peak, rules)
+            rows, base[number] = _condition_rows(candidates, segment, list(condition))
             factors[number, : len(rows)] = rows
             variances[number] = np.maximum(peak - np.einsum("cm,cm->m", rows, rows), _MIN_VARIANCE)
     return factors, variances, base
 
 
-def _condition_rows(
-    embeddings: Floats, weighted: Floats, segment: Indices, condition: list[int], peak: float, rules: Rules
-) -> tuple[Floats, float]:
+def _condition_rows(candidates: _Candidates, segment: Indices, condition: list[int]) -> tuple[Floats, float]:
     """Cholesky rows float64[c, M] of the frames in `condition`, and their own score."""
+    embeddings, peak = candidates.embeddings, candidates.rules.peak
     columns = np.concatenate([np.array(condition), segment])
-    kernel = rules.kernel(_squared_distances(embeddings[condition], embeddings[columns]))
+    kernel = candidates.rules.kernel(_squared_distances(embeddings[condition], embeddings[columns]))
     np.fill_diagonal(kernel, peak)
     rows = np.zeros_like(kernel)
     score = 0.0
     for i, frame in enumerate(condition):
         variance = max(peak - float(rows[:i, i] @ rows[:i, i]), _MIN_VARIANCE)
         rows[i] = (kernel[i] - rows[:i, i] @ rows[:i]) / math.sqrt(variance)
-        score += float(weighted[frame]) + math.log(variance)
+        score += float(candidates.weighted[frame]) + math.log(variance)
     return rows[:, len(condition) :], score
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -42,9 +41,6 @@ class TopCounts:
     def top(self, count: int) -> list[tuple[Any, int]]:
         """Return the most frequent keys first, keys of equal counts in their own order."""
         return sorted(self._counts.items(), key=lambda item: (-item[1], str(item[0])))[:count]
-
-    def items(self) -> Mapping[Any, int]:
-        return self._counts
 
     def to_json(self, count: int) -> Json:
         """Return the top `count` keys; `rest` counts all others, `distinct` is null once keys were dropped."""

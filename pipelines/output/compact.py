@@ -54,7 +54,7 @@ def drop_error_rows(output: str, lease: Lease) -> int:
     with_errors = [(info, entry) for info, entry in _entries(output) if entry.num_errors]
     if with_errors:
         new = (encode_file(table, rows) for info, _ in with_errors for rows, table in _without_errors(info))
-        exchange_files(output, ((entry.file_name, data) for entry, data in new), map(_name, with_errors), lease)
+        exchange_files(output, ((entry.file_name, data) for entry, data in new), _names(with_errors), lease)
     return sum(entry.num_errors for _, entry in with_errors)
 
 
@@ -77,7 +77,7 @@ def compact(output: str, file_bytes: int, lease: Lease) -> Compacted:
     rows_per_file = max(1, round(file_bytes * num_rows / max(1, num_bytes)))
     if not _are_compact(before, rows_per_file):
         wanted = union(r for _, entry in before for r in entry.ranges)
-        exchange_files(output, _files_of(_in_order(before, rows_per_file), wanted), map(_name, before), lease)
+        exchange_files(output, _files_of(_in_order(before, rows_per_file), wanted), _names(before), lease)
     after = _entries(output)
     return Compacted(num_rows, len(before), len(after), num_bytes, sum(info.num_bytes for info, _ in after), output)
 
@@ -92,8 +92,8 @@ def _entries(output: str) -> list[Entry]:
     return read_entries(store.join(output, "data"))
 
 
-def _name(file: Entry) -> str:
-    return file[0].uri.rsplit("/", 1)[-1]
+def _names(files: list[Entry]) -> list[str]:
+    return [info.uri.rsplit("/", 1)[-1] for info, _ in files]
 
 
 def _in_order(files: list[Entry], rows_per_file: int) -> Iterator[Part]:
@@ -137,4 +137,4 @@ def _files_of(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, byte
         written += entry.ranges
         yield entry.file_name, data
     assert union(written) == wanted, f"rows {union(written)} instead of {wanted}"
-    assert count(tuple(written)) == count(wanted), f"{count(tuple(written))} rows instead of {count(wanted)}"
+    assert count(written) == count(wanted), f"{count(written)} rows instead of {count(wanted)}"

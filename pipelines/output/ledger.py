@@ -56,18 +56,14 @@ def union(ranges: Iterable[RowRange]) -> Ranges:
 
 
 def difference(whole: RowRange, done: Ranges) -> Ranges:
-    """What of `whole` is not in `done`."""
-    missing, at = [], whole.start
-    for start, stop in done:
-        if at < start:
-            missing.append(RowRange(at, min(start, whole.stop)))
-        at = max(at, stop)
-    if at < whole.stop:
-        missing.append(RowRange(at, whole.stop))
-    return tuple(missing)
+    """Return what of `whole` is not in `done`."""
+    starts = [whole.start, *(stop for _, stop in done)]
+    stops = [*(start for start, _ in done), whole.stop]
+    gaps = (RowRange(max(a, whole.start), min(b, whole.stop)) for a, b in zip(starts, stops, strict=True))
+    return tuple(gap for gap in gaps if gap.start < gap.stop)
 
 
-def count(ranges: Ranges) -> int:
+def count(ranges: Iterable[RowRange]) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
@@ -121,7 +117,7 @@ class Ledger:
         entries = [entry for _, entry in read_entries(data_uri)]
         every_range = [r for entry in entries for r in entry.ranges]
         done = union(every_range)
-        if count(done) < count(tuple(every_range)):
+        if count(done) < count(every_range):
             raise ValueError(f"files in {data_uri} hold the same rows twice: did two runs write there at once?")
         return cls(done, sum(entry.num_errors for entry in entries))
 

@@ -26,18 +26,15 @@ def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) 
     """
     for start, table in _files(tables, first_row):
         if start % ROWS_PER_FILE:
-            table = pa.concat_tables([_begun_file(output, start), table])
+            # The last file's rows up to `start`: behind it may be some of an extension that was killed.
+            begun = store.read_parquet(_file_of(output, start)).slice(0, start % ROWS_PER_FILE)
+            table = pa.concat_tables([begun.drop_columns([ROW]), table])
             start -= start % ROWS_PER_FILE
         numbers = pa.array(range(start, start + len(table)), pa.int64())
         buffer = io.BytesIO()
         numbered = table.add_column(0, MANIFEST.field(ROW), numbers)
         pq.write_table(numbered, buffer, row_group_size=ROWS_PER_GROUP, compression="zstd")
         store.write_bytes(_file_of(output, start), buffer.getvalue())
-
-
-def _begun_file(output: str, end: int) -> pa.Table:
-    """The last file's rows up to `end`: behind it may be some of an extension that was killed."""
-    return store.read_parquet(_file_of(output, end)).slice(0, end % ROWS_PER_FILE).drop_columns([ROW])
 
 
 def read_columns(output: str, num_rows: int, columns: list[str]) -> Iterator[pa.Table]:

@@ -30,13 +30,7 @@ class Sink:
     """
 
     def __init__(
-        self,
-        data_uri: str,
-        ledger: Ledger,
-        lease: Lease,
-        *,
-        rows_per_file: int,
-        kept: KeptColumns | None = None,
+        self, data_uri: str, ledger: Ledger, lease: Lease, *, rows_per_file: int, kept: KeptColumns | None = None
     ) -> None:
         self._data_uri, self._ledger, self._lease, self._rows_per_file = data_uri, ledger, lease, rows_per_file
         self._kept = kept
@@ -73,7 +67,7 @@ class Sink:
                 raise self._fault
             rows = results.column(schema.ROW).to_numpy()
             is_new = self._ledger.new_rows(rows) & ~np.isin(rows, self._waiting_rows())
-            new = results.filter(pa.array(is_new))
+            new = results.filter(is_new)
             self._oldest_s = self._oldest_s if self._waiting else time.monotonic()
             self._waiting.append(new)
             if sum(map(len, self._waiting)) >= self._rows_per_file:

@@ -101,7 +101,7 @@ def _files(output: str) -> list[File]:
     files = read_entries(store.join(output, "data"))
     if not files:
         raise RunError(f"{output} holds no rows yet")
-    every_range = tuple(r for _, entry in files for r in entry.ranges)
+    every_range = [r for _, entry in files for r in entry.ranges]
     if count(union(every_range)) < count(every_range):
         raise RunError(
             f"files in {output} hold the same rows twice: was a jobs.compact of it killed? Then run it again"

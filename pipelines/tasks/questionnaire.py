@@ -128,7 +128,9 @@ class TaskLayout:
             values[f"{task.name}_text"] = answer.text
             values[f"{task.name}_finish_reason"] = answer.finish_reason
             values[f"{task.name}_confidence"] = answer.confidence
-            values[f"{task.name}_alternative"] = answer.alternative and _describe_alternative(answer.alternative)
+            if other := answer.alternative:
+                alternative = {"text": other.text, "finish_reason": other.finish_reason, "flags": list(other.flags)}
+                values[f"{task.name}_alternative"] = alternative
         return values
 
     def empty(self, tasks: Sequence[Task]) -> Columns:
@@ -147,14 +149,4 @@ def _confidence_field(task: Task) -> pa.Field:
     return pa.field(name, pa.struct([pa.field(o, pa.float32(), nullable=False) for o in task.answer.options]))
 
 
-_ALTERNATIVE = pa.struct(
-    [
-        pa.field("text", pa.string()),
-        pa.field("finish_reason", pa.string()),
-        pa.field("flags", pa.list_(pa.string())),
-    ]
-)
-
-
-def _describe_alternative(answer: Answered) -> Columns:
-    return {"text": answer.text, "finish_reason": answer.finish_reason, "flags": list(answer.flags)}
+_ALTERNATIVE = pa.struct({"text": pa.string(), "finish_reason": pa.string(), "flags": pa.list_(pa.string())})

@@ -23,7 +23,8 @@ Encode = Callable[[str], Sequence[int]]
 
 def check_texts(value: Texts) -> Texts:
     """Return the text, or texts, of a prompt. Raise ValueError for one that is empty or not UTF-8."""
-    for text in (value,) if isinstance(value, str) else value or ():
+    texts: Sequence[str] = (value,) if isinstance(value, str) else value or ()
+    for text in texts:
         if text == "":
             raise ValueError("may not be empty")
         try:
