@@ -51,22 +51,19 @@ def pictures_of(output: str, rows: Sequence[Picked], *, max_bytes: int, limit_s:
         yield from ((picked, {"missing": f"the manifest cannot be read: {error}"}) for picked in rows)
         return
     references = (list(map(read_reference, images)) for images in found.column("images").to_pylist())
-    with closing(_Reader(max_bytes, time.monotonic() + limit_s, limit_s)) as reader:
-        yield from reader.read(zip(rows, references, strict=True))
+    with closing(VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)) as decoder:
+        yield from _Reader(decoder, max_bytes, limit_s).read(zip(rows, references, strict=True))
 
 
 class _Reader:
-    def __init__(self, max_bytes: int, deadline_s: float, limit_s: float) -> None:
-        self._max_bytes, self._deadline_s, self._limit_s = max_bytes, deadline_s, limit_s
-        self._fetcher, self._decoder = Fetcher(), VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)
+    def __init__(self, decoder: VideoDecoder, max_bytes: int, limit_s: float) -> None:
+        self._decoder, self._max_bytes, self._limit_s = decoder, max_bytes, limit_s
+        self._deadline_s = time.monotonic() + limit_s
         self._down: set[str] = set()  # stores that failed
-
-    def close(self) -> None:
-        self._decoder.close()
 
     def read(self, rows: Iterable[tuple[Picked, list[ImageRef]]]) -> Iterator[Shown]:
         wanted = (((picked, images), self._to_fetch(picked, images)) for picked, images in rows)
-        for (picked, images), pending in self._fetcher.ahead(wanted):
+        for (picked, images), pending in Fetcher().ahead(wanted):
             yield picked, self._media(picked, images, pending)
 
     def _to_fetch(self, picked: Picked, images: list[ImageRef]) -> list[ImageRef]:
@@ -99,8 +96,7 @@ class _Reader:
         encoded = pending.result()
         if is_in_place(images) or any(map(looks_like_video, encoded)):
             frames = self._frames(picked, images, encoded)
-            pictures = [Image.fromarray(frame.pixels) for frame in frames]
-            media = thumbnails(pictures, self._max_bytes)
+            media = thumbnails([Image.fromarray(frame.pixels) for frame in frames], self._max_bytes)
             for image, frame in zip(media["images"], frames, strict=False):
                 image["time_s"] = round(frame.timestamp_s, 3)
             return media
@@ -112,8 +108,7 @@ class _Reader:
     def _frames(self, picked: Picked, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
         """Those that the model was shown; of a video that failed before, some."""
         video, window = locate_video(images, encoded)
-        times_s = picked.values["frame_timestamps_s"]
-        if times_s:
+        if times_s := picked.values["frame_timestamps_s"]:
             return self._decoder.frames_at(video, times_s[:MAX_IMAGES])
         return self._decoder.sample_frames(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO), window)
 
