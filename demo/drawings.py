@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -112,7 +113,10 @@ def make_picture(
     scene = _any_scene(rng, kind)
     while is_held_out(scene.caption) is not held_out:
         scene = _any_scene(rng, kind)
-    scene = _with_picture_size(scene, rng, many_tiles)
+    is_cut = bool(rng.random() < 0.25) if many_tiles is None else many_tiles
+    sizes = MANY_TILE_SIZES_PX if is_cut else ONE_TILE_SIZES_PX
+    width_px, height_px = sizes[rng.integers(len(sizes))]
+    scene = replace(scene, width_px=width_px, height_px=height_px)
     return draw(scene, rng), scene
 
 
@@ -228,9 +232,9 @@ def _shapes_asked(scene: Scene) -> list[tuple[str, str]]:
 
 def _with_one_value(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """The keys of `pairs` that never come with another value."""
-    values: dict[str, set[str]] = {}
+    values: defaultdict[str, set[str]] = defaultdict(set)
     for key, value in pairs:
-        values.setdefault(key, set()).add(value)
+        values[key].add(value)
     return {key: found.pop() for key, found in values.items() if len(found) == 1}
 
 
@@ -284,13 +288,6 @@ def _scene(kind: Kind, what: str, rng: np.random.Generator, things: tuple[Thing,
     return Scene(kind, f"{what} on a {background} background.", background, 0, 0, things)
 
 
-def _with_picture_size(scene: Scene, rng: np.random.Generator, many_tiles: bool | None) -> Scene:
-    many = bool(rng.random() < 0.25) if many_tiles is None else many_tiles
-    sizes = MANY_TILE_SIZES_PX if many else ONE_TILE_SIZES_PX
-    width_px, height_px = sizes[rng.integers(len(sizes))]
-    return replace(scene, width_px=width_px, height_px=height_px)
-
-
 def _thing(rng: np.random.Generator, x: float, y: float, size: str | None = None) -> Thing:
     size = size or _pick(rng, tuple(SIZES))
     scale = float(rng.uniform(*SIZES[size]))
@@ -322,9 +319,9 @@ def _vary(colour: Colour, rng: np.random.Generator) -> Colour:
 
 def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Half of the pictures get up to +-6 of 255 on every value, as a camera would."""
-    amplitude = int(rng.integers(1, 7)) if rng.random() < 0.5 else 0
-    if not amplitude:
+    if rng.random() >= 0.5:
         return image
+    amplitude = int(rng.integers(1, 7))
     pixels = np.asarray(image, dtype=np.int16)
     noise = rng.integers(-amplitude, amplitude + 1, size=pixels.shape, dtype=np.int16)
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))

@@ -288,7 +288,10 @@ def _examples(codec: Codec, step: int, stage: Stage) -> list[Example]:
 def _example(codec: Codec, seed: int, *, held_out: bool, num_draws: int, kind: Kind | None = None) -> Example:
     """One picture in four has been through a JPEG file."""
     image, scene = make_picture(seed, held_out=held_out, kind=kind)
-    request = codec.processor.request(PROMPT, images=[_through_jpeg(image) if seed // 2 % 4 == 3 else image])
+    if seed // 2 % 4 == 3:
+        image.save(file := BytesIO(), "JPEG", quality=90)
+        image = Image.open(file).convert("RGB")
+    request = codec.processor.request(PROMPT, images=[image])
     asked = _draw_questions(scene, seed, num_draws)
     answers = (codec.task(q.kind, codec.asking(q.text, image.size, request), q.answer) for q in asked)
     return Example(scene, (codec.task("caption", request, scene.caption), *answers))
@@ -300,12 +303,6 @@ def _draw_questions(scene: Scene, seed: int, num_draws: int) -> Iterator[Questio
         for question in questions(scene, seed + draw * _DRAWS_APART):
             if draw == 0 or question.kind == "bool":
                 yield question
-
-
-def _through_jpeg(image: Image.Image) -> Image.Image:
-    file = BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return Image.open(file).convert("RGB")
 
 
 def _start(directory: Path, start_from: Path | None) -> tuple[Ovis, torch.optim.Optimizer, int]:

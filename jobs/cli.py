@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jobs.command_line import parse_command_line
 from pipelines.config import RunConfig
@@ -30,7 +30,8 @@ def run_job(
     `goes_on` says whether the same command goes on with what an interrupted one has done.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _interrupt)
+    # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _stdout_to_stderr():
             report = job()
@@ -61,11 +62,6 @@ def run_rows(kind: type[RunConfig], prog: str, description: str, argv: Sequence[
         return TOO_MANY_ERRORS if summary.error > config.max_error_rate * summary.rows else OK
 
     return run_job(lambda: run_pipeline(config), exit_code)
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    """`ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended."""
-    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -119,8 +119,7 @@ def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
             directory = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
             if (directory / "config.json").exists() and (_has_weights(directory) or not weights):
                 return directory
-    patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_patterns(weights)))
 
 
 def _has_weights(directory: Path) -> bool:
@@ -132,32 +131,28 @@ def _has_weights(directory: Path) -> bool:
 
 def _fetch_uri(uri: str, *, weights: bool) -> Path:
     fs, root = _file_system(uri)
-    target = _uri_cache() / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("OVIS2_CACHE", "~/.cache/ovis2")).expanduser()
+    target = cache / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:24]
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target / ".lock"):
         try:
             listing = [info for info in fs.ls(root, detail=True) if info["type"] == "file"]
         except FileNotFoundError:
             raise CheckpointError(f"model {uri!r} does not exist") from None
-        _drop_all_but(target, {PurePosixPath(info["name"]).name for info in listing})
+        names = {PurePosixPath(info["name"]).name for info in listing}
+        for path in target.iterdir():  # a shard that is gone from the store must not be loaded from here
+            if not path.name.startswith(".") and path.name not in names:
+                path.unlink()
         for info in listing:
-            if _wanted(info["name"], weights):
+            if any(map(PurePosixPath(info["name"]).match, _patterns(weights))):
                 _fetch_file(fs, info, target / PurePosixPath(info["name"]).name)
     if not (target / "config.json").exists():
         raise CheckpointError(f"model {uri!r} has no config.json: it is not a checkpoint")
     return target
 
 
-def _drop_all_but(target: Path, names: set[str]) -> None:
-    """A shard that is gone from the store must not be loaded from here."""
-    for path in target.iterdir():
-        if not path.name.startswith(".") and path.name not in names:
-            path.unlink()
-
-
-def _wanted(name: str, weights: bool) -> bool:
-    patterns = (*_TEXT_FILES, *(_WEIGHT_FILES if weights else ()))
-    return any(PurePosixPath(name).match(pattern) for pattern in patterns)
+def _patterns(weights: bool) -> list[str]:
+    return [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
 
 
 def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
@@ -185,7 +180,3 @@ def _file_system(uri: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"model {uri!r}: {error}") from error
     return fs, root
-
-
-def _uri_cache() -> Path:
-    return Path(os.environ.get("OVIS2_CACHE", "~/.cache/ovis2")).expanduser()

@@ -196,15 +196,11 @@ class RunConfig(OutputOptions, ResourceOptions, SamplingOptions, ImageOptions, M
         raise NotImplementedError
 
     @model_validator(mode="after")
-    def _check_columns(self) -> Self:
+    def _check_output(self) -> Self:
         if taken := sorted(set(self.keep_columns).intersection(self.questionnaire.schema.names)):
             raise ValueError(
                 f"--keep-columns: the output has columns {', '.join(taken)} of its own; rename yours in the input"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_extend(self) -> Self:
         if self.extend and self.on_duplicate_id == "suffix":
             raise ValueError("--extend needs ids that do not depend on the order of a listing; suffixes do")
         return self

@@ -35,11 +35,7 @@ class Processor:
         return cls(OvisConfig.from_directory(directory), load_tokenizer(directory))
 
     def request(
-        self,
-        text: str,
-        images: Sequence[Image.Image] = (),
-        max_tiles: int = 9,
-        system_prompt: str | None = None,
+        self, text: str, images: Sequence[Image.Image] = (), max_tiles: int = 9, system_prompt: str | None = None
     ) -> Request:
         """The model input that asks `text` about `images`, each cut into at most `max_tiles` cells.
 

@@ -73,18 +73,18 @@ class Reasons:
     def __exit__(self, *exception: object) -> None:
         self.log()
 
+    def log(self, limit: int = 10) -> None:
+        """Log the most frequent reasons with their counts."""
+        if self._num_errors:
+            logger.warning("%d error rows. The most frequent reasons:", self._num_errors)
+        for reason in self._reasons.top(limit):
+            logger.warning("  %d x %s: %s", reason.count, reason.stage, reason.reason)
+
     def add(self, results: pa.Table) -> None:
         """Count rows of `schema.result`. Raise EverythingFails if too many of the rows so far are errors."""
         errors = results.filter(pc.equal(results.column("status"), "error"))
         self._num_rows += len(results)
         self._reasons.add(errors.column("stage").to_pylist(), errors.column("error").to_pylist())
-        self._check()
-
-    @property
-    def _num_errors(self) -> int:
-        return self._reasons.counts.total
-
-    def _check(self) -> None:
         if self._num_rows >= _MIN_ROWS and self._num_errors > self._stop_error_rate * self._num_rows:
             raise EverythingFails(
                 f"{self._num_errors} of the first {self._num_rows} rows are errors, see their reasons above. "
@@ -92,9 +92,6 @@ class Reasons:
                 "--stop-error-rate 1 goes on whatever happens"
             )
 
-    def log(self, limit: int = 10) -> None:
-        """Log the most frequent reasons with their counts."""
-        if self._num_errors:
-            logger.warning("%d error rows. The most frequent reasons:", self._num_errors)
-        for reason in self._reasons.top(limit):
-            logger.warning("  %d x %s: %s", reason.count, reason.stage, reason.reason)
+    @property
+    def _num_errors(self) -> int:
+        return self._reasons.counts.total

@@ -76,8 +76,7 @@ class Answers:
     def _confidence(self, task: Task) -> NDArray[np.float64]:
         column = self.column(task.confidence)
         if not task.choices:
-            logprobs: NDArray[np.float64] = np.exp(as_floats(column))
-            return logprobs
+            return np.asarray(np.exp(as_floats(column)))
         of_choices = np.stack([as_floats(child) for child in column.flatten()], axis=1)
         names = pa.array(task.choices)
         chosen = pc.fill_null(pc.index_in(as_text(task.kind, self.column(task.value)), names), -1).to_numpy()
@@ -105,20 +104,17 @@ def _as_yes_or_no(values: pa.Array) -> pa.Array:
 
 def as_mask(values: pa.Array) -> NDArray[np.bool_]:
     """bool[N]; null is False."""
-    mask: NDArray[np.bool_] = pc.fill_null(values, False).to_numpy(zero_copy_only=False)
-    return mask
+    return np.asarray(pc.fill_null(values, False), np.bool_)
 
 
 def as_floats(values: pa.Array) -> NDArray[np.float64]:
     """float64[N]; null is NaN."""
-    floats: NDArray[np.float64] = pc.fill_null(values.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
-    return floats
+    return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan), np.float64)
 
 
 def as_ints(values: pa.Array) -> NDArray[np.int64]:
     """int64 of those that are not null."""
-    ints: NDArray[np.int64] = values.drop_null().cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return ints
+    return np.asarray(values.drop_null().cast(pa.int64()), np.int64)
 
 
 def as_keys(kind: Kind, values: pa.Array) -> pa.Array:
