@@ -25,7 +25,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import groupby
 from operator import attrgetter
@@ -44,9 +44,7 @@ from demo.drawings import Kind, Question, Scene, make_picture, questions
 from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
-from ovis_model.inputs.prompt import expand_atoms
 from ovis_model.network.ovis import Ovis
-from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Engine, Request, SamplingParams
 
 PROMPT = "Describe the image."
@@ -92,29 +90,6 @@ class Stage:
     num_draws: int
 
 
-@dataclass(frozen=True)
-class Codec:
-    """Pictures and captions to ids and back. `end_id` ends a caption."""
-
-    processor: Processor
-    tokenizer: Tokenizer
-    end_id: int
-
-    @classmethod
-    def from_directory(cls, directory: Path) -> Codec:
-        tokenizer = load_tokenizer(directory)
-        return cls(Processor.from_pretrained(str(directory)), tokenizer, _id_of(tokenizer, "<|im_end|>"))
-
-    def asking(self, text: str, image_size: tuple[int, int], request: Request) -> Request:
-        """Another question about the image of `request`, whose tiles it shares."""
-        ids = self.processor.prompt_ids(text, [image_size])
-        return replace(request, input_ids=expand_atoms(ids, self.processor.config.vision.tokens_per_tile))
-
-    def task(self, kind: str, request: Request, answer: str) -> Task:
-        target = self.tokenizer.encode(answer, add_special_tokens=False).ids
-        return Task(kind, request, answer, torch.tensor([*target, self.end_id]))
-
-
 @dataclass(frozen=True, eq=False)
 class Task:
     """What is asked about a picture, and what is true. target_ids: int64[T], the last one ends the answer.
@@ -150,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.evaluate:
         engine = OvisEngine.from_pretrained(str(args.out_dir), device="cpu", dtype="float32")
-        print(evaluate(engine, Codec.from_directory(args.out_dir), range(TEST_SEED, TEST_SEED + args.evaluate)))
+        print(evaluate(engine, Processor.from_pretrained(args.out_dir), range(TEST_SEED, TEST_SEED + args.evaluate)))
     elif args.start_from:
         copy_tokenizer_and_config(args.start_from, args.out_dir)
         train(args.out_dir, QUESTIONS, args.steps, args.start_from)
@@ -163,14 +138,14 @@ def train(directory: Path, stage: Stage, num_steps: int | None = None, start_fro
     """Writes `model.safetensors` every EVALUATE_EVERY steps and at the end."""
     num_steps = num_steps or stage.steps
     model, optimizer, first_step = _start(directory, start_from)
-    codec, started_s = Codec.from_directory(directory), time.monotonic()
+    processor, started_s = Processor.from_pretrained(directory), time.monotonic()
     for step in range(first_step, num_steps):
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate(step, num_steps)
-        loss = _train_step(model, optimizer, _examples(codec, step, stage))
+        loss = _train_step(model, optimizer, _examples(processor, step, stage))
         if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == num_steps:
             _save(directory, model, optimizer, step + 1)
-            right = evaluate(OvisEngine.from_model(model), codec, range(200))
+            right = evaluate(OvisEngine.from_model(model), processor, range(200))
             print(f"step {step + 1}  {time.monotonic() - started_s:.0f} s  loss {loss:.4f}  {right}", flush=True)
 
 
@@ -190,14 +165,14 @@ CAPTIONS = Stage(11500, caption_learning_rate, first_seed=1_000_000, num_draws=0
 QUESTIONS = Stage(2300, question_learning_rate, first_seed=2_000_000, num_draws=2)
 
 
-def evaluate(engine: Engine, codec: Codec, seeds: Iterable[int]) -> dict[str, str]:
+def evaluate(engine: Engine, processor: Processor, seeds: Iterable[int]) -> dict[str, str]:
     """Share of greedy answers about held-out pictures that are exactly right, by kind of task and by picture."""
-    examples = (_example(codec, seed, held_out=True, num_draws=1) for seed in seeds)
+    examples = (_example(processor, seed, held_out=True, num_draws=1) for seed in seeds)
     tasks = [(example, task) for example in examples for task in example.tasks]
     completions = engine.generate([task.request for _, task in tasks], SamplingParams(max_new_tokens=32))
     marks: defaultdict[str, list[bool]] = defaultdict(list)
     for (example, task), completion in zip(tasks, completions, strict=True):
-        is_right = codec.processor.detokenize(completion.output_ids) == task.answer
+        is_right = processor.detokenize(completion.output_ids) == task.answer
         tiles = "one tile" if example.num_tiles == 1 else "several tiles"
         for key in (task.kind, f"{task.kind}, picture of {example.scene.kind}", f"{task.kind}, {tiles}"):
             marks[key].append(is_right)
@@ -276,25 +251,29 @@ def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
     return model.embed(input_ids.flatten(), visual).view(*input_ids.shape, -1)
 
 
-def _examples(codec: Codec, step: int, stage: Stage) -> list[Example]:
+def _examples(processor: Processor, step: int, stage: Stage) -> list[Example]:
     """Every other picture shows two objects: they take longest to learn."""
     first = stage.first_seed + step * BATCH_SIZE
     return [
-        _example(codec, seed, held_out=False, num_draws=stage.num_draws, kind="two" if seed % 2 else None)
+        _example(processor, seed, held_out=False, num_draws=stage.num_draws, kind="two" if seed % 2 else None)
         for seed in range(first, first + BATCH_SIZE)
     ]
 
 
-def _example(codec: Codec, seed: int, *, held_out: bool, num_draws: int, kind: Kind | None = None) -> Example:
+def _example(processor: Processor, seed: int, *, held_out: bool, num_draws: int, kind: Kind | None = None) -> Example:
     """One picture in four has been through a JPEG file."""
     image, scene = make_picture(seed, held_out=held_out, kind=kind)
     if seed // 2 % 4 == 3:
         image.save(file := BytesIO(), "JPEG", quality=90)
         image = Image.open(file).convert("RGB")
-    request = codec.processor.request(PROMPT, images=[image])
-    asked = _draw_questions(scene, seed, num_draws)
-    answers = (codec.task(q.kind, codec.asking(q.text, image.size, request), q.answer) for q in asked)
-    return Example(scene, (codec.task("caption", request, scene.caption), *answers))
+    asked = [("caption", PROMPT, scene.caption)]
+    asked += [(q.kind, q.text, q.answer) for q in _draw_questions(scene, seed, num_draws)]
+    requests = processor.with_tiles([processor.prompt_ids(text, [image.size]) for _, text, _ in asked], [image])
+    tasks = (
+        Task(kind, request, answer, torch.tensor(processor.answer_ids(answer)))
+        for (kind, _, answer), request in zip(asked, requests, strict=True)
+    )
+    return Example(scene, tuple(tasks))
 
 
 def _draw_questions(scene: Scene, seed: int, num_draws: int) -> Iterator[Question]:

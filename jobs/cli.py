@@ -40,18 +40,18 @@ def run_job(
         return BAD_USAGE
     except (StageFailed, EverythingFails) as error:
         cause = f"{error.__cause__}\n\n" if isinstance(error, StageFailed) else ""
-        print(f"{cause}error: {error}", file=sys.stderr)
-        return FAILED
+        message = f"{cause}error: {error}"
     except (OSError, StoreFault, RowsLost, LeaseLost) as error:
         advice = ". What is finished is kept: the same command, without --overwrite, goes on" if goes_on else ""
-        print(f"error: {error}{advice}", file=sys.stderr)
-        return FAILED
+        message = f"error: {error}{advice}"
     except KeyboardInterrupt:
         advice = "; the same command, without --overwrite, goes on from here" if goes_on else ""
-        print(f"stopped{advice}", file=sys.stderr)
-        return FAILED
-    print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
-    return exit_code(report)
+        message = f"stopped{advice}"
+    else:
+        print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
+        return exit_code(report)
+    print(message, file=sys.stderr)
+    return FAILED
 
 
 def run_rows(kind: type[RunConfig], prog: str, description: str, argv: Sequence[str] | None) -> int:

@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from demo.train import QUESTIONS, Codec, Example, Task, _example, _loss
+from demo.train import QUESTIONS, Example, Task, _example, _loss
 from ovis_model.checkpoint import DEMO_DIRECTORY
+from ovis_model.inputs.processor import Processor
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.weights import load_model
 
 
 def test_tasks_behind_one_prefix_are_learnt_as_if_alone() -> None:
     model = load_model(DEMO_DIRECTORY, device=torch.device("cpu"), dtype=torch.float32)
-    codec = Codec.from_directory(DEMO_DIRECTORY)
-    examples = [_example(codec, seed, held_out=False, num_draws=3) for seed in range(30)]
+    processor = Processor.from_pretrained(DEMO_DIRECTORY)
+    examples = [_example(processor, seed, held_out=False, num_draws=3) for seed in range(30)]
     several_tiles = [example for example in examples if example.num_tiles == 3][:2]
     with torch.inference_mode():
         alone = [_losses_alone(model, example, task) for example in several_tiles for task in example.tasks]

@@ -28,10 +28,11 @@ class Lease:
 
     def __init__(self, output: str) -> None:
         self._uri = store.join(output, "driver.json")
+        boot = Path("/proc/sys/kernel/random/boot_id")  # process ids are comparable within one boot of a kernel
         self._me = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
-            "boot": _boot_id(),
+            "boot": boot.read_text().strip() if boot.exists() else "",
             **_process(os.getpid()),
         }
         self._released = threading.Event()
@@ -40,20 +41,17 @@ class Lease:
     def __enter__(self) -> Lease:
         """Raises LeaseError saying who has it, or that OUTPUT cannot be written."""
         try:
-            self._take()
+            holder = self._read()
+            if holder and not self._is_dead(holder):
+                raise LeaseError(
+                    f"another run writes here: process {holder['pid']} on {holder['host']}, last sign of life "
+                    f"{time.time() - holder['at_s']:.0f} s ago. Stop it, or wait {STALE_S:.0f} s if it is gone"
+                )
+            self._write()
         except OSError as error:
             raise LeaseError(f"cannot use {self._uri.rpartition('/')[0]} as OUTPUT: {error}") from error
         self._thread.start()
         return self
-
-    def _take(self) -> None:
-        holder = self._read()
-        if holder and not self._is_dead(holder):
-            raise LeaseError(
-                f"another run writes here: process {holder['pid']} on {holder['host']}, last sign of life "
-                f"{time.time() - holder['at_s']:.0f} s ago. Stop it, or wait {STALE_S:.0f} s if it is gone"
-            )
-        self._write()
 
     def __exit__(self, *exception: object) -> None:
         self._released.set()
@@ -105,9 +103,3 @@ def _process(pid: int) -> dict[str, int | str]:
     except OSError:
         return {"pid": pid, "started": ""}
     return {"pid": pid, "started": "" if fields[0] in "ZX" else fields[19]}
-
-
-def _boot_id() -> str:
-    """Of this boot of this kernel, so that a process id of another one is not taken for ours."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""

@@ -111,7 +111,7 @@ def _files(output: str) -> list[File]:
 
 def _count(files: list[File], columns: Columns, most_rows: int) -> tuple[Json, list[Picked]]:
     """The counts of all rows, and the rows to show."""
-    statistics, sheet = RunStatistics(columns), Sheet(columns, most_rows)
+    statistics, sheet = RunStatistics(columns), Sheet(most_rows)
     num_rows = sum(count(entry.ranges) for _, entry in files)
     with Progress("rows counted", num_rows) as progress:
         for answers in _answers(files, columns):

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from pipelines.monitoring.error_reasons import reason_key
 from pipelines.report.answers import Answers, as_mask
-from pipelines.report.columns import Columns
 
 Group = Literal["random", "unsure", "flagged", "wrong", "errors"]
 
@@ -42,8 +41,8 @@ class Picked:
 class Sheet:
     """Offered all rows in any order, keeps at most `size` for each kind of row; `rows` are those to show."""
 
-    def __init__(self, columns: Columns, size: int) -> None:
-        self._columns, self._size = columns, size
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._share = max(1, size // 6)  # of each group of doubtful rows; the rest is random
         self._random = _Lowest(size)
         self._strata: dict[Group, dict[str, _Lowest]] = {"wrong": {}, "unsure": {}, "flagged": {}, "errors": {}}
@@ -61,10 +60,10 @@ class Sheet:
         groups: defaultdict[int, list[Group]] = defaultdict(list)
         found: dict[int, Picked] = {}
         for group, strata in self._strata.items():
-            for picked in _in_turns([list(stratum) for _, stratum in sorted(strata.items())], self._share):
+            for picked in _in_turns([strata[kind].rows for kind in sorted(strata)], self._share):
                 found[picked.row] = picked
                 groups[picked.row].append(group)
-        for picked in self._random:
+        for picked in self._random.rows:
             if len(found) >= self._size and picked.row not in found:
                 break
             found[picked.row] = picked
@@ -90,16 +89,12 @@ def _doubtful(answers: Answers) -> Iterator[Doubtful]:
     for name, is_wrong in answers.is_wrong.items():
         places = np.flatnonzero(is_wrong)
         yield "wrong", name, places, -np.nan_to_num(answers.confidence[name][places])
-    for flag in pc.unique(answers.flags.flatten()).drop_null().to_pylist():
-        places = _rows_with(answers, flag)
+    flags, parents = answers.flags.flatten(), np.asarray(pc.list_parent_indices(answers.flags))
+    for flag in flags.unique().drop_null().to_pylist():
+        places = np.unique(parents[as_mask(pc.equal(flags, flag))])
         yield "flagged", flag, places, np.zeros(len(places))
     for kind, places in _by_reason(answers).items():
         yield "errors", kind, places, np.zeros(len(places))
-
-
-def _rows_with(answers: Answers, flag: str) -> NDArray[np.int64]:
-    parents = pc.list_parent_indices(answers.flags).to_numpy(zero_copy_only=False)
-    return np.unique(parents[as_mask(pc.equal(answers.flags.flatten(), flag))]).astype(np.int64)
 
 
 def _by_reason(answers: Answers) -> dict[str, NDArray[np.int64]]:
@@ -127,10 +122,7 @@ class _Lowest:
     def __init__(self, size: int) -> None:
         self._size = size
         self._scores, self._order = np.empty(0), np.empty(0)
-        self._rows: list[Picked] = []
-
-    def __iter__(self) -> Iterator[Picked]:
-        return iter(self._rows)
+        self.rows: list[Picked] = []
 
     def offer(
         self,
@@ -140,11 +132,11 @@ class _Lowest:
         make: Callable[[int], Picked],
     ) -> None:
         """Rows at `places` of a batch; only those that stay are made."""
-        kept = len(self._rows)
+        kept = len(self.rows)
         scores, order = np.concatenate((self._scores, scores)), np.concatenate((self._order, order))
         lowest = np.lexsort((order, scores))[: self._size]
         self._scores, self._order = scores[lowest], order[lowest]
-        self._rows = [self._rows[i] if i < kept else make(int(places[i - kept])) for i in lowest.tolist()]
+        self.rows = [self.rows[i] if i < kept else make(int(places[i - kept])) for i in lowest.tolist()]
 
 
 def shuffled(rows: NDArray[np.int64]) -> NDArray[np.float64]:
