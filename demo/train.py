@@ -332,17 +332,11 @@ def write_tokenizer_and_config(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
-    pad, end = _id_of(tokenizer, "<|endoftext|>"), _id_of(tokenizer, "<|im_end|>")
+    pad, end = map(tokenizer.token_to_id, ("<|endoftext|>", "<|im_end|>"))
     generation = {"bos_token_id": pad, "eos_token_id": [end, pad], "pad_token_id": pad}
     config = {**_CONFIG, "llm_config": {**_LANGUAGE, "bos_token_id": pad, "eos_token_id": end}}
     for name, value in (("generation_config", generation), ("config", config)):
         (directory / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _id_of(tokenizer: Tokenizer, token: str) -> int:
-    token_id = tokenizer.token_to_id(token)
-    assert token_id is not None, f"the tokenizer lacks {token}"
-    return token_id
 
 
 def make_tokenizer() -> Tokenizer:

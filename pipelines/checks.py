@@ -17,7 +17,8 @@ Config = TypeVar("Config", bound=RunConfig)
 
 def resolve_places(config: Config) -> Config:
     """Return the configuration with the paths of its models as every node sees them."""
-    return config.changed(model=local_path(config.model), frame_encoder=local_path(config.frame_encoder))
+    paths = {"model": local_path(config.model), "frame_encoder": local_path(config.frame_encoder)}
+    return config.model_copy(update=paths)
 
 
 def check_model(config: RunConfig) -> None:

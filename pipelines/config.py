@@ -31,10 +31,6 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    def changed(self, **options: Any) -> Self:
-        """Return the same configuration with other values of some options, unchecked."""
-        return self.model_copy(update=options)
-
 
 class SourceOptions(Section):
     """What the rows are: read when INPUT is listed."""

@@ -32,11 +32,11 @@ class Sink:
     def __init__(
         self, data_uri: str, ledger: Ledger, lease: Lease, *, rows_per_file: int, kept: KeptColumns | None = None
     ) -> None:
-        self._data_uri, self._ledger, self._lease, self._rows_per_file = data_uri, ledger, lease, rows_per_file
-        self._kept = kept
+        self._data_uri, self._ledger, self._lease = data_uri, ledger, lease
+        self._rows_per_file, self._kept = rows_per_file, kept
         self._waiting: list[pa.Table] = []
         self._oldest_s = 0.0  # when the first waiting row came
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = threading.Event()
         self._fault: Exception | None = None
         self._thread = threading.Thread(target=self._flush_late_rows, name="flush", daemon=True)
@@ -71,31 +71,28 @@ class Sink:
             self._oldest_s = self._oldest_s if self._waiting else time.monotonic()
             self._waiting.append(new)
             if sum(map(len, self._waiting)) >= self._rows_per_file:
-                self._flush()
+                self.flush()
             return new
 
     def flush(self) -> None:
         """Write all waiting rows."""
         with self._lock:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        self._lease.check()
-        table = pa.concat_tables(self._waiting).sort_by(schema.ROW)
-        while len(table):
-            self._ledger.add(write_file(self._data_uri, table.slice(0, self._rows_per_file), self._kept))
-            table = table.slice(self._rows_per_file)
-            self._waiting = [table]  # one that fails leaves no row written and waiting
-        self._waiting.clear()
+            if not self._waiting:
+                return
+            self._lease.check()
+            table = pa.concat_tables(self._waiting).sort_by(schema.ROW)
+            while len(table):
+                self._ledger.add(write_file(self._data_uri, table.slice(0, self._rows_per_file), self._kept))
+                table = table.slice(self._rows_per_file)
+                self._waiting = [table]  # one that fails leaves no row written and waiting
+            self._waiting.clear()
 
     def _flush_late_rows(self) -> None:
         while not self._closed.wait(min(1.0, FLUSH_S / 2)):
             try:
                 with self._lock:
                     if self._waiting and time.monotonic() - self._oldest_s > FLUSH_S:
-                        self._flush()
+                        self.flush()
             except Exception as fault:  # told to the thread that hands over rows
                 self._fault = fault
                 return
@@ -134,8 +131,8 @@ def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
 
 def read_results(output: str) -> pa.Table:
     """All rows of a run, in the order of the input."""
-    uris = [info.uri for info in store.list_files(store.join(output, "data")) if info.uri.endswith(".parquet")]
-    files = [read_file(uri) for uri in uris]
+    listed = store.list_files(store.join(output, "data"))
+    files = [read_file(info.uri) for info in listed if info.uri.endswith(".parquet")]
     whole = pa.concat_tables([table for _, table in files] or [schema.OUTPUT.empty_table()])
     return whole.take(np.argsort(np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in files)])))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,7 +27,7 @@ def row_json(picked: Picked, columns: Columns, most_bytes: int) -> Json:
     """The row, its texts and lists cut until it takes about that many bytes of a page."""
     most = most_bytes
     while True:
-        row = _row(picked, columns, lambda value, most=most: plain(value, most))  # type: ignore[misc]
+        row = _row(picked, columns, partial(plain, most=most))
         if most <= _FEWEST_CHARACTERS or len(json_for_html(row).encode("utf-8", "backslashreplace")) <= most_bytes:
             return row
         most //= 2

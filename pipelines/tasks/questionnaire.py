@@ -109,7 +109,9 @@ class TaskLayout:
         yield pa.field(task.name, task.answer.type)
         yield pa.field(f"{task.name}_text", pa.string(), nullable=False)
         yield pa.field(f"{task.name}_finish_reason", pa.string(), nullable=False)
-        yield _confidence_field(task)
+        options = [pa.field(option, pa.float32(), nullable=False) for option in task.answer.options]
+        confidence = pa.struct(options) if options else pa.float32()
+        yield pa.field(f"{task.name}_confidence", confidence, nullable=bool(options))
         if self.with_alternatives:
             yield pa.field(f"{task.name}_alternative", _ALTERNATIVE)
 
@@ -140,13 +142,6 @@ class TaskLayout:
             if not task.answer.options:
                 values[f"{task.name}_confidence"] = float("nan")
         return values
-
-
-def _confidence_field(task: Task) -> pa.Field:
-    name = f"{task.name}_confidence"
-    if not task.answer.options:
-        return pa.field(name, pa.float32(), nullable=False)
-    return pa.field(name, pa.struct([pa.field(o, pa.float32(), nullable=False) for o in task.answer.options]))
 
 
 _ALTERNATIVE = pa.struct({"text": pa.string(), "finish_reason": pa.string(), "flags": pa.list_(pa.string())})
