@@ -15,7 +15,7 @@ from typing import TypeVar
 from jobs.command_line import parse_command_line
 from pipelines.config import RunConfig
 from pipelines.errors import EverythingFails, LeaseLost, RowsLost, StageFailed, StoreFault
-from pipelines.pipeline import Summary, run_pipeline
+from pipelines.pipeline import run_pipeline
 
 OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
 
@@ -57,11 +57,8 @@ def run_job(
 def run_rows(kind: type[RunConfig], prog: str, description: str, argv: Sequence[str] | None) -> int:
     """Run the job over rows that the command line describes -> its exit code."""
     config = parse_command_line(kind, prog, description, argv)
-
-    def exit_code(summary: Summary) -> int:
-        return TOO_MANY_ERRORS if summary.error > config.max_error_rate * summary.rows else OK
-
-    return run_job(lambda: run_pipeline(config), exit_code)
+    max_rate = config.max_error_rate
+    return run_job(lambda: run_pipeline(config), lambda run: TOO_MANY_ERRORS if run.error > max_rate * run.rows else OK)
 
 
 @contextmanager

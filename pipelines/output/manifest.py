@@ -88,11 +88,8 @@ class KeptColumns:
         return pa.schema(list(columns.field(KEPT).type) if KEPT in columns.names else [])
 
     def read(self, rows: NDArray[np.int64]) -> list[pa.ChunkedArray]:
-        """The columns of `schema` for sorted row numbers."""
-        if not len(self.schema):
-            return []
-        columns: list[pa.ChunkedArray] = take_rows(self._output, rows, [KEPT]).column(KEPT).flatten()
-        return columns
+        """Return the columns of `schema` for sorted row numbers."""
+        return list(take_rows(self._output, rows, [KEPT]).column(KEPT).flatten()) if len(self.schema) else []
 
 
 def _read_group(output: str, group: int, columns: list[str]) -> pa.Table:

@@ -56,22 +56,18 @@ class Answers:
     @cached_property
     def said(self) -> Mapping[str, pa.Array]:
         """Task -> its answers as text, of the tasks whose truth is known."""
-        return {task.name: as_text(task.kind, self.column(task.value)) for task in self._with_truth}
+        return {task.name: as_text(task.kind, self.column(task.value)) for task in self.columns.tasks if task.truth}
 
     @cached_property
     def truth(self) -> Mapping[str, pa.Array]:
         """Task -> what is right, as text; null where nobody says."""
-        return {task.name: as_text(task.kind, self.column(task.truth)) for task in self._with_truth if task.truth}
+        return {task.name: as_text(task.kind, self.column(task.truth)) for task in self.columns.tasks if task.truth}
 
     @cached_property
     def is_wrong(self) -> Mapping[str, NDArray[np.bool_]]:
         """Task -> bool[N]: there is an answer and another truth."""
         differs = {name: pc.not_equal(self.said[name], truth) for name, truth in self.truth.items()}
         return {name: as_mask(mask) & self.is_ok for name, mask in differs.items()}
-
-    @property
-    def _with_truth(self) -> list[Task]:
-        return [task for task in self.columns.tasks if task.truth]
 
     def _confidence(self, task: Task) -> NDArray[np.float64]:
         column = self.column(task.confidence)
