@@ -81,15 +81,14 @@ class Answering:
         task = question.task
         text = cut_at_stop(self._processor.detokenize(completion.output_ids), task.stops)
         value = _value(task.answer, text, completion.finish_reason)
-        probabilities = completion.choice_probs
-        by_option = (
-            None if probabilities is None else dict(zip(task.answer.options, probabilities.tolist(), strict=True))
-        )
+        confidence: float | dict[str, float] = completion.mean_logprob
+        if completion.choice_probs is not None:
+            confidence = dict(zip(task.answer.options, completion.choice_probs.tolist(), strict=True))
         return Answered(
             text=text,
             value=value,
             finish_reason=completion.finish_reason,
-            confidence=completion.mean_logprob if by_option is None else by_option,
+            confidence=confidence,
             flags=flags_of(task.answer, text, value, completion.finish_reason),
             mean_logprob=completion.mean_logprob,
             num_tokens=len(completion.output_ids),
