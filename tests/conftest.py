@@ -14,6 +14,8 @@ from hypothesis import settings
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other processes need the other cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # A machine that others use too may take any time over an example. The same examples each time, so that a test fails for
 # what was changed; --hypothesis-profile=search draws new ones.
@@ -28,6 +30,14 @@ pytest.register_assert_rewrite("tests.support")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take longer than 15 s, longest first: what is begun last is short, so that all processes end together.
+_LONGEST = (
+    "test_end_to_end",
+    "test_resume",
+    "test_annotate",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take more than a minute")
 
@@ -40,6 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(gpu)
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 
 def _has_gpu() -> bool:
