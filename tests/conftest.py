@@ -104,3 +104,11 @@ def ray_cluster(endpoint: str) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_address(ray_cluster: None) -> str:
+    """The Ray of this process, for jobs that run as processes of their own and need not start one."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)

@@ -303,33 +303,34 @@ def test_rows_are_in_the_order_of_the_input(ray_cluster: None, pictures: Path, t
     assert all(pq.read_metadata(file).num_rows <= 5 for file in (tmp_path / "out" / "data").iterdir())
 
 
-def test_exit_codes(mixed: Path, tmp_path: Path) -> None:
+def test_exit_codes(ray_address: str, mixed: Path, tmp_path: Path) -> None:
     assert run_caption(mixed, tmp_path / "a", "--model", "nowhere/at all").exit_code == 2
     assert run_caption(tmp_path / "nothing", tmp_path / "b", "--model", MODEL).exit_code == 2
     for file in mixed.glob("*.webp"):
         file.unlink()
-    finished = run_caption(mixed, tmp_path / "c", "--model", MODEL, "--max-new-tokens", 2)
+    options = ["--model", MODEL, "--max-new-tokens", 2]
+    finished = run_caption(mixed, tmp_path / "c", *options, ray_address=ray_address)
     assert finished.exit_code == 3
     assert finished.summary["error"] / finished.summary["rows"] > 0.1
     assert "The most frequent reasons" in finished.stderr
 
 
-def test_a_running_cluster_is_joined_and_left_running(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_a_running_cluster_is_joined_and_left_running(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     """As inside `ray job submit`, which sets RAY_ADDRESS."""
-    address = ray.get_runtime_context().gcs_address
-    finished = run_caption(pictures, tmp_path / "out", "--model", MODEL, "--max-new-tokens", 2, ray_address=address)
+    options = ["--model", MODEL, "--max-new-tokens", 2]
+    finished = run_caption(pictures, tmp_path / "out", *options, ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
     assert finished.summary["ok"] == 24
     assert len([node for node in ray.nodes() if node["Alive"]]) == 1
 
 
-def test_a_model_that_does_not_load_is_named(pictures: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_load_is_named(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(MODEL, broken)
     tensors = load_file(broken / "model.safetensors")
     (broken / "model.safetensors").unlink()
     save_file({name: tensor for name, tensor in tensors.items() if name != "vte.weight"}, broken / "model.safetensors")
-    finished = run_caption(pictures, tmp_path / "out", "--model", broken)
+    finished = run_caption(pictures, tmp_path / "out", "--model", broken, ray_address=ray_address)
     assert finished.exit_code == 1
     assert finished.stderr.splitlines()[-1].endswith("do not fit its config.json; missing: vte.weight")
     assert not finished.stdout

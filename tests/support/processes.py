@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +131,16 @@ def run_job(name: str, *arguments: object, ray_address: str | None = None, timeo
     finished = job.finish(timeout_s)
     job.wait_until_all_gone()
     return finished
+
+
+def files_in(output: Path) -> list[Path]:
+    return list((output / "data").glob("rows-*.parquet"))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.0005)
 
 
 class OpenCounter:
