@@ -66,7 +66,6 @@ def rows_of(output: Path) -> list[dict[str, object]]:
 
 
 @against_the_clock
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("kills", "job_name"),
     [
