@@ -9,7 +9,7 @@
 PYTHON ?= python3
 # Processes that share out the files of tests; one needs about a core and 2 GB.
 WORKERS ?= 2
-# A file stays in one process, with its fixtures; files are handed out in the order that tests/conftest.py gives.
+# A file stays in one process, with its fixtures; those of tests/support/longest_files.py are handed out first.
 SHARED_OUT := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Tools are run by the interpreter, never as scripts: a script's first line cannot hold a path with spaces.

@@ -30,30 +30,13 @@ pytest.register_assert_rewrite("tests.support")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that take longer than 15 s, longest first: what is begun last is short, so that all processes end together.
-_LONGEST = (
-    "test_resume",
-    "test_end_to_end",
-    "test_parallel",
-    "test_video_job",
-    "test_job_submit",
-    "test_annotate",
-    "test_chaos",
-    "test_conservation",
-    "test_shards",
-    "test_going_on",
-    "test_cluster_run",
-    "test_object_store",
-    "test_store_faults",
-    "test_constraints",
-)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take more than a minute")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from tests.support.longest_files import LONGEST
+
     slow = pytest.mark.skip(reason="takes more than a minute; run with --run-slow")
     gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
@@ -61,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(gpu)
-    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def _has_gpu() -> bool:
