@@ -4,9 +4,13 @@
 # make setup   install what `make demo` needs into .venv; the others do it themselves
 # make clean   remove .venv, caches and what the demo wrote
 #
-# Another interpreter: make PYTHON=python3.12 demo
+# Another interpreter: make PYTHON=python3.12 demo. More processes for tests: make WORKERS=4 test
 
 PYTHON ?= python3
+# Processes that share out the files of tests; one needs about a core and 2 GB.
+WORKERS ?= 2
+# A file stays in one process, with its fixtures; those of tests/support/longest_files.py are handed out first.
+SHARED_OUT := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Tools are run by the interpreter, never as scripts: a script's first line cannot hold a path with spaces.
 RUN := .venv/bin/python -m
@@ -21,7 +25,7 @@ demo: $(RUNTIME)
 	@$(RUN) jobs.demo
 
 test: $(DEV)
-	@$(RUN) pytest
+	@$(RUN) pytest $(SHARED_OUT) --durations 25
 
 check: $(DEV)
 	@$(RUN) ruff format --check

@@ -14,6 +14,8 @@ from hypothesis import settings
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other processes need the other cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # A machine that others use too may take any time over an example. The same examples each time, so that a test fails for
 # what was changed; --hypothesis-profile=search draws new ones.
@@ -33,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from tests.support.longest_files import LONGEST
+
     slow = pytest.mark.skip(reason="takes more than a minute; run with --run-slow")
     gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
@@ -40,6 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(gpu)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def _has_gpu() -> bool:
@@ -93,3 +98,11 @@ def ray_cluster(endpoint: str) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_address(ray_cluster: None) -> str:
+    """The Ray of this process, for jobs that run as processes of their own and need not start one."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)

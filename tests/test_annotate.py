@@ -15,13 +15,14 @@ import pytest
 
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
-from ovis_model.types import Completion, Request, SamplingParams
+from ovis_model.types import Completion, Request, RequestError, SamplingParams
 from pipelines.answering import Answering
-from pipelines.config import AnnotateConfig, CaptionConfig
+from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
 from pipelines.errors import RunError
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
 from tests.support.engines import engine_of
+from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
 from tests.support.job_configs import annotation
 from tests.support.pictures import draw
@@ -70,6 +71,17 @@ def config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
     return annotation(inputs, output, **{"tasks": TASKS, **options})
 
 
+def answers_without_ray(asked: RunConfig) -> list[dict[str, Any]]:
+    """Id, number of tiles and the columns that the engine decides, of each row."""
+    rows = prepare_rows(asked)
+    answered = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), engine_of("tiny56-tied")).columns(rows)
+    return [
+        {"id": row.id, "num_tiles": row.num_tiles, **columns}
+        for row, columns in zip(rows, answered, strict=True)
+        if not isinstance(columns, RequestError)
+    ]
+
+
 def rows_of(output: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read_results(str(output)).to_pylist()
     return rows
@@ -82,8 +94,8 @@ def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: 
     for task in (TASKS[0], TASKS[3]):
         name, prompt = task["name"], task["prompt"]
         options = {"max_new_tokens": task.get("max_new_tokens", 8), "model": MODEL, "prompt": prompt}
-        run_pipeline(CaptionConfig(input=(str(pictures),), output=str(tmp_path / name), **options))
-        for row, alone in zip(rows, rows_of(tmp_path / name), strict=True):
+        caption = CaptionConfig(input=(str(pictures),), output=str(tmp_path / name), **options)
+        for row, alone in zip(rows, answers_without_ray(caption), strict=True):
             assert (row["id"], row["num_tiles"]) == (alone["id"], alone["num_tiles"])
             assert row[name] == row[f"{name}_text"] == alone["text"]
             assert row[f"{name}_finish_reason"] == alone["finish_reason"]
@@ -132,10 +144,10 @@ def test_the_output_is_typed_for_every_reader(ray_cluster: None, pictures: Path,
 
 
 def test_flagged_answers_are_asked_for_again(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    run_pipeline(config(pictures, tmp_path / "once"))
     run_pipeline(config(pictures, tmp_path / "again", regenerate="flagged"))
+    once_asked = answers_without_ray(config(pictures, tmp_path / "once"))
     num_flagged = 0
-    for once, again in zip(rows_of(tmp_path / "once"), rows_of(tmp_path / "again"), strict=True):
+    for once, again in zip(once_asked, rows_of(tmp_path / "again"), strict=True):
         for name in ("caption", "sharp", "kind", "mood"):
             flags = [flag.split(":")[1] for flag in once["flags"] if flag.startswith(f"{name}:")]
             other = again[f"{name}_alternative"]
@@ -174,27 +186,30 @@ def test_an_answer_is_asked_for_again_by_another_draw(pictures: Path, tmp_path: 
 
 def test_a_task_that_is_too_long_is_named(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     tasks = [TASKS[0], {**TASKS[3], "max_new_tokens": 32_760}]
-    run_pipeline(config(pictures / "0.png", tmp_path / "out", tasks=tasks))
+    run_pipeline(config(pictures / "0.png", tmp_path / "out", tasks=tasks), make_engine=FakeEngineFactory())
     [row] = rows_of(tmp_path / "out")
     assert (row["status"], row["stage"]) == ("error", "tile")
     assert row["error"].startswith("task mood: ") and "over the model's limit" in row["error"]
 
 
-def test_other_tasks_are_another_run(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    run_pipeline(config(pictures / "0.png", tmp_path / "out"))
+def test_other_tasks_are_another_run(ray_cluster: None, tmp_path: Path) -> None:
+    unread = tmp_path / "no-picture.png"  # so that nothing need be generated
+    unread.touch()
+    run_pipeline(config(unread, tmp_path / "out"), make_engine=FakeEngineFactory())
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [task["name"] for task in record["tasks"]] == ["caption", "sharp", "kind", "mood"]
     assert record["tasks"][1]["answer"] == "bool" and record["tasks"][3]["max_new_tokens"] == 3
     with pytest.raises(
         RunError, match=r"task kind .* there, None here; .*tasks \['caption', 'sharp', 'kind', 'mood'\] there"
     ):
-        run_pipeline(config(pictures / "0.png", tmp_path / "out", tasks=TASKS[:2]))
+        run_pipeline(config(unread, tmp_path / "out", tasks=TASKS[:2]))
 
 
-def test_the_command(pictures: Path, tmp_path: Path) -> None:
+def test_the_command(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text(json.dumps({"tasks": TASKS + CONSTRAINED}))
-    finished = run_job("annotate", pictures, tmp_path / "out", "--tasks", tasks, "--model", MODEL)
+    arguments = [pictures, tmp_path / "out", "--tasks", tasks, "--model", MODEL]
+    finished = run_job("annotate", *arguments, ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
     assert finished.summary["ok"] == finished.summary["rows"] == 6
     assert pa.types.is_struct(read_results(str(tmp_path / "out")).schema.field("record").type)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks.structure import count_body_lines, read_modules
+from tests.support.longest_files import LONGEST
 from tests.support.roots import ROOT
 
 PACKAGES = ("benchmarks", "jobs", "demo", "pipelines", "ovis_model")
@@ -104,6 +105,11 @@ def test_test_files_import_nothing_from_one_another() -> None:
     ):
         assert imported_tests(f"def f(): {line}") == ["tests.test_a"]
     assert imported_tests("from tests.conftest import a") == ["tests.conftest"]
+
+
+def test_files_that_are_handed_out_first_exist() -> None:
+    missing = [name for name in LONGEST if not (ROOT / "tests" / f"{name}.py").exists()]
+    assert not missing, f"tests/support/longest_files.py names {missing}"
 
 
 def test_functions_are_small() -> None:

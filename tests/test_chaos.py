@@ -17,7 +17,6 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
     return Chaos(tmp_path_factory.mktemp("chaos"), num_rows=96)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "event", [event if event in _BY_DEFAULT else pytest.param(event, marks=pytest.mark.slow) for event in ALL_EVENTS]
 )

@@ -82,7 +82,7 @@ def test_an_address_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPa
 def test_impossible_requests_say_what_to_do() -> None:
     with pytest.raises(ResourceError, match="--device cpu"):
         plan_pools(config(device="cuda"), machine(8, 0))
-    with pytest.raises(ResourceError, match=r"9 replicas need 9 GPUs; the cluster has 8, .* Lower --num-replicas"):
+    with pytest.raises(ResourceError, match=r"9 GPUs.* 8,.*--num-replicas"):
         plan_pools(config(num_replicas=9), machine(8, 8))
     with pytest.raises(ResourceError, match="no CPUs"):
         plan_pools(config(), machine(0, 8))
@@ -94,11 +94,9 @@ def test_a_replica_is_on_one_node() -> None:
     pools = plan_pools(config(), two_by_three, 2)
     assert (pools.num_replicas, pools.replica_gpus, pools.may_grow, pools.waits_for_gpus) == (2, 2, True, False)
     assert str(pools) == "2 x the model on 2 GPUs in 2 ranks, more as GPUs join; 48 to prepare images"
-    with pytest.raises(ResourceError, match="4 GPUs of one node, and the largest node has 3; lower --tensor-parallel"):
+    with pytest.raises(ResourceError, match=r"4 GPUs.* 3;.*--tensor-parallel"):
         plan_pools(config(), two_by_three, 4)
-    with pytest.raises(
-        ResourceError, match="3 replicas of 2 GPUs on one node need 6 GPUs; the cluster has 6, room for 2"
-    ):
+    with pytest.raises(ResourceError, match=r"3 replicas of 2 GPUs.* 6 GPUs.* 6,.* 2\b"):
         plan_pools(config(num_replicas=3), two_by_three, 2)
 
 
@@ -108,7 +106,7 @@ def test_what_an_autoscaler_is_asked_for() -> None:
     assert (pools.device, pools.num_replicas, pools.replica_gpus) == ("cuda", 8, 2)
     assert (pools.num_preprocessors, pools.preprocessor_cpus) == (192, 1)
     assert pools.waits_for_gpus and not pools.may_grow
-    with pytest.raises(ValueError, match="--autoscale needs to know for how many"):
+    with pytest.raises(ValueError, match=r"--autoscale.*--num-replicas"):
         config(autoscale=True)
 
 
@@ -125,7 +123,7 @@ def test_tensor_parallel_by_memory(monkeypatch: pytest.MonkeyPatch, size: str, m
 
 def test_a_model_that_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "gpu_memory_bytes", lambda: 16 * 10**9)
-    with pytest.raises(ValueError, match="GPUs of 16 GB are too small for this model, which takes 20 GB on each of 8"):
+    with pytest.raises(ValueError, match=r"16 GB.*20 GB.* 8"):
         plan_tensor_parallel(config(), machine(8, 8), SIZES["34B"])
 
 

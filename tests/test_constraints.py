@@ -280,7 +280,7 @@ def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.Mo
 
     def slow(constraint: Constraint, trie: Any) -> Any:
         started.set()
-        assert prefilled.wait(20)
+        assert prefilled.wait(100)
         compiled.append(constraint)
         return compile_now(constraint, trie)
 
@@ -293,7 +293,7 @@ def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.Mo
     monkeypatch.setattr(ModelRunner, "run_spans", counted)
     model = EngineCore(engine().model, tokenizer=TOKENIZER)
     rows = model.enqueue([request()] * 6, [held_to(DIGIT, seed=seed) for seed in range(6)])
-    assert started.wait(20)
+    assert started.wait(100)
     assert not compiled
     while not all(row.has_left for row in rows):
         model.step()

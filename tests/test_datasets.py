@@ -91,7 +91,7 @@ def test_a_dataset_in_a_store(dataset: datasets.Dataset, tmp_path: Path) -> None
 def test_a_dataset_of_which_a_part_is_missing_is_refused(dataset: datasets.Dataset, tmp_path: Path) -> None:
     dataset.save_to_disk(tmp_path / "d", num_shards=2)
     (tmp_path / "d" / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(SourceError, match=r"data-00001-of-00002\.arrow is missing"):
+    with pytest.raises(SourceError, match=r"data-00001-of-00002\.arrow"):
         rows_of(tmp_path / "d")
 
 
@@ -136,7 +136,7 @@ def test_an_image_folder_with_metadata(tmp_path: Path, caplog: pytest.LogCapture
     assert [row["kept"]["about"] for row in rows] == [None, *(f"{s} {i}" for s in ("test", "train") for i in range(3))]
     assert "8 images below metadata.jsonl" in caplog.text
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n")
-    with pytest.raises(SourceError, match=r"metadata\.csv is not read; make it metadata\.jsonl"):
+    with pytest.raises(SourceError, match=r"metadata\.csv.*metadata\.jsonl"):
         rows_of(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_a_directory_of_shards(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
     assert [row["prompt"] for row in rows_of(tmp_path)] == ["What is 0?", "What is 1?"]
     (tmp_path / "a.tar").touch()
-    with pytest.raises(SourceError, match=r"several kinds \(jsonl, tar\); give those that are meant"):
+    with pytest.raises(SourceError, match=r"\(jsonl, tar\)"):
         rows_of(tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder
     started_s = time.monotonic()
     with pytest.raises(MediaError, match=r"longer than 0\.4 s"):
         decoder.sample_frames(slow, Sampling(10_000), size=(1600, 1600))
-    assert time.monotonic() - started_s < 10
+    assert time.monotonic() - started_s < 60
     decoder._timeout_s = 60
     assert len(decoder.sample_frames(slow, Sampling(2))) == 2
 
@@ -144,7 +144,7 @@ def test_it_ends_with_its_parent() -> None:
     child = int(parent.stdout.readline())
     parent.kill()
     parent.communicate()
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while is_alive(child):
         assert time.monotonic() < deadline_s
         time.sleep(0.05)

@@ -286,7 +286,6 @@ def test_another_type_of_numbers_is_refused(ray_cluster: None, pictures: Path, t
         run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
 
 
-@pytest.mark.timeout(240)
 def test_a_row_that_kills_its_replica_is_an_error_row(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     draw(pictures / "poison.png", seed=60, width=600, height=500)
     summary = run_pipeline(config(pictures, tmp_path / "out"), make_engine=FakeEngineFactory(dies_on_tiles=10))
@@ -303,51 +302,55 @@ def test_rows_are_in_the_order_of_the_input(ray_cluster: None, pictures: Path, t
     assert all(pq.read_metadata(file).num_rows <= 5 for file in (tmp_path / "out" / "data").iterdir())
 
 
-def test_exit_codes(mixed: Path, tmp_path: Path) -> None:
+def test_exit_codes(ray_address: str, mixed: Path, tmp_path: Path) -> None:
     assert run_caption(mixed, tmp_path / "a", "--model", "nowhere/at all").exit_code == 2
     assert run_caption(tmp_path / "nothing", tmp_path / "b", "--model", MODEL).exit_code == 2
     for file in mixed.glob("*.webp"):
         file.unlink()
-    finished = run_caption(mixed, tmp_path / "c", "--model", MODEL, "--max-new-tokens", 2)
+    options = ["--model", MODEL, "--max-new-tokens", 2]
+    finished = run_caption(mixed, tmp_path / "c", *options, ray_address=ray_address)
     assert finished.exit_code == 3
     assert finished.summary["error"] / finished.summary["rows"] > 0.1
     assert "The most frequent reasons" in finished.stderr
 
 
-def test_a_running_cluster_is_joined_and_left_running(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_a_running_cluster_is_joined_and_left_running(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     """As inside `ray job submit`, which sets RAY_ADDRESS."""
-    address = ray.get_runtime_context().gcs_address
-    finished = run_caption(pictures, tmp_path / "out", "--model", MODEL, "--max-new-tokens", 2, ray_address=address)
+    options = ["--model", MODEL, "--max-new-tokens", 2]
+    finished = run_caption(pictures, tmp_path / "out", *options, ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
     assert finished.summary["ok"] == 24
     assert len([node for node in ray.nodes() if node["Alive"]]) == 1
 
 
-def test_a_model_that_does_not_load_is_named(pictures: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_load_is_named(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(MODEL, broken)
     tensors = load_file(broken / "model.safetensors")
     (broken / "model.safetensors").unlink()
     save_file({name: tensor for name, tensor in tensors.items() if name != "vte.weight"}, broken / "model.safetensors")
-    finished = run_caption(pictures, tmp_path / "out", "--model", broken)
+    finished = run_caption(pictures, tmp_path / "out", "--model", broken, ray_address=ray_address)
     assert finished.exit_code == 1
     assert finished.stderr.splitlines()[-1].endswith("do not fit its config.json; missing: vte.weight")
     assert not finished.stdout
 
 
 def test_the_engine_is_busy_while_images_are_prepared(ray_cluster: None, tmp_path: Path) -> None:
-    """50 ms a row against the decoding and tiling of 640 x 480 JPEGs in two CPU actors."""
+    """100 ms a row against the decoding and tiling of 640 x 480 JPEGs in two CPU actors.
+
+    So long a row that the actors keep up on a machine that others load, too.
+    """
     directory = tmp_path / "pictures"
     directory.mkdir()
     one = draw(directory / "000.jpg", seed=0, width=640, height=480)
-    for i in range(1, 200):
+    for i in range(1, 64):
         (directory / f"{i:03}.jpg").write_bytes(one.read_bytes())
     log = tmp_path / "busy"
-    engine = FakeEngineFactory(seconds_per_row=0.05, busy_log=log)
+    engine = FakeEngineFactory(seconds_per_row=0.1, busy_log=log)
     run_pipeline(config(directory, tmp_path / "out", num_preprocessors=2), make_engine=engine)
     calls = np.loadtxt(io.StringIO(log.read_text()))
     busy_s, window_s = (calls[:, 1] - calls[:, 0]).sum(), calls[:, 1].max() - calls[:, 0].min()
-    assert calls[:, 2].sum() == 200
+    assert calls[:, 2].sum() == 64
     print(f"busy {busy_s:.2f} s of {window_s:.2f} s")
     assert busy_s / window_s >= 0.9
 

@@ -77,7 +77,7 @@ def test_visual_tokens_are_the_originals(checkpoint: str, layout: Layout) -> Non
             with torch.inference_mode():
                 maxima = model.visual_tokenizer(pixels_of(model, request)).max(-1)
             assert np.array_equal(maxima.indices, arrays[f"{checkpoint}_{index}_visual_argmax"])
-            np.testing.assert_allclose(maxima.values, arrays[f"{checkpoint}_{index}_visual_maxprob"], atol=1e-6, rtol=0)
+            np.testing.assert_allclose(maxima.values, arrays[f"{checkpoint}_{index}_visual_maxprob"], atol=1e-5, rtol=0)
 
 
 @both_checkpoints

@@ -73,14 +73,15 @@ def test_faults_are_told_and_tried_again_if_that_may_help(
     with pytest.raises(error, match=message) as raised:
         read(f"{web.url}{path}?secret=1")
     assert isinstance(raised.value, OSError) and "secret" not in repr(raised.value)
-    assert time.monotonic() - started_s < 5
-    assert web.requests[path] in (requests, requests + 1)
+    assert time.monotonic() - started_s < 60  # PATIENCE_S and the last attempt, on a machine at work
+    least = 1 if message == "timeout" else requests  # how many time-outs fit into PATIENCE_S is up to the machine
+    assert least <= web.requests[path] <= requests + 1
 
 
 def test_what_passes_is_waited_for(web: WebServer) -> None:
     started_s = time.monotonic()
     assert read(f"{web.url}/busy").startswith(b"after 429")
-    assert 1 <= time.monotonic() - started_s < 3, "as long as the server asked for"
+    assert time.monotonic() - started_s >= 1, "as long as the server asked for"
     assert read(f"{web.url}/unwell").startswith(b"after 503")
     assert read(f"{web.url}/away") == picture(1)[:1000]
 

@@ -44,7 +44,7 @@ def manifest_ids(run: Run) -> list[str]:
 
 def test_a_duplicate_is_an_error_unless_told_otherwise(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", ["a", "b", "a", "c", "a"])
-    with pytest.raises(SourceError, match=r"2 rows repeat an id.*--on-duplicate-id.*a \(3 times\)"):
+    with pytest.raises(SourceError, match=r"2 rows.*--on-duplicate-id.*a \(3 times\)"):
         ids_of(path)
     assert ids_of(path, on_duplicate_id="skip") == ["a", "b", "c"]
     assert ids_of(path, on_duplicate_id="suffix") == ["a", "b", "a~2", "c", "a~3"]
@@ -128,7 +128,7 @@ def test_an_id_of_the_run_that_stands_for_something_else_is_a_duplicate(tmp_path
     """Numbers that start again in each shard must not be taken for rows that are there."""
     a, b = lines(tmp_path / "a.jsonl", ["1", "2"]), lines(tmp_path / "b.jsonl", ["2", "3"])
     opened(tmp_path / "out", a)
-    with pytest.raises(SourceError, match=r"1 rows repeat an id.*2 \(2 times\)"):
+    with pytest.raises(SourceError, match=r"1 rows.*2 \(2 times\)"):
         opened(tmp_path / "out", b, extend=True)
     assert opened(tmp_path / "out", a).num_rows == 2
     other = tmp_path / "other"
@@ -157,7 +157,7 @@ def test_extend_across_the_files_of_the_manifest(tmp_path: Path, monkeypatch: py
 def test_kept_columns_of_an_extension_have_the_types_of_the_run(tmp_path: Path) -> None:
     a, b = lines(tmp_path / "a.jsonl", ["1"], n=1), lines(tmp_path / "b.jsonl", ["2"], n="x")
     opened(tmp_path / "out", a, keep_columns=("n",))
-    with pytest.raises(RunError, match="kept column n is int64 in the run and would be string"):
+    with pytest.raises(RunError, match=r"column n .*int64.*string"):
         opened(tmp_path / "out", b, keep_columns=("n",), extend=True)
     c = lines(tmp_path / "c.jsonl", ["3"], n=None)
     assert opened(tmp_path / "out", c, keep_columns=("n",), extend=True).num_rows == 2
@@ -174,7 +174,7 @@ def test_ids_that_changed_places_are_duplicates(tmp_path: Path) -> None:
     rows = [{"id": "1", "image": "A.png"}, {"id": "2", "image": "B.png"}]
     opened(tmp_path / "out", write_lines(tmp_path / "a.jsonl", *rows))
     swapped = [{"id": "1", "image": "B.png"}, {"id": "2", "image": "A.png"}, {"id": "3", "image": "C.png"}]
-    with pytest.raises(SourceError, match="2 rows repeat an id"):
+    with pytest.raises(SourceError, match=r"2 rows.*--on-duplicate-id"):
         opened(tmp_path / "out", write_lines(tmp_path / "a.jsonl", *swapped), extend=True)
 
 

@@ -34,7 +34,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @against_the_clock
-@pytest.mark.timeout(300)
 def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
     head: RayHead, pictures: Path, tmp_path: Path
 ) -> None:
@@ -47,7 +46,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)
     assert client.stop_job("first")  # what `ray job stop` does, without its start
-    seen, _ = job.communicate(timeout=60)
+    seen, _ = job.communicate(timeout=400)
     # What the driver itself says may come after the three seconds that it is given: ranks have the cores.
     assert "in 2 ranks" in seen and "was stopped" in seen
     done = read_results(str(tmp_path / "out"))
@@ -62,7 +61,6 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_exit_codes_and_what_the_user_sees(head: RayHead, pictures: Path, tmp_path: Path) -> None:
     """The client's own code is 0 or 1; the job's is in the log, with the reason."""
     code, seen = head.submit(tmp_path / "nothing", tmp_path / "out", "--model", "demo")

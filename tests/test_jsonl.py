@@ -81,7 +81,7 @@ def test_templates(tmp_path: Path) -> None:
     mine, dog, none = rows_of(path, prompt='Is it {what}? Say {{"yes"}}.', chain_of_thought=True)
     assert mine["prompt"].startswith("Mine {what}\n") and dog["prompt"].startswith('Is it a dog? Say {"yes"}.\n')
     assert "names the column 'what', which is empty" in none["error"]
-    with pytest.raises(SourceError, match=r"no column colour; its columns: image, prompt, what"):
+    with pytest.raises(SourceError, match=r"colour.*image, prompt, what"):
         rows_of(path, prompt="Is it {colour}?")
     with pytest.raises(SourceError, match="no column what!r"):
         rows_of(path, prompt="Is it {what!r}?")
@@ -94,7 +94,7 @@ def test_named_columns_must_exist(tmp_path: Path) -> None:
     [row] = rows_of(path, image_column="pic", prompt_column="q", id_column="k")
     assert (row["id"], row["uri"], row["prompt"]) == ("a", f"{tmp_path}/1", "Why?")
     for option in ("prompt_column", "id_column", "keep_columns"):
-        with pytest.raises(SourceError, match="no column nowhere"):
+        with pytest.raises(SourceError, match="nowhere"):
             rows_of(path, image_column="pic", **{option: "nowhere"})
 
 
@@ -112,7 +112,7 @@ def test_types_are_those_of_the_whole_input(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"another type from .*4\.jsonl#1 on.*--keep-columns"):
         rows_of(tmp_path / "*.jsonl", keep_columns="n")
     write_lines(tmp_path / "5.jsonl", {"image": "4", "n": "text"}, {"image": "5", "n": 5})
-    with pytest.raises(SourceError, match=r"column 'n' holds values of several types"):
+    with pytest.raises(SourceError, match=r"'n'.*5\.jsonl"):
         rows_of(tmp_path / "5.jsonl", keep_columns="n")
 
 

@@ -208,10 +208,10 @@ def test_an_animation_gives_its_first_frame(format: str) -> None:
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "GIF"])
 def test_a_picture_too_large_is_refused_before_decoding(format: str) -> None:
     data = of_size(format, 20_000, 20_000)
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     with pytest.raises(MediaError, match=r"too large: .*400000000 pixels.*178956970"):
         decode_image(data)
-    assert time.perf_counter() - start_s < 0.5
+    assert time.process_time() - start_s < 0.5
 
 
 def test_the_limit_does_not_rest_on_pillows(monkeypatch: pytest.MonkeyPatch) -> None:

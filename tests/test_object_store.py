@@ -50,13 +50,13 @@ def test_references_are_read_by_range(store: S3FileSystem) -> None:
     assert data == [[picture(i)] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
 
 
-def test_a_run_from_s3_to_s3_and_once_more(store: S3FileSystem) -> None:
+def test_a_run_from_s3_to_s3_and_once_more(ray_address: str, store: S3FileSystem) -> None:
     inputs = [f"--input={BUCKET}/in/{name}" for name in ("a.tar", "b.tgz", "c.parquet", "d.jsonl")]
     arguments = [f"{BUCKET}/in", f"{BUCKET}/out", *inputs, "--keep-columns", "n", "--model", MODEL]
-    finished = run_caption(*arguments, "--max-new-tokens", 2)
+    finished = run_caption(*arguments, "--max-new-tokens", 2, ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
     assert (finished.summary["rows"], finished.summary["ok"], finished.summary["error"]) == (17, 16, 1)
-    again = run_caption(*arguments, "--max-new-tokens", 2)
+    again = run_caption(*arguments, "--max-new-tokens", 2, ray_address=ray_address)
     assert again.summary["skipped_done"] == again.summary["rows"] == 17
     fsspec.filesystem("s3").invalidate_cache()
     rows = read_results(f"{BUCKET}/out").to_pylist()

@@ -394,7 +394,6 @@ def test_the_page_is_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_million_rows_make_a_small_page_in_bounded_memory(tmp_path: Path) -> None:
     """Every row with all six kinds of answers; the command's own peak memory, which starts at about 200 MB."""
     num_rows = 1_000_000

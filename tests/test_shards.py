@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from tests.support.job_configs import MODEL, config
 from tests.support.jsonl_files import write_lines
 from tests.support.parquet_files import HF, kept_columns, write
 from tests.support.pictures import picture
-from tests.support.processes import OpenCounter
+from tests.support.processes import OpenCounter, files_in, wait_for
 from tests.support.tars import write_tar
 
 
@@ -97,9 +96,10 @@ def test_kept_columns_keep_their_types_to_the_output(ray_cluster: None, tmp_path
 
 @dataclass(frozen=True)
 class DiesOnce(FakeEngineFactory):
-    """Its engine raises at its third call. `calls` is a file to count them in."""
+    """Its engine raises at its third call, once a row is in OUTPUT. `calls` is a file to count them in."""
 
     calls: Path = Path()
+    output: Path = Path()
 
     def __call__(self, replica: Replica) -> FakeEngine:
         return DyingEngine(self)
@@ -115,14 +115,14 @@ class DyingEngine(FakeEngine):
                 file.write("call\n")
             number = len(factory.calls.read_text().splitlines())
         if number == 3:
-            time.sleep(3)  # the others' rows arrive meanwhile
+            wait_for(lambda: bool(files_in(factory.output)), 100)
             raise RuntimeError("out of luck")
         return super().generate(requests, params)
 
 
 def test_a_run_that_died_goes_on(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 4}
-    dying = DiesOnce(calls=tmp_path / "calls")
+    dying = DiesOnce(calls=tmp_path / "calls", output=tmp_path / "out")
     with pytest.raises(StageFailed):
         run_pipeline(config(shards, tmp_path / "out", **options), make_engine=dying)
     done = len(read_results(str(tmp_path / "out")))

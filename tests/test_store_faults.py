@@ -126,7 +126,6 @@ def test_rows_of_a_store_that_is_down_are_no_error_rows(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_run_whose_store_goes_down_stops_and_goes_on(
     server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:

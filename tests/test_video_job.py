@@ -38,7 +38,6 @@ def arguments(videos: Path, output: Path, *options: str) -> list[str]:
 
 
 @against_the_clock
-@pytest.mark.timeout(300)
 def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     job = Job(["jobs.caption", *arguments(videos, output)]).start()
@@ -69,7 +68,6 @@ def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
         assert row["error"]
 
 
-@pytest.mark.timeout(200)
 def test_frames_are_chosen_by_an_encoder_in_an_actor(videos: Path, tmp_path: Path) -> None:
     """Which is gone afterwards, as all that the job started."""
     output = tmp_path / "out"

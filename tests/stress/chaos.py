@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 from demo.drawings import make_picture
 from pipelines.output.sink import read_results
 from tests.support.faulty_store import Faults, FaultyStore
-from tests.support.processes import Job, OpenCounter
+from tests.support.processes import Job, OpenCounter, files_in, wait_for
 
 MOST_ATTEMPTS = 5
 _OPTIONS = ["--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "16"]
@@ -212,16 +212,6 @@ def _kill_actor(job: Job, stage: str, after_s: float) -> bool:
         os.kill(pid, signal.SIGKILL)
         return True
     return False
-
-
-def files_in(output: Path) -> list[Path]:
-    return list((output / "data").glob("rows-*.parquet"))
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline_s:
-        time.sleep(0.0005)
 
 
 def _end_of(job: Job) -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ against_the_clock = pytest.mark.flaky(reruns=1)
 
 _MARK = "OVIS_TEST_RUN"
 _AGENTS = {"ray::DashboardA", "ray::RuntimeEnv"}  # cut by the kernel
+_AGENTS_S = 5.0  # that agents get to end by themselves
 _IN_OPEN, _IN_ISDIR, _IN_NONBLOCK = 0x20, 0x40000000, 0o4000
 
 
@@ -56,7 +58,7 @@ class Job:
         )
         return self
 
-    def finish(self, timeout_s: float = 110) -> Finished:
+    def finish(self, timeout_s: float = 500) -> Finished:
         try:
             out, err = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -73,7 +75,7 @@ class Job:
         """Processes of the actors of a stage, by the name that Ray gives them."""
         return [pid for pid in self._descendants() if stage in _command_of(pid)]
 
-    def wait_until_all_gone(self, timeout_s: float = 60) -> None:
+    def wait_until_all_gone(self, timeout_s: float = 120) -> None:
         """Until no process that this job started is left. Raises AssertionError if some stay.
 
         Ray's two agents of a node may outlive a raylet that is killed while they start, and hold nothing: the test
@@ -81,7 +83,7 @@ class Job:
         """
         deadline_s = time.monotonic() + timeout_s
         while left := self._descendants():
-            if set(left.values()) <= _AGENTS and time.monotonic() > deadline_s - timeout_s / 2:
+            if set(left.values()) <= _AGENTS and time.monotonic() > deadline_s - timeout_s + _AGENTS_S:
                 for pid in left:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -120,16 +122,26 @@ class Finished:
         return summary
 
 
-def run_caption(*arguments: object, ray_address: str | None = None, timeout_s: float = 110) -> Finished:
+def run_caption(*arguments: object, ray_address: str | None = None, timeout_s: float = 500) -> Finished:
     return run_job("caption", *arguments, ray_address=ray_address, timeout_s=timeout_s)
 
 
-def run_job(name: str, *arguments: object, ray_address: str | None = None, timeout_s: float = 110) -> Finished:
+def run_job(name: str, *arguments: object, ray_address: str | None = None, timeout_s: float = 500) -> Finished:
     """`python -m jobs.<name> ...` to its end, with nothing left behind."""
     job = Job([f"jobs.{name}", *map(str, arguments)], ray_address).start()
     finished = job.finish(timeout_s)
     job.wait_until_all_gone()
     return finished
+
+
+def files_in(output: Path) -> list[Path]:
+    return list((output / "data").glob("rows-*.parquet"))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.0005)
 
 
 class OpenCounter:
