@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.engine import load
 from ovis_model.engine.engine_core import EngineCore
-from ovis_model.engine.request_state import RequestState
+from ovis_model.engine.requests import RequestState
 from ovis_model.types import Request, SamplingParams
 
 PROMPT_TOKENS = 60

@@ -7,16 +7,7 @@ import torch
 from torch import Tensor
 
 from ovis_model.network import attention
-from ovis_model.network.attention import (
-    Sdpa,
-    _kernels,
-    attend_all,
-    attend_cached,
-    attend_causal,
-    attend_extended,
-    available,
-    reads_lengths,
-)
+from ovis_model.network.attention import Sdpa, _kernels, available, kernels
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, num_seen: int) -> Tensor:
@@ -40,7 +31,7 @@ HEADS = pytest.mark.parametrize("heads", [(4, 4), (6, 2), (6, 1)])
 
 def test_attend_all() -> None:
     query, key, value = random(2, 5, 4, 8), random(2, 5, 4, 8), random(2, 5, 4, 8)
-    out = attend_all(query, key, value)
+    out = kernels(query).attend_all(query, key, value)
     for b in range(2):
         for t in range(5):
             assert_close(out[b, t], reference(query[b, t], key[b], value[b], num_seen=5))
@@ -49,7 +40,7 @@ def test_attend_all() -> None:
 @HEADS
 def test_attend_causal(heads: tuple[int, int]) -> None:
     query, key, value = random(3, 7, heads[0], 16), random(3, 7, heads[1], 16), random(3, 7, heads[1], 16)
-    out = attend_causal(query, key, value)
+    out = kernels(query).attend_causal(query, key, value)
     for b in range(3):
         for t in range(7):
             assert_close(out[b, t], reference(query[b, t], key[b], value[b], num_seen=t + 1))
@@ -60,7 +51,7 @@ def test_attend_cached(heads: tuple[int, int]) -> None:
     lengths = torch.tensor([1, 4, 9], dtype=torch.int32)
     query, key, value = random(3, 1, heads[0], 16), random(3, 9, heads[1], 16), random(3, 9, heads[1], 16)
     mask = (torch.arange(9) < lengths[:, None])[:, None, None]
-    out = attend_cached(query, key, value, lengths, mask)
+    out = kernels(query).attend_cached(query, key, value, lengths, mask)
     for b, num_seen in enumerate(lengths.tolist()):
         assert_close(out[b, 0], reference(query[b, 0], key[b], value[b], num_seen))
 
@@ -72,7 +63,7 @@ def test_attend_extended(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]
     monkeypatch.setattr(attention, "_MASK_VALUES", mask_values)
     lengths = torch.tensor([5, 8, 14], dtype=torch.int32)
     query, key, value = random(3, 5, heads[0], 16), random(3, 14, heads[1], 16), random(3, 14, heads[1], 16)
-    out = attend_extended(query, key, value, lengths)
+    out = kernels(query).attend_extended(query, key, value, lengths)
     for b, length in enumerate(lengths.tolist()):
         for t in range(5):
             assert_close(out[b, t], reference(query[b, t], key[b], value[b], num_seen=length - 4 + t))
@@ -80,7 +71,7 @@ def test_attend_extended(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]
 
 def test_on_a_cpu_and_in_float32_torch_computes_it() -> None:
     assert list(available(False)) == ["sdpa"]
-    assert not reads_lengths(torch.zeros(1))
+    assert not kernels(torch.zeros(1)).reads_lengths
 
 
 def test_kernels_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,23 +88,23 @@ def test_all_kernels_agree_on_cuda(heads: tuple[int, int], name: str) -> None:
     """In bfloat16, against torch's in float32; caches longer than any row, as captured steps see them."""
     if name not in available(True):
         pytest.skip(f"{name} is not installed")
-    kernels = available(True)[name]
+    found = available(True)[name]
     query, key, value = (random(3, 256, h, 64).cuda() for h in (heads[0], heads[1], heads[1]))
     lengths = torch.tensor([1, 40, 256], dtype=torch.int32, device="cuda")
     mask = (torch.arange(256, device="cuda") < lengths[:, None])[:, None, None]
     half, exact = [x.bfloat16() for x in (query, key, value)], Sdpa()
     pairs = [
-        (kernels.attend_causal(*half), exact.attend_causal(query, key, value)),
+        (found.attend_causal(*half), exact.attend_causal(query, key, value)),
         (
-            kernels.attend_cached(half[0][:, :1], half[1], half[2], lengths, mask),
+            found.attend_cached(half[0][:, :1], half[1], half[2], lengths, mask),
             exact.attend_cached(query[:, :1], key, value, lengths, mask),
         ),
         (
-            kernels.attend_extended(half[0][:, :20], half[1], half[2], lengths.clamp(min=20)),
+            found.attend_extended(half[0][:, :20], half[1], half[2], lengths.clamp(min=20)),
             exact.attend_extended(query[:, :20], key, value, lengths.clamp(min=20)),
         ),
     ]
     if heads[0] == heads[1]:
-        pairs.append((kernels.attend_all(*half), exact.attend_all(query, key, value)))
-    for found, wanted in pairs:
-        torch.testing.assert_close(found.float(), wanted, atol=2e-2, rtol=2e-2)
+        pairs.append((found.attend_all(*half), exact.attend_all(query, key, value)))
+    for half_result, wanted in pairs:
+        torch.testing.assert_close(half_result.float(), wanted, atol=2e-2, rtol=2e-2)

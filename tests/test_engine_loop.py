@@ -21,7 +21,7 @@ import torch
 from ovis_model.config import SIZES
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_loop import LoopThread
-from ovis_model.engine.request_state import RequestState, make_states
+from ovis_model.engine.requests import RequestState, make_states
 from ovis_model.types import Completion, EngineDied, Request, RequestError, SamplingParams
 from tests.support.roots import ROOT
 

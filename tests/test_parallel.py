@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from ovis_model.config import SIZES, OvisConfig
+from ovis_model.engine.calls import EngineOptions
 from ovis_model.engine.engine import OvisEngine
-from ovis_model.engine.options import EngineOptions
 from ovis_model.engine.rank_pool import RankPool
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import Shard

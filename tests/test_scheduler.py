@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovis_model.engine.request_state import RequestState, make_states
+from ovis_model.engine.requests import RequestState, make_states
 from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget, Move, Scheduler, Span, pack_passes
 from ovis_model.types import Request, SamplingParams
 

@@ -18,7 +18,7 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.kv_cache import Extend
 from ovis_model.engine.prefix_sharing import find_prefixes
-from ovis_model.engine.request_state import RequestState
+from ovis_model.engine.requests import RequestState
 from ovis_model.engine.scheduler import Budget
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Request, RequestError, SamplingParams

@@ -1,4 +1,4 @@
-"""How callers and the engine loop talk: messages in, outcomes out. Knows no torch."""
+"""How the owner of an engine talks to its loop: what to load, then messages in and outcomes out. Knows no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from itertools import count
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from ovis_model.types import Completion, Request, SamplingParams
 
 T = TypeVar("T")
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What to load. `num_threads`: CPU threads of the whole replica; None for torch's own number."""
+
+    directory: Path
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    post_trunk_norm: bool = False
+    num_threads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ On a GPU a step of a small model is mostly launches of its kernels, some thirty 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +27,8 @@ Step = Callable[[int, int], Decoded]
 """Runs one step, given the rows and the maximum tokens in the cache; it uses the same buffers each time."""
 
 
-class StepRunner(Protocol):
-    """Runs steps."""
-
-    def __call__(self, step: Step, rows: int, longest: int, cache: KVCache) -> Decoded:
-        """Run `step` over at least `rows` rows and `longest` cached tokens; called under inference mode."""
-        ...
+StepRunner = Callable[[Step, int, int, KVCache], Decoded]
+"""Runs a step over at least so many rows and cached tokens; called under inference mode."""
 
 
 def run_eagerly(step: Step, rows: int, longest: int, cache: KVCache) -> Decoded:

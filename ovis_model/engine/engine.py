@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.engine.calls import Stats
-from ovis_model.engine.options import Device, Dtype, EngineOptions
+from ovis_model.engine.calls import Device, Dtype, EngineOptions, Stats
 from ovis_model.engine.rank_pool import RankPool
 from ovis_model.types import Completion, Request, SamplingParams
 
@@ -145,7 +144,7 @@ class OvisEngine:
 
 
 def _load(options: EngineOptions) -> LoopThread:
+    from ovis_model.engine.engine_core import load_core
     from ovis_model.engine.engine_loop import LoopThread
-    from ovis_model.engine.loading import load_core
 
     return LoopThread(load_core(options))

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from ovis_model.engine.calls import Stats
-from ovis_model.engine.choices import answer_choices
+from ovis_model.engine.calls import Device, Dtype, EngineOptions, Stats
 from ovis_model.engine.decode_step import CudaGraphs, StepRunner, run_eagerly
 from ovis_model.engine.memory_plan import describe, halved, plan_for
-from ovis_model.engine.model_runner import Masks, ModelRunner
-from ovis_model.engine.request_checks import RequestChecks
-from ovis_model.engine.request_state import RequestState, make_states
+from ovis_model.engine.model_runner import Masks, ModelRunner, answer_choices
+from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
 from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
-from ovis_model.engine.stopping import StopRule
 from ovis_model.grammar.guides import Guides
 from ovis_model.network.ovis import Ovis
+from ovis_model.network.tensor_parallel import ALONE, Shard
+from ovis_model.network.weights import load_model
+from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, EngineDied, Request, RequestError, SamplingParams
 
 # The CUDA libraries' faults come as plain RuntimeErrors.
@@ -49,7 +49,8 @@ class EngineCore:
         config = model.config
         self.model, self.stats = model, Stats()
         self._budget = budget or plan_for(config, model.dtype, model.device, model.shard)
-        self._checks = RequestChecks(config, self._budget, has_tokenizer=tokenizer is not None)
+        limits = self._budget.kv_tokens, self._budget.prompt_tokens
+        self._checks = RequestChecks(config, *limits, has_tokenizer=tokenizer is not None)
         self._guides = Guides(tokenizer, config.language.vocab_size, config.eos_token_ids) if tokenizer else None
         self._stop_rule = StopRule(config.eos_token_ids if eos_token_ids is None else eos_token_ids, tokenizer)
         self.scheduler = Scheduler(self._budget)
@@ -198,3 +199,43 @@ class EngineCore:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # tokens are awaited anyway; vision alone would end before its kernels do
         setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
+
+
+def load_core(options: EngineOptions, shard: Shard = ALONE) -> EngineCore:
+    """Load the checkpoint; on CUDA also warm up. Raise ConfigError, WeightsError or another ValueError."""
+    device = _resolve_device(options.device, shard)
+    if options.num_threads or shard.size > 1:
+        torch.set_num_threads(max(1, (options.num_threads or torch.get_num_threads()) // shard.size))
+    model = load_model(
+        options.directory,
+        device=device,
+        dtype=_resolve_dtype(options.dtype, device),
+        post_trunk_norm=options.post_trunk_norm,
+        shard=shard,
+    )
+    core = EngineCore(model, tokenizer=load_tokenizer(options.directory))
+    if device.type == "cuda":  # on a CPU there is nothing to capture, and it would take minutes
+        core.warm_up()
+    return core
+
+
+def _resolve_device(name: Device, shard: Shard) -> torch.device:
+    """Return the device, one of its own for each rank. Raise ValueError if it does not exist."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no CUDA device; use device='cpu' or check the driver")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if shard.size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel={shard.size} needs as many CUDA devices; torch sees {torch.cuda.device_count()}"
+        )
+    if shard.size > 1:
+        torch.cuda.set_device(shard.rank)
+    return torch.device("cuda")
+
+
+def _resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """Return the type of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -11,7 +11,7 @@ import torch
 
 from ovis_model.engine.calls import Abandon, Call, Calls, Close, Message, Outcome, Stats, WarmUp
 from ovis_model.engine.engine_core import EngineCore
-from ovis_model.engine.request_state import RequestState
+from ovis_model.engine.requests import RequestState
 from ovis_model.types import EngineDied, RequestError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovis_model.config import LanguageConfig
-from ovis_model.network.attention import attend_cached, attend_causal, attend_extended, reads_lengths
+from ovis_model.network.attention import kernels
 
 
 class KVCache:
@@ -22,7 +22,7 @@ class KVCache:
         # Zeros: a mask makes the weight of an unused place 0, and 0 times the NaN of stray memory is NaN.
         self.keys, self.values = (_zeros(shape, device, dtype) for _ in range(2))
         self.slots, self.capacity = slots, capacity
-        self.attention_reads_lengths = reads_lengths(self.keys)
+        self.attention_reads_lengths = kernels(self.keys).reads_lengths
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
@@ -47,7 +47,7 @@ class Prefill:
         length = key.shape[1]
         self._cache.keys[layer, self._slots, :length] = key
         self._cache.values[layer, self._slots, :length] = value
-        return attend_causal(query, key, value)
+        return kernels(query).attend_causal(query, key, value)
 
 
 class Extend:
@@ -70,7 +70,7 @@ class Extend:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self._put(self._keys, self._cache.keys[layer], key)
         self._put(self._values, self._cache.values[layer], value)
-        return attend_extended(query, self._keys, self._values, self._lengths)
+        return kernels(query).attend_extended(query, self._keys, self._values, self._lengths)
 
     def _put(self, held: Tensor, store: Tensor, new: Tensor) -> None:
         held[:, : self._longest] = store[self._sources, : self._longest]
@@ -98,7 +98,7 @@ class DecodeStep:
         keys, values = self._keys[layer], self._values[layer]
         keys.index_put_(self._at, key)
         values.index_put_(self._at, value)
-        return attend_cached(query, keys, values, self._lengths, self._mask)
+        return kernels(query).attend_cached(query, keys, values, self._lengths, self._mask)
 
 
 def bytes_per_token(config: LanguageConfig, dtype: torch.dtype) -> int:

@@ -1,12 +1,15 @@
-"""The network with its cache: computes what the scheduler has decided. Knows no budgets and no queue."""
+"""The network with its cache: computes what the scheduler has decided. Knows no queue."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import chain, islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -14,11 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from ovis_model.engine.decode_step import BatchStepper, StepRunner
 from ovis_model.engine.kv_cache import Extend, KVCache, Prefill
 from ovis_model.engine.prefix_sharing import Item
-from ovis_model.engine.request_state import RequestState
+from ovis_model.engine.requests import RequestState
 from ovis_model.engine.sampling import Choice, Sampler
-from ovis_model.engine.scheduler import Move, Span
+from ovis_model.engine.scheduler import Budget, Move, Span, pack_passes
 from ovis_model.network.attention import AttentionContext
 from ovis_model.network.ovis import Ovis
+from ovis_model.types import SamplingParams
 
 Masks = Future[NDArray[np.uint8]]
 """The allowed next tokens of the requests that have a constraint, while they are being computed: see `Guides.masks`."""
@@ -134,3 +138,47 @@ def _make_sampler(model: Ovis, states: Sequence[RequestState]) -> Sampler:
     params, streams = [state.params for state in states], [state.stream for state in states]
     output_ids = [state.output_ids for state in states]
     return Sampler(params, streams, model.config.language.vocab_size, model.device, output_ids)
+
+
+def answer_choices(runner: ModelRunner, prompts: Sequence[Span], budget: Budget) -> None:
+    """Finish the requests that have choices: score each after the prompt, which is in the request's slot."""
+    choice_of = {span: choice for prompt in prompts for span, choice in _choice_spans(prompt)}
+    logliks: dict[Span, float] = {}
+    for group in pack_passes(choice_of, budget.prefill_tokens):
+        logliks.update(zip(group, _score(runner, group, [choice_of[span] for span in group], budget), strict=True))
+    of_states: dict[RequestState, list[float]] = {}
+    for span in choice_of:
+        of_states.setdefault(span.state, []).append(logliks[span])
+    for state, index in zip(of_states, _draw(runner, of_states), strict=True):
+        state.choose(index, np.array(of_states[state]))
+
+
+def _choice_spans(prompt: Span) -> Iterator[tuple[Span, tuple[int, ...]]]:
+    """Yield each choice of a request, with the tokens after which its own are predicted."""
+    ids, slot = prompt.state.request.input_ids, prompt.target
+    assert slot is not None, "a prompt is in no slot"
+    for choice in prompt.state.params.choices:
+        yield Span(prompt.state, np.array([ids[-1], *choice[:-1]], np.int32), len(ids) - 1, slot), choice
+
+
+def _score(runner: ModelRunner, group: list[Span], choices: Sequence[Sequence[int]], budget: Budget) -> list[float]:
+    """Return natural-log likelihoods of `choices`, whose tokens but the last end the spans of `group`."""
+    hidden = runner.run_spans(group)
+    places = [(index, place) for index, choice in enumerate(choices) for place in range(len(choice))]
+    ids, losses = list(chain.from_iterable(choices)), []
+    for part in (slice(start, start + budget.slots) for start in range(0, len(ids), budget.slots)):
+        logits = runner.logits_at(hidden, places[part]).float()
+        losses.append(F.cross_entropy(logits, runner.to_tensor(ids[part]), reduction="none"))
+    each = iter(torch.cat(losses).tolist())
+    return [-sum(islice(each, len(choice))) for choice in choices]
+
+
+def _draw(runner: ModelRunner, logliks: dict[RequestState, list[float]]) -> list[int]:
+    """Return the choice that each request takes, by its own random stream if it has a temperature."""
+    if not logliks:
+        return []
+    params = [SamplingParams(temperature=state.params.temperature, logprobs=False) for state in logliks]
+    scores = pad_sequence([torch.tensor(each) for each in logliks.values()], True, -math.inf)
+    sampler = Sampler(params, [state.stream for state in logliks], scores.shape[1], scores.device)
+    ids: list[int] = runner.agree(sampler(scores)).ids.tolist()
+    return ids

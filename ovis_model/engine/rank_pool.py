@@ -24,12 +24,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from ovis_model.child_process import ChildProcess
 from ovis_model.config import OvisConfig
-from ovis_model.engine.calls import Calls, Message, Outcome, Stats, settle
-from ovis_model.engine.options import EngineOptions
+from ovis_model.engine.calls import Calls, EngineOptions, Message, Outcome, Stats, settle
 from ovis_model.sizing import check_tensor_parallel
 from ovis_model.types import EngineDied
 
@@ -58,11 +56,6 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class SignOfLife:
-    """From a rank."""
-
-
-@dataclass(frozen=True)
 class Done:
     """From rank 0: the outcome of a call."""
 
@@ -71,11 +64,8 @@ class Done:
     stats: Stats
 
 
-@dataclass(frozen=True)
-class Fault:
-    """From a rank, its last message."""
-
-    error: Exception
+Report = Ready | Done | Exception | None
+"""What ranks send: None is a sign of life, an exception is a rank's last message."""
 
 
 class RankPool:
@@ -177,20 +167,20 @@ class _Ranks:
         except Exception as error:
             self._end(error)
 
-    def _receive(self, rank: int, message: Any) -> None:
+    def _receive(self, rank: int, report: Report) -> None:
         self._alive_s[rank] = time.monotonic()
-        match message:
-            case Fault():
-                raise message.error
+        match report:
+            case Exception():
+                raise report
             case Ready():
-                self.ready.append(message)
+                self.ready.append(report)
                 if len(self.ready) == len(self._links):
-                    if message.device == "cpu":  # gloo has met; NCCL comes back to the meeting point
+                    if report.device == "cpu":  # gloo has met; NCCL comes back to the meeting point
                         self._meeting.cleanup()
                     self._all_ready.set_result(None)
             case Done():
-                self.stats = message.stats
-                self.calls.settle(message.number, message.outcome)
+                self.stats = report.stats
+                self.calls.settle(report.number, report.outcome)
 
     def _check_signs_of_life(self) -> None:
         """Raise EngineDied if a rank has been silent for too long while there is work."""

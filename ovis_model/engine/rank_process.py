@@ -18,10 +18,9 @@ from queue import SimpleQueue
 
 from ovis_model.child_process import end_with_parent
 from ovis_model.engine.calls import Message, Outcome
-from ovis_model.engine.engine_core import EngineCore
+from ovis_model.engine.engine_core import EngineCore, load_core
 from ovis_model.engine.engine_loop import EngineLoop
-from ovis_model.engine.loading import load_core
-from ovis_model.engine.rank_pool import Done, Fault, RankOptions, Ready, SignOfLife
+from ovis_model.engine.rank_pool import Done, RankOptions, Ready
 from ovis_model.network.tensor_parallel import joined
 from ovis_model.types import EngineDied
 
@@ -42,8 +41,10 @@ def main(fd: int, parent: int) -> None:
     except Exception as error:
         if not isinstance(error, EngineDied | ValueError):
             traceback.print_exc()
+            # The owner may not know its type, and not every exception survives the way there.
+            error = RuntimeError(f"rank {options.rank}: {type(error).__name__}: {error}")
         with suppress(OSError):
-            link.send(Fault(_as_reported(options.rank, error)))
+            link.send(error)
         sys.stderr.flush()
         # A communicator whose peer is gone may wait for it on the way out.
         os._exit(1)
@@ -57,7 +58,7 @@ class Pulse:
 
     def beat(self) -> None:
         if time.monotonic() - self._last_s > _SIGN_OF_LIFE_EVERY_S:
-            self._link.send(SignOfLife())
+            self._link.send(None)
             self._last_s = time.monotonic()
 
 
@@ -71,13 +72,6 @@ def _receive(link: Connection, messages: SimpleQueue[Message]) -> None:
 def _deliver(link: Connection, core: EngineCore, number: int, outcome: Outcome) -> None:
     if core.model.shard.rank == 0:
         link.send(Done(number, outcome, core.stats))
-
-
-def _as_reported(rank: int, error: Exception) -> Exception:
-    """Return an exception of a type that the owner knows and that survives the way there."""
-    if isinstance(error, EngineDied | ValueError):
-        return error
-    return RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

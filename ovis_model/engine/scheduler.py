@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovis_model.engine.prefix_sharing import Item, Prefix
-from ovis_model.engine.request_state import RequestState
+from ovis_model.engine.requests import RequestState
 from ovis_model.types import ROWS_SIDE_BY_SIDE
 
 

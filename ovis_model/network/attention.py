@@ -1,4 +1,4 @@
-"""Scaled dot-product attention behind four functions, one for each shape of the work, whatever kernels compute it.
+"""Scaled dot-product attention: `kernels` chooses who computes it, with one method for each shape of the work.
 
 In half precision on CUDA the kernels are those of flash-attn where it is installed, else torch's own FlashAttention;
 everywhere else torch's `scaled_dot_product_attention`. OVIS_ATTENTION=flash, varlen or sdpa chooses by hand.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -28,43 +29,7 @@ class NoContext:
     """Only the given tokens, each seeing those before it: for training, and for scoring a text in one pass."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend_causal(query, key, value)
-
-
-def attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Every query sees every key; all [B, T, heads, head_dim], so is the result."""
-    return kernels(query).attend_all(query, key, value)
-
-
-def attend_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A query sees the keys up to its own place: [B, T, heads, head_dim] over [B, T, kv_heads, head_dim].
-
-    Rows may be padded on the right: nothing before the padding sees it.
-    """
-    return kernels(query).attend_causal(query, key, value)
-
-
-def attend_cached(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-    """The newest token of each row over the row's own cache: [B, 1, heads, head_dim], also the result.
-
-    keys, values: [B, S, kv_heads, head_dim], of which row b holds the first `lengths[b]` (int32[B]);
-    mask: bool[B, 1, 1, S], or 0 and -inf to add to the scores, says the same to kernels that take one.
-    """
-    return kernels(query).attend_cached(query, keys, values, lengths, mask)
-
-
-def attend_extended(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """The newest T tokens of each row over all of the row's: [B, T, heads, head_dim], also the result.
-
-    keys, values: [B, S, kv_heads, head_dim], of which row b holds the first `lengths[b]` (int32[B]), the T among them;
-    each token sees those up to its own place. Rows may be padded on the right, as those of `attend_causal`.
-    """
-    return kernels(query).attend_extended(query, keys, values, lengths)
-
-
-def reads_lengths(keys: Tensor) -> bool:
-    """Whether `attend_cached` over caches like this one reads no place beyond a row's length."""
-    return kernels(keys).reads_lengths
+        return kernels(query).attend_causal(query, key, value)
 
 
 _MASK_VALUES = 1 << 22
@@ -72,12 +37,32 @@ _MASK_VALUES = 1 << 22
 
 
 class Kernels(Protocol):
-    reads_lengths: bool
+    """One implementation. Queries and results are [B, T, heads, head_dim], keys and values [B, S, kv_heads, head_dim].
 
-    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
-    def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
-    def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor: ...
-    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor: ...
+    Where rows have `lengths` (int32[B]), row b holds the first `lengths[b]` of its keys. Rows may be padded on the
+    right: nothing before the padding sees it.
+    """
+
+    reads_lengths: bool  # `attend_cached` reads no place beyond a row's length
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Let every query see every key, of as many heads."""
+        ...
+
+    def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Let a query see the keys up to its own place."""
+        ...
+
+    def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """Let the newest token (T = 1) of each row see all of the row.
+
+        mask: bool[B, 1, 1, S], or 0 and -inf to add to the scores, says the same to kernels that take one.
+        """
+        ...
+
+    def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """Let the newest T tokens of each row, which are among its keys, see those up to their own places."""
+        ...
 
 
 class Sdpa:
@@ -123,24 +108,14 @@ class Varlen(Sdpa):
     reads_lengths = True
 
     def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        batch, places = keys.shape[:2]
-        starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
-        out: Tensor = varlen_attn(  # type: ignore[assignment]
-            query.flatten(0, 1),
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            starts,
-            starts * places,
-            1,
-            places,
-            enable_gqa=True,
-            seqused_k=lengths,
-        )
-        return out[:, None]
+        return self._attend(query, keys, values, lengths, (-1, -1))
 
     def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        return self._attend(query, keys, values, lengths, (-1, 0))  # causal: the last query at the last key in use
+
+    def _attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window_size: tuple[int, int]
+    ) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         batch, width, places = *query.shape[:2], keys.shape[1]
@@ -153,7 +128,7 @@ class Varlen(Sdpa):
             starts * places,
             width,
             places,
-            window_size=(-1, 0),  # causal: the last query at the last of the keys in use
+            window_size=window_size,
             enable_gqa=True,
             seqused_k=lengths,
         )
@@ -165,29 +140,22 @@ class Flash:
 
     reads_lengths = True
 
-    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from flash_attn import flash_attn_func
+    def __init__(self) -> None:
+        package = importlib.import_module("flash_attn")
+        self._attend: Callable[..., Tensor] = package.flash_attn_func
+        self._attend_cache: Callable[..., Tensor] = package.flash_attn_with_kvcache
 
-        out: Tensor = flash_attn_func(query, key, value)
-        return out
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._attend(query, key, value)
 
     def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from flash_attn import flash_attn_func
-
-        out: Tensor = flash_attn_func(query, key, value, causal=True)
-        return out
+        return self._attend(query, key, value, causal=True)
 
     def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        from flash_attn import flash_attn_with_kvcache
-
-        out: Tensor = flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths)
-        return out
+        return self._attend_cache(query, keys, values, cache_seqlens=lengths)
 
     def attend_extended(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        from flash_attn import flash_attn_with_kvcache
-
-        out: Tensor = flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths, causal=True)
-        return out
+        return self._attend_cache(query, keys, values, cache_seqlens=lengths, causal=True)
 
 
 def kernels(like: Tensor) -> Kernels:

@@ -79,25 +79,17 @@ class Shard:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """The ranks' [..., n] side by side: [..., size * n], bitwise the same everywhere."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        with self._exchange():
-            dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=-1)
+        """Return the ranks' [..., n] side by side: [..., size * n], bitwise the same everywhere."""
+        return x if self.size == 1 else torch.cat(self._collect(x), dim=-1)
 
     def deal(self, tiles: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """`encode` of [N, ...] -> [N, ...], each rank doing its part of the N; the last one may do some for nothing."""
+        """Encode [N, ...] -> [N, ...], each rank doing its part of the N; the last one may do some for nothing."""
         if self.size == 1:
             return encode(tiles)
         share = -(-len(tiles) // self.size)
         padded = F.pad(tiles, (*[0] * (2 * tiles.dim() - 1), self.size * share - len(tiles)))
-        mine = encode(padded[self.rank * share : (self.rank + 1) * share]).contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._exchange():
-            dist.all_gather(parts, mine)
-        return torch.cat(parts)[: len(tiles)]
+        mine = encode(padded[self.rank * share : (self.rank + 1) * share])
+        return torch.cat(self._collect(mine))[: len(tiles)]
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Replace `x` by rank 0's, in place: for what each rank computes, and all must agree on."""
@@ -113,6 +105,12 @@ class Shard:
             with self._exchange():
                 dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
+
+    def _collect(self, x: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        with self._exchange():
+            dist.all_gather(parts, x.contiguous())
+        return parts
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:

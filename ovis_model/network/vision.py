@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ovis_model.config import VisionConfig
-from ovis_model.network.attention import attend_all
+from ovis_model.network.attention import kernels
 from ovis_model.network.layers import LayerNorm, Linear, PatchNorm, gated
 
 HEAD_CHUNK_TOKENS = 1024
@@ -136,7 +136,7 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         n, patches, size = hidden.shape
         qkv = self.qkv(hidden).view(n, patches, 3, self.num_heads, size // self.num_heads)
-        out: Tensor = self.proj(attend_all(*qkv.unbind(2)).reshape(n, patches, size))
+        out: Tensor = self.proj(kernels(hidden).attend_all(*qkv.unbind(2)).reshape(n, patches, size))
         return out
 
 

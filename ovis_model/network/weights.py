@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,7 @@ class WeightsError(ValueError):
 
 
 def load_model(
-    directory: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    post_trunk_norm: bool = False,
-    shard: Shard = ALONE,
+    directory: Path, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False, shard: Shard = ALONE
 ) -> Ovis:
     """The checkpoint in `directory`, or a rank's part of it, in eval mode. Raises ConfigError or WeightsError.
 
@@ -45,12 +40,7 @@ def load_model(
 
 
 def empty_model(
-    config: OvisConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    post_trunk_norm: bool = False,
-    shard: Shard = ALONE,
+    config: OvisConfig, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False, shard: Shard = ALONE
 ) -> Ovis:
     """An Ovis in eval mode whose parameters are allocated and not initialised."""
     with torch.device("meta"):
@@ -78,20 +68,21 @@ class Target:
 
 def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
     """Fill every parameter of `model`. Raise WeightsError that names each tensor at fault."""
-    pending, faults = find_targets(model, layout), _Faults()
+    pending = find_targets(model, layout)
+    faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": []}
     ignored = {_LM_HEAD[layout]} if model.config.language.tie_word_embeddings else set()
     for name, stored in _stored_tensors(directory):
         if name in ignored:
             continue
         target = pending.pop(name, None)
         if target is None:
-            faults.unexpected.append(name)
+            faults["unexpected"].append(name)
         elif not _is_float(stored) or tuple(stored.get_shape()) != target.stored_shape:
-            faults.misshapen.append(f"{name} is {_describe(stored)} instead of a float {target.stored_shape}")
+            faults["misshapen"].append(f"{name} is {_describe(stored)} instead of a float {target.stored_shape}")
         else:
             target.fill(stored)
-    faults.missing.extend(pending)
-    faults.raise_if_any(directory)
+    faults["missing"].extend(pending)
+    _raise_if_any(faults, directory)
 
 
 def find_targets(model: Ovis, layout: Layout) -> dict[str, Target]:
@@ -112,17 +103,12 @@ _LM_HEAD: dict[Layout, str] = {"aidc": "llm.lm_head.weight", "native": "lm_head.
 
 _TOWER = "model.vision_tower.transformer"
 _TO_NATIVE = [
-    (
-        r"visual_tokenizer\.backbone\.preprocessor\.patchifier\.proj\.",
-        rf"{_TOWER}.embeddings.patch_embedding.",
-    ),
-    (r"visual_tokenizer\.backbone\.preprocessor\.patchifier\.norm\.", rf"{_TOWER}.embeddings.rms_norm."),
-    (
-        r"visual_tokenizer\.backbone\.preprocessor\.pos_embed",
-        rf"{_TOWER}.embeddings.position_embedding.weight",
-    ),
-    (r"visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.", rf"{_TOWER}.rms_norm."),
-    (r"visual_tokenizer\.backbone\.trunk\.blocks\.", rf"{_TOWER}.encoder.layers."),
+    (r"visual_tokenizer\.backbone\.", f"{_TOWER}."),
+    (r"\.preprocessor\.patchifier\.proj\.", ".embeddings.patch_embedding."),
+    (r"\.preprocessor\.patchifier\.norm\.", ".embeddings.rms_norm."),
+    (r"\.preprocessor\.pos_embed", ".embeddings.position_embedding.weight"),
+    (r"\.trunk\.post_trunk_norm\.", ".rms_norm."),
+    (r"\.trunk\.blocks\.", ".encoder.layers."),
     (r"\.norm_([12])\.", r".rms_norm\1."),
     (r"\.attn\.proj\.", ".attention.out_proj."),
     (r"\.attn\.qkv\.", ".attention.qkv."),
@@ -146,17 +132,10 @@ def _native_names(name: str) -> list[str]:
     return [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"]
 
 
-@dataclass
-class _Faults:
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-
-    def raise_if_any(self, directory: Path) -> None:
-        kinds = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
-        found = [f"{kind}: {_enumerate(names)}" for kind, names in kinds.items() if names]
-        if found:
-            raise WeightsError(f"the weights in {directory} do not fit its config.json; " + "; ".join(found))
+def _raise_if_any(faults: dict[str, list[str]], directory: Path) -> None:
+    found = [f"{kind}: {_enumerate(names)}" for kind, names in faults.items() if names]
+    if found:
+        raise WeightsError(f"the weights in {directory} do not fit its config.json; " + "; ".join(found))
 
 
 def _enumerate(names: list[str], limit: int = 10) -> str:

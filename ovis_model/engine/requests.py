@@ -1,0 +1,168 @@
+"""Requests on their way to completions: what is refused, what is generated, what ends it. Knows no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ovis_model.config import OvisConfig
+from ovis_model.engine.prefix_sharing import Item, Prefix, find_prefixes
+from ovis_model.engine.sampling import RandomStream
+from ovis_model.grammar.guides import Guide
+from ovis_model.tokenizer import cut_at_stop, detokenize
+from ovis_model.types import (
+    IMAGE_ATOM_ID,
+    IMAGE_END_ID,
+    Completion,
+    FinishReason,
+    Request,
+    RequestError,
+    SamplingParams,
+)
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request and what has been generated for it. `guide` knows which tokens its constraint allows next."""
+
+    request: Request
+    params: SamplingParams
+    stream: RandomStream
+    prefix: Prefix
+    guide: Guide | None = None
+    choice_probs: NDArray[np.float32] | None = None
+    output_ids: list[int] = field(default_factory=list)
+    logprob_sum: float = 0.0
+    finish_reason: FinishReason | None = None
+    error: RequestError | None = None
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it has finished or failed, and so no longer needs its slot."""
+        return self.finish_reason is not None or self.error is not None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.input_ids)
+
+    @property
+    def item(self) -> Item:
+        return self.prefix.item
+
+    @property
+    def max_new_tokens(self) -> int:
+        return max(map(len, self.params.choices), default=self.params.max_new_tokens)
+
+    @property
+    def max_cached(self) -> int:
+        """Maximum number of tokens in the cache: the last token and those of choices are never put there."""
+        return self.num_prompt_tokens + (0 if self.params.choices else self.params.max_new_tokens - 1)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the cache before the newest is put there."""
+        return self.num_prompt_tokens + len(self.output_ids) - 1
+
+    def append(self, token_id: int, logprob: float) -> None:
+        self.output_ids.append(token_id)
+        self.logprob_sum += logprob
+
+    def choose(self, index: int, logliks: NDArray[np.float64]) -> None:
+        """Answer with choice number `index`, given the log-likelihoods [C] of all choices."""
+        likelihoods = np.exp(logliks - logliks.max())
+        self.choice_probs = (likelihoods / likelihoods.sum()).astype(np.float32)
+        self.output_ids, self.logprob_sum = list(self.params.choices[index]), float(logliks[index])
+        self.finish_reason = "stop"
+
+    def restart(self) -> None:
+        self.stream = RandomStream(self.params.seed)
+        self.output_ids, self.logprob_sum = [], 0.0
+
+    def completion(self) -> Completion:
+        """Return the completion. Raise RequestError if the request failed."""
+        if self.error is not None:
+            raise self.error
+        assert self.finish_reason is not None, "a request left the engine unfinished"
+        mean = self.logprob_sum / len(self.output_ids) if self.params.logprobs else math.nan
+        return Completion(np.array(self.output_ids, dtype=np.int32), self.finish_reason, mean, self.choice_probs)
+
+
+def make_states(requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[RequestState]:
+    """Return the initial state of each request of one call. Raise ValueError for a broken `group`."""
+    return [
+        RequestState(request, own, RandomStream(own.seed), prefix)
+        for request, own, prefix in zip(requests, params, find_prefixes(requests), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class RequestChecks:
+    """The limits of a model and of its device: a request beyond them would fail the others in its pass as well."""
+
+    config: OvisConfig
+    max_tokens: int  # of prompt and output
+    max_prompt_tokens: int
+    has_tokenizer: bool
+
+    def check(self, index: int, state: RequestState) -> None:
+        """Raise RequestError naming `index` for a request that can never be generated, ValueError without tokenizer."""
+        faults = chain(self._prompt_faults(state.request), self._length_faults(state), self._choice_faults(state))
+        if fault := next(faults, None):
+            raise RequestError(f"request {index}: {fault}")
+        if (state.params.stop or state.params.constraint) and not self.has_tokenizer:
+            raise ValueError("stop strings and constraints need a tokenizer: give OvisEngine one")
+
+    def _prompt_faults(self, request: Request) -> Iterator[str]:
+        ids, vocab_size = request.input_ids, self.config.language.vocab_size
+        if not len(ids):
+            yield "the prompt is empty"
+        if ids.max() >= vocab_size or ids.min() < IMAGE_END_ID:
+            yield f"prompt ids from {ids.min()} to {ids.max()}; the model has {vocab_size}"
+        found, wanted = int((ids == IMAGE_ATOM_ID).sum()), len(request.tiles) * self.config.vision.tokens_per_tile
+        if found != wanted:
+            yield f"{found} placeholders for {wanted} visual tokens"
+
+    def _length_faults(self, state: RequestState) -> Iterator[str]:
+        prompt, output = state.num_prompt_tokens, state.max_new_tokens
+        limit = min(self.config.max_length, self.max_tokens)
+        if (excess := prompt + output - limit) > 0:
+            yield f"{prompt} prompt + {output} output tokens are {excess} over the limit of {limit}"
+        tokens, what = (prompt + output, "prompt and choice") if state.params.choices else (prompt, "prompt")
+        limit = self.max_prompt_tokens
+        if (excess := tokens - limit) > 0:
+            yield f"{tokens} {what} tokens are {excess} over the {limit} that the device has memory for"
+
+    def _choice_faults(self, state: RequestState) -> Iterator[str]:
+        largest, vocab_size = max(map(max, state.params.choices), default=0), self.config.language.vocab_size
+        if largest >= vocab_size:
+            yield f"a choice holds token {largest}; the model has {vocab_size}"
+        if state.params.choices and state.request.input_ids[-1] == IMAGE_ATOM_ID:
+            yield "the prompt ends within an image; choices must follow a text"
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """Ends an answer at an end-of-text id, at a stop string or at its maximum length."""
+
+    eos_token_ids: Sequence[int]
+    tokenizer: Tokenizer | None
+
+    def finish_reason(self, state: RequestState) -> FinishReason | None:
+        """Return why the newest token is the last one, or None if it is not."""
+        if state.output_ids[-1] in self.eos_token_ids or self._ends_in_stop_string(state):
+            return "stop"
+        return "length" if len(state.output_ids) == state.params.max_new_tokens else None
+
+    def _ends_in_stop_string(self, state: RequestState) -> bool:
+        stops = state.params.stop
+        if not stops or self.tokenizer is None:
+            return False
+        # A character takes up to four byte tokens: only the tail can newly hold a stop string.
+        text = detokenize(self.tokenizer, state.output_ids[-4 * (max(map(len, stops)) + 1) :])
+        return cut_at_stop(text, stops) != text
