@@ -9,6 +9,7 @@ import pyarrow as pa
 from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import NoValue, SourceError
+from pipelines.media.reference import is_video
 from pipelines.sources.prompts import Template
 from pipelines.sources.rows import Chunk, Columns, Row
 from pipelines.tasks.questionnaire import Questionnaire
@@ -58,7 +59,7 @@ class Asker:
         """The questions and why they cannot be asked, if so."""
         if row.prompt is not None and self._has_own_prompt(row):
             return [row.prompt], row.error
-        if any(image.is_video for image in row.images) and self._questionnaire.has_default_prompt:
+        if any(map(is_video, row.images)) and self._questionnaire.has_default_prompt:
             return [VIDEO_PROMPT], row.error
         if row.error or not has_columns:
             return [template.text for template in self._templates], row.error
