@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipelines.media.reference import TarRef
-from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
+from pipelines.sources.directories import IMAGE_SUFFIXES, log_left_out
 from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, source_errors, text_of_name
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo

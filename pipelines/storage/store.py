@@ -175,9 +175,9 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
 
 
 def _read_local(path: str, start: int | None, stop: int | None) -> bytes:
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not stat.S_ISREG(Path(path).stat().st_mode):
         raise FinalFault(f"{path} is not a regular file")  # a pipe may never end
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         file.seek(start or 0)
         return file.read(-1 if stop is None else stop - file.tell())
 
