@@ -59,11 +59,13 @@ class Preprocess:
             work = f"prepare rows {start} to {stop}"
             rows = ManifestRow.from_table(read_rows(self._output, RowRange(start, stop)))
             if self._attempts.begin(work) <= MAX_TRIES:
-                fetched = self._fetcher.ahead((row, self._needed_images(row)) for row in rows)
-                yield from _batches(self._prepare(row, images) for row, images in fetched)
+                yield from _batches(self._prepare(row, images) for row, images in self._fetched(rows))
             else:
                 yield from _batches(map(self._prepare_alone, rows))
             self._attempts.end(work)
+
+    def _fetched(self, rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, Pending]]:
+        return self._fetcher.ahead((row, self._needed_images(row)) for row in rows)
 
     def _needed_images(self, row: ManifestRow) -> Sequence[ImageRef]:
         """Return what to fetch: nothing for a row that fails anyway, nor for a video that is decoded where it is."""
