@@ -123,7 +123,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     with (
         ray_errors_named(),
         running_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
-        request_gpus(pools.gpus_to_request),
+        request_gpus([pools.replica_gpus] * pools.num_replicas if pools.waits_for_gpus else []),
     ):
         attempts = RemoteAttempts(start_attempt_counts())
         rows = (

@@ -19,7 +19,7 @@ from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, Pending
 from pipelines.media.frame_selection import Encoder, FrameSelector
 from pipelines.media.images import decode_image
-from pipelines.media.reference import ImageRef, is_in_place, locate_video
+from pipelines.media.reference import ImageRef, can_read, is_in_place, locate, locate_video
 from pipelines.media.video import Frame, looks_like_video
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_rows, sample_images
@@ -118,13 +118,13 @@ class Preprocess:
 
     def _is_store_down(self, row: ManifestRow) -> bool:
         """Whether no other image there can be read; a place that no other row names says nothing of the run's store."""
-        own = {image.location for image in row.images}
+        own = set(map(locate, row.images))
         places = {store.place_of(uri) for uri, _ in own}
-        others = [image for image in sample_images(self._output) if image.location not in own]
+        others = [image for image in sample_images(self._output) if locate(image) not in own]
         there = [image for image in others if store.place_of(image.uri) in places]
         if others and not there:
             return False
-        return not any(image.can_read() for image in there)
+        return not any(map(can_read, there))
 
 
 class RequestBuilder:

@@ -104,6 +104,7 @@ class PreparedRow:
         ]
 
 
+_KEPT = ("row", "id", "uri", "prompt", "num_images", "num_tiles", "num_prompt_tokens", "frame_timestamps_s")
 _TEXTS = ("id", "uri", "prompt", "stage", "error")
 _REQUEST_COLUMNS = ("input_ids", "prompt_lengths", "tiles", "tile_sizes")
 # Arrays of no tiles, not None: a column may not mix tensors and objects.
@@ -149,18 +150,10 @@ class ResultRow:
         return pa.Table.from_pylist([row._to_columns() for row in rows], result_schema)
 
     def _to_columns(self) -> Columns:
-        prepared = self.prepared
         return {
-            "row": prepared.row,
-            "id": prepared.id,
-            "uri": prepared.uri,
-            "prompt": prepared.prompt,
+            **{name: getattr(self.prepared, name) for name in _KEPT},
             "status": self.status,
             "stage": self.stage,
             "error": self.error,
-            "num_images": prepared.num_images,
-            "num_tiles": prepared.num_tiles,
-            "num_prompt_tokens": prepared.num_prompt_tokens,
-            "frame_timestamps_s": prepared.frame_timestamps_s,
             **self.answers,
         }

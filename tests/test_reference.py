@@ -15,6 +15,7 @@ from pipelines.media.reference import (
     TarRef,
     Window,
     is_in_place,
+    is_video,
     locate_video,
     read_reference,
 )
@@ -53,6 +54,6 @@ def test_only_one_video_that_is_a_file_or_a_part_of_one_is_decoded_where_it_is()
     assert is_in_place([file]) and is_in_place([part]) and not is_in_place([file, part])
     assert locate_video([part], []) == (("/a.tar", 512, 7, b""), (2, 3))
     packed = TarRef("/a.tgz", 512, 7, "1.mp4", is_gzip=True)
-    assert packed.is_video and not is_in_place([packed])
+    assert is_video(packed) and not is_in_place([packed])
     assert locate_video([packed], [b"data"])[0].data == b"data"
     assert not is_in_place([FileRef("/a.png")]) and not is_in_place([CellRef("/a.parquet", "video.mp4", 0)])

@@ -9,20 +9,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from pipelines.cluster.actor import end_with_python
 
 MAX_TRIES = 2  # of a batch before its rows are tried alone, and of a row alone before it is given up
 GIVEN_UP = f"the process died {MAX_TRIES} times on this row alone"
-
-
-class Attempts(Protocol):
-    def begin(self, work: str) -> int:
-        """Return how often `work` was begun and not ended, this time included."""
-        ...
-
-    def end(self, work: str) -> None: ...
 
 
 class AttemptCounts:
@@ -33,6 +25,7 @@ class AttemptCounts:
         self._begun: Counter[str] = Counter()
 
     def begin(self, work: str) -> int:
+        """Return how often `work` was begun and not ended, this time included."""
         self._begun[work] += 1
         return self._begun[work]
 
@@ -63,6 +56,9 @@ class RemoteAttempts:
 
     def end(self, work: str) -> None:
         self._actor.end.remote(work)
+
+
+Attempts = AttemptCounts | RemoteAttempts
 
 
 class AloneOrTogether:

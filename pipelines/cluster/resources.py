@@ -80,11 +80,6 @@ class Pools:
     may_grow: bool = False
     waits_for_gpus: bool = False
 
-    @property
-    def gpus_to_request(self) -> list[int]:
-        """Return the GPUs of each replica, if an autoscaler has to start them."""
-        return [self.replica_gpus] * self.num_replicas if self.waits_for_gpus else []
-
     def __str__(self) -> str:
         each = "1 GPU" if self.replica_gpus == 1 else f"{self.replica_gpus} GPUs"
         ranks = f" in {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""

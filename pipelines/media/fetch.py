@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pipelines.errors import StoreFault
 from pipelines.media.readers import LongerThanAllowed, Readers
-from pipelines.media.reference import ImageRef
+from pipelines.media.reference import ImageRef, is_in_order, listed_bytes
 
 T = TypeVar("T")
 
@@ -51,15 +51,15 @@ class Fetcher:
         return self._start(images, ahead=False).result()
 
     def _start(self, images: Sequence[ImageRef], *, ahead: bool) -> Future[list[bytes]]:
-        in_order = any(image.is_in_order for image in images)
+        in_order = any(map(is_in_order, images))
         return (self._in_order if in_order else self._pool).submit(self._fetch, images, ahead)
 
     def _fetch(self, images: Sequence[ImageRef], ahead: bool) -> list[bytes]:
         found: list[bytes] = []
         try:
             for image in images:
-                self._check_size(image.listed_bytes)
-                max_bytes = max(self._share_bytes, image.listed_bytes) if ahead else self._max_image_bytes
+                self._check_size(listed_bytes(image))
+                max_bytes = max(self._share_bytes, listed_bytes(image)) if ahead else self._max_image_bytes
                 found += image.read(self._readers, max_bytes)
                 self._check_size(sum(map(len, found)))
             return found
@@ -83,7 +83,7 @@ class Fetcher:
         return is_over or len(waiting) == self._max_at_once
 
     def _bytes_ahead(self, images: Sequence[ImageRef]) -> int:
-        return sum(image.listed_bytes if image.listed_bytes >= 0 else self._share_bytes for image in images)
+        return sum(size if size >= 0 else self._share_bytes for size in map(listed_bytes, images))
 
 
 @dataclass(frozen=True)

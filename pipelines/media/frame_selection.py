@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,11 +52,6 @@ class PixelEncoder:
         return None
 
 
-class _Candidates(NamedTuple):
-    timestamps_s: list[float]
-    embeddings: NDArray[np.float32]
-
-
 class FrameSelector:
     """For one thread. Rows that ask about the same video share what was decoded and embedded for it."""
 
@@ -77,21 +72,21 @@ class FrameSelector:
         if self._config.frame_selection == "uniform":
             sampling = Sampling(self._config.num_frames, self._config.fps)
             return self._recent.get((place, "uniform"), lambda: self._decoder.sample_frames(video, sampling, window))
-        candidates = self._recent.get((place, "candidates"), lambda: self._candidates(video, window))
-        times_s = [candidates.timestamps_s[i] for i in self._choose(candidates, question).tolist()]
+        candidate_times_s, vectors = self._recent.get((place, "candidates"), lambda: self._candidates(video, window))
+        times_s = [candidate_times_s[i] for i in self._choose(vectors, question).tolist()]
         return self._recent.get((place, *times_s), lambda: self._decoder.frames_at(video, times_s))
 
-    def _candidates(self, video: Video, window: Window) -> _Candidates:
+    def _candidates(self, video: Video, window: Window) -> tuple[list[float], NDArray[np.float32]]:
         sampling = Sampling(self._config.num_candidates, self._config.fps)
         frames = self._decoder.sample_frames(video, sampling, window, self._encoder.size)
         pictures = np.stack([frame.pixels for frame in frames])
-        return _Candidates([frame.timestamp_s for frame in frames], self._encoder.frames(pictures))
+        return [frame.timestamp_s for frame in frames], self._encoder.frames(pictures)
 
-    def _choose(self, candidates: _Candidates, question: str) -> NDArray[np.int64]:
+    def _choose(self, vectors: NDArray[np.float32], question: str) -> NDArray[np.int64]:
         text = question if self._config.frame_query is None else self._config.frame_query
         query = self._recent.get(("text", text), lambda: self._encoder.text(text)) if text else None
         num_frames, method = self._config.num_frames, self._config.frame_selection
-        return select_frames(candidates.embeddings, query, num_frames, method=method)
+        return select_frames(vectors, query, num_frames, method=method)
 
 
 class _Recent:

@@ -44,34 +44,10 @@ class ByteRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What references have in common; the defaults are those of a cell. `window` counts for videos."""
+    """What all references have. `window` counts for videos."""
 
     uri: str
     window: Window = field(default=Window(), kw_only=True)
-
-    @property
-    def listed_bytes(self) -> int:
-        """How many bytes were listed for it, -1: unknown."""
-        return -1
-
-    @property
-    def is_in_order(self) -> bool:
-        """Whether reading it goes through what lies before it, so that one thread reads all such references."""
-        return True
-
-    @property
-    def is_video(self) -> bool:
-        """Whether its name is a video's. Media without a name are recognized by content when they are read."""
-        return False
-
-    @property
-    def location(self) -> tuple[str, int]:
-        """The file, and the byte in it where the reference leads, -1 for all of the file."""
-        return self.uri, -1
-
-    def can_read(self) -> bool:
-        """Return whether its store hands out a byte of it now."""
-        return store.can_read(self.uri, 0)
 
     def _struct(self, kind: str, *, offset: int = -1, num_bytes: int = -1, member: str = "", row: int = -1) -> Struct:
         start_s, stop_s = self.window
@@ -84,18 +60,6 @@ class FileRef(_Reference):
     """A whole file. `num_bytes` as listed, -1: unknown."""
 
     num_bytes: int = -1
-
-    @property
-    def listed_bytes(self) -> int:
-        return self.num_bytes
-
-    @property
-    def is_in_order(self) -> bool:
-        return False
-
-    @property
-    def is_video(self) -> bool:
-        return _is_video(store.name_of(self.uri))
 
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
         """Return the bytes of the one image. Raises LongerThanAllowed and other OSErrors."""
@@ -113,25 +77,6 @@ class TarRef(_Reference):
     num_bytes: int
     member: str
     is_gzip: bool = False
-
-    @property
-    def listed_bytes(self) -> int:
-        return self.num_bytes
-
-    @property
-    def is_in_order(self) -> bool:
-        return self.is_gzip
-
-    @property
-    def is_video(self) -> bool:
-        return _is_video(self.member)
-
-    @property
-    def location(self) -> tuple[str, int]:
-        return self.uri, self.offset
-
-    def can_read(self) -> bool:
-        return store.can_read(self.uri, 0 if self.is_gzip else self.offset)
 
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
         """Return the bytes of the one image. Raises OSError."""
@@ -158,10 +103,6 @@ class CellRef(_Reference):
     column: str
     row: int
     batch: ByteRange | None = None
-
-    @property
-    def location(self) -> tuple[str, int]:
-        return self.uri, self.batch.offset if self.batch else -1
 
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
         """Return the images of a cell of bytes, of a struct of bytes or path, or of a list of either.
@@ -190,10 +131,8 @@ class CellRef(_Reference):
         return None if data is None else check_length(data, max_bytes)
 
     def to_struct(self) -> Struct:
-        if self.batch is None:
-            return self._struct("parquet", member=self.column, row=self.row)
-        offset, num_bytes = self.batch
-        return self._struct("arrow", offset=offset, num_bytes=num_bytes, member=self.column, row=self.row)
+        kind, batch = ("arrow", self.batch) if self.batch else ("parquet", ByteRange(-1, -1))
+        return self._struct(kind, **batch._asdict(), member=self.column, row=self.row)
 
 
 ImageRef = FileRef | TarRef | CellRef
@@ -216,9 +155,39 @@ def read_reference(struct: Mapping[str, Any]) -> ImageRef:
             raise ValueError(f"references of kind {kind!r} are not supported; was OUTPUT begun by a newer version?")
 
 
+def listed_bytes(image: ImageRef) -> int:
+    """Return how many bytes were listed for the image, -1 if unknown."""
+    return -1 if isinstance(image, CellRef) else image.num_bytes
+
+
+def is_in_order(image: ImageRef) -> bool:
+    """Return whether what lies before the image is read with it, so that one thread reads all such images."""
+    return isinstance(image, CellRef) or (isinstance(image, TarRef) and image.is_gzip)
+
+
+def is_video(image: ImageRef) -> bool:
+    """Return whether the name is a video's. Media without a name are recognized by content when they are read."""
+    if isinstance(image, CellRef):
+        return False
+    name = image.member if isinstance(image, TarRef) else store.name_of(image.uri)
+    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def locate(image: ImageRef) -> tuple[str, int]:
+    """Return the file and the byte in it where the reference leads, -1 for all of the file."""
+    if isinstance(image, CellRef):
+        return image.uri, image.batch.offset if image.batch else -1
+    return image.uri, image.offset if isinstance(image, TarRef) else -1
+
+
+def can_read(image: ImageRef) -> bool:
+    """Return whether the image's store hands out a byte of it now."""
+    return store.can_read(image.uri, 0 if is_in_order(image) else max(0, locate(image)[1]))
+
+
 def is_in_place(images: Sequence[ImageRef]) -> bool:
     """Return whether the row is one video that need not be fetched: it is a file, or a part of one."""
-    return len(images) == 1 and images[0].is_video and not images[0].is_in_order
+    return len(images) == 1 and is_video(images[0]) and not is_in_order(images[0])
 
 
 def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[Video, Window]:
@@ -227,7 +196,7 @@ def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[
         raise MediaError("a row holds one video and nothing beside it; make rows of their own of the others")
     if encoded:
         return Video(images[0].uri, data=encoded[0]), images[0].window
-    return Video(*images[0].location, images[0].listed_bytes), images[0].window
+    return Video(*locate(images[0]), listed_bytes(images[0])), images[0].window
 
 
 def resolve(path: str, of_file: str) -> str:
@@ -235,7 +204,3 @@ def resolve(path: str, of_file: str) -> str:
     if "://" in path or path.startswith("/"):
         return path
     return f"{of_file.rpartition('/')[0]}/{path}"
-
-
-def _is_video(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES

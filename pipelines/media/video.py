@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -306,15 +307,8 @@ def _stated_fps(stream: VideoStream) -> float:
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
     """Yield packets up to the end of the file or to where it cannot be read further."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:
-            return
-        if packet is None:
-            return
-        yield packet
+    with suppress(av.FFmpegError):
+        yield from container.demux(stream)
 
 
 def _number(frame: VideoFrame, stream: VideoStream, previous: float) -> None:

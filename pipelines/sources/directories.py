@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from pipelines.errors import SourceError
-from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
+from pipelines.media.reference import VIDEO_SUFFIXES
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
@@ -22,6 +22,9 @@ KINDS = {
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl",
 }
+_IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split()) | VIDEO_SUFFIXES
+"""Of files that are images or become some: the frames of a video."""
 _METADATA = "metadata.jsonl"
 _UNREAD_METADATA = ("metadata.csv", "metadata.parquet")
 
@@ -101,3 +104,10 @@ def _shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
             f"meant, such as {uri.rstrip('/')}/**/*.{kinds[0]}"
         )
     return shards
+
+
+def log_left_out(uri: str, others: Counter[str]) -> None:
+    """Log what was left out; `others` counts files by the end of their names."""
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        logger.warning("%s: left out %d files (%s)", store.shown(uri), others.total(), counts)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import SourceError
-from pipelines.sources.files import IMAGE_SUFFIXES
+from pipelines.sources.directories import IMAGE_SUFFIXES
 from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
 from pipelines.sources.questions import Asker
 from pipelines.sources.rows import Chunk

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import NoValue, SourceError
-from pipelines.sources.prompts import Template
+from pipelines.media.reference import is_video
 from pipelines.sources.rows import Chunk, Columns, Row
 from pipelines.tasks.questionnaire import Questionnaire
 
+_TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 VIDEO_PROMPT = "Describe the video."  # instead of the default for images
 
 logger = logging.getLogger(__name__)
@@ -58,7 +64,7 @@ class Asker:
         """The questions and why they cannot be asked, if so."""
         if row.prompt is not None and self._has_own_prompt(row):
             return [row.prompt], row.error
-        if any(image.is_video for image in row.images) and self._questionnaire.has_default_prompt:
+        if any(map(is_video, row.images)) and self._questionnaire.has_default_prompt:
             return [VIDEO_PROMPT], row.error
         if row.error or not has_columns:
             return [template.text for template in self._templates], row.error
@@ -94,3 +100,37 @@ class Asker:
                 f"--prompt names columns, and {self._num_without_columns} rows come from inputs that have none; "
                 "caption those in a run of their own"
             )
+
+
+@dataclass(frozen=True)
+class Template:
+    """`{name}` is replaced by the row's value, `{{` and `}}` are braces. Nothing else is allowed in braces.
+
+    `where` begins messages about it.
+    """
+
+    text: str
+    where: str = "--prompt "
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(match[1] for match in _TOKEN.finditer(self.text) if match[1])
+
+    def check(self) -> None:
+        """Raises SourceError for a brace that is alone."""
+        if any(match[0] in ("{", "}") for match in _TOKEN.finditer(self.text)):
+            raise SourceError(
+                f"{self.where}{self.text!r} holds a single brace; the input has columns, so {{name}} stands for one of "
+                "them: write {{ and }} for braces"
+            )
+
+    def fill(self, values: Mapping[str, Any]) -> str:
+        """Raises NoValue."""
+        return _TOKEN.sub(lambda match: _shown(values, match[1]) if match[1] else match[0][0], self.text)
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name)
+    if value is None:
+        raise NoValue(name)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)

@@ -9,12 +9,11 @@ from dataclasses import replace
 from itertools import chain, groupby, islice
 
 from pipelines.errors import SourceError
-from pipelines.sources.arrow import list_arrow
+from pipelines.media.reference import FileRef
 from pipelines.sources.directories import KINDS, files_in, kind_of
-from pipelines.sources.files import list_files
 from pipelines.sources.jsonl import list_jsonl
-from pipelines.sources.parquet import list_parquet
-from pipelines.sources.rows import Chunk, Columns, text_of_name
+from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, text_of_name
+from pipelines.sources.tables import list_arrow, list_parquet
 from pipelines.sources.tar import list_tar
 from pipelines.sources.videos import without_window
 from pipelines.storage import store
@@ -29,8 +28,20 @@ def list_chunks(inputs: Iterable[str], columns: Columns) -> Iterator[Chunk]:
     """Yield the rows of all inputs, in order. Raises SourceError or OSError if one of them cannot be listed."""
     infos = (info for uri in inputs for info in _expand(uri))
     for are_files, group in groupby(infos, key=lambda info: _kind(info) == "file"):
-        list_group = list_files if are_files else _in_parallel
+        list_group = _list_files if are_files else _in_parallel
         yield from list_group(group, columns)
+
+
+def _list_files(infos: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
+    """List one row per file; files have no columns, so kept columns are null."""
+    return chunks_of(map(_row, infos), columns.keep)
+
+
+def _row(info: FileInfo) -> Row:
+    if (uri := text_of_name(info.uri)) != info.uri:  # and no other spelling would open the file
+        return Row(uri, uri, error="the file name is not UTF-8; rename the file")
+    error = "" if info.is_regular else "not a regular file"
+    return Row(info.uri, info.uri, (FileRef(info.uri, info.num_bytes),), error=error)
 
 
 def _in_parallel(shards: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:

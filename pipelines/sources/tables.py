@@ -1,19 +1,85 @@
-"""Tables of Arrow types: which of their columns are what, and a batch of one as rows."""
+"""Parquet and Arrow's IPC format, as `save_to_disk` writes it: a row is a row, images are left where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.errors import SourceError
-from pipelines.media.reference import CellRef, FileRef, ImageRef, resolve
-from pipelines.sources.rows import Chunk, Columns
+from pipelines.media.reference import ByteRange, CellRef, FileRef, ImageRef, resolve
+from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns, source_errors
 from pipelines.storage import store
+from pipelines.storage.arrow_ipc import read_batch, read_schema
+from pipelines.storage.store import FileInfo
 
 _URI_COLUMNS = "image images uri image_uri url image_url path image_path file_name video video_url video_path"
+_HARMLESS_BYTES = 64 << 20  # that a column of a row group may unpack to from nearly nothing
+
+
+def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
+    """List the rows; the column of images is only read if it holds URIs."""
+    with source_errors(info.uri, " as Parquet"), store.open_file(info.uri) as file:
+        parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
+        yield from _parquet_chunks(info.uri, parquet, columns)
+
+
+def _parquet_chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chunk]:
+    table = Table.of(uri, parquet.schema_arrow, columns)
+    _check_packing(uri, parquet.metadata, {*table.read, table.image})
+    at = 0
+    for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.read, use_threads=False):
+        batch.validate(full=True)  # text that is no UTF-8 would be found when the run is done
+        numbers = range(at, at + len(batch))
+        yield table.chunk(batch, at, [CellRef(uri, table.image or "", i) for i in numbers])
+        at += len(batch)
+
+
+def _check_packing(uri: str, metadata: pq.FileMetaData, names: set[str | None]) -> None:
+    """Raise SourceError for a column that would unpack to far more than its size."""
+    for group in range(metadata.num_row_groups):
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+            if column.path_in_schema.partition(".")[0] in names and unpacked > max(_HARMLESS_BYTES, 200 * packed):
+                raise SourceError(
+                    f"{store.shown(uri)}: column {column.path_in_schema} unpacks from {packed:,} to {unpacked:,} "
+                    f"bytes in row group {group}; write the file again with smaller row groups if that is meant"
+                )
+
+
+def list_arrow(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
+    """List the rows of a stream. A local file is mapped, one in a store is read whole: streams have no index."""
+    with source_errors(info.uri, " as an Arrow stream"), store.map_file(info.uri) as file:
+        schema = read_schema(file)
+        table = Table.of(info.uri, schema, columns)
+        yield from _arrow_chunks(table, file, schema)
+
+
+def _arrow_chunks(table: Table, file: Any, schema: pa.Schema) -> Iterator[Chunk]:
+    at, begin = 0, file.tell()
+    for message in _messages(file):
+        end = file.tell()
+        batch, place = read_batch(message, schema, table.read), ByteRange(begin, end - begin)
+        for first in range(0, len(batch), ROWS_PER_CHUNK):
+            numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
+            cells = [CellRef(table.uri, table.image or "", i, place) for i in numbers]
+            yield table.chunk(batch.slice(first, len(numbers)), at + first, cells)
+        at, begin = at + len(batch), end
+
+
+def _messages(file: Any) -> Iterator[pa.ipc.Message]:
+    while True:
+        begin = file.tell()
+        try:
+            message = pa.ipc.read_message(file)
+        except EOFError:
+            break
+        yield message
+    if file.tell() == begin:
+        raise pa.ArrowInvalid("it ends without an end mark: truncated")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipelines.media.reference import TarRef
-from pipelines.sources.files import IMAGE_SUFFIXES, log_left_out
+from pipelines.sources.directories import IMAGE_SUFFIXES, log_left_out
 from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, source_errors, text_of_name
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
@@ -108,8 +107,8 @@ class _Index:
         """Return what is wrong with the tar, None if it is whole. Raises SourceError if it cannot be opened or read."""
         with source_errors(self.uri):
             try:
-                with _open(self.uri, self.is_gzip) as file:
-                    self._read_members(file)
+                with store.open_file(self.uri, block_bytes=_BLOCK_BYTES) as file:
+                    self._read_members(gzip.GzipFile(fileobj=file) if self.is_gzip else file)
             except _DAMAGE as error:
                 return f"the tar is damaged at byte {self.end:,} of its unpacked form, nothing behind is read: {error}"
         return None
@@ -124,7 +123,8 @@ class _Index:
                 self._add(tar, member)
                 self.end = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-            _check_tail(file)
+            if file.read(_BLOCK_BYTES).strip(b"\0"):  # a damaged block or a second tar
+                raise tarfile.ReadError("an end mark with more data behind it")
 
     def _check(self, member: tarfile.TarInfo, number: int) -> None:
         if number == self._limits.max_members:
@@ -186,21 +186,9 @@ class _Index:
             sample.values = {**(sample.values or {}), **wanted}
 
 
-def _check_tail(file: Any) -> None:
-    """Raise ReadError for data after the end mark, which is a damaged block or a second tar."""
-    if file.read(_BLOCK_BYTES).strip(b"\0"):
-        raise tarfile.ReadError("an end mark with more data behind it")
-
-
 def _values(name: str, data: bytes) -> dict[str, Any]:
     """Return the columns of a sidecar. Raises ValueError."""
     return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else json_object(data)
-
-
-@contextmanager
-def _open(uri: str, is_gzip: bool) -> Iterator[Any]:
-    with store.open_file(uri, block_bytes=_BLOCK_BYTES) as file:
-        yield gzip.GzipFile(fileobj=file) if is_gzip else file
 
 
 class _StrictHeader(tarfile.TarInfo):

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from pipelines.errors import MediaError
-from pipelines.media.reference import FileRef, ImageRef, Window, is_in_place, locate_video
+from pipelines.media.reference import FileRef, ImageRef, Window, is_in_place, is_video, locate_video
 from pipelines.media.video_process import VideoDecoder
 from pipelines.sources.rows import Chunk, Row
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def without_window(uri: str) -> str:
     """Return the `uri` of a video without `#t=...`."""
     base, mark, _ = uri.partition("#t=")
-    return base if mark and FileRef(base).is_video else uri
+    return base if mark and is_video(FileRef(base)) else uri
 
 
 def with_windows(chunks: Iterable[Chunk], window_s: float | None) -> Iterator[Chunk]:
@@ -118,7 +118,7 @@ class _Lengths:
         return list(self._pool.map(self._length_s, rows))
 
     def _length_s(self, row: Row) -> float | None:
-        if row.error or len(row.images) != 1 or not row.images[0].is_video:
+        if row.error or len(row.images) != 1 or not is_video(row.images[0]):
             return None
         if not is_in_place(row.images):
             self.num_unknown += 1

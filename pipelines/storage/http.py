@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
-from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.asyn import AsyncFileSystem, sync, sync_wrapper
 from fsspec.spec import AbstractBufferedFile
 from yarl import URL
 
@@ -82,10 +82,6 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
             raise FinalFault(f"the file has more than the limit of {self._max_file_bytes:,} bytes")
         return data
 
-    def cat_range(self, path: str, start: int, end: int) -> bytes:
-        data: bytes = sync(self.loop, self._cat_range, path, start, end)
-        return data
-
     async def _cat_range(self, path: str, start: int, end: int) -> bytes:
         async with self._answer(path, first=start, last=end - 1) as response:
             if response.status == 416:
@@ -96,6 +92,8 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
                 )
             return await _body(response, end - start)
 
+    cat_range = sync_wrapper(_cat_range)
+
     async def _glob(self, path: str, **_: Any) -> dict[str, Any]:
         return {}
 
@@ -103,15 +101,12 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         raise FinalFault("nothing can be written by http; choose another OUTPUT")
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> WebFile:
-        return WebFile(self, path, mode, block_size or "default", size=self._known_size(path))
-
-    def _known_size(self, path: str) -> int:
         size: int | None = self.info(path)["size"]
         if size is None:
             raise FinalFault(
                 "the server does not tell the size of the file, which shards need; copy the shard elsewhere"
             )
-        return size
+        return WebFile(self, path, mode, block_size or "default", size=size)
 
     @asynccontextmanager
     async def _answer(
@@ -138,7 +133,8 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
                     yield response
                     return
                 url = url.join(_parsed(response.headers.get("Location", "")))
-                _check_scheme(url)
+                if url.scheme not in self.protocol:
+                    raise FinalFault(f"a redirect to {url.scheme or 'nowhere'}")
         raise FinalFault(f"more than {MAX_REDIRECTS} redirects")
 
     def _connected(self) -> aiohttp.ClientSession:
@@ -181,11 +177,6 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
 
 def _parsed(url: str) -> URL:
     return URL(url, encoded=_AS_GIVEN.fullmatch(url) is not None)
-
-
-def _check_scheme(url: URL) -> None:
-    if url.scheme not in ("http", "https"):
-        raise FinalFault(f"a redirect to {url.scheme or 'nowhere'}")
 
 
 def _check(response: aiohttp.ClientResponse) -> None:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,8 +49,7 @@ class FileInfo:
 def open_store(uri: str) -> tuple[Any, str]:
     """Return the file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
     if "://" not in uri:
-        local = LocalFileSystem()
-        return local, local._strip_protocol(uri)
+        return _local(), LocalFileSystem._strip_protocol(uri)
     protocol = uri.split("://", 1)[0]
     try:
         # Not fsspec's url_to_fs: it takes a `::` in a name for a chain of file systems.
@@ -60,6 +60,11 @@ def open_store(uri: str) -> tuple[Any, str]:
         raise StoreError(f"{shown(uri)}: {error}{install}") from error
     except ValueError as error:
         raise StoreError(f"{shown(uri)}: {error}") from error
+
+
+@cache
+def _local() -> LocalFileSystem:
+    return LocalFileSystem()
 
 
 def _file_system(protocol: str) -> Any:
@@ -164,10 +169,17 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
     Raises OSError.
     """
     fs, path = open_store(uri)
-    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(Path(path).stat().st_mode):
-        raise OSError(f"{path} is not a regular file")  # a pipe may never end
-    data: bytes = _tried(fs, lambda: fs.cat_file(path, start=start, end=stop))
+    read = _read_local if isinstance(fs, LocalFileSystem) else fs.cat_file
+    data: bytes = _tried(fs, lambda: read(path, start, stop))
     return data
+
+
+def _read_local(path: str, start: int | None, stop: int | None) -> bytes:
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise FinalFault(f"{path} is not a regular file")  # a pipe may never end
+    with Path(path).open("rb") as file:
+        file.seek(start or 0)
+        return file.read(-1 if stop is None else stop - file.tell())
 
 
 def can_read(uri: str, offset: int) -> bool:
