@@ -1,4 +1,4 @@
-"""The engine beside transformers' padded `generate`, on the same rows with the same weights, taking turns.
+"""Compare the engine with transformers' padded `generate` on the same rows and weights, interleaved.
 
     python -m benchmarks.engine --model demo
     python -m benchmarks.engine --model 24x128 --rows 96

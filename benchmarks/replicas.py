@@ -1,4 +1,4 @@
-"""Rows a second by the number of replicas, and what a row costs the driver: the engine is a clock.
+"""Rows per second by number of replicas, and the cost of a row in the driver; the engine only sleeps.
 
     python -m benchmarks.replicas
 

@@ -1,4 +1,4 @@
-"""The least time that the arithmetic and memory traffic of generation can take, from rates measured there and now."""
+"""Compute the least time that arithmetic and memory traffic allow, from rates measured on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What grows with the number of rows: listing, resuming and memory, with an engine that answers at once.
+"""Measure what grows with the number of rows: listing, resume and memory.
 
     python -m benchmarks.scale listing [--files 100000] [--tars 1000]
     python -m benchmarks.scale resume [--rows 100000]

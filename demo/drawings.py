@@ -1,4 +1,4 @@
-"""Small pictures with exactly one true caption each, drawn from a seed: what the demo model reads.
+"""Draw small pictures from a seed, each with exactly one true caption.
 
     A small red star at the top left on a white background.        one object, nine positions
     A large red cross left of a small blue heart on a black background.     two objects, left of or above

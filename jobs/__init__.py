@@ -1,1 +1,1 @@
-"""Entry points, run as `python -m jobs.<name>`: parse, run the pipeline, report the counts. No logic."""
+"""Entry points `python -m jobs.<name>`, and the command line that they share."""

@@ -1,4 +1,4 @@
-"""What all jobs owe their caller: one JSON line on stdout, everything else on stderr, the documented exit codes."""
+"""The command line of the jobs: options from flags and YAML, exit codes, one JSON line on stdout."""
 
 from __future__ import annotations
 

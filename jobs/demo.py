@@ -1,4 +1,4 @@
-"""What the demo model says about pictures that it has never seen, and the share that is exactly right.
+"""Caption drawn pictures with the demo model, and report the share that is exactly right.
 
     python -m jobs.demo [--output demo_output] [--count 200] [--seed 1]
 

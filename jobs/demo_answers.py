@@ -1,4 +1,4 @@
-"""Questions about pictures that the demo model has never seen, answered by the annotation job, and a page to look at.
+"""Ask the demo model questions about drawn pictures, and write the report of its answers.
 
     python -m jobs.demo_answers [--output demo_answers] [--count 200] [--seed 1]
 

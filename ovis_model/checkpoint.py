@@ -1,4 +1,4 @@
-"""Where a checkpoint is: "demo", a directory, a Hugging Face hub id or an fsspec URI -> a local directory.
+"""Find a checkpoint by "demo", directory, hub id or URI, and make it a local directory.
 
 Fetched once per node: the processes of a node share one copy under a file lock. Reads JSON, tokenizer and safetensors
 files only, never code and never pickles.

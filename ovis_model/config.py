@@ -1,4 +1,4 @@
-"""What a checkpoint's `config.json` says, in one form for both layouts, and the six published sizes.
+"""Parse a checkpoint's `config.json`, of both layouts, and list the six published sizes.
 
 Parsed as JSON: no AutoConfig and no remote code. A value that this implementation does not compute is an error,
 never ignored.

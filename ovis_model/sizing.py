@@ -1,4 +1,4 @@
-"""How much device memory a model needs: computed from its configuration, before anything is loaded.
+"""Compute from a configuration how much device memory a model needs and how many ranks can share it.
 
 Knows sizes, not tensors.
 """

@@ -1,4 +1,4 @@
-"""The tokenizer's two uses outside prompts: ids to text, and where a stop string cuts it."""
+"""Load the tokenizer, detokenize ids, and cut a text at a stop string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nouns that both halves and the pipelines share: model input, sampling parameters, model output."""
+"""Shared data types: model input, sampling parameters, completion, the protocol of engines."""
 
 from __future__ import annotations
 

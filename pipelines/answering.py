@@ -1,4 +1,4 @@
-"""Prepared rows -> the values of their tasks' columns: what the engine is asked, and how its tokens are read."""
+"""Ask the engine the tasks of prepared rows, and parse its completions to the values of columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be known of a run before anything starts: its model exists, and its tasks fit the model."""
+"""Check before anything starts that the model exists and that the tasks fit it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a run in sections, each for one stage; a job's configuration is all of them, flat.
+"""Options of a run in sections, one for each stage; a job's configuration is all of them, flat.
 
 A function takes the section that it needs: a configuration is an instance of each. `fingerprint_fields` collects the
 options that decide what the rows hold; the others, declared with `_how`, say how the work is done. An option that is

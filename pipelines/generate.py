@@ -1,4 +1,4 @@
-"""Prepared rows -> result rows, in actors that hold a replica of the model each."""
+"""The stage Generate: actors that hold a replica each turn prepared rows into result rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job on one screen: manifest minus ledger -> Preprocess -> Generate -> files, until no row is missing."""
+"""Run the job, on one screen: manifest minus ledger -> Preprocess -> Generate -> files, until no row is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the cluster is shared between the pools of actors of a run, and the rows between their calls."""
+"""Plan a run: share the cluster between its pools of actors, and the rows between their calls."""
 
 from __future__ import annotations
 

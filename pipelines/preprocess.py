@@ -1,4 +1,4 @@
-"""Row references -> model inputs: fetch, decode, select frames, tile and tokenise, in CPU actors without torch."""
+"""The stage Preprocess: CPU actors fetch, decode, choose frames, tile and tokenise; no torch."""
 
 from __future__ import annotations
 

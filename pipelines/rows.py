@@ -1,4 +1,4 @@
-"""The row at each hand-over, and its columns there: from the manifest, between the stages, and as a result.
+"""Row types of the hand-overs (manifest, prepared, result), each with its codec to and from columns.
 
 Each type is frozen and has its codec next to it; nothing else knows how a row is laid out in columns.
 """

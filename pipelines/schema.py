@@ -1,4 +1,4 @@
-"""The columns: of the frozen input, of what the stages hand on, and of the output."""
+"""Arrow schemas of the manifest, of results and of the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the owner of an engine talks to its loop: what to load, then messages in and outcomes out. Knows no torch."""
+"""Messages between callers and the engine loop, and the futures that callers wait on. Knows no torch."""
 
 from __future__ import annotations
 

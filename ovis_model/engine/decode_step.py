@@ -1,4 +1,4 @@
-"""The decode step over buffers that never move, so that it can be captured once and replayed.
+"""The decode step over buffers that never move, so that it can be captured as a CUDA graph and replayed.
 
 On a GPU a step of a small model is mostly launches of its kernels, some thirty a layer; a captured step is one launch.
 """

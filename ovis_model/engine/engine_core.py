@@ -1,4 +1,4 @@
-"""Generation with row replacement: a finished request leaves and the next one enters at the next step.
+"""Continuous batching: a finished request leaves and the next one enters at the next step.
 
 Knows token ids only: no prompts, no images. Knows no threads: one caller enqueues and steps.
 """

@@ -1,4 +1,4 @@
-"""The one loop that steps an engine: in a thread of the caller's process, or as the main thread of each rank."""
+"""The one loop that steps an engine: in a thread, or as the main thread of each rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values of the rows that are being generated: one slot a row, rows of any length side by side."""
+"""Keys and values of running requests, one slot each, and how new tokens attend to them."""
 
 from __future__ import annotations
 

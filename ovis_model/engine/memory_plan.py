@@ -1,4 +1,4 @@
-"""What a device may hold at once: budgets from its free memory and the model's sizes.
+"""Plan what a device may hold at once, from its free memory and the sizes of the model.
 
 A pass allocates what its formula below says or less, so a plan holds by construction; `tests/test_memory.py` counts the
 allocations of all published sizes.

@@ -1,4 +1,4 @@
-"""What requests of one call share: the images of a group, and the ids that its prompts begin with.
+"""Find what requests of one call share: the images of a group and the beginning of its prompts.
 
 Knows ids, not tensors.
 """

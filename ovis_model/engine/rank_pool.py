@@ -1,4 +1,4 @@
-"""The ranks of a tensor-parallel replica, seen by the process that owns them: start, feed, watch and end them.
+"""Start, feed, watch and end the rank processes of a tensor-parallel replica.
 
     owner (no torch)  --calls-->  every rank           one private socket each: no port, no name
                       <--outcomes, signs of life--

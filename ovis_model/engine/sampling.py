@@ -1,4 +1,4 @@
-"""Logits -> the next token of every row, each row by its own parameters and its own random stream."""
+"""Sample the next token of each request by its own parameters and its own random stream."""
 
 from __future__ import annotations
 

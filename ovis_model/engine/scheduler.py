@@ -1,4 +1,4 @@
-"""Which requests hold a slot of the cache, which wait, and what runs next.
+"""Decide which requests hold a slot of the cache, which wait, and what runs next.
 
 Knows lengths and budgets, not tensors: nothing here touches the device.
 """

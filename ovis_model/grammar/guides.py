@@ -1,4 +1,4 @@
-"""Compile regular expressions and JSON schemas, and mask the tokens that cannot come next.
+"""Compile constraints to grammars and compute masks over the next tokens.
 
 llguidance parses and masks. An answer that ends is always valid. Knows token ids and bytes: no torch, no prompts.
 """

@@ -1,4 +1,4 @@
-"""JSON schemas that answers are held to: checked by the table of keywords, rewritten for llguidance, asked of answers.
+"""Check JSON schemas, rewrite them for the grammar library, and validate answers against them.
 
 Every answer is valid by the schema as it was given, though not every valid answer can be given. The rewrites mend what
 llguidance 1.9.1 honours only almost; it refuses the combinations of keywords that it cannot compile.

@@ -1,4 +1,4 @@
-"""Regular expressions that mean the same to Python's `re`, ECMA-262 (JSON Schema) and Rust's `regex`.
+"""Check that a regular expression means the same to Python, ECMA-262 (JSON Schema) and Rust's `regex`.
 
 Where the three disagree, an answer that fits for one is wrong for another: such constructs are refused by name.
 """

@@ -1,4 +1,4 @@
-"""Which of a video's candidate frames to show to the model: uniform, top-k by relevance, or MDP3.
+"""Select frames of a video among candidates: uniform, top-k by relevance, or MDP3.
 
 Knows embeddings only: no pictures, no encoder, no model. MDP3 (arXiv 2501.02885, ICCV 2025; `plugin/mdp3.py` of
 AIDC-AI/Ovis) scores a set S of frames by relevance and by diversity, in segments that follow each other in time:

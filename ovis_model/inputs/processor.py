@@ -1,4 +1,4 @@
-"""Text and pictures to a Request; token ids back to text."""
+"""Build a Request from text and images; detokenize output ids."""
 
 from __future__ import annotations
 

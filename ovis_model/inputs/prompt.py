@@ -1,4 +1,4 @@
-"""A question about images to the token ids of Ovis2's chat format."""
+"""Encode a question about images as token ids of Ovis2's chat format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture to the uint8 tiles that Ovis2 sees."""
+"""Cut an image into the uint8 tiles that Ovis2 sees."""
 
 from __future__ import annotations
 

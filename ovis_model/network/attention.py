@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: `kernels` chooses who computes it, with one method for each shape of the work.
+"""Scaled dot-product attention: one function for each shape of the work, over interchangeable kernels.
 
 In half precision on CUDA the kernels are those of flash-attn where it is installed, else torch's own FlashAttention;
 everywhere else torch's `scaled_dot_product_attention`. OVIS_ATTENTION=flash, varlen or sdpa chooses by hand.

@@ -1,4 +1,4 @@
-"""Qwen2.5 decoder (arXiv:2412.15115) over embeddings: text and visual tokens look alike to it.
+"""The Qwen2.5 decoder (arXiv:2412.15115), over embeddings of text and visual tokens alike.
 
 Attribute names are those of AIDC-AI's checkpoints.
 """

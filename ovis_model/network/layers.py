@@ -1,4 +1,4 @@
-"""The pieces that the vision tower and the decoder share."""
+"""Layers that the vision tower and the decoder share: norms, linear layers, gating."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ovis2: visual tokens and text meet in one sequence of embeddings (Ovis, arXiv:2405.20797)."""
+"""The Ovis2 network: visual and text embeddings in one sequence (Ovis, arXiv:2405.20797)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SigLIP (arXiv 2303.15343) through transformers: frames and text to vectors that can be compared.
+"""SigLIP (arXiv:2303.15343) through transformers: encode frames and text as comparable vectors.
 
 Weights from safetensors, no remote code. Pictures come in the size that the checkpoint wants, see `size`.
 """

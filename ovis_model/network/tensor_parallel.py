@@ -1,4 +1,4 @@
-"""Tensor parallelism: what part of the model a rank holds, and how the ranks put their parts together.
+"""Tensor parallelism: the part of the model that a rank holds, and the exchange between ranks.
 
 As in Megatron-LM (arXiv:1909.08053): query, key, value, gate and up projections are cut by output rows, the output and
 down projections by input columns, whose sums are then added over the ranks; the embedding table and the output matrix

@@ -1,4 +1,4 @@
-"""AIMv2 tower (arXiv:2411.14402) and visual head: normalised tiles -> probabilities over the visual vocabulary.
+"""The AIMv2 tower (arXiv:2411.14402) and visual head: tiles -> probabilities over the visual vocabulary.
 
 Attribute names are those of AIDC-AI's checkpoints.
 """

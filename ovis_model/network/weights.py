@@ -1,4 +1,4 @@
-"""safetensors files -> a model on its device, one tensor at a time, in either layout of checkpoint.
+"""Load safetensors files into a model, one tensor at a time, in either layout of checkpoint.
 
 Strict: a tensor that is missing, unknown or misshapen stops the load and is named.
 """

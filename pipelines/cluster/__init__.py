@@ -1,1 +1,1 @@
-"""The Ray cluster that a run uses: its resources, the session, attempts per row and how actors end."""
+"""Ray: hardware and pools, the session, attempts per row, the end of actors."""

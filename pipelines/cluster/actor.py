@@ -1,4 +1,4 @@
-"""How processes end that hold a part of the work."""
+"""End the processes of actors and ranks for certain, also where C++ libraries hang at exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a process died on its work, counted where the count survives the process.
+"""Count in an actor of their own how often processes died on a piece of work, so that no row is retried for ever.
 
 Ray restarts an actor and runs its work again for ever; so a row that kills its process would never end.
 """

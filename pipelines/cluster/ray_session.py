@@ -1,4 +1,4 @@
-"""The Ray that a run uses: joined or started, configured, and what its errors say."""
+"""Join or start Ray, configure it, and translate its errors to ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cluster has, and how its CPUs, GPUs and rows are shared between the pools of actors."""
+"""The hardware of a cluster, and how many actors of each pool fit on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""References to images -> their bytes, several rows ahead, bounded in memory."""
+"""Fetch the bytes of references several rows ahead, bounded in memory."""
 
 from __future__ import annotations
 

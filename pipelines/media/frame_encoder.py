@@ -1,4 +1,4 @@
-"""Frames and questions -> vectors to choose frames by, in actors of their own that preprocessors ask."""
+"""Encode frames and questions as vectors that frames are chosen by, in actors of their own."""
 
 from __future__ import annotations
 

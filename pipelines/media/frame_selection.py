@@ -1,4 +1,4 @@
-"""A video to the frames that the model is shown: evenly spread, or chosen among candidates."""
+"""Choose the frames of a video that the model is shown: evenly spread, or by vectors of candidates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of one file to an upright RGB picture."""
+"""Decode the bytes of an image file, of any format that Pillow reads, to an upright RGB picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open files that images are read from one after the other: a tar.gz, a Parquet file, an Arrow stream."""
+"""Sequential readers of containers that hold images: tar.gz, Parquet, Arrow streams."""
 
 from __future__ import annotations
 

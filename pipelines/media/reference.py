@@ -1,4 +1,4 @@
-"""Where the bytes of an image or a video are: what a manifest row holds instead of payload."""
+"""References: where the bytes of an image or a video are; stored in manifest rows instead of payload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of video to a few of its frames: only those are decoded to pixels, and what lies between is skipped.
+"""Decode a few frames of a video and skip what lies between.
 
 Knows nothing of rows, processes and limits: `video_process` runs this in a process that can be killed.
 """

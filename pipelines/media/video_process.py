@@ -1,4 +1,4 @@
-"""Videos decoded in a process of their own, which is ended when one of them takes too long, too much memory or crashes.
+"""Decode videos in a child process with limits of time and memory, which may crash without harm.
 
 `python -m pipelines.media.video_process FD` is that process; it answers over the socket FD until its parent is gone.
 """

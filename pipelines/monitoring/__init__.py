@@ -1,1 +1,1 @@
-"""What a run reports while it works: progress and the reasons of failed rows."""
+"""Observe a run while it works: progress, rates and the reasons of failed rows."""

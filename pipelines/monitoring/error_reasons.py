@@ -1,4 +1,4 @@
-"""Count why rows failed, and stop a run in which everything fails."""
+"""Count the reasons of failed rows, and stop a run in which everything fails."""
 
 from __future__ import annotations
 

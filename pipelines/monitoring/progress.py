@@ -1,4 +1,4 @@
-"""Show how far a job is and when it will end, on stderr."""
+"""Progress with rates and the time left on stderr: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""OUTPUT on disk or in a store: run record, manifest, ledger, lease and data files."""
+"""The files of OUTPUT: run record, manifest, ledger, lease, data."""

@@ -1,4 +1,4 @@
-"""A run's files rewritten: without their error rows, so that these are tried again; or fewer and in order."""
+"""Rewrite the files of a run: without error rows, to retry them; or fewer, larger and sorted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of OUTPUT/data exchanged for others: all of them or none, whenever the process dies.
+"""Exchange files of OUTPUT/data for others, all or none, whenever the process dies.
 
 The new files are written to OUTPUT/exchange, then a note there commits: whoever opens the output next, this process or
 a later one, moves them to OUTPUT/data and removes the old ones.

@@ -1,4 +1,4 @@
-"""OUTPUT/driver.json: one driver writes to an OUTPUT at a time."""
+"""OUTPUT/driver.json: allows one driver at a time to write to an OUTPUT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows are done: sets of row numbers as ranges, read from the footers of the output files.
+"""Ledger of finished rows: ranges of row numbers, read from the footers that `sink` writes.
 
 Small whatever the number of rows, and independent of blocks, batches, pool sizes and cluster.
 """

@@ -1,4 +1,4 @@
-"""The frozen input: every row's number, id and place, written once as OUTPUT/manifest and read by range."""
+"""The frozen input: number, id and place of every row, written once as OUTPUT/manifest and read by range."""
 
 from __future__ import annotations
 

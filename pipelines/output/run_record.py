@@ -1,4 +1,4 @@
-"""OUTPUT/run.json: what a run is, so that only the same run goes on in the same OUTPUT."""
+"""OUTPUT/run.json: the identity of a run, so that only the same run is resumed in the same OUTPUT."""
 
 from __future__ import annotations
 

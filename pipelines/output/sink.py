@@ -1,4 +1,4 @@
-"""Results -> Parquet files that appear whole or not at all, and back."""
+"""Write results to Parquet files atomically, with their row numbers in the footer; read them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some rows of an output with what is derived from their columns: confidence, flags, and which answers are right."""
+"""Derive confidence, flags and correctness for some rows of an output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An output -> its report: one pass over the rows, then the media of those that are shown."""
+"""Build the report of an output: one pass over the rows, then the media of those that are shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the columns of an output mean: its tasks, what each answers with, and what the input gave."""
+"""Read the meaning of output columns: tasks, answer types, kept columns."""
 
 from __future__ import annotations
 

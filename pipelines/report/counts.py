@@ -1,4 +1,4 @@
-"""Histograms and calibration in bounded memory, whatever the number of rows."""
+"""Counters of bounded memory: frequent keys, histograms, calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data -> one HTML file that needs nothing else and runs no script but its own."""
+"""Render the report as one HTML file that loads nothing and runs no script but its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The media of some rows as small pictures within a page: thumbnails, and strips of the frames of videos."""
+"""Thumbnails of images and film strips of videos for the page."""
 
 from __future__ import annotations
 

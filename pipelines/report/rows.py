@@ -1,4 +1,4 @@
-"""The rows and the run as the page has them: JSON of bounded size, without what no reader should be handed."""
+"""Serialise rows and run record to bounded JSON for the page, without what no reader should see."""
 
 from __future__ import annotations
 

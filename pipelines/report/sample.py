@@ -1,4 +1,4 @@
-"""Which rows a page shows: some at random, and of the doubtful ones some of every kind. The same ones every time."""
+"""Choose the rows that a page shows: some at random and some of each doubtful kind, the same every time."""
 
 from __future__ import annotations
 

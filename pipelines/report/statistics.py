@@ -1,4 +1,4 @@
-"""What there is to say of all rows, counted batch by batch."""
+"""Aggregate statistics over all rows, batch by batch."""
 
 from __future__ import annotations
 

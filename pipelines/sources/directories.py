@@ -1,4 +1,4 @@
-"""What a directory holds: pictures, shards, or a dataset as Hugging Face's libraries leave it on disk."""
+"""Recognise what a directory holds: images, shards or a dataset of Hugging Face."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ids: each once in a run, whatever the inputs say; and what a run has already is not added to it again."""
+"""Make ids unique within a run, and leave out rows that an extended run has already."""
 
 from __future__ import annotations
 

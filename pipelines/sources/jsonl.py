@@ -1,4 +1,4 @@
-"""JSON lines, each an object that names its images and holds columns."""
+"""List JSON lines: each is an object that names its images and holds columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INPUT -> the rows of the manifest, listed once into a temporary file: the driver's memory holds hashes only."""
+"""List INPUT once into a temporary file: the rows of the manifest, while memory holds hashes only."""
 
 from __future__ import annotations
 

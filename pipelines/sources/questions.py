@@ -1,4 +1,4 @@
-"""What each row is asked: its own prompt, or the run's prompts with the row's columns in them."""
+"""Choose the prompts of each row: its own, or those of the run with the columns of the row filled in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source says of its rows: identity, references to images, the text of a prompt and columns. No payload."""
+"""The row of a source: id, references to images, prompt and columns; no payload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INPUT -> files -> chunks of rows, in order, several shards begun at once."""
+"""Expand INPUT to files and list their rows in order, several shards at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet and Arrow's IPC format, as `save_to_disk` writes it: a row is a row, images are left where they are."""
+"""Find the role of each column in an Arrow table, and turn batches of such a table into rows."""
 
 from __future__ import annotations
 

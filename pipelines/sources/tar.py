@@ -1,4 +1,4 @@
-"""WebDataset shards: an index of a tar in which all members of one key are one row."""
+"""List WebDataset shards: index a tar, all members of one key being one row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of videos: windows `uri#t=10,20` of them, and long ones cut into several rows."""
+"""Videos as rows: windows such as `clip.mp4#t=10,20`, and long videos cut into several rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of Arrow's IPC format, checked before Arrow reads them."""
+"""Validate messages of Arrow's IPC format before Arrow reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files by http(s) URL, for INPUT that others wrote: bounded in time, bytes and redirects, and to public addresses.
+"""A file system for http(s) URLs of strangers: bounded in time, bytes and redirects, and to public addresses.
 
 Options of the class go into fsspec's configuration, such as FSSPEC_HTTP='{"total_timeout_s": 300}'.
 """

@@ -1,4 +1,4 @@
-"""Faults of a store that may pass: tried again a bounded number of times, each time later, never all at once."""
+"""Retry faults of a store that may be transient: bounded attempts, growing pauses with jitter."""
 
 from __future__ import annotations
 

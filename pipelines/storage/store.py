@@ -1,4 +1,4 @@
-"""Files by URI, local or in an object store: list, read, write at once, remove. The only module that knows fsspec.
+"""Files by URI, local or in an object store, through fsspec: list, read, write atomically, remove.
 
 What fails for a reason of its own raises OSError; what fails because the store does, StoreFault.
 """

@@ -1,1 +1,1 @@
-"""What is asked of each row: tasks, their answer types and the columns of their answers."""
+"""Tasks: questions about rows, answer types and the columns of answers."""

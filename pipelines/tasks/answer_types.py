@@ -1,4 +1,4 @@
-"""Define the types of answers: what constrains the model, the type of the column, and the value of a text.
+"""Answer types of tasks: their constraint on generation, their column type, and parsing a text to a value.
 
 text                        anything                              string
 bool                        Yes or No                             bool

@@ -1,4 +1,4 @@
-"""Map JSON schemas to Arrow types, and JSON values to what a column of such a type takes."""
+"""Map JSON schemas to Arrow types, and JSON values to values of such a column."""
 
 from __future__ import annotations
 

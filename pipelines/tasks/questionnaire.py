@@ -1,4 +1,4 @@
-"""What is asked of every row, and the columns of the output that the answers decide."""
+"""The tasks of a run and the output columns that their answers decide."""
 
 from __future__ import annotations
 

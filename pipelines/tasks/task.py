@@ -1,4 +1,4 @@
-"""What is asked of every row: one question or several, each with its own type of answer."""
+"""A task: one question, its answer type and how its answer is generated; tasks are read from YAML."""
 
 from __future__ import annotations
 
