@@ -170,16 +170,16 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
     """
     fs, path = open_store(uri)
     read = _read_local if isinstance(fs, LocalFileSystem) else fs.cat_file
-    data: bytes = _tried(fs, lambda: read(path, start, stop))
+    data: bytes = _tried(fs, lambda: read(path, start=start, end=stop))
     return data
 
 
-def _read_local(path: str, start: int | None, stop: int | None) -> bytes:
+def _read_local(path: str, start: int | None, end: int | None) -> bytes:
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise FinalFault(f"{path} is not a regular file")  # a pipe may never end
     with Path(path).open("rb") as file:
         file.seek(start or 0)
-        return file.read(-1 if stop is None else stop - file.tell())
+        return file.read(-1 if end is None else end - file.tell())
 
 
 def can_read(uri: str, offset: int) -> bool:
