@@ -1,1 +1,1 @@
-"""Entry points `python -m jobs.<name>`, and the command line that they share."""
+"""Entry points `python -m jobs.<name>`, and what they share: `options` parses, `cli` runs and reports."""

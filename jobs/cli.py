@@ -1,4 +1,4 @@
-"""The command line of the jobs: options from flags and YAML, exit codes, one JSON line on stdout."""
+"""Run a job for the shell: exit codes, one JSON line on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TypeVar
 
-from jobs.command_line import parse_command_line
+from jobs.options import parse_command_line
 from pipelines.config import RunConfig
 from pipelines.errors import EverythingFails, LeaseLost, RowsLost, StageFailed, StoreFault
 from pipelines.pipeline import run_pipeline

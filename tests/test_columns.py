@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import parse_command_line
+from jobs.options import parse_command_line
 from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
 from tests.support.jsonl_files import write_lines

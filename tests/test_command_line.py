@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import parse_command_line
+from jobs.options import parse_command_line
 from pipelines.config import CaptionConfig
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from jobs.command_line import parse_command_line
+from jobs.options import parse_command_line
 from ovis_model.config import SIZES
 from pipelines.cluster.resources import Hardware, plan_pools, plan_tensor_parallel
 from pipelines.config import CaptionConfig

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from jobs.command_line import parse_command_line
+from jobs.options import parse_command_line
 from ovis_model.types import Constraint
 from pipelines import schema
 from pipelines.config import AnnotateConfig

@@ -1,4 +1,4 @@
-"""Flags and YAML -> a configuration, from its fields: one definition for both and for Python."""
+"""Parse flags and YAML into a configuration: its fields are the one definition of options, for Python too."""
 
 from __future__ import annotations
 
