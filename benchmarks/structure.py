@@ -1,10 +1,11 @@
 """Measure the structure of a checkout from its text alone, e.g. to compare two versions of the project.
 
-    python -m benchmarks.structure [ROOT]
+    python -m benchmarks.structure [--list] [ROOT]
 
 ROOT is a checkout of this project, by default the one that holds this file; it may be older than the folders `demo` and
 `benchmarks`. Prints one line per figure, then all figures as one line of JSON. "product" is every Python file of the
-packages except the benchmark scripts. Lines of files include blank lines, comments and docstrings.
+packages except the benchmark scripts. Lines of files include blank lines, comments and docstrings. `--list` prints
+each place that a figure about language counts, instead of the figures.
 """
 
 from __future__ import annotations
@@ -28,23 +29,31 @@ ENGINE_TOOLS = ("benchmarks/engine.py", "benchmarks/roofline.py")  # product: th
 CONFIGURATIONS = {"RunConfig", "CaptionConfig", "AnnotateConfig"}
 MAX_DOC_COLUMNS = 110
 _VERB_LIST = """
-    abort accept acquire adapt add admit advance aggregate allocate allow answer append apply ask assert assign attach
-attend begin bind bound branch broadcast build cache calculate call cancel capture cast change check choose clean
-clear clip close collect combine compact compare compile compute configure confirm connect consume convert copy
-count create crop cut decide decode decorate define delete derive describe detokenize discard divide download draw
-drop embed emit enable encode end enqueue ensure enter enumerate escape estimate evaluate exchange exit expand
-expect export extend extract fail fetch fill filter find finish fit flatten flush follow forbid forget format
-forward fuse gather generate get give group guard handle hash hold import increase index infer initialize insert
-install interrupt iterate join keep kill launch leave limit link list load locate log look make map mark mask match
-measure merge move name normalize notify offer open order pack pad parse partition pass pause persist pick place
-plan plot point pop prefer prefill prepare prevent print probe process produce propagate provide prune publish pull
-push put query quote raise read rebuild receive record reduce refuse register reject release remove rename render
-repeat replace replay report request require reserve reset resize resolve restart restore resume retire retry
-return reuse reverse rewind rewrite rotate round run sample save scale scan schedule score search seek select send
-serialize serve set settle share shard show shrink shuffle signal skip slice sort split stack start step stop store
-stream strip submit suggest sum summarize take tell terminate test throw tile time tokenize track train transform
-translate truncate try turn unpack update upload use validate verify view visit wait walk warm warn watch wrap
-write yield
+abort accept acquire activate adapt add admit advance aggregate align allocate allow amend announce answer append
+apply arrange ask assemble assert assign attach attend await balance begin bind blend bound branch brighten broadcast
+build bump cache calculate call cancel capture cast catch chain change check choose clamp classify clean clear clip
+close collapse collect combine compact compare compile compute concatenate configure confirm connect consume convert
+copy count cover create crop cut cycle darken decide decode decorate decrement define delay delegate delete deliver
+demand deny derive describe detach detect determine detokenize diff disable discard dispatch divide download drain
+draw drop duplicate edit embed emit enable encode end enqueue ensure enter enumerate erase escape estimate evaluate
+exchange exclude execute exit expand expect explain export expose extend extract fail feed fetch fill filter find
+finish fit flatten flush fold follow forbid force forget format forward free freeze fuse gain gather generalize
+generate get give group grow guard guess halve handle hash highlight hint hold identify ignore import include increase
+increment index infer inform inherit initialize insert inspect install interleave interpolate interpret interrupt
+intersect invert invoke iterate join keep kill launch leave limit link list load locate lock log look lower maintain
+make manage map mark mask match measure merge migrate mirror move multiply name narrow normalize notify obtain occupy
+offer open order overlap overwrite pack pad paint parse partition pass pause permute persist pick ping place plan plot
+point poll pop predict prefer prefill prepare preserve prevent print probe proceed process produce promote propagate
+provide prune publish pull push put quantize query quiet quit quote raise reach read rebuild receive reconstruct
+record redact redirect redo reduce refill refresh refuse register reject relate release rely remember remove rename
+render repair repeat replace replay report request require rescale reserve reset resize resolve respond restart
+restore resume retain retire retrieve retry return reuse reverse revert rewind rewrite rotate round route run sample
+satisfy save scale scan scatter schedule score search seed seek select send separate serialize serve set settle shard
+share shift shorten show shrink shuffle shut signal simplify simulate skip sleep slice smooth solve sort spawn split
+spread squeeze stack start steal step stop store stream strip submit substitute subtract suggest sum summarize
+suppress swap switch sync synchronize synthesize take tally tell terminate test throw tile time toggle tokenize trace
+track train transfer transform translate trim truncate try turn undo unify unite unlock unpack unwrap update upload
+use validate verify view visit wait wake walk warm warn watch widen wrap write yield zip
 """
 VERBS = frozenset(_VERB_LIST.split())
 
@@ -69,6 +78,11 @@ class Module:
         return self.path.rpartition("/")[0]
 
     @property
+    def public_names(self) -> list[str]:
+        top = ast.parse(self.text).body
+        return [node.name for node in top if isinstance(node, Function | ast.ClassDef) and node.name[0] != "_"]
+
+    @property
     def functions(self) -> list[Function]:
         return [node for node in self.nodes if isinstance(node, Function)]
 
@@ -81,7 +95,12 @@ class Module:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.structure", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parents[1], metavar="ROOT")
-    figures = measure(parser.parse_args(argv).root)
+    parser.add_argument("--list", action="store_true", help="print the places that fall short, instead of the figures")
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        print(*find_language(arguments.root), sep="\n")
+        return
+    figures = measure(arguments.root)
     for name, value in figures.items():
         print(f"{name:<52} {value:>8}" if isinstance(value, int) else f"{name:<52} {value}")
     print(json.dumps(figures))
@@ -101,7 +120,7 @@ def measure(root: Path) -> Figures:
         **count_couplings(product),
         "lines of import rules": count_import_rules(root / "pyproject.toml"),
         **measure_language(product),
-        f"doc lines over {MAX_DOC_COLUMNS} characters": count_long_doc_lines(root),
+        f"doc lines over {MAX_DOC_COLUMNS} characters": len(find_long_doc_lines(root)),
     }
 
 
@@ -208,17 +227,59 @@ def measure_language(modules: list[Module]) -> Figures:
     """Return the shares of function docstrings and of function names whose first word is in VERBS.
 
     Some words there are nouns too ("list", "sample"), so both shares are a little high. Names of dunder methods and of
-    properties are left out.
+    properties are left out, and so are docstrings of properties, which describe a value.
     """
     functions = [function for module in modules for function in module.functions]
-    docstrings = [docstring for function in functions if (docstring := ast.get_docstring(function))]
-    names = [function.name for function in functions if not is_dunder(function.name) and not is_property(function)]
+    docstrings = [docstring for function in functions if (docstring := _get_action(function))]
+    names = [function.name for function in functions if is_action(function)]
     identifiers = set(find_identifiers(_nodes(modules)))
     return {
         "function docstrings that begin with a verb": _share(docstrings),
         "function names that begin with a verb": _share(names),
-        "names with most_": sum(bool(re.search("(^|_)most_", name.lower())) for name in identifiers),
+        "names with most_": sum(map(is_most_name, identifiers)),
+        "public names defined in more than one module": len(find_shared_names(modules)),
     }
+
+
+def find_language(root: Path) -> Iterator[str]:
+    """Yield a line for each docstring, name and line of a page that falls short of a figure about language."""
+    modules = [module for module in read_modules(root) if not module.is_benchmark_script]
+    for module in modules:
+        for function in module.functions:
+            place = f"{module.path}:{function.lineno}"
+            if is_action(function) and not begins_with_verb(function.name):
+                yield f"{place} name {function.name}"
+            docstring = _get_action(function)
+            if docstring and not begins_with_verb(docstring):
+                yield f"{place} docstring {docstring.splitlines()[0]}"
+        yield from (f"{module.path} name {name}" for name in find_identifiers(module.nodes) if is_most_name(name))
+    yield from (f"{name} is defined in {', '.join(paths)}" for name, paths in find_shared_names(modules).items())
+    yield from find_long_doc_lines(root)
+
+
+def find_shared_names(modules: list[Module]) -> dict[str, list[str]]:
+    """Return {public function or class at the top of a module: paths}, where more than one module defines that name.
+
+    `main` is left out: each entry point has one.
+    """
+    paths: dict[str, list[str]] = {}
+    for module in modules:
+        for name in module.public_names:
+            paths.setdefault(name, []).append(module.path)
+    return {name: found for name, found in sorted(paths.items()) if len(found) > 1 and name != "main"}
+
+
+def _get_action(function: Function) -> str | None:
+    return None if is_property(function) else ast.get_docstring(function)
+
+
+def is_action(function: Function) -> bool:
+    """Return whether the name of `function` should be a verb: not a property, not a dunder method."""
+    return not is_dunder(function.name) and not is_property(function)
+
+
+def is_most_name(name: str) -> bool:
+    return bool(re.search("(^|_)most_", name.lower()))
 
 
 def _share(texts: list[str]) -> str:
@@ -250,9 +311,15 @@ def find_identifiers(nodes: Iterable[ast.AST]) -> Iterator[str]:
                 yield name
 
 
-def count_long_doc_lines(root: Path) -> int:
-    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    return sum(len(line) > MAX_DOC_COLUMNS for page in pages for line in page.read_text("utf-8").splitlines())
+def find_long_doc_lines(root: Path) -> list[str]:
+    """Return a line for each line of a page that is longer than MAX_DOC_COLUMNS, with its place."""
+    pages = [*sorted(root.glob("*.md")), *sorted((root / "docs").glob("*.md"))]
+    return [
+        f"{page.relative_to(root)}:{number} {len(line)} characters"
+        for page in pages
+        for number, line in enumerate(page.read_text("utf-8").splitlines(), 1)
+        if len(line) > MAX_DOC_COLUMNS
+    ]
 
 
 def _nodes(modules: list[Module]) -> Iterator[ast.AST]:
