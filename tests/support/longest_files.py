@@ -11,7 +11,7 @@ LONGEST = (
     "test_chaos",
     "test_conservation",
     "test_shards",
-    "test_going_on",
+    "test_retry_and_extend",
     "test_cluster_run",
     "test_object_store",
     "test_store_faults",
