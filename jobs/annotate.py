@@ -6,14 +6,15 @@ All options and exit codes of `jobs.caption`, but for the prompt: docs/annotate.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from jobs.cli import run_rows
 from pipelines.config import AnnotateConfig
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.annotate") -> int:
     description = "Ask Ovis2 several questions about each image or video, with typed answers, into Parquet."
-    return run_rows(AnnotateConfig, "python -m jobs.annotate", description, argv)
+    return run_rows(AnnotateConfig, prog, description, argv)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ same command goes on where it stopped.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from jobs.cli import run_rows
 from pipelines.config import CaptionConfig
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.caption") -> int:
     description = "Caption images and videos with Ovis2 into Parquet."
-    return run_rows(CaptionConfig, "python -m jobs.caption", description, argv)
+    return run_rows(CaptionConfig, prog, description, argv)
 
 
 if __name__ == "__main__":

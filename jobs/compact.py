@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from jobs.cli import run_job
 from pipelines.output.compact import compact_run
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.compact", description=(__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.compact") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", metavar="OUTPUT", help="of a run, finished or not, that is not going on now")
     parser.add_argument("--file-size-mb", type=float, default=256, help="of a new file, about (default 256)")
     arguments = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +37,20 @@ class Comparison:
         return self.caption == self.truth
 
 
-def main() -> None:
-    run_from_command_line(run_demo, "jobs.demo", __doc__, Path("demo_output"))
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.demo") -> int:
+    return run_from_command_line(run_demo, argv, prog, __doc__, Path("demo_output"))
 
 
-def run_from_command_line(demo: Callable[[Path, int, int], int], name: str, about: str | None, output: Path) -> None:
-    """Exit with what `demo` gives for the output directory, the number of pictures and the seed."""
-    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=(about or "").splitlines()[0])
+def run_from_command_line(
+    demo: Callable[[Path, int, int], int], argv: Sequence[str] | None, prog: str, about: str | None, output: Path
+) -> int:
+    """Run `demo` with the output directory, the number of images and the seed of the command line -> its exit code."""
+    parser = argparse.ArgumentParser(prog=prog, description=(about or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=output, help=f"default {output}")
     parser.add_argument("--count", type=int, default=200, help="number of pictures (default 200)")
     parser.add_argument("--seed", type=int, default=1, help="other seeds draw other pictures (default 1)")
-    args = parser.parse_args()
-    sys.exit(demo(args.output, args.count, args.seed))
+    args = parser.parse_args(argv)
+    return demo(args.output, args.count, args.seed)
 
 
 def run_demo(output: Path, count: int, seed: int) -> int:
@@ -113,4 +115,4 @@ def _share(comparisons: list[Comparison]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

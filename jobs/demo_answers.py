@@ -9,6 +9,8 @@ would: `jobs.annotate` with demo/tasks.yaml, then `jobs.report`, which compares 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ TASKS = Path(__file__).parents[1] / "demo" / "tasks.yaml"
 TRUTHS = {"is_so": "is_so_truth", "count": "count_truth", "background": "background_truth"}
 
 
-def main() -> None:
-    run_from_command_line(run_demo, "jobs.demo_answers", __doc__, Path("demo_answers"))
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.demo_answers") -> int:
+    return run_from_command_line(run_demo, argv, prog, __doc__, Path("demo_answers"))
 
 
 def run_demo(output: Path, count: int, seed: int) -> int:
@@ -64,4 +66,4 @@ def _line(path: Path, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from jobs.cli import run_job
 from pipelines.report.build import MOST_ROWS, ReportOptions, write_report
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = _parse(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.report") -> int:
+    options = _parse(argv, prog)
     return run_job(lambda: write_report(options), goes_on=False)
 
 
-def _parse(argv: list[str] | None) -> ReportOptions:
-    parser = argparse.ArgumentParser(prog="python -m jobs.report", description=(__doc__ or "").splitlines()[0])
+def _parse(argv: Sequence[str] | None, prog: str) -> ReportOptions:
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", metavar="OUTPUT", help="of a run, finished or not")
     parser.add_argument("--to", metavar="FILE", help="default OUTPUT/report.html; NAME-report.html here for a URI")
     parser.add_argument("--rows", type=int, default=300, help=f"most rows to show, at most {MOST_ROWS} (default 300)")
