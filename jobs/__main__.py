@@ -23,14 +23,9 @@ JOBS = {
 def main(argv: Sequence[str] | None = None, prog: str = "ovis2") -> int:
     """Run the job that the first argument names -> its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in JOBS:
-        name = arguments.pop(0)
-        # Imported only now: the list of jobs takes no second.
-        job = import_module(f"jobs.{name.replace('-', '_')}")
-        return int(job.main(arguments, f"{prog} {name}"))
-    parser = _build_parser(prog)
-    parser.parse_args(arguments[:1])
-    parser.error("JOB is missing")
+    name = _build_parser(prog).parse_args(arguments[:1]).job
+    job = import_module(f"jobs.{name.replace('-', '_')}")  # only now, so that the list of jobs is quick
+    return int(job.main(arguments[1:], f"{prog} {name}"))
 
 
 def _build_parser(prog: str) -> argparse.ArgumentParser:
@@ -42,12 +37,14 @@ def _build_parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("job", type=_check_job, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("job", type=_check_job, metavar="JOB", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"ovis2-ray {__version__}")
     return parser
 
 
 def _check_job(name: str) -> str:
+    if name in JOBS:
+        return name
     close = get_close_matches(name, JOBS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"use {', '.join(JOBS)}"
     raise argparse.ArgumentTypeError(f"unknown job {name!r}; {hint}")
