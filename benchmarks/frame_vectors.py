@@ -64,7 +64,7 @@ def _long(long: list[Image.Image], images: list[Image.Image]) -> tuple[np.ndarra
 
 
 def by_pixels(images: list[Image.Image]) -> np.ndarray:
-    return PixelEncoder().frames(stacked(images, PixelEncoder.size[0]))
+    return PixelEncoder().encode_frames(stacked(images, PixelEncoder.size[0]))
 
 
 def by_demo(what: str) -> Vectors:

@@ -64,7 +64,7 @@ def _manifest_bytes(source: str, output: Path) -> float:
     """On disk, a row."""
     config = CaptionConfig(input=(source,), output="none", model="demo")
     with list_rows(config, config.questionnaire) as rows:
-        write_manifest(str(output), rows.tables())
+        write_manifest(str(output), rows.read_tables())
     return sum(path.stat().st_size for path in output.rglob("*.parquet")) / rows.num_rows
 
 

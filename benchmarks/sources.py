@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import CaptionConfig
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import ImageRef, read_reference
+from pipelines.media.reference import ImageRef, parse_reference
 from pipelines.sources import list_rows
 from tests.support.parquet_files import HF
 from tests.support.tars import write_tar
@@ -53,9 +53,9 @@ def _report(name: str, uri: str, num_rows: int) -> None:
     config = CaptionConfig(input=(uri,), output="out", model="demo", allow_private_addresses=True)
     started_s = time.process_time()
     with list_rows(config, config.questionnaire) as listing:
-        rows = [row for table in listing.tables() for row in table.column("images").to_pylist()]
+        rows = [row for table in listing.read_tables() for row in table.column("images").to_pylist()]
     listed_s = time.process_time() - started_s
-    images = [[read_reference(image) for image in row] for row in rows]
+    images = [[parse_reference(image) for image in row] for row in rows]
     assert len(images) == num_rows
     units = [images[at : at + UNIT_ROWS] for at in range(0, num_rows, UNIT_ROWS)]
     read_s = _seconds(units)

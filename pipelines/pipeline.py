@@ -19,7 +19,7 @@ from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.config import RunConfig
 from pipelines.errors import LeaseLost, RowsLost, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
-from pipelines.media.frame_encoder import running_encoders
+from pipelines.media.frame_encoder import run_encoders
 from pipelines.monitoring.error_reasons import Reasons
 from pipelines.monitoring.progress import RunProgress
 from pipelines.output.compact import drop_error_rows
@@ -122,7 +122,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     units = [unit._asdict() for unit in split(missing, sizes.rows_per_unit)]
     with (
         ray_errors_named(),
-        running_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
+        run_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
         request_gpus([pools.replica_gpus] * pools.num_replicas if pools.waits_for_gpus else []),
     ):
         attempts = RemoteAttempts(start_attempt_counts())

@@ -16,11 +16,11 @@ from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster.resources import BATCH_BYTES
 from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, RowError, StoreFault
-from pipelines.media.fetch import Fetcher, Pending
+from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frame_selection import Encoder, FrameSelector
 from pipelines.media.images import decode_image
-from pipelines.media.reference import ImageRef, can_read, is_in_place, locate, locate_video
-from pipelines.media.video import Frame, looks_like_video
+from pipelines.media.reference import ImageRef, can_read_image, is_seekable_video, locate, locate_video
+from pipelines.media.video import Frame, has_video_signature
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_rows, sample_images
 from pipelines.rows import Batch, ManifestRow, PreparedRow
@@ -64,15 +64,15 @@ class Preprocess:
                 yield from _batches(map(self._prepare_alone, rows))
             self._attempts.end(work)
 
-    def _fetched(self, rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, Pending]]:
-        return self._fetcher.ahead((row, self._needed_images(row)) for row in rows)
+    def _fetched(self, rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, PendingImages]]:
+        return self._fetcher.fetch_ahead((row, self._needed_images(row)) for row in rows)
 
     def _needed_images(self, row: ManifestRow) -> Sequence[ImageRef]:
         """Return what to fetch: nothing for a row that fails anyway, nor for a video that is decoded where it is."""
-        is_needed = not row.error and len(row.images) <= self._requests.max_images and not is_in_place(row.images)
+        is_needed = not row.error and len(row.images) <= self._requests.max_images and not is_seekable_video(row.images)
         return row.images if is_needed else ()
 
-    def _prepare(self, row: ManifestRow, images: Pending) -> PreparedRow:
+    def _prepare(self, row: ManifestRow, images: PendingImages) -> PreparedRow:
         try:
             return self._prepare_or_raise(row, images)
         except RowError as error:
@@ -91,7 +91,7 @@ class Preprocess:
         self._attempts.end(work)
         return prepared
 
-    def _prepare_or_raise(self, row: ManifestRow, images: Pending) -> PreparedRow:
+    def _prepare_or_raise(self, row: ManifestRow, images: PendingImages) -> PreparedRow:
         """Return the prepared row. Raises RowError and StoreFault."""
         if row.error:
             raise RowError("list", row.error)
@@ -99,7 +99,7 @@ class Preprocess:
             encoded = images.result()
         with _stage("tile", ValueError):
             self._requests.check_number(max(len(encoded), len(row.images)))
-        if is_in_place(row.images) or any(map(looks_like_video, encoded)):
+        if is_seekable_video(row.images) or any(map(has_video_signature, encoded)):
             return self._prepare_video(row, encoded)
         if not encoded and not row.has_own_prompt:
             raise RowError("read", "no image, and no prompt of its own")
@@ -124,7 +124,7 @@ class Preprocess:
         there = [image for image in others if store.place_of(image.uri) in places]
         if others and not there:
             return False
-        return not any(map(can_read, there))
+        return not any(map(can_read_image, there))
 
 
 class RequestBuilder:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ovis_model.types import Request
-from pipelines.media.reference import ImageRef, read_reference
+from pipelines.media.reference import ImageRef, parse_reference
 from pipelines.schema import Stage, Status
 from pipelines.tasks.questionnaire import Columns
 
@@ -38,7 +38,7 @@ class ManifestRow:
     def from_table(cls, table: pa.Table) -> list[ManifestRow]:
         """Decode rows of `schema.MANIFEST`."""
         return [
-            cls(**{**values, "images": tuple(map(read_reference, values["images"]))}) for values in table.to_pylist()
+            cls(**{**values, "images": tuple(map(parse_reference, values["images"]))}) for values in table.to_pylist()
         ]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.errors import SourceError
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import read_reference
+from pipelines.media.reference import parse_reference
 from tests.support.jsonl_files import write_lines
 from tests.support.pictures import picture
 from tests.support.rows import Row, rows_of
@@ -44,7 +44,7 @@ def dataset() -> datasets.Dataset:
 def colours_of(rows: list[Row]) -> list[Any]:
     """Of the first pixel: the library packs pictures anew."""
     fetcher = Fetcher()
-    images = [fetcher.submit([read_reference(image) for image in row["images"]]).result() for row in rows]
+    images = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
     return [Image.open(io.BytesIO(data)).getpixel((0, 0)) for [data] in images]
 
 
@@ -110,7 +110,7 @@ def test_the_file_format_and_several_batches(tmp_path: Path) -> None:
         writer.write_table(table, max_chunksize=7)
     rows = rows_of(tmp_path / "a.arrow", keep_columns=("n",))
     fetcher = Fetcher()
-    data = [fetcher.submit([read_reference(image) for image in row["images"]]).result() for row in rows]
+    data = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
     assert data == [[bytes([i])] for i in range(30)]
     assert len({row["images"][0]["offset"] for row in rows}) == 5
 

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.errors import BusyFault, FinalFault, SourceError
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import read_reference
+from pipelines.media.reference import parse_reference
 from pipelines.storage import http, store
 from pipelines.storage.http import WebFileSystem
 from tests.support.fetched import images_of, is_refused
@@ -212,5 +212,5 @@ def test_each_bad_url_is_one_row(web: WebServer, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"image": url}) for url in [*urls, f"{web.url}/a.png"]))
     fetcher = Fetcher()
-    futures = [fetcher.submit([read_reference(image) for image in row["images"]]) for row in listed(path)]
+    futures = [fetcher.submit([parse_reference(image) for image in row["images"]]) for row in listed(path)]
     assert [is_refused(future) for future in futures] == [True] * len(urls) + [False]

@@ -15,7 +15,7 @@ from pipelines.output import manifest
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_columns, read_rows
 from pipelines.output.run_record import Run, open_run
-from pipelines.sources import Known, list_rows
+from pipelines.sources import KnownRows, list_rows
 from tests.support.jsonl_files import write_lines
 from tests.support.rows import config_of
 
@@ -25,7 +25,7 @@ MODEL = {"id": "demo", "revision": None, "weights": "0"}
 def ids_of(*inputs: object, **options: object) -> list[str]:
     config = config_of(*inputs, **options)
     with list_rows(config, config.questionnaire) as listing:
-        ids = [id_ for table in listing.tables() for id_ in table.column("id").to_pylist()]
+        ids = [id_ for table in listing.read_tables() for id_ in table.column("id").to_pylist()]
         assert len(ids) == listing.num_rows
     return ids
 
@@ -72,7 +72,7 @@ def test_rows_keep_their_columns_when_others_are_left_out(tmp_path: Path) -> Non
     path = write_lines(tmp_path / "x.jsonl", *rows)
     config = config_of(path, keep_columns=("n",), on_duplicate_id="skip")
     with list_rows(config, config.questionnaire) as listing:
-        kept = [row for table in listing.tables() for row in table.to_pylist()]
+        kept = [row for table in listing.read_tables() for row in table.to_pylist()]
     assert [(row["id"], row["kept"]["n"]) for row in kept] == [("a", 0), ("b", 1), ("c", 3)]
 
 
@@ -144,8 +144,8 @@ def test_extend_across_the_files_of_the_manifest(tmp_path: Path, monkeypatch: py
     c = lines(tmp_path / "c.jsonl", [f"c{i}" for i in range(17)])
     run = opened(tmp_path / "out", a)
     config = config_of(b)
-    with list_rows(config, config.questionnaire, Known()) as listing:
-        manifest.write_manifest(run.output, listing.tables(), run.num_rows)  # and killed before run.json
+    with list_rows(config, config.questionnaire, KnownRows()) as listing:
+        manifest.write_manifest(run.output, listing.read_tables(), run.num_rows)  # and killed before run.json
     run = opened(tmp_path / "out", c, extend=True)
     assert manifest_ids(run) == [*(f"a{i}" for i in range(11)), *(f"c{i}" for i in range(17))]
     numbers = [read_rows(run.output, RowRange(row, row + 1))["row"].to_pylist() for row in range(28)]

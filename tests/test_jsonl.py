@@ -9,9 +9,9 @@ import pytest
 
 from pipelines.errors import SourceError
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import read_reference
+from pipelines.media.reference import parse_reference
 from pipelines.sources.jsonl import list_jsonl
-from pipelines.sources.rows import Columns
+from pipelines.sources.rows import ColumnRoles
 from pipelines.storage.store import FileInfo
 from tests.support.fetched import is_refused
 from tests.support.jsonl_files import write_lines
@@ -50,7 +50,7 @@ def test_bad_lines_are_error_rows_with_their_number(tmp_path: Path) -> None:
         b"[" * 900,
         {"image": "last.jpg"},
     )
-    chunks = list_jsonl(FileInfo(str(path), -1), Columns(), max_line_bytes=1000)
+    chunks = list_jsonl(FileInfo(str(path), -1), ColumnRoles(), max_line_bytes=1000)
     first, *bad, last = [row for chunk in chunks for row in chunk.rows]
     assert not first.error and not last.error
     assert [row.error.split(":")[0] for row in bad] == [f"line {n}" for n in (2, 4, 5, 6, 7, 8, 9, 10, 11)]
@@ -122,7 +122,7 @@ def test_whatever_a_uri_is_only_its_row_fails(tmp_path: Path) -> None:
     uris = ["a\0b", "nosuch://x/y", "http://[bad", "", "pipe", ".", "n" * 5000, "s3://", "ok.jpg"]
     rows = rows_of(write_lines(tmp_path / "a.jsonl", *({"image": [uri]} for uri in uris)))
     fetcher = Fetcher()
-    futures = [fetcher.submit([read_reference(image) for image in row["images"]]) for row in rows]
+    futures = [fetcher.submit([parse_reference(image) for image in row["images"]]) for row in rows]
     assert [bool(row["error"]) for row in rows] == [not uri for uri in uris]
     assert futures[-1].result() == [b"ok"]
     assert all(is_refused(f) for f, uri in zip(futures[:-1], uris[:-1], strict=True) if uri)

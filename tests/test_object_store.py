@@ -11,7 +11,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import Video, read_reference
+from pipelines.media.reference import VideoLocation, parse_reference
 from pipelines.media.video import Sampling
 from pipelines.media.video_process import VideoDecoder
 from pipelines.output.sink import read_results
@@ -46,7 +46,7 @@ def test_references_are_read_by_range(store: S3FileSystem) -> None:
     rows = rows_of(f"{BUCKET}/in", f"{BUCKET}/in/a.tar", f"{BUCKET}/in/b.tgz", f"{BUCKET}/in/c.parquet")
     assert len(rows) == 14 and all(row["uri"].startswith(f"{BUCKET}/in/") for row in rows)
     fetcher = Fetcher()
-    data = [fetcher.submit([read_reference(image) for image in row["images"]]).result() for row in rows]
+    data = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
     assert data == [[picture(i)] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
 
 
@@ -76,10 +76,10 @@ def test_videos_are_decoded_where_they_are(
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
     decoder = VideoDecoder()
-    for place in (Video(f"{BUCKET}/in/a.mp4"), Video(f"{BUCKET}/in/joined", 1000, len(data))):
+    for place in (VideoLocation(f"{BUCKET}/in/a.mp4"), VideoLocation(f"{BUCKET}/in/joined", 1000, len(data))):
         assert [number_in(frame.pixels) for frame in decoder.sample_frames(place, Sampling(4))] == [25, 75, 125, 175]
     assert decoder._process is not None
     assert endpoint.encode() not in Path(f"/proc/{decoder._process.pid}/cmdline").read_bytes()
     with pytest.raises(OSError, match="nowhere"):
-        decoder.sample_frames(Video(f"{BUCKET}/nowhere.mp4"), Sampling(4))
+        decoder.sample_frames(VideoLocation(f"{BUCKET}/nowhere.mp4"), Sampling(4))
     decoder.close()

@@ -11,7 +11,7 @@ import pytest
 from pipelines.errors import SourceError
 from pipelines.media.fetch import Fetcher
 from pipelines.media.readers import ParquetReader
-from pipelines.media.reference import read_reference
+from pipelines.media.reference import parse_reference
 from pipelines.sources import list_rows
 from tests.support.fetched import images_of, is_refused
 from tests.support.parquet_files import HF, kept_columns, write
@@ -86,7 +86,7 @@ def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"image": pa.array([b"1"] * 3), **columns})
     config = config_of(tmp_path / "a.parquet", image_column="image", keep_columns=tuple(columns))
     with list_rows(config, config.questionnaire) as listing:
-        [table] = listing.tables()
+        [table] = listing.read_tables()
     assert {field.name: field.type for field in table.schema.field("kept").type} == {
         name: array.type for name, array in columns.items()
     }
@@ -117,7 +117,7 @@ def test_a_damaged_row_group_is_error_rows_and_is_tried_once(tmp_path: Path) -> 
     path.write_bytes(data)
     fetcher, outcomes = Fetcher(), []
     for row in rows:
-        future = fetcher.submit([read_reference(image) for image in row["images"]])
+        future = fetcher.submit([parse_reference(image) for image in row["images"]])
         outcomes.append(is_refused(future))
     assert outcomes == [False] * 30 + [True] * 30 + [False] * 30
 

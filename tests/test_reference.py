@@ -14,10 +14,10 @@ from pipelines.media.reference import (
     ImageRef,
     TarRef,
     Window,
-    is_in_place,
+    is_seekable_video,
     is_video,
     locate_video,
-    read_reference,
+    parse_reference,
 )
 from pipelines.schema import MANIFEST
 
@@ -41,19 +41,19 @@ def test_the_manifest_stays_as_the_first_version_wrote_it(reference: ImageRef, s
     struct = dict(zip(NAMES, stored, strict=True))
     assert reference.to_struct() == struct
     [[read]] = pa.array([[struct]], MANIFEST.field("images").type).to_pylist()
-    assert read_reference(read) == reference
+    assert parse_reference(read) == reference
 
 
 def test_a_kind_of_another_version_is_refused() -> None:
     with pytest.raises(ValueError, match="kind 'zip' are not supported"):
-        read_reference({**FileRef("a").to_struct(), "kind": "zip"})
+        parse_reference({**FileRef("a").to_struct(), "kind": "zip"})
 
 
 def test_only_one_video_that_is_a_file_or_a_part_of_one_is_decoded_where_it_is() -> None:
     file, part = FileRef("http://host/a.MP4?x=1.png", 5), TarRef("/a.tar", 512, 7, "1.mp4", window=Window(2, 3))
-    assert is_in_place([file]) and is_in_place([part]) and not is_in_place([file, part])
+    assert is_seekable_video([file]) and is_seekable_video([part]) and not is_seekable_video([file, part])
     assert locate_video([part], []) == (("/a.tar", 512, 7, b""), (2, 3))
     packed = TarRef("/a.tgz", 512, 7, "1.mp4", is_gzip=True)
-    assert is_video(packed) and not is_in_place([packed])
+    assert is_video(packed) and not is_seekable_video([packed])
     assert locate_video([packed], [b"data"])[0].data == b"data"
-    assert not is_in_place([FileRef("/a.png")]) and not is_in_place([CellRef("/a.parquet", "video.mp4", 0)])
+    assert not is_seekable_video([FileRef("/a.png")]) and not is_seekable_video([CellRef("/a.parquet", "video.mp4", 0)])

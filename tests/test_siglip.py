@@ -37,28 +37,28 @@ def test_vectors_are_those_of_transformers() -> None:
         ids = [*tokenizer("where is a red circle", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         padded = torch.tensor([ids + [tokenizer.pad_token_id] * (16 - len(ids))])
         text = model.get_text_features(padded).pooler_output
-    assert np.allclose(encoder().frames(pictures), torch.nn.functional.normalize(images).numpy(), atol=1e-5)
+    assert np.allclose(encoder().encode_frames(pictures), torch.nn.functional.normalize(images).numpy(), atol=1e-5)
     expected = torch.nn.functional.normalize(text)[0].numpy()
-    assert np.allclose(encoder().text("where is a red circle"), expected, atol=1e-5)
+    assert np.allclose(encoder().encode_text("where is a red circle"), expected, atol=1e-5)
 
 
 def test_vectors_are_float32_of_unit_length_however_many_there_are() -> None:
     for count in (1, 31, 32, 33, 65):
-        vectors = encoder().frames(pixels(1, count))
+        vectors = encoder().encode_frames(pixels(1, count))
         assert vectors.dtype == np.float32
         assert vectors.shape == (count, 48)
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert np.allclose(encoder().frames(pixels(1, 65))[:5], encoder().frames(pixels(1, 5)), atol=1e-5)
+    assert np.allclose(encoder().encode_frames(pixels(1, 65))[:5], encoder().encode_frames(pixels(1, 5)), atol=1e-5)
 
 
 def test_a_long_text_is_the_mean_of_its_parts() -> None:
     """Of 15 tokens each: the 16th is the end mark."""
     first, second, rest = "a red circle " * 5, "a blue cross " * 5, "the video"
-    parts = np.stack([encoder().text(part) for part in (first, second, rest)])
+    parts = np.stack([encoder().encode_text(part) for part in (first, second, rest)])
     mean = parts.mean(axis=0)
-    assert np.allclose(encoder().text(first + second + rest), mean / np.linalg.norm(mean), atol=1e-5)
-    assert np.allclose(encoder().text(first), parts[0])
-    assert np.isfinite(encoder().text("")).all()
+    assert np.allclose(encoder().encode_text(first + second + rest), mean / np.linalg.norm(mean), atol=1e-5)
+    assert np.allclose(encoder().encode_text(first), parts[0])
+    assert np.isfinite(encoder().encode_text("")).all()
 
 
 def test_only_safetensors_of_a_siglip_are_loaded(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_only_safetensors_of_a_siglip_are_loaded(tmp_path: Path) -> None:
 
 def test_it_is_small_and_knows_its_objects() -> None:
     assert sum(path.stat().st_size for path in TINY_SIGLIP.iterdir()) < 1 << 20
-    texts = np.stack([encoder().text(thing.text) for thing in OBJECTS])
+    texts = np.stack([encoder().encode_text(thing.text) for thing in OBJECTS])
     right = []
     for seed in range(20):
         chosen, frames = vectors_of(1000 + seed)
@@ -86,13 +86,13 @@ def test_it_is_small_and_knows_its_objects() -> None:
 @cache
 def vectors_of(seed: int) -> tuple[list[Object], np.ndarray]:
     chosen, images = scenes(seed)
-    return chosen, encoder().frames(np.stack([np.asarray(image.resize((32, 32))) for image in images]))
+    return chosen, encoder().encode_frames(np.stack([np.asarray(image.resize((32, 32))) for image in images]))
 
 
 def picks(seed: int, method: str) -> list[Object]:
     """The objects that eight of 128 frames show, asked for the third scene's."""
     chosen, frames = vectors_of(seed)
-    query = encoder().text(chosen[3].text)
+    query = encoder().encode_text(chosen[3].text)
     return [chosen[i // 16] for i in select_frames(frames, query, 8, method=method).tolist()]  # type: ignore[arg-type]
 
 

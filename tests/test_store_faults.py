@@ -13,7 +13,7 @@ from s3fs import S3FileSystem
 from pipelines.config import CaptionConfig
 from pipelines.errors import StoreFault
 from pipelines.media.fetch import Fetcher
-from pipelines.media.reference import FileRef, read_reference
+from pipelines.media.reference import FileRef, parse_reference
 from pipelines.rows import PreparedRow
 from pipelines.sources import list_rows
 from pipelines.storage import store
@@ -77,9 +77,9 @@ def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.Abstract
     with server.failing(Faults(share=0.3, kinds=("error", "cut"))) as faults:
         config = CaptionConfig(input=("s3://bucket/a.parquet", "s3://bucket/b.tgz"), output="out", model="demo")
         with list_rows(config, config.questionnaire) as listing:
-            rows = [row for table in listing.tables() for row in table.to_pylist()]
+            rows = [row for table in listing.read_tables() for row in table.to_pylist()]
         fetcher = Fetcher()
-        data = [fetcher.submit([read_reference(image) for image in row["images"]]).result() for row in rows]
+        data = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
     assert data == [[picture(i)] for i in range(40)] * 2
     assert faults.num_faults > 0
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import SourceError
-from pipelines.sources.rows import Columns
+from pipelines.sources.rows import ColumnRoles
 from pipelines.sources.tar import TarLimits, list_tar
 from pipelines.storage.store import FileInfo
 from tests.support.fetched import images_of
@@ -170,7 +170,7 @@ def test_headers_that_lie_about_their_size_are_damage(tmp_path: Path) -> None:
 def test_the_number_of_members_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(whole_tar(tmp_path))
     info, limits = FileInfo(str(tmp_path / "a.tar"), -1), TarLimits(max_members=3)
-    [chunk] = list_tar(info, Columns(), is_gzip=False, limits=limits)
+    [chunk] = list_tar(info, ColumnRoles(), is_gzip=False, limits=limits)
     *readable, damage = chunk.rows
     assert len(readable) == 3 and "more than 3 members" in damage.error
 

@@ -52,7 +52,7 @@ def tasks_file(tmp_path: Path) -> Path:
 
 def rows_of(config: AnnotateConfig) -> list[dict[str, Any]]:
     with list_rows(config, config.questionnaire) as listing:
-        return [row for table in listing.tables() for row in table.to_pylist()]
+        return [row for table in listing.read_tables() for row in table.to_pylist()]
 
 
 def parse(*argv: str) -> AnnotateConfig:

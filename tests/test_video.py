@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.errors import MediaError
 from pipelines.media.reference import Window
-from pipelines.media.video import Frame, Sampling, duration_s, frames_at, sample_frames
+from pipelines.media.video import Frame, Sampling, decode_frames_at, read_duration_s, sample_frames
 from tests.support.photographs import photographs
 from tests.support.videos import (
     CLIPS,
@@ -125,7 +125,7 @@ def test_every_kind_of_file_gives_the_frames_asked_for(tmp_path: Path, name: str
     assert [frame.timestamp_s for frame in frames] == pytest.approx([n / 25 for n in card_indices(200, 12)], abs=0.002)
     assert numbers(sampled(path, 4, Window(2, 4))) == [56, 68, 81, 93]
     with path.open("rb") as file:
-        assert numbers(frames_at(file, [0.0, 4.0, 4.04, 7.96])) == [0, 100, 101, 199]
+        assert numbers(decode_frames_at(file, [0.0, 4.0, 4.04, 7.96])) == [0, 100, 101, 199]
 
 
 def test_mpeg_program_stream_without_a_frame_count(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_frames_of_a_variable_rate_are_those_a_player_shows(tmp_path: Path) -> N
     for suffix in ("mp4", "mkv"):
         path = write_video(tmp_path / f"variable.{suffix}", 40, times_s=times)
         with path.open("rb") as file:
-            frames = frames_at(file, [0.4, 3.0, 5.0, 7.3, 14.4])
+            frames = decode_frames_at(file, [0.4, 3.0, 5.0, 7.3, 14.4])
         assert numbers(frames) == [10, 19, 20, 24, 38]
         assert [frame.timestamp_s for frame in frames] == pytest.approx([0.4, 0.76, 5.0, 7.0, 14.0], abs=0.01)
 
@@ -230,7 +230,7 @@ def test_length_is_that_of_the_header_or_measured(tmp_path: Path) -> None:
         write_video(tmp_path / "a.webm", 100, codec="libvpx", options={"live": "1"}),
     ):
         with path.open("rb") as file:
-            assert duration_s(file) == pytest.approx(4.0, abs=0.05)
+            assert read_duration_s(file) == pytest.approx(4.0, abs=0.05)
 
 
 def cpu_s(work: Callable[[], object]) -> float:
@@ -270,7 +270,7 @@ def test_a_few_frames_cost_a_fraction_of_all(tmp_path: Path) -> None:
 def test_the_shots_of_a_real_clip_are_where_they_are() -> None:
     """So that what else is tested on it stands on something."""
     with clip("bikes.mp4").open("rb") as file:
-        frames = frames_at(file, [i / 25 for i in range(250)])
+        frames = decode_frames_at(file, [i / 25 for i in range(250)])
     small = np.stack([frame.pixels[::8, ::8] for frame in frames]).astype(int)
     jumps = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
     assert sorted(np.argsort(-jumps)[:5] + 1) == list(SHOT_STARTS[1:])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import MediaError
-from pipelines.media.reference import Video, Window
+from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.video import Sampling, sample_frames
 from pipelines.media.video_process import VideoDecoder
 from tests.support.roots import ROOT
@@ -54,31 +54,35 @@ def test_frames_are_those_decoded_here(decoder: VideoDecoder, tmp_path: Path) ->
     data = path.read_bytes()
     shard = tmp_path / "shard.tar"
     shard.write_bytes(bytes(1000) + data + bytes(77))
-    places = [Video(str(path)), Video(str(shard), 1000, len(data)), Video("anywhere", data=data)]
+    places = [
+        VideoLocation(str(path)),
+        VideoLocation(str(shard), 1000, len(data)),
+        VideoLocation("anywhere", data=data),
+    ]
     for place in places:
         frames = decoder.sample_frames(place, Sampling(6), Window(1, 9))
         assert [f.timestamp_s for f in frames] == [f.timestamp_s for f in expected]
         assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(frames, expected, strict=True))
-        again = decoder.frames_at(place, [f.timestamp_s for f in frames[:2]])
+        again = decoder.decode_frames_at(place, [f.timestamp_s for f in frames[:2]])
         assert np.array_equal(again[1].pixels, expected[1].pixels)
-        assert decoder.duration_s(place) == 10.0
+        assert decoder.read_duration_s(place) == 10.0
 
 
 def test_what_cannot_be_read_or_decoded_does_not_end_the_process(decoder: VideoDecoder, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
-        decoder.sample_frames(Video(str(tmp_path / "gone.mp4")), Sampling(3))
+        decoder.sample_frames(VideoLocation(str(tmp_path / "gone.mp4")), Sampling(3))
     first = pid_of(decoder)
     with pytest.raises(MediaError, match="not a video"):
-        decoder.sample_frames(Video("", data=b"nothing"), Sampling(3))
+        decoder.sample_frames(VideoLocation("", data=b"nothing"), Sampling(3))
     with pytest.raises(MediaError, match="not a video"):
-        decoder.sample_frames(Video(str(clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
-    assert len(decoder.sample_frames(Video(str(clip("bikes.mp4"))), Sampling(3))) == 3
+        decoder.sample_frames(VideoLocation(str(clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
+    assert len(decoder.sample_frames(VideoLocation(str(clip("bikes.mp4"))), Sampling(3))) == 3
     assert pid_of(decoder) == first
 
 
 def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder: VideoDecoder) -> None:
     decoder._timeout_s = 0.4
-    slow = Video(str(clip("bigbuckbunny.mp4")))
+    slow = VideoLocation(str(clip("bigbuckbunny.mp4")))
     started_s = time.monotonic()
     with pytest.raises(MediaError, match=r"longer than 0\.4 s"):
         decoder.sample_frames(slow, Sampling(10_000), size=(1600, 1600))
@@ -90,13 +94,13 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder
 def test_memory_is_limited(tmp_path: Path) -> None:
     decoder = VideoDecoder(max_memory_bytes=700 << 20)
     with pytest.raises(MediaError, match="more memory"):
-        decoder.sample_frames(Video(str(clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
-    assert len(decoder.sample_frames(Video(str(clip("bikes.mp4"))), Sampling(12))) == 12
+        decoder.sample_frames(VideoLocation(str(clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
+    assert len(decoder.sample_frames(VideoLocation(str(clip("bikes.mp4"))), Sampling(12))) == 12
     decoder.close()
 
 
 def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
-    place = Video(str(clip("carphone_pristine.mp4")))
+    place = VideoLocation(str(clip("carphone_pristine.mp4")))
     decoder.sample_frames(place, Sampling(2))
     os.kill(pid_of(decoder), signal.SIGKILL)
     assert len(decoder.sample_frames(place, Sampling(2))) == 2
@@ -106,7 +110,7 @@ def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monke
     """Not only an interruption: it does so twice."""
     monkeypatch.setattr("pipelines.media.video_process.sys.executable", "/bin/false")
     with pytest.raises(MediaError, match=r"died on it twice \(exit code 1\)"):
-        decoder.sample_frames(Video(str(clip("carphone_pristine.mp4"))), Sampling(2))
+        decoder.sample_frames(VideoLocation(str(clip("carphone_pristine.mp4"))), Sampling(2))
 
 
 def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path:
             start = chance.randrange(len(damaged))
             del damaged[start : start + 500]
         try:
-            assert decoder.sample_frames(Video("", data=bytes(damaged)), Sampling(5))
+            assert decoder.sample_frames(VideoLocation("", data=bytes(damaged)), Sampling(5))
         except MediaError as error:
             reasons.append(str(error))
     assert 20 < len(reasons) < 180
@@ -135,9 +139,10 @@ def test_it_ends_with_its_parent() -> None:
         "import os, sys\n"
         "from pipelines.media.video_process import *\n"
         "decoder = VideoDecoder()\n"
-        f"decoder.duration_s(Video({str(clip('bikes.mp4'))!r}))\n"
+        f"decoder.read_duration_s(VideoLocation({str(clip('bikes.mp4'))!r}))\n"
         "print(decoder._process.pid, flush=True)\n"
-        f"decoder.sample_frames(Video({str(clip('bigbuckbunny.mp4'))!r}), Sampling(10_000), size=(3000, 3000))\n"
+        f"slow = VideoLocation({str(clip('bigbuckbunny.mp4'))!r})\n"
+        "decoder.sample_frames(slow, Sampling(10_000), size=(3000, 3000))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -163,9 +168,9 @@ def test_very_long_videos_are_bounded(tmp_path: Path, suffix: str, fps: int, tim
     source = write_video(tmp_path / "source.mp4", 500, fps=fps)
     path = write_repeated(tmp_path / f"long.{suffix}", source, times)
     decoder = VideoDecoder()
-    assert decoder.duration_s(Video(str(path))) == pytest.approx(500 * times / fps)
+    assert decoder.read_duration_s(VideoLocation(str(path))) == pytest.approx(500 * times / fps)
     seconds = []
-    for place in (Video(str(source)), Video(str(path))):
+    for place in (VideoLocation(str(source)), VideoLocation(str(path))):
         before_s = cpu_s(decoder)
         frames = decoder.sample_frames(place, Sampling(128))
         seconds.append(cpu_s(decoder) - before_s)

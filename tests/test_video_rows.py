@@ -18,7 +18,7 @@ from ovis_model.inputs.prompt import video_query
 from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
 from pipelines.media.frame_selection import Encoder, FrameSelector, PixelEncoder
-from pipelines.media.reference import Video, Window
+from pipelines.media.reference import VideoLocation, Window
 from pipelines.rows import PreparedRow
 from pipelines.sources import list_rows
 from pipelines.storage import store
@@ -179,7 +179,7 @@ def test_kept_columns_go_with_each_window(tmp_path: Path, drawn: Path) -> None:
         input=(str(tmp_path / "list.jsonl"),), output="out", model=MODEL, keep_columns=("label",), window_s=2
     )
     with list_rows(config, config.questionnaire) as listing:
-        table = pa.concat_tables(listing.tables())
+        table = pa.concat_tables(listing.read_tables())
     assert table.column("id").to_pylist() == ["one#t=0,2", "one#t=2", "two#t=0,2", "two#t=2"]
     assert [kept["label"] for kept in table.column("kept").to_pylist()] == ["one", "one", "two", "two"]
 
@@ -222,11 +222,11 @@ class Counted(PixelEncoder):
     def __init__(self) -> None:
         self.num_frames = self.num_texts = 0
 
-    def frames(self, pictures: np.ndarray) -> np.ndarray:
+    def encode_frames(self, pictures: np.ndarray) -> np.ndarray:
         self.num_frames += 1
         return unit(pictures.reshape(len(pictures), -1, 3).mean(axis=1) + 1).astype(np.float32)
 
-    def text(self, text: str) -> np.ndarray:  # type: ignore[override]
+    def encode_text(self, text: str) -> np.ndarray:  # type: ignore[override]
         self.num_texts += 1
         return unit(np.array([[name in text for name in ("red", "green", "blue")]]) + 1e-3)[0].astype(np.float32)
 
@@ -268,10 +268,10 @@ def test_recent_videos_are_kept_up_to_a_limit(colours: Path) -> None:
     """And the last one always, so that rows of one video never decode it twice in a row."""
     config = CaptionConfig(input=("x",), output="y", model=MODEL)
     selector = FrameSelector(config, max_recent_bytes=1)
-    place = Video(str(colours))
+    place = VideoLocation(str(colours))
     first = selector.select(place, Window(), "")
     assert selector.select(place, Window(), "") is first
-    selector.select(Video(str(clip("carphone_pristine.mp4"))), Window(), "")
+    selector.select(VideoLocation(str(clip("carphone_pristine.mp4"))), Window(), "")
     assert selector.select(place, Window(), "") is not first
 
 

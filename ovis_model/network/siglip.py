@@ -46,13 +46,13 @@ class SiglipEncoder:
         return cls(model.to(device).eval(), tokenizer, mean, std)
 
     @torch.inference_mode()
-    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8[N, H, W, 3] of `size` -> float32[N, d], of unit length."""
         parts = [pictures[i : i + PICTURES_AT_ONCE] for i in range(0, len(pictures), PICTURES_AT_ONCE)]
         return np.concatenate([_unit(self._frames(part)) for part in parts])
 
     @torch.inference_mode()
-    def text(self, text: str) -> NDArray[np.float32]:
+    def encode_text(self, text: str) -> NDArray[np.float32]:
         """float32[d], of unit length. A text longer than the encoder takes is the mean of its parts.
 
         The encoder looks at its last position and was trained on texts padded to their full length, so each part ends

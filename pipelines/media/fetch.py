@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pipelines.errors import StoreFault
 from pipelines.media.readers import LongerThanAllowed, Readers
-from pipelines.media.reference import ImageRef, is_in_order, listed_bytes
+from pipelines.media.reference import ImageRef, get_listed_bytes, is_sequential
 
 T = TypeVar("T")
 
@@ -32,9 +32,9 @@ class Fetcher:
         self._in_order = ThreadPoolExecutor(1, thread_name_prefix="fetch-in-order")
         self._readers = Readers()
 
-    def ahead(self, rows: Iterable[tuple[T, Sequence[ImageRef]]]) -> Iterator[tuple[T, Pending]]:
+    def fetch_ahead(self, rows: Iterable[tuple[T, Sequence[ImageRef]]]) -> Iterator[tuple[T, PendingImages]]:
         """Yield what stands for each row, in order, with the bytes of its images; rows and bytes ahead are bounded."""
-        waiting: deque[tuple[T, Pending]] = deque()
+        waiting: deque[tuple[T, PendingImages]] = deque()
         for row, images in rows:
             while waiting and self._is_full(images, waiting):
                 yield waiting.popleft()
@@ -42,24 +42,24 @@ class Fetcher:
         while waiting:
             yield waiting.popleft()
 
-    def submit(self, images: Sequence[ImageRef]) -> Pending:
+    def submit(self, images: Sequence[ImageRef]) -> PendingImages:
         """Start to fetch the images of a row, as much of them as may be read ahead."""
-        return Pending(self, images, self._start(images, ahead=True), self._bytes_ahead(images))
+        return PendingImages(self, images, self._start(images, ahead=True), self._bytes_ahead(images))
 
     def fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
         """Return the images now and whole. Raises OSError."""
         return self._start(images, ahead=False).result()
 
     def _start(self, images: Sequence[ImageRef], *, ahead: bool) -> Future[list[bytes]]:
-        in_order = any(map(is_in_order, images))
+        in_order = any(map(is_sequential, images))
         return (self._in_order if in_order else self._pool).submit(self._fetch, images, ahead)
 
     def _fetch(self, images: Sequence[ImageRef], ahead: bool) -> list[bytes]:
         found: list[bytes] = []
         try:
             for image in images:
-                self._check_size(listed_bytes(image))
-                max_bytes = max(self._share_bytes, listed_bytes(image)) if ahead else self._max_image_bytes
+                self._check_size(get_listed_bytes(image))
+                max_bytes = max(self._share_bytes, get_listed_bytes(image)) if ahead else self._max_image_bytes
                 found += image.read(self._readers, max_bytes)
                 self._check_size(sum(map(len, found)))
             return found
@@ -77,17 +77,17 @@ class Fetcher:
         if num_bytes > limit:
             raise OSError(f"the images of the row have {num_bytes:,} bytes or more, over the limit of {limit:,}")
 
-    def _is_full(self, images: Sequence[ImageRef], waiting: Collection[tuple[T, Pending]]) -> bool:
+    def _is_full(self, images: Sequence[ImageRef], waiting: Collection[tuple[T, PendingImages]]) -> bool:
         waiting_bytes = sum(pending.num_bytes for _, pending in waiting)
         is_over = waiting_bytes + self._bytes_ahead(images) > self._max_ahead_bytes
         return is_over or len(waiting) == self._max_at_once
 
     def _bytes_ahead(self, images: Sequence[ImageRef]) -> int:
-        return sum(size if size >= 0 else self._share_bytes for size in map(listed_bytes, images))
+        return sum(size if size >= 0 else self._share_bytes for size in map(get_listed_bytes, images))
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingImages:
     """The images of a row, on their way."""
 
     _fetcher: Fetcher

@@ -88,7 +88,7 @@ def describe_encoder(config: ImageOptions) -> dict[str, str | None]:
     return {f"frame encoder {name}": described[name] for name in ("revision", "weights")}
 
 
-class Encode:
+class EncodeFrames:
     """One encoder in an actor."""
 
     def __init__(self, name: str, revision: str | None, device: Literal["cpu", "cuda"], num_threads: int) -> None:
@@ -100,27 +100,27 @@ class Encode:
         torch.set_num_threads(num_threads)
         self._encoder = SiglipEncoder.from_pretrained(name, revision, device)
 
-    def size(self) -> tuple[int, int]:
+    def get_size(self) -> tuple[int, int]:
         return self._encoder.size
 
-    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._encoder.frames(pictures)
+    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._encoder.encode_frames(pictures)
 
-    def text(self, text: str) -> NDArray[np.float32]:
-        return self._encoder.text(text)
+    def encode_text(self, text: str) -> NDArray[np.float32]:
+        return self._encoder.encode_text(text)
 
 
 class RemoteEncoder:
-    """Some `Encode` actors, seen from another process."""
+    """Some `EncodeFrames` actors, seen from another process."""
 
     def __init__(self, actors: Sequence[Any], size: tuple[int, int]) -> None:
         self._actors, self.size = actors, size
 
-    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._ask("frames", pictures)
+    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._ask("encode_frames", pictures)
 
-    def text(self, text: str) -> NDArray[np.float32]:
-        return self._ask("text", text)
+    def encode_text(self, text: str) -> NDArray[np.float32]:
+        return self._ask("encode_text", text)
 
     def _ask(self, method: str, argument: Any) -> NDArray[np.float32]:
         import ray
@@ -130,7 +130,7 @@ class RemoteEncoder:
 
 
 @contextmanager
-def running_encoders(name: str, revision: str | None, pool: EncoderPool) -> Iterator[RemoteEncoder | None]:
+def run_encoders(name: str, revision: str | None, pool: EncoderPool) -> Iterator[RemoteEncoder | None]:
     """Start the actors of the pool, loaded, and end them with the context. None if the pool is empty."""
     if not pool.num_encoders:
         yield None
@@ -144,10 +144,10 @@ def running_encoders(name: str, revision: str | None, pool: EncoderPool) -> Iter
         "max_task_retries": 2,
         "scheduling_strategy": "SPREAD",
     }
-    make = ray.remote(Encode).options(**options)
+    make = ray.remote(EncodeFrames).options(**options)
     actors = [make.remote(name, revision, pool.device, pool.num_threads) for _ in range(pool.num_encoders)]
     try:
-        yield RemoteEncoder(actors, ray.get([actor.size.remote() for actor in actors])[0])
+        yield RemoteEncoder(actors, ray.get([actor.get_size.remote() for actor in actors])[0])
     finally:
         for actor in actors:
             ray.kill(actor)

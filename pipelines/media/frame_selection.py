@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ovis_model.inputs.keyframes import select_frames
 from pipelines.config import ImageOptions
-from pipelines.media.reference import Video, Window
+from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.video import Frame, Sampling
 from pipelines.media.video_process import VideoDecoder
 
@@ -27,11 +27,11 @@ class Encoder(Protocol):
     size: tuple[int, int]
     """(width_px, height_px) of the pictures that it takes."""
 
-    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8[N, H, W, 3] -> float32[N, d], of unit length."""
         ...
 
-    def text(self, text: str) -> NDArray[np.float32] | None:
+    def encode_text(self, text: str) -> NDArray[np.float32] | None:
         """float32[d], of unit length; None if it does not read."""
         ...
 
@@ -41,14 +41,14 @@ class PixelEncoder:
 
     size = (_THUMBNAIL_PX, _THUMBNAIL_PX)
 
-    def frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         cells = _THUMBNAIL_PX // _POOL
         pooled = pictures.reshape(len(pictures), cells, _POOL, cells, _POOL, 3).mean(axis=(2, 4), dtype=np.float32)
         flat = (pooled / 255 - 0.5).reshape(len(pictures), -1)
         vectors: NDArray[np.float32] = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
         return vectors
 
-    def text(self, text: str) -> None:
+    def encode_text(self, text: str) -> None:
         return None
 
 
@@ -66,7 +66,7 @@ class FrameSelector:
         self._decoder = VideoDecoder()
         self._recent = _Recent(max_recent_bytes)
 
-    def select(self, video: Video, window: Window, question: str) -> list[Frame]:
+    def select(self, video: VideoLocation, window: Window, question: str) -> list[Frame]:
         """Return at most `num_frames`, in the order of time. Raises MediaError, OSError."""
         place = (*video[:3], hashlib.blake2b(video.data).digest() if video.data else b"", window)
         if self._config.frame_selection == "uniform":
@@ -74,17 +74,17 @@ class FrameSelector:
             return self._recent.get((place, "uniform"), lambda: self._decoder.sample_frames(video, sampling, window))
         candidate_times_s, vectors = self._recent.get((place, "candidates"), lambda: self._candidates(video, window))
         times_s = [candidate_times_s[i] for i in self._choose(vectors, question).tolist()]
-        return self._recent.get((place, *times_s), lambda: self._decoder.frames_at(video, times_s))
+        return self._recent.get((place, *times_s), lambda: self._decoder.decode_frames_at(video, times_s))
 
-    def _candidates(self, video: Video, window: Window) -> tuple[list[float], NDArray[np.float32]]:
+    def _candidates(self, video: VideoLocation, window: Window) -> tuple[list[float], NDArray[np.float32]]:
         sampling = Sampling(self._config.num_candidates, self._config.fps)
         frames = self._decoder.sample_frames(video, sampling, window, self._encoder.size)
         pictures = np.stack([frame.pixels for frame in frames])
-        return [frame.timestamp_s for frame in frames], self._encoder.frames(pictures)
+        return [frame.timestamp_s for frame in frames], self._encoder.encode_frames(pictures)
 
     def _choose(self, vectors: NDArray[np.float32], question: str) -> NDArray[np.int64]:
         text = question if self._config.frame_query is None else self._config.frame_query
-        query = self._recent.get(("text", text), lambda: self._encoder.text(text)) if text else None
+        query = self._recent.get(("text", text), lambda: self._encoder.encode_text(text)) if text else None
         num_frames, method = self._config.num_frames, self._config.frame_selection
         return select_frames(vectors, query, num_frames, method=method)
 

@@ -31,7 +31,7 @@ class LongerThanAllowed(OSError):  # noqa: N818  (the name says what happened)
         self.num_bytes = num_bytes
 
 
-def read_file(uri: str, max_bytes: int) -> bytes:
+def read_whole_file(uri: str, max_bytes: int) -> bytes:
     """Return the whole file, by one bounded request. Raises LongerThanAllowed."""
     return check_length(store.read_bytes(uri, 0, max_bytes + 1), max_bytes)
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipelines.errors import MediaError
-from pipelines.media.readers import Readers, check_length, read_file
+from pipelines.media.readers import Readers, check_length, read_whole_file
 from pipelines.storage import store
 
 _VIDEO_FORMATS = "3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
@@ -26,7 +26,7 @@ class Window(NamedTuple):
     stop_s: float = math.inf
 
 
-class Video(NamedTuple):
+class VideoLocation(NamedTuple):
     """Where a video is: a file, or `num_bytes` from `offset` of it, or `data` itself."""
 
     uri: str
@@ -63,7 +63,7 @@ class FileRef(_Reference):
 
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
         """Return the bytes of the one image. Raises LongerThanAllowed and other OSErrors."""
-        return [read_file(self.uri, max_bytes)]
+        return [read_whole_file(self.uri, max_bytes)]
 
     def to_struct(self) -> Struct:
         return self._struct("file", num_bytes=self.num_bytes)
@@ -127,7 +127,7 @@ class CellRef(_Reference):
     def _image_in(self, value: Any, max_bytes: int) -> bytes | None:
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and value.get("path"):
-            return read_file(resolve(value["path"], self.uri), max_bytes)
+            return read_whole_file(resolve_path(value["path"], self.uri), max_bytes)
         return None if data is None else check_length(data, max_bytes)
 
     def to_struct(self) -> Struct:
@@ -138,7 +138,7 @@ class CellRef(_Reference):
 ImageRef = FileRef | TarRef | CellRef
 
 
-def read_reference(struct: Mapping[str, Any]) -> ImageRef:
+def parse_reference(struct: Mapping[str, Any]) -> ImageRef:
     """Return the reference that `to_struct` made `struct` of. Raises ValueError for a kind that is not supported."""
     uri, offset, num_bytes, member = (struct[name] for name in ("uri", "offset", "num_bytes", "member"))
     window = Window(struct["start_s"], struct["stop_s"])
@@ -155,12 +155,12 @@ def read_reference(struct: Mapping[str, Any]) -> ImageRef:
             raise ValueError(f"references of kind {kind!r} are not supported; was OUTPUT begun by a newer version?")
 
 
-def listed_bytes(image: ImageRef) -> int:
+def get_listed_bytes(image: ImageRef) -> int:
     """Return how many bytes were listed for the image, -1 if unknown."""
     return -1 if isinstance(image, CellRef) else image.num_bytes
 
 
-def is_in_order(image: ImageRef) -> bool:
+def is_sequential(image: ImageRef) -> bool:
     """Return whether what lies before the image is read with it, so that one thread reads all such images."""
     return isinstance(image, CellRef) or (isinstance(image, TarRef) and image.is_gzip)
 
@@ -180,26 +180,26 @@ def locate(image: ImageRef) -> tuple[str, int]:
     return image.uri, image.offset if isinstance(image, TarRef) else -1
 
 
-def can_read(image: ImageRef) -> bool:
+def can_read_image(image: ImageRef) -> bool:
     """Return whether the image's store hands out a byte of it now."""
-    return store.can_read(image.uri, 0 if is_in_order(image) else max(0, locate(image)[1]))
+    return store.can_read(image.uri, 0 if is_sequential(image) else max(0, locate(image)[1]))
 
 
-def is_in_place(images: Sequence[ImageRef]) -> bool:
+def is_seekable_video(images: Sequence[ImageRef]) -> bool:
     """Return whether the row is one video that need not be fetched: it is a file, or a part of one."""
-    return len(images) == 1 and is_video(images[0]) and not is_in_order(images[0])
+    return len(images) == 1 and is_video(images[0]) and not is_sequential(images[0])
 
 
-def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[Video, Window]:
+def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[VideoLocation, Window]:
     """Return the row's video, in place or fetched as `encoded`, and the part of it to sample. Raises MediaError."""
     if len(images) > 1 or len(encoded) > 1:
         raise MediaError("a row holds one video and nothing beside it; make rows of their own of the others")
     if encoded:
-        return Video(images[0].uri, data=encoded[0]), images[0].window
-    return Video(*locate(images[0]), listed_bytes(images[0])), images[0].window
+        return VideoLocation(images[0].uri, data=encoded[0]), images[0].window
+    return VideoLocation(*locate(images[0]), get_listed_bytes(images[0])), images[0].window
 
 
-def resolve(path: str, of_file: str) -> str:
+def resolve_path(path: str, of_file: str) -> str:
     """Return `path` as given in `of_file`: unchanged if it is a URI or absolute, else relative to that file."""
     if "://" in path or path.startswith("/"):
         return path

@@ -71,21 +71,21 @@ def sample_frames(
     Raises MediaError for what holds no such frames.
     """
     with _Video(file) as video:
-        return list(video.frames_at(_times(video, sampling, window or Window()), size))
+        return list(video.decode_frames_at(_times(video, sampling, window or Window()), size))
 
 
-def frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
+def decode_frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
     """Return the frames shown at these ascending times, in full size. Raises MediaError."""
     with _Video(file) as video:
-        return list(video.frames_at(times_s, None))
+        return list(video.decode_frames_at(times_s, None))
 
 
-def looks_like_video(data: bytes) -> bool:
+def has_video_signature(data: bytes) -> bool:
     """Return whether the first bytes are those of a video that `decode_image` does not read."""
     return _SIGNATURES.match(data) is not None
 
 
-def duration_s(file: BinaryIO) -> float:
+def read_duration_s(file: BinaryIO) -> float:
     """Return the duration that the header states, or else that of the packets. Raises MediaError."""
     with _Video(file) as video:
         return video.duration_s
@@ -120,7 +120,7 @@ class _Video:
     def __exit__(self, *exception: object) -> None:
         self._container.close()
 
-    def frames_at(self, times_s: Sequence[float], size: tuple[int, int] | None) -> Iterator[Frame]:
+    def decode_frames_at(self, times_s: Sequence[float], size: tuple[int, int] | None) -> Iterator[Frame]:
         """Yield a frame for each of these ascending times: the last one begun by then, as a player would show it."""
         for time_s in times_s:
             shown = self._shown_at(time_s)

@@ -23,7 +23,7 @@ import numpy as np
 from ovis_model.child_process import ChildProcess, end_with_parent
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media import video
-from pipelines.media.reference import Video, Window
+from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.video import Frame, Pixels, Sampling
 from pipelines.storage import store
 
@@ -47,17 +47,21 @@ class VideoDecoder:
         self._process: ChildProcess | None = None
 
     def sample_frames(
-        self, place: Video, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
+        self,
+        place: VideoLocation,
+        sampling: Sampling,
+        window: Window | None = None,
+        size: tuple[int, int] | None = None,
     ) -> list[Frame]:
         """See `video.sample_frames`."""
         window = window or Window()
         return self._frames("sample", place, sampling=asdict(sampling), window=list(window), size=size)
 
-    def frames_at(self, place: Video, times_s: Sequence[float]) -> list[Frame]:
-        """See `video.frames_at`."""
+    def decode_frames_at(self, place: VideoLocation, times_s: Sequence[float]) -> list[Frame]:
+        """See `video.decode_frames_at`."""
         return self._frames("at", place, times_s=list(times_s))
 
-    def duration_s(self, place: Video) -> float:
+    def read_duration_s(self, place: VideoLocation) -> float:
         """See `video.duration_s`."""
         reply, _ = self._ask("duration", place)
         return float(reply["duration_s"])
@@ -68,11 +72,11 @@ class VideoDecoder:
             self._process.close()
         self._process = None
 
-    def _frames(self, what: str, place: Video, **arguments: Any) -> list[Frame]:
+    def _frames(self, what: str, place: VideoLocation, **arguments: Any) -> list[Frame]:
         reply, pixels = self._ask(what, place, **arguments)
         return [Frame(*frame) for frame in zip(pixels, reply["timestamps_s"], strict=True)]
 
-    def _ask(self, what: str, place: Video, **arguments: Any) -> tuple[Json, list[Pixels]]:
+    def _ask(self, what: str, place: VideoLocation, **arguments: Any) -> tuple[Json, list[Pixels]]:
         """Once more if the process dies on it: it may have been ended from outside."""
         for last_try in (False, True):
             stream = _Stream(self._started(), time.monotonic() + self._timeout_s)
@@ -179,7 +183,7 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
     try:
         store.use_settings(request["stores"])
         uri, offset, num_bytes = request["place"]
-        with _opened(Video(uri, offset, num_bytes, data)) as file:
+        with _opened(VideoLocation(uri, offset, num_bytes, data)) as file:
             return _run(request["what"], file, request["arguments"])
     except MediaError as error:
         return {"error": "decode", "reason": str(error)}, []
@@ -196,8 +200,8 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
 
 def _run(what: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Frame]]:
     if what == "duration":
-        return {"duration_s": video.duration_s(file), "shapes": []}, []
-    frames = _sample(file, **arguments) if what == "sample" else video.frames_at(file, **arguments)
+        return {"duration_s": video.read_duration_s(file), "shapes": []}, []
+    frames = _sample(file, **arguments) if what == "sample" else video.decode_frames_at(file, **arguments)
     shapes = [frame.pixels.shape for frame in frames]
     return {"shapes": shapes, "timestamps_s": [frame.timestamp_s for frame in frames]}, frames
 
@@ -207,7 +211,7 @@ def _sample(file: BinaryIO, sampling: Json, window: list[float], size: list[int]
 
 
 @contextmanager
-def _opened(place: Video) -> Iterator[BinaryIO]:
+def _opened(place: VideoLocation) -> Iterator[BinaryIO]:
     if place.data:
         yield io.BytesIO(place.data)
         return

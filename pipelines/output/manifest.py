@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.media.reference import ImageRef, read_reference
+from pipelines.media.reference import ImageRef, parse_reference
 from pipelines.output.ledger import RowRange
 from pipelines.schema import KEPT, MANIFEST, ROW, ROWS_PER_GROUP
 from pipelines.storage import store
@@ -68,7 +68,7 @@ def sample_images(output: str) -> Iterator[ImageRef]:
             for group in _spread(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=["images"], use_threads=False).column(0)
                 for row in _spread(len(rows)):
-                    yield from map(read_reference, rows[row].as_py())
+                    yield from map(parse_reference, rows[row].as_py())
 
 
 def _spread(length: int) -> list[int]:

@@ -18,7 +18,7 @@ from pipelines.errors import RunError
 from pipelines.output.file_swap import PLACE, finish_exchange, forget_exchange, is_ours
 from pipelines.output.lease import Lease
 from pipelines.output.manifest import KeptColumns, read_columns, write_manifest
-from pipelines.sources import Known, list_rows
+from pipelines.sources import KnownRows, list_rows
 from pipelines.storage import store
 
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
@@ -97,7 +97,7 @@ def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | N
         if replaces is not None:
             _write_record(output, {"status": _REPLACED})
         _remove_ours(output)
-        write_manifest(output, listing.tables())
+        write_manifest(output, listing.read_tables())
     # Last: a run.json says that the manifest is whole.
     record = {
         **identity,
@@ -116,11 +116,11 @@ def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | N
 def _extend(output: str, config: RunConfig, identity: Json, record: Json) -> None:
     """Append the rows that the run does not have yet; a run.json that counts them comes last."""
     num_rows: int = record["num_rows"]
-    known = Known(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
+    known = KnownRows(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
     with list_rows(config, config.questionnaire, known) as listing:
         if listing.num_rows:
             listing.kept = _same_kept(KeptColumns(output).schema, listing.kept)
-            write_manifest(output, listing.tables(), num_rows)
+            write_manifest(output, listing.read_tables(), num_rows)
     logger.warning("%d rows of the input are new, %d rows were there", listing.num_rows, num_rows)
     listed = {"at": _now(), "first_row": num_rows, "input": record["config"]["input"]}
     record.update({**identity, "fingerprint": _fingerprint(identity)})

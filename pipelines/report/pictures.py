@@ -16,10 +16,10 @@ from PIL import Image
 
 from pipelines.cluster.attempts import GIVEN_UP
 from pipelines.errors import MediaError, StoreFault
-from pipelines.media.fetch import Fetcher, Pending
+from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.images import decode_image
-from pipelines.media.reference import ImageRef, is_in_place, locate_video, read_reference
-from pipelines.media.video import Frame, Sampling, looks_like_video
+from pipelines.media.reference import ImageRef, is_seekable_video, locate_video, parse_reference
+from pipelines.media.video import Frame, Sampling, has_video_signature
 from pipelines.media.video_process import VideoDecoder
 from pipelines.output.manifest import take_rows
 from pipelines.report.sample import Picked
@@ -50,7 +50,7 @@ def pictures_of(output: str, rows: Sequence[Picked], *, max_bytes: int, limit_s:
     except (OSError, StoreFault, pa.ArrowException, IndexError) as error:
         yield from ((picked, {"missing": f"the manifest cannot be read: {error}"}) for picked in rows)
         return
-    references = (list(map(read_reference, images)) for images in found.column("images").to_pylist())
+    references = (list(map(parse_reference, images)) for images in found.column("images").to_pylist())
     with closing(VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)) as decoder:
         yield from _Reader(decoder, max_bytes, limit_s).read(zip(rows, references, strict=True))
 
@@ -63,11 +63,11 @@ class _Reader:
 
     def read(self, rows: Iterable[tuple[Picked, list[ImageRef]]]) -> Iterator[Shown]:
         wanted = (((picked, images), self._to_fetch(picked, images)) for picked, images in rows)
-        for (picked, images), pending in Fetcher().ahead(wanted):
+        for (picked, images), pending in Fetcher().fetch_ahead(wanted):
             yield picked, self._media(picked, images, pending)
 
     def _to_fetch(self, picked: Picked, images: list[ImageRef]) -> list[ImageRef]:
-        is_needed = not self._why_not(picked, images) and not is_in_place(images)
+        is_needed = not self._why_not(picked, images) and not is_seekable_video(images)
         return images[:MAX_IMAGES] if is_needed else []
 
     def _why_not(self, picked: Picked, images: list[ImageRef]) -> str:
@@ -81,7 +81,7 @@ class _Reader:
             return "not read: the store failed before"
         return ""
 
-    def _media(self, picked: Picked, images: list[ImageRef], pending: Pending) -> Json:
+    def _media(self, picked: Picked, images: list[ImageRef], pending: PendingImages) -> Json:
         if reason := self._why_not(picked, images):
             return {"missing": reason}
         try:
@@ -92,9 +92,9 @@ class _Reader:
         except (MediaError, OSError) as error:
             return {"missing": getattr(error, "strerror", None) or str(error)}
 
-    def _strip(self, picked: Picked, images: list[ImageRef], pending: Pending) -> Json:
+    def _strip(self, picked: Picked, images: list[ImageRef], pending: PendingImages) -> Json:
         encoded = pending.result()
-        if is_in_place(images) or any(map(looks_like_video, encoded)):
+        if is_seekable_video(images) or any(map(has_video_signature, encoded)):
             frames = self._frames(picked, images, encoded)
             media = thumbnails([Image.fromarray(frame.pixels) for frame in frames], self._max_bytes)
             for image, frame in zip(media["images"], frames, strict=False):
@@ -109,7 +109,7 @@ class _Reader:
         """Those that the model was shown; of a video that failed before, some."""
         video, window = locate_video(images, encoded)
         if times_s := picked.values["frame_timestamps_s"]:
-            return self._decoder.frames_at(video, times_s[:MAX_IMAGES])
+            return self._decoder.decode_frames_at(video, times_s[:MAX_IMAGES])
         return self._decoder.sample_frames(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO), window)
 
 

@@ -1,7 +1,7 @@
 """INPUT -> rows that are references, listed once and without reading more payload than the format forces."""
 
 from pipelines.errors import SourceError
-from pipelines.sources.ids import Known
+from pipelines.sources.ids import KnownRows
 from pipelines.sources.listing import Listing, list_rows
 
-__all__ = ["Known", "Listing", "SourceError", "list_rows"]
+__all__ = ["KnownRows", "Listing", "SourceError", "list_rows"]

@@ -31,13 +31,13 @@ _UNREAD_METADATA = ("metadata.csv", "metadata.parquet")
 logger = logging.getLogger(__name__)
 
 
-def kind_of(uri: str) -> str:
+def detect_kind(uri: str) -> str:
     """Return the kind of shard that the name says, or "file"."""
     name = store.name_of(uri).lower()
     return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "file")
 
 
-def files_in(uri: str) -> Iterable[FileInfo]:
+def list_directory(uri: str) -> Iterable[FileInfo]:
     """Return the files of an INPUT that is a directory. Raises SourceError if it is not clear which ones are meant."""
     if saved := _saved_dataset(uri):
         return saved
@@ -96,8 +96,10 @@ def _image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) -> li
 
 def _shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
     """Return those of a directory without images. Raises SourceError if they are of several kinds."""
-    shards = [info for info in infos if kind_of(info.uri) != "file" and not info.uri.rpartition("/")[2].startswith(".")]
-    kinds = sorted({kind_of(info.uri) for info in shards})
+    shards = [
+        info for info in infos if detect_kind(info.uri) != "file" and not info.uri.rpartition("/")[2].startswith(".")
+    ]
+    kinds = sorted({detect_kind(info.uri) for info in shards})
     if len(kinds) > 1:
         raise SourceError(
             f"{store.shown(uri)} holds no images but shards of several kinds ({', '.join(kinds)}); give those that are "

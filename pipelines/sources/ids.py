@@ -24,7 +24,7 @@ Tables = Callable[[], Iterable[pa.Table]]
 logger = logging.getLogger(__name__)
 
 
-class Known:
+class KnownRows:
     """The rows of a run that is extended: 16 bytes each in memory."""
 
     def __init__(self, tables: Tables = tuple) -> None:
@@ -45,7 +45,7 @@ class Known:
         """bool[N]: the same id at the same place. Two independent hashes of 64 bits agree by chance for nobody."""
         return self.has_ids(hashes) & _is_among(_numbers(_row_hashes(table)), self._rows)
 
-    def ids_among(self, candidates: set[str]) -> set[str]:
+    def find_ids(self, candidates: set[str]) -> set[str]:
         return {id_ for table in self._tables() for id_ in table.column("id").to_pylist() if id_ in candidates}
 
 
@@ -56,7 +56,7 @@ class Changes:
     left_out: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     replaced: dict[int, str] = field(default_factory=dict)
 
-    def applied(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    def apply(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         start = 0
         for table in tables:
             numbers = np.arange(start, start + len(table))
@@ -80,7 +80,7 @@ class IdIndex:
     def add(self, table: pa.Table) -> None:
         self._hashes.extend(_hashes(table))
 
-    def settle(self, tables: Tables, on_duplicate: OnDuplicate, known: Known) -> Changes:
+    def resolve_duplicates(self, tables: Tables, on_duplicate: OnDuplicate, known: KnownRows) -> Changes:
         """Return the changes after which every id is unique and none is known. Raises SourceError."""
         hashes = _numbers(self._hashes)
         is_known, taken = self._compare(tables, known) if len(known) else (np.zeros(len(hashes), bool), set())
@@ -93,7 +93,7 @@ class IdIndex:
             self._apply(on_duplicate, duplicates, changes, Counter([*ids, *taken]))
         return changes
 
-    def _compare(self, tables: Tables, known: Known) -> tuple[NDArray[np.bool_], set[str]]:
+    def _compare(self, tables: Tables, known: KnownRows) -> tuple[NDArray[np.bool_], set[str]]:
         """Return which rows the run has (bool[N]), and which of its ids stand for something else here."""
         hashes, start = _numbers(self._hashes), 0
         masks: list[NDArray[np.bool_]] = []
@@ -104,7 +104,7 @@ class IdIndex:
             masks.append(known.has_rows(table, here))
             elsewhere = known.has_ids(here) & ~masks[-1]
             candidates.update(table.column("id").filter(pa.array(elsewhere)).to_pylist())
-        return np.concatenate(masks), known.ids_among(candidates) if candidates else set()
+        return np.concatenate(masks), known.find_ids(candidates) if candidates else set()
 
     def _apply(
         self, on_duplicate: OnDuplicate, duplicates: dict[int, str], changes: Changes, counts: Counter[str]

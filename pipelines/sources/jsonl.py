@@ -8,8 +8,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from pipelines.media.reference import FileRef, resolve
-from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, source_errors
+from pipelines.media.reference import FileRef, resolve_path
+from pipelines.sources.rows import (
+    Chunk,
+    ColumnRoles,
+    SourceRow,
+    group_into_chunks,
+    parse_json_object,
+    raise_source_errors,
+)
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
@@ -17,14 +24,14 @@ _IMAGE_FIELDS = ("image", "video", "uri", "file_name")
 _BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
 
 
-def list_jsonl(info: FileInfo, columns: Columns, *, max_line_bytes: int = 16 << 20) -> Iterator[Chunk]:
+def list_jsonl(info: FileInfo, columns: ColumnRoles, *, max_line_bytes: int = 16 << 20) -> Iterator[Chunk]:
     """List one row per line that is not blank; a bad line is an error row with its number (from 1)."""
     columns = replace(columns, id=columns.id or "id", prompt=columns.prompt or "prompt")
-    with source_errors(info.uri):
-        yield from chunks_of(_rows(info.uri, columns, max_line_bytes), columns.keep)
+    with raise_source_errors(info.uri):
+        yield from group_into_chunks(_rows(info.uri, columns, max_line_bytes), columns.keep)
 
 
-def _rows(uri: str, columns: Columns, max_line_bytes: int) -> Iterator[Row]:
+def _rows(uri: str, columns: ColumnRoles, max_line_bytes: int) -> Iterator[SourceRow]:
     number = 0
     try:
         with store.open_file(uri, block_bytes=_BLOCK_BYTES) as file:
@@ -53,17 +60,17 @@ def _lines(file: Any, uri: str, max_line_bytes: int) -> Iterator[bytes]:
         yield bytes(begun)
 
 
-def _row(uri: str, number: int, line: bytes, columns: Columns) -> Row:
+def _row(uri: str, number: int, line: bytes, columns: ColumnRoles) -> SourceRow:
     try:
-        values = json_object(line)
+        values = parse_json_object(line)
         images = _images(uri, values, columns.image)
     except ValueError as error:
         return _error_row(uri, number, f"line {number}: {error}")
-    return columns.row(uri, number, values, images, what="line")
+    return columns.make_row(uri, number, values, images, what="line")
 
 
-def _error_row(uri: str, number: int, error: str) -> Row:
-    return Row(f"{uri}#{number}", uri, error=error)
+def _error_row(uri: str, number: int, error: str) -> SourceRow:
+    return SourceRow(f"{uri}#{number}", uri, error=error)
 
 
 def _images(uri: str, values: dict[str, Any], column: str | None) -> tuple[FileRef, ...]:
@@ -72,4 +79,4 @@ def _images(uri: str, values: dict[str, Any], column: str | None) -> tuple[FileR
     for path in paths:
         if not isinstance(path, str) or not path:
             raise ValueError(f"an image must be given by its path or URI, not as {str(path)[:80]!r}")
-    return tuple(FileRef(resolve(path, uri)) for path in paths)
+    return tuple(FileRef(resolve_path(path, uri)) for path in paths)

@@ -12,16 +12,16 @@ from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import SourceError
 from pipelines.sources.directories import IMAGE_SUFFIXES
-from pipelines.sources.ids import Changes, IdIndex, Known, OnDuplicate
-from pipelines.sources.questions import Asker
+from pipelines.sources.ids import Changes, IdIndex, KnownRows, OnDuplicate
+from pipelines.sources.prompts import PromptBuilder
 from pipelines.sources.rows import Chunk
 from pipelines.sources.shards import list_chunks
-from pipelines.sources.videos import with_windows
+from pipelines.sources.videos import apply_windows
 from pipelines.storage import store
 from pipelines.tasks.questionnaire import Questionnaire
 
 
-def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: Known | None = None) -> Listing:
+def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: KnownRows | None = None) -> Listing:
     """List the rows of all inputs, without those that are `known`; the caller closes the listing.
 
     Raises SourceError if there are none at all, if a column is unknown or, unless --on-duplicate-id says otherwise, if
@@ -32,7 +32,7 @@ def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: Known
         listing = unless_listed.enter_context(Listing(options.keep_columns))
         try:
             _list_into(listing, options, questionnaire)
-            listing.settle_ids(options.on_duplicate_id, known or Known())
+            listing.resolve_duplicates(options.on_duplicate_id, known or KnownRows())
         except OSError as error:
             raise SourceError(f"cannot list {_shown(options)}: {error}") from error
         unless_listed.pop_all()
@@ -44,23 +44,23 @@ def _shown(options: SourceOptions) -> str:
 
 
 def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire) -> None:
-    asker = Asker(options, questionnaire)
-    rows = _limited(list_chunks(options.input, asker.columns), options.limit)  # each is one window or more
-    for chunk in _limited(with_windows(rows, options.window_s), options.limit):
-        listing.add(asker.table(chunk), chunk.kept)
+    prompts = PromptBuilder(options, questionnaire)
+    rows = _limited(list_chunks(options.input, prompts.columns), options.limit)  # each is one window or more
+    for chunk in _limited(apply_windows(rows, options.window_s), options.limit):
+        listing.add(prompts.to_table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
             f"no rows in {_shown(options)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "shards (.tar .parquet .jsonl) in a directory are given as a glob such as DIRECTORY/*.tar"
         )
-    asker.finish()
+    prompts.finish()
     listing.check_kept()
 
 
 def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
     left = limit
     for chunk in chunks:
-        yield chunk if left is None else chunk.first(left)
+        yield chunk if left is None else chunk.take(left)
         if left is not None:
             left -= len(chunk.rows)
             if left <= 0:
@@ -107,10 +107,10 @@ class Listing:
             ) from error
         return pa.table([*table.columns, *kept.columns], [*table.column_names, *(f"kept {n}" for n in types.names)])
 
-    def tables(self) -> Iterator[pa.Table]:
+    def read_tables(self) -> Iterator[pa.Table]:
         """Yield tables of schema `schema.manifest(kept)` without `row`."""
         whole = schema.manifest(self.kept).remove(0)
-        for table in self._changes.applied(self._stored()):
+        for table in self._changes.apply(self._stored()):
             columns = [table.column(name) for name in schema.MANIFEST.names[1:]]
             if len(self.kept):
                 columns.append(self._kept_of(table))
@@ -122,9 +122,9 @@ class Listing:
             for table in self._stored():
                 self._kept_of(table)
 
-    def settle_ids(self, on_duplicate: OnDuplicate, known: Known) -> None:
+    def resolve_duplicates(self, on_duplicate: OnDuplicate, known: KnownRows) -> None:
         """Make every id unique and leave out the rows that are known. Raises SourceError."""
-        self._changes = self._ids.settle(self._stored, on_duplicate, known)
+        self._changes = self._ids.resolve_duplicates(self._stored, on_duplicate, known)
         self.num_rows -= len(self._changes.left_out)
 
     def _kept_of(self, table: pa.Table) -> pa.Array:

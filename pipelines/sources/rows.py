@@ -20,7 +20,7 @@ MAX_DEPTH = 40  # of JSON; Arrow stores columns that are nested up to 64 deep
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One row to be. `prompt` is its own, None if it has none; `error` says why it cannot even be read."""
 
     id: str
@@ -32,7 +32,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnRoles:
     """Which columns of the input are what. None or empty: not asked for."""
 
     id: str | None = None
@@ -41,23 +41,23 @@ class Columns:
     keep: tuple[str, ...] = ()
     in_prompt: frozenset[str] = frozenset()
 
-    def row(
+    def make_row(
         self, source: str, number: object, values: Mapping[str, Any], images: tuple[ImageRef, ...], *, what: str
-    ) -> Row:
+    ) -> SourceRow:
         """Return the row `number` of `source`, called `what` in messages; its id and prompt are among `values`."""
-        prompt = text_of(values.get(self.prompt or ""))
-        id_ = text_of(values.get(self.id or "")) or f"{source}#{number}"
+        prompt = to_text(values.get(self.prompt or ""))
+        id_ = to_text(values.get(self.id or "")) or f"{source}#{number}"
         # A row needs an image or a question of its own: asking the run's question about nothing helps nobody.
         error = "" if images or prompt else f"{what} {number}: no image, and no prompt of its own"
-        return Row(id_, images[0].uri if images else source, images, prompt, values, error)
+        return SourceRow(id_, images[0].uri if images else source, images, prompt, values, error)
 
     @property
     def wanted(self) -> frozenset[str]:
         """Return all columns that the listing must read, which excludes the images."""
-        return self.looked_at.union(self.keep)
+        return self.text_columns.union(self.keep)
 
     @property
-    def looked_at(self) -> frozenset[str]:
+    def text_columns(self) -> frozenset[str]:
         """Return the columns whose values make up ids and prompts."""
         return self.in_prompt.union(filter(None, (self.id, self.prompt)))
 
@@ -66,15 +66,17 @@ class Columns:
 class Chunk:
     """Some rows of one source, the columns that it has, and those that are kept (as long as `rows`)."""
 
-    rows: Sequence[Row]
+    rows: Sequence[SourceRow]
     names: frozenset[str] = frozenset()
     kept: pa.Table | None = None
 
-    def first(self, count: int) -> Chunk:
+    def take(self, count: int) -> Chunk:
         return Chunk(self.rows[:count], self.names, None if self.kept is None else self.kept.slice(0, count))
 
 
-def chunks_of(rows: Iterable[Row], keep: Sequence[str] = (), names: frozenset[str] | None = None) -> Iterator[Chunk]:
+def group_into_chunks(
+    rows: Iterable[SourceRow], keep: Sequence[str] = (), names: frozenset[str] | None = None
+) -> Iterator[Chunk]:
     """Yield chunks of rows whose columns are `names` or else those of their `values`."""
     remaining = iter(rows)
     while some := list(islice(remaining, ROWS_PER_CHUNK)):
@@ -82,7 +84,7 @@ def chunks_of(rows: Iterable[Row], keep: Sequence[str] = (), names: frozenset[st
         yield Chunk(some, found, pa.table({name: _array(some, name) for name in keep}) if keep else None)
 
 
-def _array(rows: Sequence[Row], name: str) -> pa.Array:
+def _array(rows: Sequence[SourceRow], name: str) -> pa.Array:
     try:
         return pa.array([row.values.get(name) for row in rows])
     except (pa.ArrowException, OverflowError) as error:
@@ -92,7 +94,7 @@ def _array(rows: Sequence[Row], name: str) -> pa.Array:
         ) from error
 
 
-def json_object(data: bytes) -> dict[str, Any]:
+def parse_json_object(data: bytes) -> dict[str, Any]:
     """Parse untrusted JSON. Raises ValueError, which JSON and Unicode errors are."""
     text = data.decode("utf-8-sig")
     try:
@@ -117,7 +119,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return any(_is_deeper(item, levels - 1) for item in below)
 
 
-def text_of(value: Any) -> str | None:
+def to_text(value: Any) -> str | None:
     """Return a value as an id or a prompt, None if it is empty."""
     if value is None or value == "":
         return None
@@ -125,7 +127,7 @@ def text_of(value: Any) -> str | None:
 
 
 @contextmanager
-def source_errors(uri: str, form: str = "") -> Iterator[None]:
+def raise_source_errors(uri: str, form: str = "") -> Iterator[None]:
     """Raise SourceError for what keeps `uri` from being read as a file of this form."""
     try:
         yield
@@ -133,6 +135,6 @@ def source_errors(uri: str, form: str = "") -> Iterator[None]:
         raise SourceError(f"cannot read {store.shown(uri)}{form}: {str(error) or 'it is empty'}") from error
 
 
-def text_of_name(name: str) -> str:
+def escape_name(name: str) -> str:
     """Return the name of a file as text that a column can hold: bytes that are not UTF-8 are written as \\xff."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

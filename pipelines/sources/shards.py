@@ -10,12 +10,12 @@ from itertools import chain, groupby, islice
 
 from pipelines.errors import SourceError
 from pipelines.media.reference import FileRef
-from pipelines.sources.directories import KINDS, files_in, kind_of
+from pipelines.sources.directories import KINDS, detect_kind, list_directory
 from pipelines.sources.jsonl import list_jsonl
-from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, text_of_name
+from pipelines.sources.rows import Chunk, ColumnRoles, SourceRow, escape_name, group_into_chunks
 from pipelines.sources.tables import list_arrow, list_parquet
 from pipelines.sources.tar import list_tar
-from pipelines.sources.videos import without_window
+from pipelines.sources.videos import strip_window
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
@@ -24,7 +24,7 @@ _GLOB_CHARACTERS = frozenset("*?[")
 _SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
 
 
-def list_chunks(inputs: Iterable[str], columns: Columns) -> Iterator[Chunk]:
+def list_chunks(inputs: Iterable[str], columns: ColumnRoles) -> Iterator[Chunk]:
     """Yield the rows of all inputs, in order. Raises SourceError or OSError if one of them cannot be listed."""
     infos = (info for uri in inputs for info in _expand(uri))
     for are_files, group in groupby(infos, key=lambda info: _kind(info) == "file"):
@@ -32,19 +32,19 @@ def list_chunks(inputs: Iterable[str], columns: Columns) -> Iterator[Chunk]:
         yield from list_group(group, columns)
 
 
-def _list_files(infos: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
+def _list_files(infos: Iterable[FileInfo], columns: ColumnRoles) -> Iterator[Chunk]:
     """List one row per file; files have no columns, so kept columns are null."""
-    return chunks_of(map(_row, infos), columns.keep)
+    return group_into_chunks(map(_row, infos), columns.keep)
 
 
-def _row(info: FileInfo) -> Row:
-    if (uri := text_of_name(info.uri)) != info.uri:  # and no other spelling would open the file
-        return Row(uri, uri, error="the file name is not UTF-8; rename the file")
+def _row(info: FileInfo) -> SourceRow:
+    if (uri := escape_name(info.uri)) != info.uri:  # and no other spelling would open the file
+        return SourceRow(uri, uri, error="the file name is not UTF-8; rename the file")
     error = "" if info.is_regular else "not a regular file"
-    return Row(info.uri, info.uri, (FileRef(info.uri, info.num_bytes),), error=error)
+    return SourceRow(info.uri, info.uri, (FileRef(info.uri, info.num_bytes),), error=error)
 
 
-def _in_parallel(shards: Iterable[FileInfo], columns: Columns) -> Iterator[Chunk]:
+def _in_parallel(shards: Iterable[FileInfo], columns: ColumnRoles) -> Iterator[Chunk]:
     """Yield chunks in the order of the shards. The next ones are begun meanwhile: listing mostly waits for headers."""
     ahead: deque[Future[Iterator[Chunk]]] = deque()
     pool = ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="list")
@@ -63,7 +63,7 @@ def _begin(shard: Iterator[Chunk]) -> Iterator[Chunk]:
     return chain(list(islice(shard, _CHUNKS_AHEAD)), shard)
 
 
-def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
+def _list_shard(shard: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
     match _kind(shard):
         case "parquet":
             return list_parquet(shard, columns)
@@ -78,10 +78,10 @@ def _list_shard(shard: FileInfo, columns: Columns) -> Iterator[Chunk]:
 def _expand(uri: str) -> Iterable[FileInfo]:
     if info := store.find_file(uri):
         return [info]
-    if (video := without_window(uri)) != uri and (info := store.find_file(video)):
+    if (video := strip_window(uri)) != uri and (info := store.find_file(video)):
         return [replace(info, uri=f"{info.uri}{uri[len(video) :]}")]
     if store.is_directory(uri):
-        return files_in(uri)
+        return list_directory(uri)
     if not _GLOB_CHARACTERS & set(uri):
         raise SourceError(f"input {store.shown(uri)!r} does not exist")
     if not (infos := store.glob_files(uri)):
@@ -92,8 +92,8 @@ def _expand(uri: str) -> Iterable[FileInfo]:
 def _kind(info: FileInfo) -> str:
     """Return the kind of a file; whatever does not hold many rows is taken as an image."""
     name = store.name_of(info.uri).lower()
-    kind = kind_of(info.uri)
-    if kind != "file" and (not info.is_regular or text_of_name(info.uri) != info.uri):
+    kind = detect_kind(info.uri)
+    if kind != "file" and (not info.is_regular or escape_name(info.uri) != info.uri):
         raise SourceError(f"{store.shown(info.uri)!r} is not a regular file with a name in UTF-8; rename or replace it")
     if name.endswith(_MANY_ROWS):
         raise SourceError(f"{store.shown(info.uri)}: shards of this kind are not read; make them {' '.join(KINDS)}")

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import SourceError
-from pipelines.media.reference import ByteRange, CellRef, FileRef, ImageRef, resolve
-from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, Columns, source_errors
+from pipelines.media.reference import ByteRange, CellRef, FileRef, ImageRef, resolve_path
+from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, ColumnRoles, raise_source_errors
 from pipelines.storage import store
 from pipelines.storage.arrow_ipc import read_batch, read_schema
 from pipelines.storage.store import FileInfo
@@ -20,21 +20,21 @@ _URI_COLUMNS = "image images uri image_uri url image_url path image_path file_na
 _HARMLESS_BYTES = 64 << 20  # that a column of a row group may unpack to from nearly nothing
 
 
-def list_parquet(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
+def list_parquet(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
     """List the rows; the column of images is only read if it holds URIs."""
-    with source_errors(info.uri, " as Parquet"), store.open_file(info.uri) as file:
+    with raise_source_errors(info.uri, " as Parquet"), store.open_file(info.uri) as file:
         parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
         yield from _parquet_chunks(info.uri, parquet, columns)
 
 
-def _parquet_chunks(uri: str, parquet: pq.ParquetFile, columns: Columns) -> Iterator[Chunk]:
-    table = Table.of(uri, parquet.schema_arrow, columns)
-    _check_packing(uri, parquet.metadata, {*table.read, table.image})
+def _parquet_chunks(uri: str, parquet: pq.ParquetFile, columns: ColumnRoles) -> Iterator[Chunk]:
+    table = TableShard.from_schema(uri, parquet.schema_arrow, columns)
+    _check_packing(uri, parquet.metadata, {*table.columns_to_read, table.image})
     at = 0
-    for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.read, use_threads=False):
+    for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.columns_to_read, use_threads=False):
         batch.validate(full=True)  # text that is no UTF-8 would be found when the run is done
         numbers = range(at, at + len(batch))
-        yield table.chunk(batch, at, [CellRef(uri, table.image or "", i) for i in numbers])
+        yield table.make_chunk(batch, at, [CellRef(uri, table.image or "", i) for i in numbers])
         at += len(batch)
 
 
@@ -50,23 +50,23 @@ def _check_packing(uri: str, metadata: pq.FileMetaData, names: set[str | None]) 
                 )
 
 
-def list_arrow(info: FileInfo, columns: Columns) -> Iterator[Chunk]:
+def list_arrow(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
     """List the rows of a stream. A local file is mapped, one in a store is read whole: streams have no index."""
-    with source_errors(info.uri, " as an Arrow stream"), store.map_file(info.uri) as file:
+    with raise_source_errors(info.uri, " as an Arrow stream"), store.map_file(info.uri) as file:
         schema = read_schema(file)
-        table = Table.of(info.uri, schema, columns)
+        table = TableShard.from_schema(info.uri, schema, columns)
         yield from _arrow_chunks(table, file, schema)
 
 
-def _arrow_chunks(table: Table, file: Any, schema: pa.Schema) -> Iterator[Chunk]:
+def _arrow_chunks(table: TableShard, file: Any, schema: pa.Schema) -> Iterator[Chunk]:
     at, begin = 0, file.tell()
     for message in _messages(file):
         end = file.tell()
-        batch, place = read_batch(message, schema, table.read), ByteRange(begin, end - begin)
+        batch, place = read_batch(message, schema, table.columns_to_read), ByteRange(begin, end - begin)
         for first in range(0, len(batch), ROWS_PER_CHUNK):
             numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
             cells = [CellRef(table.uri, table.image or "", i, place) for i in numbers]
-            yield table.chunk(batch.slice(first, len(numbers)), at + first, cells)
+            yield table.make_chunk(batch.slice(first, len(numbers)), at + first, cells)
         at, begin = at + len(batch), end
 
 
@@ -83,17 +83,17 @@ def _messages(file: Any) -> Iterator[pa.ipc.Message]:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableShard:
     """A shard whose columns are known. `image` is the column that holds images, `holds_uris` by their URIs."""
 
     uri: str
-    columns: Columns
+    columns: ColumnRoles
     names: frozenset[str]
     image: str | None
     holds_uris: bool
 
     @classmethod
-    def of(cls, uri: str, schema: pa.Schema, columns: Columns) -> Table:
+    def from_schema(cls, uri: str, schema: pa.Schema, columns: ColumnRoles) -> TableShard:
         """Find the columns. Raises SourceError if one that is asked for is missing or ambiguous."""
         names = frozenset(schema.names)
         if doubled := sorted(name for name in names if schema.names.count(name) > 1):
@@ -105,16 +105,16 @@ class Table:
         return cls(uri, columns, names, image, image is not None and _holds_uris(schema.field(image).type))
 
     @property
-    def read(self) -> list[str]:
+    def columns_to_read(self) -> list[str]:
         """Return the columns that are read while listing: that of the images only if it holds URIs."""
         return sorted(self.columns.wanted.union([self.image] if self.image and self.holds_uris else []))
 
-    def chunk(self, batch: pa.RecordBatch, at: int, cells: Sequence[CellRef]) -> Chunk:
+    def make_chunk(self, batch: pa.RecordBatch, at: int, cells: Sequence[CellRef]) -> Chunk:
         """Return the rows of a batch of the columns `read`; the first is row `at`, `cells` are their images."""
-        values = batch.select(sorted(self.columns.looked_at)).to_pylist() or [{}] * len(cells)
+        values = batch.select(sorted(self.columns.text_columns)).to_pylist() or [{}] * len(cells)
         images = self._images(batch, cells)
         numbered = enumerate(zip(values, images, strict=True), at)
-        rows = [self.columns.row(self.uri, i, *row, what="row") for i, row in numbered]
+        rows = [self.columns.make_row(self.uri, i, *row, what="row") for i, row in numbered]
         keep = list(self.columns.keep)
         return Chunk(rows, self.names, pa.Table.from_batches([batch.select(keep)]) if keep else None)
 
@@ -124,7 +124,7 @@ class Table:
         if not self.holds_uris:
             return [(cell,) for cell in cells]
         values = map(_flat, batch.column(self.image).to_pylist())
-        return [tuple(FileRef(resolve(path, self.uri)) for path in paths if path) for paths in values]
+        return [tuple(FileRef(resolve_path(path, self.uri)) for path in paths if path) for paths in values]
 
 
 def _flat(value: Any) -> list[Any]:

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 from pipelines.media.reference import TarRef
 from pipelines.sources.directories import IMAGE_SUFFIXES, log_left_out
-from pipelines.sources.rows import Chunk, Columns, Row, chunks_of, json_object, source_errors, text_of_name
+from pipelines.sources.rows import (
+    Chunk,
+    ColumnRoles,
+    SourceRow,
+    escape_name,
+    group_into_chunks,
+    parse_json_object,
+    raise_source_errors,
+)
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
@@ -39,14 +47,16 @@ class TarLimits:
     max_packing: int = 200  # unpacked bytes per byte of a tar.gz; gzip packs zeros 1,000 times
     usual_unpacked_bytes: int = 1 << 30  # allowed however small the tar.gz is
 
-    def max_bytes(self, packed_bytes: int) -> int:
+    def compute_max_bytes(self, packed_bytes: int) -> int:
         """Return how large a tar.gz may become: images barely compress, so a higher ratio indicates a gzip bomb."""
         if packed_bytes < 0:
             return self.max_unpacked_bytes
         return min(self.max_unpacked_bytes, max(self.usual_unpacked_bytes, self.max_packing * packed_bytes))
 
 
-def list_tar(info: FileInfo, columns: Columns, *, is_gzip: bool, limits: TarLimits | None = None) -> Iterator[Chunk]:
+def list_tar(
+    info: FileInfo, columns: ColumnRoles, *, is_gzip: bool, limits: TarLimits | None = None
+) -> Iterator[Chunk]:
     """List rows in the order in which their keys first appear; if the tar is damaged, the last one is an error row.
 
     No image is read; sidecars (.json, .txt) only if a column is wanted.
@@ -54,15 +64,15 @@ def list_tar(info: FileInfo, columns: Columns, *, is_gzip: bool, limits: TarLimi
     index = _Index(info, is_gzip, columns.wanted, limits or TarLimits())
     damage = index.read()
     log_left_out(info.uri, index.others)
-    return chunks_of(_rows(index, columns, damage), columns.keep, frozenset(index.names))
+    return group_into_chunks(_rows(index, columns, damage), columns.keep, frozenset(index.names))
 
 
-def _rows(index: _Index, columns: Columns, damage: str | None) -> Iterator[Row]:
+def _rows(index: _Index, columns: ColumnRoles, damage: str | None) -> Iterator[SourceRow]:
     for place, sample in index.samples.items():
         key, number = (place, 1) if isinstance(place, str) else place
-        yield sample.row(key, number, index, columns)
+        yield sample.make_row(key, number, index, columns)
     if damage is not None:
-        yield Row(f"{index.uri}#byte-{index.end}", index.uri, error=damage)
+        yield SourceRow(f"{index.uri}#byte-{index.end}", index.uri, error=damage)
 
 
 class _Member(NamedTuple):
@@ -82,10 +92,10 @@ class _Sample:
     values: dict[str, Any] | None = None
     error: str = ""
 
-    def row(self, key: str, number: int, index: _Index, columns: Columns) -> Row:
+    def make_row(self, key: str, number: int, index: _Index, columns: ColumnRoles) -> SourceRow:
         images = tuple(TarRef(index.uri, at, size, f"{key}.{end}", index.is_gzip) for end, at, size in self.images)
         unique_key = f"{key}~{number}" if number > 1 else key
-        row = columns.row(index.uri, unique_key, self.values or {}, images, what="key")
+        row = columns.make_row(index.uri, unique_key, self.values or {}, images, what="key")
         return replace(row, error=self.error) if self.error else row
 
 
@@ -94,7 +104,7 @@ class _Index:
 
     def __init__(self, info: FileInfo, is_gzip: bool, wanted: frozenset[str], limits: TarLimits) -> None:
         self.uri, self.is_gzip, self._wanted, self._limits = info.uri, is_gzip, wanted, limits
-        self._max_bytes = limits.max_bytes(info.num_bytes) if is_gzip else sys.maxsize
+        self._max_bytes = limits.compute_max_bytes(info.num_bytes) if is_gzip else sys.maxsize
         self.names: set[str] = set()  # of columns
         self._name_characters = 0
         self.samples: dict[str | tuple[str, int], _Sample] = {}  # by key; with a number from the second of a key on
@@ -105,7 +115,7 @@ class _Index:
 
     def read(self) -> str | None:
         """Return what is wrong with the tar, None if it is whole. Raises SourceError if it cannot be opened or read."""
-        with source_errors(self.uri):
+        with raise_source_errors(self.uri):
             try:
                 with store.open_file(self.uri, block_bytes=_BLOCK_BYTES) as file:
                     self._read_members(gzip.GzipFile(fileobj=file) if self.is_gzip else file)
@@ -141,7 +151,7 @@ class _Index:
     def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         if member.isdir():
             return
-        name = text_of_name(member.name)
+        name = escape_name(member.name)
         match = _KEY.fullmatch(name)
         suffix = PurePosixPath(name).suffix.lower()
         if match is None or suffix not in IMAGE_SUFFIXES | {".json", ".txt"}:
@@ -188,7 +198,7 @@ class _Index:
 
 def _values(name: str, data: bytes) -> dict[str, Any]:
     """Return the columns of a sidecar. Raises ValueError."""
-    return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else json_object(data)
+    return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else parse_json_object(data)
 
 
 class _StrictHeader(tarfile.TarInfo):

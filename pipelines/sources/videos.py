@@ -14,9 +14,9 @@ from dataclasses import replace
 import pyarrow as pa
 
 from pipelines.errors import MediaError
-from pipelines.media.reference import FileRef, ImageRef, Window, is_in_place, is_video, locate_video
+from pipelines.media.reference import FileRef, ImageRef, Window, is_seekable_video, is_video, locate_video
 from pipelines.media.video_process import VideoDecoder
-from pipelines.sources.rows import Chunk, Row
+from pipelines.sources.rows import Chunk, SourceRow
 
 MAX_WINDOWS = 100_000  # of one video: a header that promises more is wrong
 _HEADER_TIMEOUT_S = 60
@@ -25,13 +25,13 @@ _FRAGMENT = re.compile(r"#t=(?:npt:)?(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?")  # 
 logger = logging.getLogger(__name__)
 
 
-def without_window(uri: str) -> str:
+def strip_window(uri: str) -> str:
     """Return the `uri` of a video without `#t=...`."""
     base, mark, _ = uri.partition("#t=")
     return base if mark and is_video(FileRef(base)) else uri
 
 
-def with_windows(chunks: Iterable[Chunk], window_s: float | None) -> Iterator[Chunk]:
+def apply_windows(chunks: Iterable[Chunk], window_s: float | None) -> Iterator[Chunk]:
     """Yield the rows with `#t=start,stop` of a video's URI parsed; with `window_s`, long videos become several rows.
 
     Those are cut into windows of so many seconds, the last of them up to half as long again or shorter. Only then are
@@ -48,7 +48,7 @@ def with_windows(chunks: Iterable[Chunk], window_s: float | None) -> Iterator[Ch
             yield _cut(chunk, window_s, lengths_of(chunk.rows))
 
 
-def _with_window(row: Row) -> Row:
+def _with_window(row: SourceRow) -> SourceRow:
     if not any("#t=" in image.uri for image in row.images):
         return row
     try:
@@ -58,7 +58,7 @@ def _with_window(row: Row) -> Row:
 
 
 def _parsed(image: ImageRef) -> ImageRef:
-    base = without_window(image.uri)
+    base = strip_window(image.uri)
     if base == image.uri or not isinstance(image, FileRef):
         return image
     match = _FRAGMENT.fullmatch(image.uri[len(base) :])
@@ -77,7 +77,7 @@ def _cut(chunk: Chunk, window_s: float, lengths_s: list[float | None]) -> Chunk:
     return replace(chunk, rows=[row for rows in cut for row in rows], kept=kept)
 
 
-def _windows(row: Row, window_s: float, length_s: float | None) -> list[Row]:
+def _windows(row: SourceRow, window_s: float, length_s: float | None) -> list[SourceRow]:
     if length_s is None:
         return [row]
     whole = row.images[0].window
@@ -91,12 +91,12 @@ def _windows(row: Row, window_s: float, length_s: float | None) -> list[Row]:
     return [_window(row, Window(*ends)) for ends in zip(starts, [*starts[1:], whole.stop_s], strict=True)]
 
 
-def _window(row: Row, window: Window) -> Row:
+def _window(row: SourceRow, window: Window) -> SourceRow:
     start_s, stop_s = window
     fragment = f"#t={_seconds(start_s)}" + (f",{_seconds(stop_s)}" if stop_s < float("inf") else "")
     image = replace(row.images[0], window=window)
     uri = f"{image.uri}{fragment}" if isinstance(image, FileRef) else row.uri
-    return replace(row, id=f"{without_window(row.id)}{fragment}", uri=uri, images=(image,))
+    return replace(row, id=f"{strip_window(row.id)}{fragment}", uri=uri, images=(image,))
 
 
 def _seconds(value: float) -> str:
@@ -113,19 +113,19 @@ class _Lengths:
             self._decoders.put(VideoDecoder(timeout_s=_HEADER_TIMEOUT_S))
         self.num_unknown = 0
 
-    def __call__(self, rows: Iterable[Row]) -> list[float | None]:
+    def __call__(self, rows: Iterable[SourceRow]) -> list[float | None]:
         """Return the duration of each row in seconds; None if it is not a video or unknown."""
         return list(self._pool.map(self._length_s, rows))
 
-    def _length_s(self, row: Row) -> float | None:
+    def _length_s(self, row: SourceRow) -> float | None:
         if row.error or len(row.images) != 1 or not is_video(row.images[0]):
             return None
-        if not is_in_place(row.images):
+        if not is_seekable_video(row.images):
             self.num_unknown += 1
             return None
         decoder = self._decoders.get()
         try:
-            return decoder.duration_s(locate_video(row.images, [])[0])
+            return decoder.read_duration_s(locate_video(row.images, [])[0])
         except (MediaError, OSError):
             self.num_unknown += 1
             return None

@@ -26,7 +26,7 @@ from pipelines.config import CaptionConfig
 from pipelines.errors import MediaError, SourceError
 from pipelines.media.fetch import Fetcher
 from pipelines.media.images import decode_image
-from pipelines.media.reference import read_reference
+from pipelines.media.reference import parse_reference
 from pipelines.sources import list_rows
 
 Lines = list[str]
@@ -65,8 +65,8 @@ def _shard(path: Path) -> str:
     config = CaptionConfig(input=(str(path),), output="out", model="demo", keep_columns=keep)
     try:
         with list_rows(config, config.questionnaire) as listing:
-            errors = [error for table in listing.tables() for error in table.column("error").to_pylist() if error]
-            first = next(listing.tables()).slice(0, 1).to_pylist()[0]
+            errors = [error for table in listing.read_tables() for error in table.column("error").to_pylist() if error]
+            first = next(listing.read_tables()).slice(0, 1).to_pylist()[0]
             num_rows = listing.num_rows
     except SourceError as error:
         return f"refused: {error}"
@@ -77,7 +77,7 @@ def _shard(path: Path) -> str:
 
 def _fault_of(images: list[dict[str, object]]) -> Lines:
     try:
-        Fetcher().submit([read_reference(image) for image in images]).result()  # type: ignore[arg-type]
+        Fetcher().submit([parse_reference(image) for image in images]).result()  # type: ignore[arg-type]
     except OSError as error:
         return [str(error)]
     return []

@@ -29,7 +29,7 @@ from pipelines.config import CaptionConfig
 from pipelines.errors import MediaError, SourceError
 from pipelines.media.fetch import Fetcher
 from pipelines.media.images import decode_image
-from pipelines.media.reference import read_reference
+from pipelines.media.reference import parse_reference
 from pipelines.sources import list_rows
 from tests.stress.mutations import mutated
 from tests.support.photographs import photographs
@@ -114,7 +114,7 @@ def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
         config = CaptionConfig(input=(str(path),), output="out", model="demo", **options)  # type: ignore[arg-type]
         try:
             with list_rows(config, config.questionnaire) as listing:
-                rows = [row for table in listing.tables() for row in table.to_pylist()]
+                rows = [row for table in listing.read_tables() for row in table.to_pylist()]
         except SourceError as error:
             assert str(path) in str(error) or "column" in str(error), error
             return "refused"
@@ -124,7 +124,7 @@ def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
 
 def _is_read(row: dict[str, list[dict[str, object]]]) -> bool:
     try:
-        _fetcher().submit([read_reference(image) for image in row["images"]]).result()  # type: ignore[arg-type]
+        _fetcher().submit([parse_reference(image) for image in row["images"]]).result()  # type: ignore[arg-type]
     except OSError:
         return False
     return not row["error"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pipelines.media.fetch import Fetcher, Pending
-from pipelines.media.reference import read_reference
+from pipelines.media.fetch import Fetcher, PendingImages
+from pipelines.media.reference import parse_reference
 from tests.support.rows import Row
 
 
 def images_of(rows: list[Row], fetcher: Fetcher | None = None) -> list[list[bytes]]:
     fetcher = fetcher or Fetcher()
-    return [fetcher.submit([read_reference(image) for image in row["images"]]).result() for row in rows]
+    return [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
 
 
-def is_refused(images: Pending) -> bool:
+def is_refused(images: PendingImages) -> bool:
     try:
         images.result()
     except OSError:

@@ -14,7 +14,7 @@ def rows_of(*inputs: object, **options: object) -> list[Row]:
     """Rows of the manifest, without their numbers."""
     config = config_of(*inputs, **options)
     with list_rows(config, config.questionnaire) as listing:
-        return [row for table in listing.tables() for row in table.to_pylist()]
+        return [row for table in listing.read_tables() for row in table.to_pylist()]
 
 
 def config_of(*inputs: object, **options: object) -> CaptionConfig:

@@ -16,7 +16,7 @@ from pipelines.sources import list_rows
 def preprocess_stage(config: RunConfig, encoder: Encoder | None = None) -> tuple[Preprocess, Batch]:
     """List INPUT into OUTPUT's manifest; return the stage and the one unit that holds all rows."""
     with list_rows(config, config.questionnaire) as listing:
-        write_manifest(config.output, listing.tables())
+        write_manifest(config.output, listing.read_tables())
     stage = Preprocess(config.output, config.model, None, config, config.questionnaire, AttemptCounts(), encoder)
     return stage, {"start": np.array([0]), "stop": np.array([listing.num_rows])}
 

@@ -15,7 +15,7 @@ from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import NoValue, SourceError
 from pipelines.media.reference import is_video
-from pipelines.sources.rows import Chunk, Columns, Row
+from pipelines.sources.rows import Chunk, ColumnRoles, SourceRow
 from pipelines.tasks.questionnaire import Questionnaire
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
@@ -24,13 +24,13 @@ VIDEO_PROMPT = "Describe the video."  # instead of the default for images
 logger = logging.getLogger(__name__)
 
 
-class Asker:
+class PromptBuilder:
     """Gives each row its question, and notes what the columns turn out to be."""
 
     def __init__(self, options: SourceOptions, questionnaire: Questionnaire) -> None:
         self._questionnaire = questionnaire
         self._templates = [Template(task.prompt, task.label or "--prompt ") for task in questionnaire.tasks]
-        self.columns = Columns(
+        self.columns = ColumnRoles(
             id=options.id_column,
             image=options.image_column,
             prompt=questionnaire.prompt_column or None,
@@ -40,7 +40,7 @@ class Asker:
         self._names: set[str] = set()
         self._num_without_columns = self._num_text_only = 0
 
-    def table(self, chunk: Chunk) -> pa.Table:
+    def to_table(self, chunk: Chunk) -> pa.Table:
         """Schema MANIFEST without `row`."""
         if chunk.names:
             for template in self._templates:
@@ -60,7 +60,7 @@ class Asker:
         }
         return pa.table(columns, schema=schema.MANIFEST.remove(0))
 
-    def _asked(self, row: Row, *, has_columns: bool) -> tuple[list[str], str]:
+    def _asked(self, row: SourceRow, *, has_columns: bool) -> tuple[list[str], str]:
         """The questions and why they cannot be asked, if so."""
         if row.prompt is not None and self._has_own_prompt(row):
             return [row.prompt], row.error
@@ -70,17 +70,17 @@ class Asker:
             return [template.text for template in self._templates], row.error
         return self._filled(row)
 
-    def _filled(self, row: Row) -> tuple[list[str], str]:
+    def _filled(self, row: SourceRow) -> tuple[list[str], str]:
         prompts, error = [], ""
         for template in self._templates:
             try:
                 prompts.append(template.fill(row.values))
             except NoValue as name:
                 prompts.append(template.text)
-                error = error or f"{template.where}names the column {name.args[0]!r}, which is empty in this row"
+                error = error or f"{template.label}names the column {name.args[0]!r}, which is empty in this row"
         return prompts, error
 
-    def _has_own_prompt(self, row: Row) -> bool:
+    def _has_own_prompt(self, row: SourceRow) -> bool:
         return self._questionnaire.prompt_column is not None and row.prompt is not None
 
     def finish(self) -> None:
@@ -106,11 +106,11 @@ class Asker:
 class Template:
     """`{name}` is replaced by the row's value, `{{` and `}}` are braces. Nothing else is allowed in braces.
 
-    `where` begins messages about it.
+    `label` begins messages about it.
     """
 
     text: str
-    where: str = "--prompt "
+    label: str = "--prompt "
 
     @property
     def names(self) -> frozenset[str]:
@@ -120,7 +120,7 @@ class Template:
         """Raises SourceError for a brace that is alone."""
         if any(match[0] in ("{", "}") for match in _TOKEN.finditer(self.text)):
             raise SourceError(
-                f"{self.where}{self.text!r} holds a single brace; the input has columns, so {{name}} stands for one of "
+                f"{self.label}{self.text!r} holds a single brace; the input has columns, so {{name}} stands for one of "
                 "them: write {{ and }} for braces"
             )
 
