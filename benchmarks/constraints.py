@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.engine import load
+from benchmarks.engine import load_or_build_model
 from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_core import EngineCore
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", type=Path)
     args = parser.parse_args()
-    model = load(args.model, torch.device("cpu"), torch.float32)
+    model = load_or_build_model(args.model, torch.device("cpu"), torch.float32)
     size = model.config.language.vocab_size
     tokenizer = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else made_up(size)
     ids = tokenizer.get_vocab()

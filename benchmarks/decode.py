@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.engine import load
+from benchmarks.engine import load_or_build_model
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.requests import RequestState
 from ovis_model.types import Request, SamplingParams
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = load(args.model, torch.device("cpu"), torch.float32)
+    model = load_or_build_model(args.model, torch.device("cpu"), torch.float32)
     layers = model.config.language.num_hidden_layers
     target = 0.1 + 0.02 * layers
     for rows in args.rows:

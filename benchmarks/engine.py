@@ -1,4 +1,4 @@
-"""Compare the engine with transformers' padded `generate` on the same rows and weights, interleaved.
+"""Compare the engine with transformers' padded `generate` on the same rows and weights, in alternation.
 
     python -m benchmarks.engine --model demo
     python -m benchmarks.engine --model 24x128 --rows 96
@@ -6,11 +6,13 @@
     python -m benchmarks.engine --model demo --pipeline
     python -m benchmarks.engine --model 34B --device cuda --dtype bfloat16 --ranks 1     (or 2, 4, 8: a GPU each)
 
-`--model` is a checkpoint, or a shape with random weights: 1B 2B 4B 8B 16B 34B, or 24x128 (24 layers of width 128, where
-the cost of a step is everything but arithmetic). Answers end after a drawn number of tokens, log-normal, not at an
-end-of-text id. Transformers gets its best batch size of those tried. `--pipeline` runs `jobs.caption` over pictures in
-files instead, where answers end as the model likes. With `--ranks` the engine runs alone, over that many processes, and
-what an exchange between them takes is told; the model is a shape then. The last line is JSON.
+`--model` is a checkpoint, or a shape with random weights: 1B 2B 4B 8B 16B 34B, or 24x128. The latter has 24 layers of
+width 128, so a step costs everything but arithmetic. Answers have drawn lengths (log-normal) and ignore end-of-text
+ids. The ratios compare with transformers at its best batch size of those tried.
+
+`--pipeline` runs `jobs.caption` over image files instead; there the model decides where answers end. `--ranks` runs the
+engine alone over that many processes and also measures an all-reduce between them; `--model` must then be a shape.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from PIL import Image
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.roofline import ceilings, cost
+from benchmarks.roofline import compute_cost, measure_ceilings
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig, VisionConfig
 from ovis_model.engine.calls import Stats
@@ -74,15 +76,15 @@ SHAPES = {
 }
 ROOT = Path(__file__).parent.parent
 NUM_TEXT_TOKENS = 37
-"""Of a prompt beside the image: "Describe the image." in Qwen's chat format is about as long."""
+"""Text tokens of a prompt, image excluded; about the length of "Describe the image." in Qwen's chat format."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Rows, how many tokens each is to get, and how long their pictures took to tile."""
+class Workload:
+    """Requests, the number of output tokens of each, and the seconds that tiling their images took."""
 
     requests: list[Request]
-    lengths: list[int]
+    output_lengths: list[int]
     preprocess_s: float = 0.0
 
 
@@ -96,29 +98,29 @@ class Timing:
 def main() -> None:
     args = _parse()
     if args.pipeline:
-        print(json.dumps(run_pipeline(args)))
+        print(json.dumps(run_caption_job(args)))
         return
     if args.ranks:
         with tempfile.TemporaryDirectory() as directory:
             spawn(_run_rank, (Path(directory) / "meeting_point", args), nprocs=args.ranks)  # type: ignore[no-untyped-call]
         return
     torch.set_num_threads(args.threads)
-    model = load(args.model, torch.device(args.device), getattr(torch, args.dtype))
-    work = _work(model.config, args)
+    model = load_or_build_model(args.model, torch.device(args.device), getattr(torch, args.dtype))
+    workload = _make_workload(model.config, args)
     step_runner = None if args.graphs else lambda: run_eagerly
     engine = OvisEngine.from_model(model, make_step_runner=step_runner, eos_token_ids=())
     print(engine.describe(), file=sys.stderr)
-    sides: dict[str, Callable[[], list[list[int]]]] = {"engine": lambda: _ours(engine, work)}
+    sides: dict[str, Callable[[], list[list[int]]]] = {"engine": lambda: _run_engine(engine, workload)}
     if args.peer:
-        peer = _peer(model)
+        peer = _build_peer(model)
         for size in args.peer_batch:
-            sides[f"transformers, batch {size}"] = lambda size=size: _theirs(peer, model, work, size)  # type: ignore[misc]
+            sides[f"transformers, batch {size}"] = lambda size=size: _run_transformers(peer, model, workload, size)  # type: ignore[misc]
     if model.device.type == "cuda":
         engine.warm_up()
-    _ours(engine, Work(work.requests[:2], [2, 2]))
+    _run_engine(engine, Workload(workload.requests[:2], [2, 2]))
     before = engine.stats
-    rounds = [{name: _timed(side) for name, side in sides.items()} for _ in range(args.rounds)]
-    tell(report(rounds, model, engine.stats - before, work))
+    rounds = [{name: _time_side(side) for name, side in sides.items()} for _ in range(args.rounds)]
+    print_report(summarize_rounds(rounds, model, engine.stats - before, workload))
 
 
 def _parse() -> argparse.Namespace:
@@ -133,23 +135,26 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output-cap", type=int, default=256, help="tokens (default 256)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=0, help="tensor-parallel processes; also 1, to start NCCL")
+    parser.add_argument("--ranks", type=int, default=0, help="tensor-parallel processes; 1 also starts NCCL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="also run transformers")
     parser.add_argument("--peer-batch", type=int, nargs="+", default=[8, 32], help="batch sizes (default 8 32)")
-    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs, on CUDA")
-    parser.add_argument("--pipeline", action="store_true", help="the whole job over files, not the engine alone")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="use CUDA graphs")
+    parser.add_argument("--pipeline", action="store_true", help="run the whole job over files, not the engine alone")
     return parser.parse_args()
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype) -> Ovis:
-    """With the norm that transformers adds to the tower, so that both compute the same."""
+def load_or_build_model(name: str, device: torch.device, dtype: torch.dtype) -> Ovis:
+    """Load a checkpoint, or build a shape of SHAPES with random weights.
+
+    The vision tower gets the norm that transformers adds after it, so that both sides compute the same.
+    """
     if name not in SHAPES:
         return load_model(fetch_checkpoint(name), device=device, dtype=dtype, post_trunk_norm=True)
-    return _random_model(SHAPES[name], device, dtype, ALONE)
+    return _build_random_model(SHAPES[name], device, dtype, ALONE)
 
 
-def _random_model(config: OvisConfig, device: torch.device, dtype: torch.dtype, shard: Shard) -> Ovis:
+def _build_random_model(config: OvisConfig, device: torch.device, dtype: torch.dtype, shard: Shard) -> Ovis:
     model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=True, shard=shard)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
@@ -157,55 +162,56 @@ def _random_model(config: OvisConfig, device: torch.device, dtype: torch.dtype, 
     return model
 
 
-def _work(config: OvisConfig, args: argparse.Namespace) -> Work:
+def _make_workload(config: OvisConfig, args: argparse.Namespace) -> Workload:
     rng = np.random.default_rng(args.seed)
-    lengths = np.exp(rng.normal(math.log(args.output_median), 0.6, args.rows)).clip(1, args.output_cap)
-    pictures = _pictures(args.image_size, args.rows, args.seed)
-    begun_s = time.perf_counter()
-    requests = [_request(config, rng, picture, args.max_tiles) for picture in pictures]
-    return Work(requests, lengths.astype(int).tolist(), time.perf_counter() - begun_s)
+    output_lengths = np.exp(rng.normal(math.log(args.output_median), 0.6, args.rows)).clip(1, args.output_cap)
+    images = _draw_images(args.image_size, args.rows, args.seed)
+    started_s = time.perf_counter()
+    requests = [_make_request(config, rng, image, args.max_tiles) for image in images]
+    return Workload(requests, output_lengths.astype(int).tolist(), time.perf_counter() - started_s)
 
 
-def _pictures(size: str, count: int, seed: int) -> Iterator[Image.Image]:
-    """Coarse noise of `size`, "640x480", made larger."""
+def _draw_images(size: str, count: int, seed: int) -> Iterator[Image.Image]:
+    """Yield images of `size`, e.g. "640x480": coarse noise, enlarged."""
     rng = np.random.default_rng(seed)
     width, height = map(int, size.split("x"))
     for _ in range(count):
         yield Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((width, height))
 
 
-def _request(config: OvisConfig, rng: np.random.Generator, picture: Image.Image, max_tiles: int) -> Request:
-    side = config.vision.image_size
-    tiles, sizes = tile_image(picture, max_tiles, side)
-    image = expand_atoms(image_placeholders(choose_grid(*picture.size, max_tiles, side)), config.vision.tokens_per_tile)
+def _make_request(config: OvisConfig, rng: np.random.Generator, image: Image.Image, max_tiles: int) -> Request:
+    side_px = config.vision.image_size
+    tiles, sizes = tile_image(image, max_tiles, side_px)
+    atoms = image_placeholders(choose_grid(*image.size, max_tiles, side_px))
+    placeholders = expand_atoms(atoms, config.vision.tokens_per_tile)
     text = rng.integers(0, config.language.vocab_size // 2, NUM_TEXT_TOKENS, dtype=np.int32)
-    return Request(np.concatenate([text[:12], image, text[12:]]).astype(np.int32), tiles, sizes)
+    return Request(np.concatenate([text[:12], placeholders, text[12:]]).astype(np.int32), tiles, sizes)
 
 
-def _ours(engine: OvisEngine, work: Work) -> list[list[int]]:
-    params = [SamplingParams(max_new_tokens=length) for length in work.lengths]
-    return [completion.output_ids.tolist() for completion in engine.generate(work.requests, params)]
+def _run_engine(engine: OvisEngine, workload: Workload) -> list[list[int]]:
+    params = [SamplingParams(max_new_tokens=length) for length in workload.output_lengths]
+    return [completion.output_ids.tolist() for completion in engine.generate(workload.requests, params)]
 
 
 def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
-    """One of `--ranks`; rank 0 prints."""
+    """Run one of `--ranks`; rank 0 prints the result."""
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         torch.cuda.set_device(rank)
     with joined(rank, args.ranks, meeting_point, lambda: None) as shard:
-        model = _random_model(SHAPES[args.model], torch.device(args.device), getattr(torch, args.dtype), shard)
-        work = _work(model.config, args)
+        model = _build_random_model(SHAPES[args.model], torch.device(args.device), getattr(torch, args.dtype), shard)
+        workload = _make_workload(model.config, args)
         engine = OvisEngine.from_model(model, eos_token_ids=())
-        _ours(engine, Work(work.requests[:2], [2, 2]))  # warm
+        _run_engine(engine, Workload(workload.requests[:2], [2, 2]))  # warm
         before = engine.stats
-        timing = _timed(lambda: _ours(engine, work))
+        timing = _time_side(lambda: _run_engine(engine, workload))
         stats = engine.stats - before
-        exchange_us = {f"[{tokens}, hidden_size]": _exchange_us(model, tokens) for tokens in (1, 64, 8192)}
+        exchange_us = {f"[{tokens}, hidden_size]": _measure_all_reduce_us(model, tokens) for tokens in (1, 64, 8192)}
     if rank == 0:
         result = {
             "ranks": args.ranks,
-            "images_per_s": len(work.requests) / timing.wall_s,
-            "output_tokens_per_s": sum(work.lengths) / timing.wall_s,
+            "images_per_s": len(workload.requests) / timing.wall_s,
+            "output_tokens_per_s": sum(workload.output_lengths) / timing.wall_s,
             "seconds": {part: getattr(stats, f"{part}_s") for part in ("vision", "prefill", "decode")},
             "weights_gb": sum(p.numel() * p.itemsize for p in model.parameters()) / 1e9,
             "exchange_us": exchange_us,
@@ -214,8 +220,11 @@ def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
     leave()
 
 
-def _exchange_us(model: Ovis, tokens: int, times: int = 20) -> float:
-    """Of one sum over the ranks, of which a pass has two a layer. With one rank: what starting it costs."""
+def _measure_all_reduce_us(model: Ovis, tokens: int, times: int = 20) -> float:
+    """Return the microseconds of one all-reduce, of which a forward pass has two per layer.
+
+    With one rank this is the cost of its launch.
+    """
     x = torch.zeros(tokens, model.config.language.hidden_size, device=model.device, dtype=model.dtype)
     torch.distributed.all_reduce(x)
     float(x[0, 0])
@@ -226,8 +235,8 @@ def _exchange_us(model: Ovis, tokens: int, times: int = 20) -> float:
     return (time.perf_counter() - started_s) / times * 1e6
 
 
-def _peer(model: Ovis) -> Any:
-    """transformers' Ovis2 over the very same weights."""
+def _build_peer(model: Ovis) -> Any:
+    """Build transformers' Ovis2 on the same weight tensors."""
     import transformers
 
     config, vision, language = model.config, asdict(model.config.vision), asdict(model.config.language)
@@ -256,29 +265,32 @@ def _peer(model: Ovis) -> Any:
     return peer.eval()
 
 
-def _theirs(peer: Any, model: Ovis, work: Work, batch_size: int) -> list[list[int]]:
+def _run_transformers(peer: Any, model: Ovis, workload: Workload, batch_size: int) -> list[list[int]]:
     outputs: list[list[int]] = []
-    for start in range(0, len(work.requests), batch_size):
-        requests, lengths = work.requests[start : start + batch_size], work.lengths[start : start + batch_size]
-        ids = torch.stack([_peer_ids(request, peer.config) for request in requests]).to(model.device)  # of one length
-        pixels = torch.cat([_pixels(model, request) for request in requests])
+    for start in range(0, len(workload.requests), batch_size):
+        part = slice(start, start + batch_size)
+        requests, output_lengths = workload.requests[part], workload.output_lengths[part]
+        ids = torch.stack([_translate_ids(request, peer.config) for request in requests]).to(
+            model.device
+        )  # of one length
+        pixels = torch.cat([_normalize_tiles(model, request) for request in requests])
         with torch.inference_mode():
             out = peer.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=pixels,
                 do_sample=False,
-                max_new_tokens=max(lengths),
+                max_new_tokens=max(output_lengths),
                 eos_token_id=None,
                 pad_token_id=0,
             )
         new = out[:, ids.shape[1] :].tolist()
-        outputs += [row[:length] for row, length in zip(new, lengths, strict=True)]
+        outputs += [row[:length] for row, length in zip(new, output_lengths, strict=True)]
     return outputs
 
 
-def _peer_ids(request: Request, config: Any) -> Tensor:
-    """transformers gives the placeholders ids of its own."""
+def _translate_ids(request: Request, config: Any) -> Tensor:
+    """Return the input ids of `request` with transformers' ids for the placeholders."""
     ids = request.input_ids.astype(np.int64)
     at = request.input_ids <= IMAGE_START_ID
     ids[at] = np.array(config.visual_indicator_token_ids)[IMAGE_START_ID - request.input_ids[at]]
@@ -286,12 +298,12 @@ def _peer_ids(request: Request, config: Any) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def _pixels(model: Ovis, request: Request) -> Tensor:
+def _normalize_tiles(model: Ovis, request: Request) -> Tensor:
     tiles, sizes = torch.from_numpy(request.tiles), torch.from_numpy(request.tile_sizes)
     return model.normalize(tiles.to(model.device), sizes.to(model.device)).to(model.dtype)
 
 
-def _timed(side: Callable[[], list[list[int]]]) -> Timing:
+def _time_side(side: Callable[[], list[list[int]]]) -> Timing:
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     outputs = side()
     if torch.cuda.is_available():
@@ -299,44 +311,44 @@ def _timed(side: Callable[[], list[list[int]]]) -> Timing:
     return Timing(time.process_time() - cpu_s, time.perf_counter() - wall_s, outputs)
 
 
-def report(rounds: list[dict[str, Timing]], model: Ovis, stats: Stats, work: Work) -> dict[str, Any]:
-    """Medians of the rounds: each side, where the engine's time went, and what no engine could save."""
+def summarize_rounds(rounds: list[dict[str, Timing]], model: Ovis, stats: Stats, workload: Workload) -> dict[str, Any]:
+    """Return the medians of each side, where the engine's time went, and the floor that no engine can undercut."""
     ours = rounds[0]["engine"].outputs
-    sides = {name: _side([r[name] for r in rounds], ours) for name in rounds[0]}
+    sides = {name: _summarize_side([r[name] for r in rounds], ours) for name in rounds[0]}
     wall_s = sum(r["engine"].wall_s for r in rounds) / len(rounds)
     busy_s = {part: getattr(stats, f"{part}_s") / len(rounds) for part in ("vision", "prefill", "decode")}
-    seconds = {"preprocess": work.preprocess_s, **busy_s, "idle": wall_s - sum(busy_s.values())}
-    most = ceilings(model.device, model.pass_dtype)
-    first, slots = work.requests[0], max(1, stats.slot_steps // max(1, stats.steps))
-    needed = cost(
+    seconds = {"preprocess": workload.preprocess_s, **busy_s, "idle": wall_s - sum(busy_s.values())}
+    ceilings = measure_ceilings(model.device, model.pass_dtype)
+    first, slots = workload.requests[0], max(1, stats.slot_steps // max(1, stats.steps))
+    needed = compute_cost(
         model.config,
         model.dtype,
         tiles=len(first.tiles),
         prompt=len(first.input_ids),
-        lengths=work.lengths,
+        output_lengths=workload.output_lengths,
         slots=slots,
     )
     return {
         "sides": sides,
-        "ratio": _least(sides, "cpu_s_per_image"),
-        "wall_ratio": _least(sides, "wall_s_per_image"),
+        "ratio": _compute_best_ratio(sides, "cpu_s_per_image"),
+        "wall_ratio": _compute_best_ratio(sides, "wall_s_per_image"),
         "seconds": seconds,
         "slots": slots,
         "slot_occupancy": stats.row_steps / max(1, stats.slot_steps),
-        "peak_memory_gb": _peak_memory_gb(model.device),
-        "tflops_ceiling": most.flops_per_s / 1e12,
-        "gb_per_s_ceiling": most.bytes_per_s / 1e9,
-        "floor_s": needed.seconds(most),
-        "floor_ratio": wall_s / needed.seconds(most),
+        "peak_memory_gb": _read_peak_memory_gb(model.device),
+        "tflops_ceiling": ceilings.flops_per_s / 1e12,
+        "gb_per_s_ceiling": ceilings.bytes_per_s / 1e9,
+        "floor_s": needed.compute_floor_s(ceilings),
+        "floor_ratio": wall_s / needed.compute_floor_s(ceilings),
         "flops_share_of_vision_and_prefill": (needed.vision_flops + needed.prefill_flops)
         / (busy_s["vision"] + busy_s["prefill"])
-        / most.flops_per_s,
-        "bandwidth_share_of_decode": needed.decode_bytes / max(busy_s["decode"], 1e-9) / most.bytes_per_s,
-        **_where(model),
+        / ceilings.flops_per_s,
+        "bandwidth_share_of_decode": needed.decode_bytes / max(busy_s["decode"], 1e-9) / ceilings.bytes_per_s,
+        **_describe_environment(model),
     }
 
 
-def _side(timings: Sequence[Timing], ours: list[list[int]]) -> dict[str, float]:
+def _summarize_side(timings: Sequence[Timing], ours: list[list[int]]) -> dict[str, float]:
     rows, tokens = len(ours), sum(map(len, ours))
     wall_s = statistics.median(t.wall_s for t in timings)
     return {
@@ -348,52 +360,55 @@ def _side(timings: Sequence[Timing], ours: list[list[int]]) -> dict[str, float]:
     }
 
 
-def _least(sides: dict[str, dict[str, float]], figure: str) -> float | None:
-    """Of transformers' sides, over the engine's; None if there is none."""
+def _compute_best_ratio(sides: dict[str, dict[str, float]], figure: str) -> float | None:
+    """Return `figure` of the best transformers side divided by the engine's; None without such a side."""
     theirs = [side[figure] for name, side in sides.items() if name != "engine"]
     return min(theirs) / sides["engine"][figure] if theirs else None
 
 
-def _peak_memory_gb(device: torch.device) -> float:
+def _read_peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def _where(model: Ovis) -> dict[str, str]:
-    """Device, type and commit that the figures are of."""
+def _describe_environment(model: Ovis) -> dict[str, str]:
+    """Return the hardware, dtype, torch version and commit of this measurement."""
     cuda = model.device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if cuda else f"{_read_cpu_name()}, {torch.get_num_threads()} threads"
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
     return {"hardware": name, "dtype": str(model.dtype), "torch": torch.__version__, "commit": git.stdout.strip()}
 
 
-def _cpu_name() -> str:
+def _read_cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def tell(result: dict[str, Any]) -> None:
-    """The report in lines, then as JSON."""
+def print_report(result: dict[str, Any]) -> None:
+    """Print the report as lines of text, then as JSON."""
     print(f"{result['hardware']}, {result['dtype']}, commit {result['commit']}")
     for name, side in result["sides"].items():
         print(
             f"{name:24} {side['cpu_s_per_image']:8.4f} CPU s/image {side['images_per_s']:8.2f} images/s "
-            f"{side['output_tokens_per_s']:8.1f} tokens/s, {side['equal_rows']} rows as the engine's"
+            f"{side['output_tokens_per_s']:8.1f} tokens/s, {side['equal_rows']} rows equal the engine's"
         )
     split = ", ".join(f"{part} {s:.2f} s" for part, s in result["seconds"].items())
-    print(f"{split}; slots in use {result['slot_occupancy']:.1%}; {result['peak_memory_gb']:.1f} GB at most")
-    print(f"floor {result['floor_s']:.2f} s: the engine takes {result['floor_ratio']:.2f} times as long")
+    print(f"{split}; slots in use {result['slot_occupancy']:.1%}; peak memory {result['peak_memory_gb']:.1f} GB")
+    print(f"floor {result['floor_s']:.2f} s; the engine takes {result['floor_ratio']:.2f} times as long")
     print(json.dumps(result))
 
 
-def run_pipeline(args: argparse.Namespace) -> dict[str, Any]:
-    """`jobs.caption` over picture files, start included: its last line; CPU time of the driver, not of its actors."""
+def run_caption_job(args: argparse.Namespace) -> dict[str, Any]:
+    """Run `jobs.caption` over image files and return its JSON line.
+
+    The time includes the start of Ray; `cpu_s_per_image` is the CPU time of the driver, without its actors.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory, "pictures")
+        source = Path(directory, "images")
         source.mkdir()
-        for number, picture in enumerate(_pictures(args.image_size, args.rows, args.seed)):
-            picture.save(source / f"{number:06}.jpg", quality=90)
+        for number, image in enumerate(_draw_images(args.image_size, args.rows, args.seed)):
+            image.save(source / f"{number:06}.jpg", quality=90)
         command = [sys.executable, "-m", "jobs.caption", str(source), str(Path(directory, "output"))]
         options = ["--model", args.model, "--device", args.device, "--dtype", args.dtype]
         limits = ["--max-new-tokens", str(args.output_cap), "--max-tiles", str(args.max_tiles)]

@@ -1,4 +1,4 @@
-"""Compute the least time that arithmetic and memory traffic allow, from rates measured on this machine."""
+"""Compute the least time that arithmetic and memory traffic allow at the rates measured on this machine."""
 
 from __future__ import annotations
 
@@ -14,79 +14,81 @@ from ovis_model.engine.kv_cache import bytes_per_token
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches when nothing else is asked of it."""
+    """The peak rates that the device reaches on large operations."""
 
     flops_per_s: float
     bytes_per_s: float
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The rate of a large matrix product, and of a large copy, read and written; the best of five."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure the rates of a large matrix product and of a large copy (bytes read + written), the best of five each."""
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device).to(dtype)
     source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     product_s, copy_s = [], []
     for _ in range(6):
-        product_s.append(_seconds(lambda: torch.mm(a, a), device))
-        copy_s.append(_seconds(lambda: target.copy_(source), device))
+        product_s.append(_measure_s(lambda: torch.mm(a, a), device))
+        copy_s.append(_measure_s(lambda: target.copy_(source), device))
     return Ceilings(2 * side**3 / min(product_s[1:]), 2 * source.numel() / min(copy_s[1:]))
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    begun = time.perf_counter()
+def _measure_s(work: Callable[[], object], device: torch.device) -> float:
+    started_s = time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started_s
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of rows with equal prompts: multiply-adds count as two operations."""
+    """The work of rows with equal prompts; a multiply-add counts as two operations."""
 
     vision_flops: float
     prefill_flops: float
     decode_flops: float
     decode_bytes: float
 
-    def seconds(self, most: Ceilings) -> float:
-        """A decode step can take no less than its arithmetic and no less than its traffic."""
-        decode_s = max(self.decode_flops / most.flops_per_s, self.decode_bytes / most.bytes_per_s)
-        return (self.vision_flops + self.prefill_flops) / most.flops_per_s + decode_s
+    def compute_floor_s(self, ceilings: Ceilings) -> float:
+        """Return the least seconds at these rates; decoding takes as long as its arithmetic or traffic, the slower."""
+        decode_s = max(self.decode_flops / ceilings.flops_per_s, self.decode_bytes / ceilings.bytes_per_s)
+        return (self.vision_flops + self.prefill_flops) / ceilings.flops_per_s + decode_s
 
 
-def cost(
-    config: OvisConfig, dtype: torch.dtype, *, tiles: int, prompt: int, lengths: Sequence[int], slots: int
+def compute_cost(
+    config: OvisConfig, dtype: torch.dtype, *, tiles: int, prompt: int, output_lengths: Sequence[int], slots: int
 ) -> Cost:
-    """`tiles` and `prompt` tokens a row; `lengths`: output tokens of each row, of which `slots` run side by side.
+    """Compute the work of a run.
 
-    Decoding reads the decoder's weights once a step, in as few steps as there can be, and every row its own cache.
+    Each row has `tiles` tiles and `prompt` tokens. `output_lengths` are the output tokens of each row; `slots` rows
+    decode at the same time. Decoding takes as few steps as possible; each step reads the decoder's weights once, and
+    the cache of each row.
     """
-    t, rows = config.language, len(lengths)
-    layer, head = _layer_weights(config), t.hidden_size * t.vocab_size
+    t, rows = config.language, len(output_lengths)
+    layer, head = _count_layer_weights(config), t.hidden_size * t.vocab_size
     weights = t.num_hidden_layers * layer + head
-    # The first token of a row comes from its prompt.
-    attended = sum((n - 1) * (prompt + n / 2) for n in lengths)
-    tokens = sum(n - 1 for n in lengths)
-    steps = max(max(lengths) - 1, tokens / slots)
+    # Prefill yields the first token of a row.
+    attended = sum((n - 1) * (prompt + n / 2) for n in output_lengths)
+    tokens = sum(n - 1 for n in output_lengths)
+    steps = max(max(output_lengths) - 1, tokens / slots)
     attention = 2 * t.num_hidden_layers * t.hidden_size
     return Cost(
-        vision_flops=2.0 * rows * tiles * _tile_products(config),
+        vision_flops=2.0 * rows * tiles * _count_tile_multiply_adds(config),
         prefill_flops=2.0 * rows * (prompt * (weights - head) + head + attention * prompt**2 / 2),
         decode_flops=2.0 * (tokens * weights + attention * attended),
         decode_bytes=steps * weights * dtype.itemsize + attended * bytes_per_token(t, dtype),
     )
 
 
-def _layer_weights(config: OvisConfig) -> int:
+def _count_layer_weights(config: OvisConfig) -> int:
     t = config.language
     kv_size = t.num_key_value_heads * t.head_dim
     return 2 * t.hidden_size**2 + 2 * t.hidden_size * kv_size + 3 * t.hidden_size * t.intermediate_size
 
 
-def _tile_products(config: OvisConfig) -> int:
-    """Multiply-adds of a tile: weights by patches or tokens, queries by keys, attention by values."""
+def _count_tile_multiply_adds(config: OvisConfig) -> int:
+    """Count a tile's multiply-adds: weights by patches or tokens, queries by keys, attention by values."""
     v = config.vision
     block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size + 2 * v.num_patches * v.hidden_size
     merged = v.hidden_size * v.hidden_stride**2

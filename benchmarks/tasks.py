@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.engine import SHAPES, load
+from benchmarks.engine import SHAPES, load_or_build_model
 from demo.drawings import make_picture
 from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
 from ovis_model.engine.calls import Stats
@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     SHAPES["vision-bound"] = VISION_BOUND
     name = str(checkpoint_dir(args.model)) if args.model in CHECKPOINTS else args.model
-    model = load(name, torch.device("cpu"), getattr(torch, args.dtype))
+    model = load_or_build_model(name, torch.device("cpu"), getattr(torch, args.dtype))
     engine = OvisEngine.from_model(model, eos_token_ids=())
     items, params = tasks_of(engine.config, args.items, args.max_tiles)
     sides = {"siblings": items, "separate": [[_apart(request) for request in item] for item in items]}

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.roofline import Ceilings, cost
+from benchmarks.roofline import Ceilings, compute_cost
 from ovis_model.config import SIZES
 from tests.support.golden_data import checkpoint_dir
 from tests.support.roots import ROOT
@@ -40,12 +40,12 @@ def test_both_sides_generate_the_same() -> None:
 
 def test_the_floor_counts_what_a_published_size_needs() -> None:
     """Against the sums of the architecture's own tables: Ovis2-1B, one tile, 0.5 G parameters of decoder."""
-    needed = cost(SIZES["1B"], torch.bfloat16, tiles=1, prompt=293, lengths=[32, 32], slots=2)
+    needed = compute_cost(SIZES["1B"], torch.bfloat16, tiles=1, prompt=293, output_lengths=[32, 32], slots=2)
     assert needed.vision_flops == pytest.approx(2 * 903e9, rel=0.02)
     assert needed.prefill_flops == pytest.approx(2 * 293 * 0.72e9, rel=0.05)
     assert needed.decode_bytes == pytest.approx(31 * 2 * 494e6, rel=0.05)
     fast, slow = Ceilings(1e15, 1e12), Ceilings(1e12, 1e9)
-    assert needed.seconds(slow) == pytest.approx(1000 * needed.seconds(fast))
+    assert needed.compute_floor_s(slow) == pytest.approx(1000 * needed.compute_floor_s(fast))
 
 
 def test_ranks_generate_alone() -> None:
