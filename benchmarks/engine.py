@@ -50,7 +50,7 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, Shard, joined
 from ovis_model.network.weights import empty_model, find_targets, load_model
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Request, SamplingParams
-from pipelines.cluster.actor import leave
+from pipelines.cluster.actor import exit_at_once
 
 SHAPES = {
     **SIZES,
@@ -217,7 +217,7 @@ def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
             "exchange_us": exchange_us,
         }
         print(json.dumps(result))
-    leave()
+    exit_at_once()
 
 
 def _measure_all_reduce_us(model: Ovis, tokens: int, times: int = 20) -> float:

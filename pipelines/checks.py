@@ -15,7 +15,7 @@ from pipelines.tasks.task import Task
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def resolve_places(config: Config) -> Config:
+def resolve_model_paths(config: Config) -> Config:
     """Return the configuration with the paths of its models as every node sees them."""
     paths = {"model": local_path(config.model), "frame_encoder": local_path(config.frame_encoder)}
     return config.model_copy(update=paths)

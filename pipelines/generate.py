@@ -16,8 +16,8 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.types import Engine, EngineDied, RequestError
 from pipelines import schema
 from pipelines.answering import Answering
-from pipelines.cluster.actor import end_with_python
-from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, AloneOrTogether, Attempts
+from pipelines.cluster.actor import register_fast_exit
+from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts, SharedExclusiveLock
 from pipelines.rows import Batch, PreparedRow, ResultRow
 from pipelines.tasks.questionnaire import Questionnaire
 
@@ -57,8 +57,8 @@ class Generate:
     def __init__(
         self, questionnaire: Questionnaire, replica: Replica, make_engine: EngineFactory, attempts: Attempts
     ) -> None:
-        end_with_python()
-        self._questionnaire, self._attempts, self._process = questionnaire, attempts, AloneOrTogether()
+        register_fast_exit()
+        self._questionnaire, self._attempts, self._lock = questionnaire, attempts, SharedExclusiveLock()
         self._schema = schema.result(questionnaire.schema)
         processor = Processor.from_pretrained(replica.model, replica.revision)
         self._engine = make_engine(replica)
@@ -75,7 +75,7 @@ class Generate:
 
     def _results_within_tries(self, rows: Sequence[PreparedRow]) -> list[ResultRow]:
         work = f"generate {len(rows)} rows from {rows[0].row}"
-        with self._process.together():
+        with self._lock.hold_shared():
             tries = self._attempts.begin(work)
             results = self._results(rows) if tries <= MAX_TRIES else []
         if tries > MAX_TRIES:
@@ -95,7 +95,7 @@ class Generate:
     def _results_alone(self, row: PreparedRow) -> list[ResultRow]:
         """Generate a row of a batch that killed its process again and again."""
         work = f"generate row {row.row}"
-        with self._process.alone():
+        with self._lock.hold_exclusive():
             if self._attempts.begin(work) > MAX_TRIES:
                 return [self._failed(row, GIVEN_UP)]
             results = self._results([row])

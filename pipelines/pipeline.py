@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines import schema
-from pipelines.checks import check_model, describe_models, resolve_places
+from pipelines.checks import check_model, describe_models, resolve_model_paths
 from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
-from pipelines.cluster.ray_session import configure_ray_data, ray_errors_named, ray_session, request_gpus
+from pipelines.cluster.ray_session import configure_ray_data, open_ray_session, request_gpus, translate_ray_errors
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.config import RunConfig
 from pipelines.errors import LeaseLost, RowsLost, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.media.frame_encoder import run_encoders
-from pipelines.monitoring.error_reasons import Reasons
+from pipelines.monitoring.error_reasons import ErrorMonitor
 from pipelines.monitoring.progress import RunProgress
 from pipelines.output.compact import drop_error_rows
 from pipelines.output.lease import Lease
@@ -56,7 +56,7 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
     Raises ValueError (usage: before any replica starts), StageFailed, StoreFault, EverythingFails and RowsLost.
     """
     started_s = time.monotonic()
-    config = resolve_places(config)
+    config = resolve_model_paths(config)
     check_model(config)
     models = describe_models(config)
     with acquire_lease(config.output) as lease:
@@ -84,7 +84,7 @@ def _write_missing_rows(
     with RunProgress(run.num_rows, count(ledger.done)) as progress:
         if ledger.missing(run.num_rows):
             run.update(status="running")
-            with ray_session():
+            with open_ray_session():
                 _write_in_passes(config, run, ledger, lease, progress, make_engine)
     return ledger, progress
 
@@ -93,7 +93,7 @@ def _write_in_passes(
     config: RunConfig, run: Run, ledger: Ledger, lease: Lease, progress: RunProgress, make_engine: EngineFactory
 ) -> None:
     kept = KeptColumns(run.output)
-    with Reasons(config.stop_error_rate) as reasons:
+    with ErrorMonitor(config.stop_error_rate) as reasons:
         for _ in range(MAX_PASSES):
             if missing := ledger.missing(run.num_rows):
                 with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink:
@@ -121,7 +121,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
     units = [unit._asdict() for unit in split(missing, sizes.rows_per_unit)]
     with (
-        ray_errors_named(),
+        translate_ray_errors(),
         run_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
         request_gpus([pools.replica_gpus] * pools.num_replicas if pools.waits_for_gpus else []),
     ):

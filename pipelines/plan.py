@@ -39,7 +39,7 @@ class Plan:
 def plan_run(config: RunConfig, num_rows: int) -> Plan:
     """Plan `num_rows` rows on the cluster that this process is connected to. Raises ValueError."""
     model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
-    hardware = Hardware.of_cluster()
+    hardware = Hardware.detect()
     encoders, pools = share_hardware(config, hardware, model)
     sizes = plan_batches(
         num_rows,
@@ -54,8 +54,10 @@ def share_hardware(config: RunConfig, hardware: Hardware, model: OvisConfig) -> 
     """Plan the pools of encoders, replicas and preprocessors, which together hold no more than there is."""
     tensor_parallel = plan_tensor_parallel(config, hardware, model)
     encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=sum(hardware.gpus))
-    left = hardware.without(cpus=encoders.cpus, gpus=encoders.gpus, gpus_per_replica=tensor_parallel)
-    if encoders.gpus and left.room_for(tensor_parallel) < (1 if config.num_replicas == "auto" else config.num_replicas):
+    left = hardware.subtract(cpus=encoders.cpus, gpus=encoders.gpus, gpus_per_replica=tensor_parallel)
+    if encoders.gpus and left.count_replicas(tensor_parallel) < (
+        1 if config.num_replicas == "auto" else config.num_replicas
+    ):
         encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=0)  # a replica needs it more
-        left = hardware.without(cpus=encoders.cpus, gpus=0, gpus_per_replica=tensor_parallel)
+        left = hardware.subtract(cpus=encoders.cpus, gpus=0, gpus_per_replica=tensor_parallel)
     return encoders, plan_pools(config, left, tensor_parallel)

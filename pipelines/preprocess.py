@@ -11,7 +11,7 @@ from PIL import Image
 from ovis_model.inputs.processor import Processor
 from ovis_model.inputs.prompt import IMAGE_MARK, video_query, without_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
-from pipelines.cluster.actor import end_with_python
+from pipelines.cluster.actor import register_fast_exit
 from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster.resources import BATCH_BYTES
 from pipelines.config import ImageOptions
@@ -46,7 +46,7 @@ class Preprocess:
         allow_private_addresses: bool = False,
     ) -> None:
         """Load the processor of `model`. `encoder` compares frames of videos; uniform ones and images need none."""
-        end_with_python()
+        register_fast_exit()
         store.allow_private_addresses(allow_private_addresses)
         self._output, self._attempts = output, attempts
         self._requests = RequestBuilder(Processor.from_pretrained(model, revision), images, questionnaire)
@@ -119,9 +119,9 @@ class Preprocess:
     def _is_store_down(self, row: ManifestRow) -> bool:
         """Whether no other image there can be read; a place that no other row names says nothing of the run's store."""
         own = set(map(locate, row.images))
-        places = {store.place_of(uri) for uri, _ in own}
+        places = {store.get_store_root(uri) for uri, _ in own}
         others = [image for image in sample_images(self._output) if locate(image) not in own]
-        there = [image for image in others if store.place_of(image.uri) in places]
+        there = [image for image in others if store.get_store_root(image.uri) in places]
         if others and not there:
             return False
         return not any(map(can_read_image, there))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipelines.cluster.actor import end_with_python
+from pipelines.cluster.actor import register_fast_exit
 
 
 class HangsAtExit:
@@ -21,7 +21,7 @@ class HangsAtExit:
 
     def __init__(self, *, ends_with_python: bool) -> None:
         if ends_with_python:
-            end_with_python()
+            register_fast_exit()
         libc = ctypes.CDLL(None)
         assert libc.on_exit(ctypes.cast(libc.pause, ctypes.c_void_p), None) == 0
 
@@ -46,5 +46,5 @@ def test_an_actor_that_hangs_at_exit_is_gone(ray_cluster: None, ends_with_python
 
 def test_a_driver_ends_as_ever(ray_cluster: None) -> None:
     before = atexit._ncallbacks()
-    end_with_python()
+    register_fast_exit()
     assert atexit._ncallbacks() == before

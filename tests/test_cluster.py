@@ -14,7 +14,7 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.sizing import language_parameters, vision_parameters
 from ovis_model.types import ROWS_SIDE_BY_SIDE
 from pipelines.cluster import resources
-from pipelines.cluster.ray_session import last_line, ray_session
+from pipelines.cluster.ray_session import extract_error_line, open_ray_session
 from pipelines.cluster.resources import (
     BATCH_BYTES,
     Hardware,
@@ -75,7 +75,7 @@ def test_an_address_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPa
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unused.getsockname()[1]}")
-        with pytest.raises(ResourceError, match="does not answer"), ray_session():
+        with pytest.raises(ResourceError, match="does not answer"), open_ray_session():
             pass
 
 
@@ -115,14 +115,14 @@ def test_what_an_autoscaler_is_asked_for() -> None:
     [("1B", 16, 1), ("8B", 24, 2), ("16B", 80, 1), ("16B", 24, 4), ("34B", 80, 2), ("34B", 141, 1), ("34B", 24, 8)],
 )
 def test_tensor_parallel_by_memory(monkeypatch: pytest.MonkeyPatch, size: str, memory_gb: int, ranks: int) -> None:
-    monkeypatch.setattr(resources, "gpu_memory_bytes", lambda: memory_gb * 10**9)
+    monkeypatch.setattr(resources, "query_gpu_memory_bytes", lambda: memory_gb * 10**9)
     assert plan_tensor_parallel(config(), machine(8, 8), SIZES[size]) == ranks
     assert plan_tensor_parallel(config(device="cpu"), machine(8, 8), SIZES[size]) == 1
     assert plan_tensor_parallel(config(tensor_parallel=2), machine(8, 8), SIZES[size]) == 2
 
 
 def test_a_model_that_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "gpu_memory_bytes", lambda: 16 * 10**9)
+    monkeypatch.setattr(resources, "query_gpu_memory_bytes", lambda: 16 * 10**9)
     with pytest.raises(ValueError, match=r"16 GB.*20 GB.* 8"):
         plan_tensor_parallel(config(), machine(8, 8), SIZES["34B"])
 
@@ -164,5 +164,5 @@ def test_the_last_line_is_the_actors_own() -> None:
         "The above exception was the direct cause of the following exception:\n\n"
         "ray.exceptions.UserCodeException: UDF failed to process a data block.\nsee the log"
     )
-    assert last_line(RuntimeError(trace)) == "pipelines.storage.store.StoreError: no such bucket"
-    assert last_line(RuntimeError("nothing named\nlast")) == "last"
+    assert extract_error_line(RuntimeError(trace)) == "pipelines.storage.store.StoreError: no such bucket"
+    assert extract_error_line(RuntimeError("nothing named\nlast")) == "last"

@@ -149,7 +149,7 @@ ray.init(address=sys.argv[1], log_to_driver=False)
 for size in (2, 4):
     where = ray.data.range(40, override_num_blocks=20).map_batches(
         Where, batch_size=1, num_cpus=1, compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
-        **prefer_nodes_without(Hardware.of_cluster().gpu_types),
+        **prefer_nodes_without(Hardware.detect().gpu_types),
     )
     print(*sorted({row["node"] for row in where.take_all()}))
 """

@@ -28,16 +28,16 @@ def test_a_gpu_of_their_own_if_there_are_several(gpus: int, encoders: int, repli
     pool = plan_encoders(config(), device="auto", cpus=gpus * 12, gpus=gpus)
     assert (pool.device, pool.num_encoders, pool.gpus) == ("cuda", encoders, encoders)
     hardware = Hardware(gpus * 12, (8,) * (gpus // 8) or (gpus,))
-    pools = plan_pools(config(), hardware.without(cpus=pool.cpus, gpus=pool.gpus, gpus_per_replica=1))
+    pools = plan_pools(config(), hardware.subtract(cpus=pool.cpus, gpus=pool.gpus, gpus_per_replica=1))
     assert pools.num_replicas == replicas
 
 
 def test_replicas_fit_wherever_ray_puts_the_encoders() -> None:
     """Of two nodes of 4 GPUs and one of 3, an encoder may take one where two replicas of 2 would have been."""
     hardware = Hardware(64, (4, 4, 3))
-    assert hardware.without(cpus=0, gpus=1, gpus_per_replica=2).room_for(2) == 4
-    assert hardware.without(cpus=2, gpus=2, gpus_per_replica=2).room_for(2) == 3
-    assert hardware.without(cpus=2, gpus=2, gpus_per_replica=2).cpus == 62
+    assert hardware.subtract(cpus=0, gpus=1, gpus_per_replica=2).count_replicas(2) == 4
+    assert hardware.subtract(cpus=2, gpus=2, gpus_per_replica=2).count_replicas(2) == 3
+    assert hardware.subtract(cpus=2, gpus=2, gpus_per_replica=2).cpus == 62
 
 
 def test_the_only_gpu_is_the_captioners(caplog: pytest.LogCaptureFixture) -> None:
@@ -51,7 +51,7 @@ def test_the_only_gpu_is_the_captioners(caplog: pytest.LogCaptureFixture) -> Non
 def test_pools_and_encoders_fit_together_on_cpus(cpus: int) -> None:
     """What cannot start waits for ever."""
     pool = plan_encoders(config(), device="auto", cpus=cpus, gpus=0)
-    pools = plan_pools(config(), Hardware(cpus).without(cpus=pool.cpus, gpus=0, gpus_per_replica=1))
+    pools = plan_pools(config(), Hardware(cpus).subtract(cpus=pool.cpus, gpus=0, gpus_per_replica=1))
     wanted = pools.num_replicas * pools.replica_cpus + pools.num_preprocessors * pools.preprocessor_cpus
     assert wanted + pool.cpus <= cpus
     assert pool.num_encoders >= 1

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.config import CaptionConfig
 from pipelines.errors import EverythingFails
-from pipelines.monitoring.error_reasons import Reasons
+from pipelines.monitoring.error_reasons import ErrorMonitor
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
 from tests.support.fake_engine import FakeEngineFactory
@@ -100,7 +100,7 @@ def test_a_run_in_which_everything_fails_stops_early(
 
 
 def test_reasons_that_differ_in_numbers_are_one(caplog: pytest.LogCaptureFixture) -> None:
-    reasons = Reasons(stop_error_rate=1)
+    reasons = ErrorMonitor(stop_error_rate=1)
     rows = results_of(range(30), errors=range(25)).to_pylist()
     for i, row in enumerate(rows[:20]):
         row["error"] = f"{i * 1000:,} bytes are too many"
@@ -112,9 +112,9 @@ def test_reasons_that_differ_in_numbers_are_one(caplog: pytest.LogCaptureFixture
 
 
 def test_a_small_run_is_never_stopped() -> None:
-    reasons = Reasons(stop_error_rate=0.9)
+    reasons = ErrorMonitor(stop_error_rate=0.9)
     reasons.add(results_of(range(499), errors=range(499)))
     with pytest.raises(EverythingFails, match="500 of the first 500 rows"):
         reasons.add(results_of([499], errors=[499]))
-    half = Reasons(stop_error_rate=0.9)
+    half = ErrorMonitor(stop_error_rate=0.9)
     half.add(results_of(range(1000), errors=range(900)))

@@ -94,8 +94,8 @@ def test_tries_are_bounded_and_what_cannot_pass_is_not_tried_again(monkeypatch: 
 
 def test_pauses_double_differ_and_heed_the_store() -> None:
     random.seed(0)
-    pauses = [[store.RETRIES.pause_s(attempt) for _ in range(100)] for attempt in (1, 2, 3)]
+    pauses = [[store.RETRIES.compute_pause_s(attempt) for _ in range(100)] for attempt in (1, 2, 3)]
     for attempt, some in enumerate(pauses):
         assert 0.125 * 2**attempt <= min(some) < max(some) <= 0.25 * 2**attempt and len(set(some)) > 90
-    assert 7 < store.RETRIES.pause_s(1, BusyFault("busy", 7)) < 8
-    assert store.RETRIES.pause_s(1, BusyFault("busy", 1e9)) < 61
+    assert 7 < store.RETRIES.compute_pause_s(1, BusyFault("busy", 7)) < 8
+    assert store.RETRIES.compute_pause_s(1, BusyFault("busy", 1e9)) < 61

@@ -8,8 +8,8 @@ import sys
 from typing import NoReturn
 
 
-def end_with_python() -> None:
-    """Have the process of this actor `leave` where Python ends; elsewhere do nothing.
+def register_fast_exit() -> None:
+    """Have the process of this actor `exit_at_once` where Python ends; elsewhere do nothing.
 
     Ray counts an actor as dead before its process is (ray#52322): nobody would end one that hangs on its way out, and
     its memory, on a GPU too, would never come back.
@@ -17,10 +17,12 @@ def end_with_python() -> None:
     import ray
 
     if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
-        atexit.register(leave)  # the last to register is called first: what Python libraries do at exit is not needed
+        atexit.register(
+            exit_at_once
+        )  # the last to register is called first: what Python libraries do at exit is not needed
 
 
-def leave() -> NoReturn:
+def exit_at_once() -> NoReturn:
     """End this process with exit code 0, past what C++ destroys at its end.
 
     gloo's threads outlive their group; one that lets go of a tensor while Python ends aborts the process (torch 2.13).

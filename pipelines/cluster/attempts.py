@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.cluster.actor import end_with_python
+from pipelines.cluster.actor import register_fast_exit
 
 MAX_TRIES = 2  # of a batch before its rows are tried alone, and of a row alone before it is given up
 GIVEN_UP = f"the process died {MAX_TRIES} times on this row alone"
@@ -21,7 +21,7 @@ class AttemptCounts:
     """The counts: in an actor of the driver, or in this process if nothing else runs."""
 
     def __init__(self) -> None:
-        end_with_python()
+        register_fast_exit()
         self._begun: Counter[str] = Counter()
 
     def begin(self, work: str) -> int:
@@ -61,28 +61,28 @@ class RemoteAttempts:
 Attempts = AttemptCounts | RemoteAttempts
 
 
-class AloneOrTogether:
+class SharedExclusiveLock:
     """Many threads together, or one alone: while a suspicious row is tried, nothing else may be blamed for a death."""
 
     def __init__(self) -> None:
-        self._alone = threading.Lock()
+        self._exclusive = threading.Lock()
         self._changed = threading.Condition()
-        self._together = 0
+        self._num_sharing = 0
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        with self._alone, self._changed:
-            self._together += 1
+    def hold_shared(self) -> Iterator[None]:
+        with self._exclusive, self._changed:
+            self._num_sharing += 1
         try:
             yield
         finally:
             with self._changed:
-                self._together -= 1
+                self._num_sharing -= 1
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._alone:
+    def hold_exclusive(self) -> Iterator[None]:
+        with self._exclusive:
             with self._changed:
-                self._changed.wait_for(lambda: self._together == 0)
+                self._changed.wait_for(lambda: self._num_sharing == 0)
             yield

@@ -24,7 +24,7 @@ _LOCAL = {
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def open_ray_session() -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS or of a submitted job, else start one on this machine and end it afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # For the local cluster's processes: see generate.load_engine.
@@ -36,7 +36,7 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():  # by a program that calls us
         yield
         return
-    with _own_sigterm_handler():
+    with _preserve_sigterm_handler():
         if address := os.environ.get("RAY_ADDRESS"):
             _check_address(address)
             ray.init(address="auto", logging_level=logging.WARNING)
@@ -49,7 +49,7 @@ def ray_session() -> Iterator[None]:
 
 
 @contextmanager
-def _own_sigterm_handler() -> Iterator[None]:
+def _preserve_sigterm_handler() -> Iterator[None]:
     """Restore the handler afterwards: Ray puts its own in place, which prints a stack and exits with code 15."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -93,29 +93,29 @@ def request_gpus(bundles: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def ray_errors_named() -> Iterator[None]:
+def translate_ray_errors() -> Iterator[None]:
     """Raise what an actor raised: StoreFault as such, anything else as StageFailed with its message."""
     import ray
 
     try:
         yield
     except ray.exceptions.RayError as error:
-        if fault := cause_of(error, StoreFault):
+        if fault := find_cause(error, StoreFault):
             raise fault from error
-        raise StageFailed(last_line(error)) from error
+        raise StageFailed(extract_error_line(error)) from error
 
 
 Cause = TypeVar("Cause", bound=Exception)
 
 
-def cause_of(error: BaseException | None, kind: type[Cause]) -> Cause | None:
+def find_cause(error: BaseException | None, kind: type[Cause]) -> Cause | None:
     """Return the exception of this kind that an actor raised, below the wrappers that Ray puts around it."""
     while error is not None and not isinstance(error, kind):
         error = getattr(error, "cause", None) or error.__cause__
     return error
 
 
-def last_line(error: Exception) -> str:
+def extract_error_line(error: Exception) -> str:
     """Return the line of a remote trace that holds the exception's type and message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Died|Unavailable)\b", line)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ovis_model.config import OvisConfig
 from ovis_model.sizing import check_tensor_parallel, device_bytes, fewest_ranks
 from ovis_model.types import ROWS_SIDE_BY_SIDE
-from pipelines.cluster.ray_session import last_line
+from pipelines.cluster.ray_session import extract_error_line
 from pipelines.config import ResourceOptions
 from pipelines.errors import ResourceError
 from pipelines.schema import ROWS_PER_GROUP
@@ -34,7 +34,7 @@ class Hardware:
     gpu_types: tuple[str, ...] = ()
 
     @classmethod
-    def of_cluster(cls) -> Hardware:
+    def detect(cls) -> Hardware:
         """Return what all nodes that are alive have, not what is free now.
 
         Ray waits for what another job or an earlier pass still holds.
@@ -49,14 +49,14 @@ class Hardware:
             tuple(sorted({node["Labels"].get(GPU_TYPE_LABEL, "") for node in with_gpus} - {""})),
         )
 
-    def without(self, *, cpus: float, gpus: int, gpus_per_replica: int) -> Hardware:
+    def subtract(self, *, cpus: float, gpus: int, gpus_per_replica: int) -> Hardware:
         """Return what other actors leave. Ray decides on which nodes their GPUs are: the worst is assumed."""
         left = list(self.gpus)
         for _ in range(gpus):
             left[min(range(len(left)), key=lambda node: (left[node] == 0, left[node] % gpus_per_replica))] -= 1
         return replace(self, cpus=self.cpus - cpus, gpus=tuple(filter(None, left)))
 
-    def room_for(self, gpus_per_replica: int) -> int:
+    def count_replicas(self, gpus_per_replica: int) -> int:
         """Return the number of replicas that fit, each on one node, where its ranks have fast links."""
         return sum(gpus // gpus_per_replica for gpus in self.gpus)
 
@@ -93,22 +93,22 @@ def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int
     if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
     if uses_gpus(config, hardware):
-        return _gpu_pools(config, hardware, tensor_parallel)
-    return _cpu_pools(config, hardware.cpus, tensor_parallel)
+        return _plan_gpu_pools(config, hardware, tensor_parallel)
+    return _plan_cpu_pools(config, hardware.cpus, tensor_parallel)
 
 
 def uses_gpus(config: ResourceOptions, hardware: Hardware) -> bool:
     return config.device == "cuda" or (config.device == "auto" and bool(hardware.gpus or config.autoscale))
 
 
-def _gpu_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int) -> Pools:
-    room = hardware.room_for(tensor_parallel)
-    wanted = _chosen(config.num_replicas, room)
+def _plan_gpu_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int) -> Pools:
+    room = hardware.count_replicas(tensor_parallel)
+    wanted = _resolve_auto(config.num_replicas, room)
     preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
     if not config.autoscale:  # which has cores started for them too
         _check_room(wanted, room, hardware, tensor_parallel)
         preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted))  # a replica's thread keeps a core busy
-    preprocessors = _chosen(config.num_preprocessors, preprocessors)
+    preprocessors = _resolve_auto(config.num_preprocessors, preprocessors)
     return Pools(
         device="cuda",
         num_replicas=wanted,
@@ -140,9 +140,9 @@ def _check_room(wanted: int, room: int, hardware: Hardware, tensor_parallel: int
         )
 
 
-def _cpu_pools(config: ResourceOptions, cpus: float, tensor_parallel: int) -> Pools:
-    replicas = _chosen(config.num_replicas, max(1, int(cpus // _CPUS_PER_CPU_REPLICA)))
-    preprocessors = _chosen(config.num_preprocessors, max(1, int(cpus // 4)))
+def _plan_cpu_pools(config: ResourceOptions, cpus: float, tensor_parallel: int) -> Pools:
+    replicas = _resolve_auto(config.num_replicas, max(1, int(cpus // _CPUS_PER_CPU_REPLICA)))
+    preprocessors = _resolve_auto(config.num_preprocessors, max(1, int(cpus // 4)))
     threads = max(1, int(cpus - preprocessors) // replicas)
     share = _share(cpus, replicas + preprocessors)
     threads = min(threads, _CPUS_PER_CPU_REPLICA)
@@ -164,10 +164,10 @@ def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: Ovi
         return 1
     if not hardware.gpus:
         raise ResourceError("no GPU is there yet to tell how much memory it has; give --tensor-parallel N")
-    return fewest_ranks(model, gpu_memory_bytes(), value_bytes)
+    return fewest_ranks(model, query_gpu_memory_bytes(), value_bytes)
 
 
-def gpu_memory_bytes() -> int:
+def query_gpu_memory_bytes() -> int:
     """Return the memory of the cluster's smallest GPU, as reported by each node's driver. Raises ResourceError."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -180,7 +180,7 @@ def gpu_memory_bytes() -> int:
         return min(told)
     except (ray.exceptions.RayError, ValueError) as error:
         raise ResourceError(
-            f"cannot tell how much memory the GPUs have ({last_line(error)}); give --tensor-parallel N"
+            f"cannot tell how much memory the GPUs have ({extract_error_line(error)}); give --tensor-parallel N"
         ) from error
 
 
@@ -205,7 +205,7 @@ def resolve_dtype(config: ResourceOptions, pools: Pools) -> Literal["float32", "
     return "bfloat16" if pools.device == "cuda" else "float32"
 
 
-def _chosen(option: int | Literal["auto"], auto: int) -> int:
+def _resolve_auto(option: int | Literal["auto"], auto: int) -> int:
     return auto if option == "auto" else option
 
 
@@ -230,7 +230,9 @@ def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_
     replicas none takes more than half of its share ahead: the first to be ready would leave the others nothing.
     """
     fair_share = num_rows // (16 * pools.num_preprocessors)
-    rows_per_unit = max(_power_of_two(min(fair_share, 64)), _power_of_two(num_rows // MAX_BLOCKS), 8)
+    rows_per_unit = max(
+        _round_down_to_power_of_two(min(fair_share, 64)), _round_down_to_power_of_two(num_rows // MAX_BLOCKS), 8
+    )
     rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // max_tile_bytes))
     rows_ahead = -(-ROWS_SIDE_BY_SIDE // tasks_per_row)
     if pools.num_replicas > 1:
@@ -239,6 +241,6 @@ def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_
     return Sizes(min(rows_per_unit, ROWS_PER_GROUP), rows_per_batch, calls)
 
 
-def _power_of_two(number: int) -> int:
+def _round_down_to_power_of_two(number: int) -> int:
     """Return the largest one up to `number`, so that units fit into the row groups of the manifest."""
     return 1 << max(0, number.bit_length() - 1)

@@ -71,7 +71,7 @@ class TarGzReader:
             self._close()
             if isinstance(error, OSError):
                 raise
-            raise OSError(f"{store.shown(uri)} is damaged before the end of {member}: {error}") from error
+            raise OSError(f"{store.redact(uri)} is damaged before the end of {member}: {error}") from error
 
     def _close(self) -> None:
         if self._file is not None:
@@ -115,9 +115,9 @@ class ParquetReader:
                     or (isinstance(error, OSError) and is_final(error))
                 ):
                     self._broken = (self._group, self._first)
-                    raise OSError(f"row {row} of {store.shown(uri)} cannot be read: {error!r}") from error
+                    raise OSError(f"row {row} of {store.redact(uri)} cannot be read: {error!r}") from error
                 self._close()
-                time.sleep(_RETRIES.pause_s(attempt))
+                time.sleep(_RETRIES.compute_pause_s(attempt))
         raise AssertionError("unreachable")
 
     @property

@@ -86,7 +86,7 @@ class TarRef(_Reference):
             data = store.read_bytes(self.uri, self.offset, self.offset + self.num_bytes)
         if len(data) != self.num_bytes:
             raise OSError(
-                f"{store.shown(self.uri)} ends within {self.member} ({len(data):,} of {self.num_bytes:,} bytes): "
+                f"{store.redact(self.uri)} ends within {self.member} ({len(data):,} of {self.num_bytes:,} bytes): "
                 "it is truncated or has changed since it was listed"
             )
         return [data]
@@ -115,7 +115,7 @@ class CellRef(_Reference):
             return [] if image is None else [image]
         images = [self._image_in(value, max_bytes) for value in cell]
         if None in images:
-            place = f"row {self.row} of {store.shown(self.uri)}"
+            place = f"row {self.row} of {store.redact(self.uri)}"
             raise OSError(f"image {images.index(None) + 1} of {len(cell)} in {place} is null")
         return [image for image in images if image is not None]
 
@@ -169,7 +169,7 @@ def is_video(image: ImageRef) -> bool:
     """Return whether the name is a video's. Media without a name are recognized by content when they are read."""
     if isinstance(image, CellRef):
         return False
-    name = image.member if isinstance(image, TarRef) else store.name_of(image.uri)
+    name = image.member if isinstance(image, TarRef) else store.strip_query(image.uri)
     return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
 
 
@@ -182,7 +182,7 @@ def locate(image: ImageRef) -> tuple[str, int]:
 
 def can_read_image(image: ImageRef) -> bool:
     """Return whether the image's store hands out a byte of it now."""
-    return store.can_read(image.uri, 0 if is_sequential(image) else max(0, locate(image)[1]))
+    return store.probe_byte(image.uri, 0 if is_sequential(image) else max(0, locate(image)[1]))
 
 
 def is_seekable_video(images: Sequence[ImageRef]) -> bool:

@@ -81,7 +81,7 @@ class VideoDecoder:
         for last_try in (False, True):
             stream = _Stream(self._started(), time.monotonic() + self._timeout_s)
             try:
-                request = {"what": what, "place": place[:3], "arguments": arguments, "stores": store.settings()}
+                request = {"what": what, "place": place[:3], "arguments": arguments, "stores": store.get_settings()}
                 stream.send(request, place.data)
                 reply = stream.receive_json()
                 _raise_if_error(reply)

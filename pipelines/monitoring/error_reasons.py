@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"\d[\d,._]*")
 logger = logging.getLogger(__name__)
 
 
-def reason_key(stage: str, error: str) -> str:
+def normalize_reason(stage: str, error: str) -> str:
     """Return the group of an error row: reasons that differ only in their numbers share one."""
     return _NUMBER.sub("0", f"{stage}{_SEPARATOR}{error}")[:MAX_KEY_CHARACTERS]
 
@@ -45,21 +45,21 @@ class ReasonCounts:
 
     def add(self, stages: Iterable[str], errors: Iterable[str]) -> None:
         for stage, error in zip(stages, errors, strict=True):
-            key = reason_key(stage, error)
+            key = normalize_reason(stage, error)
             self.counts.add_key(key)
             if len(self._examples) < _MAX_EXAMPLES:
                 self._examples.setdefault(key, (stage, error))
 
-    def top(self, limit: int) -> list[ReasonCount]:
+    def list_top(self, limit: int) -> list[ReasonCount]:
         """Return the most frequent groups first."""
-        return [ReasonCount(key, *self._example(key), count) for key, count in self.counts.top(limit)]
+        return [ReasonCount(key, *self._get_get_example(key), count) for key, count in self.counts.list_top(limit)]
 
-    def _example(self, key: str) -> tuple[str, str]:
+    def _get_get_example(self, key: str) -> tuple[str, str]:
         stage, _, reason = key.partition(_SEPARATOR)
         return self._examples.get(key, (stage, reason))
 
 
-class Reasons:
+class ErrorMonitor:
     """The error rows of this driver; `stop_error_rate` is the share of errors at which the run stops."""
 
     def __init__(self, stop_error_rate: float) -> None:
@@ -67,7 +67,7 @@ class Reasons:
         self._reasons = ReasonCounts()
         self._num_rows = 0
 
-    def __enter__(self) -> Reasons:
+    def __enter__(self) -> ErrorMonitor:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -77,7 +77,7 @@ class Reasons:
         """Log the most frequent reasons with their counts."""
         if self._num_errors:
             logger.warning("%d error rows. The most frequent reasons:", self._num_errors)
-        for reason in self._reasons.top(limit):
+        for reason in self._reasons.list_top(limit):
             logger.warning("  %d x %s: %s", reason.count, reason.stage, reason.reason)
 
     def add(self, results: pa.Table) -> None:

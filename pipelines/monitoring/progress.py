@@ -63,12 +63,12 @@ class Progress:
 
     def advance(self, count: int) -> None:
         self._rate.add(count)
-        details = self._details()
+        details = self._format_details()
         self._bar.update(self._task, advance=count, details=details)
         if self._bar.disable and (time.monotonic() - self._logged_s > _LOG_EVERY_S or not self._remaining):
             self._logged_s = time.monotonic()
             counts = f"{self._total - self._remaining}/{self._total} {self._unit}"
-            print(f"{counts}, {details}, ETA {self._eta()}", file=sys.stderr)
+            print(f"{counts}, {details}, ETA {self._format_eta()}", file=sys.stderr)
 
     @property
     def num_new(self) -> int:
@@ -78,10 +78,10 @@ class Progress:
     def _remaining(self) -> int:
         return self._total - self.num_done - self.num_new
 
-    def _details(self) -> str:
+    def _format_details(self) -> str:
         return f"{self._rate.per_s:.1f} rows/s"
 
-    def _eta(self) -> str:
+    def _format_eta(self) -> str:
         hours, rest_s = divmod(round(self._remaining / max(self._rate.per_s, 1e-6)), 3600)
         return f"{hours}:{rest_s // 60:02}:{rest_s % 60:02}"
 
@@ -103,6 +103,6 @@ class RunProgress(Progress):
     def num_tokens(self) -> int:
         return self._tokens.count
 
-    def _details(self) -> str:
+    def _format_details(self) -> str:
         errors = f", {self._num_errors} errors" if self._num_errors else ""
-        return f"{super()._details()}, {self._tokens.per_s:.0f} tokens/s{errors}"
+        return f"{super()._format_details()}, {self._tokens.per_s:.0f} tokens/s{errors}"

@@ -17,13 +17,13 @@ MAX_KEY_CHARACTERS = 200
 class TopCounts:
     """How often each key came: exact for up to `max_keys` different keys, then without the rarest ones.
 
-    A count is too low by at most `most_missed`.
+    A count is too low by at most `max_missed`.
     """
 
     def __init__(self, max_keys: int = _MAX_KEYS) -> None:
         self._max_keys = max_keys
         self._counts: Counter[Any] = Counter()
-        self.total = self.most_missed = 0
+        self.total = self.max_missed = 0
 
     def add(self, keys: pa.Array | pa.ChunkedArray) -> None:
         """Count each value; nulls are left out."""
@@ -35,16 +35,16 @@ class TopCounts:
         self.total += count
         if len(self._counts) > 2 * self._max_keys:
             ordered = self._counts.most_common()
-            self.most_missed += ordered[self._max_keys][1]
+            self.max_missed += ordered[self._max_keys][1]
             self._counts = Counter(dict(ordered[: self._max_keys]))
 
-    def top(self, count: int) -> list[tuple[Any, int]]:
+    def list_top(self, count: int) -> list[tuple[Any, int]]:
         """Return the most frequent keys first, keys of equal counts in their own order."""
         return sorted(self._counts.items(), key=lambda item: (-item[1], str(item[0])))[:count]
 
     def to_json(self, count: int) -> Json:
         """Return the top `count` keys; `rest` counts all others, `distinct` is null once keys were dropped."""
-        top = self.top(count)
-        distinct = None if self.most_missed else len(self._counts)
+        top = self.list_top(count)
+        distinct = None if self.max_missed else len(self._counts)
         rest = self.total - sum(times for _, times in top)
-        return {"top": top, "rest": rest, "distinct": distinct, "most_missed": self.most_missed}
+        return {"top": top, "rest": rest, "distinct": distinct, "max_missed": self.max_missed}

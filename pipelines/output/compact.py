@@ -41,7 +41,7 @@ class Compacted:
 
 def compact_run(output: str, file_bytes: int) -> Compacted:
     """`compact` of a run that no driver is writing to. Raises ValueError if there is none or one is; OSError."""
-    output = store.absolute_uri(output)
+    output = store.make_absolute(output)
     if store.find_file(store.join(output, "run.json")) is None:
         raise RunError(f"{output} holds no run (no run.json)")
     with acquire_lease(output) as lease:

@@ -59,7 +59,7 @@ class Run:
 
 def acquire_lease(output: str) -> Lease:
     """Return the lease to enter before anything in OUTPUT is looked at or changed. Raises RunError."""
-    uri = store.absolute_uri(output)
+    uri = store.make_absolute(output)
     if not uri.strip("/") or uri.rstrip("/").endswith(":"):
         raise RunError(f"{output!r} names no place for an OUTPUT; give a directory or a URI with a path")
     return Lease(uri)
@@ -71,9 +71,9 @@ def open_run(config: RunConfig, models: Json) -> Run:
     `models` identifies the model (id, revision, weights). Raises RunError if OUTPUT holds another run or something
     else or cannot be written, SourceError if the input cannot be listed; nothing has changed then.
     """
-    output = store.absolute_uri(config.output)
+    output = store.make_absolute(config.output)
     identity = {
-        "config": {**config.fingerprint_fields(), "input": [store.absolute_uri(uri) for uri in config.input]},
+        "config": {**config.fingerprint_fields(), "input": [store.make_absolute(uri) for uri in config.input]},
         "model": models,
     }
     defaults = config.fingerprint_defaults()

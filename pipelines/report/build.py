@@ -60,7 +60,7 @@ class Report:
 def write_report(options: ReportOptions) -> Report:
     """Raises ValueError if there is no run or --truth does not fit it, OSError and StoreFault."""
     started_s = time.monotonic()
-    output = store.absolute_uri(options.output)
+    output = store.make_absolute(options.output)
     record = _record(output)
     store.allow_private_addresses(options.allow_private_addresses)
     files = _files(output)
@@ -84,10 +84,10 @@ def write_report(options: ReportOptions) -> Report:
 def report_uri(options: ReportOptions) -> str:
     """OUTPUT/report.html; for an OUTPUT in an object store NAME-report.html here, where a browser can open it."""
     if options.to is not None:
-        return store.absolute_uri(options.to)
-    output = store.absolute_uri(options.output)
+        return store.make_absolute(options.to)
+    output = store.make_absolute(options.output)
     is_remote = "://" in output
-    return store.absolute_uri(f"{name_of_run(output)}-report.html") if is_remote else store.join(output, "report.html")
+    return store.make_absolute(f"{name_of_run(output)}-report.html") if is_remote else store.join(output, "report.html")
 
 
 def _record(output: str) -> Json:

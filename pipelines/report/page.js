@@ -122,7 +122,7 @@
   const pickValue = (task, value) => ({ key: `${task}\u0000${value}`, go: () => change({ value: state.value && state.value.task === task && state.value.value === value ? null : { task, value } }, true) });
 
   function distribution(task, at) {
-    const { top, rest, distinct, most_missed } = task.values;
+    const { top, rest, distinct, max_missed } = task.values;
     const total = task.kind === "list" ? task.answered : task.answered + task.unanswered;
     if (task.kind === "record") return fields(task);
     if (task.kind === "text" && !top.some(([, count]) => count > 1)) return el("p.note", {}, top.length ? `${number(distinct ?? top.length)} different answers, none of them twice.` : "No answers.");
@@ -135,7 +135,7 @@
     const notes = [];
     if (others) notes.push(`${number(others)} others${distinct === null ? "" : `, ${number(distinct - Math.min(limit, of.length))} different`}`);
     if (task.unanswered) notes.push(`${number(task.unanswered)} without a valid answer`);
-    if (most_missed) notes.push(`counts are too low by ${number(most_missed)} at most`);
+    if (max_missed) notes.push(`counts are too low by ${number(max_missed)} at most`);
     return el("div", {}, task.kind === "list" ? el("div.label", {}, el("span", {}, "Most frequent"), el("span", {}, "share of answers")) : "", el(task.kind === "text" ? "div.bars.long" : "div.bars", {}, bars), notes.length ? el("p.note", {}, notes.join("; ")) : "");
   }
 

@@ -77,7 +77,7 @@ class _Reader:
             return "not opened: it killed the process that read it"
         if time.monotonic() > self._deadline_s:
             return f"not read within the {self._limit_s:g} s that reading media may take"
-        if {store.place_of(image.uri) for image in images} & self._down:
+        if {store.get_store_root(image.uri) for image in images} & self._down:
             return "not read: the store failed before"
         return ""
 
@@ -87,7 +87,7 @@ class _Reader:
         try:
             return self._strip(picked, images, pending)
         except StoreFault as fault:
-            self._down.update(store.place_of(image.uri) for image in images)
+            self._down.update(store.get_store_root(image.uri) for image in images)
             return {"missing": str(fault)}
         except (MediaError, OSError) as error:
             return {"missing": getattr(error, "strerror", None) or str(error)}

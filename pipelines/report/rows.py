@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipelines.monitoring.error_reasons import reason_key
+from pipelines.monitoring.error_reasons import normalize_reason
 from pipelines.report.columns import Columns, Task
 from pipelines.report.page import json_for_html
 from pipelines.report.sample import Picked
@@ -35,10 +35,10 @@ def row_json(picked: Picked, columns: Columns, most_bytes: int) -> Json:
 
 def run_json(output: str, record: Json) -> Json:
     config = {name: value for name, value in record.get("config", {}).items() if value not in (None, [], False)}
-    config["input"] = [store.shown(uri) for uri in config.get("input", [])[:_MOST_INPUTS]]
+    config["input"] = [store.redact(uri) for uri in config.get("input", [])[:_MOST_INPUTS]]
     return {
         "name": name_of_run(output),
-        "output": store.shown(output),
+        "output": store.redact(output),
         "config": plain(config, _MOST_ABOUT_CHARACTERS),
         "seconds": _seconds(record),
         "has_tasks": bool(record.get("tasks")),
@@ -73,12 +73,12 @@ def _row(picked: Picked, columns: Columns, cut: Callable[[Any], Any]) -> Json:
     values = picked.values
     return {
         "row": picked.row,
-        "id": cut(store.shown(values["id"])),
-        "uri": cut(store.shown(values["uri"])),
+        "id": cut(store.redact(values["id"])),
+        "uri": cut(store.redact(values["uri"])),
         "status": values["status"],
         "stage": values["stage"],
         "error": cut(values["error"]),
-        "reason": reason_key(values["stage"], values["error"]) if values["status"] == "error" else "",
+        "reason": normalize_reason(values["stage"], values["error"]) if values["status"] == "error" else "",
         "prompt": cut(values.get("prompt")),
         "counts": [values[name] for name in _COUNTS],
         "timestamps_s": cut(values["frame_timestamps_s"]),

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.monitoring.error_reasons import reason_key
+from pipelines.monitoring.error_reasons import normalize_reason
 from pipelines.report.answers import Answers, as_mask
 
 Group = Literal["random", "unsure", "flagged", "wrong", "errors"]
@@ -100,7 +100,7 @@ def _doubtful(answers: Answers) -> Iterator[Doubtful]:
 def _by_reason(answers: Answers) -> dict[str, NDArray[np.int64]]:
     kinds: defaultdict[str, list[int]] = defaultdict(list)
     for place, stage, error in zip(np.flatnonzero(~answers.is_ok).tolist(), *answers.failures(), strict=True):
-        kinds[reason_key(stage, error)].append(place)
+        kinds[normalize_reason(stage, error)].append(place)
     return {kind: np.array(places) for kind, places in kinds.items()}
 
 

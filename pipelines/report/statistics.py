@@ -49,7 +49,7 @@ class RunStatistics:
 
     def to_json(self) -> Json:
         num_errors = self._reasons.counts.total
-        reasons = [asdict(reason) for reason in self._reasons.top(_SHOWN_REASONS)]
+        reasons = [asdict(reason) for reason in self._reasons.list_top(_SHOWN_REASONS)]
         return {
             "rows": self._rows,
             "ok": self._rows - num_errors,

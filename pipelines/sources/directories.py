@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def detect_kind(uri: str) -> str:
     """Return the kind of shard that the name says, or "file"."""
-    name = store.name_of(uri).lower()
+    name = store.strip_query(uri).lower()
     return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "file")
 
 
@@ -77,7 +77,7 @@ def _json(uri: str, name: str) -> dict[str, object]:
 def _shard(uri: str) -> FileInfo:
     info = store.find_file(uri)
     if info is None:
-        raise SourceError(f"{store.shown(uri)} is missing: the dataset was not saved to its end, or moved in part")
+        raise SourceError(f"{store.redact(uri)} is missing: the dataset was not saved to its end, or moved in part")
     return info
 
 
@@ -89,7 +89,10 @@ def _image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) -> li
     described = tuple(info.uri.removesuffix(_METADATA) for info in metadata)
     others = [info for info in images if not info.uri.startswith(described)]
     logger.warning(
-        "%s: %d images below %s are taken by the rows of that", store.shown(uri), len(images) - len(others), _METADATA
+        "%s: %d images below %s are taken by the rows of that",
+        store.redact(uri),
+        len(images) - len(others),
+        _METADATA,
     )
     return sorted([*metadata, *others], key=lambda info: info.uri)
 
@@ -102,8 +105,8 @@ def _shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
     kinds = sorted({detect_kind(info.uri) for info in shards})
     if len(kinds) > 1:
         raise SourceError(
-            f"{store.shown(uri)} holds no images but shards of several kinds ({', '.join(kinds)}); give those that are "
-            f"meant, such as {uri.rstrip('/')}/**/*.{kinds[0]}"
+            f"{store.redact(uri)} holds no images but shards of several kinds ({', '.join(kinds)}); give those that "
+            f"are meant, such as {uri.rstrip('/')}/**/*.{kinds[0]}"
         )
     return shards
 
@@ -112,4 +115,4 @@ def log_left_out(uri: str, others: Counter[str]) -> None:
     """Log what was left out; `others` counts files by the end of their names."""
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        logger.warning("%s: left out %d files (%s)", store.shown(uri), others.total(), counts)
+        logger.warning("%s: left out %d files (%s)", store.redact(uri), others.total(), counts)

@@ -109,7 +109,7 @@ class IdIndex:
     def _apply(
         self, on_duplicate: OnDuplicate, duplicates: dict[int, str], changes: Changes, counts: Counter[str]
     ) -> None:
-        shown = ", ".join(f"{store.shown(id_)} ({n} times)" for id_, n in counts.most_common(10) if n > 1)
+        shown = ", ".join(f"{store.redact(id_)} ({n} times)" for id_, n in counts.most_common(10) if n > 1)
         match on_duplicate:
             case "error":
                 raise SourceError(

@@ -47,7 +47,7 @@ def _rows(uri: str, columns: ColumnRoles, max_line_bytes: int) -> Iterator[Sourc
 def _lines(file: Any, uri: str, max_line_bytes: int) -> Iterator[bytes]:
     """Yield lines; one longer than `max_line_bytes` is cut a block behind it."""
     # read1: what was unpacked before damage is not lost with it.
-    read = gzip.GzipFile(fileobj=file).read1 if store.name_of(uri).lower().endswith(".gz") else file.read
+    read = gzip.GzipFile(fileobj=file).read1 if store.strip_query(uri).lower().endswith(".gz") else file.read
     begun = bytearray()
     while block := read(_READ_BYTES):
         first, *others = block.split(b"\n")

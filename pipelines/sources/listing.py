@@ -40,7 +40,7 @@ def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: Known
 
 
 def _shown(options: SourceOptions) -> str:
-    return ", ".join(map(store.shown, options.input))
+    return ", ".join(map(store.redact, options.input))
 
 
 def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire) -> None:
@@ -100,7 +100,7 @@ class Listing:
         try:
             self.kept = pa.unify_schemas([self.kept, types], promote_options="permissive")
         except pa.ArrowException as error:
-            id_ = store.shown(table.column("id")[0].as_py())
+            id_ = store.redact(table.column("id")[0].as_py())
             raise SourceError(
                 f"a kept column has another type from {id_} on than before ({error}); make it one type or leave it "
                 "out of --keep-columns"

@@ -132,7 +132,7 @@ def raise_source_errors(uri: str, form: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot read {store.shown(uri)}{form}: {str(error) or 'it is empty'}") from error
+        raise SourceError(f"cannot read {store.redact(uri)}{form}: {str(error) or 'it is empty'}") from error
 
 
 def escape_name(name: str) -> str:

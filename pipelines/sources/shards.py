@@ -83,18 +83,20 @@ def _expand(uri: str) -> Iterable[FileInfo]:
     if store.is_directory(uri):
         return list_directory(uri)
     if not _GLOB_CHARACTERS & set(uri):
-        raise SourceError(f"input {store.shown(uri)!r} does not exist")
+        raise SourceError(f"input {store.redact(uri)!r} does not exist")
     if not (infos := store.glob_files(uri)):
-        raise SourceError(f"no files match {store.shown(uri)!r}")
+        raise SourceError(f"no files match {store.redact(uri)!r}")
     return infos
 
 
 def _kind(info: FileInfo) -> str:
     """Return the kind of a file; whatever does not hold many rows is taken as an image."""
-    name = store.name_of(info.uri).lower()
+    name = store.strip_query(info.uri).lower()
     kind = detect_kind(info.uri)
     if kind != "file" and (not info.is_regular or escape_name(info.uri) != info.uri):
-        raise SourceError(f"{store.shown(info.uri)!r} is not a regular file with a name in UTF-8; rename or replace it")
+        raise SourceError(
+            f"{store.redact(info.uri)!r} is not a regular file with a name in UTF-8; rename or replace it"
+        )
     if name.endswith(_MANY_ROWS):
-        raise SourceError(f"{store.shown(info.uri)}: shards of this kind are not read; make them {' '.join(KINDS)}")
+        raise SourceError(f"{store.redact(info.uri)}: shards of this kind are not read; make them {' '.join(KINDS)}")
     return kind

@@ -45,7 +45,7 @@ def _check_packing(uri: str, metadata: pq.FileMetaData, names: set[str | None]) 
             packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
             if column.path_in_schema.partition(".")[0] in names and unpacked > max(_HARMLESS_BYTES, 200 * packed):
                 raise SourceError(
-                    f"{store.shown(uri)}: column {column.path_in_schema} unpacks from {packed:,} to {unpacked:,} "
+                    f"{store.redact(uri)}: column {column.path_in_schema} unpacks from {packed:,} to {unpacked:,} "
                     f"bytes in row group {group}; write the file again with smaller row groups if that is meant"
                 )
 
@@ -97,10 +97,10 @@ class TableShard:
         """Find the columns. Raises SourceError if one that is asked for is missing or ambiguous."""
         names = frozenset(schema.names)
         if doubled := sorted(name for name in names if schema.names.count(name) > 1):
-            raise SourceError(f"{store.shown(uri)} has several columns named {', '.join(doubled)}; rename them")
+            raise SourceError(f"{store.redact(uri)} has several columns named {', '.join(doubled)}; rename them")
         if missing := sorted(columns.wanted - names):
             braces = " ({{ and }} in prompts stand for braces)" if columns.in_prompt - names else ""
-            raise SourceError(f"{store.shown(uri)} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
+            raise SourceError(f"{store.redact(uri)} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
         image = _image_column(uri, schema, columns.image)
         return cls(uri, columns, names, image, image is not None and _holds_uris(schema.field(image).type))
 
@@ -138,7 +138,7 @@ def _image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
     if given is not None:
         if given in schema.names and (_holds_bytes(schema.field(given).type) or _holds_uris(schema.field(given).type)):
             return given
-        raise SourceError(f"{store.shown(uri)}: column {given!r} holds neither bytes nor URIs; {_describe(schema)}")
+        raise SourceError(f"{store.redact(uri)}: column {given!r} holds neither bytes nor URIs; {_describe(schema)}")
     holders = [field.name for field in schema if _holds_bytes(field.type)]
     candidates: list[str] = holders or [
         f.name for f in schema if f.name.lower() in _URI_COLUMNS.split() and _holds_uris(f.type)
@@ -146,7 +146,7 @@ def _image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
     if len(candidates) != 1:
         found = f"{', '.join(candidates)} may all be" if candidates else "no column looks like"
         raise SourceError(
-            f"{store.shown(uri)}: {found} the images; name the column with --image-column, or '' for none; "
+            f"{store.redact(uri)}: {found} the images; name the column with --image-column, or '' for none; "
             f"{_describe(schema)}"
         )
     return candidates[0]

@@ -15,7 +15,7 @@ def read_schema(file: Any) -> pa.Schema:
     """Read the schema and leave `file` at the first batch. Raises ArrowException or SourceError."""
     if file.read(len(_FILE_START)) != _FILE_START:
         file.seek(0)
-    schema = pa.ipc.read_schema(_checked(pa.ipc.read_message(file), "schema"))
+    schema = pa.ipc.read_schema(_check_type(pa.ipc.read_message(file), "schema"))
     if any(pa.types.is_dictionary(field.type) for field in schema):
         raise SourceError("Arrow streams with dictionaries are not read; save the dataset as Parquet")
     return schema
@@ -23,12 +23,12 @@ def read_schema(file: Any) -> pa.Schema:
 
 def read_batch(message: pa.ipc.Message, schema: pa.Schema, names: list[str]) -> pa.RecordBatch:
     """Return the columns `names`, checked: what points out of a damaged batch would end the process."""
-    batch = pa.ipc.read_record_batch(_checked(message, "record batch"), schema).select(names)
+    batch = pa.ipc.read_record_batch(_check_type(message, "record batch"), schema).select(names)
     batch.validate(full=True)
     return batch
 
 
-def _checked(message: pa.ipc.Message, type_: str) -> pa.ipc.Message:
+def _check_type(message: pa.ipc.Message, type_: str) -> pa.ipc.Message:
     """Return the message if it has this type: Arrow would read any other as this one, and end the process."""
     if message.type != type_:
         raise pa.ArrowInvalid(f"a message of type {message.type!r} where one of type {type_!r} belongs")

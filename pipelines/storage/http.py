@@ -64,33 +64,33 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
         """Ask for one byte, as not every server answers HEAD. `size` is None if the server does not report it."""
-        async with self._answer(path, first=0, last=0) as response:
-            return {"name": path, "type": "file", "size": _size(response)}
+        async with self._request(path, first=0, last=0) as response:
+            return {"name": path, "type": "file", "size": _read_size(response)}
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """Return a file from its start, at most `end` bytes, or else the range."""
         if start:
             assert end is not None, "a range has an end"
             return await self._cat_range(path, start, end)
-        async with self._answer(path) as response:
+        async with self._request(path) as response:
             if (response.content_length or 0) > self._max_file_bytes:
                 raise FinalFault(
                     f"the file has {response.content_length:,} bytes, over the limit of {self._max_file_bytes:,}"
                 )
-            data = await _body(response, self._max_file_bytes + 1 if end is None else end)
+            data = await _read_body(response, self._max_file_bytes + 1 if end is None else end)
         if end is None and len(data) > self._max_file_bytes:
             raise FinalFault(f"the file has more than the limit of {self._max_file_bytes:,} bytes")
         return data
 
     async def _cat_range(self, path: str, start: int, end: int) -> bytes:
-        async with self._answer(path, first=start, last=end - 1) as response:
+        async with self._request(path, first=start, last=end - 1) as response:
             if response.status == 416:
                 return b""
             if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise FinalFault(
                     "the server does not serve ranges of files, which shards need; copy the shard elsewhere"
                 )
-            return await _body(response, end - start)
+            return await _read_body(response, end - start)
 
     cat_range = sync_wrapper(_cat_range)
 
@@ -109,39 +109,39 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return WebFile(self, path, mode, block_size or "default", size=size)
 
     @asynccontextmanager
-    async def _answer(
+    async def _request(
         self, url: str, first: int | None = None, last: int | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Yield the server's response after redirects, status and headers checked."""
         headers = {} if first is None else {"Range": f"bytes={first}-{last}"}
         try:
-            async with asyncio.timeout(self._timeout.total), self._follow(_parsed(url), headers) as response:
+            async with asyncio.timeout(self._timeout.total), self._follow(_parse(url), headers) as response:
                 _check(response)
                 yield response
         except TimeoutError as error:
             raise BusyFault("timeout: the server was too slow") from error  # fsspec takes the text off a TimeoutError
         except aiohttp.ClientError as error:
-            raise _as_os_error(error) from error
+            raise _convert_to_os_error(error) from error
         except ValueError as error:  # of a header or a name that cannot be sent
             raise FinalFault(f"the URL cannot be asked for: {type(error).__name__}") from error
 
     @asynccontextmanager
     async def _follow(self, url: URL, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
         for _ in range(MAX_REDIRECTS + 1):
-            async with self._connected().get(url, headers=headers, allow_redirects=False) as response:
+            async with self._get_session().get(url, headers=headers, allow_redirects=False) as response:
                 if response.status not in _REDIRECTS:
                     yield response
                     return
-                url = url.join(_parsed(response.headers.get("Location", "")))
+                url = url.join(_parse(response.headers.get("Location", "")))
                 if url.scheme not in self.protocol:
                     raise FinalFault(f"a redirect to {url.scheme or 'nowhere'}")
         raise FinalFault(f"more than {MAX_REDIRECTS} redirects")
 
-    def _connected(self) -> aiohttp.ClientSession:
+    def _get_session(self) -> aiohttp.ClientSession:
         """Return the session, on fsspec's event loop, of one thread."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(socket_factory=self._socket, limit_per_host=32),
+                connector=aiohttp.TCPConnector(socket_factory=self._create_socket, limit_per_host=32),
                 timeout=self._timeout,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept-Encoding": "identity", "User-Agent": "ovis2-ray"},
@@ -150,7 +150,7 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
             weakref.finalize(self, _close, self.loop, self._session)
         return self._session
 
-    def _socket(self, address: Any) -> socket.socket:
+    def _create_socket(self, address: Any) -> socket.socket:
         """Check the address connected to, whatever name or redirect led to it, and however often it was resolved."""
         family, kind, protocol, _, where = address
         if not (self._allow_private or _is_public(where[0])):
@@ -175,7 +175,7 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
         sync(loop, session.close, timeout=1)
 
 
-def _parsed(url: str) -> URL:
+def _parse(url: str) -> URL:
     return URL(url, encoded=_AS_GIVEN.fullmatch(url) is not None)
 
 
@@ -187,7 +187,7 @@ def _check(response: aiohttp.ClientResponse) -> None:
     if status in _FORBIDDEN:
         raise PermissionError(reason)
     if status in _BUSY or status >= 500:
-        raise BusyFault(reason, _retry_after_s(response.headers.get("Retry-After", "")))
+        raise BusyFault(reason, _parse_retry_after_s(response.headers.get("Retry-After", "")))
     if status not in (200, 206, 416):
         raise FinalFault(reason)
     encoding = response.headers.get("Content-Encoding", "identity").lower()
@@ -195,7 +195,7 @@ def _check(response: aiohttp.ClientResponse) -> None:
         raise FinalFault(f"the server packs its answer ({encoding}) although it was asked not to")
 
 
-async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     """Return the first `max_bytes` at most, counted as they come, whatever the headers say."""
     data = bytearray()
     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
@@ -206,14 +206,14 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     return bytes(data)
 
 
-def _size(response: aiohttp.ClientResponse) -> int | None:
+def _read_size(response: aiohttp.ClientResponse) -> int | None:
     total = response.headers.get("Content-Range", "").rpartition("/")[2]
     if response.status in (206, 416):
         return int(total) if total.isdecimal() else None
     return response.content_length
 
 
-def _retry_after_s(value: str) -> float:
+def _parse_retry_after_s(value: str) -> float:
     """Parse seconds or a date; return 0 if there is none."""
     if value.isdecimal():
         return float(value)
@@ -223,7 +223,7 @@ def _retry_after_s(value: str) -> float:
         return 0.0
 
 
-def _as_os_error(error: aiohttp.ClientError) -> OSError:
+def _convert_to_os_error(error: aiohttp.ClientError) -> OSError:
     """Convert the error, without the URL that aiohttp puts into most of its messages."""
     cause = getattr(error, "os_error", None)
     if isinstance(cause, OSError):

@@ -28,7 +28,7 @@ class Retries:
 
     max_attempts: int
     first_pause_s: float = 0.25
-    max_asked_pause_s: float = 60.0  # that a store may ask for
+    max_requested_pause_s: float = 60.0  # that a store may ask for
     patience_s: float = 120.0  # 60 s of a stalled server are waited for twice, not five times
 
     def run(self, action: Callable[[], T]) -> T:
@@ -40,14 +40,14 @@ class Retries:
             except OSError as error:
                 if is_final(error) or time.monotonic() > deadline_s:
                     raise
-                time.sleep(self.pause_s(attempt, error))
+                time.sleep(self.compute_pause_s(attempt, error))
         return action()
 
-    def pause_s(self, attempt: int, error: OSError | None = None) -> float:
+    def compute_pause_s(self, attempt: int, error: OSError | None = None) -> float:
         """Return how long to wait after the first, second ... attempt failed.
 
         It doubles, and is random, so that a thousand readers of one store do not come back together.
         """
         longest_s = self.first_pause_s * 2 ** (attempt - 1)
-        asked_s = error.retry_after_s if isinstance(error, BusyFault) else 0.0
-        return min(asked_s, self.max_asked_pause_s) + random.uniform(longest_s / 2, longest_s)
+        requested_s = error.retry_after_s if isinstance(error, BusyFault) else 0.0
+        return min(requested_s, self.max_requested_pause_s) + random.uniform(longest_s / 2, longest_s)

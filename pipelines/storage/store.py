@@ -49,25 +49,25 @@ class FileInfo:
 def open_store(uri: str) -> tuple[Any, str]:
     """Return the file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
     if "://" not in uri:
-        return _local(), LocalFileSystem._strip_protocol(uri)
+        return _get_local(), LocalFileSystem._strip_protocol(uri)
     protocol = uri.split("://", 1)[0]
     try:
         # Not fsspec's url_to_fs: it takes a `::` in a name for a chain of file systems.
-        kind = _file_system(protocol)
+        kind = _load_file_system(protocol)
         return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
         install = f"; pip install 'ovis2-ray[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
-        raise StoreError(f"{shown(uri)}: {error}{install}") from error
+        raise StoreError(f"{redact(uri)}: {error}{install}") from error
     except ValueError as error:
-        raise StoreError(f"{shown(uri)}: {error}") from error
+        raise StoreError(f"{redact(uri)}: {error}") from error
 
 
 @cache
-def _local() -> LocalFileSystem:
+def _get_local() -> LocalFileSystem:
     return LocalFileSystem()
 
 
-def _file_system(protocol: str) -> Any:
+def _load_file_system(protocol: str) -> Any:
     if protocol not in _WEB:
         return fsspec.get_filesystem_class(protocol)
     from pipelines.storage.http import WebFileSystem  # fsspec's own follows any redirect anywhere and reads without end
@@ -80,19 +80,19 @@ def allow_private_addresses(allowed: bool) -> None:
     fsspec.config.conf.setdefault("http", {})["allow_private"] = allowed
 
 
-def shown(uri: str) -> str:
+def redact(uri: str) -> str:
     """Return a URI or an id for people to read: without credentials, of a URL without its query (a signature?)."""
     plain = re.sub(r"(?<=://)[^/?#]*@", "", uri)
     return re.sub(r"\?[^#]*", "", plain) if uri.partition("://")[0] in _WEB else plain
 
 
-def name_of(uri: str) -> str:
+def strip_query(uri: str) -> str:
     """Return the part of a URI that ends in the file's suffix: of a URL, without its query."""
     return re.split("[?#]", uri, maxsplit=1)[0] if uri.partition("://")[0] in _WEB else uri
 
 
 @contextmanager
-def _faults_as_os_errors() -> Iterator[None]:
+def _translate_faults() -> Iterator[None]:
     """Raise OSError for the exceptions that each store's client has of its own."""
     try:
         yield
@@ -105,7 +105,7 @@ def _faults_as_os_errors() -> Iterator[None]:
         raise (FinalFault if name in _FINAL_NAMES else OSError)(f"{name}: {error}") from error
 
 
-def settings() -> dict[str, Any]:
+def get_settings() -> dict[str, Any]:
     """Return this process's settings for stores, as JSON, for `use_settings` in another."""
     return dict(fsspec.config.conf)
 
@@ -114,13 +114,13 @@ def use_settings(given: dict[str, Any]) -> None:
     fsspec.config.conf.update(given)
 
 
-def absolute_uri(uri: str) -> str:
+def make_absolute(uri: str) -> str:
     """Return a local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
     fs, path = open_store(uri)
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
-def place_of(uri: str) -> str:
+def get_store_root(uri: str) -> str:
     """Return the store of `uri`: protocol and bucket or host, "" for this machine's files."""
     return "/".join(uri.split("/")[:3]) if "://" in uri else ""
 
@@ -134,33 +134,33 @@ def list_files(uri: str) -> list[FileInfo]:
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path), key=lambda info: info.uri)
-    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.find(path, detail=True))
-    return [_info(fs, name, found[name]) for name in sorted(found)]
+    found: dict[str, dict[str, Any]] = _retry(fs, lambda: fs.find(path, detail=True))
+    return [_describe(fs, name, found[name]) for name in sorted(found)]
 
 
 def glob_files(uri: str) -> list[FileInfo]:
     """Return the files that match, without directories, sorted by name. Raises OSError."""
     fs, path = open_store(uri)
-    found: dict[str, dict[str, Any]] = _tried(fs, lambda: fs.glob(path, detail=True))
-    return [_info(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
+    found: dict[str, dict[str, Any]] = _retry(fs, lambda: fs.glob(path, detail=True))
+    return [_describe(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
 
 
 def find_file(uri: str) -> FileInfo | None:
     """Return the file at `uri`, None if there is none or a directory. Raises OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
-        return _local_info(path) if fs.exists(path) and not fs.isdir(path) else None
+        return _describe_local(path) if fs.exists(path) and not fs.isdir(path) else None
     try:
-        info = _tried(fs, lambda: fs.info(path))
+        info = _retry(fs, lambda: fs.info(path))
     except FileNotFoundError:
         return None
-    return _info(fs, path, info) if info["type"] != "directory" else None
+    return _describe(fs, path, info) if info["type"] != "directory" else None
 
 
 def is_directory(uri: str) -> bool:
     """Return whether `uri` is a directory. Raises OSError."""
     fs, path = open_store(uri)
-    return bool(_tried(fs, lambda: fs.isdir(path)))
+    return bool(_retry(fs, lambda: fs.isdir(path)))
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -170,7 +170,7 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
     """
     fs, path = open_store(uri)
     read = _read_local if isinstance(fs, LocalFileSystem) else fs.cat_file
-    data: bytes = _tried(fs, lambda: read(path, start=start, end=stop))
+    data: bytes = _retry(fs, lambda: read(path, start=start, end=stop))
     return data
 
 
@@ -182,30 +182,30 @@ def _read_local(path: str, start: int | None, end: int | None) -> bytes:
         return file.read(-1 if end is None else end - file.tell())
 
 
-def can_read(uri: str, offset: int) -> bool:
+def probe_byte(uri: str, offset: int) -> bool:
     """Return whether the store hands out the byte there now, asked once."""
     fs, path = open_store(uri)
     try:
-        with _faults_as_os_errors():
+        with _translate_faults():
             return len(fs.cat_file(path, start=offset, end=offset + 1)) == 1
     except OSError:
         return False
 
 
-def _tried(fs: Any, action: Callable[[], T]) -> T:
+def _retry(fs: Any, action: Callable[[], T]) -> T:
     """Return the result of `action`, with the faults that may pass tried again.
 
     One that never does is a StoreFault, but on the web, where each host is one of many: there it is an OSError.
     """
 
-    def attempt() -> T:
-        with _faults_as_os_errors():
+    def try_once() -> T:
+        with _translate_faults():
             return action()
 
     if "http" in fs.protocol:
-        return WEB_RETRIES.run(attempt)
+        return WEB_RETRIES.run(try_once)
     try:
-        return RETRIES.run(attempt)
+        return RETRIES.run(try_once)
     except OSError as error:
         if is_final(error):
             raise
@@ -219,7 +219,7 @@ def open_file(uri: str, block_bytes: int | None = None) -> Any:
     """
     fs, path = open_store(uri)
     options = {"block_size": block_bytes} if block_bytes else {}
-    file = _tried(fs, lambda: fs.open(path, "rb", **options))
+    file = _retry(fs, lambda: fs.open(path, "rb", **options))
     return file if isinstance(fs, LocalFileSystem) else _PatientFile(fs, file)
 
 
@@ -264,7 +264,7 @@ class _PatientFile:
             data: bytes = self._file.read(size)
             return data
 
-        return _tried(self._fs, read)
+        return _retry(self._fs, read)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -274,7 +274,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     fs, path = open_store(uri)
     if not isinstance(fs, LocalFileSystem):
-        _tried(fs, lambda: fs.pipe_file(path, data))
+        _retry(fs, lambda: fs.pipe_file(path, data))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -299,7 +299,7 @@ def move(source: str, target: str) -> None:
         Path(path).replace(target)
         return
     there = open_store(target)[1]
-    _tried(fs, lambda: fs.cp_file(path, there))
+    _retry(fs, lambda: fs.cp_file(path, there))
     remove(source)
 
 
@@ -307,12 +307,12 @@ def remove(uri: str) -> None:
     """Remove a file; it may be gone already. Raises OSError."""
     fs, path = open_store(uri)
     with suppress(FileNotFoundError):
-        _tried(fs, lambda: fs.rm_file(path))
+        _retry(fs, lambda: fs.rm_file(path))
 
 
-def _info(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
+def _describe(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
     if isinstance(fs, LocalFileSystem):
-        return _local_info(name)
+        return _describe_local(name)
     size = info.get("size")
     return FileInfo(fs.unstrip_protocol(name), -1 if size is None else int(size))
 
@@ -322,7 +322,7 @@ def _walk(directory: str) -> Iterator[FileInfo]:
     seen = {os.path.realpath(directory)}
     for parent, directories, names in os.walk(directory, followlinks=True, onerror=_raise_unless_missing):
         directories[:] = [name for name in directories if _is_new(f"{parent}/{name}", seen)]
-        yield from (_local_info(f"{parent}/{name}") for name in names)
+        yield from (_describe_local(f"{parent}/{name}") for name in names)
 
 
 def _is_new(directory: str, seen: set[str]) -> bool:
@@ -333,7 +333,7 @@ def _is_new(directory: str, seen: set[str]) -> bool:
     return is_new
 
 
-def _local_info(path: str) -> FileInfo:
+def _describe_local(path: str) -> FileInfo:
     """Describe a file, or what a link leads to; one that leads nowhere is found missing when it is read."""
     try:
         status = Path(path).stat()

@@ -16,7 +16,7 @@ import torch
 
 from ovis_model.network.tensor_parallel import joined
 from ovis_model.network.weights import load_model
-from pipelines.cluster.actor import leave
+from pipelines.cluster.actor import exit_at_once
 from tests.support.engines import golden_requests, prompt_logits
 from tests.support.golden_data import checkpoint_dir
 
@@ -29,7 +29,7 @@ def main() -> None:
         model = load_model(directory, device=torch.device("cpu"), dtype=torch.float32, shard=shard)
         logits = [prompt_logits(model, request)[-1] for request in golden_requests(checkpoint)]
     np.savez(out, *logits, llm_parameters=sum(p.numel() for p in model.llm.parameters()))
-    leave()
+    exit_at_once()
 
 
 if __name__ == "__main__":
