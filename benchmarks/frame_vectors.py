@@ -19,7 +19,7 @@ from ovis_model.checkpoint import DEMO_DIRECTORY
 from ovis_model.inputs.keyframes import select_frames, uniform_indices
 from ovis_model.network.weights import load_model
 from pipelines.media.frame_selection import PixelEncoder
-from tests.support.objects import draw, scenes
+from tests.support.objects import draw_object, draw_scenes
 
 NUM_VIDEOS, NUM_FRAMES = 20, 8
 
@@ -44,18 +44,18 @@ def main() -> None:
 
 def equal(seed: int) -> tuple[np.ndarray, list[Image.Image]]:
     """The scene of each frame, and the frames."""
-    return np.repeat(np.arange(8), 16), scenes(seed)[1]
+    return np.repeat(np.arange(8), 16), draw_scenes(seed)[1]
 
 
 def one_long(seed: int) -> tuple[np.ndarray, list[Image.Image]]:
-    things, images = scenes(seed + 100)
+    things, images = draw_scenes(seed + 100)
     random = np.random.default_rng(seed)
-    return _long([draw(things[0], random) for _ in range(72)], images)
+    return _long([draw_object(things[0], random) for _ in range(72)], images)
 
 
 def one_still(seed: int) -> tuple[np.ndarray, list[Image.Image]]:
-    things, images = scenes(seed + 100)
-    return _long([draw(things[0], np.random.default_rng(seed))] * 72, images)
+    things, images = draw_scenes(seed + 100)
+    return _long([draw_object(things[0], np.random.default_rng(seed))] * 72, images)
 
 
 def _long(long: list[Image.Image], images: list[Image.Image]) -> tuple[np.ndarray, list[Image.Image]]:

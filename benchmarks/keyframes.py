@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ovis_model.inputs.keyframes import Rules, mdp3
-from tests.support.frame_vectors import walk
+from tests.support.frame_vectors import make_frames
 
 WIDTH = 1152
 CASES = ((128, 8, -1), (128, 32, -1), (128, 8, 32), (128, 32, 32), (512, 32, -1), (512, 32, 32))
@@ -27,7 +27,7 @@ CASES = ((128, 8, -1), (128, 32, -1), (128, 8, 32), (128, 32, 32), (512, 32, -1)
 def main(published: str | None) -> None:
     print("candidates frames segment  published ms  here ms  ratio  same picks")
     for count, k, segment_size in CASES:
-        frames, query = (array.astype(np.float32) for array in walk(count, WIDTH))
+        frames, query = (array.astype(np.float32) for array in make_frames(count, WIDTH))
         rules = Rules(segment_size=segment_size)
         picks = mdp3(frames, query, k, rules=rules).indices.tolist()
         here_ms = 1e3 * median_s(partial(mdp3, frames, query, k, rules=rules), 15)

@@ -29,7 +29,7 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Completion, Request, SamplingParams
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
-from tests.support.photographs import photographs
+from tests.support.photographs import find_photographs
 
 VISION_BOUND = OvisConfig(
     vision=VisionConfig(
@@ -106,7 +106,7 @@ def _params(answer: int | list[str], encode: Callable[[str], list[int]]) -> Samp
 
 def _pictures() -> Iterator[Image.Image]:
     for seed in count():
-        for path in photographs()[seed : seed + 1]:
+        for path in find_photographs()[seed : seed + 1]:
             with Image.open(path) as photograph:
                 yield photograph.convert("RGB")
         yield make_picture(seed, held_out=False)[0]

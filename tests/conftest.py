@@ -77,9 +77,9 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def bucket(endpoint: str) -> Iterator[Any]:
     """A file system with an empty `s3://bucket`, removed after the test."""
-    from tests.support.buckets import empty_bucket
+    from tests.support.buckets import create_bucket
 
-    with empty_bucket() as fs:
+    with create_bucket() as fs:
         yield fs
 
 

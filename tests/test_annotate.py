@@ -21,10 +21,10 @@ from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
 from pipelines.errors import RunError
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
-from tests.support.engines import engine_of
+from tests.support.engines import load_engine
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
-from tests.support.job_configs import annotation
+from tests.support.job_configs import make_annotate_config
 from tests.support.pictures import draw
 from tests.support.processes import run_job
 from tests.support.stages import prepare_rows
@@ -68,13 +68,15 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
-    return annotation(inputs, output, **{"tasks": TASKS, **options})
+    return make_annotate_config(inputs, output, **{"tasks": TASKS, **options})
 
 
 def answers_without_ray(asked: RunConfig) -> list[dict[str, Any]]:
     """Id, number of tiles and the columns that the engine decides, of each row."""
     rows = prepare_rows(asked)
-    answered = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), engine_of("tiny56-tied")).columns(rows)
+    answered = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), load_engine("tiny56-tied")).columns(
+        rows
+    )
     return [
         {"id": row.id, "num_tiles": row.num_tiles, **columns}
         for row, columns in zip(rows, answered, strict=True)
@@ -109,7 +111,7 @@ def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: 
 def test_a_picture_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path) -> None:
     asked = config(pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)])
     rows = prepare_rows(asked)
-    engine = OvisEngine.from_model(engine_of("tiny56-tied").model)
+    engine = OvisEngine.from_model(load_engine("tiny56-tied").model)
     values = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), engine).columns(rows)
     assert len(values) == 6 and all(isinstance(row, dict) for row in values)
     assert engine.stats.tiles == sum(row.num_tiles for row in rows)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.output.sink import read_results
-from tests.support.clusters import Driver, FakeGpuCluster, RayHead, fake_gpu_cluster
+from tests.support.clusters import Driver, FakeGpuCluster, RayHead, start_gpu_cluster
 from tests.support.golden_data import checkpoint_dir
 from tests.support.pictures import draw
 from tests.support.processes import against_the_clock
@@ -36,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four_gpus() -> Iterator[FakeGpuCluster]:
-    with fake_gpu_cluster(head={"num_cpus": 4, "num_gpus": 4}) as cluster:
+    with start_gpu_cluster(head={"num_cpus": 4, "num_gpus": 4}) as cluster:
         yield cluster
 
 
@@ -69,7 +69,7 @@ def test_ranks_leaders_preprocessors_and_a_poison_row(
     failed = [row for row in rows if row["status"] == "error"]
     assert [(Path(row["id"]).name, row["stage"]) for row in failed] == [("poison.png", "generate")]
     assert failed[0]["error"] == "the process died 2 times on this row alone"
-    rebuilt = [event for event in driver.events() if event.get("leader") == first[0]["leader"]]
+    rebuilt = [event for event in driver.read_events() if event.get("leader") == first[0]["leader"]]
     assert len(rebuilt) > 1 and rebuilt[0] == first[0] and rebuilt[0]["ranks"] != rebuilt[1]["ranks"]  # in place
     assert json.loads(out.splitlines()[-1])["rows"] == NUM_ROWS + 1
     four_gpus.assert_nothing_is_left()
@@ -78,7 +78,7 @@ def test_ranks_leaders_preprocessors_and_a_poison_row(
 def kill_a_rank(driver: Driver, leader: int) -> None:
     """One that lives: the poison row may have been there before."""
     for _ in range(100):
-        pids = [event["ranks"] for event in driver.events() if event.get("leader") == leader][-1]
+        pids = [event["ranks"] for event in driver.read_events() if event.get("leader") == leader][-1]
         try:
             return os.kill(pids[1], signal.SIGKILL)
         except ProcessLookupError:
@@ -96,7 +96,7 @@ def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
     options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 2}
     driver = Driver(four_gpus, pictures, tmp_path / "out", num_preprocessors=2, **options)
     driver.wait_for_leaders(2)
-    assert len(four_gpus.processes("ovis_model.engine.rank_process")) == 4, driver.events()
+    assert len(four_gpus.find_processes("ovis_model.engine.rank_process")) == 4, driver.read_events()
     driver.process.send_signal(by)
     code, _, err = driver.finish()
     assert code == (1 if by is signal.SIGINT else -signal.SIGKILL), err
@@ -110,24 +110,24 @@ def test_what_the_cluster_cannot_hold_is_said_at_once(
     code, _, err = driver.finish()
     assert code == 2
     assert "3 replicas of 2 GPUs on one node need 6 GPUs; the cluster has 4, room for 2" in err
-    assert not driver.events(), "no replica was started for it"
+    assert not driver.read_events(), "no replica was started for it"
 
 
 @pytest.mark.slow
 def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> None:
     """A GPU node is taken away, later another one comes: its replica works, and every row is there once."""
     gpu_node = {"num_cpus": 2, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
-    with fake_gpu_cluster(gpu_node, gpu_node, head={"num_cpus": 3}) as cluster:
+    with start_gpu_cluster(gpu_node, gpu_node, head={"num_cpus": 3}) as cluster:
         options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.3, "num_preprocessors": 3}
         driver = Driver(cluster, pictures, tmp_path / "out", **options)
         driver.wait_for_rows(12)
-        cluster.kill(cluster.nodes[1])
+        cluster.kill_node(cluster.nodes[1])
         killed_s = time.time()
-        joined = cluster.add(**gpu_node)
+        joined = cluster.add_node(**gpu_node)
         code, _, err = driver.finish(300)
         assert code == 0, err
         assert "plan: 2 x the model on 1 GPU, more as GPUs join; 3 to prepare images" in err
-        batches = [event for event in driver.events() if "node" in event]
+        batches = [event for event in driver.read_events() if "node" in event]
         assert {event["node"] for event in batches} == {joined.node_id, *(node.node_id for node in cluster.nodes)}
         first_s = min(event["at_s"] for event in batches if event["node"] == joined.node_id)
         print(f"the new node's first batch {first_s - killed_s:.1f} s after the other was killed")
@@ -158,7 +158,7 @@ for size in (2, 4):
 @pytest.mark.slow
 def test_preprocessors_are_beside_gpus_only_if_there_is_no_other_place() -> None:
     gpu_node = {"num_cpus": 4, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
-    with fake_gpu_cluster(gpu_node, {"num_cpus": 3}) as cluster:
+    with start_gpu_cluster(gpu_node, {"num_cpus": 3}) as cluster:
         command = [sys.executable, "-c", _WHERE_ACTORS_ARE, cluster.address]
         told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         beside, other = (node.node_id for node in cluster.nodes)
@@ -180,7 +180,7 @@ def test_an_autoscaler_starts_what_a_run_asks_for(pictures: Path, tmp_path: Path
         code, _, err = driver.finish(300)
         assert code == 0, err
         assert "plan: 2 x the model on 2 GPUs in 2 ranks, as soon as their GPUs are there" in err
-        assert len({event["leader"] for event in driver.events() if "leader" in event}) == 2
+        assert len({event["leader"] for event in driver.read_events() if "leader" in event}) == 2
         rows = read_results(str(tmp_path / "out"))
         assert sorted(Path(id).name for id in rows.column("id").to_pylist()) == sorted(
             p.name for p in pictures.iterdir()

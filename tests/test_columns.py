@@ -13,7 +13,7 @@ from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
 from tests.support.jsonl_files import write_lines
 from tests.support.parquet_files import write
-from tests.support.rows import config_of, rows_of
+from tests.support.rows import list_input, make_config
 from tests.support.tars import write_tar
 
 
@@ -31,7 +31,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 def test_kept_columns_on_the_command_line_and_in_python() -> None:
     config = parse_command_line(CaptionConfig, "", "", ["in", "out", "--model", "demo", "--keep-columns", "a,b c"])
-    assert config.keep_columns == ("a", "b c") == config_of("in", keep_columns=["a", "b c"]).keep_columns
+    assert config.keep_columns == ("a", "b c") == make_config("in", keep_columns=["a", "b c"]).keep_columns
     assert config.fingerprint_fields()["keep_columns"] == ["a", "b c"]
     assert config.fingerprint_fields() != config.model_copy(update={"id_column": "x"}).fingerprint_fields()
 
@@ -45,35 +45,35 @@ def test_kept_columns_that_clash_are_refused(names: str, message: str, capsys: p
 
 @pytest.mark.parametrize("limit", [None, 1, 3, 5, 7, 11])
 def test_the_limit_counts_over_all_inputs(inputs: list[Path], limit: int | None) -> None:
-    everything = rows_of(*inputs, keep_columns="n")
+    everything = list_input(*inputs, keep_columns="n")
     assert [row["kept"]["n"] for row in everything] == [None] * 3 + list(range(9))
     assert len({row["id"] for row in everything}) == 12
     if limit != 1:  # a file alone has no columns
-        assert [row["id"] for row in rows_of(*inputs, limit=limit)] == [row["id"] for row in everything[:limit]]
+        assert [row["id"] for row in list_input(*inputs, limit=limit)] == [row["id"] for row in everything[:limit]]
 
 
 def test_braces_are_text_for_inputs_without_columns(inputs: list[Path], tmp_path: Path) -> None:
     prompt = 'Answer as {"n": number} }'
     write_tar(tmp_path / "bare.tar", [("1.jpg", b"")])
-    assert {row["prompt"] for row in rows_of(inputs[0], tmp_path / "bare.tar", prompt=prompt)} == {prompt}
+    assert {row["prompt"] for row in list_input(inputs[0], tmp_path / "bare.tar", prompt=prompt)} == {prompt}
     with pytest.raises(SourceError, match="no column n; its columns: none"):
-        rows_of(inputs[0], keep_columns="n")
+        list_input(inputs[0], keep_columns="n")
 
 
 def test_a_prompt_with_columns_over_all_inputs_that_have_them(inputs: list[Path]) -> None:
-    rows = rows_of(*inputs[1:], prompt="Is it {n}?")
+    rows = list_input(*inputs[1:], prompt="Is it {n}?")
     assert [row["prompt"] for row in rows] == [f"Is it {n}?" for n in range(9)]
     with pytest.raises(SourceError, match=r"names columns, and 3 rows come from inputs that have none"):
-        rows_of(*inputs, prompt="Is it {n}?")
+        list_input(*inputs, prompt="Is it {n}?")
     for shard in inputs[1:]:
         with pytest.raises(SourceError, match=r"(?s)no column colour.*\{\{ and \}\}"):
-            rows_of(shard, prompt="Is it {colour}?")
+            list_input(shard, prompt="Is it {colour}?")
 
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_an_image_column_that_nothing_has_is_refused(inputs: list[Path], at: int) -> None:
     with pytest.raises(SourceError, match="no column nowhere"):
-        rows_of(inputs[at], image_column="nowhere")
+        list_input(inputs[at], image_column="nowhere")
 
 
 def test_shards_must_be_files_with_names(tmp_path: Path) -> None:
@@ -81,11 +81,11 @@ def test_shards_must_be_files_with_names(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text("{}")
     for pattern in ("*.tar", "*.jsonl"):
         with pytest.raises(SourceError, match="not a regular file with a name in UTF-8"):
-            rows_of(tmp_path / pattern)
+            list_input(tmp_path / pattern)
 
 
 def test_a_damaged_shard_has_no_columns_and_that_is_fine(inputs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(b"damaged")
     write_lines(tmp_path / "d.jsonl", b"{")
-    rows = rows_of(*inputs[1:], tmp_path / "b.tar", tmp_path / "d.jsonl", prompt="Is it {n}?")
+    rows = list_input(*inputs[1:], tmp_path / "b.tar", tmp_path / "d.jsonl", prompt="Is it {n}?")
     assert [bool(row["error"]) for row in rows] == [False] * 9 + [True] * 2

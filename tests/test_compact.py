@@ -21,7 +21,7 @@ from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, RowRange, count
 from pipelines.output.sink import read_results, write_file
 from pipelines.storage import store
-from tests.support.outputs import results_of
+from tests.support.outputs import make_results
 
 
 def lease_of(output: Path) -> Lease:
@@ -46,7 +46,7 @@ def write_rows(output: Path, groups: list[list[int]], errors: tuple[int, ...] = 
     """A file for each group; `text_bytes` of text in each row that do not compress to nothing."""
     rng = random.Random(0)
     for rows in groups:
-        results = results_of(sorted(rows), errors)
+        results = make_results(sorted(rows), errors)
         if text_bytes:
             texts = pa.array([rng.randbytes(text_bytes // 2).hex() for _ in rows])
             results = results.set_column(4, results.schema.field("text"), texts)

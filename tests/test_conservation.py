@@ -22,10 +22,10 @@ from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
 from tests.support.buckets import BUCKET
 from tests.support.fake_engine import FakeEngineFactory
-from tests.support.job_configs import config
+from tests.support.job_configs import make_job_config
 from tests.support.jsonl_files import write_lines
-from tests.support.parquet_files import HF, kept_columns, write
-from tests.support.pictures import picture
+from tests.support.parquet_files import HF, make_kept_columns, write
+from tests.support.pictures import encode_picture
 from tests.support.tars import write_tar
 
 NUM_ROWS = 12
@@ -33,7 +33,7 @@ NUM_ROWS = 12
 
 def _files(directory: Path) -> dict[str, pa.Array]:
     for i in range(NUM_ROWS):
-        (directory / f"{i:02}.png").write_bytes(picture(i))
+        (directory / f"{i:02}.png").write_bytes(encode_picture(i))
     return {}
 
 
@@ -46,7 +46,7 @@ def _tgz(directory: Path) -> dict[str, pa.Array]:
 
 
 def _any_tar(path: Path, mode: str) -> dict[str, pa.Array]:
-    members = [(f"{i:02}.png", picture(i)) for i in range(NUM_ROWS)]
+    members = [(f"{i:02}.png", encode_picture(i)) for i in range(NUM_ROWS)]
     write_tar(path, [*members, *((f"{i:02}.json", json.dumps(_values(i)).encode()) for i in range(NUM_ROWS))], mode)
     return _json_columns()
 
@@ -54,14 +54,14 @@ def _any_tar(path: Path, mode: str) -> dict[str, pa.Array]:
 def _jsonl(directory: Path) -> dict[str, pa.Array]:
     (directory / "images").mkdir()
     for i in range(NUM_ROWS):
-        (directory / "images" / f"{i}.bin").write_bytes(picture(i))
+        (directory / "images" / f"{i}.bin").write_bytes(encode_picture(i))
     write_lines(directory / "a.jsonl", *({"image": f"images/{i}.bin", **_values(i)} for i in range(NUM_ROWS)))
     return _json_columns()
 
 
 def _parquet(directory: Path) -> dict[str, pa.Array]:
-    columns = {**kept_columns(NUM_ROWS), "maybe": pa.array([None, "é"] * (NUM_ROWS // 2))}
-    images = pa.array([{"bytes": picture(i), "path": None} for i in range(NUM_ROWS)], HF)
+    columns = {**make_kept_columns(NUM_ROWS), "maybe": pa.array([None, "é"] * (NUM_ROWS // 2))}
+    images = pa.array([{"bytes": encode_picture(i), "path": None} for i in range(NUM_ROWS)], HF)
     columns.pop("blob")  # it would be taken for images too
     write(directory / "a.parquet", {"image": images, **columns}, row_group_size=5)
     return columns
@@ -69,7 +69,7 @@ def _parquet(directory: Path) -> dict[str, pa.Array]:
 
 def _dataset(directory: Path) -> dict[str, pa.Array]:
     datasets.disable_progress_bars()
-    images = [Image.open(io.BytesIO(picture(i))) for i in range(NUM_ROWS)]
+    images = [Image.open(io.BytesIO(encode_picture(i))) for i in range(NUM_ROWS)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     labels = [i % 2 for i in range(NUM_ROWS)]
     datasets.Dataset.from_dict({"image": images, "label": labels}, features).save_to_disk(directory, num_shards=2)
@@ -124,7 +124,7 @@ def make_inputs(directory: Path, kinds: str) -> tuple[list[Path], dict[str, pa.A
 
 def conserve(inputs: list[str], output: str, columns: dict[str, pa.Array]) -> None:
     options = {"rows_per_file": 7, "keep_columns": tuple(columns), "image_column": None}
-    summary = run_pipeline(config(inputs, output, **options), make_engine=FakeEngineFactory())
+    summary = run_pipeline(make_job_config(inputs, output, **options), make_engine=FakeEngineFactory())
     results = read_results(output)
     assert summary.rows == len(results) == NUM_ROWS * len(inputs) == len(set(results.column("id").to_pylist()))
     assert set(results.column("status").to_pylist()) == {"ok"}

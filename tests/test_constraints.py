@@ -34,7 +34,7 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Completion, Constraint, Request, RequestError, SamplingParams
 from tests.support.answer_types import PATTERNS, SCHEMAS, record
-from tests.support.engines import golden_requests, prompt_logits
+from tests.support.engines import compute_logits, make_golden_requests
 from tests.support.golden_data import checkpoint_dir
 
 CHECKPOINT = checkpoint_dir("tiny56-tied")
@@ -242,11 +242,11 @@ def test_no_added_token_and_no_padding_of_the_logits_in_an_answer() -> None:
 
 def test_log_probabilities_are_the_models_own() -> None:
     """Those of an answer without a choice are those of scoring it in one pass, not zero."""
-    [question, *_] = golden_requests("tiny56-tied")
+    [question, *_] = make_golden_requests("tiny56-tied")
     [completion] = engine().generate([question], held_to(schema_of({"const": "red"}), temperature=0.0))
     ids = np.concatenate([question.input_ids, completion.output_ids[:-1]])
     with torch.inference_mode():
-        logits = prompt_logits(engine().model, Request(ids, question.tiles, question.tile_sizes))
+        logits = compute_logits(engine().model, Request(ids, question.tiles, question.tile_sizes))
     scores = logits[len(question.input_ids) - 1 :].log_softmax(-1)
     wanted = scores.gather(1, torch.from_numpy(completion.output_ids).long()[:, None]).mean()
     assert text_of(completion) == '"red"'

@@ -17,8 +17,8 @@ from pipelines.errors import SourceError
 from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import parse_reference
 from tests.support.jsonl_files import write_lines
-from tests.support.pictures import picture
-from tests.support.rows import Row, rows_of
+from tests.support.pictures import encode_picture
+from tests.support.rows import Row, list_input
 
 NUM_ROWS = 25
 
@@ -32,7 +32,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def dataset() -> datasets.Dataset:
     columns = {
-        "picture": [Image.open(io.BytesIO(picture(i))) for i in range(NUM_ROWS)],
+        "picture": [Image.open(io.BytesIO(encode_picture(i))) for i in range(NUM_ROWS)],
         "label": [i % 3 for i in range(NUM_ROWS)],
         "question": [f"Is it {i}?" for i in range(NUM_ROWS)],
     }
@@ -48,7 +48,7 @@ def colours_of(rows: list[Row]) -> list[Any]:
     return [Image.open(io.BytesIO(data)).getpixel((0, 0)) for [data] in images]
 
 
-COLOURS = [Image.open(io.BytesIO(picture(i))).getpixel((0, 0)) for i in range(NUM_ROWS)]
+COLOURS = [Image.open(io.BytesIO(encode_picture(i))).getpixel((0, 0)) for i in range(NUM_ROWS)]
 
 
 @pytest.mark.parametrize("layout", ["save_to_disk", "save_to_disk in shards", "hub", "cache"])
@@ -64,7 +64,7 @@ def test_every_layout_gives_the_same_rows(dataset: datasets.Dataset, tmp_path: P
     if layout == "cache":
         datasets.load_dataset(str(directory), cache_dir=str(tmp_path / "cache"))
         directory = tmp_path / "cache"
-    rows = rows_of(directory, prompt_column="question", keep_columns=("label",))
+    rows = list_input(directory, prompt_column="question", keep_columns=("label",))
     assert colours_of(rows) == COLOURS
     assert [row["prompt"] for row in rows] == [f"Is it {i}?" for i in range(NUM_ROWS)]
     assert [row["kept"]["label"] for row in rows] == [i % 3 for i in range(NUM_ROWS)]
@@ -75,16 +75,16 @@ def test_every_layout_gives_the_same_rows(dataset: datasets.Dataset, tmp_path: P
 def test_all_splits_or_one(dataset: datasets.Dataset, tmp_path: Path) -> None:
     splits = {"train": dataset, "test": dataset.select(range(5))}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
-    assert colours_of(rows_of(tmp_path / "d")) == COLOURS + COLOURS[:5]
-    assert colours_of(rows_of(tmp_path / "d" / "test")) == COLOURS[:5]
-    assert colours_of(rows_of(tmp_path / "d" / "test" / "*.arrow")) == COLOURS[:5]
+    assert colours_of(list_input(tmp_path / "d")) == COLOURS + COLOURS[:5]
+    assert colours_of(list_input(tmp_path / "d" / "test")) == COLOURS[:5]
+    assert colours_of(list_input(tmp_path / "d" / "test" / "*.arrow")) == COLOURS[:5]
 
 
 def test_a_dataset_in_a_store(dataset: datasets.Dataset, tmp_path: Path) -> None:
     dataset.save_to_disk(tmp_path / "d", num_shards=2)
     fs = fsspec.filesystem("memory")
     fs.put(str(tmp_path / "d"), "/datasets/d", recursive=True)
-    rows = rows_of("memory://datasets/d", keep_columns=("label",))
+    rows = list_input("memory://datasets/d", keep_columns=("label",))
     assert colours_of(rows) == COLOURS and rows[0]["uri"].startswith("memory://")
 
 
@@ -92,7 +92,7 @@ def test_a_dataset_of_which_a_part_is_missing_is_refused(dataset: datasets.Datas
     dataset.save_to_disk(tmp_path / "d", num_shards=2)
     (tmp_path / "d" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(SourceError, match=r"data-00001-of-00002\.arrow"):
-        rows_of(tmp_path / "d")
+        list_input(tmp_path / "d")
 
 
 @pytest.mark.parametrize("keep", [10, 600, -4, -8, 0])
@@ -101,14 +101,14 @@ def test_a_truncated_stream_is_refused(dataset: datasets.Dataset, tmp_path: Path
     [path] = (tmp_path / "d").glob("*.arrow")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(SourceError, match="as an Arrow stream"):
-        rows_of(path)
+        list_input(path)
 
 
 def test_the_file_format_and_several_batches(tmp_path: Path) -> None:
     table = pa.table({"image": [bytes([i]) for i in range(30)], "n": range(30)})
     with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
-    rows = rows_of(tmp_path / "a.arrow", keep_columns=("n",))
+    rows = list_input(tmp_path / "a.arrow", keep_columns=("n",))
     fetcher = Fetcher()
     data = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
     assert data == [[bytes([i])] for i in range(30)]
@@ -120,38 +120,38 @@ def test_dictionaries_are_refused(tmp_path: Path) -> None:
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(SourceError, match="save the dataset as Parquet"):
-        rows_of(tmp_path / "a.arrow")
+        list_input(tmp_path / "a.arrow")
 
 
 def test_an_image_folder_with_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         for i in range(4):
-            (tmp_path / split / f"{i}.png").write_bytes(picture(i))
+            (tmp_path / split / f"{i}.png").write_bytes(encode_picture(i))
         lines = [{"file_name": f"{i}.png", "about": f"{split} {i}"} for i in range(3)]
         write_lines(tmp_path / split / "metadata.jsonl", *lines)
-    (tmp_path / "cover.png").write_bytes(picture(9))
-    rows = rows_of(tmp_path, keep_columns=("about",))
+    (tmp_path / "cover.png").write_bytes(encode_picture(9))
+    rows = list_input(tmp_path, keep_columns=("about",))
     assert [Path(row["uri"]).name for row in rows] == ["cover.png", *["0.png", "1.png", "2.png"] * 2]
     assert [row["kept"]["about"] for row in rows] == [None, *(f"{s} {i}" for s in ("test", "train") for i in range(3))]
     assert "8 images below metadata.jsonl" in caplog.text
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n")
     with pytest.raises(SourceError, match=r"metadata\.csv.*metadata\.jsonl"):
-        rows_of(tmp_path)
+        list_input(tmp_path)
 
 
 def test_a_directory_of_shards(tmp_path: Path) -> None:
     for i in range(2):
         write_lines(tmp_path / f"{i}.jsonl", {"prompt": f"What is {i}?"})
     (tmp_path / "notes.md").touch()
-    assert [row["prompt"] for row in rows_of(tmp_path)] == ["What is 0?", "What is 1?"]
+    assert [row["prompt"] for row in list_input(tmp_path)] == ["What is 0?", "What is 1?"]
     (tmp_path / "a.tar").touch()
     with pytest.raises(SourceError, match=r"\(jsonl, tar\)"):
-        rows_of(tmp_path)
+        list_input(tmp_path)
 
 
 def test_markers_of_something_else_are_no_dataset(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "a.png").write_bytes(encode_picture(0))
     for content in ("not JSON", "[]", json.dumps({"_data_files": 3})):
         (tmp_path / "state.json").write_text(content)
-        assert len(rows_of(tmp_path)) == 1
+        assert len(list_input(tmp_path)) == 1

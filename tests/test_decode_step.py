@@ -17,7 +17,15 @@ from ovis_model.engine.decode_step import BatchStepper, length_bucket, row_bucke
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.kv_cache import KVCache
 from ovis_model.engine.scheduler import Budget
-from tests.support.engines import GREEDY, PARAMS, alone, engine_of, golden_requests, greedy_ids, ids_of
+from tests.support.engines import (
+    GREEDY,
+    PARAMS,
+    generate_alone,
+    generate_ids,
+    load_engine,
+    load_greedy_ids,
+    make_golden_requests,
+)
 from tests.support.golden_data import checkpoint_dir
 from tests.support.replays import Recorded
 
@@ -31,22 +39,22 @@ def test_replayed_steps_generate_the_same(data: st.DataObject, slots: int) -> No
     picked = data.draw(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(sorted(PARAMS))), min_size=1, max_size=20))
     make = Recorded()
     engine = OvisEngine.from_model(
-        engine_of(CHECKPOINT).model, budget=Budget(kv_tokens=200 * slots, slots=slots), make_step_runner=make
+        load_engine(CHECKPOINT).model, budget=Budget(kv_tokens=200 * slots, slots=slots), make_step_runner=make
     )
-    requests = golden_requests(CHECKPOINT)
+    requests = make_golden_requests(CHECKPOINT)
     params = [replace(PARAMS[kind], max_new_tokens=1 + n % 12) for n, (_, kind) in enumerate(picked)]
     found = engine.generate([requests[i] for i, _ in picked], params)
     for completion, (index, kind), own in zip(found, picked, params, strict=True):
-        assert completion.output_ids.tolist() == alone(index, kind)[: own.max_new_tokens]
+        assert completion.output_ids.tolist() == generate_alone(index, kind)[: own.max_new_tokens]
 
 
 def test_a_few_graphs_serve_all_steps() -> None:
     make = Recorded()
     budget = Budget(kv_tokens=12_800, slots=64)
-    engine = OvisEngine.from_model(engine_of(CHECKPOINT).model, budget=budget, make_step_runner=make)
-    requests, wanted = golden_requests(CHECKPOINT), greedy_ids(CHECKPOINT)
+    engine = OvisEngine.from_model(load_engine(CHECKPOINT).model, budget=budget, make_step_runner=make)
+    requests, wanted = make_golden_requests(CHECKPOINT), load_greedy_ids(CHECKPOINT)
     order = random.Random(3).choices(range(len(requests)), k=200)
-    assert ids_of(engine, [requests[i] for i in order]) == [wanted[i] for i in order]
+    assert generate_ids(engine, [requests[i] for i in order]) == [wanted[i] for i in order]
     [runner] = make.made
     assert engine.stats.steps > 3 * len(runner._replays)
     assert len(runner._replays) <= 11
@@ -55,13 +63,17 @@ def test_a_few_graphs_serve_all_steps() -> None:
 def test_warming_up_captures_every_bucket_of_rows() -> None:
     make = Recorded()
     budget = Budget(kv_tokens=20_000, slots=20, slot_tokens=1000)  # all of the cache at once, as on CUDA
-    engine = OvisEngine.from_model(engine_of(CHECKPOINT).model, budget=budget, make_step_runner=make, eos_token_ids=())
+    engine = OvisEngine.from_model(
+        load_engine(CHECKPOINT).model, budget=budget, make_step_runner=make, eos_token_ids=()
+    )
     engine.warm_up()
     [runner] = make.made
     assert [rows for rows, _ in runner._replays] == [20, 16, 8, 4, 2, 1]
     assert engine.stats.steps == 0
     before = list(runner._replays)
-    for found, wanted in zip(ids_of(engine, golden_requests(CHECKPOINT)), greedy_ids(CHECKPOINT), strict=True):
+    for found, wanted in zip(
+        generate_ids(engine, make_golden_requests(CHECKPOINT)), load_greedy_ids(CHECKPOINT), strict=True
+    ):
         assert found[: len(wanted)] == wanted  # it does not end at an end-of-text id
     assert make.made == [runner] and list(runner._replays) == before
 
@@ -83,7 +95,7 @@ def test_length_buckets() -> None:
 
 
 def test_state_stays_in_place_and_needs_the_host_only_when_rows_change() -> None:
-    model = engine_of(CHECKPOINT).model
+    model = load_engine(CHECKPOINT).model
     cache = KVCache(model.config.language, slots=4, capacity=64, device=model.device, dtype=model.dtype)
     stepper = BatchStepper(model, cache)
     at = stepper._state.data_ptr()
@@ -107,10 +119,10 @@ def test_graphs_on_the_device_generate_the_same(dtype: Any) -> None:
     budget = Budget(kv_tokens=1600, slots=8)
     eager = OvisEngine.from_model(engine.model, budget=budget, make_step_runner=lambda: run_eagerly)
     graphs = OvisEngine.from_model(engine.model, budget=budget)
-    requests = list(itertools.islice(itertools.cycle(golden_requests(CHECKPOINT)), 30))
+    requests = list(itertools.islice(itertools.cycle(make_golden_requests(CHECKPOINT)), 30))
     if dtype == "float32":
-        assert ids_of(graphs, requests) == ids_of(eager, requests) == (greedy_ids(CHECKPOINT) * 4)[:30]
+        assert generate_ids(graphs, requests) == generate_ids(eager, requests) == (load_greedy_ids(CHECKPOINT) * 4)[:30]
     else:
-        pairs = zip(ids_of(graphs, requests), ids_of(eager, requests), strict=True)
+        pairs = zip(generate_ids(graphs, requests), generate_ids(eager, requests), strict=True)
         assert sum(a == b for a, b in pairs) >= 24  # another kernel for another shape may break a tie otherwise
-    assert ids_of(graphs, requests[:3], GREEDY) == ids_of(graphs, requests[:3], GREEDY)
+    assert generate_ids(graphs, requests[:3], GREEDY) == generate_ids(graphs, requests[:3], GREEDY)

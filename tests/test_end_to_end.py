@@ -27,11 +27,11 @@ from pipelines.errors import LeaseError, RunError, SourceError
 from pipelines.output.lease import Lease
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
-from tests.support.engines import engine_of
+from tests.support.engines import load_engine
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
-from tests.support.job_configs import annotation
-from tests.support.photographs import photographs
+from tests.support.job_configs import make_annotate_config
+from tests.support.photographs import find_photographs
 from tests.support.pictures import draw
 from tests.support.processes import run_caption
 
@@ -78,7 +78,7 @@ def test_texts_are_those_of_the_engine_alone(ray_cluster: None, pictures: Path, 
     for row in rows:
         with Image.open(row["uri"]) as image:
             request = processor.request("Describe the image.", [image.convert("RGB")])
-        [completion] = engine_of("tiny56-tied").generate([request], SamplingParams(max_new_tokens=8))
+        [completion] = load_engine("tiny56-tied").generate([request], SamplingParams(max_new_tokens=8))
         assert row["text"] == processor.detokenize(completion.output_ids)
         assert row["num_prompt_tokens"] == len(request.input_ids)
         assert row["num_tiles"] == len(request.tiles)
@@ -93,13 +93,13 @@ def test_photographs_are_ok_rows(ray_cluster: None, tmp_path: Path, checkpoint: 
     """All that scikit-learn and scikit-image ship: RGB, grey, RGBA, palette, 16 bits."""
     links = tmp_path / "photographs"
     links.mkdir()
-    for i, photograph in enumerate(photographs()):
+    for i, photograph in enumerate(find_photographs()):
         (links / f"{i:03}{photograph.suffix}").symlink_to(photograph)
     model = str(checkpoint_dir(checkpoint))
     summary = run_pipeline(config(links, tmp_path / "out", model=model, max_new_tokens=4, max_tiles=4))
     rows = read_results(str(tmp_path / "out")).to_pylist()
     assert [row["error"] for row in rows if row["status"] != "ok"] == []
-    assert summary.ok == len(photographs()) >= 20
+    assert summary.ok == len(find_photographs()) >= 20
 
 
 BAD = {
@@ -138,7 +138,7 @@ def mixed(pictures: Path) -> Iterator[Path]:
     yield pictures
 
 
-@pytest.mark.parametrize(("config_of", "prefix"), [(config, ""), (annotation, "caption_")])
+@pytest.mark.parametrize(("config_of", "prefix"), [(config, ""), (make_annotate_config, "caption_")])
 def test_bad_rows_are_error_rows_and_the_others_are_untouched(
     ray_cluster: None, mixed: Path, tmp_path: Path, config_of: Callable[..., RunConfig], prefix: str
 ) -> None:

@@ -26,15 +26,15 @@ from ovis_model.types import Request, RequestError, SamplingParams
 from tests.support.engines import (
     GREEDY,
     PARAMS,
-    alone,
-    engine_of,
-    golden_requests,
-    greedy_ids,
-    ids_of,
-    pixels_of,
-    prompt_logits,
+    compute_logits,
+    generate_alone,
+    generate_ids,
+    load_engine,
+    load_greedy_ids,
+    make_golden_requests,
+    normalize_tiles,
 )
-from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, expected_arrays
+from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, load_expected, load_expected_arrays
 
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 both_checkpoints = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
@@ -43,39 +43,39 @@ both_checkpoints = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @both_layouts
 @both_checkpoints
 def test_greedy_ids_are_the_originals_one_by_one_and_in_one_batch(checkpoint: str, layout: Layout) -> None:
-    engine, requests = engine_of(checkpoint, layout), golden_requests(checkpoint)
-    assert [ids_of(engine, [request])[0] for request in requests] == greedy_ids(checkpoint)
-    assert ids_of(engine, requests) == greedy_ids(checkpoint)
+    engine, requests = load_engine(checkpoint, layout), make_golden_requests(checkpoint)
+    assert [generate_ids(engine, [request])[0] for request in requests] == load_greedy_ids(checkpoint)
+    assert generate_ids(engine, requests) == load_greedy_ids(checkpoint)
 
 
 @both_checkpoints
 def test_order_neighbours_and_budgets_change_nothing(checkpoint: str) -> None:
-    requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
+    requests, wanted = make_golden_requests(checkpoint), load_greedy_ids(checkpoint)
     rng = random.Random(7)
     for budget in (Budget(kv_tokens=600, slots=3), Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)):
-        engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=budget)
+        engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=budget)
         for _ in range(3):
             order = rng.choices(range(len(requests)), k=13)
-            assert ids_of(engine, [requests[i] for i in order]) == [wanted[i] for i in order]
+            assert generate_ids(engine, [requests[i] for i in order]) == [wanted[i] for i in order]
 
 
 @both_layouts
 @both_checkpoints
 def test_last_logits_are_the_originals(checkpoint: str, layout: Layout) -> None:
-    model = engine_of(checkpoint, layout).model
-    for index, request in enumerate(golden_requests(checkpoint)):
-        wanted = expected_arrays(checkpoint)[f"{checkpoint}_{index}_last_logits"]
-        np.testing.assert_allclose(prompt_logits(model, request)[-1], wanted, atol=1e-5, rtol=0)
+    model = load_engine(checkpoint, layout).model
+    for index, request in enumerate(make_golden_requests(checkpoint)):
+        wanted = load_expected_arrays(checkpoint)[f"{checkpoint}_{index}_last_logits"]
+        np.testing.assert_allclose(compute_logits(model, request)[-1], wanted, atol=1e-5, rtol=0)
 
 
 @both_layouts
 @both_checkpoints
 def test_visual_tokens_are_the_originals(checkpoint: str, layout: Layout) -> None:
-    model, arrays = engine_of(checkpoint, layout).model, expected_arrays(checkpoint)
-    for index, request in enumerate(golden_requests(checkpoint)):
+    model, arrays = load_engine(checkpoint, layout).model, load_expected_arrays(checkpoint)
+    for index, request in enumerate(make_golden_requests(checkpoint)):
         if len(request.tiles):
             with torch.inference_mode():
-                maxima = model.visual_tokenizer(pixels_of(model, request)).max(-1)
+                maxima = model.visual_tokenizer(normalize_tiles(model, request)).max(-1)
             assert np.array_equal(maxima.indices, arrays[f"{checkpoint}_{index}_visual_argmax"])
             np.testing.assert_allclose(maxima.values, arrays[f"{checkpoint}_{index}_visual_maxprob"], atol=1e-5, rtol=0)
 
@@ -83,19 +83,19 @@ def test_visual_tokens_are_the_originals(checkpoint: str, layout: Layout) -> Non
 @both_checkpoints
 def test_scoring_in_one_pass_agrees_with_decoding(checkpoint: str) -> None:
     """Covers cache, mask and positions: the decoded tokens' log-probabilities, computed again without a cache."""
-    engine, requests = engine_of(checkpoint), golden_requests(checkpoint)
+    engine, requests = load_engine(checkpoint), make_golden_requests(checkpoint)
     for request, completion in zip(requests, engine.generate(requests, GREEDY), strict=True):
         ids = np.concatenate([request.input_ids, completion.output_ids[:-1]])
         whole = Request(ids, request.tiles, request.tile_sizes)
-        logits = prompt_logits(engine.model, whole)[len(request.input_ids) - 1 :]
+        logits = compute_logits(engine.model, whole)[len(request.input_ids) - 1 :]
         scores = logits.log_softmax(-1).gather(1, torch.from_numpy(completion.output_ids).long()[:, None])
         assert completion.mean_logprob == pytest.approx(float(scores.mean()), abs=1e-4)
 
 
 @both_checkpoints
 def test_finish_reasons(checkpoint: str) -> None:
-    engine = engine_of(checkpoint)
-    for completion in engine.generate(golden_requests(checkpoint), GREEDY):
+    engine = load_engine(checkpoint)
+    for completion in engine.generate(make_golden_requests(checkpoint), GREEDY):
         ended = completion.output_ids[-1] in engine.config.eos_token_ids
         assert completion.finish_reason == ("stop" if ended else "length")
         assert ended or len(completion.output_ids) == 48
@@ -105,25 +105,25 @@ def test_finish_reasons(checkpoint: str) -> None:
 @given(data=st.data(), slots=st.integers(1, 16))
 def test_rows_of_any_kind_enter_and_leave_without_touching_each_other(data: st.DataObject, slots: int) -> None:
     """Greedy, penalised and sampled rows of any length, in any order, over any number of slots."""
-    requests = golden_requests("tiny56-tied")
+    requests = make_golden_requests("tiny56-tied")
     picked = data.draw(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(sorted(PARAMS))), min_size=1, max_size=24))
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=len(picked), max_size=len(picked)))
     params = [replace(PARAMS[kind], max_new_tokens=n) for (_, kind), n in zip(picked, lengths, strict=True)]
-    engine = OvisEngine.from_model(engine_of("tiny56-tied").model, budget=Budget(kv_tokens=200 * slots, slots=slots))
+    engine = OvisEngine.from_model(load_engine("tiny56-tied").model, budget=Budget(kv_tokens=200 * slots, slots=slots))
     found = engine.generate([requests[i] for i, _ in picked], params)
     for completion, (index, kind), length in zip(found, picked, lengths, strict=True):
-        assert completion.output_ids.tolist() == alone(index, kind)[:length]
+        assert completion.output_ids.tolist() == generate_alone(index, kind)[:length]
 
 
 def test_seeds_matter() -> None:
-    assert alone(0, "sampled") != alone(0, "other seed")
+    assert generate_alone(0, "sampled") != generate_alone(0, "other seed")
 
 
 def test_a_stop_string_ends_a_row_and_is_cut() -> None:
     checkpoint = "tiny56-tied"
     directory = str(checkpoint_dir(checkpoint))
-    engine, processor = engine_of(checkpoint), Processor.from_pretrained(directory)
-    request, text = golden_requests(checkpoint)[0], expected(checkpoint)["generation"][0]["greedy_text"]
+    engine, processor = load_engine(checkpoint), Processor.from_pretrained(directory)
+    request, text = make_golden_requests(checkpoint)[0], load_expected(checkpoint)["generation"][0]["greedy_text"]
     stop = text[10:14]
     [completion] = engine.generate([request], SamplingParams(max_new_tokens=48, stop=(stop,)))
     assert completion.finish_reason == "stop"
@@ -133,11 +133,11 @@ def test_a_stop_string_ends_a_row_and_is_cut() -> None:
 
 def test_threads_share_the_slots_and_get_their_own_rows() -> None:
     checkpoint = "tiny56-tied"
-    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=4))
-    requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
+    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=4))
+    requests, wanted = make_golden_requests(checkpoint), load_greedy_ids(checkpoint)
     orders = [random.Random(seed).sample(range(len(requests)), k=len(requests)) for seed in range(5)]
     with ThreadPoolExecutor(len(orders)) as pool:
-        found = list(pool.map(lambda order: ids_of(engine, [requests[i] for i in order]), orders))
+        found = list(pool.map(lambda order: generate_ids(engine, [requests[i] for i in order]), orders))
     assert found == [[wanted[i] for i in order] for order in orders]
     assert engine.stats.row_steps > 0.9 * engine.stats.slot_steps
 
@@ -146,9 +146,9 @@ def test_slots_are_full_until_the_last_rows() -> None:
     """Of the steps before fewer rows than slots are left."""
     checkpoint, slots = "tiny56-tied", 8
     budget = Budget(kv_tokens=4000, slots=slots)
-    engine = EngineCore(engine_of(checkpoint).model, budget=budget, eos_token_ids=())
+    engine = EngineCore(load_engine(checkpoint).model, budget=budget, eos_token_ids=())
     lengths = random.Random(5).choices([2, 5, 9, 20, 60], k=150)
-    requests = [golden_requests(checkpoint)[i % 8] for i in range(len(lengths))]
+    requests = [make_golden_requests(checkpoint)[i % 8] for i in range(len(lengths))]
     rows = engine.enqueue(requests, [SamplingParams(max_new_tokens=n) for n in lengths])
     while sum(not row.has_left for row in rows) > slots:
         engine.step()
@@ -161,8 +161,8 @@ def test_slots_are_full_until_the_last_rows() -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux' /proc")
 def test_memory_does_not_grow_over_two_thousand_rows() -> None:
     checkpoint = "tiny56-tied"
-    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=16))
-    requests = [golden_requests(checkpoint)[i % 8] for i in range(100)]
+    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=16))
+    requests = [make_golden_requests(checkpoint)[i % 8] for i in range(100)]
     params = [SamplingParams(max_new_tokens=1 + i % 2) for i in range(100)]
     sizes_bytes = []
     for _ in range(20):
@@ -180,8 +180,8 @@ def _resident_bytes() -> int:
 def test_out_of_memory_halves_the_batch_then_fails_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device reports it above two rows at once, then always."""
     checkpoint = "tiny56-tied"
-    requests, wanted = golden_requests(checkpoint), greedy_ids(checkpoint)
-    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
+    requests, wanted = make_golden_requests(checkpoint), load_greedy_ids(checkpoint)
+    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
     step, most_rows = DecodeStep.__init__, 2
 
     def limited(self: DecodeStep, cache: KVCache, lengths: torch.Tensor, longest: int) -> None:
@@ -190,14 +190,14 @@ def test_out_of_memory_halves_the_batch_then_fails_the_row(monkeypatch: pytest.M
         step(self, cache, lengths, longest)
 
     monkeypatch.setattr(DecodeStep, "__init__", limited)
-    assert ids_of(engine, requests) == wanted
+    assert generate_ids(engine, requests) == wanted
     most_rows = 0
     with pytest.raises(RequestError, match="out of device memory on a request of its own"):
         engine.generate(requests, GREEDY)
 
 
 def test_a_request_that_never_fits_says_by_how_much() -> None:
-    engine = engine_of("tiny56-tied")
+    engine = load_engine("tiny56-tied")
     request = Request(np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
     with pytest.raises(RequestError, match=r"30000 prompt \+ 3000 output tokens are 232 over the limit of 32768"):
         engine.generate([request], SamplingParams(max_new_tokens=3000))
@@ -205,14 +205,14 @@ def test_a_request_that_never_fits_says_by_how_much() -> None:
 
 def test_a_prompt_that_never_fits_into_a_pass_says_by_how_much() -> None:
     budget = Budget(kv_tokens=4000, prompt_tokens=100)
-    engine = OvisEngine.from_model(engine_of("tiny56-tied").model, budget=budget)
+    engine = OvisEngine.from_model(load_engine("tiny56-tied").model, budget=budget)
     request = Request(np.ones(130, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
     with pytest.raises(RequestError, match="130 prompt tokens are 30 over the 100 that the device has memory for"):
         engine.generate([request], GREEDY)
 
 
 def test_a_prompt_that_the_model_cannot_take_in_is_refused_and_the_engine_goes_on() -> None:
-    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[0]
+    engine, request = load_engine("tiny56-tied"), make_golden_requests("tiny56-tied")[0]
     for ids, told in (
         (request.input_ids[:0], "request 1: the prompt is empty"),
         (np.array([5, 640], np.int32), "request 1: prompt ids from 5 to 640; the model has 640"),
@@ -221,11 +221,11 @@ def test_a_prompt_that_the_model_cannot_take_in_is_refused_and_the_engine_goes_o
     ):
         with pytest.raises(RequestError, match=told):
             engine.generate([request, replace(request, input_ids=ids)], GREEDY)
-    assert ids_of(engine, [request]) == greedy_ids("tiny56-tied")[:1]
+    assert generate_ids(engine, [request]) == load_greedy_ids("tiny56-tied")[:1]
 
 
 def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
-    engine, request = EngineCore(engine_of("tiny56-tied").model), golden_requests("tiny56-tied")[0]
+    engine, request = EngineCore(load_engine("tiny56-tied").model), make_golden_requests("tiny56-tied")[0]
     rows = engine.enqueue([request] * 3, [replace(GREEDY, max_new_tokens=n) for n in (2, 9, 9)])
     engine.step()
     engine.abandon()
@@ -236,16 +236,16 @@ def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
 
 
 def test_no_requests_no_completions() -> None:
-    assert engine_of("tiny56-tied").generate([], GREEDY) == []
+    assert load_engine("tiny56-tied").generate([], GREEDY) == []
 
 
 def test_wrong_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="1 sampling parameters for 8 requests"):
-        engine_of("tiny56-tied").generate(golden_requests("tiny56-tied"), [GREEDY])
+        load_engine("tiny56-tied").generate(make_golden_requests("tiny56-tied"), [GREEDY])
 
 
 def test_bfloat16_generates() -> None:
     directory = str(checkpoint_dir("tiny112-untied"))
     engine = OvisEngine.from_pretrained(directory, device="cpu", dtype="bfloat16")
-    completions = engine.generate(golden_requests("tiny112-untied"), SamplingParams(max_new_tokens=4))
+    completions = engine.generate(make_golden_requests("tiny112-untied"), SamplingParams(max_new_tokens=4))
     assert all(len(completion.output_ids) for completion in completions)

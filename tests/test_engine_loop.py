@@ -192,8 +192,8 @@ def test_python_ends_while_the_engine_works() -> None:
     """After an interrupt, too: the loop ends with its step, and nothing is aborted."""
     program = (
         "import threading, time\n"
-        "from tests.support.engines import GREEDY, engine_of, golden_requests\n"
-        "engine, requests = engine_of('tiny56-tied'), golden_requests('tiny56-tied')\n"
+        "from tests.support.engines import GREEDY, load_engine, make_golden_requests\n"
+        "engine, requests = load_engine('tiny56-tied'), make_golden_requests('tiny56-tied')\n"
         "def work():\n"
         "    while True: engine.generate(requests, GREEDY)\n"
         "threading.Thread(target=work, daemon=True).start()\n"

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.stress.fuzz import LIMIT_S, originals
-from tests.stress.mutations import mutated
+from tests.stress.fuzz import LIMIT_S, load_originals
+from tests.stress.mutations import mutate
 from tests.support.roots import ROOT
 
 FILES = {"images": 1000, "tars": 200, "tables": 100}
@@ -48,7 +48,7 @@ def fuzz(kind: str, first: int, last: int) -> Counter[str]:
 
 
 def test_a_seed_gives_the_same_bytes() -> None:
-    data = originals()[0]
-    files = [mutated(data, seed, originals()) for seed in range(50)]
-    assert files == [mutated(data, seed, originals()) for seed in range(50)]
+    data = load_originals()[0]
+    files = [mutate(data, seed, load_originals()) for seed in range(50)]
+    assert files == [mutate(data, seed, load_originals()) for seed in range(50)]
     assert len(set(files)) > 45 and data not in files

@@ -19,11 +19,11 @@ from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import parse_reference
 from pipelines.storage import http, store
 from pipelines.storage.http import WebFileSystem
-from tests.support.fetched import images_of, is_refused
+from tests.support.fetched import fetch_images, is_refused
 from tests.support.jsonl_files import write_lines
 from tests.support.parquet_files import HF, write
-from tests.support.pictures import picture
-from tests.support.rows import rows_of
+from tests.support.pictures import encode_picture
+from tests.support.rows import list_input
 from tests.support.tars import write_tar
 from tests.support.web_server import WebServer
 
@@ -35,7 +35,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     monkeypatch.setattr(store, "WEB_RETRIES", replace(store.WEB_RETRIES, first_pause_s=0.01, patience_s=1.5))
     WebFileSystem.clear_instance_cache()
     with WebServer().running() as server:
-        server.files["/a.png"] = picture(1)
+        server.files["/a.png"] = encode_picture(1)
         yield server
 
 
@@ -44,7 +44,7 @@ def read(url: str) -> bytes:
 
 
 def listed(*inputs: object, **options: object) -> list[dict[str, Any]]:
-    return rows_of(*inputs, allow_private_addresses=True, **options)
+    return list_input(*inputs, allow_private_addresses=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_passes_is_waited_for(web: WebServer) -> None:
     assert read(f"{web.url}/busy").startswith(b"after 429")
     assert time.monotonic() - started_s >= 1, "as long as the server asked for"
     assert read(f"{web.url}/unwell").startswith(b"after 503")
-    assert read(f"{web.url}/away") == picture(1)[:1000]
+    assert read(f"{web.url}/away") == encode_picture(1)[:1000]
 
 
 def test_bytes_are_counted_as_they_come(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +170,9 @@ def test_credentials_are_not_told(web: WebServer, tmp_path: Path, caplog: pytest
 
 def test_urls_as_files_columns_and_shards(web: WebServer, tmp_path: Path) -> None:
     for i in range(3):
-        web.files[f"/{i}.png"] = picture(i)
-    members = [(f"{i}.png", picture(i)) for i in range(3)]
-    table = {"image": pa.array([{"bytes": picture(i), "path": None} for i in range(3)], HF), "n": range(3)}
+        web.files[f"/{i}.png"] = encode_picture(i)
+    members = [(f"{i}.png", encode_picture(i)) for i in range(3)]
+    table = {"image": pa.array([{"bytes": encode_picture(i), "path": None} for i in range(3)], HF), "n": range(3)}
     for path in (
         write_tar(tmp_path / "a.tar", members),
         write_tar(tmp_path / "b.tgz", members, "w:gz"),
@@ -184,9 +184,9 @@ def test_urls_as_files_columns_and_shards(web: WebServer, tmp_path: Path) -> Non
     rows = listed(
         f"{web.url}/0.png?size=large", *(f"{web.url}/{n}" for n in ("a.tar", "b.tgz", "c.parquet", "d.parquet"))
     )
-    assert images_of(rows) == [[picture(i)] for i in (0, *(0, 1, 2) * 4)]
-    assert rows[0]["images"][0]["num_bytes"] == len(picture(0))
-    assert images_of(listed(f"{web.url}/e.jsonl?signature=x")) == [[picture(i)] for i in range(3)]
+    assert fetch_images(rows) == [[encode_picture(i)] for i in (0, *(0, 1, 2) * 4)]
+    assert rows[0]["images"][0]["num_bytes"] == len(encode_picture(0))
+    assert fetch_images(listed(f"{web.url}/e.jsonl?signature=x")) == [[encode_picture(i)] for i in range(3)]
 
 
 def test_a_shard_needs_a_server_of_ranges(web: WebServer) -> None:

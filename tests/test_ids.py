@@ -17,13 +17,13 @@ from pipelines.output.manifest import read_columns, read_rows
 from pipelines.output.run_record import Run, open_run
 from pipelines.sources import KnownRows, list_rows
 from tests.support.jsonl_files import write_lines
-from tests.support.rows import config_of
+from tests.support.rows import make_config
 
 MODEL = {"id": "demo", "revision": None, "weights": "0"}
 
 
 def ids_of(*inputs: object, **options: object) -> list[str]:
-    config = config_of(*inputs, **options)
+    config = make_config(*inputs, **options)
     with list_rows(config, config.questionnaire) as listing:
         ids = [id_ for table in listing.read_tables() for id_ in table.column("id").to_pylist()]
         assert len(ids) == listing.num_rows
@@ -35,7 +35,7 @@ def lines(path: Path, ids: list[str], **fields: object) -> Path:
 
 
 def opened(output: Path, *inputs: object, **options: object) -> Run:
-    return open_run(config_of(*inputs, output=str(output), **options), dict(MODEL))
+    return open_run(make_config(*inputs, output=str(output), **options), dict(MODEL))
 
 
 def manifest_ids(run: Run) -> list[str]:
@@ -70,7 +70,7 @@ def test_policies_against_plain_python(tmp_path_factory: pytest.TempPathFactory,
 def test_rows_keep_their_columns_when_others_are_left_out(tmp_path: Path) -> None:
     rows = [{"id": id_, "image": f"{i}.png", "n": i} for i, id_ in enumerate("abacb")]
     path = write_lines(tmp_path / "x.jsonl", *rows)
-    config = config_of(path, keep_columns=("n",), on_duplicate_id="skip")
+    config = make_config(path, keep_columns=("n",), on_duplicate_id="skip")
     with list_rows(config, config.questionnaire) as listing:
         kept = [row for table in listing.read_tables() for row in table.to_pylist()]
     assert [(row["id"], row["kept"]["n"]) for row in kept] == [("a", 0), ("b", 1), ("c", 3)]
@@ -143,7 +143,7 @@ def test_extend_across_the_files_of_the_manifest(tmp_path: Path, monkeypatch: py
     a, b = lines(tmp_path / "a.jsonl", [f"a{i}" for i in range(11)]), lines(tmp_path / "b.jsonl", ["b0", "b1"])
     c = lines(tmp_path / "c.jsonl", [f"c{i}" for i in range(17)])
     run = opened(tmp_path / "out", a)
-    config = config_of(b)
+    config = make_config(b)
     with list_rows(config, config.questionnaire, KnownRows()) as listing:
         manifest.write_manifest(run.output, listing.read_tables(), run.num_rows)  # and killed before run.json
     run = opened(tmp_path / "out", c, extend=True)
@@ -166,7 +166,7 @@ def test_kept_columns_of_an_extension_have_the_types_of_the_run(tmp_path: Path) 
 @pytest.mark.parametrize("options", [{"overwrite": True}, {"on_duplicate_id": "suffix"}], ids=["overwrite", "suffix"])
 def test_what_does_not_go_with_extend(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"--extend|--overwrite"):
-        config_of("x", extend=True, **options)
+        make_config("x", extend=True, **options)
 
 
 def test_ids_that_changed_places_are_duplicates(tmp_path: Path) -> None:

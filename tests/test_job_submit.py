@@ -41,7 +41,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
     arguments = [pictures, tmp_path / "out", "--model", "demo", "--tensor-parallel", 2, "--rows-per-file", 4]
     command = ["--working-dir", ".", "--", "python", "-m", "jobs.caption", *map(str, arguments)]
     client = JobSubmissionClient(head.dashboard)
-    job = head.ray("submit", "--submission-id", "first", *command)
+    job = head.run_ray_job("submit", "--submission-id", "first", *command)
     while not any((tmp_path / "out").glob("data/*.parquet")):  # the first rows are written
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)

@@ -15,7 +15,7 @@ from pipelines.sources.rows import ColumnRoles
 from pipelines.storage.store import FileInfo
 from tests.support.fetched import is_refused
 from tests.support.jsonl_files import write_lines
-from tests.support.rows import rows_of
+from tests.support.rows import list_input
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -26,7 +26,7 @@ def test_lines_become_rows(tmp_path: Path, name: str) -> None:
         {"uri": "s3://bucket/2.jpg", "n": None},
         {"image": ["/abs/3.jpg", "http://host/4.jpg", "5.jpg"], "id": 3, "n": 3},
     )
-    one, two, three = rows_of(path, keep_columns="n")
+    one, two, three = list_input(path, keep_columns="n")
     assert (one["id"], one["uri"], one["prompt"]) == ("one", f"{tmp_path}/sub/1.jpg", "Why?")
     assert (two["id"], two["uri"], two["prompt"]) == (f"{path}#2", "s3://bucket/2.jpg", "Describe the image.")
     assert three["id"] == "3"
@@ -59,7 +59,7 @@ def test_bad_lines_are_error_rows_with_their_number(tmp_path: Path) -> None:
 
 
 def test_text_only_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    [row] = rows_of(write_lines(tmp_path / "a.jsonl", {"prompt": "What is 2 + 2?"}))
+    [row] = list_input(write_lines(tmp_path / "a.jsonl", {"prompt": "What is 2 + 2?"}))
     assert (row["images"], row["error"], row["prompt"]) == ([], "", "What is 2 + 2?")
     assert "1 rows have no image" in caplog.text
 
@@ -67,7 +67,7 @@ def test_text_only_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_a_truncated_gz_tells_the_line(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl.gz", *({"image": f"{hash(str(i))}.jpg"} for i in range(2000)))
     path.write_bytes(path.read_bytes()[:-2000])
-    *readable, damage = rows_of(path)
+    *readable, damage = list_input(path)
     assert len(readable) > 100 and f"damaged behind line {len(readable)}" in damage["error"]
 
 
@@ -78,31 +78,31 @@ def test_templates(tmp_path: Path) -> None:
         {"image": "2", "what": "a dog"},
         {"image": "3", "what": None},
     )
-    mine, dog, none = rows_of(path, prompt='Is it {what}? Say {{"yes"}}.', chain_of_thought=True)
+    mine, dog, none = list_input(path, prompt='Is it {what}? Say {{"yes"}}.', chain_of_thought=True)
     assert mine["prompt"].startswith("Mine {what}\n") and dog["prompt"].startswith('Is it a dog? Say {"yes"}.\n')
     assert "names the column 'what', which is empty" in none["error"]
     with pytest.raises(SourceError, match=r"colour.*image, prompt, what"):
-        rows_of(path, prompt="Is it {colour}?")
+        list_input(path, prompt="Is it {colour}?")
     with pytest.raises(SourceError, match="no column what!r"):
-        rows_of(path, prompt="Is it {what!r}?")
+        list_input(path, prompt="Is it {what!r}?")
     with pytest.raises(SourceError, match="single brace"):
-        rows_of(path, prompt="Is it {what}? }")
+        list_input(path, prompt="Is it {what}? }")
 
 
 def test_named_columns_must_exist(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", {"pic": "1", "q": "Why?", "k": "a"})
-    [row] = rows_of(path, image_column="pic", prompt_column="q", id_column="k")
+    [row] = list_input(path, image_column="pic", prompt_column="q", id_column="k")
     assert (row["id"], row["uri"], row["prompt"]) == ("a", f"{tmp_path}/1", "Why?")
     for option in ("prompt_column", "id_column", "keep_columns"):
         with pytest.raises(SourceError, match="nowhere"):
-            rows_of(path, image_column="pic", **{option: "nowhere"})
+            list_input(path, image_column="pic", **{option: "nowhere"})
 
 
 def test_types_are_those_of_the_whole_input(tmp_path: Path) -> None:
     """Integers, floats and nulls in files of their own."""
     for name, value in (("1", 1), ("2", None), ("3", 2.5)):
         write_lines(tmp_path / f"{name}.jsonl", {"image": name, "n": value, "l": [name]})
-    rows = rows_of(tmp_path / "*.jsonl", keep_columns="n,l")
+    rows = list_input(tmp_path / "*.jsonl", keep_columns="n,l")
     assert [row["kept"] for row in rows] == [
         {"n": 1.0, "l": ["1"]},
         {"n": None, "l": ["2"]},
@@ -110,17 +110,17 @@ def test_types_are_those_of_the_whole_input(tmp_path: Path) -> None:
     ]
     write_lines(tmp_path / "4.jsonl", {"image": "4", "n": "text"})
     with pytest.raises(SourceError, match=r"another type from .*4\.jsonl#1 on.*--keep-columns"):
-        rows_of(tmp_path / "*.jsonl", keep_columns="n")
+        list_input(tmp_path / "*.jsonl", keep_columns="n")
     write_lines(tmp_path / "5.jsonl", {"image": "4", "n": "text"}, {"image": "5", "n": 5})
     with pytest.raises(SourceError, match=r"'n'.*5\.jsonl"):
-        rows_of(tmp_path / "5.jsonl", keep_columns="n")
+        list_input(tmp_path / "5.jsonl", keep_columns="n")
 
 
 def test_whatever_a_uri_is_only_its_row_fails(tmp_path: Path) -> None:
     (tmp_path / "ok.jpg").write_bytes(b"ok")
     os.mkfifo(tmp_path / "pipe")
     uris = ["a\0b", "nosuch://x/y", "http://[bad", "", "pipe", ".", "n" * 5000, "s3://", "ok.jpg"]
-    rows = rows_of(write_lines(tmp_path / "a.jsonl", *({"image": [uri]} for uri in uris)))
+    rows = list_input(write_lines(tmp_path / "a.jsonl", *({"image": [uri]} for uri in uris)))
     fetcher = Fetcher()
     futures = [fetcher.submit([parse_reference(image) for image in row["images"]]) for row in rows]
     assert [bool(row["error"]) for row in rows] == [not uri for uri in uris]

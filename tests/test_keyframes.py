@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovis_model.inputs.keyframes import Rules, mdp3, select_frames, uniform_indices
-from tests.support.frame_vectors import Array, unit, walk
+from tests.support.frame_vectors import Array, make_frames, normalize
 
 GOLDEN = Path(__file__).parent / "golden" / "mdp3"
 CASES: list[dict[str, Any]] = json.loads((GOLDEN / "expected.json").read_text())["cases"]
@@ -57,7 +57,7 @@ def plain_greedy(frames: Array, query: Array, k: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_one_segment_is_greedy_on_the_objective(seed: int) -> None:
-    frames, query = walk(40, seed=seed)
+    frames, query = make_frames(40, seed=seed)
     assert select_frames(frames, query, 6, segment_size=-1).tolist() == plain_greedy(frames, query, 6)
 
 
@@ -76,7 +76,7 @@ def test_picks_are_k_distinct_ascending_frames(
     count: int, k: int, segment_size: int, score: str, condition_size: int, seed: int, with_query: bool, distinct: int
 ) -> None:
     """Whatever the sizes, also for segments cut short and for frames that repeat."""
-    frames, query = walk(count, seed=seed)
+    frames, query = make_frames(count, seed=seed)
     frames = frames[np.arange(count) % distinct]
     picks = select_frames(
         frames,
@@ -95,7 +95,7 @@ def test_picks_are_k_distinct_ascending_frames(
 
 
 def test_scores_of_fewer_frames_are_prefixes_of_one_run() -> None:
-    frames, query = walk(48)
+    frames, query = make_frames(48)
     for segment_size in (-1, 16):
         rules = Rules(segment_size=segment_size)
         longest = mdp3(frames, query, 9, rules=rules)
@@ -106,7 +106,7 @@ def test_scores_of_fewer_frames_are_prefixes_of_one_run() -> None:
 
 
 def test_a_segment_of_all_frames_is_one_segment() -> None:
-    frames, query = walk(30)
+    frames, query = make_frames(30)
     for size in (30, 31, 1000, 0):
         assert (
             select_frames(frames, query, 5, segment_size=size).tolist()
@@ -115,7 +115,7 @@ def test_a_segment_of_all_frames_is_one_segment() -> None:
 
 
 def test_within_one_segment_the_order_of_frames_does_not_matter() -> None:
-    frames, query = walk(30)
+    frames, query = make_frames(30)
     order = np.random.default_rng(1).permutation(30)
     picks = select_frames(frames[order], query, 6, segment_size=-1)
     assert sorted(order[picks].tolist()) == select_frames(frames, query, 6, segment_size=-1).tolist()
@@ -123,7 +123,7 @@ def test_within_one_segment_the_order_of_frames_does_not_matter() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_conditional_score_does_not_depend_on_the_kernels_scale(seed: int) -> None:
-    frames, query = walk(96, seed=seed)
+    frames, query = make_frames(96, seed=seed)
     by_sum, by_mean = (
         select_frames(frames, query, 8, score="conditional", mean_kernel=mean).tolist() for mean in (False, True)
     )
@@ -132,7 +132,7 @@ def test_conditional_score_does_not_depend_on_the_kernels_scale(seed: int) -> No
 
 def test_upstream_score_needs_the_sum() -> None:
     """With the mean it gathers its picks in one segment, which is why the two scores exist."""
-    frames, query = walk(128, seed=3)
+    frames, query = make_frames(128, seed=3)
     segments = [
         {pick // 32 for pick in select_frames(frames, query, 8, mean_kernel=mean).tolist()} for mean in (False, True)
     ]
@@ -142,7 +142,7 @@ def test_upstream_score_needs_the_sum() -> None:
 
 def test_conditional_score_is_the_objective_given_the_frame_before() -> None:
     """Two segments, one pick in each: the second pick's share is its gain given the first."""
-    frames, query = walk(20)
+    frames, query = make_frames(20)
     rules = Rules(segment_size=10, score="conditional")
     picks, scores = mdp3(frames, query, 2, rules=rules)
     both = mdp3(frames[picks], query, 2, rules=Rules(segment_size=-1)).scores[2]
@@ -153,7 +153,7 @@ def test_conditional_score_is_the_objective_given_the_frame_before() -> None:
 
 @pytest.mark.parametrize("segment_size", [-1, 7, 32])
 def test_a_static_video_gives_frames_spread_over_time(segment_size: int) -> None:
-    still = np.tile(unit(np.ones(8)), (20, 1)).astype(np.float32)
+    still = np.tile(normalize(np.ones(8)), (20, 1)).astype(np.float32)
     for query in (None, np.eye(8)[0]):
         picks = select_frames(still, query, 4, segment_size=segment_size)
         assert len(picks) == 4
@@ -168,34 +168,34 @@ def test_surplus_picks_do_not_gather_in_one_scene() -> None:
 
 def test_near_duplicates_are_told_apart_in_float64() -> None:
     """One frame of eight differs from the others by what float32 distances would lose."""
-    frames = np.tile(unit(np.ones(1152)), (8, 1))
+    frames = np.tile(normalize(np.ones(1152)), (8, 1))
     frames[5, 0] += 1e-5
     assert 5 in select_frames(frames, None, 2, segment_size=-1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_embedding_that_is_not_finite_is_named(bad: float) -> None:
-    frames, query = walk(10)
+    frames, query = make_frames(10)
     frames[3, 2] = bad
     for k in (4, 20):
         with pytest.raises(ValueError, match="frame 3 is not finite"):
             select_frames(frames, query, k)
     with pytest.raises(ValueError, match="query 0 is not finite"):
-        select_frames(walk(10)[0], np.full(32, bad), 4)
+        select_frames(make_frames(10)[0], np.full(32, bad), 4)
 
 
 def test_length_of_embeddings_does_not_matter() -> None:
-    frames, query = walk(40)
+    frames, query = make_frames(40)
     assert select_frames(frames * 40, query * 3, 5).tolist() == select_frames(frames, query, 5).tolist()
 
 
 def test_half_precision_is_taken() -> None:
-    frames, query = walk(40)
+    frames, query = make_frames(40)
     assert len(select_frames(frames.astype(np.float16), query.astype(np.float16), 5)) == 5
 
 
 def test_top_k_takes_the_most_relevant() -> None:
-    frames, query = walk(40)
+    frames, query = make_frames(40)
     most = sorted(np.argsort(-(frames @ query))[:5].tolist())
     assert select_frames(frames, query, 5, method="top-k").tolist() == most
     assert select_frames(frames, None, 5, method="top-k", relevance=np.arange(40)).tolist() == [35, 36, 37, 38, 39]
@@ -204,7 +204,7 @@ def test_top_k_takes_the_most_relevant() -> None:
 
 
 def test_relevance_may_be_judged_elsewhere() -> None:
-    frames, _ = walk(40)
+    frames, _ = make_frames(40)
     judged = np.full(40, 0.01)
     judged[[7, 8, 30]] = 0.9
     assert select_frames(frames, None, 3, relevance=judged).tolist() == [7, 8, 30]
@@ -238,7 +238,7 @@ def test_arguments_that_mean_nothing_are_refused(k: int, options: dict[str, Any]
 
 
 def test_memory_is_that_of_a_matrix_of_frames() -> None:
-    frames, query = walk(512, 1152)
+    frames, query = make_frames(512, 1152)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     select_frames(frames.astype(np.float32), query, 32, segment_size=-1)

@@ -14,7 +14,7 @@ from ovis_model.network.layers import linear, pass_dtype
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.weights import load_model
 from ovis_model.types import SamplingParams
-from tests.support.engines import golden_requests, pixels_of, prompt_logits
+from tests.support.engines import compute_logits, make_golden_requests, normalize_tiles
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 
 CPU = torch.device("cpu")
@@ -71,10 +71,10 @@ def _errors(
 ) -> tuple[float, float]:
     """Root-mean-square errors of visual embeddings and of logits, over all golden requests."""
     monkeypatch.setattr(layers, "_is_slow_in_bfloat16", lambda: is_slow)
-    requests = [request for request in golden_requests(checkpoint) if len(request.tiles)]
+    requests = [request for request in make_golden_requests(checkpoint) if len(request.tiles)]
     with torch.inference_mode():
-        visual = [m.encode_tiles(pixels_of(m, r)).float() for m in (model, exact) for r in requests]
-    logits = [prompt_logits(m, r).float() for m in (model, exact) for r in requests]
+        visual = [m.encode_tiles(normalize_tiles(m, r)).float() for m in (model, exact) for r in requests]
+    logits = [compute_logits(m, r).float() for m in (model, exact) for r in requests]
     return _rms(visual), _rms(logits)
 
 
@@ -89,7 +89,7 @@ def test_a_prompt_alone_is_computed_as_among_others(checkpoint: str, monkeypatch
     """The type goes by the kind of the pass, not by how many tokens are in it."""
     monkeypatch.setattr(layers, "_is_slow_in_bfloat16", lambda: True)
     engine = OvisEngine.from_pretrained(str(checkpoint_dir(checkpoint)), device="cpu", dtype="bfloat16")
-    requests, params = golden_requests(checkpoint), SamplingParams(max_new_tokens=1)
+    requests, params = make_golden_requests(checkpoint), SamplingParams(max_new_tokens=1)
     together = engine.generate(requests, params)
     alone = [engine.generate([request], params)[0] for request in requests]
     assert [c.output_ids.tolist() for c in together] == [c.output_ids.tolist() for c in alone]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.output.ledger import FileEntry, Ledger, Ranges, RowRange, count, difference, split, to_ranges, union
 from pipelines.output.sink import write_file
-from tests.support.outputs import results_of
+from tests.support.outputs import make_results
 
 NUMBERS = st.sets(st.integers(0, 60), max_size=40)
 
@@ -58,8 +58,8 @@ def test_a_file_name_stands_for_its_rows(a: set[int], b: set[int]) -> None:
 
 
 def test_a_ledger_is_read_from_the_footers(tmp_path: Path) -> None:
-    write_file(str(tmp_path), results_of([0, 1, 5], errors=[5]))
-    write_file(str(tmp_path), results_of([2, 3]))
+    write_file(str(tmp_path), make_results([0, 1, 5], errors=[5]))
+    write_file(str(tmp_path), make_results([2, 3]))
     ledger = Ledger.read(str(tmp_path))
     assert ledger.done == ((0, 4), (5, 6))
     assert ledger.num_errors == 1
@@ -67,8 +67,8 @@ def test_a_ledger_is_read_from_the_footers(tmp_path: Path) -> None:
 
 
 def test_files_that_overlap_are_reported(tmp_path: Path) -> None:
-    write_file(str(tmp_path), results_of([0, 1]))
-    write_file(str(tmp_path), results_of([1, 2]))
+    write_file(str(tmp_path), make_results([0, 1]))
+    write_file(str(tmp_path), make_results([1, 2]))
     with pytest.raises(ValueError, match="same rows twice"):
         Ledger.read(str(tmp_path))
 

@@ -20,7 +20,7 @@ from pipelines.cluster.resources import Hardware, plan_pools
 from pipelines.output.lease import Lease
 from pipelines.output.run_record import open_run
 from tests.support.jsonl_files import write_lines
-from tests.support.rows import config_of, rows_of
+from tests.support.rows import list_input, make_config
 
 MESSAGES = Path(__file__).with_name("messages.txt")
 
@@ -31,7 +31,7 @@ def lines(tmp_path: Path, name: str, *ids: str, **fields: object) -> Path:
 
 
 def opened(tmp_path: Path, inputs: Path, **options: object) -> None:
-    open_run(config_of(inputs, output=str(tmp_path / "out"), **options), {"id": "demo", "revision": None})
+    open_run(make_config(inputs, output=str(tmp_path / "out"), **options), {"id": "demo", "revision": None})
 
 
 def reopened(tmp_path: Path, first: dict[str, object], then: dict[str, object]) -> None:
@@ -51,20 +51,20 @@ def leased_twice(tmp_path: Path) -> None:
 
 
 def planned(*hardware: Any, tensor_parallel: int = 1, **options: object) -> None:
-    plan_pools(config_of("in", **options), Hardware(*hardware), tensor_parallel)
+    plan_pools(make_config("in", **options), Hardware(*hardware), tensor_parallel)
 
 
 REFUSED: dict[str, Callable[[Path], object]] = {
-    "an input that does not exist": lambda tmp: rows_of(tmp / "nothing"),
-    "ids that repeat": lambda tmp: rows_of(lines(tmp, "a", "1", "2", "1")),
-    "a column that does not exist": lambda tmp: rows_of(lines(tmp, "a", "1"), keep_columns="nowhere"),
-    "a prompt with an unknown column": lambda tmp: rows_of(lines(tmp, "a", "1"), prompt="Is it {colour}?"),
-    "a prompt with a brace": lambda tmp: rows_of(lines(tmp, "a", "1"), prompt="Is it? }"),
+    "an input that does not exist": lambda tmp: list_input(tmp / "nothing"),
+    "ids that repeat": lambda tmp: list_input(lines(tmp, "a", "1", "2", "1")),
+    "a column that does not exist": lambda tmp: list_input(lines(tmp, "a", "1"), keep_columns="nowhere"),
+    "a prompt with an unknown column": lambda tmp: list_input(lines(tmp, "a", "1"), prompt="Is it {colour}?"),
+    "a prompt with a brace": lambda tmp: list_input(lines(tmp, "a", "1"), prompt="Is it? }"),
     "another prompt": lambda tmp: reopened(tmp, {}, {"prompt": "Why?"}),
     "another limit": lambda tmp: reopened(tmp, {"limit": 1}, {}),
     "an extension of another type": extended_by_text,
-    "extend and overwrite": lambda tmp: config_of("in", extend=True, overwrite=True),
-    "autoscale without a number": lambda tmp: config_of("in", autoscale=True),
+    "extend and overwrite": lambda tmp: make_config("in", extend=True, overwrite=True),
+    "autoscale without a number": lambda tmp: make_config("in", autoscale=True),
     "an OUTPUT in use": leased_twice,
     "no GPU": lambda tmp: planned(8.0, device="cuda"),
     "too few GPUs": lambda tmp: planned(8.0, (8,), num_replicas=9),

@@ -18,11 +18,11 @@ from pipelines.output.sink import read_results
 from tests.support.buckets import BUCKET
 from tests.support.golden_data import checkpoint_dir
 from tests.support.parquet_files import HF, write
-from tests.support.pictures import picture
+from tests.support.pictures import encode_picture
 from tests.support.processes import run_caption
-from tests.support.rows import rows_of
+from tests.support.rows import list_input
 from tests.support.tars import write_tar
-from tests.support.videos import number_in, write_video
+from tests.support.videos import read_number, write_video
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 
@@ -31,11 +31,11 @@ MODEL = str(checkpoint_dir("tiny56-tied"))
 def store(bucket: S3FileSystem, tmp_path: Path) -> S3FileSystem:
     """With a file, a tar, a Parquet file and JSON lines in it: 12 good rows and a bad one."""
     for i in range(4):
-        bucket.pipe_file(f"bucket/in/{i}.png", picture(i))
-    members = [(f"{i}.png", picture(i)) for i in range(4)]
+        bucket.pipe_file(f"bucket/in/{i}.png", encode_picture(i))
+    members = [(f"{i}.png", encode_picture(i)) for i in range(4)]
     bucket.put_file(str(write_tar(tmp_path / "a.tar", members)), "bucket/in/a.tar")
     bucket.put_file(str(write_tar(tmp_path / "b.tgz", members, "w:gz")), "bucket/in/b.tgz")
-    images = pa.array([{"bytes": picture(i), "path": None} for i in range(2)], HF)
+    images = pa.array([{"bytes": encode_picture(i), "path": None} for i in range(2)], HF)
     bucket.put_file(str(write(tmp_path / "c.parquet", {"image": images, "n": [0, 1]})), "bucket/in/c.parquet")
     lines = [{"image": ["0.png", "1.png"], "n": 2}, {"prompt": "2 + 2?", "n": 3}, {"image": "nowhere.png"}]
     bucket.pipe_file("bucket/in/d.jsonl", "\n".join(map(json.dumps, lines)).encode())
@@ -43,11 +43,11 @@ def store(bucket: S3FileSystem, tmp_path: Path) -> S3FileSystem:
 
 
 def test_references_are_read_by_range(store: S3FileSystem) -> None:
-    rows = rows_of(f"{BUCKET}/in", f"{BUCKET}/in/a.tar", f"{BUCKET}/in/b.tgz", f"{BUCKET}/in/c.parquet")
+    rows = list_input(f"{BUCKET}/in", f"{BUCKET}/in/a.tar", f"{BUCKET}/in/b.tgz", f"{BUCKET}/in/c.parquet")
     assert len(rows) == 14 and all(row["uri"].startswith(f"{BUCKET}/in/") for row in rows)
     fetcher = Fetcher()
     data = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
-    assert data == [[picture(i)] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
+    assert data == [[encode_picture(i)] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
 
 
 def test_a_run_from_s3_to_s3_and_once_more(ray_address: str, store: S3FileSystem) -> None:
@@ -77,7 +77,7 @@ def test_videos_are_decoded_where_they_are(
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
     decoder = VideoDecoder()
     for place in (VideoLocation(f"{BUCKET}/in/a.mp4"), VideoLocation(f"{BUCKET}/in/joined", 1000, len(data))):
-        assert [number_in(frame.pixels) for frame in decoder.sample_frames(place, Sampling(4))] == [25, 75, 125, 175]
+        assert [read_number(frame.pixels) for frame in decoder.sample_frames(place, Sampling(4))] == [25, 75, 125, 175]
     assert decoder._process is not None
     assert endpoint.encode() not in Path(f"/proc/{decoder._process.pid}/cmdline").read_bytes()
     with pytest.raises(OSError, match="nowhere"):

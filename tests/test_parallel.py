@@ -27,10 +27,10 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import Shard
 from ovis_model.sizing import check_tensor_parallel, rank_counts
 from ovis_model.types import Constraint, EngineDied, Request, RequestError, SamplingParams
-from tests.support.engines import GREEDY, PARAMS, alone, golden_requests, greedy_ids, ids_of
-from tests.support.golden_data import checkpoint_dir, expected_arrays
-from tests.support.golden_items import TASKS, assert_same, items_of, params_of
-from tests.support.golden_items import alone as alone_of_item
+from tests.support.engines import GREEDY, PARAMS, generate_alone, generate_ids, load_greedy_ids, make_golden_requests
+from tests.support.golden_data import checkpoint_dir, load_expected_arrays
+from tests.support.golden_items import TASKS, assert_same, make_items, make_params
+from tests.support.golden_items import generate_alone as generate_item_alone
 from tests.support.processes import against_the_clock
 from tests.support.roots import ROOT
 
@@ -74,8 +74,8 @@ def test_logits_are_the_originals_and_weights_are_shared_out(tmp_path: Path, che
     num_parameters = sum(p.numel() for p in whole.llm.parameters())
     for out in outs:
         with np.load(out) as found:
-            for index in range(len(golden_requests(checkpoint))):
-                wanted = expected_arrays(checkpoint)[f"{checkpoint}_{index}_last_logits"]
+            for index in range(len(make_golden_requests(checkpoint))):
+                wanted = load_expected_arrays(checkpoint)[f"{checkpoint}_{index}_last_logits"]
                 np.testing.assert_allclose(found[f"arr_{index}"], wanted, atol=1e-5, rtol=0)
             assert found["llm_parameters"] < 1.15 * num_parameters / ranks
 
@@ -107,29 +107,29 @@ def test_which_numbers_of_ranks_there_are() -> None:
 
 
 def test_greedy_ids_are_the_originals(two_ranks: OvisEngine) -> None:
-    requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
-    assert ids_of(two_ranks, requests) == wanted
-    assert [ids_of(two_ranks, [request])[0] for request in requests] == wanted
+    requests, wanted = make_golden_requests("tiny56-tied"), load_greedy_ids("tiny56-tied")
+    assert generate_ids(two_ranks, requests) == wanted
+    assert [generate_ids(two_ranks, [request])[0] for request in requests] == wanted
 
 
 def test_samples_and_penalties_are_those_of_one_rank(two_ranks: OvisEngine) -> None:
-    requests = golden_requests("tiny56-tied")
+    requests = make_golden_requests("tiny56-tied")
     kinds = sorted(PARAMS)
     params = [replace(PARAMS[kind], max_new_tokens=12) for kind in kinds]
     found = two_ranks.generate([requests[i % 8] for i in range(len(kinds))], params)
-    assert [c.output_ids.tolist() for c in found] == [alone(i % 8, kind) for i, kind in enumerate(kinds)]
+    assert [c.output_ids.tolist() for c in found] == [generate_alone(i % 8, kind) for i, kind in enumerate(kinds)]
     [unseeded] = two_ranks.generate(requests[:1], SamplingParams(temperature=2.0, max_new_tokens=40))
     assert 0 < len(unseeded.output_ids) <= 40
 
 
 def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: OvisEngine) -> None:
     """Choices that are drawn without a seed included: the ranks would part where they did not agree."""
-    items, tasks = items_of("tiny56-tied"), range(len(TASKS))
+    items, tasks = make_items("tiny56-tied"), range(len(TASKS))
     found = two_ranks.generate(
-        [request for item in items for request in item], [params_of(task) for _ in items for task in tasks]
+        [request for item in items for request in item], [make_params(task) for _ in items for task in tasks]
     )
     for index, completion in enumerate(found):
-        assert_same(completion, alone_of_item("tiny56-tied", *divmod(index, len(TASKS))))
+        assert_same(completion, generate_item_alone("tiny56-tied", *divmod(index, len(TASKS))))
     unseeded = SamplingParams(choices=((17,), (9, 8, 564), (301,)), temperature=5.0)
     drawn = two_ranks.generate([items[0][0]] * 30, unseeded)
     assert len({tuple(completion.output_ids) for completion in drawn}) > 1
@@ -138,7 +138,7 @@ def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: OvisEngine) -> None:
 def test_constrained_answers_are_those_of_one_rank(two_ranks: OvisEngine) -> None:
     digits = SamplingParams(max_new_tokens=20, temperature=1.0, seed=3, constraint=Constraint("regex", "[0-9]{9}"))
     params = [digits, GREEDY, replace(digits, seed=4), replace(digits, constraint=Constraint("json_schema", "{}"))]
-    requests = golden_requests("tiny56-tied")[:4]
+    requests = make_golden_requests("tiny56-tied")[:4]
     one_rank = OvisEngine.from_pretrained(str(checkpoint_dir("tiny56-tied")), device="cpu", dtype="float32")
     wanted = [completion.output_ids.tolist() for completion in one_rank.generate(requests, params)]
     assert [completion.output_ids.tolist() for completion in two_ranks.generate(requests, params)] == wanted
@@ -149,10 +149,10 @@ def test_constrained_answers_are_those_of_one_rank(two_ranks: OvisEngine) -> Non
 
 
 def test_threads_get_their_own_rows(two_ranks: OvisEngine) -> None:
-    requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
+    requests, wanted = make_golden_requests("tiny56-tied"), load_greedy_ids("tiny56-tied")
     orders = [random.Random(seed).sample(range(len(requests)), k=len(requests)) for seed in range(4)]
     with ThreadPoolExecutor(len(orders)) as pool:
-        found = list(pool.map(lambda order: ids_of(two_ranks, [requests[i] for i in order]), orders))
+        found = list(pool.map(lambda order: generate_ids(two_ranks, [requests[i] for i in order]), orders))
     assert found == [[wanted[i] for i in order] for order in orders]
 
 
@@ -161,13 +161,13 @@ def test_a_refused_request_is_no_fault(two_ranks: OvisEngine) -> None:
     with pytest.raises(RequestError, match="232 over the limit of 32768"):
         two_ranks.generate([long], SamplingParams(max_new_tokens=3000))
     with pytest.raises(ValueError, match="1 sampling parameters for 8 requests"):
-        two_ranks.generate(golden_requests("tiny56-tied"), [GREEDY])
+        two_ranks.generate(make_golden_requests("tiny56-tied"), [GREEDY])
     assert two_ranks.generate([], GREEDY) == []
     test_greedy_ids_are_the_originals(two_ranks)
 
 
 def test_an_interrupt_leaves_the_ranks_whole(two_ranks: OvisEngine) -> None:
-    [request] = golden_requests("tiny56-tied")[:1]
+    [request] = make_golden_requests("tiny56-tied")[:1]
     threading.Timer(0.5, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         while True:
@@ -182,11 +182,11 @@ def test_two_engines_side_by_side() -> None:
     def one(_: int) -> list[list[int]]:
         with OvisEngine.from_pretrained(directory, device="cpu", tensor_parallel=2) as engine:
             assert len(pids_of(engine)) == 2
-            return ids_of(engine, golden_requests("tiny112-untied"))
+            return generate_ids(engine, make_golden_requests("tiny112-untied"))
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(one, range(2)))
-    assert found == [greedy_ids("tiny112-untied")] * 2
+    assert found == [load_greedy_ids("tiny112-untied")] * 2
 
 
 @against_the_clock
@@ -194,13 +194,13 @@ def test_two_engines_side_by_side() -> None:
     ("by", "told"), [(signal.SIGKILL, "rank 1 of 2 was killed by SIGKILL"), (signal.SIGSTOP, "no sign of life for")]
 )
 def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: str) -> None:
-    requests, wanted = golden_requests("tiny56-tied"), greedy_ids("tiny56-tied")
+    requests, wanted = make_golden_requests("tiny56-tied"), load_greedy_ids("tiny56-tied")
     # Of a killed one the process tells, long before it would count as hung.
     hang_s = 200.0 if by is signal.SIGKILL else 5.0
     with start("tiny56-tied", 2, hang_s=hang_s) as engine:
         first = pids_of(engine)
         with ThreadPoolExecutor(1) as pool:
-            call = pool.submit(lambda: [ids_of(engine, requests) for _ in range(1000)])
+            call = pool.submit(lambda: [generate_ids(engine, requests) for _ in range(1000)])
             time.sleep(0.3)
             os.kill(first[1], by)
             stopped_s = time.monotonic()
@@ -212,7 +212,7 @@ def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: s
             engine.generate(requests, GREEDY)
         assert engine.rebuild()
         assert engine.rebuild()  # of living ranks: nothing happens
-        assert ids_of(engine, requests) == wanted
+        assert generate_ids(engine, requests) == wanted
         last = pids_of(engine)
     assert not any(map(is_alive, last))
 

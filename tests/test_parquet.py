@@ -13,78 +13,78 @@ from pipelines.media.fetch import Fetcher
 from pipelines.media.readers import ParquetReader
 from pipelines.media.reference import parse_reference
 from pipelines.sources import list_rows
-from tests.support.fetched import images_of, is_refused
-from tests.support.parquet_files import HF, kept_columns, write
-from tests.support.rows import config_of, rows_of
+from tests.support.fetched import fetch_images, is_refused
+from tests.support.parquet_files import HF, make_kept_columns, write
+from tests.support.rows import list_input, make_config
 
 
 @pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_bytes(tmp_path: Path, type_: pa.DataType) -> None:
     values = [bytes([i]) for i in range(50)]
     path = write(tmp_path / "a.parquet", {"jpg": pa.array(values, type_), "n": range(50)}, row_group_size=7)
-    rows = rows_of(path)
+    rows = list_input(path)
     assert [row["id"] for row in rows] == [f"{path}#{i}" for i in range(50)]
-    assert images_of(rows) == [[value] for value in values]
-    assert images_of(rows[::-1]) == [[value] for value in values[::-1]]
+    assert fetch_images(rows) == [[value] for value in values]
+    assert fetch_images(rows[::-1]) == [[value] for value in values[::-1]]
 
 
 def test_hugging_face_structs_and_lists_of_them(tmp_path: Path) -> None:
     (tmp_path / "beside.jpg").write_bytes(b"beside")
     one = [{"bytes": b"1", "path": "1.jpg"}, {"bytes": None, "path": "beside.jpg"}, None, {"bytes": None, "path": None}]
-    rows = rows_of(write(tmp_path / "a.parquet", {"image": pa.array(one, HF)}))
-    assert images_of(rows) == [[b"1"], [b"beside"], [], []]
+    rows = list_input(write(tmp_path / "a.parquet", {"image": pa.array(one, HF)}))
+    assert fetch_images(rows) == [[b"1"], [b"beside"], [], []]
     many = [[{"bytes": b"1", "path": None}, {"bytes": b"2", "path": None}], [], None, [{"bytes": b"3", "path": None}]]
-    rows = rows_of(write(tmp_path / "b.parquet", {"images": pa.array(many, pa.list_(HF))}))
-    assert images_of(rows) == [[b"1", b"2"], [], [], [b"3"]]
-    rows = rows_of(write(tmp_path / "c.parquet", {"images": pa.array([[b"1", None]], pa.list_(pa.binary()))}))
+    rows = list_input(write(tmp_path / "b.parquet", {"images": pa.array(many, pa.list_(HF))}))
+    assert fetch_images(rows) == [[b"1", b"2"], [], [], [b"3"]]
+    rows = list_input(write(tmp_path / "c.parquet", {"images": pa.array([[b"1", None]], pa.list_(pa.binary()))}))
     with pytest.raises(OSError, match="image 2 of 2 in row 0"):
-        images_of(rows)
+        fetch_images(rows)
 
 
 def test_uris(tmp_path: Path) -> None:
     table = {"url": ["a.jpg", "s3://b/c.jpg", None, None], "q": [None, "Why?", "What?", None]}
-    rows = rows_of(write(tmp_path / "a.parquet", table), prompt_column="q")
+    rows = list_input(write(tmp_path / "a.parquet", table), prompt_column="q")
     assert [row["uri"] for row in rows] == [f"{tmp_path}/a.jpg", "s3://b/c.jpg", *[f"{tmp_path}/a.parquet"] * 2]
     assert [row["prompt"] for row in rows[:3]] == ["Describe the image.", "Why?", "What?"]
     assert [bool(row["error"]) for row in rows] == [False, False, False, True]
     several = {"pics": [["a", "b"], []], "q": ["1", "2"]}
-    rows = rows_of(write(tmp_path / "b.parquet", several), prompt_column="q", image_column="pics")
+    rows = list_input(write(tmp_path / "b.parquet", several), prompt_column="q", image_column="pics")
     assert [len(row["images"]) for row in rows] == [2, 0]
     dictionary = {"path": pa.array(["a", "b", "a"]).dictionary_encode()}
-    rows = rows_of(write(tmp_path / "c.parquet", dictionary))
+    rows = list_input(write(tmp_path / "c.parquet", dictionary))
     assert [Path(row["uri"]).name for row in rows] == ["a", "b", "a"]
 
 
 def test_the_image_column_is_guessed_only_if_there_is_one(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"a, b may all be the images.*--image-column"):
-        rows_of(write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"]}))
+        list_input(write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"]}))
     with pytest.raises(SourceError, match=r"no column looks like the images.*caption \(string\)"):
-        rows_of(write(tmp_path / "b.parquet", {"caption": ["x"]}))
+        list_input(write(tmp_path / "b.parquet", {"caption": ["x"]}))
     with pytest.raises(SourceError, match=r"column 'n' holds neither bytes nor URIs"):
-        rows_of(write(tmp_path / "c.parquet", {"n": [1]}), image_column="n")
-    [row] = rows_of(tmp_path / "b.parquet", image_column="", prompt_column="caption")
+        list_input(write(tmp_path / "c.parquet", {"n": [1]}), image_column="n")
+    [row] = list_input(tmp_path / "b.parquet", image_column="", prompt_column="caption")
     assert (row["images"], row["prompt"], row["error"]) == ([], "x", "")
 
 
 def test_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"image": [b"1", b"2", b"3"], "key": [7, None, 9], "same": ["x", "x", "y"]})
-    assert [row["id"] for row in rows_of(path, id_column="key")] == ["7", f"{path}#1", "9"]
+    assert [row["id"] for row in list_input(path, id_column="key")] == ["7", f"{path}#1", "9"]
     with pytest.raises(SourceError, match=r"1 rows repeat an id.*--id-column.*x \(2 times\)"):
-        rows_of(path, id_column="same")
+        list_input(path, id_column="same")
 
 
 def test_unknown_columns_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"image": [b"1"], "kind": ["a"]})
     for options in ({"keep_columns": "nowhere"}, {"id_column": "nowhere"}, {"prompt": "A {nowhere}?"}):
         with pytest.raises(SourceError, match=r"has no column nowhere.*it has image \(binary\), kind \(string\)"):
-            rows_of(path, **options)
-    assert rows_of(path, prompt="A {kind}, {{}}?")[0]["prompt"] == "A a, {}?"
+            list_input(path, **options)
+    assert list_input(path, prompt="A {kind}, {{}}?")[0]["prompt"] == "A a, {}?"
 
 
 def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
-    columns = kept_columns(3)
+    columns = make_kept_columns(3)
     write(tmp_path / "a.parquet", {"image": pa.array([b"1"] * 3), **columns})
-    config = config_of(tmp_path / "a.parquet", image_column="image", keep_columns=tuple(columns))
+    config = make_config(tmp_path / "a.parquet", image_column="image", keep_columns=tuple(columns))
     with list_rows(config, config.questionnaire) as listing:
         [table] = listing.read_tables()
     assert {field.name: field.type for field in table.schema.field("kept").type} == {
@@ -96,7 +96,7 @@ def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(SourceError, match=r"cannot read .*a\.parquet as Parquet"):
-        rows_of(tmp_path / "a.parquet")
+        list_input(tmp_path / "a.parquet")
 
 
 def test_a_damaged_row_group_is_error_rows_and_is_tried_once(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_damaged_row_group_is_error_rows_and_is_tried_once(tmp_path: Path) -> 
         compression="snappy",
         use_dictionary=False,
     )
-    rows = rows_of(path)
+    rows = list_input(path)
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
     data = bytearray(path.read_bytes())
     data[column.data_page_offset : column.data_page_offset + 200] = b"\xff" * 200
@@ -129,18 +129,18 @@ def test_no_image_is_read_while_listing(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[start : start + 1_000_000] = b"\xff" * 1_000_000
     path.write_bytes(data)
-    assert [row["id"] for row in rows_of(path, id_column="key")] == [f"k{i}" for i in range(20)]
+    assert [row["id"] for row in list_input(path, id_column="key")] == [f"k{i}" for i in range(20)]
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([b"1"]), pa.array([1]), pa.array([2])], names=["image", "c", "c"])
     with pytest.raises(SourceError, match="several columns named c"):
-        rows_of(write(tmp_path / "a.parquet", table))
+        list_input(write(tmp_path / "a.parquet", table))
 
 
 def test_a_fault_that_passes_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [bytes([i]) for i in range(200)]
-    rows = rows_of(write(tmp_path / "a.parquet", {"image": values}))
+    rows = list_input(write(tmp_path / "a.parquet", {"image": values}))
     advance, faults = ParquetReader._advance, iter([False] * 70 + [True] + [False] * 1000)
 
     def unreliable(self: ParquetReader, row: int) -> None:
@@ -149,16 +149,16 @@ def test_a_fault_that_passes_costs_no_row(tmp_path: Path, monkeypatch: pytest.Mo
         advance(self, row)
 
     monkeypatch.setattr(ParquetReader, "_advance", unreliable)
-    assert images_of(rows) == [[value] for value in values]
+    assert fetch_images(rows) == [[value] for value in values]
 
 
 def test_a_file_that_is_gone_does_not_spoil_the_one_before(tmp_path: Path) -> None:
     values = [bytes([i]) for i in range(40)]
-    first = rows_of(write(tmp_path / "a.parquet", {"image": values}))
-    gone = rows_of(write(tmp_path / "b.parquet", {"image": values}))
+    first = list_input(write(tmp_path / "a.parquet", {"image": values}))
+    gone = list_input(write(tmp_path / "b.parquet", {"image": values}))
     (tmp_path / "b.parquet").unlink()
     fetcher = Fetcher()
-    assert images_of(first[:20], fetcher) == [[value] for value in values[:20]]
+    assert fetch_images(first[:20], fetcher) == [[value] for value in values[:20]]
     with pytest.raises(OSError, match=r"b\.parquet"):
-        images_of(gone[:1], fetcher)
-    assert images_of(first[20:], fetcher) == [[value] for value in values[20:]]
+        fetch_images(gone[:1], fetcher)
+    assert fetch_images(first[20:], fetcher) == [[value] for value in values[20:]]

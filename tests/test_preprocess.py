@@ -23,7 +23,7 @@ from pipelines.rows import Batch, ManifestRow, PreparedRow
 from pipelines.storage import store
 from tests.support.golden_data import checkpoint_dir
 from tests.support.roots import ROOT
-from tests.support.stages import preprocess_stage, run_stage
+from tests.support.stages import make_stage, run_stage
 
 MODEL = str(checkpoint_dir("tiny112-untied"))
 
@@ -35,7 +35,7 @@ def rows_of(directory: Path, output: Path, **options: object) -> list[PreparedRo
 
 def stage_of(directory: Path, output: Path, **options: object) -> tuple[Preprocess, Batch]:
     config = CaptionConfig(input=(str(directory),), output=str(output), model=MODEL, **options)  # type: ignore[arg-type]
-    return preprocess_stage(config)
+    return make_stage(config)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.types import IMAGE_ATOM_ID
 from pipelines.errors import MediaError
 from pipelines.media.images import decode_image
-from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected, picture
+from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, draw_picture, load_expected
 
 EVERY_CHECKPOINT = [(checkpoint, layout) for checkpoint in CHECKPOINTS for layout in LAYOUTS]
 SUFFIXES = {".png", ".jpg", ".gif", ".tif"}
@@ -46,10 +46,10 @@ def max_tiles(case: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(("checkpoint", "layout"), EVERY_CHECKPOINT)
 def test_prompts_are_the_originals(checkpoint: str, layout: Layout) -> None:
-    cases = expected(checkpoint)["generation"]
+    cases = load_expected(checkpoint)["generation"]
     assert len(cases) == 8
     for case in cases:
-        images = [picture(image) for image in case["images"]]
+        images = [draw_picture(image) for image in case["images"]]
         ids = processor(checkpoint, layout).prompt_ids(case["query"], [i.size for i in images], max_tiles(case))
         request = processor(checkpoint, layout).request(case["query"], images, max_tiles(case))
         assert ids == case["input_ids"], case["kind"]
@@ -60,8 +60,8 @@ def test_prompts_are_the_originals(checkpoint: str, layout: Layout) -> None:
 @pytest.mark.parametrize(("checkpoint", "layout"), EVERY_CHECKPOINT)
 def test_requests_hold_one_atom_per_visual_token(checkpoint: str, layout: Layout) -> None:
     own = processor(checkpoint, layout)
-    for case in expected(checkpoint)["preprocessing"]:
-        request = own.request("What is it?", [picture(case)], case["max_partition"])
+    for case in load_expected(checkpoint)["preprocessing"]:
+        request = own.request("What is it?", [draw_picture(case)], case["max_partition"])
         assert len(request.tiles) == case["num_crops"]
         placeholders = own.prompt_ids("What is it?", [(case["width"], case["height"])], case["max_partition"])
         assert [i for i in placeholders if i < 0] == case["placeholders"]
@@ -71,7 +71,7 @@ def test_requests_hold_one_atom_per_visual_token(checkpoint: str, layout: Layout
 
 @pytest.mark.parametrize(("checkpoint", "layout"), EVERY_CHECKPOINT)
 def test_detokenize_gives_the_originals_text(checkpoint: str, layout: Layout) -> None:
-    for case in expected(checkpoint)["generation"]:
+    for case in load_expected(checkpoint)["generation"]:
         assert processor(checkpoint, layout).detokenize(case["greedy_ids"]) == case["greedy_text"]
         assert processor(checkpoint, layout).detokenize(np.array(case["greedy_ids"])) == case["greedy_text"]
 

@@ -23,7 +23,7 @@ from ovis_model.inputs.prompt import (
 )
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, Grid
-from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, expected
+from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir, load_expected
 
 TOKENIZERS = {layout: load_tokenizer(checkpoint_dir(CHECKPOINTS[0], layout)) for layout in LAYOUTS}
 CHATS = {layout: ChatTokenizer(TOKENIZERS[layout]) for layout in LAYOUTS}
@@ -51,7 +51,7 @@ def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     ],
 )
 def test_queries_are_the_originals(kind: str, query: str) -> None:
-    (case,) = [case for case in expected(CHECKPOINTS[0])["generation"] if case["kind"] == kind]
+    (case,) = [case for case in load_expected(CHECKPOINTS[0])["generation"] if case["kind"] == kind]
     assert query == case["query"]
 
 

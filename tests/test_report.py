@@ -31,17 +31,17 @@ from pipelines.storage import store
 from tests.support.annotations import (
     HOSTILE,
     TASKS,
-    answer,
-    answers_of,
-    item,
-    output_schema,
+    make_answer,
+    make_answers,
+    make_item,
+    make_output_schema,
     write_record,
     write_rows,
     write_run,
 )
-from tests.support.pictures import image_at
+from tests.support.pictures import write_image
 from tests.support.roots import ROOT
-from tests.support.videos import number_in, write_video
+from tests.support.videos import read_number, write_video
 
 Json = dict[str, Any]
 
@@ -61,12 +61,12 @@ def report_of(output: Path, **options: Any) -> Json:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """Ten rows in three files: seven answers about pictures, a video, two errors."""
-    pictures = [image_at(tmp_path / f"{i}.png", size=(64 + i, 48)) for i in range(7)]
+    pictures = [write_image(tmp_path / f"{i}.png", size=(64 + i, 48)) for i in range(7)]
     video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
     rows = [
-        item(
+        make_item(
             f"picture-{i}",
-            answers_of(
+            make_answers(
                 red=i < 5,
                 count=i % 3,
                 sure=0.95 - i / 20,
@@ -81,12 +81,14 @@ def mixed(tmp_path: Path) -> Path:
     ]
     rows[2]["flags"] = ["caption:truncated", "record:invalid"]
     rows[2]["answers"][0]["_finish_reason"] = "length"
-    rows[2]["answers"][5] = answer(None, '{"colour": ', -0.5)
-    clip = item("clip", answers_of(caption="A clip.", logprob=-2.0), images=[video], truth_kind=None, truth_count=None)
+    rows[2]["answers"][5] = make_answer(None, '{"colour": ', -0.5)
+    clip = make_item(
+        "clip", make_answers(caption="A clip.", logprob=-2.0), images=[video], truth_kind=None, truth_count=None
+    )
     rows.append({**clip, "frame_timestamps_s": [0.0, 0.4, 1.2]})
     for size in (123, 4567):
         error = {"stage": "decode", "error": f"truncated PNG of {size} bytes", "truth_kind": None, "truth_count": None}
-        rows.append(item(f"bad-{size}", [], images=[FileRef(str(tmp_path / "gone.png"))], **error))
+        rows.append(make_item(f"bad-{size}", [], images=[FileRef(str(tmp_path / "gone.png"))], **error))
     return write_run(tmp_path / "out", rows, rows_per_file=4)
 
 
@@ -157,9 +159,9 @@ def test_rows_show_their_media(mixed: Path) -> None:
 
 def test_frames_are_those_that_the_model_was_shown(tmp_path: Path) -> None:
     video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
-    clip = {**item("clip", answers_of(), images=[video]), "frame_timestamps_s": [0.4, 1.2]}
+    clip = {**make_item("clip", make_answers(), images=[video]), "frame_timestamps_s": [0.4, 1.2]}
     (row,) = report_of(write_run(tmp_path / "out", [clip]))["rows"]
-    assert [number_in(pixels_of(image["src"])) for image in row["media"]["images"]] == [10, 30]
+    assert [read_number(pixels_of(image["src"])) for image in row["media"]["images"]] == [10, 30]
 
 
 def pixels_of(source: str) -> np.ndarray:
@@ -173,7 +175,7 @@ def pixels_of(source: str) -> np.ndarray:
 def test_members_of_a_tar_and_gone_media_and_no_manifest(tmp_path: Path) -> None:
     import tarfile
 
-    image_at(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "a.png", "a.png")
     with tarfile.open(tmp_path / "a.tar") as tar:
@@ -182,7 +184,7 @@ def test_members_of_a_tar_and_gone_media_and_no_manifest(tmp_path: Path) -> None
     gone = TarRef(str(tmp_path / "b.tar"), 512, 100, "a.png")
     text = FileRef(str(Path(__file__)))
     rows = [
-        item(f"{i}", answers_of(), images=images)
+        make_item(f"{i}", make_answers(), images=images)
         for i, images in enumerate([[there], [gone], [text], [], [there] * 20])
     ]
     output = write_run(tmp_path / "out", rows)
@@ -225,10 +227,10 @@ def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None
 def test_the_sample_has_some_of_every_kind_and_does_not_depend_on_the_files(tmp_path: Path) -> None:
     rows = []
     for i in range(3000):
-        row = item(f"r{i}", answers_of(logprob=-5.0 if i == 1234 else -0.1, sure=0.4 if i == 77 else 0.9))
+        row = make_item(f"r{i}", make_answers(logprob=-5.0 if i == 1234 else -0.1, sure=0.4 if i == 77 else 0.9))
         if i % 1000 == 5:
             row["flags"] = ["count:invalid"]
-        rows.append(item(f"r{i}", [], stage="read", error=f"why {'abc'[i % 3]}") if i % 40 == 0 else row)
+        rows.append(make_item(f"r{i}", [], stage="read", error=f"why {'abc'[i % 3]}") if i % 40 == 0 else row)
     one = write_run(tmp_path / "one", rows, rows_per_file=3000)
     many = write_run(tmp_path / "many", rows, rows_per_file=170)
     shown, again = (report_of(output, rows=60)["rows"] for output in (one, many))
@@ -274,9 +276,9 @@ def test_a_spread_keeps_all_values_whatever_their_range() -> None:
 
 
 def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
-    image = image_at(tmp_path / "a.png")
-    row = item(HOSTILE, answers_of(caption=HOSTILE, tags=[HOSTILE]), images=[image], kept=HOSTILE)
-    error = item(f"{HOSTILE} 2", [], stage="read", error=HOSTILE, kept=HOSTILE)
+    image = write_image(tmp_path / "a.png")
+    row = make_item(HOSTILE, make_answers(caption=HOSTILE, tags=[HOSTILE]), images=[image], kept=HOSTILE)
+    error = make_item(f"{HOSTILE} 2", [], stage="read", error=HOSTILE, kept=HOSTILE)
     output = write_run(tmp_path / "out", [row, error], tasks=[{**task, "prompt": HOSTILE} for task in TASKS])
     page = write_report(ReportOptions(str(output))).report
     text = Path(page).read_text("utf-8")
@@ -288,7 +290,7 @@ def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
 
 
 def test_half_of_a_surrogate_pair_and_control_characters_do_no_harm(tmp_path: Path) -> None:
-    output = write_run(tmp_path / "out", [item("a\x00\x1b[0m\u202e", answers_of())])
+    output = write_run(tmp_path / "out", [make_item("a\x00\x1b[0m\u202e", make_answers())])
     record = json.loads((output / "run.json").read_text())
     record["config"]["input"] = ["pictures/caf\udce9"]
     (output / "run.json").write_text(json.dumps(record))
@@ -297,7 +299,7 @@ def test_half_of_a_surrogate_pair_and_control_characters_do_no_harm(tmp_path: Pa
 
 def test_signatures_and_passwords_do_not_get_onto_the_page(tmp_path: Path) -> None:
     uri = "https://user:secret@host/a.png?X-Signature=secret"
-    output = write_run(tmp_path / "out", [{**item(uri, answers_of()), "uri": uri}])
+    output = write_run(tmp_path / "out", [{**make_item(uri, make_answers()), "uri": uri}])
     assert "secret" not in Path(write_report(ReportOptions(str(output))).report).read_text()
 
 
@@ -305,7 +307,7 @@ def test_texts_and_pictures_keep_the_page_within_its_size(tmp_path: Path, monkey
     noise = np.random.default_rng(0).integers(256, size=(250, 250, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     image = FileRef(str(tmp_path / "a.png"))
-    rows = [item(f"r{i}", answers_of(caption="\U0001f600<" * 9000), images=[image] * (1 + i)) for i in range(6)]
+    rows = [make_item(f"r{i}", make_answers(caption="\U0001f600<" * 9000), images=[image] * (1 + i)) for i in range(6)]
     output = write_run(tmp_path / "out", rows)
     monkeypatch.setattr(build, "_MOST_PICTURE_BYTES", 200_000)
     monkeypatch.setattr(build, "_MOST_ROW_BYTES", 100_000)
@@ -418,7 +420,7 @@ def write_large_run(output: Path, num_rows: int, rows_per_file: int = 50_000) ->
     Image.fromarray(noise).save(output / "a.jpg")
     image = FileRef(str(output / "a.jpg"))
     rng, tables = np.random.default_rng(1), []
-    table_schema = output_schema(TASKS, [pa.field("truth", pa.string())])
+    table_schema = make_output_schema(TASKS, [pa.field("truth", pa.string())])
     for start in range(0, num_rows, rows_per_file):
         table = _large_table(rng, start, rows_per_file, table_schema)
         write_rows(str(output), start, table)

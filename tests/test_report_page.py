@@ -12,10 +12,10 @@ import pytest
 from pipelines.report import page
 from pipelines.report.build import ReportOptions, write_report
 from tests.support import browser
-from tests.support.annotations import HOSTILE, TASKS, answers_of, item, write_run
-from tests.support.pictures import image_at
+from tests.support.annotations import HOSTILE, TASKS, make_answers, make_item, write_run
+from tests.support.pictures import write_image
 
-pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "there is one")
+pytestmark = pytest.mark.skipif(bool(browser.describe_missing()), reason=browser.describe_missing() or "there is one")
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 HOSTILE_NAME = "</script><script>window.hacked=1<\\script><img src=x onerror='window.hacked=1'>.png"  # no / in a name
@@ -23,7 +23,7 @@ HOSTILE_NAME = "</script><script>window.hacked=1<\\script><img src=x onerror='wi
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
-    with browser.chromium() as driver:
+    with browser.start_chromium() as driver:
         yield driver
 
 
@@ -31,24 +31,24 @@ def driver() -> Iterator[Any]:
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rows: a third red, three errors, one flagged, one whose name, answers and prompt are an attack."""
     directory = tmp_path_factory.mktemp("run")
-    image = image_at(directory / HOSTILE_NAME.replace("/", "\\"))
+    image = write_image(directory / HOSTILE_NAME.replace("/", "\\"))
     rows = [
-        item(f"picture-{i}", answers_of(red=i % 3 == 0, count=i, caption=f"Sight {NUMBERS[i]}."), images=[image])
+        make_item(f"picture-{i}", make_answers(red=i % 3 == 0, count=i, caption=f"Sight {NUMBERS[i]}."), images=[image])
         for i in range(8)
     ]
     rows[4]["flags"] = ["caption:truncated"]
-    attack = answers_of(
+    attack = make_answers(
         red=False, caption=HOSTILE, tags=[HOSTILE], record={"colour": HOSTILE, "size": None, "parts": []}
     )
-    rows.append(item(HOSTILE, attack, images=[image]))
-    rows += [item(f"bad-{i}", [], stage="read", error=f"gone {'ab'[i % 2] * 3} {HOSTILE}") for i in range(3)]
+    rows.append(make_item(HOSTILE, attack, images=[image]))
+    rows += [make_item(f"bad-{i}", [], stage="read", error=f"gone {'ab'[i % 2] * 3} {HOSTILE}") for i in range(3)]
     return write_run(directory / "out", rows, tasks=[{**task, "prompt": HOSTILE} for task in TASKS])
 
 
 @pytest.fixture
 def opened(driver: Any, output: Path) -> Any:
     written = write_report(ReportOptions(str(output), truths={})).report
-    browser.requests(driver)
+    browser.take_requests(driver)
     browser.open_page(driver, written)
     return driver
 
@@ -92,7 +92,7 @@ def test_a_filter_leaves_the_rows_that_it_names(opened: Any) -> None:
 
 
 def test_more_rows_come_when_the_end_is_near(driver: Any, tmp_path: Path) -> None:
-    output = write_run(tmp_path / "out", [item(f"row-{i}", answers_of()) for i in range(700)])
+    output = write_run(tmp_path / "out", [make_item(f"row-{i}", make_answers()) for i in range(700)])
     browser.open_page(driver, write_report(ReportOptions(str(output), rows=700)).report)
     assert len(shown(driver)) == 300
     for count in (600, 700):
@@ -165,7 +165,7 @@ def test_what_others_wrote_is_shown_and_does_not_run(opened: Any) -> None:
 
 def test_the_page_asks_for_nothing(opened: Any) -> None:
     click(opened, ".card")
-    (own, *others) = browser.requests(opened)
+    (own, *others) = browser.take_requests(opened)
     assert own.endswith("/report.html") and own.startswith("file:")
     assert all(url.startswith("data:") for url in others), others
 
@@ -176,12 +176,12 @@ def test_markup_that_was_not_escaped_would_not_run_either(
     monkeypatch.setattr(page, "json_for_html", json.dumps)
     written = write_report(ReportOptions(str(output), to=str(tmp_path / "open.html"))).report
     assert "<img src=x onerror" in Path(written).read_text()
-    browser.requests(driver)
+    browser.take_requests(driver)
     browser.open_page(driver, written)
     injected = "return [document.scripts[1].textContent.startsWith('window.hacked'), document.images.length]"
     assert driver.execute_script(injected) == [True, 1], "it is there"
     assert driver.execute_script("return window.hacked") is None
-    assert len([url for url in browser.requests(driver) if not url.startswith("data:")]) == 1
+    assert len([url for url in browser.take_requests(driver) if not url.startswith("data:")]) == 1
     assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
 
 

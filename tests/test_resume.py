@@ -11,7 +11,7 @@ import pytest
 
 from demo.drawings import make_picture
 from pipelines.output.sink import read_results
-from tests.support.processes import Job, OpenCounter, against_the_clock, files_in, run_caption, run_job, wait_for
+from tests.support.processes import Job, OpenCounter, against_the_clock, list_files, run_caption, run_job, wait_for
 
 NUM_ROWS = 160
 MAX_PAUSE_S = 12.0  # about how long a run takes
@@ -40,8 +40,8 @@ def whole_run(job: str, pictures: Path, output: Path, ray_address: str) -> list[
 def kill_at_work(job: Job, output: Path, pause_s: float | None) -> None:
     """SIGKILL the driver once it has written another file, or after a pause wherever it is."""
     if pause_s is None:
-        before = files_in(output)
-        wait_for(lambda: job.process.poll() is not None or files_in(output) != before, 100)
+        before = list_files(output)
+        wait_for(lambda: job.process.poll() is not None or list_files(output) != before, 100)
     else:
         time.sleep(pause_s)
     job.kill()

@@ -16,7 +16,7 @@ from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
-from tests.support.outputs import results_of
+from tests.support.outputs import make_results
 from tests.support.processes import Job, OpenCounter
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
@@ -101,10 +101,10 @@ def test_a_run_in_which_everything_fails_stops_early(
 
 def test_reasons_that_differ_in_numbers_are_one(caplog: pytest.LogCaptureFixture) -> None:
     reasons = ErrorMonitor(stop_error_rate=1)
-    rows = results_of(range(30), errors=range(25)).to_pylist()
+    rows = make_results(range(30), errors=range(25)).to_pylist()
     for i, row in enumerate(rows[:20]):
         row["error"] = f"{i * 1000:,} bytes are too many"
-    reasons.add(pa.Table.from_pylist(rows, results_of([0]).schema))
+    reasons.add(pa.Table.from_pylist(rows, make_results([0]).schema))
     reasons.log()
     assert "25 error rows" in caplog.text
     assert "20 x decode: 0 bytes are too many" in caplog.text
@@ -113,8 +113,8 @@ def test_reasons_that_differ_in_numbers_are_one(caplog: pytest.LogCaptureFixture
 
 def test_a_small_run_is_never_stopped() -> None:
     reasons = ErrorMonitor(stop_error_rate=0.9)
-    reasons.add(results_of(range(499), errors=range(499)))
+    reasons.add(make_results(range(499), errors=range(499)))
     with pytest.raises(EverythingFails, match="500 of the first 500 rows"):
-        reasons.add(results_of([499], errors=[499]))
+        reasons.add(make_results([499], errors=[499]))
     half = ErrorMonitor(stop_error_rate=0.9)
-    half.add(results_of(range(1000), errors=range(900)))
+    half.add(make_results(range(1000), errors=range(900)))

@@ -20,29 +20,29 @@ from pipelines.errors import StageFailed
 from pipelines.generate import Replica
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
-from tests.support.engines import engine_of
+from tests.support.engines import load_engine
 from tests.support.fake_engine import FakeEngine, FakeEngineFactory
-from tests.support.job_configs import MODEL, config
+from tests.support.job_configs import MODEL, make_job_config
 from tests.support.jsonl_files import write_lines
-from tests.support.parquet_files import HF, kept_columns, write
-from tests.support.pictures import picture
-from tests.support.processes import OpenCounter, files_in, wait_for
+from tests.support.parquet_files import HF, make_kept_columns, write
+from tests.support.pictures import encode_picture
+from tests.support.processes import OpenCounter, list_files, wait_for
 from tests.support.tars import write_tar
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
     """A file, tars, Parquet and JSON lines: 40 good rows with a label 0, 1, ... and 6 bad ones."""
-    (tmp_path / "file.png").write_bytes(picture(0))
+    (tmp_path / "file.png").write_bytes(encode_picture(0))
     members = [
         member
         for i in range(1, 21)
-        for member in ((f"{i:02}.png", picture(i)), (f"{i:02}.json", json.dumps({"label": i}).encode()))
+        for member in ((f"{i:02}.png", encode_picture(i)), (f"{i:02}.json", json.dumps({"label": i}).encode()))
     ]
     write_tar(tmp_path / "a.tar", [*members[:20:2], *members[1:20:2], ("bad.png", b"no image")])
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:100])
     write_tar(tmp_path / "c.tgz", [*members[20:], ("bad.json", b"{}")], "w:gz")
-    images = [{"bytes": picture(i), "path": None} for i in range(21, 31)]
+    images = [{"bytes": encode_picture(i), "path": None} for i in range(21, 31)]
     table = {
         "image": pa.array([*images, None], HF),
         "label": range(21, 32),
@@ -57,7 +57,7 @@ def shards(tmp_path: Path) -> list[Path]:
 
 def test_every_kind_of_input_in_one_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 7}
-    summary = run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    summary = run_pipeline(make_job_config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     rows = read_results(str(tmp_path / "out")).to_pylist()
     ids = [row["id"] for row in rows]
     assert summary.rows == len(rows) == len(set(ids)) == 46
@@ -82,11 +82,13 @@ def test_every_kind_of_input_in_one_run(ray_cluster: None, shards: list[Path], t
 
 
 def test_kept_columns_keep_their_types_to_the_output(ray_cluster: None, tmp_path: Path) -> None:
-    columns = kept_columns(20)
-    table = {"image": [picture(i) for i in range(19)] + [b"bad"], **columns}
+    columns = make_kept_columns(20)
+    table = {"image": [encode_picture(i) for i in range(19)] + [b"bad"], **columns}
     write(tmp_path / "a.parquet", table, row_group_size=6)
     options = {"image_column": "image", "keep_columns": tuple(columns), "rows_per_file": 6}
-    run_pipeline(config([tmp_path / "a.parquet"], tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    run_pipeline(
+        make_job_config([tmp_path / "a.parquet"], tmp_path / "out", **options), make_engine=FakeEngineFactory()
+    )
     results = read_results(str(tmp_path / "out"))
     assert results.select(list(columns)).to_pylist() == pa.table(columns).to_pylist()
     wanted = pa.schema([*schema.OUTPUT, *pa.table(columns).schema])
@@ -115,7 +117,7 @@ class DyingEngine(FakeEngine):
                 file.write("call\n")
             number = len(factory.calls.read_text().splitlines())
         if number == 3:
-            wait_for(lambda: bool(files_in(factory.output)), 100)
+            wait_for(lambda: bool(list_files(factory.output)), 100)
             raise RuntimeError("out of luck")
         return super().generate(requests, params)
 
@@ -124,25 +126,25 @@ def test_a_run_that_died_goes_on(ray_cluster: None, shards: list[Path], tmp_path
     options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 4}
     dying = DiesOnce(calls=tmp_path / "calls", output=tmp_path / "out")
     with pytest.raises(StageFailed):
-        run_pipeline(config(shards, tmp_path / "out", **options), make_engine=dying)
+        run_pipeline(make_job_config(shards, tmp_path / "out", **options), make_engine=dying)
     done = len(read_results(str(tmp_path / "out")))
     assert 0 < done < 46
-    summary = run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    summary = run_pipeline(make_job_config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     assert (summary.rows, summary.skipped_done) == (46, done)
-    run_pipeline(config(shards, tmp_path / "whole", **options), make_engine=FakeEngineFactory())
+    run_pipeline(make_job_config(shards, tmp_path / "whole", **options), make_engine=FakeEngineFactory())
     resumed, whole = (read_results(str(tmp_path / name)).to_pylist() for name in ("out", "whole"))
     assert repr(resumed) == repr(whole)  # repr, for NaN
 
 
 def test_resume_opens_only_shards_with_missing_rows(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     options = {"prompt_column": "question", "rows_per_file": 7}
-    run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+    run_pipeline(make_job_config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     whole = read_results(str(tmp_path / "out")).to_pylist()
     max((tmp_path / "out" / "data").iterdir()).unlink()
     done = {row["id"] for row in read_results(str(tmp_path / "out")).to_pylist()}
     needed = {Path(row["uri"]).name for row in whole if row["id"] not in done}
     with OpenCounter(tmp_path) as counter:
-        run_pipeline(config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
+        run_pipeline(make_job_config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     assert 0 < len(done) < 46 and not needed & {"a.tar", "b.tar"}
     assert counter.opens.keys() <= needed
     assert repr(read_results(str(tmp_path / "out")).to_pylist()) == repr(whole)
@@ -153,13 +155,13 @@ def test_rows_without_images_are_answered_by_the_model() -> None:
     processor, image = Processor.from_pretrained(MODEL), Image.new("RGB", (90, 60), "red")
     requests = [processor.request("2 + 2?", images) for images in ([], [image], [image] * 3)]
     params = SamplingParams(max_new_tokens=4)
-    together = engine_of("tiny56-tied").generate(requests, params)
-    [alone] = engine_of("tiny56-tied").generate(requests[:1], params)
+    together = load_engine("tiny56-tied").generate(requests, params)
+    [alone] = load_engine("tiny56-tied").generate(requests[:1], params)
     assert together[0].output_ids.tolist() == alone.output_ids.tolist() != []
 
 
 def test_another_choice_of_columns_is_another_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     engine = FakeEngineFactory()
-    run_pipeline(config(shards[-1:], tmp_path / "out", keep_columns=("label",)), make_engine=engine)
+    run_pipeline(make_job_config(shards[-1:], tmp_path / "out", keep_columns=("label",)), make_engine=engine)
     with pytest.raises(ValueError, match="keep-columns"):
-        run_pipeline(config(shards[-1:], tmp_path / "out"), make_engine=engine)
+        run_pipeline(make_job_config(shards[-1:], tmp_path / "out"), make_engine=engine)

@@ -22,23 +22,23 @@ from ovis_model.engine.requests import RequestState
 from ovis_model.engine.scheduler import Budget
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Request, RequestError, SamplingParams
-from tests.support.engines import engine_of, golden_requests, prompt_logits
+from tests.support.engines import compute_logits, load_engine, make_golden_requests
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
-from tests.support.golden_items import CHOICE, CHOICES, END, TASKS, alone, assert_same, items_of, params_of
+from tests.support.golden_items import CHOICE, CHOICES, END, TASKS, assert_same, generate_alone, make_items, make_params
 from tests.support.replays import Recorded
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("slots", [1, 5, 64])
 def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_an_item(checkpoint: str, slots: int) -> None:
-    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=400 * slots, slots=slots))
+    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=400 * slots, slots=slots))
     # The longest first, so that the cache need not grow: a row that waits for that finds no sibling in it.
-    order = sorted(range(8), key=lambda item: -len(items_of(checkpoint)[item][0].input_ids))
-    items = [items_of(checkpoint)[index] for index in order]
+    order = sorted(range(8), key=lambda item: -len(make_items(checkpoint)[item][0].input_ids))
+    items = [make_items(checkpoint)[index] for index in order]
     requests = [request for item in items for request in item]
-    found = engine.generate(requests, [params_of(task) for _ in items for task in range(len(TASKS))])
+    found = engine.generate(requests, [make_params(task) for _ in items for task in range(len(TASKS))])
     for index, completion in enumerate(found):
-        assert_same(completion, alone(checkpoint, order[index // len(TASKS)], index % len(TASKS)))
+        assert_same(completion, generate_alone(checkpoint, order[index // len(TASKS)], index % len(TASKS)))
     assert engine.stats.tiles == sum(len(item[0].tiles) for item in items)
     prefixes = Counter(prefix for item in items for prefix in find_prefixes(item))
     shared = sum(prefix.length * (num_rows - 1) for prefix, num_rows in prefixes.items())
@@ -52,15 +52,15 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
 ) -> None:
     """Also where captured steps take in slots that no row uses, and where memory ends at some moment."""
     checkpoint = "tiny56-tied"
-    items, options = items_of(checkpoint), {"make_step_runner": Recorded()} if replayed else {}
-    engine = EngineCore(engine_of(checkpoint).model, budget=Budget(kv_tokens=230 * slots, slots=slots), **options)
+    items, options = make_items(checkpoint), {"make_step_runner": Recorded()} if replayed else {}
+    engine = EngineCore(load_engine(checkpoint).model, budget=Budget(kv_tokens=230 * slots, slots=slots), **options)
     tasks = st.lists(st.integers(0, len(TASKS) - 1), min_size=1, max_size=8)
     calls = data.draw(st.lists(st.lists(st.tuples(st.integers(0, 7), tasks), min_size=1, max_size=4), max_size=3))
     rows: list[tuple[RequestState, int, int]] = []
     for call in calls:
         picked = [(item, task) for item, own in call for task in own]
         random.Random(len(picked)).shuffle(picked)
-        params = [params_of(task) for _, task in picked]
+        params = [make_params(task) for _, task in picked]
         enqueued = engine.enqueue([items[item][task] for item, task in picked], params)
         rows += [(row, *which) for row, which in zip(enqueued, picked, strict=True)]
         for _ in range(data.draw(st.integers(0, 5))):
@@ -72,7 +72,7 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
         engine.step()
     for row, item, task in rows:
         if row.error is None:  # with one slot, a row that is out of memory fails
-            assert_same(row.completion(), alone(checkpoint, item, task))
+            assert_same(row.completion(), generate_alone(checkpoint, item, task))
         assert row.item.visual is None
     assert slots == 1 or not any(row.error for row, _, _ in rows)
 
@@ -80,10 +80,10 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_probabilities_of_choices_are_those_of_scoring_each_by_itself(checkpoint: str) -> None:
     """`model.forward` over prompt and choice, without a cache."""
-    model = engine_of(checkpoint).model
+    model = load_engine(checkpoint).model
     choices = (*CHOICES, tuple(range(100, 140)))
-    requests = [item[0] for item in items_of(checkpoint)]
-    completions = engine_of(checkpoint).generate(requests, SamplingParams(choices=choices))
+    requests = [item[0] for item in make_items(checkpoint)]
+    completions = load_engine(checkpoint).generate(requests, SamplingParams(choices=choices))
     for request, completion in zip(requests, completions, strict=True):
         logliks = torch.stack([loglik(model, request, choice) for choice in choices])
         assert completion.choice_probs is not None and completion.choice_probs.dtype == np.float32
@@ -96,12 +96,12 @@ def test_probabilities_of_choices_are_those_of_scoring_each_by_itself(checkpoint
 
 def loglik(model: torch.nn.Module, request: Request, choice: tuple[int, ...]) -> torch.Tensor:
     ids = np.concatenate([request.input_ids, np.array(choice, np.int32)])
-    logprobs = prompt_logits(model, replace(request, input_ids=ids)).log_softmax(-1)[len(request.input_ids) - 1 : -1]
+    logprobs = compute_logits(model, replace(request, input_ids=ids)).log_softmax(-1)[len(request.input_ids) - 1 : -1]
     return logprobs.gather(1, torch.tensor(choice)[:, None]).sum()
 
 
 def test_choices_are_drawn_at_a_temperature_by_the_rows_own_seed() -> None:
-    engine, request = engine_of("tiny56-tied"), items_of("tiny56-tied")[0][3]
+    engine, request = load_engine("tiny56-tied"), make_items("tiny56-tied")[0][3]
     choices = ((17,), (9,), (301,), (22,))
     params = [SamplingParams(choices=choices, temperature=2.0, seed=seed) for seed in range(400)]
     found = engine.generate([request] * 400, params)
@@ -116,8 +116,8 @@ def test_choices_are_drawn_at_a_temperature_by_the_rows_own_seed() -> None:
 
 
 def test_a_choice_without_logprobs_still_has_probabilities() -> None:
-    [completion] = engine_of("tiny56-tied").generate(
-        [items_of("tiny56-tied")[0][0]], SamplingParams(choices=CHOICES, logprobs=False)
+    [completion] = load_engine("tiny56-tied").generate(
+        [make_items("tiny56-tied")[0][0]], SamplingParams(choices=CHOICES, logprobs=False)
     )
     assert math.isnan(completion.mean_logprob) and completion.choice_probs is not None
 
@@ -128,17 +128,17 @@ def test_many_choices_and_small_passes() -> None:
     rng = random.Random(3)
     choices = tuple((*(rng.randrange(500) for _ in range(rng.randrange(1, 9))), END) for _ in range(150))
     params = SamplingParams(choices=choices)
-    requests = items_of(checkpoint)[3][:3]
+    requests = make_items(checkpoint)[3][:3]
     budget = Budget(kv_tokens=1000, slots=2, prefill_tokens=64)
-    small = OvisEngine.from_model(engine_of(checkpoint).model, budget=budget).generate(requests, params)
-    for found, wanted in zip(small, engine_of(checkpoint).generate(requests, params), strict=True):
+    small = OvisEngine.from_model(load_engine(checkpoint).model, budget=budget).generate(requests, params)
+    for found, wanted in zip(small, load_engine(checkpoint).generate(requests, params), strict=True):
         assert_same(found, wanted)
         assert found.choice_probs is not None and float(found.choice_probs.sum()) == pytest.approx(1)
 
 
 def test_samples_of_one_prompt_share_all_but_its_last_token() -> None:
     checkpoint = "tiny56-tied"
-    engine, request = OvisEngine.from_model(engine_of(checkpoint).model), golden_requests(checkpoint)[0]
+    engine, request = OvisEngine.from_model(load_engine(checkpoint).model), make_golden_requests(checkpoint)[0]
     params = [SamplingParams(max_new_tokens=6, temperature=2.0, seed=seed) for seed in range(8)]
     found = engine.generate([request] * 8, params)
     for completion, own in zip(found, params, strict=True):
@@ -149,7 +149,7 @@ def test_samples_of_one_prompt_share_all_but_its_last_token() -> None:
 
 def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = "tiny56-tied"
-    engine = OvisEngine.from_model(engine_of(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
+    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
     extend = Extend.__init__
 
     def limited(self: Extend, cache: object, sources: torch.Tensor, *others: object) -> None:
@@ -158,18 +158,18 @@ def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pyte
         extend(self, cache, sources, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Extend, "__init__", limited)
-    params = [replace(params_of(task), choices=TASKS[task][2].choices[:1]) for task in range(len(TASKS))]
-    found = engine.generate(items_of(checkpoint)[0], params)
+    params = [replace(make_params(task), choices=TASKS[task][2].choices[:1]) for task in range(len(TASKS))]
+    found = engine.generate(make_items(checkpoint)[0], params)
     for task, completion in enumerate(found):
         if not params[task].choices:
-            assert_same(completion, alone(checkpoint, 0, task))
+            assert_same(completion, generate_alone(checkpoint, 0, task))
     assert engine.backend.core.scheduler.budget.slots == 2
 
 
 def test_a_row_that_is_out_of_memory_keeps_no_visual_tokens() -> None:
     checkpoint = "tiny56-tied"
-    engine = EngineCore(engine_of(checkpoint).model, budget=Budget(kv_tokens=400, slots=1))
-    requests = [items_of(checkpoint)[item][0] for item in (0, 1)]
+    engine = EngineCore(load_engine(checkpoint).model, budget=Budget(kv_tokens=400, slots=1))
+    requests = [make_items(checkpoint)[item][0] for item in (0, 1)]
     first, second = engine.enqueue(requests, [SamplingParams(max_new_tokens=1)] * 2)
     engine.step()
     assert first.has_left and second.item.visual is not None  # its tiles were in the same pass
@@ -198,15 +198,15 @@ def test_what_siblings_share() -> None:
 
 
 def test_a_group_with_different_images_is_refused_by_name() -> None:
-    first = items_of("tiny56-tied")[0][0]
+    first = make_items("tiny56-tied")[0][0]
     for other in (
         replace(first, tiles=np.where(first.tiles == 0, 1, first.tiles).astype(np.uint8)),
         replace(first, tile_sizes=first.tile_sizes - 1),
-        replace(items_of("tiny56-tied")[-1][0], group=first.group),
+        replace(make_items("tiny56-tied")[-1][0], group=first.group),
     ):
         broken = [replace(request, group="dog.jpg") for request in (first, first, other)]
         with pytest.raises(ValueError, match=r"request 2 has other images than .* group 'dog.jpg'"):
-            engine_of("tiny56-tied").generate(broken, CHOICE)
+            load_engine("tiny56-tied").generate(broken, CHOICE)
 
 
 def test_a_group_survives_the_way_to_another_process() -> None:
@@ -220,7 +220,7 @@ def test_a_group_survives_the_way_to_another_process() -> None:
 def test_bad_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="must be non-empty"):
         SamplingParams(choices=((5,), ()))
-    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[0]
+    engine, request = load_engine("tiny56-tied"), make_golden_requests("tiny56-tied")[0]
     with pytest.raises(RequestError, match="request 0: a choice holds token 640; the model has 640"):
         engine.generate([request], SamplingParams(choices=((5, 640),)))
     long = SamplingParams(choices=(tuple([5] * 40_000),))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, SiglipModel
 from ovis_model.inputs.keyframes import select_frames
 from ovis_model.network.siglip import SiglipEncoder
 from tests.support.golden_data import checkpoint_dir
-from tests.support.objects import OBJECTS, Object, scenes
+from tests.support.objects import OBJECTS, Object, draw_scenes
 from tests.support.roots import TINY_SIGLIP
 
 
@@ -85,7 +85,7 @@ def test_it_is_small_and_knows_its_objects() -> None:
 
 @cache
 def vectors_of(seed: int) -> tuple[list[Object], np.ndarray]:
-    chosen, images = scenes(seed)
+    chosen, images = draw_scenes(seed)
     return chosen, encoder().encode_frames(np.stack([np.asarray(image.resize((32, 32))) for image in images]))
 
 

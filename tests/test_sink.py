@@ -16,7 +16,7 @@ from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, RowRange
 from pipelines.output.sink import Sink, read_results, remove_temporaries, write_file
 from pipelines.storage import store
-from tests.support.outputs import results_of
+from tests.support.outputs import make_results
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_rows_come_back_once_and_in_order(data: Path) -> None:
     ledger = Ledger()
     with sink_of(data, ledger, rows_per_file=4) as out:
         for rows in ([7, 3], [0, 1, 9], [1, 7, 2], [8, 5, 4, 6], [3]):
-            out.add(results_of(rows))
+            out.add(make_results(rows))
     assert read_results(str(data.parent)).column("id").to_pylist() == [f"id-{row}" for row in range(10)]
     assert ledger.done == Ledger.read(str(data)).done == ((0, 10),)
     assert all(pq.read_metadata(file).num_rows <= 4 for file in data.iterdir())
@@ -42,14 +42,14 @@ def test_rows_come_back_once_and_in_order(data: Path) -> None:
 
 def test_add_tells_which_rows_were_new(data: Path) -> None:
     out = sink_of(data, Ledger(done=(RowRange(0, 2),)), rows_per_file=100)
-    assert out.add(results_of([1, 2, 3])).column("row").to_pylist() == [2, 3]
-    assert out.add(results_of([3, 4])).column("row").to_pylist() == [4]
+    assert out.add(make_results([1, 2, 3])).column("row").to_pylist() == [2, 3]
+    assert out.add(make_results([3, 4])).column("row").to_pylist() == [4]
 
 
 def test_what_is_finished_is_written_though_nothing_more_arrives(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink, "FLUSH_S", 0.2)
     with sink_of(data, Ledger(), rows_per_file=1000) as out:
-        out.add(results_of([0]))
+        out.add(make_results([0]))
         deadline_s = time.monotonic() + 60
         while not any(data.glob("*.parquet")):
             assert time.monotonic() < deadline_s
@@ -63,7 +63,7 @@ def test_an_interrupt_on_the_way_out_loses_no_row(data: Path, monkeypatch: pytes
 
     out = sink_of(data, Ledger(), rows_per_file=1000)
     with pytest.raises(KeyboardInterrupt), out:
-        out.add(results_of([0, 1]))
+        out.add(make_results([0, 1]))
         monkeypatch.setattr(threading.Thread, "join", interrupted)
     assert len(read_results(str(data.parent))) == 2
 
@@ -72,12 +72,14 @@ def test_a_driver_that_was_replaced_writes_nothing(data: Path) -> None:
     out = sink_of(data, Ledger(), rows_per_file=1)
     sink_of(data, Ledger(), rows_per_file=1)  # takes the lease over
     with pytest.raises(LeaseLost):
-        out.add(results_of([0]))
+        out.add(make_results([0]))
     assert not data.exists()
 
 
 def test_the_same_rows_give_the_same_name(data: Path) -> None:
-    assert write_file(str(data), results_of([1, 3])).file_name == write_file(str(data), results_of([1, 3])).file_name
+    assert (
+        write_file(str(data), make_results([1, 3])).file_name == write_file(str(data), make_results([1, 3])).file_name
+    )
     assert len(list(data.iterdir())) == 1
 
 
@@ -87,18 +89,18 @@ def test_a_failed_write_leaves_nothing(data: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_file(str(data), results_of([0]))
+        write_file(str(data), make_results([0]))
     assert list(data.iterdir()) == []
 
 
 def test_temporaries_of_a_killed_writer_are_removed(data: Path) -> None:
     data.mkdir()
     (data / f".rows-0-1.parquet.abc{store.TEMPORARY_SUFFIX}").write_bytes(b"half")
-    write_file(str(data), results_of([0]))
+    write_file(str(data), make_results([0]))
     remove_temporaries(str(data))
     assert len(list(data.iterdir())) == 1
 
 
 def test_an_object_store_gets_one_put() -> None:
-    write_file("memory://bucket/data", results_of([0, 1]))
+    write_file("memory://bucket/data", make_results([0, 1]))
     assert read_results("memory://bucket").column("text").to_pylist() == ["text 0", "text 1"]

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.errors import SourceError
 from pipelines.storage.store import read_bytes
-from tests.support.rows import Row, rows_of
+from tests.support.rows import Row, list_input
 
 
 @pytest.fixture
@@ -26,26 +26,26 @@ def names(rows: list[Row]) -> list[str]:
 
 
 def test_a_directory_gives_its_images_in_order(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = rows_of(tree)
+    rows = list_input(tree)
     assert names(rows) == [".hidden.gif", "1.jpg", "_3.webp", "2.PNG", "img[1].jpg"]
     assert all(row["id"] == row["uri"] and row["images"][0]["num_bytes"] == 5 and not row["error"] for row in rows)
     assert "left out 1 files" in caplog.text and "1 .txt" in caplog.text
 
 
 def test_a_file_is_taken_whatever_its_name(tree: Path) -> None:
-    assert names(rows_of(tree / "a" / "notes.txt", tree / "img[1].jpg")) == ["notes.txt", "img[1].jpg"]
+    assert names(list_input(tree / "a" / "notes.txt", tree / "img[1].jpg")) == ["notes.txt", "img[1].jpg"]
 
 
 def test_globs(tree: Path) -> None:
-    assert names(rows_of(tree / "**" / "*.jpg")) == ["1.jpg", "img[1].jpg"]
+    assert names(list_input(tree / "**" / "*.jpg")) == ["1.jpg", "img[1].jpg"]
     with pytest.raises(SourceError, match="no files match"):
-        rows_of(tree / "*.bmp")
+        list_input(tree / "*.bmp")
 
 
 def test_a_name_is_never_taken_for_an_instruction(tree: Path) -> None:
     for name in ("1.jpg::x.jpg", "a#b?.jpg", "memory:c.jpg", "~d.jpg"):
         (tree / name).write_bytes(b"123456789")
-    rows = {Path(row["uri"]).name: row for row in rows_of(tree)}
+    rows = {Path(row["uri"]).name: row for row in list_input(tree)}
     strange = ("1.jpg::x.jpg", "a#b?.jpg", "memory:c.jpg", "~d.jpg")
     assert all(rows[name]["images"][0]["num_bytes"] == 9 for name in strange)
     assert read_bytes(rows["1.jpg::x.jpg"]["uri"]) == b"123456789"
@@ -57,33 +57,33 @@ def test_links_are_followed_once(tree: Path) -> None:
     outside.mkdir()
     (outside / "4.jpg").touch()
     (tree / "link").symlink_to(outside)
-    assert names(rows_of(tree)).count("1.jpg") == 1
-    assert "4.jpg" in names(rows_of(tree))
+    assert names(list_input(tree)).count("1.jpg") == 1
+    assert "4.jpg" in names(list_input(tree))
 
 
 def test_limit_and_several_inputs(tree: Path) -> None:
-    assert names(rows_of(tree / "b", tree / "a", limit=2)) == ["2.PNG", "1.jpg"]
+    assert names(list_input(tree / "b", tree / "a", limit=2)) == ["2.PNG", "1.jpg"]
 
 
 def test_a_repeated_id_is_named_before_anything_starts(tree: Path) -> None:
     with pytest.raises(SourceError, match=r"2 rows repeat an id.*1\.jpg \(2 times\)"):
-        rows_of(tree / "a", tree / "a")
+        list_input(tree / "a", tree / "a")
 
 
 def test_missing_inputs_and_unknown_shards_are_refused(tree: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
-        rows_of(tree / "nothing")
+        list_input(tree / "nothing")
     (tree / "shard.zip").touch()
     with pytest.raises(SourceError, match=r"not read; make them \.tar"):
-        rows_of(tree / "shard.zip")
+        list_input(tree / "shard.zip")
 
 
 def test_an_object_store_keeps_its_scheme() -> None:
     with fsspec.open("memory://bucket/pictures/a.png", "wb") as file:
         file.write(b"123")
-    assert [row["uri"] for row in rows_of("memory://bucket/pictures")] == ["memory:///bucket/pictures/a.png"]
+    assert [row["uri"] for row in list_input("memory://bucket/pictures")] == ["memory:///bucket/pictures/a.png"]
 
 
 def test_an_unknown_scheme_and_a_missing_extra_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="nosuch"):
-        rows_of("nosuch://bucket/x")
+        list_input("nosuch://bucket/x")

@@ -20,9 +20,9 @@ from pipelines.storage import store
 from tests.support.faulty_store import Faults, FaultyStore
 from tests.support.golden_data import checkpoint_dir
 from tests.support.parquet_files import HF, write
-from tests.support.pictures import picture
+from tests.support.pictures import encode_picture
 from tests.support.processes import run_caption
-from tests.support.stages import preprocess_stage, run_stage
+from tests.support.stages import make_stage, run_stage
 from tests.support.tars import write_tar
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
@@ -67,12 +67,12 @@ def test_every_read_and_write_of_a_failing_store_is_tried_again(
 
 
 def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
-    images = [{"bytes": picture(i), "path": None} for i in range(40)]
+    images = [{"bytes": encode_picture(i), "path": None} for i in range(40)]
     s3.put_file(
         str(write(tmp_path / "a.parquet", {"image": __import__("pyarrow").array(images, HF)})), "bucket/a.parquet"
     )
     s3.put_file(
-        str(write_tar(tmp_path / "b.tgz", [(f"{i}.png", picture(i)) for i in range(40)], "w:gz")), "bucket/b.tgz"
+        str(write_tar(tmp_path / "b.tgz", [(f"{i}.png", encode_picture(i)) for i in range(40)], "w:gz")), "bucket/b.tgz"
     )
     with server.failing(Faults(share=0.3, kinds=("error", "cut"))) as faults:
         config = CaptionConfig(input=("s3://bucket/a.parquet", "s3://bucket/b.tgz"), output="out", model="demo")
@@ -80,12 +80,12 @@ def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.Abstract
             rows = [row for table in listing.read_tables() for row in table.to_pylist()]
         fetcher = Fetcher()
         data = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
-    assert data == [[picture(i)] for i in range(40)] * 2
+    assert data == [[encode_picture(i)] for i in range(40)] * 2
     assert faults.num_faults > 0
 
 
 def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fsspec.AbstractFileSystem) -> None:
-    s3.pipe_file("bucket/a.png", picture(0))
+    s3.pipe_file("bucket/a.png", encode_picture(0))
     with server.failing(Faults(share=1.0)):
         with pytest.raises(StoreFault, match="fails again and again"):
             store.read_bytes("s3://bucket/a.png")
@@ -97,7 +97,7 @@ def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fssp
 
 def prepared(output: Path, server: FaultyStore, faults: Faults) -> list[PreparedRow]:
     """Twelve rows after the CPU stage, whose reads meet the faults."""
-    stage, units = preprocess_stage(CaptionConfig(input=("s3://bucket/in",), output=str(output), model=MODEL))
+    stage, units = make_stage(CaptionConfig(input=("s3://bucket/in",), output=str(output), model=MODEL))
     with server.failing(faults):
         return run_stage(stage, units)
 
@@ -105,7 +105,7 @@ def prepared(output: Path, server: FaultyStore, faults: Faults) -> list[Prepared
 @pytest.fixture
 def pictures(s3: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
     for i in range(12):
-        s3.pipe_file(f"bucket/in/{i:02}.png", picture(i))
+        s3.pipe_file(f"bucket/in/{i:02}.png", encode_picture(i))
     return s3
 
 

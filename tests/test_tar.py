@@ -17,8 +17,8 @@ from pipelines.errors import SourceError
 from pipelines.sources.rows import ColumnRoles
 from pipelines.sources.tar import TarLimits, list_tar
 from pipelines.storage.store import FileInfo
-from tests.support.fetched import images_of
-from tests.support.rows import Row, rows_of
+from tests.support.fetched import fetch_images
+from tests.support.rows import Row, list_input
 from tests.support.tars import write_tar
 
 
@@ -41,9 +41,9 @@ def test_members_of_a_key_are_a_row_in_any_order(tmp_path: Path, name: str, mode
         ],
         mode,
     )
-    rows = rows_of(path, prompt_column="txt", keep_columns=("label", "n"))
+    rows = list_input(path, prompt_column="txt", keep_columns=("label", "n"))
     assert keys(rows) == ["d/1", "d/2", "e/1", "d/3"]
-    assert images_of(rows) == [[b"one"], [b"two"], [b"another one"], [b"three"]]
+    assert fetch_images(rows) == [[b"one"], [b"two"], [b"another one"], [b"three"]]
     assert [row["prompt"] for row in rows] == ["What?", *["Describe the image."] * 3]
     assert [row["kept"] for row in rows][:2] == [{"label": None, "n": None}, {"label": "x", "n": 2}]
     assert {row["uri"] for row in rows} == {str(path)} and not any(row["error"] for row in rows)
@@ -51,37 +51,37 @@ def test_members_of_a_key_are_a_row_in_any_order(tmp_path: Path, name: str, mode
 
 def test_several_images_of_a_key_are_one_row(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("k.left.jpg", b"l"), ("other.png", b"o"), ("k.right.jpg", b"r")])
-    rows = rows_of(path)
+    rows = list_input(path)
     assert keys(rows) == ["k", "other"]
-    assert images_of(rows) == [[b"l", b"r"], [b"o"]]
+    assert fetch_images(rows) == [[b"l", b"r"], [b"o"]]
 
 
 def test_a_repeated_member_is_a_further_row(tmp_path: Path) -> None:
     members = [("k.jpg", b"1"), ("k.json", b'{"n": 1}'), ("x.jpg", b"x"), ("k.jpg", b"2"), ("k.json", b'{"n": 2}')]
-    rows = rows_of(write_tar(tmp_path / "a.tar", [*members, ("k.jpg", b"3")]), keep_columns=("n",))
+    rows = list_input(write_tar(tmp_path / "a.tar", [*members, ("k.jpg", b"3")]), keep_columns=("n",))
     assert keys(rows) == ["k", "x", "k~2", "k~3"]
-    assert images_of(rows) == [[b"1"], [b"x"], [b"2"], [b"3"]]
+    assert fetch_images(rows) == [[b"1"], [b"x"], [b"2"], [b"3"]]
     assert [row["kept"]["n"] for row in rows] == [1, None, 2, None]
 
 
 def test_no_payload_is_read_and_sidecars_only_if_a_column_is_wanted(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x" * 5000), ("1.json", b"not JSON")])
-    assert [row["error"] for row in rows_of(path)] == [""]
-    [row] = rows_of(path, keep_columns=())
+    assert [row["error"] for row in list_input(path)] == [""]
+    [row] = list_input(path, keep_columns=())
     assert row["images"][0]["offset"] == 512 and row["images"][0]["num_bytes"] == 5000
-    [row] = rows_of(path, prompt="{a}{", limit=1)  # no sidecar is readable: no columns, so braces are text
+    [row] = list_input(path, prompt="{a}{", limit=1)  # no sidecar is readable: no columns, so braces are text
     assert row["prompt"] == "{a}{" and "1.json cannot be read" in row["error"]
 
 
 def test_other_members_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"3"), ("README", b""), ("._1.jpg", b"junk")])
-    assert keys(rows_of(path)) == ["1"]
+    assert keys(list_input(path)) == ["1"]
     assert "left out 3 files" in caplog.text
 
 
 def test_a_sample_without_image_needs_a_prompt_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.txt", b"Why?"), ("2.json", b"{}")])
-    asked, silent = rows_of(path, prompt_column="txt")
+    asked, silent = list_input(path, prompt_column="txt")
     assert (asked["prompt"], asked["error"], asked["has_own_prompt"]) == ("Why?", "", True)
     assert "no image" in silent["error"]
     assert "1 rows have no image" in caplog.text
@@ -102,10 +102,10 @@ def test_names_that_would_escape_are_names_and_links_are_error_rows(tmp_path: Pa
         info = tarfile.TarInfo("a.directory.jpg")
         info.type = tarfile.DIRTYPE
         file.addfile(info)
-    rows = rows_of(path)
+    rows = list_input(path)
     assert keys(rows)[:4] == ["../../etc/passwd", "/absolute/1", "dir/./1", "n" * 300]
     assert keys(rows)[4:] == ["sym", "hard", "dev", "folder"]
-    assert images_of(rows[:4]) == [[b"x"]] * 4
+    assert fetch_images(rows[:4]) == [[b"x"]] * 4
     assert all("link or device" in row["error"] for row in rows[4:7]) and not rows[7]["error"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
 
@@ -118,14 +118,14 @@ def whole_tar(tmp_path: Path) -> bytes:
 def test_a_truncated_tar_gives_what_is_readable_and_one_error_row(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(whole_tar(tmp_path)[:keep])
-    rows = rows_of(path)
+    rows = list_input(path)
     *readable, damage = rows
     assert keys(readable)[:5] == [f"{i}" for i in range(5)] and not any(row["error"] for row in readable)
-    assert images_of(readable[:5]) == [[bytes([i]) * 700] for i in range(5)]
+    assert fetch_images(readable[:5]) == [[bytes([i]) * 700] for i in range(5)]
     assert damage["id"].startswith(f"{path}#byte-") and "damaged at byte" in damage["error"]
     if len(readable) > 5:  # its header is whole, its data is not
         with pytest.raises(OSError, match=r"ends within 5\.jpg"):
-            images_of(readable[5:])
+            fetch_images(readable[5:])
 
 
 @pytest.mark.parametrize("junk", [b"\xff" * 512, b"\0" * 512, b"junk" * 128])
@@ -135,7 +135,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path, junk: bytes) -> None:
     data[512 * 3 * 4 : 512 * 3 * 4 + 512] = junk
     path = tmp_path / "a.tar"
     path.write_bytes(data)
-    *readable, damage = rows_of(path)
+    *readable, damage = list_input(path)
     assert keys(readable) == [f"{i}" for i in range(4)]
     assert "damaged at byte 6,144" in damage["error"]
 
@@ -146,15 +146,15 @@ def test_a_truncated_gz_gives_what_is_readable(tmp_path: Path) -> None:
     noise = random.Random(0).randbytes
     path = write_tar(tmp_path / "a.tgz", [(f"{i}.jpg", noise(50_000)) for i in range(10)], "w:gz")
     path.write_bytes(path.read_bytes()[:250_000])
-    *readable, damage = rows_of(path)
+    *readable, damage = list_input(path)
     assert 4 <= len(readable) <= 6 and "damaged at byte" in damage["error"]
-    assert [len(images[0]) for images in images_of(readable[:4])] == [50_000] * 4
+    assert [len(images[0]) for images in fetch_images(readable[:4])] == [50_000] * 4
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar at all", b"<html>" * 1000])
 def test_what_is_no_tar_is_one_error_row(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
-    [row] = rows_of(tmp_path / "a.tar")
+    [row] = list_input(tmp_path / "a.tar")
     assert "damaged at byte 0" in row["error"]
 
 
@@ -163,7 +163,7 @@ def test_headers_that_lie_about_their_size_are_damage(tmp_path: Path) -> None:
         info = tarfile.TarInfo("1.jpg")
         info.size, info.type = size, tarfile.GNUTYPE_LONGNAME
         (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 10240)
-        [row] = rows_of(tmp_path / "a.tar")
+        [row] = list_input(tmp_path / "a.tar")
         assert "damaged at byte 0" in row["error"]
 
 
@@ -178,7 +178,7 @@ def test_the_number_of_members_is_bounded(tmp_path: Path) -> None:
 def test_bad_sidecars_are_error_rows(tmp_path: Path) -> None:
     bad = [b"[1]", b"{", b"\xff\xfe", json.dumps({"n": "\ud800"}).encode()]
     members = [member for i, data in enumerate(bad) for member in ((f"{i}.jpg", b"x"), (f"{i}.json", data))]
-    rows = rows_of(
+    rows = list_input(
         write_tar(tmp_path / "a.tar", [*members, ("9.jpg", b"x"), ("9.json", b'{"n": "y"}')]), keep_columns=("n",)
     )
     assert [bool(row["error"]) for row in rows] == [True] * 4 + [False]
@@ -187,18 +187,18 @@ def test_bad_sidecars_are_error_rows(tmp_path: Path) -> None:
 
 def test_ids_and_prompts_from_json(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.json", b'{"key": 17, "what": "a dog"}')])
-    [row] = rows_of(path, id_column="key", prompt="Is it {what}?")
+    [row] = list_input(path, id_column="key", prompt="Is it {what}?")
     assert (row["id"], row["prompt"]) == ("17", "Is it a dog?")
     with pytest.raises(SourceError, match=r"no column colour; its columns: key, what"):
-        rows_of(path, prompt="Is it {colour}?")
+        list_input(path, prompt="Is it {colour}?")
 
 
 def test_many_tars_keep_their_order_and_the_limit_holds(tmp_path: Path) -> None:
     for i in range(30):
         write_tar(tmp_path / f"{i:02}.tar", [(f"{j}.jpg", b"x") for j in range(3)])
-    rows = rows_of(tmp_path / "*.tar")
+    rows = list_input(tmp_path / "*.tar")
     assert [row["id"] for row in rows] == [f"{tmp_path}/{i:02}.tar#{j}" for i in range(30) for j in range(3)]
-    assert [row["id"] for row in rows_of(tmp_path / "*.tar", limit=5)] == [row["id"] for row in rows[:5]]
+    assert [row["id"] for row in list_input(tmp_path / "*.tar", limit=5)] == [row["id"] for row in rows[:5]]
 
 
 def test_a_gz_is_unpacked_once_when_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_a_gz_is_unpacked_once_when_read_in_order(tmp_path: Path, monkeypatch: p
     original = gzip.GzipFile.rewind
     monkeypatch.setattr(gzip.GzipFile, "rewind", lambda self: (rewinds.append(1), original(self)))
     path = write_tar(tmp_path / "a.tgz", [(f"{i}.jpg", bytes([i])) for i in range(50)], "w:gz")
-    assert images_of(rows_of(path)) == [[bytes([i])] for i in range(50)]
+    assert fetch_images(list_input(path)) == [[bytes([i])] for i in range(50)]
     assert len(rewinds) <= 1
 
 
@@ -219,8 +219,8 @@ def test_every_image_is_in_one_row_and_every_id_is_there_once(names: list[str], 
     members = [(name, b"{}" if name.endswith("json") else f"{i} {name}".encode()) for i, name in enumerate(names)]
     with tempfile.TemporaryDirectory() as directory:
         path = write_tar(Path(directory) / ("a.tar" if mode == "w" else "a.tgz"), [*members, ("z.jpg", b"last")], mode)
-        rows = rows_of(path, prompt_column="txt") if any(".txt" in name for name in names) else rows_of(path)
-        read = [data for images in images_of(rows) for data in images]
+        rows = list_input(path, prompt_column="txt") if any(".txt" in name for name in names) else list_input(path)
+        read = [data for images in fetch_images(rows) for data in images]
     assert sorted(read) == sorted([data for name, data in members if name.endswith(("jpg", "png"))] + [b"last"])
     assert len({row["id"] for row in rows}) == len(rows)
     assert all(row["images"] or row["error"] or row["has_own_prompt"] for row in rows)

@@ -15,7 +15,7 @@ from ovis_model.inputs.prompt import image_placeholders
 from ovis_model.inputs.tiling import choose_grid, num_tiles, picture_size, tile_image, tile_images
 from ovis_model.network.ovis import CLIP_MEAN, CLIP_STD, normalization_table
 from ovis_model.types import Grid
-from tests.support.golden_data import CHECKPOINTS, expected, picture
+from tests.support.golden_data import CHECKPOINTS, draw_picture, load_expected
 
 MAX_TILES = range(1, 13)
 sides = st.integers(1, 4000) | st.sampled_from([447, 448, 449, 896, 897, 1344, 1345, 4032])
@@ -70,10 +70,10 @@ def reference_grid(width: int, height: int, most: int, side: int = 448) -> tuple
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_equals_the_original_in_all_golden_cases(checkpoint: str) -> None:
-    data = expected(checkpoint)
+    data = load_expected(checkpoint)
     assert len(data["preprocessing"]) == 72
     for case in data["preprocessing"]:
-        image = picture(case).convert("RGB")
+        image = draw_picture(case).convert("RGB")
         grid = choose_grid(*image.size, case["max_partition"], data["image_size"])
         tiles, sizes = tile_image(image, case["max_partition"], data["image_size"])
         assert list(grid) == case["grid"], case

@@ -14,7 +14,7 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.prompt import expand_atoms, image_placeholders
 from ovis_model.network.weights import load_model
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Grid, Request, SamplingParams
-from tests.support.engines import golden_requests, pixels_of, prompt_logits
+from tests.support.engines import compute_logits, make_golden_requests, normalize_tiles
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 
 transformers = pytest.importorskip("transformers")
@@ -29,13 +29,13 @@ def test_logits_and_greedy_ids_equal_transformers(checkpoint: str, post_trunk_no
     if not post_trunk_norm:
         peer.model.vision_tower.transformer.rms_norm = torch.nn.Identity()
     ids_of = _native_ids(json.loads((directory / "config.json").read_text()))
-    for request in golden_requests(checkpoint):
+    for request in make_golden_requests(checkpoint):
         inputs = {"input_ids": torch.from_numpy(ids_of(request)).long()[None]}
         if len(request.tiles):
-            inputs["pixel_values"] = pixels_of(engine.model, request)
+            inputs["pixel_values"] = normalize_tiles(engine.model, request)
         with torch.inference_mode():
             wanted = peer(**inputs).logits[0]
-        ours = prompt_logits(engine.model, request)
+        ours = compute_logits(engine.model, request)
         np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=0)
         [completion] = engine.generate([request], SamplingParams(max_new_tokens=12))
         assert completion.output_ids.tolist() == _generate(peer, inputs)
@@ -85,8 +85,8 @@ def test_other_shapes_equal_transformers(tmp_path: Path, shape: str) -> None:
     to_native = _native_ids({"image_token_id": 90, "visual_indicator_token_ids": [91, 92, 93, 94, 95]})  # type: ignore[dict-item]
     with torch.inference_mode():
         ids = torch.from_numpy(to_native(request)).long()[None]
-        wanted = peer(input_ids=ids, pixel_values=pixels_of(model, request)).logits[0]
-    np.testing.assert_allclose(prompt_logits(model, request), wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+        wanted = peer(input_ids=ids, pixel_values=normalize_tiles(model, request)).logits[0]
+    np.testing.assert_allclose(compute_logits(model, request), wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
 
 
 def _peer_config(changes: dict[str, Any]) -> Any:

@@ -16,14 +16,14 @@ from PIL import Image
 from pipelines.errors import MediaError
 from pipelines.media.reference import Window
 from pipelines.media.video import Frame, Sampling, decode_frames_at, read_duration_s, sample_frames
-from tests.support.photographs import photographs
+from tests.support.photographs import find_photographs
 from tests.support.videos import (
     CLIPS,
     SHOT_STARTS,
-    clip,
+    draw_number,
+    find_clip,
     join,
-    number_in,
-    numbered,
+    read_number,
     write_repeated,
     write_sound,
     write_video,
@@ -36,7 +36,7 @@ def sampled(path: Path, num_frames: int = 12, window: Window | None = None, **op
 
 
 def numbers(frames: list[Frame]) -> list[int]:
-    return [number_in(frame.pixels) for frame in frames]
+    return [read_number(frame.pixels) for frame in frames]
 
 
 def reader(path: Path) -> Any:
@@ -56,7 +56,7 @@ def card_indices(count: int, num_frames: int) -> list[int]:
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_frames_are_those_of_the_model_cards_code(name: str) -> None:
-    frames, moviepy = sampled(clip(name)), reader(clip(name))
+    frames, moviepy = sampled(find_clip(name)), reader(find_clip(name))
     indices = card_indices(int(moviepy.fps * moviepy.duration), 12)
     assert [round(frame.timestamp_s * moviepy.fps, 2) for frame in frames] == indices
     with warnings.catch_warnings():
@@ -188,10 +188,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "it is truncated",
     ),
     "playlist.m3u8": (
-        lambda path: path.write_text(f"#EXTM3U\n#EXTINF:9,\n{clip('bikes.mp4')}\n#EXT-X-ENDLIST\n"),
+        lambda path: path.write_text(f"#EXTM3U\n#EXTINF:9,\n{find_clip('bikes.mp4')}\n#EXT-X-ENDLIST\n"),
         "not a video",
     ),
-    "list.ffconcat": (lambda path: path.write_text(f"ffconcat version 1.0\nfile '{clip('bikes.mp4')}'\n"), "not a"),
+    "list.ffconcat": (
+        lambda path: path.write_text(f"ffconcat version 1.0\nfile '{find_clip('bikes.mp4')}'\n"),
+        "not a",
+    ),
 }
 
 
@@ -253,7 +256,7 @@ def test_a_few_frames_cost_a_fraction_of_all(tmp_path: Path) -> None:
     """12 frames of a pan of 30 s beside decoding all 901 to pixels: measured 5.8 times less."""
     import av
 
-    photo = next(path for path in photographs() if path.name == "china.jpg")
+    photo = next(path for path in find_photographs() if path.name == "china.jpg")
     wide = np.asarray(Image.open(photo).resize((960, 540)))
     pictures = (np.roll(wide, 2 * i, axis=1)[100:370, :480] for i in range(901))
     path = write_video(tmp_path / "30s.mp4", pictures, fps=30, key_every=90)
@@ -269,7 +272,7 @@ def test_a_few_frames_cost_a_fraction_of_all(tmp_path: Path) -> None:
 
 def test_the_shots_of_a_real_clip_are_where_they_are() -> None:
     """So that what else is tested on it stands on something."""
-    with clip("bikes.mp4").open("rb") as file:
+    with find_clip("bikes.mp4").open("rb") as file:
         frames = decode_frames_at(file, [i / 25 for i in range(250)])
     small = np.stack([frame.pixels[::8, ::8] for frame in frames]).astype(int)
     jumps = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
@@ -277,4 +280,4 @@ def test_the_shots_of_a_real_clip_are_where_they_are() -> None:
 
 
 def test_drawn_numbers_can_be_read() -> None:
-    assert all(number_in(numbered(number)) == number for number in range(0, 65536, 997))
+    assert all(read_number(draw_number(number)) == number for number in range(0, 65536, 997))

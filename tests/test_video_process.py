@@ -20,7 +20,7 @@ from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.video import Sampling, sample_frames
 from pipelines.media.video_process import VideoDecoder
 from tests.support.roots import ROOT
-from tests.support.videos import clip, number_in, write_repeated, write_video
+from tests.support.videos import find_clip, read_number, write_repeated, write_video
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def cpu_s(decoder: VideoDecoder) -> float:
 
 
 def test_frames_are_those_decoded_here(decoder: VideoDecoder, tmp_path: Path) -> None:
-    path = clip("bikes.mp4")
+    path = find_clip("bikes.mp4")
     with path.open("rb") as file:
         expected = sample_frames(file, Sampling(6), Window(1, 9))
     data = path.read_bytes()
@@ -75,14 +75,14 @@ def test_what_cannot_be_read_or_decoded_does_not_end_the_process(decoder: VideoD
     with pytest.raises(MediaError, match="not a video"):
         decoder.sample_frames(VideoLocation("", data=b"nothing"), Sampling(3))
     with pytest.raises(MediaError, match="not a video"):
-        decoder.sample_frames(VideoLocation(str(clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
-    assert len(decoder.sample_frames(VideoLocation(str(clip("bikes.mp4"))), Sampling(3))) == 3
+        decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
+    assert len(decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4"))), Sampling(3))) == 3
     assert pid_of(decoder) == first
 
 
 def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder: VideoDecoder) -> None:
     decoder._timeout_s = 0.4
-    slow = VideoLocation(str(clip("bigbuckbunny.mp4")))
+    slow = VideoLocation(str(find_clip("bigbuckbunny.mp4")))
     started_s = time.monotonic()
     with pytest.raises(MediaError, match=r"longer than 0\.4 s"):
         decoder.sample_frames(slow, Sampling(10_000), size=(1600, 1600))
@@ -94,13 +94,13 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder
 def test_memory_is_limited(tmp_path: Path) -> None:
     decoder = VideoDecoder(max_memory_bytes=700 << 20)
     with pytest.raises(MediaError, match="more memory"):
-        decoder.sample_frames(VideoLocation(str(clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
-    assert len(decoder.sample_frames(VideoLocation(str(clip("bikes.mp4"))), Sampling(12))) == 12
+        decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
+    assert len(decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4"))), Sampling(12))) == 12
     decoder.close()
 
 
 def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
-    place = VideoLocation(str(clip("carphone_pristine.mp4")))
+    place = VideoLocation(str(find_clip("carphone_pristine.mp4")))
     decoder.sample_frames(place, Sampling(2))
     os.kill(pid_of(decoder), signal.SIGKILL)
     assert len(decoder.sample_frames(place, Sampling(2))) == 2
@@ -110,7 +110,7 @@ def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monke
     """Not only an interruption: it does so twice."""
     monkeypatch.setattr("pipelines.media.video_process.sys.executable", "/bin/false")
     with pytest.raises(MediaError, match=r"died on it twice \(exit code 1\)"):
-        decoder.sample_frames(VideoLocation(str(clip("carphone_pristine.mp4"))), Sampling(2))
+        decoder.sample_frames(VideoLocation(str(find_clip("carphone_pristine.mp4"))), Sampling(2))
 
 
 def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_it_ends_with_its_parent() -> None:
         "import os, sys\n"
         "from pipelines.media.video_process import *\n"
         "decoder = VideoDecoder()\n"
-        f"decoder.read_duration_s(VideoLocation({str(clip('bikes.mp4'))!r}))\n"
+        f"decoder.read_duration_s(VideoLocation({str(find_clip('bikes.mp4'))!r}))\n"
         "print(decoder._process.pid, flush=True)\n"
-        f"slow = VideoLocation({str(clip('bigbuckbunny.mp4'))!r})\n"
+        f"slow = VideoLocation({str(find_clip('bigbuckbunny.mp4'))!r})\n"
         "decoder.sample_frames(slow, Sampling(10_000), size=(3000, 3000))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -175,7 +175,7 @@ def test_very_long_videos_are_bounded(tmp_path: Path, suffix: str, fps: int, tim
         frames = decoder.sample_frames(place, Sampling(128))
         seconds.append(cpu_s(decoder) - before_s)
     middle = [(n + 0.5) * 500 * times / 128 for n in range(128)]
-    assert [number_in(frame.pixels) for frame in frames] == [int(number) % 500 for number in middle]
+    assert [read_number(frame.pixels) for frame in frames] == [int(number) % 500 for number in middle]
     assert peak_bytes(decoder) < 1 << 30
     assert seconds[1] < 10 * seconds[0] + 0.5
     decoder.close()

@@ -24,7 +24,7 @@ from pipelines.sources import list_rows
 from pipelines.storage import store
 from tests.support.golden_data import checkpoint_dir
 from tests.support.stages import prepare_rows
-from tests.support.videos import SHOT_STARTS, clip, number_in, numbered, write_sound, write_video
+from tests.support.videos import SHOT_STARTS, draw_number, find_clip, read_number, write_sound, write_video
 
 MODEL = str(checkpoint_dir("tiny112-untied"))
 UNIFORM_4 = [12, 37, 62, 87]  # of 100 frames
@@ -96,7 +96,7 @@ def test_videos_are_members_of_tars(tmp_path: Path, drawn: Path, name: str) -> N
     with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
         tar.add(drawn, "x/a.mp4")
         tar.add(sidecar, "x/a.json")
-        tar.add(clip("carphone_pristine.mp4"), "b.mp4")
+        tar.add(find_clip("carphone_pristine.mp4"), "b.mp4")
     rows = prepared(tmp_path, tmp_path / name, prompt_column="question")
     assert [row.id.rsplit("#")[1] for row in rows] == ["x/a", "b"]
     assert [row.prompt for row in rows] == ["Who?", "Describe the video."]
@@ -271,7 +271,7 @@ def test_recent_videos_are_kept_up_to_a_limit(colours: Path) -> None:
     place = VideoLocation(str(colours))
     first = selector.select(place, Window(), "")
     assert selector.select(place, Window(), "") is first
-    selector.select(VideoLocation(str(clip("carphone_pristine.mp4"))), Window(), "")
+    selector.select(VideoLocation(str(find_clip("carphone_pristine.mp4"))), Window(), "")
     assert selector.select(place, Window(), "") is not first
 
 
@@ -282,9 +282,9 @@ def shots(row: Row) -> int:
 
 
 def test_six_frames_show_the_shots_of_a_real_clip(tmp_path: Path) -> None:
-    (even,) = prepared(tmp_path / "even", clip("bikes.mp4"), num_frames=6)
+    (even,) = prepared(tmp_path / "even", find_clip("bikes.mp4"), num_frames=6)
     (chosen,) = prepared(
-        tmp_path / "chosen", clip("bikes.mp4"), num_frames=6, frame_selection="mdp3", frame_encoder="pixels"
+        tmp_path / "chosen", find_clip("bikes.mp4"), num_frames=6, frame_selection="mdp3", frame_encoder="pixels"
     )
     assert shots(chosen) >= 5
     assert shots(chosen) >= shots(even)
@@ -302,9 +302,11 @@ def test_options_that_cannot_choose_are_refused() -> None:
 
 def test_numbered_frames_survive_the_model_input(tmp_path: Path) -> None:
     """What the model is shown is what was at those times."""
-    path = write_video(tmp_path / "large.mp4", (np.kron(numbered(i), np.ones((2, 2, 1), np.uint8)) for i in range(100)))
+    path = write_video(
+        tmp_path / "large.mp4", (np.kron(draw_number(i), np.ones((2, 2, 1), np.uint8)) for i in range(100))
+    )
     (row,) = prepared(tmp_path, path)
     tiles, sizes = row.requests[0].tiles, row.requests[0].tile_sizes
     for tile, (height, width), number in zip(tiles, sizes.tolist(), UNIFORM_4, strict=True):
         top, left = (tile.shape[1] - height) // 2, (tile.shape[2] - width) // 2
-        assert number_in(tile[:, top : top + height, left : left + width].transpose(1, 2, 0)) == number
+        assert read_number(tile[:, top : top + height, left : left + width].transpose(1, 2, 0)) == number

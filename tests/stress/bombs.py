@@ -41,25 +41,25 @@ def main() -> None:
         make = [sys.executable, "-m", "tests.stress.bombs", name, directory]  # whose memory is not counted
         path = Path(subprocess.run(make, check=True, capture_output=True, text=True).stdout.strip())
         started_s = time.monotonic()
-        outcome = _image(path) if path.suffix in (".png", ".webp", ".gif", ".jpg") else _shard(path)
+        outcome = _decode(path) if path.suffix in (".png", ".webp", ".gif", ".jpg") else _read_shard(path)
         seconds = time.monotonic() - started_s
-    print(json.dumps({"name": name, "outcome": outcome, "rss_mb": round(_peak_mb()), "s": round(seconds, 2)}))
+    print(json.dumps({"name": name, "outcome": outcome, "rss_mb": round(_read_peak_mb()), "s": round(seconds, 2)}))
 
 
-def _peak_mb() -> float:
+def _read_peak_mb() -> float:
     """Of this program: getrusage counts what the process was before it became it, a test's whole process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
 
-def _image(path: Path) -> str:
+def _decode(path: Path) -> str:
     try:
         return "picture {} x {}".format(*decode_image(path.read_bytes()).size)
     except MediaError as error:
         return f"error: {error}"
 
 
-def _shard(path: Path) -> str:
+def _read_shard(path: Path) -> str:
     """Rows, counted, and the first error among them."""
     keep = ("note",) if "kept" in path.name else ()
     config = CaptionConfig(input=(str(path),), output="out", model="demo", keep_columns=keep)
@@ -71,11 +71,11 @@ def _shard(path: Path) -> str:
     except SourceError as error:
         return f"refused: {error}"
     if not errors:
-        errors = _fault_of(first["images"])
+        errors = _find_fault(first["images"])
     return f"{num_rows} rows, {len(errors)} errors: {(errors or ['none'])[-1]}"
 
 
-def _fault_of(images: list[dict[str, object]]) -> Lines:
+def _find_fault(images: list[dict[str, object]]) -> Lines:
     try:
         Fetcher().submit([parse_reference(image) for image in images]).result()  # type: ignore[arg-type]
     except OSError as error:
@@ -86,28 +86,28 @@ def _fault_of(images: list[dict[str, object]]) -> Lines:
 def png_of_a_billion_pixels(directory: Path) -> Path:
     pixels = zlib.compressobj(9)
     body = b"".join(pixels.compress(bytes(1 << 20)) for _ in range(130)) + pixels.flush()
-    return _written(directory / "a.png", _png(32768, 32768, 1, (b"IDAT", body)))
+    return _write(directory / "a.png", _make_png(32768, 32768, 1, (b"IDAT", body)))
 
 
 def png_with_packed_texts(directory: Path) -> Path:
     """Each of 300 chunks of text unpacks to 100 MB."""
     text = zlib.compress(bytes(100 << 20), 9)
     chunks = [(b"zTXt", b"a\0\0" + text), (b"iTXt", b"b\0\1\0\0\0" + text)] * 150
-    return _written(directory / "a.png", _png(8, 8, 8, *chunks, (b"IDAT", zlib.compress(bytes(72)))))
+    return _write(directory / "a.png", _make_png(8, 8, 8, *chunks, (b"IDAT", zlib.compress(bytes(72)))))
 
 
 def png_with_a_packed_profile(directory: Path) -> Path:
     profile = b"icc\0\0" + zlib.compress(bytes(1 << 30), 9)
-    return _written(directory / "a.png", _png(8, 8, 8, (b"iCCP", profile), (b"IDAT", zlib.compress(bytes(72)))))
+    return _write(directory / "a.png", _make_png(8, 8, 8, (b"iCCP", profile), (b"IDAT", zlib.compress(bytes(72)))))
 
 
 def jpeg_of_profiles_and_exif(directory: Path) -> Path:
     """60 MB of metadata before a small picture."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG")
-    exif = _segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0" + b"\xff\xff" + b"\xff" * 65000)
-    profiles = b"".join(_segment(0xE2, b"ICC_PROFILE\0" + bytes((i, 255)) + bytes(65000)) for i in range(1, 256))
-    return _written(directory / "a.jpg", b"\xff\xd8" + exif + profiles * 4 + file.getvalue()[2:])
+    exif = _make_segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0" + b"\xff\xff" + b"\xff" * 65000)
+    profiles = b"".join(_make_segment(0xE2, b"ICC_PROFILE\0" + bytes((i, 255)) + bytes(65000)) for i in range(1, 256))
+    return _write(directory / "a.jpg", b"\xff\xd8" + exif + profiles * 4 + file.getvalue()[2:])
 
 
 def webp_of_many_frames(directory: Path) -> Path:
@@ -120,7 +120,7 @@ def webp_of_many_frames(directory: Path) -> Path:
     frames = (b"ANMF" + struct.pack("<I", len(frame)) + frame + b"\0" * (len(frame) % 2)) * 100_000
     canvas = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + place + place
     body = b"WEBP" + canvas + b"ANIM" + struct.pack("<I", 6) + bytes(6) + frames
-    return _written(directory / "a.webp", b"RIFF" + struct.pack("<I", len(body)) + body)
+    return _write(directory / "a.webp", b"RIFF" + struct.pack("<I", len(body)) + body)
 
 
 def webp_of_a_large_canvas(directory: Path) -> Path:
@@ -132,7 +132,7 @@ def webp_of_a_large_canvas(directory: Path) -> Path:
     canvas = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + side + side
     frames = b"ANMF" + struct.pack("<I", len(frame)) + frame + b"\0" * (len(frame) % 2)
     body = b"WEBP" + canvas + b"ANIM" + struct.pack("<I", 6) + bytes(6) + frames * 2
-    return _written(directory / "a.webp", b"RIFF" + struct.pack("<I", len(body)) + body)
+    return _write(directory / "a.webp", b"RIFF" + struct.pack("<I", len(body)) + body)
 
 
 def gif_of_many_frames(directory: Path) -> Path:
@@ -140,21 +140,21 @@ def gif_of_many_frames(directory: Path) -> Path:
     Image.new("P", (300, 300)).save(file, "GIF")
     data = file.getvalue()
     at = data.index(b"\x2c\0\0\0\0")
-    return _written(directory / "a.gif", data[:at] + data[at:-1] * 100_000 + b"\x3b")
+    return _write(directory / "a.gif", data[:at] + data[at:-1] * 100_000 + b"\x3b")
 
 
 def gz_of_zeros(directory: Path) -> Path:
     """A tar.gz of 20 MB whose member is 20 GB."""
     info = tarfile.TarInfo("1.jpg")
     info.size = 20 << 30
-    return _packed(directory / "a.tar.gz", [info.tobuf()], 20 << 10)
+    return _write_gzip(directory / "a.tar.gz", [info.tobuf()], 20 << 10)
 
 
 def gz_of_small_zeros(directory: Path) -> Path:
     """The same in members of 1 MB each, so that no header gives it away."""
     info = tarfile.TarInfo("1.jpg")
     info.size = 1 << 20
-    return _packed(directory / "a.tar.gz", [info.tobuf() + bytes(1 << 20)] * 3000, 0)
+    return _write_gzip(directory / "a.tar.gz", [info.tobuf() + bytes(1 << 20)] * 3000, 0)
 
 
 def line_of_a_gigabyte(directory: Path) -> Path:
@@ -168,7 +168,7 @@ def line_of_a_gigabyte(directory: Path) -> Path:
 
 
 def packed_line_of_many_gigabytes(directory: Path) -> Path:
-    return _packed(directory / "a.jsonl.gz", [b'{"image": "'], 4 << 10)
+    return _write_gzip(directory / "a.jsonl.gz", [b'{"image": "'], 4 << 10)
 
 
 def nested_json(directory: Path) -> Path:
@@ -178,7 +178,7 @@ def nested_json(directory: Path) -> Path:
         "[" * 5_000_000,
         '{"image": "a.jpg", "note": ' + "[" * 500 + "]" * 500 + "}",
     ]
-    return _written(directory / "a.kept.jsonl", "\n".join(lines).encode())
+    return _write(directory / "a.kept.jsonl", "\n".join(lines).encode())
 
 
 def tar_of_a_million_members(directory: Path) -> Path:
@@ -193,35 +193,35 @@ def tar_of_a_million_members(directory: Path) -> Path:
 def tar_of_long_names(directory: Path) -> Path:
     """Headers that are packed well and whose names are held."""
     headers = (tarfile.TarInfo(f"{i:06}" + "n" * 4000 + ".jpg").tobuf(tarfile.GNU_FORMAT) for i in range(100_000))
-    return _packed(directory / "a.tgz", [b"".join(headers)], 0)
+    return _write_gzip(directory / "a.tgz", [b"".join(headers)], 0)
 
 
 def parquet_of_a_large_dictionary(directory: Path) -> Path:
     """One value of 1 GB, in 1 MB."""
-    return _parquet(directory / "a.parquet", {"image": pa.array([bytes(1 << 30)] * 2)})
+    return _write_parquet(directory / "a.parquet", {"image": pa.array([bytes(1 << 30)] * 2)})
 
 
 def parquet_of_a_large_kept_value(directory: Path) -> Path:
     columns = {"image": [b"1"] * 2, "note": pa.array(["x" * (1 << 30)] * 2)}
-    return _parquet(directory / "a.kept.parquet", columns)
+    return _write_parquet(directory / "a.kept.parquet", columns)
 
 
 def parquet_that_claims_a_large_page(directory: Path) -> Path:
     """The page header says that 2 GB come out of some bytes."""
-    path = _parquet(directory / "a.parquet", {"image": pa.array([b"x" * 5000] * 20)}, use_dictionary=False)
+    path = _write_parquet(directory / "a.parquet", {"image": pa.array([b"x" * 5000] * 20)}, use_dictionary=False)
     data = bytearray(path.read_bytes())
     at = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
     size = data.index(b"\x15", at + 1) + 1  # thrift: field 2, a zigzag number, is the unpacked size
     data[size : size + 3] = b"\xfe\xff\x7f"
-    return _written(path, bytes(data))
+    return _write(path, bytes(data))
 
 
-def _parquet(path: Path, columns: dict[str, object], **options: object) -> Path:
+def _write_parquet(path: Path, columns: dict[str, object], **options: object) -> Path:
     pq.write_table(pa.table(columns), path, compression="zstd", **options)
     return path
 
 
-def _packed(path: Path, pieces: Lines | list[bytes], num_mb: int) -> Path:
+def _write_gzip(path: Path, pieces: Lines | list[bytes], num_mb: int) -> Path:
     """Pieces and then that many MB of zeros, in gz."""
     with gzip.open(path, "wb", compresslevel=1) as file:
         for piece in [*pieces, *[bytes(1 << 20)] * num_mb]:
@@ -229,18 +229,18 @@ def _packed(path: Path, pieces: Lines | list[bytes], num_mb: int) -> Path:
     return path
 
 
-def _png(width: int, height: int, bits: int, *chunks: tuple[bytes, bytes]) -> bytes:
+def _make_png(width: int, height: int, bits: int, *chunks: tuple[bytes, bytes]) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
     every = [(b"IHDR", header), *chunks, (b"IEND", b"")]
     parts = (struct.pack(">I", len(b)) + kind + b + struct.pack(">I", zlib.crc32(kind + b)) for kind, b in every)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def _segment(marker: int, body: bytes) -> bytes:
+def _make_segment(marker: int, body: bytes) -> bytes:
     return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
 
 
-def _written(path: Path, data: bytes) -> Path:
+def _write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
 

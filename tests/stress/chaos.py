@@ -30,9 +30,9 @@ import pyarrow.compute as pc
 from demo.drawings import make_picture
 from pipelines.output.sink import read_results
 from tests.support.faulty_store import Faults, FaultyStore
-from tests.support.processes import Job, OpenCounter, files_in, wait_for
+from tests.support.processes import Job, OpenCounter, list_files, wait_for
 
-MOST_ATTEMPTS = 5
+MAX_ATTEMPTS = 5
 _OPTIONS = ["--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "16"]
 
 
@@ -45,7 +45,7 @@ class Moment:
 
     def wait(self, job: Job, output: Path) -> bool:
         """Whether the job still runs then."""
-        wait_for(lambda: job.process.poll() is not None or len(files_in(output)) >= self.num_files, 600)
+        wait_for(lambda: job.process.poll() is not None or len(list_files(output)) >= self.num_files, 600)
         time.sleep(self.extra_s)
         return job.process.poll() is None
 
@@ -77,32 +77,32 @@ class Chaos:
             make_picture(i, held_out=True)[0].save(self.pictures / f"{i:04}.png")
         finished = self._job(self.pictures, place / "peace").start().finish(600)
         assert finished.exit_code == 0, finished.stderr
-        self._rows = rows_of(place / "peace")
+        self._rows = read_rows(place / "peace")
 
     def run(self, event: str, seed: int) -> Outcome:
         """Disturbed somewhere between the start and the last rows."""
         rng = random.Random(seed)
-        num_files = rng.randrange(len(files_in(self._place / "peace")))
+        num_files = rng.randrange(len(list_files(self._place / "peace")))
         moment = Moment(num_files, rng.uniform(0, 1 if num_files else 15))
         output = self._place / f"{event}-{seed}"
         if event == "store":
             return self._with_failing_store(output, seed)
-        disturb, disk = EVENTS[event], _small_disk(output) if event == "disk" else nullcontext()
+        disturb, disk = EVENTS[event], _mount_small_disk(output) if event == "disk" else nullcontext()
         with disk:
             return self._disturbed(event, disturb, output, moment)
 
     def equals_peace(self, output: Path) -> bool:
-        return rows_of(output) == self._rows
+        return read_rows(output) == self._rows
 
     def _disturbed(self, event: str, disturb: Disturb, output: Path, moment: Moment) -> Outcome:
         started_s, opens, again, is_hit = time.monotonic(), Counter[str](), 0, False
-        for attempt in range(1, MOST_ATTEMPTS + 1):
-            written = names_in(output)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            written = read_names(output)
             with OpenCounter(self.pictures) as counter:
                 job = self._job(self.pictures, output).start()
                 if attempt == 1:
                     is_hit = disturb(job, output, moment)
-                exit_code = _end_of(job)
+                exit_code = _finish(job)
             opens += counter.opens
             again += sum(counter.opens[name] for name in written)
             if exit_code == 0:
@@ -118,14 +118,14 @@ class Chaos:
         server, started_s = FaultyStore(), time.monotonic()
         try:
             environment = server.environment()
-            fs = _filesystem(server)
+            fs = _open_store(server)
             bucket = f"run-{seed}"  # all servers of a process share their buckets
             fs.mkdir(bucket)
             fs.put(str(self.pictures), f"{bucket}/pictures", recursive=True)
             with server.failing(Faults(0.05, ("error", "cut", "stall"), seed=seed)) as faults:
                 commands = (
-                    _end_of(self._job(f"s3://{bucket}/pictures", f"s3://{bucket}/out", environment).start())
-                    for _ in range(MOST_ATTEMPTS)
+                    _finish(self._job(f"s3://{bucket}/pictures", f"s3://{bucket}/out", environment).start())
+                    for _ in range(MAX_ATTEMPTS)
                 )
                 attempts = 1 + sum(1 for _ in takewhile(bool, commands))
             fs.get(f"{bucket}/out", str(output), recursive=True)
@@ -188,7 +188,7 @@ def fill_disk(job: Job, output: Path, moment: Moment) -> bool:
                 file.write(bytes(4096))
         except OSError:
             pass
-    _end_of(job)
+    _finish(job)
     filler.unlink()
     return is_hit
 
@@ -206,22 +206,22 @@ ALL_EVENTS = (*EVENTS, "store")
 
 def _kill_actor(job: Job, stage: str, after_s: float) -> bool:
     """Once it runs and so many seconds later, or not at all if the run ends before."""
-    wait_for(lambda: job.process.poll() is not None or bool(job.actors(stage)), 60)
+    wait_for(lambda: job.process.poll() is not None or bool(job.find_actors(stage)), 60)
     time.sleep(after_s)
-    for pid in job.actors(stage)[:1]:
+    for pid in job.find_actors(stage)[:1]:
         os.kill(pid, signal.SIGKILL)
         return True
     return False
 
 
-def _end_of(job: Job) -> int:
+def _finish(job: Job) -> int:
     exit_code = job.process.returncode if job.process.poll() is not None else job.finish(600).exit_code
     job.wait_until_all_gone()
     return exit_code
 
 
 @contextmanager
-def _small_disk(place: Path) -> Iterator[None]:
+def _mount_small_disk(place: Path) -> Iterator[None]:
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
     try:
@@ -230,13 +230,13 @@ def _small_disk(place: Path) -> Iterator[None]:
         subprocess.run(["umount", place], check=True)
 
 
-def _filesystem(server: FaultyStore) -> Any:
+def _open_store(server: FaultyStore) -> Any:
     from s3fs import S3FileSystem
 
     return S3FileSystem(key="key", secret="secret", endpoint_url=server.endpoint, skip_instance_cache=True)
 
 
-def rows_of(output: Path) -> list[tuple[str, str, str]]:
+def read_rows(output: Path) -> list[tuple[str, str, str]]:
     """Name, text and status of each row, in order."""
     table = read_results(str(output))
     names = pc.replace_substring_regex(table.column("id"), ".*/", "")
@@ -244,8 +244,8 @@ def rows_of(output: Path) -> list[tuple[str, str, str]]:
     return list(zip(*(column.to_pylist() for column in columns), strict=True))
 
 
-def names_in(output: Path) -> set[str]:
-    return {name for name, _, _ in rows_of(output)} if (output / "data").exists() else set()
+def read_names(output: Path) -> set[str]:
+    return {name for name, _, _ in read_rows(output)} if (output / "data").exists() else set()
 
 
 def main() -> None:

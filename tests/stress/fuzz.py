@@ -31,8 +31,8 @@ from pipelines.media.fetch import Fetcher
 from pipelines.media.images import decode_image
 from pipelines.media.reference import parse_reference
 from pipelines.sources import list_rows
-from tests.stress.mutations import mutated
-from tests.support.photographs import photographs
+from tests.stress.mutations import mutate
+from tests.support.photographs import find_photographs
 
 LIMIT_S = 20.0  # of one file, on a machine that others use too
 
@@ -78,9 +78,9 @@ def main() -> None:
 
 def check_image(number: int) -> str:
     """A picture or a MediaError; whatever else is raised ends the process."""
-    seeds = originals()
+    seeds = load_originals()
     try:
-        picture = decode_image(mutated(seeds[number % len(seeds)], number, seeds))
+        picture = decode_image(mutate(seeds[number % len(seeds)], number, seeds))
     except MediaError:
         return "error"
     assert picture.mode == "RGB" and min(picture.size) >= 1
@@ -94,16 +94,21 @@ def check_tar(number: int) -> str:
     with tarfile.open(fileobj=file, mode=write, format=form) as tar:  # type: ignore[call-overload]
         for i in range(12):
             folder = "é" * 70 + "/" if i == 5 else ""  # a long name costs a header of its own
-            _add(tar, f"{folder}{i}.jpg", originals()[i % 5][:3000])
+            _add(tar, f"{folder}{i}.jpg", load_originals()[i % 5][:3000])
             _add(tar, f"{folder}{i}.json", json.dumps({"label": i}).encode())
-    return _check_shard(name, mutated(file.getvalue(), number), {"keep_columns": ("label",)} if number % 5 else {})
+    return _check_shard(name, mutate(file.getvalue(), number), {"keep_columns": ("label",)} if number % 5 else {})
 
 
 def check_table(number: int) -> str:
     """Parquet, Arrow or JSON lines."""
-    suffix, write = ((".parquet", _parquet), (".jsonl", _jsonl), (".parquet", _parquet), (".arrow", _arrow))[number % 4]
+    suffix, write = (
+        (".parquet", _write_parquet),
+        (".jsonl", _write_jsonl),
+        (".parquet", _write_parquet),
+        (".arrow", _write_arrow),
+    )[number % 4]
     keep = {"keep_columns": ("label",)} if number % 5 else {}
-    return _check_shard(f"a{suffix}", mutated(write(number), number), keep)
+    return _check_shard(f"a{suffix}", mutate(write(number), number), keep)
 
 
 def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
@@ -124,26 +129,28 @@ def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
 
 def _is_read(row: dict[str, list[dict[str, object]]]) -> bool:
     try:
-        _fetcher().submit([parse_reference(image) for image in row["images"]]).result()  # type: ignore[arg-type]
+        _get_fetcher().submit([parse_reference(image) for image in row["images"]]).result()  # type: ignore[arg-type]
     except OSError:
         return False
     return not row["error"]
 
 
 @cache
-def _fetcher() -> Fetcher:
+def _get_fetcher() -> Fetcher:
     return Fetcher()
 
 
 @cache
-def originals() -> tuple[bytes, ...]:
+def load_originals() -> tuple[bytes, ...]:
     """Photographs as they are, and parts of them in every format."""
-    files = [path.read_bytes() for path in photographs() if path.stat().st_size < 60_000]
-    return (*(_saved(*saved) for saved in _SAVED), *files)
+    files = [path.read_bytes() for path in find_photographs() if path.stat().st_size < 60_000]
+    return (*(_encode_image(*saved) for saved in _SAVED), *files)
 
 
-def _saved(format: str, mode: str, options: dict[str, object]) -> bytes:
-    image = Image.open(photographs()[_SAVED.index((format, mode, options)) % 3 + 8]).convert("RGB").resize((120, 90))
+def _encode_image(format: str, mode: str, options: dict[str, object]) -> bytes:
+    image = (
+        Image.open(find_photographs()[_SAVED.index((format, mode, options)) % 3 + 8]).convert("RGB").resize((120, 90))
+    )
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) << 8)
     elif mode == "F":
@@ -164,29 +171,29 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _table() -> pa.Table:
-    images = [{"bytes": data[:2000], "path": None} for data in originals()[:20]]
+def _make_table() -> pa.Table:
+    images = [{"bytes": data[:2000], "path": None} for data in load_originals()[:20]]
     return pa.table({"image": pa.array(images, _HF), "label": [f"l{i % 4}" for i in range(20)]})
 
 
-def _parquet(number: int) -> bytes:
+def _write_parquet(number: int) -> bytes:
     rng = random.Random(number)
     file = io.BytesIO()
     compression = rng.choice(("none", "snappy", "zstd", "gzip", "lz4", "brotli"))
     options = {"use_dictionary": rng.random() < 0.5, "data_page_version": rng.choice(("1.0", "2.0"))}
-    pq.write_table(_table(), file, row_group_size=rng.choice((4, 20)), compression=compression, **options)
+    pq.write_table(_make_table(), file, row_group_size=rng.choice((4, 20)), compression=compression, **options)
     return file.getvalue()
 
 
-def _arrow(number: int) -> bytes:
+def _write_arrow(number: int) -> bytes:
     file = io.BytesIO()
     make: Callable[..., pa.ipc.RecordBatchStreamWriter] = (pa.ipc.new_stream, pa.ipc.new_file)[number // 4 % 2]
-    with make(file, _table().schema) as writer:
-        writer.write_table(_table(), max_chunksize=7)
+    with make(file, _make_table().schema) as writer:
+        writer.write_table(_make_table(), max_chunksize=7)
     return file.getvalue()
 
 
-def _jsonl(number: int) -> bytes:
+def _write_jsonl(number: int) -> bytes:
     return "\n".join(
         json.dumps({"image": f"{i}.jpg", "label": f"é{i}", "n": [i, {"a": i}]}) for i in range(20)
     ).encode()

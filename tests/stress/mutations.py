@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 
-def mutated(data: bytes, seed: int, others: Sequence[bytes] = ()) -> bytes:
+def mutate(data: bytes, seed: int, others: Sequence[bytes] = ()) -> bytes:
     """`data` after one to three random mutations; `others` are files to take pieces from."""
     rng = random.Random(seed)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):

@@ -44,13 +44,13 @@ KINDS = ("text", "bool", "int", "choices", "list", "record")
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--\u2028&amp;"
 
 
-def answer(value: Any, text: str | None = None, confidence: Any = -0.1, finish_reason: str = "stop") -> Json:
+def make_answer(value: Any, text: str | None = None, confidence: Any = -0.1, finish_reason: str = "stop") -> Json:
     """What one task says of one item; `text` is the value's own if not given."""
     text = (value if isinstance(value, str) else json.dumps(value)) if text is None else text
     return {"": value, "_text": text, "_finish_reason": finish_reason, "_confidence": confidence}
 
 
-def answers_of(
+def make_answers(
     *, red: bool = True, count: int = 2, kind: str = "circle", sure: float = 0.9, tags: Sequence[str] = (), **more: Any
 ) -> list[Json]:
     """One for each of TASKS."""
@@ -58,16 +58,16 @@ def answers_of(
     kinds = {name: sure if name == kind else rest / 2 for name in ("circle", "square", "triangle")}
     record = more.get("record", {"colour": "red", "size": {"width": 4}, "parts": ["a", "b"]})
     return [
-        answer(more.get("caption", "A circle."), confidence=more.get("logprob", -0.1)),
-        answer(red, "Yes" if red else "No", {"Yes": sure if red else rest, "No": rest if red else sure}),
-        answer(count),
-        answer(kind, None, kinds),
-        answer(list(tags), json.dumps(list(tags)), -0.2),
-        answer(record, None if record else '{"colour": ', -0.3),
+        make_answer(more.get("caption", "A circle."), confidence=more.get("logprob", -0.1)),
+        make_answer(red, "Yes" if red else "No", {"Yes": sure if red else rest, "No": rest if red else sure}),
+        make_answer(count),
+        make_answer(kind, None, kinds),
+        make_answer(list(tags), json.dumps(list(tags)), -0.2),
+        make_answer(record, None if record else '{"colour": ', -0.3),
     ]
 
 
-def item(name: str, answers: Sequence[Json], *, images: Sequence[ImageRef] = (), **columns: Any) -> Json:
+def make_item(name: str, answers: Sequence[Json], *, images: Sequence[ImageRef] = (), **columns: Any) -> Json:
     """A row that went well, or with `stage` and `error` one that did not; further columns are kept ones."""
     return {"id": name, "uri": images[0].uri if images else name, "images": images, "answers": answers, **columns}
 
@@ -104,20 +104,20 @@ def write_record(output: Path, num_rows: int, tasks: Sequence[Json]) -> None:
     store.write_bytes(store.join(str(output), "run.json"), json.dumps(record).encode())
 
 
-def output_schema(tasks: Sequence[Json], kept: Sequence[pa.Field] = ()) -> pa.Schema:
+def make_output_schema(tasks: Sequence[Json], kept: Sequence[pa.Field] = ()) -> pa.Schema:
     base = [schema.OUTPUT.field(name) for name in ("id", "uri", "status", "stage", "error")]
     counts = [schema.OUTPUT.field(f"num_{name}") for name in ("images", "tiles", "prompt_tokens", "output_tokens")]
     own = [*counts, schema.OUTPUT.field("frame_timestamps_s"), pa.field("flags", pa.list_(pa.string()))]
     return pa.schema([*base, *own, *(field for task in tasks for field in _fields(task)), *kept])
 
 
-def kind_of(task: Json) -> str:
+def read_kind(task: Json) -> str:
     name = task["answer"] if isinstance(task["answer"], str) else next(iter(task["answer"]))
     return {"list[str]": "list", "json_schema": "record"}.get(name, name)
 
 
 def _fields(task: Json) -> list[pa.Field]:
-    name, kind = task["name"], kind_of(task)
+    name, kind = task["name"], read_kind(task)
     choices = {"bool": ["Yes", "No"]}.get(kind) or (task["answer"]["choices"] if kind == "choices" else None)
     confidence = pa.struct([(choice, pa.float32()) for choice in choices]) if choices else pa.float32()
     texts = [(f"{name}_text", pa.string()), (f"{name}_finish_reason", pa.string())]
@@ -128,7 +128,7 @@ def _table(rows: Sequence[Json], tasks: Sequence[Json]) -> pa.Table:
     own = {"id", "uri", "images", "answers", "stage", "error", "flags", "frame_timestamps_s"}
     kept = pa.Table.from_pylist([{k: v for k, v in row.items() if k not in own} for row in rows])
     fields = [kept.schema.field(name) for name in kept.column_names]
-    return pa.Table.from_pylist([_flat(row, tasks) for row in rows], output_schema(tasks, fields))
+    return pa.Table.from_pylist([_flat(row, tasks) for row in rows], make_output_schema(tasks, fields))
 
 
 def _flat(row: Json, tasks: Sequence[Json]) -> Json:
@@ -146,7 +146,7 @@ def _flat(row: Json, tasks: Sequence[Json]) -> Json:
         "flags": [],
     }
     for number, task in enumerate(tasks):
-        failed = {**nothing, "": None, "_confidence": None if kind_of(task) in ("bool", "choices") else math.nan}
+        failed = {**nothing, "": None, "_confidence": None if read_kind(task) in ("bool", "choices") else math.nan}
         said = failed if is_error else row["answers"][number]
         flat |= {f"{task['name']}{end}": value for end, value in said.items()}
     return flat | {key: value for key, value in row.items() if key not in ("images", "answers")}

@@ -24,26 +24,26 @@ _OPTIONS = (
 )
 
 
-def missing() -> str:
+def describe_missing() -> str:
     """Why there is no browser, "" if there is one."""
-    if not _browser() or not shutil.which("chromedriver"):
+    if not _find_browser() or not shutil.which("chromedriver"):
         return "needs chromium and chromedriver: apt-get install chromium chromium-driver"
     return ""
 
 
-def _browser() -> str | None:
+def _find_browser() -> str | None:
     return next(filter(None, map(shutil.which, _BROWSERS)), None)
 
 
 @contextmanager
-def chromium(width_px: int = 1500, height_px: int = 1000) -> Iterator[Any]:
+def start_chromium(width_px: int = 1500, height_px: int = 1000) -> Iterator[Any]:
     """A selenium driver. Its logs hold what a page writes to the console and asks of the network."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()
-        options.binary_location = _browser() or ""
+        options.binary_location = _find_browser() or ""
         for option in (*_OPTIONS, f"--user-data-dir={profile}", f"--window-size={width_px},{height_px}"):
             options.add_argument(option)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -61,7 +61,7 @@ def open_page(driver: Any, page: Path | str, *, dark: bool = False) -> None:
     driver.get(Path(page).resolve().as_uri())
 
 
-def requests(driver: Any) -> list[str]:
+def take_requests(driver: Any) -> list[str]:
     """The URLs that were asked for since the last call, but for those that the page's own policy blocked."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     blocked = {e["params"]["requestId"] for e in events if e["params"].get("blockedReason") == "csp"}
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--script", default="", help="to run before the picture is taken")
     parser.add_argument("--height-px", type=int, default=1000)
     args = parser.parse_args()
-    with chromium(height_px=args.height_px) as driver:
+    with start_chromium(height_px=args.height_px) as driver:
         open_page(driver, args.page, dark=args.dark)
         driver.execute_script(args.script)
         driver.execute_cdp_cmd("Runtime.evaluate", {"expression": "document.fonts.ready", "awaitPromise": True})

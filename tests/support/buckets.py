@@ -12,7 +12,7 @@ BUCKET = "s3://bucket"
 
 
 @contextmanager
-def empty_bucket() -> Iterator[S3FileSystem]:
+def create_bucket() -> Iterator[S3FileSystem]:
     # fsspec keeps its file systems, with the environment of their first use.
     S3FileSystem.clear_instance_cache()
     fs = fsspec.filesystem("s3")

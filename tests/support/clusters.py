@@ -46,8 +46,8 @@ class FakeGpuCluster:
         self.drivers: list[subprocess.Popen[str]] = []  # ended with the cluster
         os.environ[_MARK] = self.mark
         try:
-            self._cluster = Cluster(initialize_head=True, head_node_args=_node(**(head or {"num_cpus": 0})))
-            self.nodes = [self.add(**node) for node in nodes]
+            self._cluster = Cluster(initialize_head=True, head_node_args=_to_node_options(**(head or {"num_cpus": 0})))
+            self.nodes = [self.add_node(**node) for node in nodes]
         finally:
             del os.environ[_MARK]
 
@@ -55,21 +55,21 @@ class FakeGpuCluster:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self, **node: Any) -> Any:
+    def add_node(self, **node: Any) -> Any:
         os.environ[_MARK] = self.mark
-        return self._cluster.add_node(**_node(**node))
+        return self._cluster.add_node(**_to_node_options(**node))
 
-    def kill(self, node: Any) -> None:
+    def kill_node(self, node: Any) -> None:
         """As when a spot machine is taken away."""
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def state(self) -> dict[str, Any]:
+    def read_state(self) -> dict[str, Any]:
         """Actors that live, placement groups that exist, CPUs and GPUs that are held."""
         command = [sys.executable, "-c", _STATE, self.address]
         state: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         return state
 
-    def processes(self, title: str) -> list[int]:
+    def find_processes(self, title: str) -> list[int]:
         """Pids of this cluster's processes with `title` in their command line."""
         found = []
         for directory in Path("/proc").iterdir():
@@ -85,7 +85,7 @@ class FakeGpuCluster:
 
     def wait_for_process(self, title: str, timeout_s: float = 300) -> int:
         deadline_s = time.monotonic() + timeout_s
-        while not (pids := self.processes(title)):
+        while not (pids := self.find_processes(title)):
             assert time.monotonic() < deadline_s, f"no process {title}"
             time.sleep(0.05)
         return pids[0]
@@ -94,9 +94,9 @@ class FakeGpuCluster:
         deadline_s = time.monotonic() + timeout_s
         while True:
             # Ray Data keeps an actor of its own without resources for statistics, for the life of the cluster.
-            state = self.state()
+            state = self.read_state()
             ours = [name for name in state["actors"] if "MapWorker" in name or "Attempt" in name]
-            processes = self.processes("ovis_model.engine.rank_process") + self.processes("ray::MapWorker")
+            processes = self.find_processes("ovis_model.engine.rank_process") + self.find_processes("ray::MapWorker")
             if not ours and not processes and not state["placement_groups"] and not any(state["held"].values()):
                 return
             assert time.monotonic() < deadline_s, (state, processes)
@@ -108,12 +108,12 @@ class FakeGpuCluster:
         self._cluster.shutdown()
 
 
-def _node(**options: Any) -> dict[str, Any]:
+def _to_node_options(**options: Any) -> dict[str, Any]:
     return {"object_store_memory": 128 << 20, "include_dashboard": False, **options}
 
 
 @contextmanager
-def fake_gpu_cluster(*nodes: dict[str, Any], head: dict[str, Any] | None = None) -> Iterator[FakeGpuCluster]:
+def start_gpu_cluster(*nodes: dict[str, Any], head: dict[str, Any] | None = None) -> Iterator[FakeGpuCluster]:
     cluster = FakeGpuCluster(*nodes, head=head)
     try:
         yield cluster
@@ -130,7 +130,7 @@ class RayHead:
     def __init__(self, node_types: dict[str, Any] | None = None) -> None:
         self.drivers: list[subprocess.Popen[str]] = []
         self._directory = tempfile.mkdtemp(prefix="ray-")  # its sockets' paths must be short
-        ports = _free_ports(4)
+        ports = _find_free_ports(4)
         self.dashboard = f"http://127.0.0.1:{ports[0]}"
         self.address = f"{ray.util.get_node_ip_address()}:{ports[1]}"
         autoscaling: tuple[str, ...] = ()
@@ -166,7 +166,7 @@ class RayHead:
         )
         self._wait_until_up(ports[0])
 
-    def ray(self, *command: str) -> subprocess.Popen[str]:
+    def run_ray_job(self, *command: str) -> subprocess.Popen[str]:
         """`ray job ...` on the user's side."""
         return subprocess.Popen(
             [str(BIN / "ray"), "job", command[0], "--address", self.dashboard, *command[1:]],
@@ -178,8 +178,9 @@ class RayHead:
         )
 
     def submit(self, *arguments: object) -> tuple[int, str]:
-        """The command of the README, to its end -> the exit code and what the user sees."""
-        process = self.ray("submit", "--working-dir", ".", "--", "python", "-m", "jobs.caption", *map(str, arguments))
+        """Run the README's command to its end; return the exit code and what the user sees."""
+        command = ("submit", "--working-dir", ".", "--", "python", "-m", "jobs.caption")
+        process = self.run_ray_job(*command, *map(str, arguments))
         out, _ = process.communicate(timeout=500)
         return process.returncode, out
 
@@ -209,18 +210,18 @@ class RayHead:
         for driver in self.drivers:
             driver.kill()
         # SIGTERM would let it drain for half a minute.
-        for pid in self._left():
+        for pid in self._find_processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _left(self) -> list[int]:
+    def _find_processes(self) -> list[int]:
         mark = self._environment["OVIS_TEST_HEAD"].encode()
         return [
             int(directory.name)
             for directory in Path("/proc").iterdir()
-            if directory.name.isdigit() and mark in _environ(directory)
+            if directory.name.isdigit() and mark in _read_environ(directory)
         ]
 
     def _wait_until_up(self, port: int) -> None:
@@ -260,20 +261,20 @@ class Driver:
             raise AssertionError(f"not done after {timeout_s} s: {err}") from None
         return self.process.returncode, out, err
 
-    def events(self) -> list[dict[str, Any]]:
+    def read_events(self) -> list[dict[str, Any]]:
         """What the replicas told: of each set of ranks {"leader", "ranks", "gpus"}, of each batch {"rows"}."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def wait_for_rows(self, number: int) -> None:
-        self._wait(lambda: sum(event.get("rows", 0) for event in self.events()) >= number)
+        self._wait(lambda: sum(event.get("rows", 0) for event in self.read_events()) >= number)
 
     def wait_for_leaders(self, number: int) -> list[dict[str, Any]]:
         """The first to tell of their ranks."""
-        self._wait(lambda: len(self._leaders()) >= number)
-        return self._leaders()[:number]
+        self._wait(lambda: len(self._read_leaders()) >= number)
+        return self._read_leaders()[:number]
 
-    def _leaders(self) -> list[dict[str, Any]]:
-        return [event for event in self.events() if "leader" in event]
+    def _read_leaders(self) -> list[dict[str, Any]]:
+        return [event for event in self.read_events() if "leader" in event]
 
     def _wait(self, is_so: Callable[[], bool], timeout_s: float = 400) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -283,14 +284,14 @@ class Driver:
             time.sleep(0.1)
 
 
-def _environ(directory: Path) -> bytes:
+def _read_environ(directory: Path) -> bytes:
     try:
         return (directory / "environ").read_bytes()
     except OSError:
         return b""
 
 
-def _free_ports(number: int) -> list[int]:
+def _find_free_ports(number: int) -> list[int]:
     """Outside of 10002-19999, which Ray gives to its workers."""
     found: list[int] = []
     for port in range(random.randrange(20_000, 60_000), 65_000):  # another process may look for some too

@@ -12,7 +12,7 @@ from ovis_model.config import Layout
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Request, SamplingParams
-from tests.support.golden_data import checkpoint_dir, expected, picture
+from tests.support.golden_data import checkpoint_dir, draw_picture, load_expected
 
 GREEDY = SamplingParams(max_new_tokens=48)
 PARAMS = {
@@ -25,41 +25,43 @@ PARAMS = {
 
 
 @cache
-def engine_of(checkpoint: str, layout: Layout = "aidc") -> OvisEngine:
+def load_engine(checkpoint: str, layout: Layout = "aidc") -> OvisEngine:
     return OvisEngine.from_pretrained(str(checkpoint_dir(checkpoint, layout)), device="cpu", dtype="float32")
 
 
 @cache
-def golden_requests(checkpoint: str) -> tuple[Request, ...]:
+def make_golden_requests(checkpoint: str) -> tuple[Request, ...]:
     processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
     return tuple(
-        processor.request(case["query"], [picture(p) for p in case["images"]], max_tiles=case["max_partition"] or 9)
-        for case in expected(checkpoint)["generation"]
+        processor.request(
+            case["query"], [draw_picture(p) for p in case["images"]], max_tiles=case["max_partition"] or 9
+        )
+        for case in load_expected(checkpoint)["generation"]
     )
 
 
-def greedy_ids(checkpoint: str) -> list[list[int]]:
-    return [case["greedy_ids"] for case in expected(checkpoint)["generation"]]
+def load_greedy_ids(checkpoint: str) -> list[list[int]]:
+    return [case["greedy_ids"] for case in load_expected(checkpoint)["generation"]]
 
 
-def ids_of(engine: OvisEngine, requests: Sequence[Request], params: SamplingParams = GREEDY) -> list[list[int]]:
+def generate_ids(engine: OvisEngine, requests: Sequence[Request], params: SamplingParams = GREEDY) -> list[list[int]]:
     return [completion.output_ids.tolist() for completion in engine.generate(requests, params)]
 
 
 @cache
-def alone(index: int, kind: str) -> list[int]:
+def generate_alone(index: int, kind: str) -> list[int]:
     """The first 12 tokens of a golden request that has the engine to itself."""
-    engine, request = engine_of("tiny56-tied"), golden_requests("tiny56-tied")[index]
-    return ids_of(engine, [request], replace(PARAMS[kind], max_new_tokens=12))[0]
+    engine, request = load_engine("tiny56-tied"), make_golden_requests("tiny56-tied")[index]
+    return generate_ids(engine, [request], replace(PARAMS[kind], max_new_tokens=12))[0]
 
 
 @torch.inference_mode()
-def prompt_logits(model: torch.nn.Module, request: Request) -> torch.Tensor:
+def compute_logits(model: torch.nn.Module, request: Request) -> torch.Tensor:
     """[T, vocab] without a cache and without padding."""
-    visual = model.encode_tiles(pixels_of(model, request)).flatten(0, 1)
+    visual = model.encode_tiles(normalize_tiles(model, request)).flatten(0, 1)
     embeds = model.embed(torch.from_numpy(request.input_ids).long(), visual)[None]
     return model(embeds, torch.arange(len(request.input_ids))[None])[0]
 
 
-def pixels_of(model: torch.nn.Module, request: Request) -> torch.Tensor:
+def normalize_tiles(model: torch.nn.Module, request: Request) -> torch.Tensor:
     return model.normalize(torch.from_numpy(request.tiles), torch.from_numpy(request.tile_sizes))

@@ -7,7 +7,7 @@ from pipelines.media.reference import parse_reference
 from tests.support.rows import Row
 
 
-def images_of(rows: list[Row], fetcher: Fetcher | None = None) -> list[list[bytes]]:
+def fetch_images(rows: list[Row], fetcher: Fetcher | None = None) -> list[list[bytes]]:
     fetcher = fetcher or Fetcher()
     return [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
 

@@ -7,14 +7,14 @@ import numpy as np
 Array = np.ndarray
 
 
-def walk(count: int, width: int = 32, seed: int = 0) -> tuple[Array, Array]:
+def make_frames(count: int, width: int = 32, seed: int = 0) -> tuple[Array, Array]:
     """Frames float64[count, width] like an encoder's: scenes that drift and are cut; and a query far from all."""
     random = np.random.default_rng(seed)
     common, step = random.normal(size=width), random.normal(size=(count, width))
     cuts = np.maximum.accumulate(np.where(random.random(count) < 0.1, np.arange(count), 0))
-    frames = unit(1.5 * unit(common) + unit(random.normal(size=(count, width))[cuts] + 0.3 * step))
-    return frames, unit(0.15 * unit(common) + unit(random.normal(size=width)))
+    frames = normalize(1.5 * normalize(common) + normalize(random.normal(size=(count, width))[cuts] + 0.3 * step))
+    return frames, normalize(0.15 * normalize(common) + normalize(random.normal(size=width)))
 
 
-def unit(vectors: Array) -> Array:
+def normalize(vectors: Array) -> Array:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

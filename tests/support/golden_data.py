@@ -28,19 +28,19 @@ def checkpoint_dir(checkpoint: str, layout: Layout = "aidc") -> Path:
 
 
 @cache
-def expected(checkpoint: str) -> Json:
+def load_expected(checkpoint: str) -> Json:
     """`preprocessing`: 72 cases, `generation`: 8 cases."""
     data: Json = json.loads((GOLDEN / checkpoint / "expected.json").read_text("utf-8"))
     return data
 
 
 @cache
-def expected_arrays(checkpoint: str) -> dict[str, np.ndarray]:
+def load_expected_arrays(checkpoint: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / checkpoint / "expected.npz") as arrays:
         return dict(arrays)
 
 
-def picture(case: Json) -> Image.Image:
+def draw_picture(case: Json) -> Image.Image:
     """The picture of a case: its {seed, width, height, mode} are the whole recipe."""
     shape = (case["height"], case["width"], CHANNELS[case["mode"]])
     pixels = np.random.Generator(np.random.PCG64(case["seed"])).integers(0, 256, shape, dtype=np.uint8)

@@ -10,8 +10,8 @@ import pytest
 
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, SamplingParams
-from tests.support.engines import PARAMS, engine_of
-from tests.support.golden_data import checkpoint_dir, expected, picture
+from tests.support.engines import PARAMS, load_engine
+from tests.support.golden_data import checkpoint_dir, draw_picture, load_expected
 
 END = 564
 CHOICES = ((17, END), (5, 301, 22, END), (9, 8, END), (END,))
@@ -29,24 +29,24 @@ TASKS: tuple[tuple[str, str | None, SamplingParams], ...] = (
 
 
 @cache
-def items_of(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
+def make_items(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
     """For each golden picture set, the tasks as one group of requests; the last ones have no picture."""
     processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
-    cases = [case for case in expected(checkpoint)["generation"] if case["images"]]
+    cases = [case for case in load_expected(checkpoint)["generation"] if case["images"]]
     items = []
-    for pictures, most in [*(([picture(p) for p in c["images"]], c["max_partition"]) for c in cases), ([], 1)]:
+    for pictures, most in [*(([draw_picture(p) for p in c["images"]], c["max_partition"]) for c in cases), ([], 1)]:
         requests = [processor.request(text, pictures, most, system) for text, system, _ in TASKS]
         items.append(tuple(replace(request, group=len(items)) for request in requests))
     return tuple(items)
 
 
 @cache
-def alone(checkpoint: str, item: int, task: int) -> Completion:
-    [completion] = engine_of(checkpoint).generate([items_of(checkpoint)[item][task]], params_of(task))
+def generate_alone(checkpoint: str, item: int, task: int) -> Completion:
+    [completion] = load_engine(checkpoint).generate([make_items(checkpoint)[item][task]], make_params(task))
     return completion
 
 
-def params_of(task: int) -> SamplingParams:
+def make_params(task: int) -> SamplingParams:
     return replace(TASKS[task][2], max_new_tokens=3 + task)
 
 

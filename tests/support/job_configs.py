@@ -11,12 +11,12 @@ from tests.support.golden_data import checkpoint_dir
 MODEL = str(checkpoint_dir("tiny56-tied"))
 
 
-def config(inputs: Sequence[object], output: Path | str, **options: object) -> CaptionConfig:
+def make_job_config(inputs: Sequence[object], output: Path | str, **options: object) -> CaptionConfig:
     values = {"model": MODEL, "max_new_tokens": 4, **options}
     return CaptionConfig(input=tuple(map(str, inputs)), output=str(output), **values)  # type: ignore[arg-type]
 
 
-def annotation(inputs: Path | str, output: Path, **options: object) -> AnnotateConfig:
+def make_annotate_config(inputs: Path | str, output: Path, **options: object) -> AnnotateConfig:
     """The same question and another one."""
     tasks = [
         {"name": "caption", "prompt": "Describe the image."},

@@ -31,7 +31,7 @@ class Object(NamedTuple):
 OBJECTS = tuple(Object(*pair) for pair in product(COLOURS, SHAPES))
 
 
-def draw(thing: Object, random: np.random.Generator, side_px: int = 64) -> Image.Image:
+def draw_object(thing: Object, random: np.random.Generator, side_px: int = 64) -> Image.Image:
     """The object somewhere, in some size, on a grey background with noise."""
     grey = random.integers(90, 170)
     noise = random.integers(-12, 13, (side_px, side_px, 1))
@@ -56,8 +56,8 @@ def _paint(pen: ImageDraw.ImageDraw, thing: Object, x: float, y: float, r: float
             pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
 
 
-def scenes(seed: int, num_scenes: int = 8, frames_a_scene: int = 16) -> tuple[list[Object], list[Image.Image]]:
+def draw_scenes(seed: int, num_scenes: int = 8, frames_a_scene: int = 16) -> tuple[list[Object], list[Image.Image]]:
     """The object of each scene, all different, and the frames one after the other."""
     random = np.random.default_rng(seed)
     chosen = [OBJECTS[i] for i in random.choice(len(OBJECTS), num_scenes, replace=False)]
-    return chosen, [draw(thing, random) for thing in chosen for _ in range(frames_a_scene)]
+    return chosen, [draw_object(thing, random) for thing in chosen for _ in range(frames_a_scene)]

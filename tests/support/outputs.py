@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipelines import schema
 
 
-def results_of(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
+def make_results(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
     """Result rows with these row numbers."""
     return pa.Table.from_pylist([_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
 

@@ -18,7 +18,7 @@ def write(path: Path, table: dict[str, Any] | pa.Table, **options: Any) -> Path:
     return path
 
 
-def kept_columns(count: int) -> dict[str, pa.Array]:
+def make_kept_columns(count: int) -> dict[str, pa.Array]:
     """Columns of types that do not survive a detour through Python or numpy."""
     moment = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
     return {

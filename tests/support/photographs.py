@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 
 @cache
-def photographs() -> tuple[Path, ...]:
+def find_photographs() -> tuple[Path, ...]:
     """Files in the two packages that are images; what they would download is not there."""
     import skimage
     import sklearn

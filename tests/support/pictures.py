@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines.media.reference import FileRef
 
 
-def picture(seed: int) -> bytes:
+def encode_picture(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (60 + 9 * (seed % 8), 50), (seed * 7 % 256, seed * 31 % 256, 90)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -25,6 +25,6 @@ def draw(path: Path, seed: int, width: int = 90, height: int = 60) -> Path:
     return path
 
 
-def image_at(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> FileRef:
+def write_image(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> FileRef:
     Image.new("RGB", size, colour).save(path)
     return FileRef(str(path))

@@ -71,9 +71,9 @@ class Job:
         self.process.kill()
         self.process.communicate()
 
-    def actors(self, stage: str) -> list[int]:
+    def find_actors(self, stage: str) -> list[int]:
         """Processes of the actors of a stage, by the name that Ray gives them."""
-        return [pid for pid in self._descendants() if stage in _command_of(pid)]
+        return [pid for pid in self._descendants() if stage in _read_command(pid)]
 
     def wait_until_all_gone(self, timeout_s: float = 120) -> None:
         """Until no process that this job started is left. Raises AssertionError if some stay.
@@ -102,7 +102,7 @@ class Job:
         return found
 
 
-def _command_of(pid: int) -> str:
+def _read_command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
     except OSError:
@@ -134,7 +134,7 @@ def run_job(name: str, *arguments: object, ray_address: str | None = None, timeo
     return finished
 
 
-def files_in(output: Path) -> list[Path]:
+def list_files(output: Path) -> list[Path]:
     return list((output / "data").glob("rows-*.parquet"))
 
 

@@ -17,7 +17,7 @@ import torch
 from ovis_model.network.tensor_parallel import joined
 from ovis_model.network.weights import load_model
 from pipelines.cluster.actor import exit_at_once
-from tests.support.engines import golden_requests, prompt_logits
+from tests.support.engines import compute_logits, make_golden_requests
 from tests.support.golden_data import checkpoint_dir
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     directory = checkpoint_dir(checkpoint)
     with joined(int(rank), int(size), Path(meeting_point), lambda: None) as shard:
         model = load_model(directory, device=torch.device("cpu"), dtype=torch.float32, shard=shard)
-        logits = [prompt_logits(model, request)[-1] for request in golden_requests(checkpoint)]
+        logits = [compute_logits(model, request)[-1] for request in make_golden_requests(checkpoint)]
     np.savez(out, *logits, llm_parameters=sum(p.numel() for p in model.llm.parameters()))
     exit_at_once()
 

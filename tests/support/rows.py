@@ -10,13 +10,13 @@ from pipelines.sources import list_rows
 Row = dict[str, Any]
 
 
-def rows_of(*inputs: object, **options: object) -> list[Row]:
+def list_input(*inputs: object, **options: object) -> list[Row]:
     """Rows of the manifest, without their numbers."""
-    config = config_of(*inputs, **options)
+    config = make_config(*inputs, **options)
     with list_rows(config, config.questionnaire) as listing:
         return [row for table in listing.read_tables() for row in table.to_pylist()]
 
 
-def config_of(*inputs: object, **options: object) -> CaptionConfig:
+def make_config(*inputs: object, **options: object) -> CaptionConfig:
     values = {"input": tuple(map(str, inputs)), "output": "out", "model": "demo", **options}
     return CaptionConfig(**values)  # type: ignore[arg-type]

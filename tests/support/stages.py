@@ -13,7 +13,7 @@ from pipelines.rows import Batch, PreparedRow
 from pipelines.sources import list_rows
 
 
-def preprocess_stage(config: RunConfig, encoder: Encoder | None = None) -> tuple[Preprocess, Batch]:
+def make_stage(config: RunConfig, encoder: Encoder | None = None) -> tuple[Preprocess, Batch]:
     """List INPUT into OUTPUT's manifest; return the stage and the one unit that holds all rows."""
     with list_rows(config, config.questionnaire) as listing:
         write_manifest(config.output, listing.read_tables())
@@ -23,7 +23,7 @@ def preprocess_stage(config: RunConfig, encoder: Encoder | None = None) -> tuple
 
 def prepare_rows(config: RunConfig, encoder: Encoder | None = None) -> list[PreparedRow]:
     """All rows of INPUT after the stage."""
-    stage, units = preprocess_stage(config, encoder)
+    stage, units = make_stage(config, encoder)
     return run_stage(stage, units)
 
 

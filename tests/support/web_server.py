@@ -94,27 +94,27 @@ def _drip_body(handler: Handler) -> None:
         handler.wfile.write(b"x")
 
 
-def _silent(handler: Handler) -> None:
+def _stay_silent(handler: Handler) -> None:
     handler.web.closing.wait()
 
 
-def _endless(handler: Handler) -> None:
+def _send_endless_body(handler: Handler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
     while not handler.web.closing.is_set():
         handler.wfile.write(b"x" * 65536)
 
 
-def _endless_header(handler: Handler) -> None:
+def _send_endless_header(handler: Handler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
     while not handler.web.closing.is_set():
         handler.wfile.write(b"X-More: " + b"x" * 1000 + b"\r\n")
 
 
-def _truncated(handler: Handler) -> None:
+def _send_part(handler: Handler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
 
 
-def _once(status: int, **headers: str) -> Callable[[Handler], None]:
+def _fail_once(status: int, **headers: str) -> Callable[[Handler], None]:
     def fault(handler: Handler) -> None:
         path = handler.path.partition("?")[0]
         if handler.web.requests[path] == 1:
@@ -125,7 +125,7 @@ def _once(status: int, **headers: str) -> Callable[[Handler], None]:
     return fault
 
 
-def _gzip_bomb(handler: Handler) -> None:
+def _send_gzip_bomb(handler: Handler) -> None:
     handler.answer(200, b"\x1f\x8b" + b"x" * 100, **{"Content-Encoding": "gzip"})
 
 
@@ -137,16 +137,16 @@ FAULTS: dict[str, Callable[[Handler], None]] = {
     "/nowhere": _redirect(""),
     "/drip": _drip,
     "/drip-body": _drip_body,
-    "/silent": _silent,
-    "/endless": _endless,
-    "/endless-header": _endless_header,
-    "/truncated": _truncated,
-    "/busy": _once(429, **{"Retry-After": "1"}),
-    "/unwell": _once(503),
+    "/silent": _stay_silent,
+    "/endless": _send_endless_body,
+    "/endless-header": _send_endless_header,
+    "/truncated": _send_part,
+    "/busy": _fail_once(429, **{"Retry-After": "1"}),
+    "/unwell": _fail_once(503),
     "/broken": lambda handler: handler.answer(500),
     "/private": lambda handler: handler.answer(403),
     "/teapot": lambda handler: handler.answer(418),
-    "/packed": _gzip_bomb,
+    "/packed": _send_gzip_bomb,
     "/huge": lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\nx"),
     "/no-ranges.tar": lambda handler: handler.answer(200, b"\0" * 5000),
     "/junk": lambda handler: handler.wfile.write(b"\0\1\2 not HTTP at all\r\n\r\n"),
