@@ -56,12 +56,20 @@ class Answers:
     @cached_property
     def answer_texts(self) -> Mapping[str, pa.Array]:
         """Task -> its answers as text, of the tasks whose truth is known."""
-        return {task.name: to_text(task.kind, self.get_column(task.value)) for task in self.columns.tasks if task.truth}
+        return {
+            task.name: normalize_answers(task.kind, self.get_column(task.value))
+            for task in self.columns.tasks
+            if task.truth
+        }
 
     @cached_property
     def truth_texts(self) -> Mapping[str, pa.Array]:
         """Task -> what is right, as text; null where nobody says."""
-        return {task.name: to_text(task.kind, self.get_column(task.truth)) for task in self.columns.tasks if task.truth}
+        return {
+            task.name: normalize_answers(task.kind, self.get_column(task.truth))
+            for task in self.columns.tasks
+            if task.truth
+        }
 
     @cached_property
     def is_wrong(self) -> Mapping[str, NDArray[np.bool_]]:
@@ -75,12 +83,14 @@ class Answers:
             return np.asarray(np.exp(to_floats(column)))
         of_choices = np.stack([to_floats(child) for child in column.flatten()], axis=1)
         names = pa.array(task.choices)
-        chosen = pc.fill_null(pc.index_in(to_text(task.kind, self.get_column(task.value)), names), -1).to_numpy()
+        chosen = pc.fill_null(
+            pc.index_in(normalize_answers(task.kind, self.get_column(task.value)), names), -1
+        ).to_numpy()
         probability = of_choices[np.arange(len(chosen)), chosen]
         return np.where(chosen < 0, np.nan, probability)
 
 
-def to_text(kind: Kind, values: pa.Array) -> pa.Array:
+def normalize_answers(kind: Kind, values: pa.Array) -> pa.Array:
     """Answers, or what is right, in one form for both. Raises ValueError for what cannot be an answer of this kind."""
     if kind == "bool":
         return _to_yes_or_no(values)
@@ -114,5 +124,5 @@ def to_ints(values: pa.Array) -> NDArray[np.int64]:
 
 
 def to_keys(kind: Kind, values: pa.Array) -> pa.Array:
-    """What is counted of single answers: as `to_text`, but text as it is."""
-    return to_text(kind, values) if kind in ("bool", "int") else values.cast(pa.string())
+    """What is counted of single answers: as `normalize_answers`, but text as it is."""
+    return normalize_answers(kind, values) if kind in ("bool", "int") else values.cast(pa.string())

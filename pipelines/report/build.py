@@ -14,7 +14,7 @@ from pipelines.monitoring.progress import Progress
 from pipelines.output.ledger import FileEntry, count, read_entries, union
 from pipelines.output.run_record import read_record
 from pipelines.report.answers import Answers
-from pipelines.report.columns import OutputColumns, read_columns
+from pipelines.report.columns import OutputColumns, interpret_columns
 from pipelines.report.page import render
 from pipelines.report.rows import get_run_name, serialize_row, serialize_run
 from pipelines.report.sample import ContactSheet, PickedRow
@@ -70,7 +70,7 @@ def write_report(options: ReportOptions) -> Report:
     store.allow_private_addresses(options.allow_private_addresses)
     files = _list_files(output)
     with store.open_file(files[0][0].uri) as file:  # all have one schema
-        columns = read_columns(record, pq.read_schema(file), options.truths)
+        columns = interpret_columns(record, pq.read_schema(file), options.truths)
     counts, picked = _count_rows(files, columns, options.rows)
     rows = _build_rows(output, picked, columns, options.media_limit_s)
     data = {"run": serialize_run(output, record), "statistics": counts, "rows": rows, "kept": columns.kept}

@@ -64,7 +64,7 @@ class OutputColumns:
         return [*dict.fromkeys([*names, *of_tasks, *self.alternatives, *self.kept])]
 
 
-def read_columns(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> OutputColumns:
+def interpret_columns(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> OutputColumns:
     """The columns of a run by its run.json and the schema of its files; `truths` is {task: kept column}.
 
     Raises ValueError for a truth that names no task or no column, and for files that are of another run.
