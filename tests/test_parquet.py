@@ -56,9 +56,9 @@ def test_uris(tmp_path: Path) -> None:
 
 
 def test_the_image_column_is_guessed_only_if_there_is_one(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"a, b may all be the images.*--image-column"):
+    with pytest.raises(SourceError, match=r"a, b may all hold the images.*--image-column"):
         list_input(write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"]}))
-    with pytest.raises(SourceError, match=r"no column looks like the images.*caption \(string\)"):
+    with pytest.raises(SourceError, match=r"no column seems to hold the images.*caption \(string\)"):
         list_input(write(tmp_path / "b.parquet", {"caption": ["x"]}))
     with pytest.raises(SourceError, match=r"column 'n' holds neither bytes nor URIs"):
         list_input(write(tmp_path / "c.parquet", {"n": [1]}), image_column="n")

@@ -29,7 +29,7 @@ def test_a_directory_gives_its_images_in_order(tree: Path, caplog: pytest.LogCap
     rows = list_input(tree)
     assert names(rows) == [".hidden.gif", "1.jpg", "_3.webp", "2.PNG", "img[1].jpg"]
     assert all(row["id"] == row["uri"] and row["images"][0]["num_bytes"] == 5 and not row["error"] for row in rows)
-    assert "left out 1 files" in caplog.text and "1 .txt" in caplog.text
+    assert "skipped 1 files" in caplog.text and "1 .txt" in caplog.text
 
 
 def test_a_file_is_taken_whatever_its_name(tree: Path) -> None:
@@ -74,7 +74,7 @@ def test_missing_inputs_and_unknown_shards_are_refused(tree: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         list_input(tree / "nothing")
     (tree / "shard.zip").touch()
-    with pytest.raises(SourceError, match=r"not read; make them \.tar"):
+    with pytest.raises(SourceError, match=r"not supported; convert them to \.tar"):
         list_input(tree / "shard.zip")
 
 

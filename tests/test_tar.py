@@ -76,7 +76,7 @@ def test_no_payload_is_read_and_sidecars_only_if_a_column_is_wanted(tmp_path: Pa
 def test_other_members_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"3"), ("README", b""), ("._1.jpg", b"junk")])
     assert keys(list_input(path)) == ["1"]
-    assert "left out 3 files" in caplog.text
+    assert "skipped 3 files" in caplog.text
 
 
 def test_a_sample_without_image_needs_a_prompt_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

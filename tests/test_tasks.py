@@ -148,7 +148,7 @@ def test_a_row_without_an_image_is_not_said_to_be_asked(
 ) -> None:
     (tmp_path / "list.jsonl").write_text('{"prompt": "Why?", "kind": "dog"}\n')
     rows_of(parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)}))
-    assert "asked as text" not in caplog.text
+    assert "sent as text" not in caplog.text
 
 
 def test_only_free_text_ends_at_a_stop_string(tasks_file: Path) -> None:
@@ -169,7 +169,7 @@ def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path)
     dog, nothing, no_image = rows_of(config)
     assert config.questionnaire.prompts(dog["prompt"]) == ["Describe this dog.", "Is there red?", "Tags?", "Read it."]
     assert (dog["error"], dog["has_own_prompt"]) == ("", False)
-    assert nothing["error"] == "task caption: names the column 'kind', which is empty in this row"
+    assert nothing["error"] == "task caption: names the column 'kind', which is null in this row"
     assert no_image["error"].endswith("no image, and no prompt of its own")
     for braces in ("{", "{unknown}"):
         broken = config.model_copy(update={"tasks": (config.tasks[1].model_copy(update={"prompt": f"Is {braces}?"}),)})

@@ -132,7 +132,7 @@ def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
     assert rows[0].uri == f"{drawn}#t=1,2"
     assert [(row.stage, row.error) for row in rows[3:]] == [
         ("list", "the window #t=2,1 ends before it starts"),
-        ("list", "'#t=1:00' is no window in seconds, such as #t=10,20 or #t=10"),
+        ("list", "'#t=1:00' is not a window in seconds; write e.g. #t=10,20 or #t=10"),
         ("decode", "the window starts at 60 s, the video ends at 4 s"),
     ]
 

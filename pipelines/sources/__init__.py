@@ -1,4 +1,4 @@
-"""INPUT -> rows that are references, listed once and without reading more payload than the format forces."""
+"""List INPUT once as rows that refer to their media; payload is read only where the format forces it."""
 
 from pipelines.errors import SourceError
 from pipelines.sources.ids import KnownRows

@@ -1,4 +1,4 @@
-"""Make ids unique within a run, and leave out rows that an extended run has already."""
+"""Make ids unique within a run, and skip rows that an extended run already has."""
 
 from __future__ import annotations
 
@@ -19,83 +19,90 @@ from pipelines.storage import store
 
 OnDuplicate = Literal["error", "suffix", "skip"]
 Tables = Callable[[], Iterable[pa.Table]]
-"""Gives, each time, the same tables with the columns id, uri and images of the manifest."""
+"""Yields the same tables at each call, with the columns id, uri and images of the manifest."""
 
 logger = logging.getLogger(__name__)
 
 
 class KnownRows:
-    """The rows of a run that is extended: 16 bytes each in memory."""
+    """The rows that an extended run already has, as two hashes of 8 bytes per row."""
 
     def __init__(self, tables: Tables = tuple) -> None:
         self._tables = tables
         ids, rows = array("Q"), array("Q")
         for table in tables():
-            ids.extend(_hashes(table))
-            rows.extend(_row_hashes(table))
-        self._ids, self._rows = np.sort(_numbers(ids)), np.sort(_numbers(rows))
+            ids.extend(_hash_ids(table))
+            rows.extend(_hash_rows(table))
+        self._ids, self._rows = np.sort(_to_numpy(ids)), np.sort(_to_numpy(rows))
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def has_ids(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        return _is_among(hashes, self._ids)
+        """Return bool[N]: whether the run has an id with this hash."""
+        return _is_in_sorted(hashes, self._ids)
 
     def has_rows(self, table: pa.Table, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """bool[N]: the same id at the same place. Two independent hashes of 64 bits agree by chance for nobody."""
-        return self.has_ids(hashes) & _is_among(_numbers(_row_hashes(table)), self._rows)
+        """Return bool[N]: whether the run has the same id with the same images.
+
+        Two independent 64-bit hashes must match, so that a collision is negligible.
+        """
+        return self.has_ids(hashes) & _is_in_sorted(_to_numpy(_hash_rows(table)), self._rows)
 
     def find_ids(self, candidates: set[str]) -> set[str]:
+        """Return the candidates that are ids of the run; this reads its manifest."""
         return {id_ for table in self._tables() for id_ in table.column("id").to_pylist() if id_ in candidates}
 
 
 @dataclass
 class Changes:
-    """To a listing: which rows to leave out and which ids to replace, by their number in it."""
+    """Changes to a listing, by row number in it: rows to skip and ids to replace."""
 
-    left_out: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    replaced: dict[int, str] = field(default_factory=dict)
+    skipped: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    new_ids: dict[int, str] = field(default_factory=dict)
 
     def apply(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Yield the tables of the whole listing, in order, with the changes made."""
         start = 0
         for table in tables:
             numbers = np.arange(start, start + len(table))
             keep = np.ones(len(table), bool)
-            first, stop = np.searchsorted(self.left_out, [start, start + len(table)])
-            keep[self.left_out[first:stop] - start] = False
+            first, stop = np.searchsorted(self.skipped, [start, start + len(table)])
+            keep[self.skipped[first:stop] - start] = False
             start += len(table)
-            if not self.replaced.keys().isdisjoint(numbers.tolist()):
-                ids = map(self.replaced.get, numbers.tolist(), table.column("id").to_pylist())
+            if not self.new_ids.keys().isdisjoint(numbers.tolist()):
+                ids = map(self.new_ids.get, numbers.tolist(), table.column("id").to_pylist())
                 at = table.column_names.index("id")
                 table = table.set_column(at, table.schema.field("id"), pa.array(ids, pa.string()))
             yield table.filter(pa.array(keep))
 
 
 class IdIndex:
-    """The ids of a listing, 8 bytes each in memory."""
+    """The ids of a listing, as one hash of 8 bytes per row."""
 
     def __init__(self) -> None:
         self._hashes = array("Q")
 
     def add(self, table: pa.Table) -> None:
-        self._hashes.extend(_hashes(table))
+        """Add the ids of the next rows."""
+        self._hashes.extend(_hash_ids(table))
 
     def resolve_duplicates(self, tables: Tables, on_duplicate: OnDuplicate, known: KnownRows) -> Changes:
-        """Return the changes after which every id is unique and none is known. Raises SourceError."""
-        hashes = _numbers(self._hashes)
+        """Return the changes that make every id unique and leave no known row. Raises SourceError."""
+        hashes = _to_numpy(self._hashes)
         is_known, taken = self._compare(tables, known) if len(known) else (np.zeros(len(hashes), bool), set())
-        suspicious = np.concatenate([_repeated(hashes), np.array([*map(_hash, taken)], np.uint64)])
+        suspicious = np.concatenate([_find_repeated(hashes), np.array([*map(_hash, taken)], np.uint64)])
         rows = np.flatnonzero(np.isin(hashes, suspicious) & ~is_known) if len(suspicious) else np.empty(0, np.int64)
-        ids = list(_ids_at(tables, rows))
-        duplicates = _duplicates(rows, ids, taken)
+        ids = list(_read_ids(tables, rows))
+        duplicates = _find_duplicates(rows, ids, taken)
         changes = Changes(np.flatnonzero(is_known))
         if duplicates:
             self._apply(on_duplicate, duplicates, changes, Counter([*ids, *taken]))
         return changes
 
     def _compare(self, tables: Tables, known: KnownRows) -> tuple[NDArray[np.bool_], set[str]]:
-        """Return which rows the run has (bool[N]), and which of its ids stand for something else here."""
-        hashes, start = _numbers(self._hashes), 0
+        """Return which rows the run has (bool[N]), and which of its ids belong to different images here."""
+        hashes, start = _to_numpy(self._hashes), 0
         masks: list[NDArray[np.bool_]] = []
         candidates: set[str] = set()
         for table in tables():
@@ -113,32 +120,32 @@ class IdIndex:
         match on_duplicate:
             case "error":
                 raise SourceError(
-                    f"{len(duplicates)} rows repeat an id; list each file once, choose an --id-column whose values "
-                    f"are unique, or see --on-duplicate-id. The most frequent: {shown}"
+                    f"{len(duplicates)} rows repeat an id; list each file once, choose an --id-column with unique "
+                    f"values, or set --on-duplicate-id. The most frequent: {shown}"
                 )
             case "skip":
                 logger.warning(
-                    "left out %d rows whose id an earlier row has. The most frequent: %s", len(duplicates), shown
+                    "skipped %d rows whose id an earlier row has. The most frequent: %s", len(duplicates), shown
                 )
-                changes.left_out = np.union1d(changes.left_out, [*duplicates])
+                changes.skipped = np.union1d(changes.skipped, [*duplicates])
             case "suffix":
                 logger.warning("%d rows repeat an id and got a suffix. The most frequent: %s", len(duplicates), shown)
-                changes.replaced = self._with_suffixes(duplicates)
+                changes.new_ids = self._add_suffixes(duplicates)
 
-    def _with_suffixes(self, duplicates: dict[int, str]) -> dict[int, str]:
-        """Return `id~2`, `id~3` ... in the order of the rows, skipping ids that another row has."""
+    def _add_suffixes(self, duplicates: dict[int, str]) -> dict[int, str]:
+        """Return {row: `id~2`, `id~3` ...} in the order of the rows, skipping ids that another row has."""
         taken, number = set(self._hashes), Counter[str]()
-        replaced = {}
+        new_ids = {}
         for row, id_ in duplicates.items():
             number[id_] += 1
             while _hash(new := f"{id_}~{number[id_] + 1}") in taken:
                 number[id_] += 1
-            replaced[row] = new
-        return replaced
+            new_ids[row] = new
+        return new_ids
 
 
-def _duplicates(rows: NDArray[np.int64], ids: Iterable[str], taken: set[str]) -> dict[int, str]:
-    """Return the given rows whose id is taken or equals that of an earlier one."""
+def _find_duplicates(rows: NDArray[np.int64], ids: Iterable[str], taken: set[str]) -> dict[int, str]:
+    """Return {row: id} of the given rows whose id is taken or repeats that of an earlier row."""
     seen, duplicates = set(taken), {}
     for row, id_ in zip(rows.tolist(), ids, strict=True):
         if id_ in seen:
@@ -147,8 +154,8 @@ def _duplicates(rows: NDArray[np.int64], ids: Iterable[str], taken: set[str]) ->
     return duplicates
 
 
-def _ids_at(tables: Tables, rows: NDArray[np.int64]) -> Iterator[str]:
-    """Yield the ids of these rows, given in ascending order."""
+def _read_ids(tables: Tables, rows: NDArray[np.int64]) -> Iterator[str]:
+    """Yield the ids of `rows`, which are in ascending order."""
     start = 0
     for table in tables() if len(rows) else ():
         here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))]
@@ -156,32 +163,33 @@ def _ids_at(tables: Tables, rows: NDArray[np.int64]) -> Iterator[str]:
         start += len(table)
 
 
-def _repeated(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    ordered = np.sort(hashes)
-    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+def _find_repeated(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    sorted_values = np.sort(hashes)
+    return np.unique(sorted_values[1:][sorted_values[1:] == sorted_values[:-1]])
 
 
-def _numbers(hashes: array[int]) -> NDArray[np.uint64]:
+def _to_numpy(hashes: array[int]) -> NDArray[np.uint64]:
     return np.frombuffer(hashes, np.uint64)
 
 
-def _hashes(table: pa.Table) -> array[int]:
+def _hash_ids(table: pa.Table) -> array[int]:
     return array("Q", map(_hash, table.column("id").to_pylist()))
 
 
-def _row_hashes(table: pa.Table) -> array[int]:
-    """Hash each row's id and where its images are, but not their sizes, which may change with the file."""
+def _hash_rows(table: pa.Table) -> array[int]:
+    """Hash the id and the image locations of each row, but not the sizes, which may change with the file."""
     images = table.column("images").to_pylist()
     places = ([(i["kind"], i["uri"], i["offset"], i["member"], i["row"]) for i in each] for each in images)
     rows = zip(table.column("id").to_pylist(), table.column("uri").to_pylist(), places, strict=True)
     return array("Q", (_hash(repr(row)) for row in rows))
 
 
-def _is_among(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """bool[N]; `np.isin` would look at all of `ordered` for a few values."""
-    if not len(ordered):
+def _is_in_sorted(values: NDArray[np.uint64], sorted_values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return bool[N]: whether each value is in the sorted array; `np.isin` would scan all of it for a few values."""
+    if not len(sorted_values):
         return np.zeros(len(values), bool)
-    found: NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    positions = np.minimum(np.searchsorted(sorted_values, values), len(sorted_values) - 1)
+    found: NDArray[np.bool_] = sorted_values[positions] == values
     return found
 
 

@@ -1,4 +1,4 @@
-"""List INPUT once into a temporary file: the rows of the manifest, while memory holds hashes only."""
+"""List INPUT once into a temporary file of manifest rows; memory holds only hashes of their ids."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pipelines.tasks.questionnaire import Questionnaire
 
 
 def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: KnownRows | None = None) -> Listing:
-    """List the rows of all inputs, without those that are `known`; the caller closes the listing.
+    """List the rows of all inputs except those that are `known`; the caller closes the listing.
 
-    Raises SourceError if there are none at all, if a column is unknown or, unless --on-duplicate-id says otherwise, if
-    two share an id.
+    Raises SourceError if the inputs have no rows, if a column does not exist, or if two rows share an id and
+    --on-duplicate-id is "error".
     """
     store.allow_private_addresses(options.allow_private_addresses)
     with ExitStack() as unless_listed:
@@ -34,30 +34,31 @@ def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: Known
             _list_into(listing, options, questionnaire)
             listing.resolve_duplicates(options.on_duplicate_id, known or KnownRows())
         except OSError as error:
-            raise SourceError(f"cannot list {_shown(options)}: {error}") from error
+            raise SourceError(f"cannot list {_name_inputs(options)}: {error}") from error
         unless_listed.pop_all()
     return listing
 
 
-def _shown(options: SourceOptions) -> str:
+def _name_inputs(options: SourceOptions) -> str:
     return ", ".join(map(store.redact, options.input))
 
 
 def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire) -> None:
     prompts = PromptBuilder(options, questionnaire)
-    rows = _limited(list_chunks(options.input, prompts.columns), options.limit)  # each is one window or more
-    for chunk in _limited(apply_windows(rows, options.window_s), options.limit):
+    # Limited before cutting, as each row becomes at least one window, and again after it.
+    rows = _limit_rows(list_chunks(options.input, prompts.columns), options.limit)
+    for chunk in _limit_rows(apply_windows(rows, options.window_s), options.limit):
         listing.add(prompts.to_table(chunk), chunk.kept)
     if not listing.num_rows:
         raise SourceError(
-            f"no rows in {_shown(options)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
-            "shards (.tar .parquet .jsonl) in a directory are given as a glob such as DIRECTORY/*.tar"
+            f"no rows in {_name_inputs(options)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
+            "for shards (.tar .parquet .jsonl) in a directory use a glob such as DIRECTORY/*.tar"
         )
     prompts.finish()
     listing.check_kept()
 
 
-def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
+def _limit_rows(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
     left = limit
     for chunk in chunks:
         yield chunk if left is None else chunk.take(left)
@@ -68,7 +69,7 @@ def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
 
 
 class Listing:
-    """All rows, in order. `kept` has the type of each kept column over the whole input. To be closed."""
+    """All rows, in order, as a context manager. `kept` has the type of each kept column over the whole input."""
 
     def __init__(self, keep: Sequence[str]) -> None:
         self.num_rows = 0
@@ -85,9 +86,9 @@ class Listing:
         self._file.close()
 
     def add(self, table: pa.Table, kept: pa.Table | None) -> None:
-        """Add rows of schema MANIFEST without `row`, and their kept columns."""
+        """Append rows of schema MANIFEST without `row`, with their kept columns."""
         if kept is not None:
-            table = self._with_kept(table, kept)
+            table = self._append_kept(table, kept)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
@@ -95,48 +96,48 @@ class Listing:
         self._ids.add(table)
         self.num_rows += len(table)
 
-    def _with_kept(self, table: pa.Table, kept: pa.Table) -> pa.Table:
+    def _append_kept(self, table: pa.Table, kept: pa.Table) -> pa.Table:
         types = pa.schema([pa.field(field.name, field.type) for field in kept.schema])
         try:
             self.kept = pa.unify_schemas([self.kept, types], promote_options="permissive")
         except pa.ArrowException as error:
             id_ = store.redact(table.column("id")[0].as_py())
             raise SourceError(
-                f"a kept column has another type from {id_} on than before ({error}); make it one type or leave it "
-                "out of --keep-columns"
+                f"a kept column changes its type at {id_} ({error}); convert it to one type or remove it from "
+                "--keep-columns"
             ) from error
         return pa.table([*table.columns, *kept.columns], [*table.column_names, *(f"kept {n}" for n in types.names)])
 
     def read_tables(self) -> Iterator[pa.Table]:
         """Yield tables of schema `schema.manifest(kept)` without `row`."""
-        whole = schema.manifest(self.kept).remove(0)
-        for table in self._changes.apply(self._stored()):
+        full_schema = schema.manifest(self.kept).remove(0)
+        for table in self._changes.apply(self._read_stored()):
             columns = [table.column(name) for name in schema.MANIFEST.names[1:]]
             if len(self.kept):
-                columns.append(self._kept_of(table))
-            yield pa.table(columns, schema=whole)
+                columns.append(self._build_kept(table))
+            yield pa.table(columns, schema=full_schema)
 
     def check_kept(self) -> None:
-        """Raise SourceError if a kept column does not fit the type that it has over the whole input."""
+        """Raise SourceError if values of a kept column do not fit its type over the whole input."""
         if len(self.kept):
-            for table in self._stored():
-                self._kept_of(table)
+            for table in self._read_stored():
+                self._build_kept(table)
 
     def resolve_duplicates(self, on_duplicate: OnDuplicate, known: KnownRows) -> None:
-        """Make every id unique and leave out the rows that are known. Raises SourceError."""
-        self._changes = self._ids.resolve_duplicates(self._stored, on_duplicate, known)
-        self.num_rows -= len(self._changes.left_out)
+        """Make every id unique and skip the rows that are known. Raises SourceError."""
+        self._changes = self._ids.resolve_duplicates(self._read_stored, on_duplicate, known)
+        self.num_rows -= len(self._changes.skipped)
 
-    def _kept_of(self, table: pa.Table) -> pa.Array:
+    def _build_kept(self, table: pa.Table) -> pa.Array:
         try:
             return schema.pack_struct([table.column(f"kept {f.name}") for f in self.kept], self.kept)
         except pa.ArrowException as error:
             raise SourceError(
                 f"a kept column does not fit one type over the whole input ({error}); its columns: "
-                f"{', '.join(map(str, self.kept))}. Leave it out of --keep-columns or make it one type"
+                f"{', '.join(map(str, self.kept))}. Convert it to one type or remove it from --keep-columns"
             ) from error
 
-    def _stored(self) -> Iterator[pa.Table]:
+    def _read_stored(self) -> Iterator[pa.Table]:
         self._file.seek(0)
         for length in self._lengths:
             yield pa.ipc.open_stream(self._file.read(length)).read_all()

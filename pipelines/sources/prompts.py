@@ -1,4 +1,4 @@
-"""Choose the prompts of each row: its own, or those of the run with the columns of the row filled in."""
+"""Choose the prompts of each row: its own prompt, or those of the run filled with the row's columns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.sources.rows import Chunk, ColumnRoles, SourceRow
 from pipelines.tasks.questionnaire import Questionnaire
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
-VIDEO_PROMPT = "Describe the video."  # instead of the default for images
+VIDEO_PROMPT = "Describe the video."  # replaces the default prompt, which is about an image
 
 logger = logging.getLogger(__name__)
 
 
 class PromptBuilder:
-    """Gives each row its question, and notes what the columns turn out to be."""
+    """Builds the prompts of rows, and checks at the end that the requested columns exist."""
 
     def __init__(self, options: SourceOptions, questionnaire: Questionnaire) -> None:
         self._questionnaire = questionnaire
@@ -41,7 +41,7 @@ class PromptBuilder:
         self._num_without_columns = self._num_text_only = 0
 
     def to_table(self, chunk: Chunk) -> pa.Table:
-        """Schema MANIFEST without `row`."""
+        """Return the rows with their prompts, in schema MANIFEST without `row`. Raises SourceError."""
         if chunk.names:
             for template in self._templates:
                 template.check()
@@ -49,64 +49,64 @@ class PromptBuilder:
         else:
             self._num_without_columns += sum(not row.error for row in chunk.rows)
         self._num_text_only += sum(not row.images and self._has_own_prompt(row) and not row.error for row in chunk.rows)
-        asked = [self._asked(row, has_columns=bool(chunk.names)) for row in chunk.rows]
+        chosen = [self._choose_prompts(row, has_columns=bool(chunk.names)) for row in chunk.rows]
         columns = {
             "id": [row.id for row in chunk.rows],
             "uri": [row.uri for row in chunk.rows],
             "images": [[image.to_struct() for image in row.images] for row in chunk.rows],
-            "prompt": [self._questionnaire.layout.join_prompts(prompts) for prompts, _ in asked],
+            "prompt": [self._questionnaire.layout.join_prompts(prompts) for prompts, _ in chosen],
             "has_own_prompt": [self._has_own_prompt(row) for row in chunk.rows],
-            "error": [error for _, error in asked],
+            "error": [error for _, error in chosen],
         }
         return pa.table(columns, schema=schema.MANIFEST.remove(0))
 
-    def _asked(self, row: SourceRow, *, has_columns: bool) -> tuple[list[str], str]:
-        """The questions and why they cannot be asked, if so."""
+    def _choose_prompts(self, row: SourceRow, *, has_columns: bool) -> tuple[list[str], str]:
+        """Return the prompts and the error of the row, "" if it has none."""
         if row.prompt is not None and self._has_own_prompt(row):
             return [row.prompt], row.error
         if any(map(is_video, row.images)) and self._questionnaire.has_default_prompt:
             return [VIDEO_PROMPT], row.error
         if row.error or not has_columns:
             return [template.text for template in self._templates], row.error
-        return self._filled(row)
+        return self._fill_templates(row)
 
-    def _filled(self, row: SourceRow) -> tuple[list[str], str]:
+    def _fill_templates(self, row: SourceRow) -> tuple[list[str], str]:
         prompts, error = [], ""
         for template in self._templates:
             try:
                 prompts.append(template.fill(row.values))
             except NoValue as name:
                 prompts.append(template.text)
-                error = error or f"{template.label}names the column {name.args[0]!r}, which is empty in this row"
+                error = error or f"{template.label}names the column {name.args[0]!r}, which is null in this row"
         return prompts, error
 
     def _has_own_prompt(self, row: SourceRow) -> bool:
         return self._questionnaire.prompt_column is not None and row.prompt is not None
 
     def finish(self) -> None:
-        """Raises SourceError for columns that no row has."""
+        """Log the number of rows without image. Raises SourceError if no row has a requested column."""
         if self._num_text_only:
-            logger.warning("%d rows have no image and are asked as text", self._num_text_only)
-        named = self.columns.wanted.union(filter(None, [self.columns.image]))
-        wanted = named if self._names else named - self.columns.in_prompt
+            logger.warning("%d rows have no image and are sent as text only", self._num_text_only)
+        requested = self.columns.wanted.union(filter(None, [self.columns.image]))
+        wanted = requested if self._names else requested - self.columns.in_prompt
         if unknown := sorted(wanted - self._names):
             known = ", ".join(sorted(self._names)) or "none: files and tars without .json or .txt have no columns"
             raise SourceError(
                 f"the input has no column {', '.join(unknown)}; its columns: {known} "
-                "(in prompts, {{ and }} stand for braces)"
+                "(in prompts, write {{ and }} for braces)"
             )
         if self._names and self._num_without_columns and self.columns.in_prompt:
             raise SourceError(
-                f"--prompt names columns, and {self._num_without_columns} rows come from inputs that have none; "
-                "caption those in a run of their own"
+                f"--prompt names columns, but {self._num_without_columns} rows come from inputs without columns; "
+                "process those inputs in a separate run"
             )
 
 
 @dataclass(frozen=True)
 class Template:
-    """`{name}` is replaced by the row's value, `{{` and `}}` are braces. Nothing else is allowed in braces.
+    """A prompt in which `{name}` means the row's value and `{{`, `}}` mean braces; nothing else is allowed in braces.
 
-    `label` begins messages about it.
+    Messages about the template begin with `label`.
     """
 
     text: str
@@ -114,22 +114,23 @@ class Template:
 
     @property
     def names(self) -> frozenset[str]:
+        """The columns that the template names."""
         return frozenset(match[1] for match in _TOKEN.finditer(self.text) if match[1])
 
     def check(self) -> None:
-        """Raises SourceError for a brace that is alone."""
+        """Raise SourceError for a single brace."""
         if any(match[0] in ("{", "}") for match in _TOKEN.finditer(self.text)):
             raise SourceError(
-                f"{self.label}{self.text!r} holds a single brace; the input has columns, so {{name}} stands for one of "
-                "them: write {{ and }} for braces"
+                f"{self.label}{self.text!r} has a single brace; write {{{{ and }}}} for braces: {{name}} means the "
+                "value of a column"
             )
 
     def fill(self, values: Mapping[str, Any]) -> str:
-        """Raises NoValue."""
-        return _TOKEN.sub(lambda match: _shown(values, match[1]) if match[1] else match[0][0], self.text)
+        """Replace the names by their values. Raises NoValue if one is null."""
+        return _TOKEN.sub(lambda match: _format_value(values, match[1]) if match[1] else match[0][0], self.text)
 
 
-def _shown(values: Mapping[str, Any], name: str) -> str:
+def _format_value(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name)
     if value is None:
         raise NoValue(name)

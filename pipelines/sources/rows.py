@@ -1,4 +1,4 @@
-"""The row of a source: id, references to images, prompt and columns; no payload."""
+"""Hold a row as listed from a source: id, references to images, prompt and columns; no payload."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipelines.media.reference import ImageRef
 from pipelines.storage import store
 
 ROWS_PER_CHUNK = 1 << 12
-MAX_DEPTH = 40  # of JSON; Arrow stores columns that are nested up to 64 deep
+MAX_DEPTH = 40  # of JSON; Arrow stores columns nested up to 64 deep
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row to be. `prompt` is its own, None if it has none; `error` says why it cannot even be read."""
+    """A row as listed. `prompt` is the row's own, None if it has none; a row with an `error` becomes an error row."""
 
     id: str
     uri: str
@@ -33,7 +33,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class ColumnRoles:
-    """Which columns of the input are what. None or empty: not asked for."""
+    """Names of the columns of the input by role; None or empty if not requested."""
 
     id: str | None = None
     image: str | None = None
@@ -44,58 +44,59 @@ class ColumnRoles:
     def make_row(
         self, source: str, number: object, values: Mapping[str, Any], images: tuple[ImageRef, ...], *, what: str
     ) -> SourceRow:
-        """Return the row `number` of `source`, called `what` in messages; its id and prompt are among `values`."""
+        """Build the row `number` of `source` from its columns; messages call it `what`, e.g. "line"."""
         prompt = to_text(values.get(self.prompt or ""))
         id_ = to_text(values.get(self.id or "")) or f"{source}#{number}"
-        # A row needs an image or a question of its own: asking the run's question about nothing helps nobody.
+        # The run's prompt asks about an image, so a row without one needs a prompt of its own.
         error = "" if images or prompt else f"{what} {number}: no image, and no prompt of its own"
         return SourceRow(id_, images[0].uri if images else source, images, prompt, values, error)
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Return all columns that the listing must read, which excludes the images."""
+        """All columns that the listing must read, without that of the images."""
         return self.text_columns.union(self.keep)
 
     @property
     def text_columns(self) -> frozenset[str]:
-        """Return the columns whose values make up ids and prompts."""
+        """The columns whose values form ids and prompts."""
         return self.in_prompt.union(filter(None, (self.id, self.prompt)))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one source, the columns that it has, and those that are kept (as long as `rows`)."""
+    """Some rows of one source, the names of its columns, and a table of the kept columns (as long as `rows`)."""
 
     rows: Sequence[SourceRow]
     names: frozenset[str] = frozenset()
     kept: pa.Table | None = None
 
     def take(self, count: int) -> Chunk:
+        """Return the first `count` rows."""
         return Chunk(self.rows[:count], self.names, None if self.kept is None else self.kept.slice(0, count))
 
 
 def group_into_chunks(
     rows: Iterable[SourceRow], keep: Sequence[str] = (), names: frozenset[str] | None = None
 ) -> Iterator[Chunk]:
-    """Yield chunks of rows whose columns are `names` or else those of their `values`."""
+    """Yield chunks of ROWS_PER_CHUNK rows; their columns are `names`, by default the keys of their `values`."""
     remaining = iter(rows)
     while some := list(islice(remaining, ROWS_PER_CHUNK)):
         found = names if names is not None else frozenset(name for row in some for name in row.values)
-        yield Chunk(some, found, pa.table({name: _array(some, name) for name in keep}) if keep else None)
+        yield Chunk(some, found, pa.table({name: _build_array(some, name) for name in keep}) if keep else None)
 
 
-def _array(rows: Sequence[SourceRow], name: str) -> pa.Array:
+def _build_array(rows: Sequence[SourceRow], name: str) -> pa.Array:
     try:
         return pa.array([row.values.get(name) for row in rows])
     except (pa.ArrowException, OverflowError) as error:
         raise SourceError(
             f"column {name!r} holds values of several types between {rows[0].id} and {rows[-1].id} ({error}); "
-            "make them one type or leave it out of --keep-columns"
+            "convert them to one type or remove it from --keep-columns"
         ) from error
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Parse untrusted JSON. Raises ValueError, which JSON and Unicode errors are."""
+    """Parse an object in untrusted JSON. Raises ValueError, also for invalid JSON or UTF-8."""
     text = data.decode("utf-8-sig")
     try:
         values = json.loads(text)
@@ -105,22 +106,22 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
-    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(values, MAX_DEPTH):
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_nested_deeper(values, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if "\\ud" in text.lower():
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair cannot be stored
     return values
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def _is_nested_deeper(value: Any, levels: int) -> bool:
     if levels == 0:
         return True
     below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(_is_deeper(item, levels - 1) for item in below)
+    return any(_is_nested_deeper(item, levels - 1) for item in below)
 
 
 def to_text(value: Any) -> str | None:
-    """Return a value as an id or a prompt, None if it is empty."""
+    """Return a value as the text of an id or a prompt, None if it is null or ""."""
     if value is None or value == "":
         return None
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
@@ -128,7 +129,7 @@ def to_text(value: Any) -> str | None:
 
 @contextmanager
 def raise_source_errors(uri: str, form: str = "") -> Iterator[None]:
-    """Raise SourceError for what keeps `uri` from being read as a file of this form."""
+    """Raise SourceError instead of the errors that reading `uri` in this form may raise."""
     try:
         yield
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -136,5 +137,5 @@ def raise_source_errors(uri: str, form: str = "") -> Iterator[None]:
 
 
 def escape_name(name: str) -> str:
-    """Return the name of a file as text that a column can hold: bytes that are not UTF-8 are written as \\xff."""
+    r"""Return the name of a file as valid text: bytes that are not UTF-8 are written as \xff."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

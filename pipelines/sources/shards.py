@@ -27,30 +27,30 @@ _SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
 def list_chunks(inputs: Iterable[str], columns: ColumnRoles) -> Iterator[Chunk]:
     """Yield the rows of all inputs, in order. Raises SourceError or OSError if one of them cannot be listed."""
     infos = (info for uri in inputs for info in _expand(uri))
-    for are_files, group in groupby(infos, key=lambda info: _kind(info) == "file"):
-        list_group = _list_files if are_files else _in_parallel
+    for is_file, group in groupby(infos, key=lambda info: _check_kind(info) == "file"):
+        list_group = _list_files if is_file else _list_shards
         yield from list_group(group, columns)
 
 
 def _list_files(infos: Iterable[FileInfo], columns: ColumnRoles) -> Iterator[Chunk]:
     """List one row per file; files have no columns, so kept columns are null."""
-    return group_into_chunks(map(_row, infos), columns.keep)
+    return group_into_chunks(map(_make_row, infos), columns.keep)
 
 
-def _row(info: FileInfo) -> SourceRow:
-    if (uri := escape_name(info.uri)) != info.uri:  # and no other spelling would open the file
+def _make_row(info: FileInfo) -> SourceRow:
+    if (uri := escape_name(info.uri)) != info.uri:  # the escaped name would not open the file
         return SourceRow(uri, uri, error="the file name is not UTF-8; rename the file")
     error = "" if info.is_regular else "not a regular file"
     return SourceRow(info.uri, info.uri, (FileRef(info.uri, info.num_bytes),), error=error)
 
 
-def _in_parallel(shards: Iterable[FileInfo], columns: ColumnRoles) -> Iterator[Chunk]:
-    """Yield chunks in the order of the shards. The next ones are begun meanwhile: listing mostly waits for headers."""
+def _list_shards(shards: Iterable[FileInfo], columns: ColumnRoles) -> Iterator[Chunk]:
+    """Yield chunks in the order of the shards; start the next shards early, as listing mostly waits for headers."""
     ahead: deque[Future[Iterator[Chunk]]] = deque()
     pool = ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="list")
     try:
         for shard in shards:
-            ahead.append(pool.submit(_begin, _list_shard(shard, columns)))
+            ahead.append(pool.submit(_start_listing, _list_shard(shard, columns)))
             if len(ahead) > _SHARDS_AT_ONCE:
                 yield from ahead.popleft().result()
         while ahead:
@@ -59,12 +59,12 @@ def _in_parallel(shards: Iterable[FileInfo], columns: ColumnRoles) -> Iterator[C
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(shard: Iterator[Chunk]) -> Iterator[Chunk]:
+def _start_listing(shard: Iterator[Chunk]) -> Iterator[Chunk]:
     return chain(list(islice(shard, _CHUNKS_AHEAD)), shard)
 
 
 def _list_shard(shard: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
-    match _kind(shard):
+    match _check_kind(shard):
         case "parquet":
             return list_parquet(shard, columns)
         case "arrow":
@@ -89,14 +89,14 @@ def _expand(uri: str) -> Iterable[FileInfo]:
     return infos
 
 
-def _kind(info: FileInfo) -> str:
-    """Return the kind of a file; whatever does not hold many rows is taken as an image."""
+def _check_kind(info: FileInfo) -> str:
+    """Return the kind of a file; "file" means one image or video. Raises SourceError if the kind is not supported."""
     name = store.strip_query(info.uri).lower()
     kind = detect_kind(info.uri)
     if kind != "file" and (not info.is_regular or escape_name(info.uri) != info.uri):
-        raise SourceError(
-            f"{store.redact(info.uri)!r} is not a regular file with a name in UTF-8; rename or replace it"
-        )
+        raise SourceError(f"{store.redact(info.uri)!r} is not a regular file with a UTF-8 name; rename or replace it")
     if name.endswith(_MANY_ROWS):
-        raise SourceError(f"{store.redact(info.uri)}: shards of this kind are not read; make them {' '.join(KINDS)}")
+        raise SourceError(
+            f"{store.redact(info.uri)}: shards of this kind are not supported; convert them to {' '.join(KINDS)}"
+        )
     return kind

@@ -1,4 +1,4 @@
-"""List WebDataset shards: index a tar, all members of one key being one row."""
+"""List WebDataset shards: index a tar, where all members of one key form one row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipelines.media.reference import TarRef
-from pipelines.sources.directories import IMAGE_SUFFIXES, log_left_out
+from pipelines.sources.directories import IMAGE_SUFFIXES, log_skipped
 from pipelines.sources.rows import (
     Chunk,
     ColumnRoles,
@@ -27,8 +27,8 @@ from pipelines.sources.rows import (
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
-_MAX_HEADER_BYTES = 1 << 20  # of long names and extended headers, which are read whole
-_BLOCK_BYTES = 1 << 20  # members shorter than this cost no request of their own, longer ones are passed over
+_MAX_HEADER_BYTES = 1 << 20  # long names and extended headers are read whole
+_BLOCK_BYTES = 1 << 20  # shorter members cost no extra request, longer ones are skipped
 
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # as WebDataset: up to the first dot of the base name
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
@@ -37,18 +37,18 @@ _DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
 
 @dataclass(frozen=True)
 class TarLimits:
-    """What a tar may hold at most."""
+    """Limits on the content of a tar."""
 
     max_members: int = 10_000_000
     max_sidecar_bytes: int = 4 << 20
     max_name_characters: int = 4096
-    max_names_characters: int = 96 << 20  # of all names together: they are held until the tar is read
-    max_unpacked_bytes: int = 1 << 40  # of a tar.gz: what lies behind would take an hour to reach
+    max_names_characters: int = 96 << 20  # all names together; they stay in memory until the tar is read
+    max_unpacked_bytes: int = 1 << 40  # of a tar.gz; unpacking up to there takes an hour
     max_packing: int = 200  # unpacked bytes per byte of a tar.gz; gzip packs zeros 1,000 times
-    usual_unpacked_bytes: int = 1 << 30  # allowed however small the tar.gz is
+    usual_unpacked_bytes: int = 1 << 30  # allowed for any size of the tar.gz
 
     def compute_max_bytes(self, packed_bytes: int) -> int:
-        """Return how large a tar.gz may become: images barely compress, so a higher ratio indicates a gzip bomb."""
+        """Return the maximum unpacked size: images barely compress, so a higher ratio indicates a gzip bomb."""
         if packed_bytes < 0:
             return self.max_unpacked_bytes
         return min(self.max_unpacked_bytes, max(self.usual_unpacked_bytes, self.max_packing * packed_bytes))
@@ -57,17 +57,17 @@ class TarLimits:
 def list_tar(
     info: FileInfo, columns: ColumnRoles, *, is_gzip: bool, limits: TarLimits | None = None
 ) -> Iterator[Chunk]:
-    """List rows in the order in which their keys first appear; if the tar is damaged, the last one is an error row.
+    """List rows in the order in which their keys first appear; if the tar is damaged, the last row is an error row.
 
-    No image is read; sidecars (.json, .txt) only if a column is wanted.
+    Images are not read, and sidecars (.json, .txt) only if a column is wanted.
     """
     index = _Index(info, is_gzip, columns.wanted, limits or TarLimits())
     damage = index.read()
-    log_left_out(info.uri, index.others)
-    return group_into_chunks(_rows(index, columns, damage), columns.keep, frozenset(index.names))
+    log_skipped(info.uri, index.others)
+    return group_into_chunks(_make_rows(index, columns, damage), columns.keep, frozenset(index.names))
 
 
-def _rows(index: _Index, columns: ColumnRoles, damage: str | None) -> Iterator[SourceRow]:
+def _make_rows(index: _Index, columns: ColumnRoles, damage: str | None) -> Iterator[SourceRow]:
     for place, sample in index.samples.items():
         key, number = (place, 1) if isinstance(place, str) else place
         yield sample.make_row(key, number, index, columns)
@@ -76,7 +76,7 @@ def _rows(index: _Index, columns: ColumnRoles, damage: str | None) -> Iterator[S
 
 
 class _Member(NamedTuple):
-    """An image: what follows the key in its name, and its place."""
+    """An image: the part of its name after the key, and its byte range."""
 
     extension: str
     offset: int
@@ -85,7 +85,7 @@ class _Member(NamedTuple):
 
 @dataclass(slots=True)
 class _Sample:
-    """Members of one key, of each extension one. As small as may be: there are millions."""
+    """Members of one key, one per extension, as WebDataset calls them. Kept small: a tar may have millions."""
 
     extensions: tuple[str, ...] = ()
     images: tuple[_Member, ...] = ()
@@ -100,27 +100,29 @@ class _Sample:
 
 
 class _Index:
-    """Reads the headers of a tar and the `wanted` columns of its sidecars; `end` is how far it came, in bytes."""
+    """Index of the headers of a tar and the `wanted` columns of its sidecars; `end` is the bytes read so far."""
 
     def __init__(self, info: FileInfo, is_gzip: bool, wanted: frozenset[str], limits: TarLimits) -> None:
         self.uri, self.is_gzip, self._wanted, self._limits = info.uri, is_gzip, wanted, limits
         self._max_bytes = limits.compute_max_bytes(info.num_bytes) if is_gzip else sys.maxsize
-        self.names: set[str] = set()  # of columns
+        self.names: set[str] = set()  # names of columns
         self._name_characters = 0
-        self.samples: dict[str | tuple[str, int], _Sample] = {}  # by key; with a number from the second of a key on
+        self.samples: dict[
+            str | tuple[str, int], _Sample
+        ] = {}  # by key, or (key, number) from the second sample of a key on
         self._repeats: dict[tuple[str, str], int] = {}
-        self._extensions: dict[tuple[str, ...], tuple[str, ...]] = {}  # one of each
+        self._extensions: dict[tuple[str, ...], tuple[str, ...]] = {}  # shared tuples, to save memory
         self.others: Counter[str] = Counter()
         self.end = 0
 
     def read(self) -> str | None:
-        """Return what is wrong with the tar, None if it is whole. Raises SourceError if it cannot be opened or read."""
+        """Index the tar; return what is damaged, None if it is whole. Raises SourceError if it cannot be read."""
         with raise_source_errors(self.uri):
             try:
                 with store.open_file(self.uri, block_bytes=_BLOCK_BYTES) as file:
                     self._read_members(gzip.GzipFile(fileobj=file) if self.is_gzip else file)
             except _DAMAGE as error:
-                return f"the tar is damaged at byte {self.end:,} of its unpacked form, nothing behind is read: {error}"
+                return f"the tar is damaged at byte {self.end:,} of its unpacked form; the rest is not read: {error}"
         return None
 
     def _read_members(self, file: Any) -> None:
@@ -132,9 +134,9 @@ class _Index:
                 self._check(member, number)
                 self._add(tar, member)
                 self.end = tar.offset
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every member
             if file.read(_BLOCK_BYTES).strip(b"\0"):  # a damaged block or a second tar
-                raise tarfile.ReadError("an end mark with more data behind it")
+                raise tarfile.ReadError("data after the end mark")
 
     def _check(self, member: tarfile.TarInfo, number: int) -> None:
         if number == self._limits.max_members:
@@ -142,9 +144,11 @@ class _Index:
         self._name_characters += len(member.name)
         max_one, max_all = self._limits.max_name_characters, self._limits.max_names_characters
         if len(member.name) > max_one or self._name_characters > max_all:
-            raise tarfile.ReadError(f"a name longer than {max_one:,}, or all longer than {max_all:,} characters")
+            raise tarfile.ReadError(
+                f"a name is longer than {max_one:,} characters, or all names together than {max_all:,}"
+            )
         if member.size < 0 or member.offset_data < self.end:
-            raise tarfile.ReadError("a header with a negative size")
+            raise tarfile.ReadError("a header has a negative size")
         if member.offset_data + member.size > self._max_bytes:
             raise tarfile.ReadError(f"more than {self._max_bytes:,} bytes unpacked; use plain tar or smaller shards")
 
@@ -157,14 +161,14 @@ class _Index:
         if match is None or suffix not in IMAGE_SUFFIXES | {".json", ".txt"}:
             self.others[suffix or "no suffix"] += 1
             return
-        sample = self._sample(match[1], sys.intern(match[2].lower()))
+        sample = self._get_sample(match[1], sys.intern(match[2].lower()))
         if suffix in IMAGE_SUFFIXES:
             self._add_image(sample, member, name, sys.intern(match[2]))
         elif self._wanted:
             self._add_sidecar(sample, tar, member, name)
 
-    def _sample(self, key: str, extension: str) -> _Sample:
-        """Return the first sample of the key that has no such member yet, or a new one."""
+    def _get_sample(self, key: str, extension: str) -> _Sample:
+        """Return the first sample of the key without a member of this extension, else a new sample."""
         sample = self.samples.setdefault(key, _Sample())
         if extension in sample.extensions:
             number = self._repeats[key, extension] = self._repeats.get((key, extension), 1) + 1
@@ -175,19 +179,21 @@ class _Index:
 
     def _add_image(self, sample: _Sample, member: tarfile.TarInfo, name: str, extension: str) -> None:
         if not member.isreg() or member.issparse():
-            sample.error = f"{name} is a {'sparse file' if member.isreg() else 'link or device'}; only files are read"
+            sample.error = (
+                f"{name} is a {'sparse file' if member.isreg() else 'link or device'}; only regular files are read"
+            )
             return
         sample.images += (_Member(extension, member.offset_data, member.size),)
 
     def _add_sidecar(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
         max_bytes = self._limits.max_sidecar_bytes
         if not member.isreg() or member.issparse() or member.size > max_bytes:
-            sample.error = f"{name} is no file of at most {max_bytes:,} bytes"
+            sample.error = f"{name} is not a regular file of at most {max_bytes:,} bytes"
             return
         file = tar.extractfile(member)
         assert file is not None, name
         try:
-            values = _values(name, file.read())
+            values = _parse_sidecar(name, file.read())
         except ValueError as error:
             sample.error = f"{name} cannot be read: {error}"
         else:
@@ -196,27 +202,29 @@ class _Index:
             sample.values = {**(sample.values or {}), **wanted}
 
 
-def _values(name: str, data: bytes) -> dict[str, Any]:
+def _parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
     """Return the columns of a sidecar. Raises ValueError."""
     return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else parse_json_object(data)
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """A header that must be readable: TarFile takes an unreadable one for the end of the archive."""
+    """A header that raises if it is invalid; a plain TarFile would read it as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictHeader:
+        """Read the next header. Raises ReadError for an invalid one."""
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise tarfile.ReadError("it ends without an end mark: truncated") from None
+            raise tarfile.ReadError("truncated: it has no end mark") from None
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
+        """Parse a header. Raises HeaderError if its size is negative or its extended header too long."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENDED and header.size > _MAX_HEADER_BYTES):
             raise tarfile.HeaderError(f"a header of {header.size:,} bytes")
