@@ -44,11 +44,11 @@ from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig,
 from ovis_model.engine.calls import Stats
 from ovis_model.engine.decode_step import run_eagerly
 from ovis_model.engine.engine import OvisEngine
-from ovis_model.inputs.prompt import expand_atoms, image_placeholders
+from ovis_model.inputs.prompt import expand_atoms, make_placeholders
 from ovis_model.inputs.tiling import choose_grid, tile_image
 from ovis_model.network.ovis import Ovis
-from ovis_model.network.tensor_parallel import ALONE, Shard, joined
-from ovis_model.network.weights import empty_model, find_targets, load_model
+from ovis_model.network.tensor_parallel import ALONE, Shard, join_ranks
+from ovis_model.network.weights import allocate_model, find_targets, load_model
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Request, SamplingParams
 from pipelines.cluster.actor import exit_at_once
 
@@ -155,7 +155,7 @@ def load_or_build_model(name: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _build_random_model(config: OvisConfig, device: torch.device, dtype: torch.dtype, shard: Shard) -> Ovis:
-    model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=True, shard=shard)
+    model = allocate_model(config, device=device, dtype=dtype, post_trunk_norm=True, shard=shard)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(std=0.05, generator=generator)
@@ -182,7 +182,7 @@ def _draw_images(size: str, count: int, seed: int) -> Iterator[Image.Image]:
 def _make_request(config: OvisConfig, rng: np.random.Generator, image: Image.Image, max_tiles: int) -> Request:
     side_px = config.vision.image_size
     tiles, sizes = tile_image(image, max_tiles, side_px)
-    atoms = image_placeholders(choose_grid(*image.size, max_tiles, side_px))
+    atoms = make_placeholders(choose_grid(*image.size, max_tiles, side_px))
     placeholders = expand_atoms(atoms, config.vision.tokens_per_tile)
     text = rng.integers(0, config.language.vocab_size // 2, NUM_TEXT_TOKENS, dtype=np.int32)
     return Request(np.concatenate([text[:12], placeholders, text[12:]]).astype(np.int32), tiles, sizes)
@@ -198,7 +198,7 @@ def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         torch.cuda.set_device(rank)
-    with joined(rank, args.ranks, meeting_point, lambda: None) as shard:
+    with join_ranks(rank, args.ranks, meeting_point, lambda: None) as shard:
         model = _build_random_model(SHAPES[args.model], torch.device(args.device), getattr(torch, args.dtype), shard)
         workload = _make_workload(model.config, args)
         engine = OvisEngine.from_model(model, eos_token_ids=())
@@ -334,7 +334,7 @@ def summarize_rounds(rounds: list[dict[str, Timing]], model: Ovis, stats: Stats,
         "wall_ratio": _compute_best_ratio(sides, "wall_s_per_image"),
         "seconds": seconds,
         "slots": slots,
-        "slot_occupancy": stats.row_steps / max(1, stats.slot_steps),
+        "slot_occupancy": stats.sequence_steps / max(1, stats.slot_steps),
         "peak_memory_gb": _read_peak_memory_gb(model.device),
         "tflops_ceiling": ceilings.flops_per_s / 1e12,
         "gb_per_s_ceiling": ceilings.bytes_per_s / 1e9,

@@ -1,8 +1,8 @@
-"""Measure the CPU time of MDP3 on drawn embeddings of width 1152, one thread, also of the published code if given.
+"""CPU time of MDP3, one thread, on drawn embeddings of width 1152; beside a copy of the published code if given.
 
     OMP_NUM_THREADS=1 python -m benchmarks.keyframes [PATH/TO/mdp3.py]
 
-That file is `plugin/mdp3.py` of AIDC-AI/Ovis. Its selector runs unmodified, without its encoder.
+That file is `plugin/mdp3.py` of AIDC-AI/Ovis; its selector is called as it stands, without its encoder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ovis_model.inputs.keyframes import Rules, mdp3
+from ovis_model.inputs.keyframes import Rules, select_mdp3
 from tests.support.frame_vectors import make_frames
 
 WIDTH = 1152
@@ -29,19 +29,19 @@ def main(published: str | None) -> None:
     for count, k, segment_size in CASES:
         frames, query = (array.astype(np.float32) for array in make_frames(count, WIDTH))
         rules = Rules(segment_size=segment_size)
-        picks = mdp3(frames, query, k, rules=rules).indices.tolist()
-        here_ms = 1e3 * measure_median_s(partial(mdp3, frames, query, k, rules=rules), 15)
+        picks = select_mdp3(frames, query, k, rules=rules).indices.tolist()
+        here_ms = 1e3 * median_s(partial(select_mdp3, frames, query, k, rules=rules), 15)
         line = f"{count:10} {k:6} {segment_size:7}"
         if published is None:
             print(f"{line}  {'':12}  {here_ms:7.2f}")
             continue
-        select = load_published_selector(published, k, segment_size)
-        theirs_ms = 1e3 * measure_median_s(partial(select, frames, query), 1 if count > 128 else 3)
+        select = published_selector(published, k, segment_size)
+        theirs_ms = 1e3 * median_s(partial(select, frames, query), 1 if count > 128 else 3)
         same = select(frames, query) == picks
         print(f"{line}  {theirs_ms:12.0f}  {here_ms:7.2f}  {theirs_ms / here_ms:5.0f}  {same}", flush=True)
 
 
-def measure_median_s(work: Callable[[], Any], times: int) -> float:
+def median_s(work: Callable[[], Any], times: int) -> float:
     seconds = []
     for _ in range(times):
         start_s = time.process_time()
@@ -50,7 +50,7 @@ def measure_median_s(work: Callable[[], Any], times: int) -> float:
     return statistics.median(seconds)
 
 
-def load_published_selector(path: str, k: int, segment_size: int) -> Callable[[Any, Any], list[int]]:
+def published_selector(path: str, k: int, segment_size: int) -> Callable[[Any, Any], list[int]]:
     import torch
 
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ovis_model.config import OvisConfig
-from ovis_model.engine.kv_cache import bytes_per_token
+from ovis_model.engine.kv_cache import compute_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def compute_cost(
         vision_flops=2.0 * rows * tiles * _count_tile_multiply_adds(config),
         prefill_flops=2.0 * rows * (prompt * (weights - head) + head + attention * prompt**2 / 2),
         decode_flops=2.0 * (tokens * weights + attention * attended),
-        decode_bytes=steps * weights * dtype.itemsize + attended * bytes_per_token(t, dtype),
+        decode_bytes=steps * weights * dtype.itemsize + attended * compute_bytes_per_token(t, dtype),
     )
 
 

@@ -202,7 +202,7 @@ def _loss(model: Ovis, group: Sequence[Example]) -> Tensor:
     )
     hidden = model.llm.model(_embed(model, group, input_ids), position_ids, Branches(branches))
     counted = targets != _NO_TARGET
-    return F.cross_entropy(model.llm.logits(hidden[counted]), targets[counted])
+    return F.cross_entropy(model.llm.compute_logits(hidden[counted]), targets[counted])
 
 
 class Row(NamedTuple):
@@ -268,9 +268,9 @@ def _example(processor: Processor, seed: int, *, held_out: bool, num_draws: int,
         image = Image.open(file).convert("RGB")
     asked = [("caption", PROMPT, scene.caption)]
     asked += [(q.kind, q.text, q.answer) for q in _draw_questions(scene, seed, num_draws)]
-    requests = processor.with_tiles([processor.prompt_ids(text, [image.size]) for _, text, _ in asked], [image])
+    requests = processor.build_requests([processor.encode_prompt(text, [image.size]) for _, text, _ in asked], [image])
     tasks = (
-        Task(kind, request, answer, torch.tensor(processor.answer_ids(answer)))
+        Task(kind, request, answer, torch.tensor(processor.encode_answer(answer)))
         for (kind, _, answer), request in zip(asked, requests, strict=True)
     )
     return Example(scene, tuple(tasks))

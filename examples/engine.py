@@ -21,14 +21,14 @@ def ask(paths: list[str]) -> None:
     processor = Processor.from_pretrained(MODEL)  # tokenizer and tiling: loads neither torch nor weights
     with OvisEngine.from_pretrained(MODEL, device="auto") as engine:  # CUDA if there is a GPU
         images = [Image.open(path) for path in paths]
-        captions = [processor.request("Describe the image.", [image]) for image in images]
-        questions = [processor.request("What colour is the background?", [image]) for image in images]
+        captions = [processor.build_request("Describe the image.", [image]) for image in images]
+        questions = [processor.build_request("What colour is the background?", [image]) for image in images]
 
         # One call for all requests: the engine batches them, and a finished one makes room for the next.
         described = engine.generate(captions, SamplingParams(max_new_tokens=64))
         # Allowed answers are scored in one pass instead of generated.
         colours = ["white", "grey", "black"]
-        choices = tuple(tuple(processor.answer_ids(colour)) for colour in colours)
+        choices = tuple(tuple(processor.encode_answer(colour)) for colour in colours)
         scored = engine.generate(questions, SamplingParams(choices=choices))
 
     for path, caption, answer in zip(paths, described, scored, strict=True):

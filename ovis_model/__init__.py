@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ovis_model.inputs.tiling import choose_grid
     from ovis_model.types import Completion, Grid, Request, SamplingParams
 
-_HOME = {
+_MODULES = {
     "OvisEngine": "ovis_model.engine.engine",
     "select_frames": "ovis_model.inputs.keyframes",
     "Processor": "ovis_model.inputs.processor",
@@ -45,6 +45,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'ovis_model' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -49,7 +49,7 @@ def fetch_checkpoint(path_or_id: str, revision: str | None = None, *, weights: b
     )
 
 
-def local_path(path_or_id: str) -> str:
+def resolve_local_path(path_or_id: str) -> str:
     """A local directory as an absolute path, so that a process that runs elsewhere does not look for a hub id."""
     local = Path(path_or_id).expanduser()
     return str(local.absolute()) if path_or_id != "demo" and local.is_dir() else path_or_id
@@ -69,17 +69,17 @@ def describe_checkpoint(path_or_id: str, revision: str | None = None) -> dict[st
     for path in sorted(directory.glob("*.json")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     if "://" in path_or_id:
-        digest.update(json.dumps(_weight_versions(path_or_id)).encode())
+        digest.update(json.dumps(_list_weight_versions(path_or_id)).encode())
     elif not commit:
         for path in sorted(directory.glob("*.safetensors")):
             _hash_samples(path, digest)
     return {"id": path_or_id, "revision": commit or revision, "weights": digest.hexdigest()[:16]}
 
 
-def _weight_versions(uri: str) -> list[tuple[str, str]]:
-    fs, root = _file_system(uri)
+def _list_weight_versions(uri: str) -> list[tuple[str, str]]:
+    fs, root = _open_file_system(uri)
     files = [info for info in fs.ls(root, detail=True) if info["name"].endswith(".safetensors")]
-    return sorted((PurePosixPath(info["name"]).name, _version(info)) for info in files)
+    return sorted((PurePosixPath(info["name"]).name, _get_version(info)) for info in files)
 
 
 def _hash_samples(path: Path, digest: Any) -> None:
@@ -119,7 +119,7 @@ def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
             directory = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
             if (directory / "config.json").exists() and (_has_weights(directory) or not weights):
                 return directory
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_patterns(weights)))
+    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_list_patterns(weights)))
 
 
 def _has_weights(directory: Path) -> bool:
@@ -130,7 +130,7 @@ def _has_weights(directory: Path) -> bool:
 
 
 def _fetch_uri(uri: str, *, weights: bool) -> Path:
-    fs, root = _file_system(uri)
+    fs, root = _open_file_system(uri)
     cache = Path(os.environ.get("OVIS2_CACHE", "~/.cache/ovis2")).expanduser()
     target = cache / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:24]
     target.mkdir(parents=True, exist_ok=True)
@@ -144,20 +144,20 @@ def _fetch_uri(uri: str, *, weights: bool) -> Path:
             if not path.name.startswith(".") and path.name not in names:
                 path.unlink()
         for info in listing:
-            if any(map(PurePosixPath(info["name"]).match, _patterns(weights))):
+            if any(map(PurePosixPath(info["name"]).match, _list_patterns(weights))):
                 _fetch_file(fs, info, target / PurePosixPath(info["name"]).name)
     if not (target / "config.json").exists():
         raise CheckpointError(f"model {uri!r} has no config.json: it is not a checkpoint")
     return target
 
 
-def _patterns(weights: bool) -> list[str]:
+def _list_patterns(weights: bool) -> list[str]:
     return [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
 
 
 def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
     """Copy one file unless the same version is here: the store's own mark of a version is kept beside it."""
-    mark = _version(info)
+    mark = _get_version(info)
     mark_file = target.with_name(f".{target.name}.version")
     if target.exists() and mark_file.exists() and mark_file.read_text() == mark:
         return
@@ -168,11 +168,11 @@ def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
     mark_file.write_text(mark)
 
 
-def _version(info: dict[str, Any]) -> str:
+def _get_version(info: dict[str, Any]) -> str:
     return json.dumps([info.get("ETag") or info.get("mtime") or info.get("LastModified"), info["size"]], default=str)
 
 
-def _file_system(uri: str) -> tuple[Any, str]:
+def _open_file_system(uri: str) -> tuple[Any, str]:
     import fsspec
 
     try:

@@ -95,9 +95,9 @@ def parse_config(config: Json, generation: Json) -> OvisConfig:
     """Raises ConfigError naming the field, its value and what is supported."""
     if "quantization_config" in config:
         raise ConfigError("quantized checkpoints (quantization_config) are not supported; use the bfloat16 one")
-    layout = _layout(config)
-    vision, language = (_aidc if layout == "aidc" else _native)(config)
-    eos_ids = _eos_token_ids(generation, config["llm_config" if layout == "aidc" else "text_config"])
+    layout = _detect_layout(config)
+    vision, language = (_parse_aidc if layout == "aidc" else _parse_native)(config)
+    eos_ids = _find_eos_token_ids(generation, config["llm_config" if layout == "aidc" else "text_config"])
     return OvisConfig(
         vision=vision,
         language=language,
@@ -108,7 +108,7 @@ def parse_config(config: Json, generation: Json) -> OvisConfig:
     )
 
 
-def _layout(config: Json) -> Layout:
+def _detect_layout(config: Json) -> Layout:
     model_type = config.get("model_type")
     if model_type == "ovis" and "llm_config" in config and "visual_tokenizer_config" in config:
         return "aidc"
@@ -117,7 +117,7 @@ def _layout(config: Json) -> Layout:
     raise ConfigError(f"config.json has model_type={model_type!r}; an Ovis2 has 'ovis' (AIDC-AI) or 'ovis2'")
 
 
-def _eos_token_ids(generation: Json, text: Json) -> tuple[int, ...]:
+def _find_eos_token_ids(generation: Json, text: Json) -> tuple[int, ...]:
     """generation_config.json decides, then the language model's part, then Qwen2.5-Instruct's two."""
     for source in (generation, text):
         if (eos := source.get("eos_token_id")) is not None:
@@ -125,43 +125,43 @@ def _eos_token_ids(generation: Json, text: Json) -> tuple[int, ...]:
     return OvisConfig.eos_token_ids
 
 
-def _aidc(config: Json) -> tuple[VisionConfig, LanguageConfig]:
+def _parse_aidc(config: Json) -> tuple[VisionConfig, LanguageConfig]:
     tokenizer, llm = config["visual_tokenizer_config"], config["llm_config"]
     if "backbone_config" not in tokenizer:
         raise ConfigError("config.json lacks backbone_config in its visual_tokenizer_config")
     backbone = tokenizer["backbone_config"]
     _expect(backbone, model_type="aimv2", use_bias=False)
-    return _vision(backbone, tokenizer), _language(llm, bool(llm.get("tie_word_embeddings", False)))
+    return _parse_vision(backbone, tokenizer), _parse_language(llm, bool(llm.get("tie_word_embeddings", False)))
 
 
-def _native(config: Json) -> tuple[VisionConfig, LanguageConfig]:
+def _parse_native(config: Json) -> tuple[VisionConfig, LanguageConfig]:
     vision, text = config["vision_config"], config["text_config"]
     _expect(vision, model_type="ovis2_vision", hidden_act="silu", mlp_bias=False)
     # Ovis2Config reads the top level only and defaults to tied.
-    return _vision(vision, vision), _language(text, bool(config.get("tie_word_embeddings", True)))
+    return _parse_vision(vision, vision), _parse_language(text, bool(config.get("tie_word_embeddings", True)))
 
 
-def _vision(backbone: Json, tokenizer: Json) -> VisionConfig:
+def _parse_vision(backbone: Json, tokenizer: Json) -> VisionConfig:
     _expect(tokenizer, tokenize_function="softmax")
     _expect(backbone, qkv_bias=False, num_channels=3)
     vision = VisionConfig(
-        **_fields(backbone, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        **_fields(backbone, "image_size", "patch_size", "rms_norm_eps"),
-        **_fields(tokenizer, "hidden_stride", "vocab_size"),
+        **_pick_fields(backbone, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        **_pick_fields(backbone, "image_size", "patch_size", "rms_norm_eps"),
+        **_pick_fields(tokenizer, "hidden_stride", "vocab_size"),
     )
     _check_divides(vision, "patch_size", "image_size")
     _check_divides(vision, "num_attention_heads", "hidden_size")
     return vision
 
 
-def _language(text: Json, tied: bool) -> LanguageConfig:
+def _parse_language(text: Json, tied: bool) -> LanguageConfig:
     _expect(text, model_type="qwen2", hidden_act="silu", use_sliding_window=False)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     _expect(rope, **{"type" if "type" in rope else "rope_type": "default"})
     theta = rope.get("rope_theta") or text.get("rope_theta") or LanguageConfig.rope_theta
     language = LanguageConfig(
-        **_fields(text, "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
-        **_fields(text, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+        **_pick_fields(text, "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
+        **_pick_fields(text, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
         tie_word_embeddings=tied,
         rope_theta=float(theta),
     )
@@ -170,7 +170,7 @@ def _language(text: Json, tied: bool) -> LanguageConfig:
     return language
 
 
-def _fields(source: Json, *names: str) -> Json:
+def _pick_fields(source: Json, *names: str) -> Json:
     missing = [name for name in names if source.get(name) is None]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)} in its {source.get('model_type')!r} part")
@@ -199,7 +199,9 @@ def _read_json(path: Path) -> Json:
     return data
 
 
-def _size(vision: tuple[int, int, int], language: tuple[int, int, int, int, int, int], *, tied: bool) -> OvisConfig:
+def _make_config(
+    vision: tuple[int, int, int], language: tuple[int, int, int, int, int, int], *, tied: bool
+) -> OvisConfig:
     width, heads, mlp = vision
     layers, hidden, q_heads, kv_heads, intermediate, vocab = language
     return OvisConfig(
@@ -219,11 +221,11 @@ def _size(vision: tuple[int, int, int], language: tuple[int, int, int, int, int,
 _LARGE, _HUGE, _ONE_B = (1024, 8, 2816), (1536, 12, 4096), (2048, 16, 5632)
 
 SIZES: dict[str, OvisConfig] = {
-    "1B": _size(_LARGE, (24, 896, 14, 2, 4864, 151936), tied=True),
-    "2B": _size(_LARGE, (28, 1536, 12, 2, 8960, 151936), tied=True),
-    "4B": _size(_HUGE, (36, 2048, 16, 2, 11008, 151936), tied=True),
-    "8B": _size(_HUGE, (28, 3584, 28, 4, 18944, 152064), tied=False),
-    "16B": _size(_HUGE, (48, 5120, 40, 8, 13824, 152064), tied=False),
-    "34B": _size(_ONE_B, (64, 5120, 40, 8, 27648, 152064), tied=False),
+    "1B": _make_config(_LARGE, (24, 896, 14, 2, 4864, 151936), tied=True),
+    "2B": _make_config(_LARGE, (28, 1536, 12, 2, 8960, 151936), tied=True),
+    "4B": _make_config(_HUGE, (36, 2048, 16, 2, 11008, 151936), tied=True),
+    "8B": _make_config(_HUGE, (28, 3584, 28, 4, 18944, 152064), tied=False),
+    "16B": _make_config(_HUGE, (48, 5120, 40, 8, 13824, 152064), tied=False),
+    "34B": _make_config(_ONE_B, (64, 5120, 40, 8, 27648, 152064), tied=False),
 }
 """Shapes of the published AIDC-AI/Ovis2-* checkpoints, for planning and for runs with random weights."""

@@ -12,12 +12,16 @@ _ACTIVATION_BYTES = 4 << 30  # 16 tiles in the visual head, the logits of 128 ro
 _USABLE = 0.9  # of a device's memory
 
 
-def vision_parameters(config: OvisConfig) -> int:
+def count_vision_parameters(config: OvisConfig) -> int:
     """Of tower, head and visual embedding table, which every rank holds."""
-    return _tower(config.vision) + _head(config.vision) + config.vision.vocab_size * config.language.hidden_size
+    return (
+        _count_tower_parameters(config.vision)
+        + _count_head_parameters(config.vision)
+        + config.vision.vocab_size * config.language.hidden_size
+    )
 
 
-def language_parameters(config: LanguageConfig) -> int:
+def count_language_parameters(config: LanguageConfig) -> int:
     """Of the decoder, its embedding table and, if it has one of its own, its output matrix."""
     hidden, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
     attention = 2 * hidden * hidden + 2 * hidden * kv_size + hidden + 2 * kv_size
@@ -26,37 +30,37 @@ def language_parameters(config: LanguageConfig) -> int:
     return config.num_hidden_layers * layer + hidden + tables
 
 
-def device_bytes(config: OvisConfig, ranks: int, bytes_per_value: int) -> int:
+def estimate_device_bytes(config: OvisConfig, ranks: int, bytes_per_value: int) -> int:
     """What one of `ranks` devices should have for this model to run well: weights, keys and values, activations."""
     language = config.language
     kv_heads = max(language.num_key_value_heads / ranks, 1)
     kv_values = 2 * language.num_hidden_layers * kv_heads * language.head_dim * _ROWS * _TOKENS_PER_ROW
-    weights = vision_parameters(config) + language_parameters(language) / ranks
+    weights = count_vision_parameters(config) + count_language_parameters(language) / ranks
     return int((weights + kv_values) * bytes_per_value + _ACTIVATION_BYTES)
 
 
-def fewest_ranks(config: OvisConfig, memory_bytes: int, bytes_per_value: int) -> int:
+def find_min_ranks(config: OvisConfig, memory_bytes: int, bytes_per_value: int) -> int:
     """The fewest devices of `memory_bytes` that a replica needs. Raises ValueError if no number is enough."""
-    counts = rank_counts(config.language)
+    counts = list_rank_counts(config.language)
     for ranks in counts:
-        if device_bytes(config, ranks, bytes_per_value) <= _USABLE * memory_bytes:
+        if estimate_device_bytes(config, ranks, bytes_per_value) <= _USABLE * memory_bytes:
             return ranks
-    least_gb = device_bytes(config, counts[-1], bytes_per_value) / _USABLE / 1e9
+    least_gb = estimate_device_bytes(config, counts[-1], bytes_per_value) / _USABLE / 1e9
     raise ValueError(
         f"GPUs of {memory_bytes / 1e9:.0f} GB are too small for this model, which takes {least_gb:.0f} GB on each of "
         f"{counts[-1]}; use larger GPUs or a smaller model, or give --tensor-parallel to try all the same"
     )
 
 
-def rank_counts(config: LanguageConfig) -> list[int]:
+def list_rank_counts(config: LanguageConfig) -> list[int]:
     """The numbers of ranks that can share this decoder, 1 among them."""
-    return [n for n in range(1, config.num_attention_heads + 1) if _divides(n, config)]
+    return [n for n in range(1, config.num_attention_heads + 1) if _can_divide(n, config)]
 
 
 def check_tensor_parallel(config: LanguageConfig, tensor_parallel: int) -> None:
     """Raises ValueError that names what can be used instead."""
-    if not _divides(tensor_parallel, config):
-        *others, last = map(str, rank_counts(config))
+    if not _can_divide(tensor_parallel, config):
+        *others, last = map(str, list_rank_counts(config))
         raise ValueError(
             f"tensor_parallel={tensor_parallel} does not divide the model's {config.num_attention_heads} heads, "
             f"{config.num_key_value_heads} key-value heads, {config.intermediate_size} channels and "
@@ -64,19 +68,19 @@ def check_tensor_parallel(config: LanguageConfig, tensor_parallel: int) -> None:
         )
 
 
-def _divides(n: int, config: LanguageConfig) -> bool:
+def _can_divide(n: int, config: LanguageConfig) -> bool:
     kv_heads = config.num_key_value_heads
     sizes = (config.num_attention_heads, config.intermediate_size, config.vocab_size)
     return n >= 1 and all(size % n == 0 for size in sizes) and (kv_heads % n == 0 or n % kv_heads == 0)
 
 
-def _tower(config: VisionConfig) -> int:
+def _count_tower_parameters(config: VisionConfig) -> int:
     hidden = config.hidden_size
     patchifier = hidden * 3 * config.patch_size**2 + hidden + hidden + config.num_patches * hidden
     block = 4 * hidden * hidden + 3 * hidden * config.intermediate_size + 2 * hidden
     return patchifier + config.num_hidden_layers * block + hidden
 
 
-def _head(config: VisionConfig) -> int:
+def _count_head_parameters(config: VisionConfig) -> int:
     merged = config.hidden_size * config.hidden_stride**2
     return merged * config.num_visual_words + 2 * config.num_visual_words

@@ -18,7 +18,7 @@ COLUMN_SEPARATOR_ID = -303
 ROW_SEPARATOR_ID = -304
 IMAGE_END_ID = -305
 
-ROWS_SIDE_BY_SIDE = 128
+MAX_CONCURRENT_SEQUENCES = 128
 """Rows that an engine decodes at once if its memory allows: what feeds it should keep this many at hand."""
 
 FinishReason = Literal["stop", "length"]

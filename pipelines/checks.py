@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from ovis_model.checkpoint import describe_checkpoint, local_path
+from ovis_model.checkpoint import describe_checkpoint, resolve_local_path
 from ovis_model.grammar.guides import check
 from ovis_model.inputs.processor import Processor
 from ovis_model.sizing import check_tensor_parallel
@@ -17,7 +17,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 def resolve_model_paths(config: Config) -> Config:
     """Return the configuration with the paths of its models as every node sees them."""
-    paths = {"model": local_path(config.model), "frame_encoder": local_path(config.frame_encoder)}
+    paths = {"model": resolve_local_path(config.model), "frame_encoder": resolve_local_path(config.frame_encoder)}
     return config.model_copy(update=paths)
 
 
@@ -36,9 +36,9 @@ def describe_models(config: RunConfig) -> dict[str, str | None]:
 
 
 def _check_task(task: Task, processor: Processor) -> None:
-    params = task.sampling("", processor.answer_ids)
+    params = task.sampling("", processor.encode_answer)
     for option in task.answer.options:
-        if (read := processor.detokenize(processor.answer_ids(option))) != option:
+        if (read := processor.detokenize(processor.encode_answer(option))) != option:
             raise ValueError(f"{task.label}the model reads the choice {option!a} as {read!a}; write it so")
     if params.constraint is not None:
         try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ovis_model.network import attention
-from ovis_model.network.attention import Sdpa, _kernels, available, kernels
+from ovis_model.network.attention import Sdpa, _find_kernels, choose_kernels, list_kernels
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, num_seen: int) -> Tensor:
@@ -31,7 +31,7 @@ HEADS = pytest.mark.parametrize("heads", [(4, 4), (6, 2), (6, 1)])
 
 def test_attend_all() -> None:
     query, key, value = random(2, 5, 4, 8), random(2, 5, 4, 8), random(2, 5, 4, 8)
-    out = kernels(query).attend_all(query, key, value)
+    out = choose_kernels(query).attend_all(query, key, value)
     for b in range(2):
         for t in range(5):
             assert_close(out[b, t], reference(query[b, t], key[b], value[b], num_seen=5))
@@ -40,7 +40,7 @@ def test_attend_all() -> None:
 @HEADS
 def test_attend_causal(heads: tuple[int, int]) -> None:
     query, key, value = random(3, 7, heads[0], 16), random(3, 7, heads[1], 16), random(3, 7, heads[1], 16)
-    out = kernels(query).attend_causal(query, key, value)
+    out = choose_kernels(query).attend_causal(query, key, value)
     for b in range(3):
         for t in range(7):
             assert_close(out[b, t], reference(query[b, t], key[b], value[b], num_seen=t + 1))
@@ -51,7 +51,7 @@ def test_attend_cached(heads: tuple[int, int]) -> None:
     lengths = torch.tensor([1, 4, 9], dtype=torch.int32)
     query, key, value = random(3, 1, heads[0], 16), random(3, 9, heads[1], 16), random(3, 9, heads[1], 16)
     mask = (torch.arange(9) < lengths[:, None])[:, None, None]
-    out = kernels(query).attend_cached(query, key, value, lengths, mask)
+    out = choose_kernels(query).attend_cached(query, key, value, lengths, mask)
     for b, num_seen in enumerate(lengths.tolist()):
         assert_close(out[b, 0], reference(query[b, 0], key[b], value[b], num_seen))
 
@@ -63,22 +63,22 @@ def test_attend_extended(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]
     monkeypatch.setattr(attention, "_MASK_VALUES", mask_values)
     lengths = torch.tensor([5, 8, 14], dtype=torch.int32)
     query, key, value = random(3, 5, heads[0], 16), random(3, 14, heads[1], 16), random(3, 14, heads[1], 16)
-    out = kernels(query).attend_extended(query, key, value, lengths)
+    out = choose_kernels(query).attend_extended(query, key, value, lengths)
     for b, length in enumerate(lengths.tolist()):
         for t in range(5):
             assert_close(out[b, t], reference(query[b, t], key[b], value[b], num_seen=length - 4 + t))
 
 
 def test_on_a_cpu_and_in_float32_torch_computes_it() -> None:
-    assert list(available(False)) == ["sdpa"]
-    assert not kernels(torch.zeros(1)).reads_lengths
+    assert list(list_kernels(False)) == ["sdpa"]
+    assert not choose_kernels(torch.zeros(1)).reads_lengths
 
 
 def test_kernels_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVIS_ATTENTION", "vendor")
     with pytest.raises(ValueError, match="OVIS_ATTENTION=vendor is not to be had here"):
-        _kernels.__wrapped__(True)
-    assert isinstance(_kernels.__wrapped__(False), Sdpa)
+        _find_kernels.__wrapped__(True)
+    assert isinstance(_find_kernels.__wrapped__(False), Sdpa)
 
 
 @pytest.mark.gpu
@@ -86,9 +86,9 @@ def test_kernels_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
 @HEADS
 def test_all_kernels_agree_on_cuda(heads: tuple[int, int], name: str) -> None:
     """In bfloat16, against torch's in float32; caches longer than any row, as captured steps see them."""
-    if name not in available(True):
+    if name not in list_kernels(True):
         pytest.skip(f"{name} is not installed")
-    found = available(True)[name]
+    found = list_kernels(True)[name]
     query, key, value = (random(3, 256, h, 64).cuda() for h in (heads[0], heads[1], heads[1]))
     lengths = torch.tensor([1, 40, 256], dtype=torch.int32, device="cuda")
     mask = (torch.arange(256, device="cuda") < lengths[:, None])[:, None, None]

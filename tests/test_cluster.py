@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ovis_model.config import SIZES
 from ovis_model.network.ovis import Ovis
-from ovis_model.sizing import language_parameters, vision_parameters
-from ovis_model.types import ROWS_SIDE_BY_SIDE
+from ovis_model.sizing import count_language_parameters, count_vision_parameters
+from ovis_model.types import MAX_CONCURRENT_SEQUENCES
 from pipelines.cluster import resources
 from pipelines.cluster.ray_session import extract_error_line, open_ray_session
 from pipelines.cluster.resources import (
@@ -131,10 +131,10 @@ def test_memory_of_the_published_sizes() -> None:
     """Numbers of parameters as published, and as torch counts them."""
     wanted = {"1B": 1_131_283_318, "4B": 4_304_941_558, "8B": 8_935_282_678, "34B": 34_872_912_886}
     for size, number in wanted.items():
-        assert vision_parameters(SIZES[size]) + language_parameters(SIZES[size].language) == number
+        assert count_vision_parameters(SIZES[size]) + count_language_parameters(SIZES[size].language) == number
     with torch.device("meta"):
         model = Ovis(SIZES["2B"])
-    assert language_parameters(SIZES["2B"].language) == sum(p.numel() for p in model.llm.parameters())
+    assert count_language_parameters(SIZES["2B"].language) == sum(p.numel() for p in model.llm.parameters())
 
 
 @given(
@@ -150,7 +150,7 @@ def test_units_and_batches(num_rows: int, num_replicas: int, num_preprocessors: 
     assert sizes.rows_per_batch * max_tile_bytes <= max(BATCH_BYTES, 4 * max_tile_bytes)
     # While one batch runs out, the others still fill all slots; but no replica takes the share of another.
     share = num_rows / num_replicas
-    wanted = ROWS_SIDE_BY_SIDE if num_replicas == 1 else min(ROWS_SIDE_BY_SIDE, share // 2)
+    wanted = MAX_CONCURRENT_SEQUENCES if num_replicas == 1 else min(MAX_CONCURRENT_SEQUENCES, share // 2)
     assert sizes.rows_per_batch * (sizes.calls_per_replica - 1) >= wanted
     if num_replicas > 1 and share >= 32:  # so that a batch is an eighth of it at most
         assert sizes.rows_per_batch * (sizes.calls_per_replica + 1) <= share

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovis_model.config import SIZES, ConfigError, OvisConfig, parse_config
-from ovis_model.network.weights import empty_model
+from ovis_model.network.weights import allocate_model
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 
 # Unique parameters, from the facts that the published configurations imply.
@@ -24,7 +24,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_sizes_have_the_published_number_of_parameters(size: str) -> None:
-    model = empty_model(SIZES[size], device=torch.device("meta"), dtype=torch.bfloat16)
+    model = allocate_model(SIZES[size], device=torch.device("meta"), dtype=torch.bfloat16)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[size]
 
 

@@ -25,7 +25,7 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.kv_cache import DecodeStep, KVCache
 from ovis_model.engine.model_runner import ModelRunner
-from ovis_model.engine.sampling import unpacked
+from ovis_model.engine.sampling import unpack_masks
 from ovis_model.engine.scheduler import Budget
 from ovis_model.grammar import guides as constraints
 from ovis_model.grammar.guides import Guides, check
@@ -56,8 +56,8 @@ def processor() -> Processor:
 
 
 @cache
-def request() -> Request:
-    return processor().request("Describe.")
+def build_request() -> Request:
+    return processor().build_request("Describe.")
 
 
 def held_to(constraint: Constraint, **options: Any) -> SamplingParams:
@@ -74,7 +74,7 @@ def one_of(*schemas: object) -> object:
 
 def answers(params: Sequence[SamplingParams], **options: Any) -> list[Completion]:
     model = OvisEngine.from_model(engine().model, tokenizer=TOKENIZER, **options)
-    return model.generate([request()] * len(params), params)
+    return model.generate([build_request()] * len(params), params)
 
 
 def text_of(completion: Completion) -> str:
@@ -292,18 +292,18 @@ def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.Mo
     monkeypatch.setattr(constraints, "_matcher", slow)
     monkeypatch.setattr(ModelRunner, "run_spans", counted)
     model = EngineCore(engine().model, tokenizer=TOKENIZER)
-    rows = model.enqueue([request()] * 6, [held_to(DIGIT, seed=seed) for seed in range(6)])
+    rows = model.enqueue([build_request()] * 6, [held_to(DIGIT, seed=seed) for seed in range(6)])
     assert started.wait(100)
     assert not compiled
     while not all(row.has_left for row in rows):
         model.step()
     assert compiled == [DIGIT]
-    assert {int(text_of(row.completion())) for row in rows} <= set(range(10))
+    assert {int(text_of(row.make_completion())) for row in rows} <= set(range(10))
 
 
 def test_choices_have_no_use_for_a_constraint_and_take_none_from_the_rows_beside_them() -> None:
     both = held_to(DIGIT, choices=((17, 566), (9, 566)), temperature=0.0)
-    requests = [replace(request(), group=None) for _ in range(3)]  # not siblings: in one pass
+    requests = [replace(build_request(), group=None) for _ in range(3)]  # not siblings: in one pass
     model = OvisEngine.from_model(engine().model, tokenizer=TOKENIZER)
     found = model.generate(requests, [both, held_to(DIGIT, seed=1), held_to(DIGIT, seed=2)])
     assert found[0].output_ids.tolist() in [[17, 566], [9, 566]]
@@ -315,25 +315,25 @@ def test_a_constraint_that_fails_later_fails_its_row_alone() -> None:
     nothing = schema_of({"$ref": "#"})
     model = EngineCore(engine().model, tokenizer=TOKENIZER)
     params = [FREE, held_to(endless), held_to(nothing), held_to(DIGIT, seed=1), FREE]
-    rows = model.enqueue([request()] * 5, params)
+    rows = model.enqueue([build_request()] * 5, params)
     while not all(row.has_left for row in rows):
         model.step()
     with pytest.raises(RequestError, match="cannot go on within its constraint"):
         answers([held_to(nothing)])
     free = answers([FREE])[0].output_ids.tolist()
-    assert [rows[place].completion().output_ids.tolist() for place in (0, 4)] == [free, free]
-    assert 0 <= int(text_of(rows[3].completion())) <= 9
+    assert [rows[place].make_completion().output_ids.tolist() for place in (0, 4)] == [free, free]
+    assert 0 <= int(text_of(rows[3].make_completion())) <= 9
     with pytest.raises(RequestError, match="begins neither"):
-        rows[1].completion()
+        rows[1].make_completion()
     with pytest.raises(RequestError, match="cannot go on within its constraint"):
-        rows[2].completion()
+        rows[2].make_completion()
 
 
 def test_masks_agree_with_spelling_every_token() -> None:
     """Of a pattern, over the whole vocabulary: a token is allowed where its text may go on."""
     guides = Guides(TOKENIZER, 640, engine().config.eos_token_ids)
     guide = guides.guide(Constraint("regex", "[a-h ]{0,4}"))
-    mask = unpacked(torch.from_numpy(guides.masks([(guide, [])]).result()), 640)[0]
+    mask = unpack_masks(torch.from_numpy(guides.masks([(guide, [])]).result()), 640)[0]
     texts = [processor().detokenize([token]) for token in range(TOKENIZER.get_vocab_size())]
     wanted = [bool(text) and re.fullmatch("[a-h ]{1,4}", text) is not None for text in texts]
     for eos in engine().config.eos_token_ids:
@@ -344,8 +344,8 @@ def test_masks_agree_with_spelling_every_token() -> None:
 
 def test_the_bits_of_a_mask() -> None:
     masks = torch.tensor([[0b00000101, 0b10000000], [0, 0b00000010]], dtype=torch.uint8)
-    assert [row.nonzero().flatten().tolist() for row in unpacked(masks, 16)] == [[0, 2, 15], [9]]
-    assert unpacked(masks, 10).shape == (2, 10)
+    assert [row.nonzero().flatten().tolist() for row in unpack_masks(masks, 16)] == [[0, 2, 15], [9]]
+    assert unpack_masks(masks, 10).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
@@ -450,20 +450,20 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ValueError, match="kind='grammar'"):
         Constraint("grammar", "")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="need a tokenizer"):
-        OvisEngine.from_model(engine().model).generate([request()], held_to(DIGIT))
+        OvisEngine.from_model(engine().model).generate([build_request()], held_to(DIGIT))
 
 
 def test_rows_without_constraints_are_chosen_in_the_fast_way() -> None:
     greedy = SamplingParams(max_new_tokens=5)
     model = EngineCore(engine().model, tokenizer=TOKENIZER)
     letters = Constraint("regex", "[a-z]{30}")
-    rows = model.enqueue([request()] * 2, [greedy, held_to(letters, temperature=0.0)])
+    rows = model.enqueue([build_request()] * 2, [greedy, held_to(letters, temperature=0.0)])
     model.step()
     assert model.runner._sampler is not None
     assert not model.runner._sampler.is_greedy
     while not all(row.has_left for row in rows):
         model.step()
-    model.enqueue([request()], [greedy])
+    model.enqueue([build_request()], [greedy])
     model.step()
     assert model.runner._sampler is not None
     assert model.runner._sampler.is_greedy

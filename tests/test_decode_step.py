@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovis_model.engine.decode_step import BatchStepper, length_bucket, row_bucket
+from ovis_model.engine.decode_step import BatchStepper, round_up_length, round_up_rows
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.kv_cache import KVCache
 from ovis_model.engine.scheduler import Budget
@@ -81,17 +81,17 @@ def test_warming_up_captures_every_bucket_of_rows() -> None:
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_buckets_hold_their_rows_with_few_to_spare(rows: int, slots: int) -> None:
     rows = min(rows, slots)
-    bucket = row_bucket(rows, slots)
+    bucket = round_up_rows(rows, slots)
     assert rows <= bucket <= slots
     assert bucket - rows <= 7 and (rows > 8 or bucket < 2 * rows)
-    assert row_bucket(bucket, slots) == bucket
+    assert round_up_rows(bucket, slots) == bucket
 
 
 def test_length_buckets() -> None:
     cache: Any = SimpleNamespace(capacity=1300, attention_reads_lengths=False)
-    assert [length_bucket(n, cache) for n in (1, 512, 513, 1025, 1299)] == [512, 512, 1024, 1299, 1299]
+    assert [round_up_length(n, cache) for n in (1, 512, 513, 1025, 1299)] == [512, 512, 1024, 1299, 1299]
     cache.attention_reads_lengths = True
-    assert length_bucket(1, cache) == 1299
+    assert round_up_length(1, cache) == 1299
 
 
 def test_state_stays_in_place_and_needs_the_host_only_when_rows_change() -> None:

@@ -31,7 +31,7 @@ def engine() -> OvisEngine:
 
 
 def caption(images: list[Image.Image]) -> list[str]:
-    requests = [processor().request(PROMPT, images=[image]) for image in images]
+    requests = [processor().build_request(PROMPT, images=[image]) for image in images]
     completions = engine().generate(requests, SamplingParams(max_new_tokens=32))
     return [processor().detokenize(completion.output_ids) for completion in completions]
 
@@ -68,7 +68,9 @@ def answered(count: int = 40) -> list[tuple[Question, str]]:
     asked = []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         image, scene = make_picture(seed, held_out=True)
-        asked += [(question, processor().request(question.text, images=[image])) for question in questions(scene, seed)]
+        asked += [
+            (question, processor().build_request(question.text, images=[image])) for question in questions(scene, seed)
+        ]
     completions = engine().generate([request for _, request in asked], SamplingParams(max_new_tokens=8))
     texts = (processor().detokenize(completion.output_ids) for completion in completions)
     return [(question, text) for (question, _), text in zip(asked, texts, strict=True)]
@@ -88,7 +90,7 @@ def test_answers_are_of_their_kind() -> None:
 def test_pictures_have_the_numbers_of_tiles_they_are_meant_to() -> None:
     for many_tiles, expected in ((False, {1}), (True, {3, 5, 7})):
         images = [make_picture(seed, held_out=True, many_tiles=many_tiles)[0] for seed in range(40)]
-        assert {len(processor().request(PROMPT, images=[image]).tiles) for image in images} == expected
+        assert {len(processor().build_request(PROMPT, images=[image]).tiles) for image in images} == expected
 
 
 def test_drawn_pictures_are_held_out_and_repeatable(tmp_path: Path) -> None:

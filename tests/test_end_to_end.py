@@ -77,7 +77,7 @@ def test_texts_are_those_of_the_engine_alone(ray_cluster: None, pictures: Path, 
     processor = Processor.from_pretrained(MODEL)
     for row in rows:
         with Image.open(row["uri"]) as image:
-            request = processor.request("Describe the image.", [image.convert("RGB")])
+            request = processor.build_request("Describe the image.", [image.convert("RGB")])
         [completion] = load_engine("tiny56-tied").generate([request], SamplingParams(max_new_tokens=8))
         assert row["text"] == processor.detokenize(completion.output_ids)
         assert row["num_prompt_tokens"] == len(request.input_ids)

@@ -139,7 +139,7 @@ def test_threads_share_the_slots_and_get_their_own_rows() -> None:
     with ThreadPoolExecutor(len(orders)) as pool:
         found = list(pool.map(lambda order: generate_ids(engine, [requests[i] for i in order]), orders))
     assert found == [[wanted[i] for i in order] for order in orders]
-    assert engine.stats.row_steps > 0.9 * engine.stats.slot_steps
+    assert engine.stats.sequence_steps > 0.9 * engine.stats.slot_steps
 
 
 def test_slots_are_full_until_the_last_rows() -> None:
@@ -152,7 +152,7 @@ def test_slots_are_full_until_the_last_rows() -> None:
     rows = engine.enqueue(requests, [SamplingParams(max_new_tokens=n) for n in lengths])
     while sum(not row.has_left for row in rows) > slots:
         engine.step()
-    assert engine.stats.row_steps >= 0.95 * engine.stats.slot_steps
+    assert engine.stats.sequence_steps >= 0.95 * engine.stats.slot_steps
     while not all(row.has_left for row in rows):
         engine.step()
     assert [len(row.output_ids) for row in rows] == lengths
@@ -229,10 +229,10 @@ def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
     rows = engine.enqueue([request] * 3, [replace(GREEDY, max_new_tokens=n) for n in (2, 9, 9)])
     engine.step()
     engine.abandon()
-    assert rows[0].completion().finish_reason == "length"
+    assert rows[0].make_completion().finish_reason == "length"
     for row in rows[1:]:
         with pytest.raises(RequestError, match="interrupted"):
-            row.completion()
+            row.make_completion()
 
 
 def test_no_requests_no_completions() -> None:

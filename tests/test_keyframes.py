@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovis_model.inputs.keyframes import Rules, mdp3, select_frames, uniform_indices
+from ovis_model.inputs.keyframes import Rules, select_frames, select_mdp3, select_uniform
 from tests.support.frame_vectors import Array, make_frames, normalize
 
 GOLDEN = Path(__file__).parent / "golden" / "mdp3"
@@ -28,7 +28,7 @@ def test_equals_the_published_selector(case: dict[str, Any]) -> None:
     rules = Rules(
         segment_size=case["segment_size"], relevance_weight=2 / case["lamda"], condition_size=case["condition_size"]
     )
-    indices, scores = mdp3(frames, query, case["n_selection"], rules=rules)
+    indices, scores = select_mdp3(frames, query, case["n_selection"], rules=rules)
     assert indices.tolist() == case["indices_f64"]
     expected = np.array(case["dp_last_row_f64"])
     assert (np.abs(scores - expected) <= 1e-6 * np.maximum(1, np.abs(expected))).all()
@@ -98,9 +98,9 @@ def test_scores_of_fewer_frames_are_prefixes_of_one_run() -> None:
     frames, query = make_frames(48)
     for segment_size in (-1, 16):
         rules = Rules(segment_size=segment_size)
-        longest = mdp3(frames, query, 9, rules=rules)
+        longest = select_mdp3(frames, query, 9, rules=rules)
         for k in range(1, 9):
-            assert np.allclose(mdp3(frames, query, k, rules=rules).scores, longest.scores[: k + 1], rtol=1e-12)
+            assert np.allclose(select_mdp3(frames, query, k, rules=rules).scores, longest.scores[: k + 1], rtol=1e-12)
     one_segment = [set(select_frames(frames, query, k, segment_size=-1).tolist()) for k in range(1, 10)]
     assert all(fewer < more for fewer, more in itertools.pairwise(one_segment))
 
@@ -144,11 +144,11 @@ def test_conditional_score_is_the_objective_given_the_frame_before() -> None:
     """Two segments, one pick in each: the second pick's share is its gain given the first."""
     frames, query = make_frames(20)
     rules = Rules(segment_size=10, score="conditional")
-    picks, scores = mdp3(frames, query, 2, rules=rules)
-    both = mdp3(frames[picks], query, 2, rules=Rules(segment_size=-1)).scores[2]
+    picks, scores = select_mdp3(frames, query, 2, rules=rules)
+    both = select_mdp3(frames[picks], query, 2, rules=Rules(segment_size=-1)).scores[2]
     assert picks[0] < 10 <= picks[1]
     assert scores[2] == pytest.approx(both)
-    assert mdp3(frames, query, 2, rules=Rules(segment_size=10)).scores[2] != pytest.approx(both)
+    assert select_mdp3(frames, query, 2, rules=Rules(segment_size=10)).scores[2] != pytest.approx(both)
 
 
 @pytest.mark.parametrize("segment_size", [-1, 7, 32])
@@ -214,9 +214,9 @@ def test_relevance_may_be_judged_elsewhere() -> None:
 
 def test_uniform_takes_the_middle_of_equal_parts() -> None:
     """The model card's rule: min(T - 1, int((s i + s (i + 1)) / 2)), s = T / N."""
-    assert uniform_indices(250, 12).tolist() == [10, 31, 52, 72, 93, 114, 135, 156, 177, 197, 218, 239]
-    assert uniform_indices(12, 12).tolist() == list(range(12))
-    assert uniform_indices(5, 12).tolist() == list(range(5))
+    assert select_uniform(250, 12).tolist() == [10, 31, 52, 72, 93, 114, 135, 156, 177, 197, 218, 239]
+    assert select_uniform(12, 12).tolist() == list(range(12))
+    assert select_uniform(5, 12).tolist() == list(range(5))
     assert select_frames(np.eye(9), None, 3, method="uniform").tolist() == [1, 4, 7]
 
 

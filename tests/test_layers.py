@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.network import layers
-from ovis_model.network.layers import linear, pass_dtype
+from ovis_model.network.layers import apply_linear, choose_pass_dtype
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.weights import load_model
 from ovis_model.types import SamplingParams
@@ -40,9 +40,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_passes_are_in_float32_where_bfloat16_is_slow(name: str, machine: pytest.MonkeyPatch) -> None:
     capabilities, is_fast = MACHINES[name]
     machine.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert pass_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if is_fast else torch.float32)
-    assert pass_dtype(torch.bfloat16, torch.device("meta")) == torch.bfloat16
-    assert pass_dtype(torch.float32, CPU) == torch.float32
+    assert choose_pass_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if is_fast else torch.float32)
+    assert choose_pass_dtype(torch.bfloat16, torch.device("meta")) == torch.bfloat16
+    assert choose_pass_dtype(torch.float32, CPU) == torch.float32
 
 
 @pytest.mark.parametrize("values", [1, 3 * 48, 1 << 22])
@@ -51,8 +51,8 @@ def test_a_weight_is_widened_in_parts(values: int, monkeypatch: pytest.MonkeyPat
     torch.manual_seed(3)
     x, weight, bias = torch.randn(2, 5, 48), torch.randn(70, 48).bfloat16(), torch.randn(70).bfloat16()
     for matrix in (weight, weight.t().contiguous().t()):
-        torch.testing.assert_close(linear(x, matrix, bias), F.linear(x, weight.float(), bias.float()))
-        torch.testing.assert_close(linear(x, matrix), F.linear(x, weight.float()))
+        torch.testing.assert_close(apply_linear(x, matrix, bias), F.linear(x, weight.float(), bias.float()))
+        torch.testing.assert_close(apply_linear(x, matrix), F.linear(x, weight.float()))
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)

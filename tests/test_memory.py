@@ -13,20 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovis_model.config import SIZES, OvisConfig
-from ovis_model.engine.kv_cache import Extend, KVCache, Prefill, bytes_per_token
+from ovis_model.engine.kv_cache import Extend, KVCache, Prefill, compute_bytes_per_token
 from ovis_model.engine.memory_plan import (
-    _cgroup_bytes,
-    describe,
-    free_bytes,
-    halved,
-    plan,
-    prefill_bytes,
-    transient_bytes,
-    vision_bytes,
-    widened_bytes,
+    _read_cgroup_bytes,
+    bound_prefill_bytes,
+    bound_transient_bytes,
+    bound_vision_bytes,
+    bound_widened_bytes,
+    describe_budget,
+    halve,
+    measure_free_bytes,
+    plan_budget,
 )
 from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget
-from ovis_model.network.weights import empty_model
+from ovis_model.network.weights import allocate_model
 
 META = torch.device("meta")
 WEIGHTS_AND_PASSES = pytest.mark.parametrize(
@@ -79,26 +79,28 @@ def shallow(config: OvisConfig) -> OvisConfig:
 @sizes
 def test_a_vision_pass_stays_within_its_formula(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
     config, tiles = shallow(SIZES[size]), 4
-    model = empty_model(config, device=META, dtype=dtype)
+    model = allocate_model(config, device=META, dtype=dtype)
     side = config.vision.image_size
     with torch.inference_mode(), Allocations() as allocations:
         model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=passes, device=META))
-    assert 0.4 < allocations.peak / (vision_bytes(config, passes, tiles) + widened_bytes(dtype, passes)) <= 1
+    assert (
+        0.4 < allocations.peak / (bound_vision_bytes(config, passes, tiles) + bound_widened_bytes(dtype, passes)) <= 1
+    )
 
 
 @WEIGHTS_AND_PASSES
 @sizes
 def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
     config, rows, width = shallow(SIZES[size]), 4, 1024
-    model = empty_model(config, device=META, dtype=dtype)
+    model = allocate_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=rows, capacity=width, device=META, dtype=dtype)
     positions = torch.arange(width, device=META).expand(rows, -1)
     slots = torch.arange(rows, device=META)
     with torch.inference_mode(), Allocations() as allocations:
         embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=passes, device=META)
         hidden = model.llm.model(embeds, positions, Prefill(cache, slots))
-        model.llm.logits(hidden[:, -1]).float().softmax(-1)
-    planned = prefill_bytes(config, passes, rows * width, rows) + widened_bytes(dtype, passes)
+        model.llm.compute_logits(hidden[:, -1]).float().softmax(-1)
+    planned = bound_prefill_bytes(config, passes, rows * width, rows) + bound_widened_bytes(dtype, passes)
     assert 0.4 < allocations.peak / planned <= 1
 
 
@@ -110,7 +112,7 @@ def test_an_extension_stays_within_its_formula(
 ) -> None:
     """New tokens after those in the cache, each of which counts as `1 / CACHED_PER_TOKEN`."""
     config = shallow(SIZES[size])
-    model = empty_model(config, device=META, dtype=dtype)
+    model = allocate_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=4, capacity=start + width, device=META, dtype=dtype)
     starts, slots = torch.full((rows,), start, device=META), torch.zeros(rows, dtype=torch.int64, device=META)
     with torch.inference_mode(), Allocations() as allocations:
@@ -118,7 +120,9 @@ def test_an_extension_stays_within_its_formula(
         positions = starts[:, None] + torch.arange(width, device=META)
         model.llm.model(embeds, positions, Extend(cache, slots, starts, start, width, slots))
     tokens = rows * (width + start // CACHED_PER_TOKEN)
-    assert allocations.peak / (prefill_bytes(config, passes, tokens, 64) + widened_bytes(dtype, passes)) <= 1
+    assert (
+        allocations.peak / (bound_prefill_bytes(config, passes, tokens, 64) + bound_widened_bytes(dtype, passes)) <= 1
+    )
 
 
 @WEIGHTS_AND_PASSES
@@ -126,42 +130,42 @@ def test_an_extension_stays_within_its_formula(
 def test_a_plan_fits_and_uses_what_is_free(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
     config = SIZES[size]
     for free_gb in (8, 40, 140):
-        budget = plan(config, dtype, free_gb * 10**9, passes)
-        kv_bytes = budget.kv_tokens * bytes_per_token(config.language, dtype)
-        planned = kv_bytes + transient_bytes(config, dtype, budget, passes)
+        budget = plan_budget(config, dtype, free_gb * 10**9, passes)
+        kv_bytes = budget.kv_tokens * compute_bytes_per_token(config.language, dtype)
+        planned = kv_bytes + bound_transient_bytes(config, dtype, budget, passes)
         assert planned <= 0.9 * free_gb * 1e9
         assert planned > 0.85 * free_gb * 1e9 or budget.kv_tokens == budget.slots * config.max_length
 
 
 def test_little_memory_means_smaller_passes() -> None:
-    small, large = (plan(SIZES["1B"], torch.bfloat16, free) for free in (10**9, 10**11))
+    small, large = (plan_budget(SIZES["1B"], torch.bfloat16, free) for free in (10**9, 10**11))
     assert small.vision_tiles < large.vision_tiles and small.prefill_tokens < large.prefill_tokens
 
 
 def test_too_little_memory_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"0\.1 GB are free beside the weights, too little .* bfloat16"):
-        plan(SIZES["8B"], torch.float32, 10**8)
+        plan_budget(SIZES["8B"], torch.float32, 10**8)
 
 
 def test_half_of_one_is_one() -> None:
     least = Budget(kv_tokens=10, slots=1, prefill_tokens=1, vision_tiles=1)
-    assert halved(least) == least
+    assert halve(least) == least
 
 
 def test_the_plan_is_told_in_a_line() -> None:
-    line = describe(SIZES["1B"], torch.bfloat16, Budget(kv_tokens=1_000_000))
+    line = describe_budget(SIZES["1B"], torch.bfloat16, Budget(kv_tokens=1_000_000))
     assert "128 rows side by side in 12.29 GB of keys and values (1000000 tokens)" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("names", [("memory.max", "memory.current")])
 def test_a_containers_limit_counts(tmp_path: Path, names: tuple[str, str]) -> None:
-    assert _cgroup_bytes(tmp_path) == 1 << 62
+    assert _read_cgroup_bytes(tmp_path) == 1 << 62
     (tmp_path / names[0]).write_text("max\n")
-    assert _cgroup_bytes(tmp_path) == 1 << 62
+    assert _read_cgroup_bytes(tmp_path) == 1 << 62
     (tmp_path / names[0]).write_text("1000\n")
     (tmp_path / names[1]).write_text("300\n")
-    assert _cgroup_bytes(tmp_path) == 700
+    assert _read_cgroup_bytes(tmp_path) == 700
 
 
 def test_a_cpu_gives_half_of_what_is_free() -> None:
-    assert 1e8 < free_bytes(torch.device("cpu")) < 1e13
+    assert 1e8 < measure_free_bytes(torch.device("cpu")) < 1e13

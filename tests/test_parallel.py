@@ -25,7 +25,7 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.rank_pool import RankPool
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import Shard
-from ovis_model.sizing import check_tensor_parallel, rank_counts
+from ovis_model.sizing import check_tensor_parallel, list_rank_counts
 from ovis_model.types import Constraint, EngineDied, Request, RequestError, SamplingParams
 from tests.support.engines import GREEDY, PARAMS, generate_alone, generate_ids, load_greedy_ids, make_golden_requests
 from tests.support.golden_data import checkpoint_dir, load_expected_arrays
@@ -84,7 +84,7 @@ def test_logits_are_the_originals_and_weights_are_shared_out(tmp_path: Path, che
 def test_a_rank_of_a_published_size_holds_its_share_of_the_decoder(size: str) -> None:
     config = SIZES[size]
     with torch.device("meta"):
-        for ranks in rank_counts(config.language)[1:]:
+        for ranks in list_rank_counts(config.language)[1:]:
             models = [Ovis(config, shard=Shard(rank, ranks)) for rank in (0, ranks - 1)]
             whole = sum(p.numel() for p in Ovis(config).llm.parameters())
             for model in models:
@@ -95,7 +95,7 @@ def test_a_rank_of_a_published_size_holds_its_share_of_the_decoder(size: str) ->
 
 def test_which_numbers_of_ranks_there_are() -> None:
     wanted = {"1B": [2], "2B": [2, 4], "4B": [2, 4, 8, 16], "8B": [2, 4], "16B": [2, 4, 8], "34B": [2, 4, 8]}
-    assert {size: rank_counts(config.language)[1:] for size, config in SIZES.items()} == wanted
+    assert {size: list_rank_counts(config.language)[1:] for size, config in SIZES.items()} == wanted
     with pytest.raises(
         ValueError, match=r"tensor_parallel=3 does not divide the model's 40 heads, .* use 1, 2, 4 or 8"
     ):
@@ -259,9 +259,9 @@ def test_a_checkpoint_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_one_rank_on_nccl(tmp_path: Path) -> None:
-    from ovis_model.network.tensor_parallel import joined
+    from ovis_model.network.tensor_parallel import join_ranks
 
-    with joined(0, 1, tmp_path / "meet", lambda: None):
+    with join_ranks(0, 1, tmp_path / "meet", lambda: None):
         x = torch.ones(4, device="cuda")
         torch.distributed.all_reduce(x)
         assert x.tolist() == [1.0] * 4

@@ -50,8 +50,8 @@ def test_prompts_are_the_originals(checkpoint: str, layout: Layout) -> None:
     assert len(cases) == 8
     for case in cases:
         images = [draw_picture(image) for image in case["images"]]
-        ids = processor(checkpoint, layout).prompt_ids(case["query"], [i.size for i in images], max_tiles(case))
-        request = processor(checkpoint, layout).request(case["query"], images, max_tiles(case))
+        ids = processor(checkpoint, layout).encode_prompt(case["query"], [i.size for i in images], max_tiles(case))
+        request = processor(checkpoint, layout).build_request(case["query"], images, max_tiles(case))
         assert ids == case["input_ids"], case["kind"]
         assert len(request.input_ids) == case["num_prompt_tokens"]
         assert len(request.tiles) == len(request.tile_sizes) == case["num_crops"]
@@ -61,9 +61,9 @@ def test_prompts_are_the_originals(checkpoint: str, layout: Layout) -> None:
 def test_requests_hold_one_atom_per_visual_token(checkpoint: str, layout: Layout) -> None:
     own = processor(checkpoint, layout)
     for case in load_expected(checkpoint)["preprocessing"]:
-        request = own.request("What is it?", [draw_picture(case)], case["max_partition"])
+        request = own.build_request("What is it?", [draw_picture(case)], case["max_partition"])
         assert len(request.tiles) == case["num_crops"]
-        placeholders = own.prompt_ids("What is it?", [(case["width"], case["height"])], case["max_partition"])
+        placeholders = own.encode_prompt("What is it?", [(case["width"], case["height"])], case["max_partition"])
         assert [i for i in placeholders if i < 0] == case["placeholders"]
         atoms = int((request.input_ids == IMAGE_ATOM_ID).sum())
         assert atoms == case["num_crops"] * own.config.vision.tokens_per_tile
@@ -79,17 +79,19 @@ def test_detokenize_gives_the_originals_text(checkpoint: str, layout: Layout) ->
 def test_images_come_first_if_the_text_has_no_mark() -> None:
     images = [Image.new("RGB", (30, 20))] * 2
     marked = "Image 1: <image>\nImage 2: <image>\nCompare."
-    assert (processor().request("Compare.", images).input_ids == processor().request(marked, images).input_ids).all()
+    assert (
+        processor().build_request("Compare.", images).input_ids == processor().build_request(marked, images).input_ids
+    ).all()
 
 
 def test_marks_place_images_inside_the_text() -> None:
-    ids = processor().prompt_ids("Is <image> like <image>?", [(30, 20), (20, 30)])
+    ids = processor().encode_prompt("Is <image> like <image>?", [(30, 20), (20, 30)])
     between = ids[ids.index(-305) + 1 :]
     assert processor().detokenize(between[: between.index(-301)]) == " like "
 
 
 def test_text_alone_has_no_tiles() -> None:
-    request = processor().request("Hello")
+    request = processor().build_request("Hello")
     assert request.tiles.shape == (0, 3, 56, 56)
     assert request.tile_sizes.shape == (0, 2)
     assert request.input_ids.dtype == np.int32
@@ -97,38 +99,38 @@ def test_text_alone_has_no_tiles() -> None:
 
 
 def test_an_empty_system_prompt_is_not_the_default() -> None:
-    assert processor().detokenize(processor().prompt_ids("Hi", system_prompt="")).startswith("system\n\nuser")
-    assert "helpful" in processor().detokenize(processor().prompt_ids("Hi"))
+    assert processor().detokenize(processor().encode_prompt("Hi", system_prompt="")).startswith("system\n\nuser")
+    assert "helpful" in processor().detokenize(processor().encode_prompt("Hi"))
 
 
 def test_colour_under_transparency_is_kept() -> None:
     clear = Image.new("RGBA", (30, 20), (200, 100, 50, 0))
-    tiles = processor().request("?", [clear]).tiles
-    assert (tiles == processor().request("?", [Image.new("RGB", (30, 20), (200, 100, 50))]).tiles).all()
+    tiles = processor().build_request("?", [clear]).tiles
+    assert (tiles == processor().build_request("?", [Image.new("RGB", (30, 20), (200, 100, 50))]).tiles).all()
 
 
 @pytest.mark.parametrize(("text", "num_images"), [("<image>", 0), ("<image> <image>", 1), ("<image>", 2)])
 def test_refuses_another_number_of_marks(text: str, num_images: int) -> None:
     with pytest.raises(ValueError, match=rf"{text.count('<image>')} <image> marks for {num_images} images"):
-        processor().request(text, [Image.new("RGB", (9, 9))] * num_images)
+        processor().build_request(text, [Image.new("RGB", (9, 9))] * num_images)
 
 
 def test_refuses_no_tiles_and_empty_pictures() -> None:
     with pytest.raises(ValueError, match="max_tiles=0"):
-        processor().request("?", [Image.new("RGB", (9, 9))], max_tiles=0)
+        processor().build_request("?", [Image.new("RGB", (9, 9))], max_tiles=0)
     with pytest.raises(ValueError, match="9 x 0 px"):
-        processor().request("?", [Image.new("RGB", (9, 0))])
+        processor().build_request("?", [Image.new("RGB", (9, 0))])
 
 
 @pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000), (20_000, 2)])
 def test_extreme_shapes_make_requests(size: tuple[int, int]) -> None:
-    assert len(processor().request("?", [Image.new("RGB", size)]).tiles) == 10
+    assert len(processor().build_request("?", [Image.new("RGB", size)]).tiles) == 10
 
 
 @pytest.mark.parametrize("photo", PHOTOS, ids=lambda path: path.name)
 def test_real_pictures_make_requests(photo: Path) -> None:
     image = decode_image(photo.read_bytes())
-    request = processor().request("Describe the image.", [image])
+    request = processor().build_request("Describe the image.", [image])
     assert image.mode == "RGB"
     assert request.tiles.max() > 0
     assert len(request.tiles) == len(request.tile_sizes)

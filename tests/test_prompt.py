@@ -15,11 +15,11 @@ from ovis_model.inputs.prompt import (
     DEFAULT_SYSTEM_PROMPT,
     IMAGE_MARK,
     ChatTokenizer,
+    build_image_query,
+    build_video_query,
     expand_atoms,
-    image_placeholders,
-    image_query,
-    video_query,
-    without_marks,
+    make_placeholders,
+    remove_marks,
 )
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, Grid
@@ -43,11 +43,11 @@ def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
 @pytest.mark.parametrize(
     ("kind", "query"),
     [
-        ("single", image_query("Describe the image.", 1)),
-        ("cot", image_query(f"What's the area of the shape?\n{CHAIN_OF_THOUGHT}", 1)),
-        ("multi", image_query("Describe each image.", 3)),
-        ("video", video_query("Describe the video.", 6)),
-        ("text", image_query("Hello", 0)),
+        ("single", build_image_query("Describe the image.", 1)),
+        ("cot", build_image_query(f"What's the area of the shape?\n{CHAIN_OF_THOUGHT}", 1)),
+        ("multi", build_image_query("Describe each image.", 3)),
+        ("video", build_video_query("Describe the video.", 6)),
+        ("text", build_image_query("Hello", 0)),
     ],
 )
 def test_queries_are_the_originals(kind: str, query: str) -> None:
@@ -58,7 +58,7 @@ def test_queries_are_the_originals(kind: str, query: str) -> None:
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(1, 2), Grid(2, 1), Grid(2, 3), Grid(3, 3), Grid(12, 1)])
 def test_placeholders_take_the_documented_number_of_tokens(grid: Grid) -> None:
     cells = grid.rows * grid.cols
-    ids = expand_atoms(image_placeholders(grid), 256)
+    ids = expand_atoms(make_placeholders(grid), 256)
     assert ids.dtype == np.int32
     assert len(ids) == 256 * (1 + (cells if cells > 1 else 0)) + cells + 2
 
@@ -72,14 +72,14 @@ def test_expansion_repeats_atoms_only(ids: list[int], tokens_per_tile: int) -> N
 @given(st.text(alphabet="<imagex>", max_size=40))
 @example("<ima<image>ge><<image>image>")
 def test_marks_can_be_removed_for_good(text: str) -> None:
-    assert IMAGE_MARK not in without_marks(text)
-    assert IMAGE_MARK in text or without_marks(text) == text
+    assert IMAGE_MARK not in remove_marks(text)
+    assert IMAGE_MARK in text or remove_marks(text) == text
 
 
 @pytest.mark.parametrize("token", added_tokens())
 def test_control_tokens_in_text_are_text(token: str) -> None:
     text = f"a{token}b {token}"
-    by_layout = [CHATS[layout].prompt_ids(f"{IMAGE_MARK}{text}", [Grid(1, 1)], text) for layout in LAYOUTS]
+    by_layout = [CHATS[layout].encode_prompt(f"{IMAGE_MARK}{text}", [Grid(1, 1)], text) for layout in LAYOUTS]
     assert by_layout[0] == by_layout[1]
     assert sum(i >= FIRST_ADDED_ID for i in by_layout[0]) == 5  # <|im_start|> x 3, <|im_end|> x 2
     readable = decoded(TOKENIZERS["native"], [i for i in by_layout[0] if i >= 0])
@@ -100,11 +100,11 @@ def test_ordinary_text_has_the_ids_of_the_whole_prompt(query: str, system: str) 
     turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{query}<|im_end|>\n"
     for layout in LAYOUTS:
         whole = TOKENIZERS[layout].encode(f"{turns}<|im_start|>assistant\n", add_special_tokens=False).ids
-        assert CHATS[layout].prompt_ids(query, [], system) == whole
+        assert CHATS[layout].encode_prompt(query, [], system) == whole
 
 
 def test_a_mark_in_the_system_prompt_is_text() -> None:
-    ids = CHATS["aidc"].prompt_ids("hello", [], f"Look at {IMAGE_MARK}")
+    ids = CHATS["aidc"].encode_prompt("hello", [], f"Look at {IMAGE_MARK}")
     assert min(ids) >= 0
     assert f"Look at {IMAGE_MARK}" in decoded(TOKENIZERS["aidc"], ids)
 
@@ -112,14 +112,14 @@ def test_a_mark_in_the_system_prompt_is_text() -> None:
 @pytest.mark.parametrize(("query", "num_grids"), [("no mark", 1), (f"{IMAGE_MARK} {IMAGE_MARK}", 1), (IMAGE_MARK, 0)])
 def test_refuses_marks_without_images_and_images_without_marks(query: str, num_grids: int) -> None:
     with pytest.raises(ValueError, match=rf"{query.count(IMAGE_MARK)} <image> marks for {num_grids} images; write one"):
-        CHATS["aidc"].prompt_ids(query, [Grid(1, 1)] * num_grids)
+        CHATS["aidc"].encode_prompt(query, [Grid(1, 1)] * num_grids)
 
 
 @pytest.mark.parametrize("where", ["query", "system"])
 def test_refuses_lone_surrogates(where: str) -> None:
     texts = {"query": "fine", "system": DEFAULT_SYSTEM_PROMPT} | {where: "half \ud83d of a pair"}
     with pytest.raises(ValueError, match=r"\\ud83d.*errors='replace'"):
-        CHATS["aidc"].prompt_ids(texts["query"], [], texts["system"])
+        CHATS["aidc"].encode_prompt(texts["query"], [], texts["system"])
 
 
 def test_refuses_a_tokenizer_of_another_model() -> None:

@@ -153,7 +153,7 @@ def test_resume_opens_only_shards_with_missing_rows(ray_cluster: None, shards: l
 def test_rows_without_images_are_answered_by_the_model() -> None:
     """Alone in a batch and beside rows of one and of three images."""
     processor, image = Processor.from_pretrained(MODEL), Image.new("RGB", (90, 60), "red")
-    requests = [processor.request("2 + 2?", images) for images in ([], [image], [image] * 3)]
+    requests = [processor.build_request("2 + 2?", images) for images in ([], [image], [image] * 3)]
     params = SamplingParams(max_new_tokens=4)
     together = load_engine("tiny56-tied").generate(requests, params)
     [alone] = load_engine("tiny56-tied").generate(requests[:1], params)

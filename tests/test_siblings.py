@@ -72,7 +72,7 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
         engine.step()
     for row, item, task in rows:
         if row.error is None:  # with one slot, a row that is out of memory fails
-            assert_same(row.completion(), generate_alone(checkpoint, item, task))
+            assert_same(row.make_completion(), generate_alone(checkpoint, item, task))
         assert row.item.visual is None
     assert slots == 1 or not any(row.error for row, _, _ in rows)
 
@@ -211,7 +211,7 @@ def test_a_group_with_different_images_is_refused_by_name() -> None:
 
 def test_a_group_survives_the_way_to_another_process() -> None:
     """What ranks unpickle shares as much, and holds the tiles once."""
-    requests = Processor.from_pretrained(str(checkpoint_dir("tiny56-tied"))).with_tiles([[1, 2], [1, 3]], [])
+    requests = Processor.from_pretrained(str(checkpoint_dir("tiny56-tied"))).build_requests([[1, 2], [1, 3]], [])
     there = pickle.loads(pickle.dumps([*requests, *requests]))
     assert len({prefix.item for prefix in find_prefixes(there)}) == 1
     assert there[0].tiles is there[1].tiles

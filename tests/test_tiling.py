@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovis_model.inputs.prompt import image_placeholders
-from ovis_model.inputs.tiling import choose_grid, num_tiles, picture_size, tile_image, tile_images
-from ovis_model.network.ovis import CLIP_MEAN, CLIP_STD, normalization_table
+from ovis_model.inputs.prompt import make_placeholders
+from ovis_model.inputs.tiling import choose_grid, count_tiles, fit_in_tile, tile_image, tile_images
+from ovis_model.network.ovis import CLIP_MEAN, CLIP_STD, build_normalization_table
 from ovis_model.types import Grid
 from tests.support.golden_data import CHECKPOINTS, draw_picture, load_expected
 
@@ -35,7 +35,7 @@ def pasted(tile_size: int, size: NDArray[np.int32]) -> tuple[slice, slice]:
 
 def normalised(tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> NDArray[np.float32]:
     """What the device makes of tiles: the table inside the picture, zero around it."""
-    values = normalization_table()[np.arange(3)[:, None, None], tiles]
+    values = build_normalization_table()[np.arange(3)[:, None, None], tiles]
     out = np.zeros_like(values)
     for i, size in enumerate(sizes):
         rows, cols = pasted(tiles.shape[-1], size)
@@ -77,8 +77,8 @@ def test_equals_the_original_in_all_golden_cases(checkpoint: str) -> None:
         grid = choose_grid(*image.size, case["max_partition"], data["image_size"])
         tiles, sizes = tile_image(image, case["max_partition"], data["image_size"])
         assert list(grid) == case["grid"], case
-        assert len(tiles) == len(sizes) == num_tiles(grid) == case["num_crops"], case
-        assert image_placeholders(grid) == case["placeholders"], case
+        assert len(tiles) == len(sizes) == count_tiles(grid) == case["num_crops"], case
+        assert make_placeholders(grid) == case["placeholders"], case
         assert hashlib.sha256(normalised(tiles, sizes).tobytes()).hexdigest() == case["sha256_float32"], case
 
 
@@ -124,7 +124,7 @@ def test_every_tile_holds_a_centred_picture_in_a_zero_border(width: int, height:
     assert tiles.dtype == np.uint8
     assert sizes.dtype == np.int32
     assert tiles.shape == (
-        num_tiles(choose_grid(width, height, max_tiles, tile_size)),
+        count_tiles(choose_grid(width, height, max_tiles, tile_size)),
         3,
         tile_size,
         tile_size,
@@ -150,7 +150,7 @@ def test_tiles_are_the_resized_crops(width: int, height: int, max_tiles: int, se
     tiles, sizes = tile_image(image, max_tiles, tile_size)
     assert len(tiles) == len(crops)
     for tile, size, crop in zip(tiles, sizes, crops, strict=True):
-        w, h = picture_size(*crop.size, tile_size)
+        w, h = fit_in_tile(*crop.size, tile_size)
         resized = crop.resize((w, crop.height), Image.Resampling.BICUBIC).resize((w, h), Image.Resampling.BICUBIC)
         assert (h, w) == tuple(size)
         inside_rows, inside_cols = pasted(tile_size, size)
@@ -209,7 +209,7 @@ def test_a_full_hd_row_is_small() -> None:
 
 
 def test_normalization_is_clips() -> None:
-    table = normalization_table()
+    table = build_normalization_table()
     assert table.shape == (3, 256)
     assert table.dtype == np.float32
     exact = (np.arange(256) / 255 - np.array(CLIP_MEAN)[:, None]) / np.array(CLIP_STD)[:, None]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ovis_model.engine.engine import OvisEngine
-from ovis_model.inputs.prompt import expand_atoms, image_placeholders
+from ovis_model.inputs.prompt import expand_atoms, make_placeholders
 from ovis_model.network.weights import load_model
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID, Grid, Request, SamplingParams
 from tests.support.engines import compute_logits, make_golden_requests, normalize_tiles
@@ -126,7 +126,7 @@ def _random_request(side: int, tokens_per_tile: int) -> Request:
     """Two images, one of them of three tiles, between random text."""
     rng = np.random.default_rng(0)
     grids = [Grid(1, 1), Grid(1, 2)]
-    placeholders = [expand_atoms(image_placeholders(grid), tokens_per_tile) for grid in grids]
+    placeholders = [expand_atoms(make_placeholders(grid), tokens_per_tile) for grid in grids]
     text = [rng.integers(0, 90, n) for n in (5, 3, 7)]
     ids = np.concatenate([text[0], placeholders[0], text[1], placeholders[1], text[2]]).astype(np.int32)
     tiles = rng.integers(0, 256, (4, 3, side, side), dtype=np.uint8)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ovis_model.inputs.processor import Processor
-from ovis_model.inputs.prompt import video_query
+from ovis_model.inputs.prompt import build_video_query
 from pipelines.config import CaptionConfig
 from pipelines.errors import SourceError
 from pipelines.media.frame_selection import Encoder, FrameSelector, PixelEncoder
@@ -56,7 +56,9 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_row_is_the_model_cards_video_prompt_with_one_tile_a_frame(tmp_path: Path, drawn: Path) -> None:
     (row,) = prepared(tmp_path, drawn, prompt="What happens?")
     pictures = [Image.fromarray(frame) for frame in map(decoded_frame(drawn), UNIFORM_4)]
-    expected = Processor.from_pretrained(MODEL).request(video_query("What happens?", 4), pictures, max_tiles=1)
+    expected = Processor.from_pretrained(MODEL).build_request(
+        build_video_query("What happens?", 4), pictures, max_tiles=1
+    )
     assert np.array_equal(row.requests[0].input_ids, expected.input_ids)
     assert np.array_equal(row.requests[0].tiles, expected.tiles)
     assert (row.num_images, len(row.requests[0].tiles), numbers(row)) == (4, 4, UNIFORM_4)

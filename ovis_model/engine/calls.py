@@ -69,7 +69,7 @@ class Stats:
     tiles: int = 0
     prompt_tokens: int = 0
     steps: int = 0
-    row_steps: int = 0
+    sequence_steps: int = 0
     slot_steps: int = 0
 
     def __sub__(self, earlier: Stats) -> Stats:

@@ -44,7 +44,7 @@ class CudaGraphs:
         self._pool: Any = None
 
     def __call__(self, step: Step, rows: int, longest: int, cache: KVCache) -> Decoded:
-        shape = row_bucket(rows, cache.slots), length_bucket(longest, cache)
+        shape = round_up_rows(rows, cache.slots), round_up_length(longest, cache)
         if shape not in self._replays:
             self._replays[shape] = self._capture(lambda: step(*shape))
         return self._replays[shape]()
@@ -69,12 +69,12 @@ class CudaGraphs:
         return replay
 
 
-def row_bucket(rows: int, slots: int) -> int:
+def round_up_rows(rows: int, slots: int) -> int:
     """Round up to 1, 2, 4, 8 or a multiple of 8: at most seven rows of a step are padding."""
     return min(1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8, slots)
 
 
-def length_bucket(longest: int, cache: KVCache, step: int = 512) -> int:
+def round_up_length(longest: int, cache: KVCache, step: int = 512) -> int:
     """Round up to a multiple of `step`; to all of the cache if attention reads only what a row holds anyway."""
     maximum = cache.capacity - 1
     return maximum if cache.attention_reads_lengths else min(-(-longest // step) * step, maximum)
@@ -112,5 +112,5 @@ class BatchStepper:
         ids, lengths = self._state[:, :rows]
         embeds = self._model.llm.model.embed_tokens(ids[:, None])
         context = DecodeStep(self.cache, lengths, longest)
-        logits = self._model.llm.logits(self._model.llm.model(embeds, lengths[:, None], context)[:, -1])
+        logits = self._model.llm.compute_logits(self._model.llm.model(embeds, lengths[:, None], context)[:, -1])
         return Decoded(logits, choose_greedily(logits))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from ovis_model.engine.calls import Device, Dtype, EngineOptions, Stats
 from ovis_model.engine.decode_step import CudaGraphs, StepRunner, run_eagerly
-from ovis_model.engine.memory_plan import describe, halved, plan_for
+from ovis_model.engine.memory_plan import describe_budget, halve, plan_for_device
 from ovis_model.engine.model_runner import Masks, ModelRunner, answer_choices
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
@@ -48,7 +48,7 @@ class EngineCore:
         """See `OvisEngine.from_model`."""
         config = model.config
         self.model, self.stats = model, Stats()
-        self._budget = budget or plan_for(config, model.dtype, model.device, model.shard)
+        self._budget = budget or plan_for_device(config, model.dtype, model.device, model.shard)
         limits = self._budget.kv_tokens, self._budget.prompt_tokens
         self._checks = RequestChecks(config, *limits, has_tokenizer=tokenizer is not None)
         self._guides = Guides(tokenizer, config.language.vocab_size, config.eos_token_ids) if tokenizer else None
@@ -59,7 +59,7 @@ class EngineCore:
 
     def describe(self) -> str:
         """Return one line about what the engine may hold at once."""
-        budget = describe(self.model.config, self.model.dtype, self.scheduler.budget, self.model.pass_dtype)
+        budget = describe_budget(self.model.config, self.model.dtype, self.scheduler.budget, self.model.pass_dtype)
         return f"{self.model.device.type}: {budget}"
 
     def enqueue(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[RequestState]:
@@ -111,14 +111,14 @@ class EngineCore:
         while not all(state.has_left for state in states):
             self.step()
         for state in states:
-            state.completion()
+            state.make_completion()
         self.stats = Stats()
 
     def agree_on_arrivals(self, num_arrived: int) -> int:
         """Return rank 0's `num_arrived`, after comparing the ranks' counts of work."""
         if self.model.shard.size == 1:
             return num_arrived
-        work = [self.stats.tiles, self.stats.prompt_tokens, self.stats.steps, self.stats.row_steps]
+        work = [self.stats.tiles, self.stats.prompt_tokens, self.stats.steps, self.stats.sequence_steps]
         num_agreed, *work_of_leader = self.model.shard.broadcast(torch.tensor([num_arrived, *work])).tolist()
         assert work == work_of_leader, f"rank {self.model.shard.rank} has done {work}, rank 0 {work_of_leader}"
         return int(num_agreed)
@@ -127,7 +127,7 @@ class EngineCore:
         """Restart the running requests with half the budget; fail the next one if it is out of memory alone."""
         self.scheduler.restart_all()
         if self.scheduler.budget.slots > 1:
-            self.scheduler.budget = halved(self.scheduler.budget)
+            self.scheduler.budget = halve(self.scheduler.budget)
         else:
             failed = self.scheduler.waiting.popleft()
             failed.error = RequestError(f"out of device memory on a request of its own: {error}")
@@ -141,10 +141,10 @@ class EngineCore:
         running = self.scheduler.running
         if not running:
             return
-        with self._timed("decode_s"):
+        with self._measure_time("decode_s"):
             self._record(running, self.runner.decode(running, self._begin_masks(running)))
         self.stats.steps += 1
-        self.stats.row_steps += len(running)
+        self.stats.sequence_steps += len(running)
         self.stats.slot_steps += self.scheduler.slots
 
     def _replace_left(self) -> None:
@@ -165,11 +165,11 @@ class EngineCore:
         """Put prompts into their slots and generate the first token of each request, or its choice."""
         whole, rest = self.scheduler.split_prompts(admitted)
         budget = self.scheduler.budget
-        items = self.scheduler.items_to_encode(span.state.item for span in whole)
-        with self._timed("vision_s"):
+        items = self.scheduler.select_items_to_encode(span.state.item for span in whole)
+        with self._measure_time("vision_s"):
             self.runner.encode(items, budget.vision_tiles)
         self.stats.tiles += sum(len(item.tiles) for item in items)
-        with self._timed("prefill_s"):
+        with self._measure_time("prefill_s"):
             for group in chain(*(pack_passes(spans, budget.prefill_tokens) for spans in (whole, rest))):
                 choice = self.runner.prefill(group, self._begin_masks([span.state for span in group]))
                 self.stats.prompt_tokens += sum(len(span.ids) for span in group)
@@ -188,12 +188,12 @@ class EngineCore:
         ids, logprobs = torch.stack([part.double() for part in choice]).tolist()
         for state, token_id, logprob in zip(states, ids, logprobs, strict=True):
             state.append(int(token_id), logprob)
-            state.finish_reason = self._stop_rule.finish_reason(state)
+            state.finish_reason = self._stop_rule.find_finish_reason(state)
             if state.guide and state.guide.error:
                 state.error = RequestError(state.guide.error)
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _measure_time(self, name: str) -> Iterator[None]:
         started_s = perf_counter()
         yield
         if self.model.device.type == "cuda":

@@ -29,9 +29,9 @@ class _RunningCall:
             self.num_left += 1
         return self.num_left == len(self.states)
 
-    def outcome(self) -> Outcome:
+    def collect_outcome(self) -> Outcome:
         try:
-            return [state.completion() for state in self.states]
+            return [state.make_completion() for state in self.states]
         except RequestError as error:
             return error
 
@@ -44,33 +44,33 @@ class EngineLoop:
     ) -> None:
         self._core, self._messages, self._deliver = core, messages, deliver
         self._running: list[_RunningCall] = []
-        self._num_taken = 0
+        self._num_received = 0
 
     def run(self) -> None:
         """Return at a `Close` message. Raise the first fault of the engine."""
-        while self._take_in_arrived():
+        while self._process_arrived():
             self._core.step()
             self._deliver_done()
 
-    def _take_in_arrived(self) -> bool:
+    def _process_arrived(self) -> bool:
         """Take in the messages that have arrived; return False at a `Close`."""
-        for message in self._next_messages():
+        for message in self._receive_messages():
             if isinstance(message, Close):
                 return False
-            self._take_in(message)
+            self._process(message)
         return True
 
-    def _next_messages(self) -> list[Message]:
+    def _receive_messages(self) -> list[Message]:
         """Return the messages that rank 0 has now; wait for one if there is no work."""
         # All ranks are without work at once, so that none of them waits for the others.
         messages = [] if self._running else [self._messages.get()]
-        num_arrived = self._num_taken + len(messages) + self._messages.qsize()
-        num_missing = self._core.agree_on_arrivals(num_arrived) - self._num_taken - len(messages)
+        num_arrived = self._num_received + len(messages) + self._messages.qsize()
+        num_missing = self._core.agree_on_arrivals(num_arrived) - self._num_received - len(messages)
         messages += [self._messages.get() for _ in range(num_missing)]
-        self._num_taken += len(messages)
+        self._num_received += len(messages)
         return messages
 
-    def _take_in(self, message: Message) -> None:
+    def _process(self, message: Message) -> None:
         match message:
             case Abandon():
                 self._core.abandon()
@@ -87,7 +87,7 @@ class EngineLoop:
     def _deliver_done(self) -> None:
         for call in [call for call in self._running if call.is_done()]:
             self._running.remove(call)
-            self._deliver(call.number, call.outcome())
+            self._deliver(call.number, call.collect_outcome())
 
 
 class LoopThread:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovis_model.config import LanguageConfig
-from ovis_model.network.attention import kernels
+from ovis_model.network.attention import choose_kernels
 
 
 class KVCache:
@@ -20,9 +20,9 @@ class KVCache:
     ) -> None:
         shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
         # Zeros: a mask makes the weight of an unused place 0, and 0 times the NaN of stray memory is NaN.
-        self.keys, self.values = (_zeros(shape, device, dtype) for _ in range(2))
+        self.keys, self.values = (_allocate_zeros(shape, device, dtype) for _ in range(2))
         self.slots, self.capacity = slots, capacity
-        self.attention_reads_lengths = kernels(self.keys).reads_lengths
+        self.attention_reads_lengths = choose_kernels(self.keys).reads_lengths
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
@@ -30,7 +30,7 @@ class KVCache:
             store[:, target, :length] = store[:, source, :length]
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _allocate_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """On a CPU only the pages that rows come to use take memory."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
@@ -47,7 +47,7 @@ class Prefill:
         length = key.shape[1]
         self._cache.keys[layer, self._slots, :length] = key
         self._cache.values[layer, self._slots, :length] = value
-        return kernels(query).attend_causal(query, key, value)
+        return choose_kernels(query).attend_causal(query, key, value)
 
 
 class Extend:
@@ -70,7 +70,7 @@ class Extend:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self._put(self._keys, self._cache.keys[layer], key)
         self._put(self._values, self._cache.values[layer], value)
-        return kernels(query).attend_extended(query, self._keys, self._values, self._lengths)
+        return choose_kernels(query).attend_extended(query, self._keys, self._values, self._lengths)
 
     def _put(self, held: Tensor, store: Tensor, new: Tensor) -> None:
         held[:, : self._longest] = store[self._sources, : self._longest]
@@ -98,9 +98,9 @@ class DecodeStep:
         keys, values = self._keys[layer], self._values[layer]
         keys.index_put_(self._at, key)
         values.index_put_(self._at, value)
-        return kernels(query).attend_cached(query, keys, values, self._lengths, self._mask)
+        return choose_kernels(query).attend_cached(query, keys, values, self._lengths, self._mask)
 
 
-def bytes_per_token(config: LanguageConfig, dtype: torch.dtype) -> int:
+def compute_bytes_per_token(config: LanguageConfig, dtype: torch.dtype) -> int:
     """Of keys and values, over all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

@@ -41,7 +41,7 @@ class ModelRunner:
     def allocate(self, slots: int, capacity: int) -> None:
         """Allocate an empty cache in place of the present one."""
         self.release_cache()
-        config = self.model.shard.local(self.model.config.language)
+        config = self.model.shard.to_local(self.model.config.language)
         cache = KVCache(config, slots=slots, capacity=capacity, device=self.model.device, dtype=self.model.dtype)
         self._stepper = BatchStepper(self.model, cache, self._make_step_runner())
 
@@ -59,7 +59,10 @@ class ModelRunner:
         tiles = [tile for item in items for tile in item.tiles]
         sizes = [size for item in items for size in item.tile_sizes]
         chunks = (slice(start, start + max_tiles) for start in range(0, len(tiles), max_tiles))
-        parts = [_no_embeddings(self.model), *(_encode(self.model, tiles[chunk], sizes[chunk]) for chunk in chunks)]
+        parts = [
+            _make_empty_embeddings(self.model),
+            *(_encode(self.model, tiles[chunk], sizes[chunk]) for chunk in chunks),
+        ]
         counts = [len(item.tiles) * self.model.config.vision.tokens_per_tile for item in items]
         for item, visual in zip(items, torch.split(torch.cat(parts), counts), strict=True):
             item.visual = visual
@@ -70,8 +73,10 @@ class ModelRunner:
         last = [(index, len(span.ids) - 1) for index, span in enumerate(group) if not span.state.params.choices]
         if not last:
             return None
-        logits = self.logits_at(hidden, last)
-        return self.agree(_make_sampler(self.model, [group[index].state for index, _ in last])(logits, masks))
+        logits = self.compute_logits(hidden, last)
+        return self.broadcast_choice(
+            _make_sampler(self.model, [group[index].state for index, _ in last])(logits, masks)
+        )
 
     def decode(self, states: Sequence[RequestState], masks: Masks | None) -> Choice:
         """Run one decode step; return the next token of each request. Request i is in slot i."""
@@ -80,7 +85,7 @@ class ModelRunner:
             self._sampler, self._decoding = _make_sampler(self.model, states), [*states]
             self.stepper.load([state.output_ids[-1] for state in states], lengths)
         logits, greedy = self.stepper.step(len(states), max(lengths))
-        choice = self.agree(greedy if self._sampler.is_greedy else self._sampler(logits, masks))
+        choice = self.broadcast_choice(greedy if self._sampler.is_greedy else self._sampler(logits, masks))
         self.stepper.advance(choice.ids)
         return choice
 
@@ -90,14 +95,14 @@ class ModelRunner:
         parts = torch.split(self._embed(group), [len(span.ids) for span in group])
         embeds = pad_sequence(list(parts), batch_first=True)
         position_ids = starts[:, None] + torch.arange(embeds.shape[1], device=starts.device)
-        hidden: Tensor = self.model.llm.model(embeds, position_ids, self._context(group, starts, embeds.shape[1]))
+        hidden: Tensor = self.model.llm.model(embeds, position_ids, self._make_context(group, starts, embeds.shape[1]))
         return hidden
 
-    def logits_at(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+    def compute_logits(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
         """Return logits [n, vocab_size] at n (row, time) places of hidden states [B, T, hidden_size]."""
-        return self.model.llm.logits(hidden[self.to_tensor(places).unbind(1)])
+        return self.model.llm.compute_logits(hidden[self.to_tensor(places).unbind(1)])
 
-    def agree(self, choice: Choice) -> Choice:
+    def broadcast_choice(self, choice: Choice) -> Choice:
         """Replace the ids by those of rank 0, so that all ranks go on with the same tokens."""
         return Choice(self.model.shard.broadcast(choice.ids), choice.logprobs)
 
@@ -112,10 +117,10 @@ class ModelRunner:
 
     def _embed(self, group: list[Span]) -> Tensor:
         """Return embeddings [all tokens, hidden_size] of the spans; only whole prompts hold placeholders."""
-        visual = [_no_embeddings(self.model), *(span.state.item.visual for span in group if not span.start)]
+        visual = [_make_empty_embeddings(self.model), *(span.state.item.visual for span in group if not span.start)]
         return self.model.embed(self.to_tensor(np.concatenate([span.ids for span in group])), torch.cat(visual))
 
-    def _context(self, group: list[Span], starts: Tensor, width: int) -> AttentionContext:
+    def _make_context(self, group: list[Span], starts: Tensor, width: int) -> AttentionContext:
         """Return what the tokens of `group` attend to; either all of its spans have a target or none."""
         cache, longest = self.stepper.cache, max(span.start for span in group)
         targets = self.to_tensor([span.target for span in group if span.target is not None])
@@ -130,7 +135,7 @@ def _encode(model: Ovis, tiles: Sequence[NDArray[np.uint8]], sizes: Sequence[NDA
     return model.encode_tiles(model.normalize(*stacked)).flatten(0, 1)
 
 
-def _no_embeddings(model: Ovis) -> Tensor:
+def _make_empty_embeddings(model: Ovis) -> Tensor:
     return model.vte.weight.new_empty(0, model.config.language.hidden_size)
 
 
@@ -142,7 +147,7 @@ def _make_sampler(model: Ovis, states: Sequence[RequestState]) -> Sampler:
 
 def answer_choices(runner: ModelRunner, prompts: Sequence[Span], budget: Budget) -> None:
     """Finish the requests that have choices: score each after the prompt, which is in the request's slot."""
-    choice_of = {span: choice for prompt in prompts for span, choice in _choice_spans(prompt)}
+    choice_of = {span: choice for prompt in prompts for span, choice in _make_choice_spans(prompt)}
     logliks: dict[Span, float] = {}
     for group in pack_passes(choice_of, budget.prefill_tokens):
         logliks.update(zip(group, _score(runner, group, [choice_of[span] for span in group], budget), strict=True))
@@ -153,7 +158,7 @@ def answer_choices(runner: ModelRunner, prompts: Sequence[Span], budget: Budget)
         state.choose(index, np.array(of_states[state]))
 
 
-def _choice_spans(prompt: Span) -> Iterator[tuple[Span, tuple[int, ...]]]:
+def _make_choice_spans(prompt: Span) -> Iterator[tuple[Span, tuple[int, ...]]]:
     """Yield each choice of a request, with the tokens after which its own are predicted."""
     ids, slot = prompt.state.request.input_ids, prompt.target
     assert slot is not None, "a prompt is in no slot"
@@ -167,7 +172,7 @@ def _score(runner: ModelRunner, group: list[Span], choices: Sequence[Sequence[in
     places = [(index, place) for index, choice in enumerate(choices) for place in range(len(choice))]
     ids, losses = list(chain.from_iterable(choices)), []
     for part in (slice(start, start + budget.slots) for start in range(0, len(ids), budget.slots)):
-        logits = runner.logits_at(hidden, places[part]).float()
+        logits = runner.compute_logits(hidden, places[part]).float()
         losses.append(F.cross_entropy(logits, runner.to_tensor(ids[part]), reduction="none"))
     each = iter(torch.cat(losses).tolist())
     return [-sum(islice(each, len(choice))) for choice in choices]
@@ -180,5 +185,5 @@ def _draw(runner: ModelRunner, logliks: dict[RequestState, list[float]]) -> list
     params = [SamplingParams(temperature=state.params.temperature, logprobs=False) for state in logliks]
     scores = pad_sequence([torch.tensor(each) for each in logliks.values()], True, -math.inf)
     sampler = Sampler(params, [state.stream for state in logliks], scores.shape[1], scores.device)
-    ids: list[int] = runner.agree(sampler(scores)).ids.tolist()
+    ids: list[int] = runner.broadcast_choice(sampler(scores)).ids.tolist()
     return ids

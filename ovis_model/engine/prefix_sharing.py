@@ -45,16 +45,16 @@ def find_prefixes(requests: Sequence[Request]) -> list[Prefix]:
     group have different images.
     """
     members: dict[tuple[Item, bytes], list[int]] = {}
-    for index, item in enumerate(_items_of(requests)):
-        members.setdefault((item, _to_last_placeholder(requests[index].input_ids).tobytes()), []).append(index)
+    for index, item in enumerate(_group_items(requests)):
+        members.setdefault((item, _cut_after_placeholders(requests[index].input_ids).tobytes()), []).append(index)
     prefixes: dict[int, Prefix] = {}
     for (item, _), indexes in members.items():
         prompts = [requests[index].input_ids for index in indexes]
-        prefixes.update(dict.fromkeys(indexes, Prefix(item, _num_shared(prompts))))
+        prefixes.update(dict.fromkeys(indexes, Prefix(item, _count_shared(prompts))))
     return [prefixes[index] for index in range(len(requests))]
 
 
-def _items_of(requests: Sequence[Request]) -> Iterator[Item]:
+def _group_items(requests: Sequence[Request]) -> Iterator[Item]:
     items: dict[Hashable, Item] = {}
     for index, request in enumerate(requests):
         item = Item(request.tiles, request.tile_sizes)
@@ -65,14 +65,14 @@ def _items_of(requests: Sequence[Request]) -> Iterator[Item]:
         yield item
 
 
-def _to_last_placeholder(ids: NDArray[np.int32]) -> NDArray[np.int32]:
+def _cut_after_placeholders(ids: NDArray[np.int32]) -> NDArray[np.int32]:
     placeholders = np.flatnonzero(ids < 0)
     return ids[: placeholders[-1] + 1] if placeholders.size else ids[:0]
 
 
-def _num_shared(prompts: Sequence[NDArray[np.int32]]) -> int:
+def _count_shared(prompts: Sequence[NDArray[np.int32]]) -> int:
     first, length = prompts[0], min(map(len, prompts)) - 1
     for prompt in prompts[1:]:
         differing = np.flatnonzero(prompt[:length] != first[:length])
         length = int(differing[0]) if differing.size else length
-    return length if length >= len(_to_last_placeholder(first)) else 0
+    return length if length >= len(_cut_after_placeholders(first)) else 0

@@ -21,7 +21,7 @@ from ovis_model.engine.calls import Message, Outcome
 from ovis_model.engine.engine_core import EngineCore, load_core
 from ovis_model.engine.engine_loop import EngineLoop
 from ovis_model.engine.rank_pool import Done, RankOptions, Ready
-from ovis_model.network.tensor_parallel import joined
+from ovis_model.network.tensor_parallel import join_ranks
 from ovis_model.types import EngineDied
 
 _SIGN_OF_LIFE_EVERY_S = 0.5
@@ -32,7 +32,7 @@ def main(fd: int, parent: int) -> None:
     options: RankOptions = link.recv()
     end_with_parent(parent, lambda: shutil.rmtree(options.meeting_point.parent, ignore_errors=True))
     try:
-        with joined(options.rank, options.size, options.meeting_point, Pulse(link).beat) as shard:
+        with join_ranks(options.rank, options.size, options.meeting_point, Pulse(link).beat) as shard:
             core = load_core(options.engine, shard)
             link.send(Ready(core.model.device.type, core.describe()))
             messages: SimpleQueue[Message] = SimpleQueue()

@@ -84,7 +84,7 @@ class RequestState:
         self.stream = RandomStream(self.params.seed)
         self.output_ids, self.logprob_sum = [], 0.0
 
-    def completion(self) -> Completion:
+    def make_completion(self) -> Completion:
         """Return the completion. Raise RequestError if the request failed."""
         if self.error is not None:
             raise self.error
@@ -112,13 +112,15 @@ class RequestChecks:
 
     def check(self, index: int, state: RequestState) -> None:
         """Raise RequestError naming `index` for a request that can never be generated, ValueError without tokenizer."""
-        faults = chain(self._prompt_faults(state.request), self._length_faults(state), self._choice_faults(state))
+        faults = chain(
+            self._find_prompt_faults(state.request), self._find_length_faults(state), self._find_choice_faults(state)
+        )
         if fault := next(faults, None):
             raise RequestError(f"request {index}: {fault}")
         if (state.params.stop or state.params.constraint) and not self.has_tokenizer:
             raise ValueError("stop strings and constraints need a tokenizer: give OvisEngine one")
 
-    def _prompt_faults(self, request: Request) -> Iterator[str]:
+    def _find_prompt_faults(self, request: Request) -> Iterator[str]:
         ids, vocab_size = request.input_ids, self.config.language.vocab_size
         if not len(ids):
             yield "the prompt is empty"
@@ -128,7 +130,7 @@ class RequestChecks:
         if found != wanted:
             yield f"{found} placeholders for {wanted} visual tokens"
 
-    def _length_faults(self, state: RequestState) -> Iterator[str]:
+    def _find_length_faults(self, state: RequestState) -> Iterator[str]:
         prompt, output = state.num_prompt_tokens, state.max_new_tokens
         limit = min(self.config.max_length, self.max_tokens)
         if (excess := prompt + output - limit) > 0:
@@ -138,7 +140,7 @@ class RequestChecks:
         if (excess := tokens - limit) > 0:
             yield f"{tokens} {what} tokens are {excess} over the {limit} that the device has memory for"
 
-    def _choice_faults(self, state: RequestState) -> Iterator[str]:
+    def _find_choice_faults(self, state: RequestState) -> Iterator[str]:
         largest, vocab_size = max(map(max, state.params.choices), default=0), self.config.language.vocab_size
         if largest >= vocab_size:
             yield f"a choice holds token {largest}; the model has {vocab_size}"
@@ -153,13 +155,13 @@ class StopRule:
     eos_token_ids: Sequence[int]
     tokenizer: Tokenizer | None
 
-    def finish_reason(self, state: RequestState) -> FinishReason | None:
+    def find_finish_reason(self, state: RequestState) -> FinishReason | None:
         """Return why the newest token is the last one, or None if it is not."""
-        if state.output_ids[-1] in self.eos_token_ids or self._ends_in_stop_string(state):
+        if state.output_ids[-1] in self.eos_token_ids or self._has_stop_string(state):
             return "stop"
         return "length" if len(state.output_ids) == state.params.max_new_tokens else None
 
-    def _ends_in_stop_string(self, state: RequestState) -> bool:
+    def _has_stop_string(self, state: RequestState) -> bool:
         stops = state.params.stop
         if not stops or self.tokenizer is None:
             return False

@@ -27,7 +27,7 @@ class RandomStream:
         self._seed = secrets.randbits(63) if seed is None else seed
         self._step = 0
 
-    def next_key(self) -> int:
+    def draw_key(self) -> int:
         """63 bits that depend on the seed and the step only."""
         digest = hashlib.blake2b(f"{self._seed} {self._step}".encode(), digest_size=8).digest()
         self._step += 1
@@ -45,10 +45,10 @@ def choose_greedily(logits: Tensor) -> Choice:
     """[B, vocab] -> the largest of each row."""
     raw = logits.float()
     ids = raw.argmax(-1)
-    return Choice(ids, _logprobs(raw, ids))
+    return Choice(ids, _gather_logprobs(raw, ids))
 
 
-def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+def _gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
@@ -78,7 +78,7 @@ class Sampler:
         self._wants_logprobs = any(p.logprobs for p in params)
         self._seen: Tensor | None = None
         if any(p.repetition_penalty != 1 for p in params):
-            self._penalty = _column([p.repetition_penalty for p in params], device)
+            self._penalty = _make_column([p.repetition_penalty for p in params], device)
             self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
             for row, ids in enumerate(output_ids or ()):
                 self._seen[row, list(ids)] = True
@@ -91,20 +91,20 @@ class Sampler:
     def __call__(self, logits: Tensor, masks: Future[NDArray[np.uint8]] | None = None) -> Choice:
         """[B, vocab] -> a token for each row; `masks`, as of `constraints.Guides`, of those that have a constraint."""
         raw = logits.float()
-        scores = self._penalise(raw if masks is None else self._forbid(raw, masks.result()))
+        scores = self._apply_penalty(raw if masks is None else self._apply_masks(raw, masks.result()))
         ids = scores.argmax(-1)
         if self._sampled:
             ids[self._sampled] = self._draw(scores[self._sampled])
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
-        return Choice(ids, _logprobs(raw, ids) if self._wants_logprobs else torch.full_like(raw[:, 0], math.nan))
+        return Choice(ids, _gather_logprobs(raw, ids) if self._wants_logprobs else torch.full_like(raw[:, 0], math.nan))
 
-    def _forbid(self, logits: Tensor, masks: NDArray[np.uint8]) -> Tensor:
+    def _apply_masks(self, logits: Tensor, masks: NDArray[np.uint8]) -> Tensor:
         allowed = torch.ones_like(logits, dtype=torch.bool)
-        allowed[self._constrained] = unpacked(torch.from_numpy(masks).to(logits.device), logits.shape[1])
+        allowed[self._constrained] = unpack_masks(torch.from_numpy(masks).to(logits.device), logits.shape[1])
         return torch.where(allowed, logits, -math.inf)
 
-    def _penalise(self, logits: Tensor) -> Tensor:
+    def _apply_penalty(self, logits: Tensor) -> Tensor:
         if self._seen is None:
             return logits
         lowered = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
@@ -112,9 +112,9 @@ class Sampler:
 
     def _draw(self, scores: Tensor) -> Tensor:
         params = [self._params[row] for row in self._sampled]
-        scores = scores / _column([p.temperature for p in params], scores.device)
-        keys = torch.tensor([self._streams[row].next_key() for row in self._sampled], device=scores.device)
-        noise = gumbel_noise(keys, scores.shape[1])
+        scores = scores / _make_column([p.temperature for p in params], scores.device)
+        keys = torch.tensor([self._streams[row].draw_key() for row in self._sampled], device=scores.device)
+        noise = make_gumbel_noise(keys, scores.shape[1])
         if all(p.top_p == 1 and p.top_k == 0 for p in params):
             return (scores + noise).argmax(-1)
         probabilities, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -126,41 +126,41 @@ class Sampler:
 def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Zero what top-k and then top-p leave out of descending probabilities [B, vocab]."""
     vocab_size = sorted_p.shape[1]
-    top_k = _column([p.top_k or vocab_size for p in params], sorted_p.device)
+    top_k = _make_column([p.top_k or vocab_size for p in params], sorted_p.device)
     rank = torch.arange(vocab_size, device=sorted_p.device)
     kept = sorted_p.masked_fill(rank >= top_k, 0)
-    top_p = _column([p.top_p for p in params], sorted_p.device)
+    top_p = _make_column([p.top_p for p in params], sorted_p.device)
     mass_before = kept.cumsum(-1) - kept
     return kept.masked_fill((mass_before >= top_p * kept.sum(-1, keepdim=True)) & (top_p < 1), 0)
 
 
-def unpacked(masks: Tensor, vocab_size: int) -> Tensor:
+def unpack_masks(masks: Tensor, vocab_size: int) -> Tensor:
     """uint8[B, bytes], the lowest bit first -> bool[B, vocab_size]"""
     bits = torch.from_numpy(_BITS_OF_BYTE).to(masks.device).index_select(0, masks.flatten().int())
     return bits.view(torch.bool).view(len(masks), -1)[:, :vocab_size]
 
 
-def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+def make_gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     """float64[B, vocab] of the standard Gumbel distribution, from int64[B] keys.
 
     The uniform number behind each is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
     2014) of the key and the token: integers, so it is the same on every device.
     """
-    x = keys[:, None] + torch.arange(1, vocab_size + 1, device=keys.device) * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    uniform = (_shifted(x ^ _shifted(x, 31), 11).double() + 0.5) * 2.0**-53
+    x = keys[:, None] + torch.arange(1, vocab_size + 1, device=keys.device) * _to_signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _to_signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _to_signed(0x94D049BB133111EB)
+    uniform = (_shift_right(x ^ _shift_right(x, 31), 11).double() + 0.5) * 2.0**-53
     return -(-uniform.log()).log()
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Tensor, bits: int) -> Tensor:
     """To the right without the sign, which torch would repeat."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(constant: int) -> int:
+def _to_signed(constant: int) -> int:
     return constant - (1 << 64)
 
 
-def _column(values: Sequence[float], device: torch.device) -> Tensor:
+def _make_column(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None]

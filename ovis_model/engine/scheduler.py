@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ovis_model.engine.prefix_sharing import Item, Prefix
 from ovis_model.engine.requests import RequestState
-from ovis_model.types import ROWS_SIDE_BY_SIDE
+from ovis_model.types import MAX_CONCURRENT_SEQUENCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Budget:
     """Maximum that the device may hold at once, so that the largest pass fits by construction."""
 
     kv_tokens: int  # slots x capacity of the cache
-    slots: int = ROWS_SIDE_BY_SIDE  # requests that decode at once
+    slots: int = MAX_CONCURRENT_SEQUENCES  # requests that decode at once
     slot_tokens: int = 0  # minimum capacity of a slot, where unused memory has no other use
     prefill_tokens: int = 8192  # per pass of several requests, padding and `CACHED_PER_TOKEN` included
     prompt_tokens: int = 32768  # of one request, which may be a pass of its own
@@ -155,7 +155,7 @@ class Scheduler:
         kept = {prefix for state, prefix in zip(self.running, self._held, strict=True) if not state.has_left}
         return bool(self.waiting) and self.waiting[0].prefix in set(self._held) - kept
 
-    def items_to_encode(self, entering: Iterable[Item]) -> list[Item]:
+    def select_items_to_encode(self, entering: Iterable[Item]) -> list[Item]:
         """Return the items without embeddings that enter, and those next in line until the vision passes are full."""
         items = dict.fromkeys(item for item in entering if item.visual is None)
         num_tiles, max_tiles = sum(len(item.tiles) for item in items), self.budget.vision_tiles
@@ -192,7 +192,7 @@ def pack_passes(spans: Iterable[Span], max_tokens: int) -> Iterator[list[Span]]:
     """
     group: list[Span] = []
     for span in sorted(spans, key=lambda span: -len(span.ids)):
-        if group and not _fits(span, group, max_tokens):
+        if group and not _can_add(span, group, max_tokens):
             yield group
             group = []
         group.append(span)
@@ -200,7 +200,7 @@ def pack_passes(spans: Iterable[Span], max_tokens: int) -> Iterator[list[Span]]:
         yield group
 
 
-def _fits(span: Span, group: Sequence[Span], max_tokens: int) -> bool:
+def _can_add(span: Span, group: Sequence[Span], max_tokens: int) -> bool:
     width, cached = len(group[0].ids), max(span.start, *(other.start for other in group))
     tokens = (len(group) + 1) * (width + cached // CACHED_PER_TOKEN)
     return tokens <= max_tokens and width - len(span.ids) <= max(width // 5, 32)

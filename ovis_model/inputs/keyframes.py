@@ -70,15 +70,15 @@ class Rules:
         if not self.alphas or min(self.alphas) <= 0:
             raise ValueError(f"alphas={self.alphas} must be positive widths")
 
-    def kernel(self, squared_distances: Floats) -> Floats:
+    def apply_kernel(self, squared_distances: Floats) -> Floats:
         """float64, same shape: how alike embeddings at these squared distances are."""
-        total = _sum_of_gaussians(squared_distances, tuple(sorted(self.alphas, reverse=True)))
+        total = _sum_gaussians(squared_distances, tuple(sorted(self.alphas, reverse=True)))
         return total / len(self.alphas) if self.mean_kernel else total
 
     @cached_property
     def peak(self) -> float:
         """The kernel of two equal embeddings."""
-        return float(self.kernel(np.zeros(1))[0])
+        return float(self.apply_kernel(np.zeros(1))[0])
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,19 @@ def select_frames(
     count = len(np.asarray(frames))
     _check(count, k, method)
     if k >= count:
-        _embeddings(frames, "frame")
+        _normalize_embeddings(frames, "frame")
         return np.arange(count)
     if method == "uniform":
-        return uniform_indices(count, k)
+        return select_uniform(count, k)
     if method == "mdp3":
-        return mdp3(frames, query, k, relevance=relevance, rules=Rules(**rules)).indices
-    known = _log_relevance(_embeddings(frames, "frame"), query, relevance, Rules(**rules))
+        return select_mdp3(frames, query, k, relevance=relevance, rules=Rules(**rules)).indices
+    known = _compute_log_relevance(_normalize_embeddings(frames, "frame"), query, relevance, Rules(**rules))
     if known is None:
         raise ValueError("top-k needs a query or relevance; without either use mdp3 or uniform")
     return np.sort(np.argsort(-known, kind="stable")[:k])
 
 
-def uniform_indices(count: int, k: int) -> Indices:
+def select_uniform(count: int, k: int) -> Indices:
     """int64[min(k, count)]: the middle of each of `k` equal parts of `count` frames (the model card's rule)."""
     if k >= count:
         return np.arange(count)
@@ -133,7 +133,7 @@ def uniform_indices(count: int, k: int) -> Indices:
     return np.array([min(count - 1, int((part * i + part * (i + 1)) / 2)) for i in range(k)])
 
 
-def mdp3(
+def select_mdp3(
     frames: ArrayLike,
     query: ArrayLike | None,
     k: int,
@@ -143,9 +143,9 @@ def mdp3(
 ) -> Selection:
     """MDP3's choice and its scores; arguments as in `select_frames`, with 1 <= k < N."""
     rules = rules or Rules()
-    embeddings = _embeddings(frames, "frame")
+    embeddings = _normalize_embeddings(frames, "frame")
     _check(len(embeddings), k, "mdp3")
-    log_relevance = _log_relevance(embeddings, query, relevance, rules)
+    log_relevance = _compute_log_relevance(embeddings, query, relevance, rules)
     weighted = np.zeros(len(embeddings)) if log_relevance is None else rules.relevance_weight * log_relevance
     candidates = _Candidates(embeddings, weighted, rules)
     size = rules.segment_size if rules.segment_size > 0 else len(embeddings)
@@ -153,7 +153,7 @@ def mdp3(
     traces: list[list[int]] = [[] for _ in range(k + 1)]
     for start in range(0, len(embeddings), size):
         segment = np.arange(start, min(start + size, len(embeddings)))
-        scores, traces = _extend(candidates, segment, scores, traces)
+        scores, traces = _add_segment(candidates, segment, scores, traces)
     return Selection(_spread_repeats(embeddings, np.array(traces[k])), scores)
 
 
@@ -166,7 +166,7 @@ def _check(count: int, k: int, method: str) -> None:
         raise ValueError(f"method={method!r} must be 'uniform', 'top-k' or 'mdp3'")
 
 
-def _embeddings(values: ArrayLike, what: str) -> Floats:
+def _normalize_embeddings(values: ArrayLike, what: str) -> Floats:
     """float64[N, d] of unit length. Those that are so up to rounding stay as they are; zeros stay zeros."""
     rows = np.asarray(values, np.float64)
     if rows.ndim != 2:
@@ -178,7 +178,7 @@ def _embeddings(values: ArrayLike, what: str) -> Floats:
     return rows / np.where(far, lengths, 1.0)[:, None] if far.any() else rows
 
 
-def _log_relevance(
+def _compute_log_relevance(
     embeddings: Floats, query: ArrayLike | None, relevance: ArrayLike | None, rules: Rules
 ) -> Floats | None:
     """float64[N], None if nothing is asked for."""
@@ -187,15 +187,15 @@ def _log_relevance(
         if given.shape != (len(embeddings),) or not np.isfinite(given).all():
             raise ValueError(f"relevance must be a finite number for each of the {len(embeddings)} frames")
     elif query is not None:
-        target = _embeddings(np.asarray(query, np.float64).reshape(1, -1), "query")
-        given = rules.kernel(_squared_distances(target, embeddings)[0])
+        target = _normalize_embeddings(np.asarray(query, np.float64).reshape(1, -1), "query")
+        given = rules.apply_kernel(_compute_squared_distances(target, embeddings)[0])
     else:
         return None
     logarithms: Floats = np.log(np.maximum(given, _MIN_RELEVANCE))
     return logarithms
 
 
-def _squared_distances(a: Floats, b: Floats) -> Floats:
+def _compute_squared_distances(a: Floats, b: Floats) -> Floats:
     """float64[A, B]. By one matrix product: nothing of shape [A, B, d] is ever made."""
     distances: Floats = a @ b.T
     distances *= -2
@@ -204,7 +204,7 @@ def _squared_distances(a: Floats, b: Floats) -> Floats:
     return np.maximum(distances, 0, out=distances)
 
 
-def _sum_of_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> Floats:
+def _sum_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> Floats:
     """`alphas` from wide to narrow. One of half the width is the square of the one before: exp is the dear part."""
     gaussian = np.exp(squared_distances / (-2 * alphas[0]))
     total = gaussian.copy()
@@ -217,7 +217,7 @@ def _sum_of_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> F
     return total
 
 
-def _extend(
+def _add_segment(
     candidates: _Candidates, segment: Indices, scores: Floats, traces: list[list[int]]
 ) -> tuple[Floats, list[list[int]]]:
     """One step of the dynamic programming: the best scores and picks of 0 to k frames once `segment` may be used."""
@@ -225,11 +225,11 @@ def _extend(
     starts = [s for s in range(k + 1) if scores[s] > -math.inf]
     given = [tuple(traces[s][max(0, s - candidates.rules.condition_size) :]) for s in starts]
     distinct = list(dict.fromkeys(given))
-    most = min(k - starts[0], len(segment))
-    gains, picks = _greedy(candidates, segment, distinct, most)
+    max_picks = min(k - starts[0], len(segment))
+    gains, picks = _pick_greedily(candidates, segment, distinct, max_picks)
     totals = np.full((len(starts), k + 1), -math.inf)  # [start, frames in the end]
     for row, (start, condition) in enumerate(zip(starts, given, strict=True)):
-        stop = min(k, start + most)
+        stop = min(k, start + max_picks)
         totals[row, start : stop + 1] = scores[start] + gains[distinct.index(condition), : stop + 1 - start]
     best = np.argmax(totals, axis=0)  # the fewest frames before, among equals
     new_traces = [
@@ -239,8 +239,8 @@ def _extend(
     return totals.max(axis=0), new_traces
 
 
-def _greedy(
-    candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], most: int
+def _pick_greedily(
+    candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], max_picks: int
 ) -> tuple[Floats, Indices]:
     """Greedy picks in one segment, for each of the `conditions` (frames picked before it) side by side.
 
@@ -248,14 +248,14 @@ def _greedy(
     The determinant grows with incremental Cholesky: `variances` is what each candidate would add to it.
     """
     own = candidates.embeddings[segment]
-    kernel = candidates.rules.kernel(_squared_distances(own, own))
+    kernel = candidates.rules.apply_kernel(_compute_squared_distances(own, own))
     np.fill_diagonal(kernel, candidates.rules.peak)
-    factors, variances, base = _conditioned(candidates, segment, conditions, most)
+    factors, variances, base = _begin_factors(candidates, segment, conditions, max_picks)
     value = np.tile(candidates.weighted[segment], (len(conditions), 1))  # of each candidate; -inf once it is picked
-    depth, each = factors.shape[1] - most, np.arange(len(conditions))
-    gains, picks = np.zeros((len(conditions), most + 1)), np.zeros((len(conditions), most), np.int64)
+    depth, each = factors.shape[1] - max_picks, np.arange(len(conditions))
+    gains, picks = np.zeros((len(conditions), max_picks + 1)), np.zeros((len(conditions), max_picks), np.int64)
     gains[:, 0] = base
-    for step in range(most):
+    for step in range(max_picks):
         adds = value + np.log(variances)
         pick = np.argmax(adds, axis=1)  # the first, among equals
         picks[:, step] = pick
@@ -272,8 +272,8 @@ def _greedy(
     return gains, segment[picks]
 
 
-def _conditioned(
-    candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], most: int
+def _begin_factors(
+    candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], max_picks: int
 ) -> tuple[Floats, Floats, Floats]:
     """The start of `_greedy`: rows of the Cholesky factor for the frames picked before.
 
@@ -281,22 +281,22 @@ def _conditioned(
     score of those frames float64[C].
     """
     depth, peak = max(map(len, conditions)), candidates.rules.peak
-    factors = np.zeros((len(conditions), depth + most, len(segment)))
+    factors = np.zeros((len(conditions), depth + max_picks, len(segment)))
     variances = np.full((len(conditions), len(segment)), peak)
     base = np.zeros(len(conditions))
     for number, condition in enumerate(conditions):
         if condition:
-            rows, base[number] = _condition_rows(candidates, segment, list(condition))
+            rows, base[number] = _compute_condition_rows(candidates, segment, list(condition))
             factors[number, : len(rows)] = rows
             variances[number] = np.maximum(peak - np.einsum("cm,cm->m", rows, rows), _MIN_VARIANCE)
     return factors, variances, base
 
 
-def _condition_rows(candidates: _Candidates, segment: Indices, condition: list[int]) -> tuple[Floats, float]:
+def _compute_condition_rows(candidates: _Candidates, segment: Indices, condition: list[int]) -> tuple[Floats, float]:
     """Cholesky rows float64[c, M] of the frames in `condition`, and their own score."""
     embeddings, peak = candidates.embeddings, candidates.rules.peak
     columns = np.concatenate([np.array(condition), segment])
-    kernel = candidates.rules.kernel(_squared_distances(embeddings[condition], embeddings[columns]))
+    kernel = candidates.rules.apply_kernel(_compute_squared_distances(embeddings[condition], embeddings[columns]))
     np.fill_diagonal(kernel, peak)
     rows = np.zeros_like(kernel)
     score = 0.0
@@ -312,15 +312,15 @@ def _spread_repeats(embeddings: Floats, picks: Indices) -> Indices:
 
     Of those it takes what is farthest in time from all others, and so it does when there are no different ones left.
     """
-    alike = np.tril(_equal(embeddings[picks], embeddings[picks]), -1).any(axis=1)
+    alike = np.tril(_compare_pairs(embeddings[picks], embeddings[picks]), -1).any(axis=1)
     kept = picks[~alike].tolist()
     for _ in range(int(alike.sum())):
         gaps = np.abs(np.arange(len(embeddings))[:, None] - np.array(kept)).min(axis=1)
-        is_new = ~_equal(embeddings, embeddings[kept]).any(axis=1)
+        is_new = ~_compare_pairs(embeddings, embeddings[kept]).any(axis=1)
         kept.append(int(np.argmax(np.where(is_new, gaps, -1) if is_new.any() else gaps)))
     return np.sort(np.array(kept, np.int64))
 
 
-def _equal(a: Floats, b: Floats) -> NDArray[np.bool_]:
+def _compare_pairs(a: Floats, b: Floats) -> NDArray[np.bool_]:
     """bool[A, B]."""
-    return _squared_distances(a, b) < _SAME_DISTANCE
+    return _compute_squared_distances(a, b) < _SAME_DISTANCE

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.inputs.prompt import DEFAULT_SYSTEM_PROMPT, IMAGE_MARK, ChatTokenizer, expand_atoms, image_query
+from ovis_model.inputs.prompt import DEFAULT_SYSTEM_PROMPT, IMAGE_MARK, ChatTokenizer, build_image_query, expand_atoms
 from ovis_model.inputs.tiling import choose_grid, tile_images
 from ovis_model.tokenizer import detokenize, load_tokenizer
 from ovis_model.types import Request
@@ -34,7 +34,7 @@ class Processor:
         directory = fetch_checkpoint(str(path_or_id), revision, weights=False)
         return cls(OvisConfig.from_directory(directory), load_tokenizer(directory))
 
-    def request(
+    def build_request(
         self, text: str, images: Sequence[Image.Image] = (), max_tiles: int = 9, system_prompt: str | None = None
     ) -> Request:
         """The model input that asks `text` about `images`, each cut into at most `max_tiles` cells.
@@ -42,12 +42,12 @@ class Processor:
         `text` holds one `<image>` mark per image, or none: then the images come first. Raises ValueError for
         another number of marks, an empty image or text that is not Unicode.
         """
-        pictures = [_as_rgb(image) for image in images]
-        ids = self.prompt_ids(text, [image.size for image in pictures], max_tiles, system_prompt)
-        [request] = self.with_tiles([ids], pictures, max_tiles)
+        pictures = [_convert_to_rgb(image) for image in images]
+        ids = self.encode_prompt(text, [image.size for image in pictures], max_tiles, system_prompt)
+        [request] = self.build_requests([ids], pictures, max_tiles)
         return request
 
-    def with_tiles(
+    def build_requests(
         self, prompts: Sequence[Sequence[int]], pictures: Sequence[Image.Image], max_tiles: int = 9
     ) -> list[Request]:
         """The second half of `request`: ids from `prompt_ids`, and the RGB pictures whose sizes it was given.
@@ -58,7 +58,7 @@ class Processor:
         group, per_tile = uuid4(), self.config.vision.tokens_per_tile
         return [Request(expand_atoms(ids, per_tile), tiles, sizes, group) for ids in prompts]
 
-    def prompt_ids(
+    def encode_prompt(
         self,
         text: str,
         image_sizes: Sequence[tuple[int, int]] = (),
@@ -68,18 +68,18 @@ class Processor:
         """Ids of `request` for images of (width_px, height_px) before expansion: one atom per tile."""
         tile_size = self.config.vision.image_size
         grids = [choose_grid(width, height, max_tiles, tile_size) for width, height in image_sizes]
-        query = text if IMAGE_MARK in text else image_query(text, len(grids))
-        return self._chat.prompt_ids(query, grids, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+        query = text if IMAGE_MARK in text else build_image_query(text, len(grids))
+        return self._chat.encode_prompt(query, grids, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt)
 
-    def answer_ids(self, text: str) -> list[int]:
+    def encode_answer(self, text: str) -> list[int]:
         """Ids of a whole answer: the text and the end of the turn. Raises ValueError for text that is not Unicode."""
-        return self._chat.answer_ids(text)
+        return self._chat.encode_answer(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Text of output ids, without special tokens."""
         return detokenize(self._tokenizer, ids)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     # As in the original: colours under transparency are kept. convert() would copy an RGB image.
     return image if image.mode == "RGB" else image.convert("RGB")

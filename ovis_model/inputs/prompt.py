@@ -27,7 +27,7 @@ CHAIN_OF_THOUGHT = (
 """Asks for reasoning when appended to a question on a line of its own (the model card's wording)."""
 
 
-def image_query(text: str, num_images: int) -> str:
+def build_image_query(text: str, num_images: int) -> str:
     """`text` asked about `num_images` images, which come first; several are numbered (model card)."""
     if num_images == 0:
         return text
@@ -36,19 +36,19 @@ def image_query(text: str, num_images: int) -> str:
     return "".join(f"Image {i}: {IMAGE_MARK}\n" for i in range(1, num_images + 1)) + text
 
 
-def video_query(text: str, num_frames: int) -> str:
+def build_video_query(text: str, num_frames: int) -> str:
     """`text` asked about the `num_frames` frames of a video, which come first."""
     return f"{IMAGE_MARK}\n" * num_frames + text
 
 
-def without_marks(text: str) -> str:
+def remove_marks(text: str) -> str:
     """`text` with every `<image>` removed, so that it stands for no image. The result holds none."""
     while IMAGE_MARK in text:  # removing one can join the halves of another
         text = text.replace(IMAGE_MARK, "")
     return text
 
 
-def image_placeholders(grid: Grid) -> list[int]:
+def make_placeholders(grid: Grid) -> list[int]:
     """Placeholders of one image, atoms not expanded: the overview, then the cells between separators."""
     ids = [IMAGE_START_ID, IMAGE_ATOM_ID, OVERVIEW_END_ID]
     if grid != (1, 1):
@@ -68,30 +68,30 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """`tokenizer` must know Qwen's `<|im_start|>` and `<|im_end|>`; raises ValueError otherwise."""
-        self._start = _control_id(tokenizer, "<|im_start|>")
-        self._end = _control_id(tokenizer, "<|im_end|>")
-        self._text = _text_tokenizer(tokenizer)
+        self._start = _find_control_id(tokenizer, "<|im_start|>")
+        self._end = _find_control_id(tokenizer, "<|im_end|>")
+        self._text = _make_text_tokenizer(tokenizer)
 
-    def prompt_ids(self, query: str, grids: Sequence[Grid], system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> list[int]:
+    def encode_prompt(self, query: str, grids: Sequence[Grid], system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> list[int]:
         """Ids of a prompt whose `<image>` marks stand for images cut by `grids`; atoms are not expanded.
 
         A mark in `system_prompt` is text. Raises ValueError if marks and grids differ in number or a text is
         not Unicode.
         """
         system = [self._start, *self._encode(f"system\n{system_prompt}"), self._end, *self._encode("\n")]
-        user = [self._start, *self._query_ids(f"user\n{query}", grids), self._end, *self._encode("\n")]
+        user = [self._start, *self._encode_query(f"user\n{query}", grids), self._end, *self._encode("\n")]
         return [*system, *user, self._start, *self._encode("assistant\n")]
 
-    def answer_ids(self, text: str) -> list[int]:
+    def encode_answer(self, text: str) -> list[int]:
         """Ids of what follows a prompt when `text` is the answer to it."""
         return [*self._encode(text), self._end]
 
-    def _query_ids(self, query: str, grids: Sequence[Grid]) -> list[int]:
+    def _encode_query(self, query: str, grids: Sequence[Grid]) -> list[int]:
         first, *others = query.split(IMAGE_MARK)
-        check_marks(len(others), len(grids))
+        check_num_marks(len(others), len(grids))
         ids = self._encode(first)
         for grid, text in zip(grids, others, strict=True):
-            ids += [*image_placeholders(grid), *self._encode(text)]
+            ids += [*make_placeholders(grid), *self._encode(text)]
         return ids
 
     def _encode(self, text: str) -> list[int]:
@@ -104,23 +104,23 @@ class ChatTokenizer:
         return ids
 
 
-def check_marks(num_marks: int, num_images: int) -> None:
+def check_num_marks(num_marks: int, num_images: int) -> None:
     """Raises ValueError unless each image has its mark."""
     if num_marks != num_images:
         raise ValueError(
             f"the text holds {num_marks} {IMAGE_MARK} marks for {num_images} images; write one per image "
-            "or none, which puts the images first; prompt.without_marks removes them"
+            "or none, which puts the images first; prompt.remove_marks removes them"
         )
 
 
-def _control_id(tokenizer: Tokenizer, token: str) -> int:
+def _find_control_id(tokenizer: Tokenizer, token: str) -> int:
     token_id: int | None = tokenizer.token_to_id(token)
     if token_id is None:
         raise ValueError(f"the tokenizer has no {token}: it is not the one of an Ovis2 checkpoint")
     return token_id
 
 
-def _text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+def _make_text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer` without its added tokens.
 
     Not `encode_special_tokens`: it lets through those not flagged special, such as `<tool_call>`.

@@ -29,14 +29,14 @@ def choose_grid(width: int, height: int, max_tiles: int, tile_size: int = TILE_S
             f"cannot cut {width} x {height} px into max_tiles={max_tiles} of tile_size={tile_size} px; "
             "all four must be at least 1"
         )
-    coverage = {grid: _coverage(width, height, grid, tile_size) for grid in _candidates(max_tiles)}
+    coverage = {grid: _compute_coverage(width, height, grid, tile_size) for grid in _list_grids(max_tiles)}
     good = [grid for grid in coverage if coverage[grid] > _GOOD_COVERAGE]
     if good:
         return min(good, key=lambda grid: (grid.rows * grid.cols, -coverage[grid]))
     return min(coverage, key=lambda grid: (-coverage[grid], grid.rows * grid.cols))
 
 
-def num_tiles(grid: Grid) -> int:
+def count_tiles(grid: Grid) -> int:
     """Tiles of an image cut by `grid`: its cells, with the overview before them if there are several."""
     cells = grid.rows * grid.cols
     return cells if cells == 1 else cells + 1
@@ -57,18 +57,18 @@ def tile_images(
     images: Sequence[Image.Image], max_tiles: int, tile_size: int = TILE_SIZE_PX
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """`tile_image` of each of several images, one after the other in the same two arrays."""
-    grids = [choose_grid(*_checked_size(image), max_tiles, tile_size) for image in images]
-    count = sum(num_tiles(grid) for grid in grids)
+    grids = [choose_grid(*_get_size(image), max_tiles, tile_size) for image in images]
+    count = sum(count_tiles(grid) for grid in grids)
     tiles = np.zeros((count, 3, tile_size, tile_size), np.uint8)
     sizes = np.empty((count, 2), np.int32)
-    pictures = (p for image, grid in zip(images, grids, strict=True) for p in _pictures(image, grid, tile_size))
+    pictures = (p for image, grid in zip(images, grids, strict=True) for p in _make_crops(image, grid, tile_size))
     for i, picture in enumerate(pictures):
         sizes[i] = picture.height, picture.width
         _paste(picture, tiles[i])
     return tiles, sizes
 
 
-def picture_size(width: int, height: int, tile_size: int = TILE_SIZE_PX) -> tuple[int, int]:
+def fit_in_tile(width: int, height: int, tile_size: int = TILE_SIZE_PX) -> tuple[int, int]:
     """(width_px, height_px) of a crop inside its tile: the longer side fills it.
 
     At least 1 px: beyond `tile_size`:1 the original rounds the shorter side to 0 and crashes.
@@ -81,57 +81,57 @@ def picture_size(width: int, height: int, tile_size: int = TILE_SIZE_PX) -> tupl
     return max(1, int(width / height * tile_size)), tile_size
 
 
-def _checked_size(image: Image.Image) -> tuple[int, int]:
+def _get_size(image: Image.Image) -> tuple[int, int]:
     if image.mode != "RGB":
         raise ValueError(f"cannot tile a picture in mode {image.mode!r}; pass image.convert('RGB')")
     return image.size
 
 
-def _candidates(max_tiles: int) -> list[Grid]:
+def _list_grids(max_tiles: int) -> list[Grid]:
     sides = range(1, max_tiles + 1)
     return [Grid(rows, cols) for rows in sides for cols in sides if rows * cols <= max_tiles]
 
 
-def _coverage(width: int, height: int, grid: Grid, tile_size: int) -> float:
+def _compute_coverage(width: int, height: int, grid: Grid, tile_size: int) -> float:
     # Not sum(): from Python 3.12 on it compensates rounding, and the last bit decides ties.
     total: float = 0
-    for left, top, right, bottom in _cells(width, height, grid):
-        total += _kept_area(right - left, bottom - top, tile_size)
+    for left, top, right, bottom in _cut_cells(width, height, grid):
+        total += _compute_kept_area(right - left, bottom - top, tile_size)
     return total / (width * height)
 
 
-def _kept_area(width: int, height: int, tile_size: int) -> float:
+def _compute_kept_area(width: int, height: int, tile_size: int) -> float:
     """Area of a cell once its longer side is shrunk to `tile_size`; small cells are not enlarged."""
     long, short = max(width, height), min(width, height)
     return short / long * tile_size * tile_size if long > tile_size else long * short
 
 
-def _cells(width: int, height: int, grid: Grid) -> Iterator[Box]:
+def _cut_cells(width: int, height: int, grid: Grid) -> Iterator[Box]:
     """Equal cells in row-major order; the last row and column take the remainder.
 
     A cell can be empty if a side is shorter than the grid, but such a grid is never chosen: it keeps just as
     much with fewer cells.
     """
-    for top, bottom in _spans(height, grid.rows):
-        for left, right in _spans(width, grid.cols):
+    for top, bottom in _split_evenly(height, grid.rows):
+        for left, right in _split_evenly(width, grid.cols):
             yield left, top, right, bottom
 
 
-def _spans(length: int, parts: int) -> list[tuple[int, int]]:
+def _split_evenly(length: int, parts: int) -> list[tuple[int, int]]:
     step = length // parts
     return [(i * step, length if i == parts - 1 else (i + 1) * step) for i in range(parts)]
 
 
-def _pictures(image: Image.Image, grid: Grid, tile_size: int) -> Iterator[Image.Image]:
+def _make_crops(image: Image.Image, grid: Grid, tile_size: int) -> Iterator[Image.Image]:
     if grid != (1, 1):
         yield _shrink(image, tile_size)
-    for box in _cells(image.width, image.height, grid):
+    for box in _cut_cells(image.width, image.height, grid):
         # Not resize(box=...): its filter would reach across the cell's edge.
         yield _shrink(image.crop(box), tile_size)
 
 
 def _shrink(crop: Image.Image, tile_size: int) -> Image.Image:
-    width, height = picture_size(crop.width, crop.height, tile_size)
+    width, height = fit_in_tile(crop.width, crop.height, tile_size)
     # Width, then height: one call did so until Pillow 13, which takes tall pictures the other way round
     # (python-pillow/Pillow#9549) and rounds up to a third of their bytes differently.
     narrowed = crop.resize((width, crop.height), Image.Resampling.BICUBIC)

@@ -29,7 +29,7 @@ class NoContext:
     """Only the given tokens, each seeing those before it: for training, and for scoring a text in one pass."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return kernels(query).attend_causal(query, key, value)
+        return choose_kernels(query).attend_causal(query, key, value)
 
 
 _MASK_VALUES = 1 << 22
@@ -158,14 +158,14 @@ class Flash:
         return self._attend_cache(query, keys, values, cache_seqlens=lengths, causal=True)
 
 
-def kernels(like: Tensor) -> Kernels:
+def choose_kernels(like: Tensor) -> Kernels:
     """The best for tensors of this device and type, or on CUDA those that OVIS_ATTENTION names."""
-    return _kernels(like.is_cuda and like.dtype != torch.float32)
+    return _find_kernels(like.is_cuda and like.dtype != torch.float32)
 
 
 @cache
-def _kernels(is_half_on_cuda: bool) -> Kernels:
-    found, name = available(is_half_on_cuda), os.environ.get("OVIS_ATTENTION")
+def _find_kernels(is_half_on_cuda: bool) -> Kernels:
+    found, name = list_kernels(is_half_on_cuda), os.environ.get("OVIS_ATTENTION")
     if name is None or not is_half_on_cuda:
         return next(iter(found.values()))
     if name not in found:
@@ -173,7 +173,7 @@ def _kernels(is_half_on_cuda: bool) -> Kernels:
     return found[name]
 
 
-def available(is_half_on_cuda: bool) -> dict[str, Kernels]:
+def list_kernels(is_half_on_cuda: bool) -> dict[str, Kernels]:
     """All that can run, the best first."""
     found: dict[str, Kernels] = {}
     if is_half_on_cuda and importlib.util.find_spec("flash_attn"):

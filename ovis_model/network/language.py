@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
 from ovis_model.network.attention import AttentionContext
-from ovis_model.network.layers import RMSNorm, gated, lay_out, pass_dtype, project, rms_norm
+from ovis_model.network.layers import RMSNorm, apply_gate, apply_rms_norm, choose_pass_dtype, lay_out, project
 from ovis_model.network.tensor_parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
 
@@ -25,7 +25,9 @@ class Qwen2ForCausalLM(nn.Module):
         self.model = Qwen2Model(config, shard)
         # Tied checkpoints have no output matrix of their own: the embedding table is it.
         self.lm_head = (
-            None if config.tie_word_embeddings else ShardedLinear(config.hidden_size, config.vocab_size, shard.part(0))
+            None
+            if config.tie_word_embeddings
+            else ShardedLinear(config.hidden_size, config.vocab_size, shard.make_part(0))
         )
 
     def fuse(self) -> None:
@@ -37,7 +39,7 @@ class Qwen2ForCausalLM(nn.Module):
             if isinstance(module, DecoderLayer):
                 module.fuse()
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size]"""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return self.shard.gather(F.linear(hidden.to(head.weight.dtype), head.weight))
@@ -57,10 +59,10 @@ class Qwen2Model(nn.Module):
         More than one token a row is a prompt: computed, and given back, in `layers.pass_dtype`.
         """
         if hidden.shape[1] > 1:
-            hidden = hidden.to(pass_dtype(hidden.dtype, hidden.device))
+            hidden = hidden.to(choose_pass_dtype(hidden.dtype, hidden.device))
         if hidden.dtype != self.norm.weight.dtype:
             context = _Narrowed(context, self.norm.weight.dtype)
-        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        rotary = compute_rotary(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         tokens = hidden.flatten(0, 1)
         for layer in self.layers:
             tokens = layer(tokens, rotary, context)
@@ -82,18 +84,18 @@ class _Narrowed:
 Rotary = tuple[Tensor, Tensor]
 
 
-def rotary_table(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+def compute_rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
     """Cosines and sines [B, T, 1, head_dim] of RoPE (arXiv:2104.09864), angles in float32.
 
     The first half of the sines is negated: see `rotate`.
     """
-    angles = position_ids[:, :, None, None].float() * _frequencies(head_dim, theta, position_ids.device)
+    angles = position_ids[:, :, None, None].float() * _compute_frequencies(head_dim, theta, position_ids.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 @cache
-def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+def _compute_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     return (1.0 / theta**exponents).to(device)
 
@@ -129,7 +131,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.index, self.head_dim, self.eps = index, config.head_dim, config.rms_norm_eps
-        self.heads = (config.num_attention_heads // shard.size, shard.local(config).num_key_value_heads)
+        self.heads = (config.num_attention_heads // shard.size, shard.to_local(config).num_key_value_heads)
         self.shard = shard
         self._weights: LayerWeights | None = None
 
@@ -137,31 +139,31 @@ class DecoderLayer(nn.Module):
         """See `FusedRows`."""
         self.self_attn.qkv.fuse()
         self.mlp.gate_up.fuse()
-        self._weights = self._gather()
+        self._weights = self._gather_weights()
 
     def forward(self, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         """[B * T, hidden_size] -> [B * T, hidden_size]"""
-        weights = self._weights or self._gather()
-        tokens = self._attention(weights, tokens, rotary, context).add_(tokens)
-        return self._mlp(weights, tokens).add_(tokens)
+        weights = self._weights or self._gather_weights()
+        tokens = self._attend(weights, tokens, rotary, context).add_(tokens)
+        return self._apply_mlp(weights, tokens).add_(tokens)
 
-    def _attention(self, w: LayerWeights, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
+    def _attend(self, w: LayerWeights, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         batch, length, _, _ = rotary[0].shape
         num_heads, num_kv_heads = self.heads
-        heads = project(rms_norm(tokens, w.input_norm, self.eps), w.qkv, w.qkv_bias)
+        heads = project(apply_rms_norm(tokens, w.input_norm, self.eps), w.qkv, w.qkv_bias)
         heads = heads.view(batch, length, -1, self.head_dim)
         query_key, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 2)
         query, key = rotate(query_key, rotary).split_with_sizes((num_heads, num_kv_heads), 2)
         attended = context.attend(self.index, query, key, value)
         return self.shard.sum(project(attended.reshape(len(tokens), -1), w.o))
 
-    def _mlp(self, w: LayerWeights, tokens: Tensor) -> Tensor:
-        gate, up = project(rms_norm(tokens, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
-        return self.shard.sum(project(gated(gate, up), w.down))
+    def _apply_mlp(self, w: LayerWeights, tokens: Tensor) -> Tensor:
+        gate, up = project(apply_rms_norm(tokens, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
+        return self.shard.sum(project(apply_gate(gate, up), w.down))
 
-    def _gather(self) -> LayerWeights:
-        qkv, qkv_bias = self.self_attn.qkv.stacked()
-        gate_up, _ = self.mlp.gate_up.stacked()
+    def _gather_weights(self) -> LayerWeights:
+        qkv, qkv_bias = self.self_attn.qkv.stack()
+        gate_up, _ = self.mlp.gate_up.stack()
         return LayerWeights(
             self.input_layernorm.weight,
             qkv.t(),
@@ -178,11 +180,11 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
-        kv_size, kv_part = config.num_key_value_heads * config.head_dim, shard.kv_part(config.num_key_value_heads)
-        self.q_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.part(0), bias=True)
+        kv_size, kv_part = config.num_key_value_heads * config.head_dim, shard.make_kv_part(config.num_key_value_heads)
+        self.q_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.make_part(0), bias=True)
         self.k_proj = ShardedLinear(config.hidden_size, kv_size, kv_part, bias=True)
         self.v_proj = ShardedLinear(config.hidden_size, kv_size, kv_part, bias=True)
-        self.o_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.part(1))
+        self.o_proj = ShardedLinear(config.hidden_size, config.hidden_size, shard.make_part(1))
         self.qkv = FusedRows(self.q_proj, self.k_proj, self.v_proj)
 
 
@@ -191,9 +193,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
-        self.gate_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.part(0))
-        self.up_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.part(0))
-        self.down_proj = ShardedLinear(config.intermediate_size, config.hidden_size, shard.part(1))
+        self.gate_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.make_part(0))
+        self.up_proj = ShardedLinear(config.hidden_size, config.intermediate_size, shard.make_part(0))
+        self.down_proj = ShardedLinear(config.intermediate_size, config.hidden_size, shard.make_part(1))
         self.gate_up = FusedRows(self.gate_proj, self.up_proj)
 
 
@@ -212,7 +214,7 @@ class FusedRows:
     def fuse(self) -> None:
         """On the device and in the type that the parameters have now; moving them later would undo it."""
         with torch.no_grad():
-            weight, self._bias = self._stack()
+            weight, self._bias = self._concatenate()
             self._weight = lay_out(weight)
         start = 0
         for part in self._parts:
@@ -222,11 +224,11 @@ class FusedRows:
                 part.bias.data = self._bias[rows]
             start = rows.stop
 
-    def stacked(self) -> tuple[Tensor, Tensor | None]:
+    def stack(self) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] of all parts, one below the other."""
-        return self._stack() if self._weight is None else (self._weight, self._bias)
+        return self._concatenate() if self._weight is None else (self._weight, self._bias)
 
-    def _stack(self) -> tuple[Tensor, Tensor | None]:
+    def _concatenate(self) -> tuple[Tensor, Tensor | None]:
         weights: list[Tensor] = [part.weight for part in self._parts]
         biases: list[Tensor] = [part.bias for part in self._parts if part.bias is not None]
         return torch.cat(weights), torch.cat(biases) if biases else None

@@ -40,7 +40,7 @@ class PatchNorm(RMSNorm):
         return self.weight * (x * torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def apply_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Bitwise as `RMSNorm` of a contiguous x, in one kernel or two."""
     if x.dtype == weight.dtype == torch.float32:
         return torch.rms_norm(x, weight.shape, weight, eps)
@@ -58,21 +58,21 @@ def lay_out(weight: Tensor) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] in the type of x, whatever that of the weights."""
     if x.dtype == weight.dtype:
         return F.linear(x, weight, bias)
-    return _widened(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
+    return _multiply_widened(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
 
 
 def project(tokens: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` of tokens [N, in] and a matrix [in, out], past what `F.linear` does to get there."""
     if tokens.dtype != matrix.dtype:
-        return _widened(tokens, matrix, bias)
+        return _multiply_widened(tokens, matrix, bias)
     return torch.mm(tokens, matrix) if bias is None else torch.addmm(bias, tokens, matrix)
 
 
-def _widened(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_widened(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """The matrix is cast to the type of the tokens some columns at a time."""
     size, width = matrix.shape
     out, step = tokens.new_empty(len(tokens), width), max(1, WIDENED_VALUES // size)
@@ -85,7 +85,7 @@ class Linear(nn.Linear):
     """Of inputs in the type of the weights or another: see `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return apply_linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -95,14 +95,14 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def apply_gate(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU of `gate` times `up`, for SwiGLU (arXiv:2002.05202); without gradients in the memory of `gate`."""
     if torch.is_grad_enabled():
         return F.silu(gate) * up
     return F.silu(gate, inplace=True).mul_(up)
 
 
-def pass_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def choose_pass_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Of activations in passes over many tokens (vision, prefill), for weights of `dtype`.
 
     float32 for bfloat16 on a CPU whose products in bfloat16 are slower: the weights are read once for many tokens, so

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ovis_model.config import NUM_INDICATORS, OvisConfig
 from ovis_model.network.attention import NoContext
 from ovis_model.network.language import Qwen2ForCausalLM
-from ovis_model.network.layers import linear, pass_dtype
+from ovis_model.network.layers import apply_linear, choose_pass_dtype
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.vision import HEAD_CHUNK_TOKENS, VisualTokenizer
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
@@ -44,7 +44,7 @@ class Ovis(nn.Module):
     @property
     def pass_dtype(self) -> torch.dtype:
         """Of activations in vision and prefill: see `layers.pass_dtype`."""
-        return pass_dtype(self.dtype, self.device)
+        return choose_pass_dtype(self.dtype, self.device)
 
     def normalize(self, tiles: Tensor, tile_sizes: Tensor) -> Tensor:
         """uint8[N, 3, S, S], int[N, 2] (height_px, width_px) -> pixels [N, 3, S, S] in `pass_dtype`.
@@ -52,13 +52,13 @@ class Ovis(nn.Module):
         CLIP's mean and deviation through a table that is bitwise equal to the original path; the border around the
         picture becomes 0, the mean colour, because the original pads after it normalises.
         """
-        table = torch.from_numpy(normalization_table()).to(self.device, self.pass_dtype)
+        table = torch.from_numpy(build_normalization_table()).to(self.device, self.pass_dtype)
         pixels = torch.empty(tiles.shape, dtype=table.dtype, device=table.device)
         for channel in range(3):
             bytes_ = tiles[:, channel]
             pixels[:, channel] = table[channel].index_select(0, bytes_.int().flatten()).view(bytes_.shape)
         # A product, because filling by a mask takes a CPU six times as long.
-        return pixels.mul_(_inside(tile_sizes, tiles.shape[-1], table.dtype)[:, None])
+        return pixels.mul_(_mask_borders(tile_sizes, tiles.shape[-1], table.dtype)[:, None])
 
     def encode_tiles(self, pixels: Tensor) -> Tensor:
         """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size] in the model's dtype.
@@ -66,13 +66,13 @@ class Ovis(nn.Module):
         Computed in the dtype of the pixels. The indicators have probability 0 in the original, so their rows of the
         table are left out.
         """
-        return self.shard.deal(pixels, self._encode_tiles)
+        return self.shard.distribute(pixels, self._encode_tiles)
 
     def _encode_tiles(self, pixels: Tensor) -> Tensor:
-        features, table = self.visual_tokenizer.features(pixels), self.vte.weight[:-NUM_INDICATORS]
+        features, table = self.visual_tokenizer.compute_features(pixels), self.vte.weight[:-NUM_INDICATORS]
         chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
-        probabilities = map(self.visual_tokenizer.probabilities, chunks)
-        embeds = torch.cat([linear(chunk, table.t()).to(table.dtype) for chunk in probabilities])
+        probabilities = map(self.visual_tokenizer.compute_probabilities, chunks)
+        embeds = torch.cat([apply_linear(chunk, table.t()).to(table.dtype) for chunk in probabilities])
         return embeds.view(*features.shape[:2], table.shape[1])
 
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
@@ -91,10 +91,10 @@ class Ovis(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
         """[B, T, hidden_size], int64[B, T] -> logits [B, T, vocab_size]: for training and for scoring whole texts."""
-        return self.llm.logits(self.llm.model(inputs_embeds, position_ids, NoContext()))
+        return self.llm.compute_logits(self.llm.model(inputs_embeds, position_ids, NoContext()))
 
 
-def _inside(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+def _mask_borders(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
     """[N, S, S]: 1 where the centred picture of (height, width) is in its tile, 0 around it."""
     at = torch.arange(side, device=tile_sizes.device)
     start = (side - tile_sizes) // 2  # [N, 2]
@@ -103,7 +103,7 @@ def _inside(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
     return rows[:, :, None] * columns[:, None, :]
 
 
-def normalization_table() -> NDArray[np.float32]:
+def build_normalization_table() -> NDArray[np.float32]:
     """float32[3, 256]: row c maps a byte of channel c to its normalised value.
 
     Bitwise what the original's `CLIPImageProcessor` computes. The border of a tile is 0 after normalisation,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ovis_model.checkpoint import CheckpointError, fetch_checkpoint
 
-PICTURES_AT_ONCE = 32
+IMAGES_PER_BATCH = 32
 
 
 class SiglipEncoder:
@@ -48,8 +48,8 @@ class SiglipEncoder:
     @torch.inference_mode()
     def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8[N, H, W, 3] of `size` -> float32[N, d], of unit length."""
-        parts = [pictures[i : i + PICTURES_AT_ONCE] for i in range(0, len(pictures), PICTURES_AT_ONCE)]
-        return np.concatenate([_unit(self._frames(part)) for part in parts])
+        parts = [pictures[i : i + IMAGES_PER_BATCH] for i in range(0, len(pictures), IMAGES_PER_BATCH)]
+        return np.concatenate([_normalize_vectors(self._encode_batch(part)) for part in parts])
 
     @torch.inference_mode()
     def encode_text(self, text: str) -> NDArray[np.float32]:
@@ -63,11 +63,13 @@ class SiglipEncoder:
         parts = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
         padded = [[*part, self._tokenizer.eos_token_id] for part in parts]
         padded = [part + [self._tokenizer.pad_token_id] * (self._num_positions - len(part)) for part in padded]
-        vectors = _unit(self._model.get_text_features(torch.tensor(padded, device=self._model.device)).pooler_output)
-        mean: NDArray[np.float32] = _unit(torch.from_numpy(vectors.mean(axis=0, keepdims=True)))[0]
+        vectors = _normalize_vectors(
+            self._model.get_text_features(torch.tensor(padded, device=self._model.device)).pooler_output
+        )
+        mean: NDArray[np.float32] = _normalize_vectors(torch.from_numpy(vectors.mean(axis=0, keepdims=True)))[0]
         return mean
 
-    def _frames(self, pictures: NDArray[np.uint8]) -> torch.Tensor:
+    def _encode_batch(self, pictures: NDArray[np.uint8]) -> torch.Tensor:
         pixels = torch.from_numpy(pictures).to(self._model.device).permute(0, 3, 1, 2).float()  # [N, 3, H, W]
         normalised = ((pixels - self._mean) / self._std).to(self._model.dtype)
         features: torch.Tensor = self._model.get_image_features(normalised).pooler_output
@@ -82,7 +84,7 @@ def check_siglip(directory: Path) -> None:
         raise CheckpointError(f"{directory} holds {kind or 'no model'}, not a SigLIP that takes pictures of one size")
 
 
-def _unit(vectors: torch.Tensor) -> NDArray[np.float32]:
+def _normalize_vectors(vectors: torch.Tensor) -> NDArray[np.float32]:
     lengths = torch.nn.functional.normalize(vectors.float(), dim=-1)
     array: NDArray[np.float32] = lengths.cpu().numpy()
     return array

@@ -35,11 +35,11 @@ class Part:
     index: int = 0
     count: int = 1
 
-    def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+    def to_whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         """Of a part's shape."""
         return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(part))
 
-    def slices(self, part: tuple[int, ...]) -> tuple[slice, ...]:
+    def to_slices(self, part: tuple[int, ...]) -> tuple[slice, ...]:
         """Where in the whole the part of this shape is."""
         at = self.index * part[self.dim]
         return tuple(slice(at, at + n) if dim == self.dim else slice(None) for dim, n in enumerate(part))
@@ -59,15 +59,15 @@ class Shard:
     size: int = 1
     on_exchange: Callable[[], None] = lambda: None
 
-    def part(self, dim: int) -> Part:
+    def make_part(self, dim: int) -> Part:
         return Part(dim, self.rank, self.size)
 
-    def kv_part(self, num_kv_heads: int) -> Part:
+    def make_kv_part(self, num_kv_heads: int) -> Part:
         """Rows of the key or value projection: one head is the least, and neighbouring ranks share it."""
         count = min(self.size, num_kv_heads)
         return Part(0, self.rank * count // self.size, count)
 
-    def local(self, config: LanguageConfig) -> LanguageConfig:
+    def to_local(self, config: LanguageConfig) -> LanguageConfig:
         """As the key-value cache of this rank sees it."""
         return replace(config, num_key_value_heads=max(1, config.num_key_value_heads // self.size))
 
@@ -82,7 +82,7 @@ class Shard:
         """Return the ranks' [..., n] side by side: [..., size * n], bitwise the same everywhere."""
         return x if self.size == 1 else torch.cat(self._collect(x), dim=-1)
 
-    def deal(self, tiles: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def distribute(self, tiles: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Encode [N, ...] -> [N, ...], each rank doing its part of the N; the last one may do some for nothing."""
         if self.size == 1:
             return encode(tiles)
@@ -98,7 +98,7 @@ class Shard:
                 dist.broadcast(x, src=0)
         return x
 
-    def minimum(self, value: int) -> int:
+    def reduce_min(self, value: int) -> int:
         """Return the smallest of the ranks' values."""
         smallest = torch.tensor(value)
         if self.size > 1:
@@ -125,7 +125,7 @@ ALONE = Shard()
 
 
 @contextmanager
-def joined(rank: int, size: int, meeting_point: Path, on_exchange: Callable[[], None]) -> Iterator[Shard]:
+def join_ranks(rank: int, size: int, meeting_point: Path, on_exchange: Callable[[], None]) -> Iterator[Shard]:
     """This process as a rank, while the context lasts; all ranks are on one machine and see the file `meeting_point`.
 
     The file must not exist before, so nothing is shared with other groups: no port, no name. Tensors on a CPU travel
@@ -156,7 +156,7 @@ class ShardedEmbedding(nn.Embedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, shard: Shard) -> None:
         super().__init__(num_embeddings // shard.size, embedding_dim)
-        self.part, self._shard = shard.part(0), shard
+        self.part, self._shard = shard.make_part(0), shard
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64[...] -> [..., embedding_dim]"""

@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ovis_model.config import VisionConfig
-from ovis_model.network.attention import kernels
-from ovis_model.network.layers import LayerNorm, Linear, PatchNorm, gated
+from ovis_model.network.attention import choose_kernels
+from ovis_model.network.layers import LayerNorm, Linear, PatchNorm, apply_gate
 
 HEAD_CHUNK_TOKENS = 1024
 """Visual tokens that the head takes at once: over 65,536 words they are 0.13 GB in bfloat16, and two or three such
@@ -32,13 +32,13 @@ class VisualTokenizer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, S, S] normalised -> [N, tokens_per_tile, num_visual_words]"""
-        return self.probabilities(self.features(pixels))
+        return self.compute_probabilities(self.compute_features(pixels))
 
-    def features(self, pixels: Tensor) -> Tensor:
+    def compute_features(self, pixels: Tensor) -> Tensor:
         """[N, 3, S, S] normalised -> [N, tokens_per_tile, hidden_stride^2 * hidden_size]"""
         return merge_patches(self.backbone(pixels), self.config.hidden_stride)
 
-    def probabilities(self, features: Tensor) -> Tensor:
+    def compute_probabilities(self, features: Tensor) -> Tensor:
         """[..., hidden_stride^2 * hidden_size] -> [..., num_visual_words]; softmax in the dtype of `features`."""
         words: Tensor = self.head(features)
         return words.softmax(-1)
@@ -136,7 +136,7 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         n, patches, size = hidden.shape
         qkv = self.qkv(hidden).view(n, patches, 3, self.num_heads, size // self.num_heads)
-        out: Tensor = self.proj(kernels(hidden).attend_all(*qkv.unbind(2)).reshape(n, patches, size))
+        out: Tensor = self.proj(choose_kernels(hidden).attend_all(*qkv.unbind(2)).reshape(n, patches, size))
         return out
 
 
@@ -148,5 +148,5 @@ class SwiGLU(nn.Module):
         self.fc3 = Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.fc2(gated(self.fc1(hidden), self.fc3(hidden)))
+        out: Tensor = self.fc2(apply_gate(self.fc1(hidden), self.fc3(hidden)))
         return out

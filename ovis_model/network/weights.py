@@ -34,12 +34,12 @@ def load_model(
     the largest tensor is all that exists twice.
     """
     config = OvisConfig.from_directory(directory)
-    model = empty_model(config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard)
+    model = allocate_model(config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard)
     load_weights(model, directory, config.layout)
     return model
 
 
-def empty_model(
+def allocate_model(
     config: OvisConfig, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False, shard: Shard = ALONE
 ) -> Ovis:
     """An Ovis in eval mode whose parameters are allocated and not initialised."""
@@ -59,11 +59,11 @@ class Target:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return self.part.whole_shape(self.tensor.shape)
+        return self.part.to_whole_shape(self.tensor.shape)
 
     def fill(self, stored: Any) -> None:
         """Read no more of the stored tensor than is taken."""
-        self.tensor.copy_(stored[self.part.slices(self.tensor.shape)])
+        self.tensor.copy_(stored[self.part.to_slices(self.tensor.shape)])
 
 
 def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
@@ -71,7 +71,7 @@ def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
     pending = find_targets(model, layout)
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": []}
     ignored = {_LM_HEAD[layout]} if model.config.language.tie_word_embeddings else set()
-    for name, stored in _stored_tensors(directory):
+    for name, stored in _read_tensors(directory):
         if name in ignored:
             continue
         target = pending.pop(name, None)
@@ -91,7 +91,7 @@ def find_targets(model: Ovis, layout: Layout) -> dict[str, Target]:
     for prefix, module in model.named_modules():
         part = module.part if isinstance(module, ShardedLinear | ShardedEmbedding) else WHOLE
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            names = [name] if layout == "aidc" else _native_names(name)
+            names = [name] if layout == "aidc" else _to_native_names(name)
             data = parameter.data[0] if name == _POS_EMBED and layout == "native" else parameter.data
             tensors = data.chunk(len(names))
             targets.update((n, Target(tensor, part)) for n, tensor in zip(names, tensors, strict=True))
@@ -123,7 +123,7 @@ _TO_NATIVE = [
 ]
 
 
-def _native_names(name: str) -> list[str]:
+def _to_native_names(name: str) -> list[str]:
     """transformers' name or, where it splits the fused query-key-value matrix, its three names in row order."""
     for pattern, replacement in _TO_NATIVE:
         name = re.sub(pattern, replacement, name)
@@ -151,9 +151,9 @@ def _describe(stored: Any) -> str:
     return f"{stored.get_dtype()} {tuple(stored.get_shape())}"
 
 
-def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+def _read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Names and safetensors' slices: what is cut out of one is all that is read of it."""
-    for path in _shards(directory):
+    for path in _list_shards(directory):
         try:
             with safe_open(path, framework="pt", device="cpu") as shard:
                 for name in shard.keys():  # noqa: SIM118  (not a dict)
@@ -167,7 +167,7 @@ def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
             raise WeightsError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _shards(directory: Path) -> list[Path]:
+def _list_shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ovis_model.config import OvisConfig
-from ovis_model.sizing import check_tensor_parallel, device_bytes, fewest_ranks
-from ovis_model.types import ROWS_SIDE_BY_SIDE
+from ovis_model.sizing import check_tensor_parallel, estimate_device_bytes, find_min_ranks
+from ovis_model.types import MAX_CONCURRENT_SEQUENCES
 from pipelines.cluster.ray_session import extract_error_line
 from pipelines.config import ResourceOptions
 from pipelines.errors import ResourceError
@@ -160,11 +160,11 @@ def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: Ovi
     if not uses_gpus(config, hardware):
         return 1
     value_bytes = 4 if config.dtype == "float32" else 2
-    if device_bytes(model, 1, value_bytes) <= _SMALLEST_USUAL_GPU_BYTES:
+    if estimate_device_bytes(model, 1, value_bytes) <= _SMALLEST_USUAL_GPU_BYTES:
         return 1
     if not hardware.gpus:
         raise ResourceError("no GPU is there yet to tell how much memory it has; give --tensor-parallel N")
-    return fewest_ranks(model, query_gpu_memory_bytes(), value_bytes)
+    return find_min_ranks(model, query_gpu_memory_bytes(), value_bytes)
 
 
 def query_gpu_memory_bytes() -> int:
@@ -234,7 +234,7 @@ def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_
         _round_down_to_power_of_two(min(fair_share, 64)), _round_down_to_power_of_two(num_rows // MAX_BLOCKS), 8
     )
     rows_per_batch = max(4, min(32, num_rows // (8 * pools.num_replicas), BATCH_BYTES // max_tile_bytes))
-    rows_ahead = -(-ROWS_SIDE_BY_SIDE // tasks_per_row)
+    rows_ahead = -(-MAX_CONCURRENT_SEQUENCES // tasks_per_row)
     if pools.num_replicas > 1:
         rows_ahead = min(rows_ahead, max(1, num_rows // (2 * pools.num_replicas)))
     calls = 1 + -(-rows_ahead // rows_per_batch)

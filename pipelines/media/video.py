@@ -20,7 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from ovis_model.inputs.keyframes import uniform_indices
+from ovis_model.inputs.keyframes import select_uniform
 from pipelines.errors import MediaError
 from pipelines.media.images import check_num_pixels
 from pipelines.media.reference import Window
@@ -100,7 +100,7 @@ def _times(video: _Video, sampling: Sampling, window: Window) -> list[float]:
     wanted = sampling.num_frames
     if sampling.fps is not None:
         wanted = min(wanted, max(1, math.ceil(length_s * sampling.fps)))
-    return [window.start_s + int(index) / video.fps for index in uniform_indices(count, wanted)]
+    return [window.start_s + int(index) / video.fps for index in select_uniform(count, wanted)]
 
 
 class _Video:

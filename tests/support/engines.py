@@ -33,7 +33,7 @@ def load_engine(checkpoint: str, layout: Layout = "aidc") -> OvisEngine:
 def make_golden_requests(checkpoint: str) -> tuple[Request, ...]:
     processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
     return tuple(
-        processor.request(
+        processor.build_request(
             case["query"], [draw_picture(p) for p in case["images"]], max_tiles=case["max_partition"] or 9
         )
         for case in load_expected(checkpoint)["generation"]

@@ -35,7 +35,7 @@ def make_items(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
     cases = [case for case in load_expected(checkpoint)["generation"] if case["images"]]
     items = []
     for pictures, most in [*(([draw_picture(p) for p in c["images"]], c["max_partition"]) for c in cases), ([], 1)]:
-        requests = [processor.request(text, pictures, most, system) for text, system, _ in TASKS]
+        requests = [processor.build_request(text, pictures, most, system) for text, system, _ in TASKS]
         items.append(tuple(replace(request, group=len(items)) for request in requests))
     return tuple(items)
 
