@@ -119,7 +119,7 @@ def _jsonl(directory: Path, payloads: list[bytes]) -> Iterator[str]:
 @contextmanager
 def _web(directory: Path, payloads: list[bytes]) -> Iterator[str]:
     """The server's threads are of this process and count too."""
-    with WebServer().running() as server:
+    with WebServer().run() as server:
         server.files = {f"/{i}.jpg": data for i, data in enumerate(payloads)}
         lines = "\n".join(json.dumps({"image": f"{server.url}/{i}.jpg"}) for i in range(len(payloads)))
         (directory / "a.jsonl").write_text(lines)

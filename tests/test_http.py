@@ -34,7 +34,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     monkeypatch.setitem(fsspec.config.conf, "http", options)
     monkeypatch.setattr(store, "WEB_RETRIES", replace(store.WEB_RETRIES, first_pause_s=0.01, patience_s=1.5))
     WebFileSystem.clear_instance_cache()
-    with WebServer().running() as server:
+    with WebServer().run() as server:
         server.files["/a.png"] = encode_picture(1)
         yield server
 

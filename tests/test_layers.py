@@ -62,11 +62,11 @@ def test_float32_passes_are_no_less_accurate(checkpoint: str, monkeypatch: pytes
     model = load_model(directory, device=CPU, dtype=torch.bfloat16)
     exact = load_model(directory, device=CPU, dtype=torch.float32)
     exact.load_state_dict(model.state_dict())
-    plain, widened = (_errors(model, exact, checkpoint, slow, monkeypatch) for slow in (False, True))
+    plain, widened = (_measure_errors(model, exact, checkpoint, slow, monkeypatch) for slow in (False, True))
     assert all(ours < theirs for ours, theirs in zip(widened, plain, strict=True)), (widened, plain)
 
 
-def _errors(
+def _measure_errors(
     model: Ovis, exact: Ovis, checkpoint: str, is_slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[float, float]:
     """Root-mean-square errors of visual embeddings and of logits, over all golden requests."""
@@ -75,10 +75,10 @@ def _errors(
     with torch.inference_mode():
         visual = [m.encode_tiles(normalize_tiles(m, r)).float() for m in (model, exact) for r in requests]
     logits = [compute_logits(m, r).float() for m in (model, exact) for r in requests]
-    return _rms(visual), _rms(logits)
+    return _compute_rms(visual), _compute_rms(logits)
 
 
-def _rms(found_then_wanted: list[torch.Tensor]) -> float:
+def _compute_rms(found_then_wanted: list[torch.Tensor]) -> float:
     half = len(found_then_wanted) // 2
     found, wanted = torch.cat(found_then_wanted[:half]), torch.cat(found_then_wanted[half:])
     return float((found - wanted).flatten().square().mean().sqrt())

@@ -17,29 +17,29 @@ from tests.support.outputs import make_results
 NUMBERS = st.sets(st.integers(0, 60), max_size=40)
 
 
-def numbers_in(ranges: Ranges) -> set[int]:
+def list_numbers(ranges: Ranges) -> set[int]:
     return {number for start, stop in ranges for number in range(start, stop)}
 
 
 @given(NUMBERS)
 def test_ranges_hold_the_same_numbers_in_one_form(numbers: set[int]) -> None:
     ranges = to_ranges(list(numbers) * 2)
-    assert numbers_in(ranges) == numbers
+    assert list_numbers(ranges) == numbers
     assert count(ranges) == len(numbers)
     assert all(a.stop < b.start for a, b in pairwise(ranges))
 
 
 @given(NUMBERS, NUMBERS)
 def test_union_and_difference_are_those_of_sets(a: set[int], b: set[int]) -> None:
-    assert numbers_in(union([*to_ranges(a), *to_ranges(b)])) == a | b
+    assert list_numbers(union([*to_ranges(a), *to_ranges(b)])) == a | b
     assert union([*to_ranges(a), *to_ranges(b)]) == to_ranges(a | b)
-    assert numbers_in(difference(RowRange(0, 61), to_ranges(a))) == set(range(61)) - a
+    assert list_numbers(difference(RowRange(0, 61), to_ranges(a))) == set(range(61)) - a
 
 
 @given(NUMBERS, st.integers(1, 20))
 def test_split_keeps_all_rows_and_cuts_at_multiples(numbers: set[int], size: int) -> None:
     parts = list(split(to_ranges(numbers), size))
-    assert numbers_in(tuple(parts)) == numbers
+    assert list_numbers(tuple(parts)) == numbers
     assert all(start // size == (stop - 1) // size for start, stop in parts)
 
 

@@ -46,9 +46,9 @@ class Allocations(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        given = {t.untyped_storage()._cdata for t in _list_tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
+        for tensor in _list_tensors(out):
             storage = tensor.untyped_storage()
             if storage._cdata not in given | self._known:
                 self._enter(storage)
@@ -65,11 +65,11 @@ class Allocations(TorchDispatchMode):
         self.alive -= nbytes
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _list_tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def shallow(config: OvisConfig) -> OvisConfig:
+def make_shallow(config: OvisConfig) -> OvisConfig:
     """Two layers of each kind: what is alive at once does not depend on their number."""
     vision, language = (replace(part, num_hidden_layers=2) for part in (config.vision, config.language))
     return replace(config, vision=vision, language=language)
@@ -78,7 +78,7 @@ def shallow(config: OvisConfig) -> OvisConfig:
 @WEIGHTS_AND_PASSES
 @sizes
 def test_a_vision_pass_stays_within_its_formula(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
-    config, tiles = shallow(SIZES[size]), 4
+    config, tiles = make_shallow(SIZES[size]), 4
     model = allocate_model(config, device=META, dtype=dtype)
     side = config.vision.image_size
     with torch.inference_mode(), Allocations() as allocations:
@@ -91,7 +91,7 @@ def test_a_vision_pass_stays_within_its_formula(size: str, dtype: torch.dtype, p
 @WEIGHTS_AND_PASSES
 @sizes
 def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
-    config, rows, width = shallow(SIZES[size]), 4, 1024
+    config, rows, width = make_shallow(SIZES[size]), 4, 1024
     model = allocate_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=rows, capacity=width, device=META, dtype=dtype)
     positions = torch.arange(width, device=META).expand(rows, -1)
@@ -111,7 +111,7 @@ def test_an_extension_stays_within_its_formula(
     size: str, dtype: torch.dtype, passes: torch.dtype, rows: int, width: int, start: int
 ) -> None:
     """New tokens after those in the cache, each of which counts as `1 / CACHED_PER_TOKEN`."""
-    config = shallow(SIZES[size])
+    config = make_shallow(SIZES[size])
     model = allocate_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=4, capacity=start + width, device=META, dtype=dtype)
     starts, slots = torch.full((rows,), start, device=META), torch.zeros(rows, dtype=torch.int64, device=META)

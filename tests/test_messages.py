@@ -25,56 +25,56 @@ from tests.support.rows import list_input, make_config
 MESSAGES = Path(__file__).with_name("messages.txt")
 
 
-def lines(tmp_path: Path, name: str, *ids: str, **fields: object) -> Path:
+def write_input(tmp_path: Path, name: str, *ids: str, **fields: object) -> Path:
     rows = ({"id": id_, "image": f"{i}.png", **fields} for i, id_ in enumerate(ids))
     return write_lines(tmp_path / f"{name}.jsonl", *rows)
 
 
-def opened(tmp_path: Path, inputs: Path, **options: object) -> None:
+def open_output(tmp_path: Path, inputs: Path, **options: object) -> None:
     open_run(make_config(inputs, output=str(tmp_path / "out"), **options), {"id": "demo", "revision": None})
 
 
-def reopened(tmp_path: Path, first: dict[str, object], then: dict[str, object]) -> None:
-    inputs = lines(tmp_path, "a", "1", "2", n=1)
-    opened(tmp_path, inputs, **first)
-    opened(tmp_path, inputs, **then)
+def reopen_output(tmp_path: Path, first: dict[str, object], then: dict[str, object]) -> None:
+    inputs = write_input(tmp_path, "a", "1", "2", n=1)
+    open_output(tmp_path, inputs, **first)
+    open_output(tmp_path, inputs, **then)
 
 
-def extended_by_text(tmp_path: Path) -> None:
-    opened(tmp_path, lines(tmp_path, "a", "1", n=1), keep_columns=("n",))
-    opened(tmp_path, lines(tmp_path, "b", "2", n="x"), keep_columns=("n",), extend=True)
+def extend_by_text(tmp_path: Path) -> None:
+    open_output(tmp_path, write_input(tmp_path, "a", "1", n=1), keep_columns=("n",))
+    open_output(tmp_path, write_input(tmp_path, "b", "2", n="x"), keep_columns=("n",), extend=True)
 
 
-def leased_twice(tmp_path: Path) -> None:
+def lease_twice(tmp_path: Path) -> None:
     with Lease(str(tmp_path)), Lease(str(tmp_path)):
         pass
 
 
-def planned(*hardware: Any, tensor_parallel: int = 1, **options: object) -> None:
+def plan(*hardware: Any, tensor_parallel: int = 1, **options: object) -> None:
     plan_pools(make_config("in", **options), Hardware(*hardware), tensor_parallel)
 
 
 REFUSED: dict[str, Callable[[Path], object]] = {
     "an input that does not exist": lambda tmp: list_input(tmp / "nothing"),
-    "ids that repeat": lambda tmp: list_input(lines(tmp, "a", "1", "2", "1")),
-    "a column that does not exist": lambda tmp: list_input(lines(tmp, "a", "1"), keep_columns="nowhere"),
-    "a prompt with an unknown column": lambda tmp: list_input(lines(tmp, "a", "1"), prompt="Is it {colour}?"),
-    "a prompt with a brace": lambda tmp: list_input(lines(tmp, "a", "1"), prompt="Is it? }"),
-    "another prompt": lambda tmp: reopened(tmp, {}, {"prompt": "Why?"}),
-    "another limit": lambda tmp: reopened(tmp, {"limit": 1}, {}),
-    "an extension of another type": extended_by_text,
+    "ids that repeat": lambda tmp: list_input(write_input(tmp, "a", "1", "2", "1")),
+    "a column that does not exist": lambda tmp: list_input(write_input(tmp, "a", "1"), keep_columns="nowhere"),
+    "a prompt with an unknown column": lambda tmp: list_input(write_input(tmp, "a", "1"), prompt="Is it {colour}?"),
+    "a prompt with a brace": lambda tmp: list_input(write_input(tmp, "a", "1"), prompt="Is it? }"),
+    "another prompt": lambda tmp: reopen_output(tmp, {}, {"prompt": "Why?"}),
+    "another limit": lambda tmp: reopen_output(tmp, {"limit": 1}, {}),
+    "an extension of another type": extend_by_text,
     "extend and overwrite": lambda tmp: make_config("in", extend=True, overwrite=True),
     "autoscale without a number": lambda tmp: make_config("in", autoscale=True),
-    "an OUTPUT in use": leased_twice,
-    "no GPU": lambda tmp: planned(8.0, device="cuda"),
-    "too few GPUs": lambda tmp: planned(8.0, (8,), num_replicas=9),
-    "too few GPUs on a node": lambda tmp: planned(64.0, (3, 3), tensor_parallel=4),
-    "no CPU": lambda tmp: planned(0.0, (8,)),
+    "an OUTPUT in use": lease_twice,
+    "no GPU": lambda tmp: plan(8.0, device="cuda"),
+    "too few GPUs": lambda tmp: plan(8.0, (8,), num_replicas=9),
+    "too few GPUs on a node": lambda tmp: plan(64.0, (3, 3), tensor_parallel=4),
+    "no CPU": lambda tmp: plan(0.0, (8,)),
     "a number of ranks": lambda tmp: check_tensor_parallel(SIZES["34B"].language, 3),
 }
 
 
-def words_of(error: Exception, place: Path) -> str:
+def normalize_message(error: Exception, place: Path) -> str:
     """Without what differs from run to run, and without pydantic's own words."""
     words = "; ".join(part["msg"] for part in error.errors()) if isinstance(error, ValidationError) else str(error)
     return re.sub(
@@ -89,7 +89,7 @@ def test_messages_have_their_words(tmp_path: Path) -> None:
         place.mkdir()
         with pytest.raises((ValueError, OSError, RuntimeError)) as raised:
             refused(place)
-        found += f"## {name}\n{type(raised.value).__name__}: {words_of(raised.value, place)}\n\n"
+        found += f"## {name}\n{type(raised.value).__name__}: {normalize_message(raised.value, place)}\n\n"
     if "UPDATE_MESSAGES" in os.environ:
         MESSAGES.write_text(found)
     assert found == MESSAGES.read_text()

@@ -35,21 +35,21 @@ from tests.support.processes import against_the_clock
 from tests.support.roots import ROOT
 
 
-def start(checkpoint: str, ranks: int, hang_s: float | None = None) -> OvisEngine:
+def start_engine(checkpoint: str, ranks: int, hang_s: float | None = None) -> OvisEngine:
     directory = checkpoint_dir(checkpoint)
     config = OvisConfig.from_directory(directory)
     options = EngineOptions(directory=directory, device="cpu", num_threads=1)
     return OvisEngine(config, RankPool(options, config, ranks, hang_s=hang_s))
 
 
-def pids_of(engine: OvisEngine) -> list[int]:
+def get_pids(engine: OvisEngine) -> list[int]:
     assert isinstance(engine.backend, RankPool)
     return engine.backend.pids
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> Iterator[OvisEngine]:
-    with start("tiny56-tied", 2) as engine:
+    with start_engine("tiny56-tied", 2) as engine:
         yield engine
 
 
@@ -181,7 +181,7 @@ def test_two_engines_side_by_side() -> None:
 
     def one(_: int) -> list[list[int]]:
         with OvisEngine.from_pretrained(directory, device="cpu", tensor_parallel=2) as engine:
-            assert len(pids_of(engine)) == 2
+            assert len(get_pids(engine)) == 2
             return generate_ids(engine, make_golden_requests("tiny112-untied"))
 
     with ThreadPoolExecutor(2) as pool:
@@ -197,8 +197,8 @@ def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: s
     requests, wanted = make_golden_requests("tiny56-tied"), load_greedy_ids("tiny56-tied")
     # Of a killed one the process tells, long before it would count as hung.
     hang_s = 200.0 if by is signal.SIGKILL else 5.0
-    with start("tiny56-tied", 2, hang_s=hang_s) as engine:
-        first = pids_of(engine)
+    with start_engine("tiny56-tied", 2, hang_s=hang_s) as engine:
+        first = get_pids(engine)
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(lambda: [generate_ids(engine, requests) for _ in range(1000)])
             time.sleep(0.3)
@@ -213,15 +213,15 @@ def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: s
         assert engine.rebuild()
         assert engine.rebuild()  # of living ranks: nothing happens
         assert generate_ids(engine, requests) == wanted
-        last = pids_of(engine)
+        last = get_pids(engine)
     assert not any(map(is_alive, last))
 
 
 def test_ranks_end_with_their_owner() -> None:
     program = (
-        "import sys\nfrom tests.test_parallel import pids_of, start\n"
-        "engine = start('tiny56-tied', 2)\n"
-        "print(*pids_of(engine), engine.backend._ranks._meeting.name, flush=True)\nsys.stdin.read()"
+        "import sys\nfrom tests.test_parallel import get_pids, start_engine\n"
+        "engine = start_engine('tiny56-tied', 2)\n"
+        "print(*get_pids(engine), engine.backend._ranks._meeting.name, flush=True)\nsys.stdin.read()"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:

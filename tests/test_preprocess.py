@@ -28,12 +28,12 @@ from tests.support.stages import make_stage, run_stage
 MODEL = str(checkpoint_dir("tiny112-untied"))
 
 
-def rows_of(directory: Path, output: Path, **options: object) -> list[PreparedRow]:
+def prepare_rows(directory: Path, output: Path, **options: object) -> list[PreparedRow]:
     """Prepared rows of all images in `directory`."""
-    return run_stage(*stage_of(directory, output, **options))
+    return run_stage(*make_stage_for(directory, output, **options))
 
 
-def stage_of(directory: Path, output: Path, **options: object) -> tuple[Preprocess, Batch]:
+def make_stage_for(directory: Path, output: Path, **options: object) -> tuple[Preprocess, Batch]:
     config = CaptionConfig(input=(str(directory),), output=str(output), model=MODEL, **options)  # type: ignore[arg-type]
     return make_stage(config)
 
@@ -48,7 +48,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_rows_keep_their_order_and_their_numbers(pictures: Path, tmp_path: Path) -> None:
-    rows = rows_of(pictures, tmp_path / "out")
+    rows = prepare_rows(pictures, tmp_path / "out")
     assert [row.row for row in rows] == list(range(40))
     assert [Path(str(row.uri)).name for row in rows] == [f"{i:02}.png" for i in range(40)]
     assert {row.stage for row in rows} == {""}
@@ -56,22 +56,22 @@ def test_rows_keep_their_order_and_their_numbers(pictures: Path, tmp_path: Path)
 
 def test_batches_are_bounded_in_bytes(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "BATCH_BYTES", 1_000_000)
-    stage, units = stage_of(pictures, tmp_path / "out")
+    stage, units = make_stage_for(pictures, tmp_path / "out")
     sizes = [sum(tiles.nbytes for tiles in batch["tiles"]) for batch in stage(units)]
     assert len(sizes) > 3 and max(sizes) <= 1_000_000
 
 
 def test_chain_of_thought_and_system_prompt_reach_the_prompt(pictures: Path, tmp_path: Path) -> None:
-    plain = rows_of(pictures, tmp_path / "a")[0]
-    reasoned = rows_of(pictures, tmp_path / "b", chain_of_thought=True)[0]
-    instructed = rows_of(pictures, tmp_path / "c", system_prompt="Be brief.")[0]
+    plain = prepare_rows(pictures, tmp_path / "a")[0]
+    reasoned = prepare_rows(pictures, tmp_path / "b", chain_of_thought=True)[0]
+    instructed = prepare_rows(pictures, tmp_path / "c", system_prompt="Be brief.")[0]
     assert "step-by-step" in str(reasoned.prompt)
     lengths = [len(row.requests[0].input_ids) for row in (plain, reasoned, instructed)]  # type: ignore[arg-type]
     assert lengths[1] > lengths[0] != lengths[2]
 
 
 def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path) -> None:
-    stage, units = stage_of(pictures, tmp_path / "out")
+    stage, units = make_stage_for(pictures, tmp_path / "out")
     stage._fetcher = Fetcher(max_image_bytes=100)
     rows = run_stage(stage, units)
     assert {row.stage for row in rows} == {"read"}
@@ -94,7 +94,7 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return data
 
     monkeypatch.setattr(store, "read_bytes", count)
-    stage, _ = stage_of(tmp_path / "in" / ("*.png" if sizes_are_known else "rows.jsonl"), tmp_path / "out")
+    stage, _ = make_stage_for(tmp_path / "in" / ("*.png" if sizes_are_known else "rows.jsonl"), tmp_path / "out")
     stage._fetcher = Fetcher(max_at_once=10, max_ahead_bytes=1000)
     rows = ManifestRow.from_table(read_rows(str(tmp_path / "out"), RowRange(0, 30)))
     done = 0
@@ -123,8 +123,8 @@ def test_an_unreadable_file_is_an_error_row(pictures: Path, tmp_path: Path) -> N
     script = f"""
 import os
 from pathlib import Path
-from tests.test_preprocess import stage_of
-stage, units = stage_of(Path({str(pictures)!r}), Path({str(tmp_path / "out")!r}))
+from tests.test_preprocess import make_stage_for
+stage, units = make_stage_for(Path({str(pictures)!r}), Path({str(tmp_path / "out")!r}))
 if os.getuid() == 0:
     os.setuid(65534)
 for batch in stage(units):
@@ -139,7 +139,7 @@ for batch in stage(units):
 
 def test_a_row_that_kills_its_process_is_given_up_alone(pictures: Path, tmp_path: Path) -> None:
     """As seen by the third and fourth process that Ray starts for the same unit."""
-    stage, units = stage_of(pictures, tmp_path / "out")
+    stage, units = make_stage_for(pictures, tmp_path / "out")
     for work in ("prepare rows 0 to 40", "prepare rows 0 to 40", "prepare row 7", "prepare row 7"):
         stage._attempts.begin(work)
     rows = [(row.stage, row.error) for row in run_stage(stage, units)]
@@ -148,7 +148,7 @@ def test_a_row_that_kills_its_process_is_given_up_alone(pictures: Path, tmp_path
 
 
 def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Path) -> None:
-    stage, units = stage_of(pictures, tmp_path / "out")
+    stage, units = make_stage_for(pictures, tmp_path / "out")
     (pictures / "03.png").unlink()
     (pictures / "04.png").unlink()
     (pictures / "04.png").mkdir()
@@ -179,7 +179,7 @@ def lines(pictures: Path) -> Path:
 
 
 def test_rows_of_several_images_and_of_none(lines: Path, tmp_path: Path) -> None:
-    rows = {row.id: row for row in rows_of(lines, tmp_path / "out", max_new_tokens=8)}
+    rows = {row.id: row for row in prepare_rows(lines, tmp_path / "out", max_new_tokens=8)}
     image_starts = {
         id_: sum(list(request.input_ids).count(IMAGE_START_ID) for request in row.requests) for id_, row in rows.items()
     }
@@ -202,6 +202,6 @@ def test_several_images_are_cut_less(pictures: Path, tmp_path: Path) -> None:
     large = pictures / "large.png"
     Image.new("RGB", (700, 650)).save(large)
     (pictures / "a.jsonl").write_text('{"image": ["large.png", "large.png", "large.png"]}')
-    [one], [three] = rows_of(large, tmp_path / "one"), rows_of(pictures / "a.jsonl", tmp_path / "three")
-    [alike] = rows_of(large, tmp_path / "alike", max_tiles=4)
+    [one], [three] = prepare_rows(large, tmp_path / "one"), prepare_rows(pictures / "a.jsonl", tmp_path / "three")
+    [alike] = prepare_rows(large, tmp_path / "alike", max_tiles=4)
     assert three.num_tiles == 3 * alike.num_tiles < 3 * one.num_tiles

@@ -36,11 +36,11 @@ PHOTOS = sorted(
 
 
 @cache
-def processor(checkpoint: str = CHECKPOINTS[0], layout: Layout = "aidc") -> Processor:
+def load_processor(checkpoint: str = CHECKPOINTS[0], layout: Layout = "aidc") -> Processor:
     return Processor.from_pretrained(str(checkpoint_dir(checkpoint, layout)))
 
 
-def max_tiles(case: dict[str, Any]) -> int:
+def get_max_tiles(case: dict[str, Any]) -> int:
     return case["max_partition"] or 9
 
 
@@ -50,8 +50,10 @@ def test_prompts_are_the_originals(checkpoint: str, layout: Layout) -> None:
     assert len(cases) == 8
     for case in cases:
         images = [draw_picture(image) for image in case["images"]]
-        ids = processor(checkpoint, layout).encode_prompt(case["query"], [i.size for i in images], max_tiles(case))
-        request = processor(checkpoint, layout).build_request(case["query"], images, max_tiles(case))
+        ids = load_processor(checkpoint, layout).encode_prompt(
+            case["query"], [i.size for i in images], get_max_tiles(case)
+        )
+        request = load_processor(checkpoint, layout).build_request(case["query"], images, get_max_tiles(case))
         assert ids == case["input_ids"], case["kind"]
         assert len(request.input_ids) == case["num_prompt_tokens"]
         assert len(request.tiles) == len(request.tile_sizes) == case["num_crops"]
@@ -59,7 +61,7 @@ def test_prompts_are_the_originals(checkpoint: str, layout: Layout) -> None:
 
 @pytest.mark.parametrize(("checkpoint", "layout"), EVERY_CHECKPOINT)
 def test_requests_hold_one_atom_per_visual_token(checkpoint: str, layout: Layout) -> None:
-    own = processor(checkpoint, layout)
+    own = load_processor(checkpoint, layout)
     for case in load_expected(checkpoint)["preprocessing"]:
         request = own.build_request("What is it?", [draw_picture(case)], case["max_partition"])
         assert len(request.tiles) == case["num_crops"]
@@ -72,26 +74,27 @@ def test_requests_hold_one_atom_per_visual_token(checkpoint: str, layout: Layout
 @pytest.mark.parametrize(("checkpoint", "layout"), EVERY_CHECKPOINT)
 def test_detokenize_gives_the_originals_text(checkpoint: str, layout: Layout) -> None:
     for case in load_expected(checkpoint)["generation"]:
-        assert processor(checkpoint, layout).detokenize(case["greedy_ids"]) == case["greedy_text"]
-        assert processor(checkpoint, layout).detokenize(np.array(case["greedy_ids"])) == case["greedy_text"]
+        assert load_processor(checkpoint, layout).detokenize(case["greedy_ids"]) == case["greedy_text"]
+        assert load_processor(checkpoint, layout).detokenize(np.array(case["greedy_ids"])) == case["greedy_text"]
 
 
 def test_images_come_first_if_the_text_has_no_mark() -> None:
     images = [Image.new("RGB", (30, 20))] * 2
     marked = "Image 1: <image>\nImage 2: <image>\nCompare."
     assert (
-        processor().build_request("Compare.", images).input_ids == processor().build_request(marked, images).input_ids
+        load_processor().build_request("Compare.", images).input_ids
+        == load_processor().build_request(marked, images).input_ids
     ).all()
 
 
 def test_marks_place_images_inside_the_text() -> None:
-    ids = processor().encode_prompt("Is <image> like <image>?", [(30, 20), (20, 30)])
+    ids = load_processor().encode_prompt("Is <image> like <image>?", [(30, 20), (20, 30)])
     between = ids[ids.index(-305) + 1 :]
-    assert processor().detokenize(between[: between.index(-301)]) == " like "
+    assert load_processor().detokenize(between[: between.index(-301)]) == " like "
 
 
 def test_text_alone_has_no_tiles() -> None:
-    request = processor().build_request("Hello")
+    request = load_processor().build_request("Hello")
     assert request.tiles.shape == (0, 3, 56, 56)
     assert request.tile_sizes.shape == (0, 2)
     assert request.input_ids.dtype == np.int32
@@ -99,38 +102,40 @@ def test_text_alone_has_no_tiles() -> None:
 
 
 def test_an_empty_system_prompt_is_not_the_default() -> None:
-    assert processor().detokenize(processor().encode_prompt("Hi", system_prompt="")).startswith("system\n\nuser")
-    assert "helpful" in processor().detokenize(processor().encode_prompt("Hi"))
+    assert (
+        load_processor().detokenize(load_processor().encode_prompt("Hi", system_prompt="")).startswith("system\n\nuser")
+    )
+    assert "helpful" in load_processor().detokenize(load_processor().encode_prompt("Hi"))
 
 
 def test_colour_under_transparency_is_kept() -> None:
     clear = Image.new("RGBA", (30, 20), (200, 100, 50, 0))
-    tiles = processor().build_request("?", [clear]).tiles
-    assert (tiles == processor().build_request("?", [Image.new("RGB", (30, 20), (200, 100, 50))]).tiles).all()
+    tiles = load_processor().build_request("?", [clear]).tiles
+    assert (tiles == load_processor().build_request("?", [Image.new("RGB", (30, 20), (200, 100, 50))]).tiles).all()
 
 
 @pytest.mark.parametrize(("text", "num_images"), [("<image>", 0), ("<image> <image>", 1), ("<image>", 2)])
 def test_refuses_another_number_of_marks(text: str, num_images: int) -> None:
     with pytest.raises(ValueError, match=rf"{text.count('<image>')} <image> marks for {num_images} images"):
-        processor().build_request(text, [Image.new("RGB", (9, 9))] * num_images)
+        load_processor().build_request(text, [Image.new("RGB", (9, 9))] * num_images)
 
 
 def test_refuses_no_tiles_and_empty_pictures() -> None:
     with pytest.raises(ValueError, match="max_tiles=0"):
-        processor().build_request("?", [Image.new("RGB", (9, 9))], max_tiles=0)
+        load_processor().build_request("?", [Image.new("RGB", (9, 9))], max_tiles=0)
     with pytest.raises(ValueError, match="9 x 0 px"):
-        processor().build_request("?", [Image.new("RGB", (9, 0))])
+        load_processor().build_request("?", [Image.new("RGB", (9, 0))])
 
 
 @pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000), (20_000, 2)])
 def test_extreme_shapes_make_requests(size: tuple[int, int]) -> None:
-    assert len(processor().build_request("?", [Image.new("RGB", size)]).tiles) == 10
+    assert len(load_processor().build_request("?", [Image.new("RGB", size)]).tiles) == 10
 
 
 @pytest.mark.parametrize("photo", PHOTOS, ids=lambda path: path.name)
 def test_real_pictures_make_requests(photo: Path) -> None:
     image = decode_image(photo.read_bytes())
-    request = processor().build_request("Describe the image.", [image])
+    request = load_processor().build_request("Describe the image.", [image])
     assert image.mode == "RGB"
     assert request.tiles.max() > 0
     assert len(request.tiles) == len(request.tile_sizes)

@@ -9,7 +9,7 @@ from pipelines.monitoring import progress
 from pipelines.monitoring.progress import Progress, RunProgress
 
 
-def results(num_rows: int, num_errors: int) -> pa.Table:
+def make_columns(num_rows: int, num_errors: int) -> pa.Table:
     """Columns of result rows, each of ten tokens."""
     status = ["error"] * num_errors + ["ok"] * (num_rows - num_errors)
     return pa.table({"status": status, "num_output_tokens": [10] * num_rows})
@@ -22,11 +22,11 @@ def test_the_start_does_not_count_into_the_time_left(
     monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
     with RunProgress(num_rows=1000, num_done=100) as run:
         now_s = 60.0  # actors start, the model loads
-        run.add(results(10, 1))
+        run.add(make_columns(10, 1))
         now_s = 70.0
-        run.add(results(90, 0))
+        run.add(make_columns(90, 0))
         now_s = 81.0
-        run.add(results(99, 0))
+        run.add(make_columns(99, 0))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "110/1000 rows, 0.2 rows/s, 2 tokens/s, 1 errors, ETA 1:29:00"
     assert lines[-1] == "299/1000 rows, 9.0 rows/s, 90 tokens/s, 1 errors, ETA 0:01:18"

@@ -30,12 +30,12 @@ CHATS = {layout: ChatTokenizer(TOKENIZERS[layout]) for layout in LAYOUTS}
 FIRST_ADDED_ID = 564
 
 
-def added_tokens() -> list[str]:
+def list_added_tokens() -> list[str]:
     tokens = json.loads(TOKENIZERS["native"].to_str())["added_tokens"]
     return [token["content"] for token in tokens]
 
 
-def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False)
     return text
 
@@ -76,19 +76,19 @@ def test_marks_can_be_removed_for_good(text: str) -> None:
     assert IMAGE_MARK in text or remove_marks(text) == text
 
 
-@pytest.mark.parametrize("token", added_tokens())
+@pytest.mark.parametrize("token", list_added_tokens())
 def test_control_tokens_in_text_are_text(token: str) -> None:
     text = f"a{token}b {token}"
     by_layout = [CHATS[layout].encode_prompt(f"{IMAGE_MARK}{text}", [Grid(1, 1)], text) for layout in LAYOUTS]
     assert by_layout[0] == by_layout[1]
     assert sum(i >= FIRST_ADDED_ID for i in by_layout[0]) == 5  # <|im_start|> x 3, <|im_end|> x 2
-    readable = decoded(TOKENIZERS["native"], [i for i in by_layout[0] if i >= 0])
+    readable = decode(TOKENIZERS["native"], [i for i in by_layout[0] if i >= 0])
     assert readable.count(text) == 2
 
 
 # Hypothesis also draws strings that stand in the code, and so control tokens.
 ordinary_text = st.text(max_size=60).filter(
-    lambda text: not any(mark in text for mark in [IMAGE_MARK, *added_tokens()])
+    lambda text: not any(mark in text for mark in [IMAGE_MARK, *list_added_tokens()])
 )
 
 
@@ -106,7 +106,7 @@ def test_ordinary_text_has_the_ids_of_the_whole_prompt(query: str, system: str) 
 def test_a_mark_in_the_system_prompt_is_text() -> None:
     ids = CHATS["aidc"].encode_prompt("hello", [], f"Look at {IMAGE_MARK}")
     assert min(ids) >= 0
-    assert f"Look at {IMAGE_MARK}" in decoded(TOKENIZERS["aidc"], ids)
+    assert f"Look at {IMAGE_MARK}" in decode(TOKENIZERS["aidc"], ids)
 
 
 @pytest.mark.parametrize(("query", "num_grids"), [("no mark", 1), (f"{IMAGE_MARK} {IMAGE_MARK}", 1), (IMAGE_MARK, 0)])

@@ -19,24 +19,26 @@ from demo.drawings import (
 )
 
 
-def thing(colour: str, shape: str) -> Thing:
+def make_thing(colour: str, shape: str) -> Thing:
     return Thing(shape, "small", colour, 0.5, 0.5, 0.2)
 
 
 PAIR = Scene(
     *("two", "A small red circle left of a small blue star on a white background.", "white", 84, 84),
-    things=(thing("red", "circle"), thing("blue", "star")),
+    things=(make_thing("red", "circle"), make_thing("blue", "star")),
 )
 EQUAL_SHAPES = Scene(
     *("two", "A small red cross above a small orange cross on a grey background.", "grey", 84, 84),
-    things=(thing("red", "cross"), thing("orange", "cross")),
+    things=(make_thing("red", "cross"), make_thing("orange", "cross")),
 )
-THREE = Scene("count", "Three green crosses on a black background.", "black", 84, 84, (thing("green", "cross"),) * 3)
+THREE = Scene(
+    "count", "Three green crosses on a black background.", "black", 84, 84, (make_thing("green", "cross"),) * 3
+)
 NUMBER = Scene("number", "The number 42 in red on a white background.", "white", 84, 84, (), "42", "red")
 BACKGROUND_IS = "What is the background?", "What colour is the background?"
 
 
-def asked(scene: Scene) -> dict[str, dict[str, str]]:
+def collect_questions(scene: Scene) -> dict[str, dict[str, str]]:
     """Kind -> question -> answer: all that is ever asked about the scene."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for question in (question for seed in range(600) for question in questions(scene, seed)):
@@ -44,7 +46,7 @@ def asked(scene: Scene) -> dict[str, dict[str, str]]:
     return found
 
 
-def with_answer(answers: dict[str, str], answer: str) -> set[str]:
+def select_by_answer(answers: dict[str, str], answer: str) -> set[str]:
     return {text for text, a in answers.items() if a == answer}
 
 
@@ -58,17 +60,17 @@ def with_answer(answers: dict[str, str], answer: str) -> set[str]:
 )
 def test_what_is_there(scene: Scene, true: str) -> None:
     expected = {f"Is there {what}?" for what in true.split("|")} | {f"Is the background {scene.background}?"}
-    assert with_answer(asked(scene)["bool"], "Yes") == expected
+    assert select_by_answer(collect_questions(scene)["bool"], "Yes") == expected
 
 
 def test_what_is_there_of_a_number() -> None:
-    answers = asked(NUMBER)["bool"]
-    assert with_answer(answers, "Yes") == {"Is there a number?", "Is the number red?", "Is the background white?"}
-    assert {"Is there a red heart?", "Is there a red object?", "Is the number blue?"} <= with_answer(answers, "No")
+    answers = collect_questions(NUMBER)["bool"]
+    assert select_by_answer(answers, "Yes") == {"Is there a number?", "Is the number red?", "Is the background white?"}
+    assert {"Is there a red heart?", "Is there a red object?", "Is the number blue?"} <= select_by_answer(answers, "No")
 
 
 def test_what_is_nearly_there_is_denied() -> None:
-    denied = with_answer(asked(PAIR)["bool"], "No")
+    denied = select_by_answer(collect_questions(PAIR)["bool"], "No")
     assert {"Is there a red star?", "Is there a blue circle?", "Is there a number?"} <= denied
     often = Counter(question.text for seed in range(600) for question in questions(PAIR, seed))
     assert often["Is there a red star?"] + often["Is there a blue circle?"] > 80
@@ -84,7 +86,7 @@ def test_what_is_nearly_there_is_denied() -> None:
     ],
 )
 def test_how_many(scene: Scene, expected: dict[str, int]) -> None:
-    answers = asked(scene)["count"]
+    answers = collect_questions(scene)["count"]
     assert {what: int(answers[f"How many {what} are there?"]) for what in expected} == expected
 
 
@@ -123,7 +125,7 @@ def test_how_many(scene: Scene, expected: dict[str, int]) -> None:
     ],
 )
 def test_choices_with_one_answer(scene: Scene, expected: dict[str, str]) -> None:
-    assert asked(scene)["choice"] == expected | dict.fromkeys(BACKGROUND_IS, scene.background)
+    assert collect_questions(scene)["choice"] == expected | dict.fromkeys(BACKGROUND_IS, scene.background)
 
 
 def test_questions_are_repeatable_and_leave_the_picture_alone() -> None:
@@ -133,7 +135,7 @@ def test_questions_are_repeatable_and_leave_the_picture_alone() -> None:
 
 
 def test_questions_are_balanced() -> None:
-    drawn = _drawn(500)
+    drawn = _draw_questions(500)
     assert len(drawn) == 500 * NUM_QUESTIONS
     counts = Counter((question.kind, question.answer) for question in drawn)
     assert counts["bool", "Yes"] == counts["bool", "No"] == 500
@@ -142,5 +144,5 @@ def test_questions_are_balanced() -> None:
     assert all(question.answer in question.choices for question in drawn)
 
 
-def _drawn(count: int) -> list[Question]:
+def _draw_questions(count: int) -> list[Question]:
     return [question for seed in range(count) for question in questions(make_picture(seed, held_out=True)[1], seed)]

@@ -46,7 +46,7 @@ from tests.support.videos import read_number, write_video
 Json = dict[str, Any]
 
 
-def data_of(page: Path | str) -> Json:
+def read_data(page: Path | str) -> Json:
     """What the page shows."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', Path(page).read_text("utf-8"), re.S)
     assert found
@@ -54,8 +54,8 @@ def data_of(page: Path | str) -> Json:
     return data
 
 
-def report_of(output: Path, **options: Any) -> Json:
-    return data_of(write_report(ReportOptions(str(output), **options)).report)
+def make_report(output: Path, **options: Any) -> Json:
+    return read_data(write_report(ReportOptions(str(output), **options)).report)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_counts_are_those_of_the_rows(mixed: Path) -> None:
-    counted = report_of(mixed)["statistics"]
+    counted = make_report(mixed)["statistics"]
     assert [counted[name] for name in ("rows", "ok", "error", "flagged")] == [10, 8, 2, 1]
     assert counted["num_output_tokens"] == 80
     reason = {"stage": "decode", "reason": "truncated PNG of 123 bytes", "count": 2}
@@ -102,7 +102,7 @@ def test_counts_are_those_of_the_rows(mixed: Path) -> None:
 
 
 def test_every_kind_of_answer_has_its_distribution(mixed: Path) -> None:
-    caption, has_red, count, kind, tags, record = report_of(mixed)["statistics"]["tasks"]
+    caption, has_red, count, kind, tags, record = make_report(mixed)["statistics"]["tasks"]
     assert caption["values"]["top"] == [["A circle.", 7], ["A clip.", 1]]
     assert caption["finish"] == {"stop": 7, "length": 1}
     assert sum(caption["length"]["bins"]) == 8 and (caption["length"]["min"], caption["length"]["max"]) == (7, 9)
@@ -121,7 +121,7 @@ def test_every_kind_of_answer_has_its_distribution(mixed: Path) -> None:
 
 
 def test_truth_gives_the_share_right_and_calibration(mixed: Path) -> None:
-    data = report_of(mixed, truths={"kind": "truth_kind", "count": "truth_count"})
+    data = make_report(mixed, truths={"kind": "truth_kind", "count": "truth_count"})
     kind, count = data["statistics"]["tasks"][3]["truth"], data["statistics"]["tasks"][2]["truth"]
     assert (kind["right"], kind["count"], kind["mistakes"]["top"]) == (6, 7, [[["circle", "square"], 1]])
     assert (count["right"], count["count"], count["unanswered"]) == (6, 6, 0), "rows without a truth are not counted"
@@ -147,11 +147,11 @@ def test_calibration_error_is_the_weighted_gap() -> None:
 )
 def test_a_truth_that_does_not_fit_is_refused(mixed: Path, truth: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        report_of(mixed, truths=truth)
+        make_report(mixed, truths=truth)
 
 
 def test_rows_show_their_media(mixed: Path) -> None:
-    rows = {row["id"]: row for row in report_of(mixed)["rows"]}
+    rows = {row["id"]: row for row in make_report(mixed)["rows"]}
     assert [(i["width"], i["height"]) for i in rows["picture-3"]["media"]["images"]] == [(67, 48)]
     assert [image["time_s"] for image in rows["clip"]["media"]["images"]] == pytest.approx([0, 0.4, 1.2])
     assert rows["bad-123"]["media"] == {"missing": "No such file or directory"}
@@ -160,11 +160,11 @@ def test_rows_show_their_media(mixed: Path) -> None:
 def test_frames_are_those_that_the_model_was_shown(tmp_path: Path) -> None:
     video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
     clip = {**make_item("clip", make_answers(), images=[video]), "frame_timestamps_s": [0.4, 1.2]}
-    (row,) = report_of(write_run(tmp_path / "out", [clip]))["rows"]
-    assert [read_number(pixels_of(image["src"])) for image in row["media"]["images"]] == [10, 30]
+    (row,) = make_report(write_run(tmp_path / "out", [clip]))["rows"]
+    assert [read_number(decode_pixels(image["src"])) for image in row["media"]["images"]] == [10, 30]
 
 
-def pixels_of(source: str) -> np.ndarray:
+def decode_pixels(source: str) -> np.ndarray:
     import base64
     import io
 
@@ -188,20 +188,20 @@ def test_members_of_a_tar_and_gone_media_and_no_manifest(tmp_path: Path) -> None
         for i, images in enumerate([[there], [gone], [text], [], [there] * 20])
     ]
     output = write_run(tmp_path / "out", rows)
-    shown = [row["media"] for row in report_of(output)["rows"]]
+    shown = [row["media"] for row in make_report(output)["rows"]]
     assert len(shown[0]["images"]) == 1
     assert "No such file" in shown[1]["missing"] and "not an image" in shown[2]["missing"]
     assert shown[3] == {"missing": "this row has no image"}
     assert (len(shown[4]["images"]), shown[4]["more"]) == (16, 4)
     for file in (output / "manifest").iterdir():
         file.unlink()
-    assert {row["media"]["missing"][:30] for row in report_of(output)["rows"]} == {
+    assert {row["media"]["missing"][:30] for row in make_report(output)["rows"]} == {
         "the manifest cannot be read: ["[:30]
     }
 
 
 def test_media_that_take_too_long_are_left_out(mixed: Path) -> None:
-    reasons = {row["media"].get("missing", "")[:15] for row in report_of(mixed, media_limit_s=0)["rows"]}
+    reasons = {row["media"].get("missing", "")[:15] for row in make_report(mixed, media_limit_s=0)["rows"]}
     assert reasons == {"not read within"}
 
 
@@ -215,7 +215,7 @@ def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None
     table = table.append_column("flags", pa.array(["green", "red", None, ""]))  # a kept column that has this name
     write_rows(str(tmp_path), 0, table)
     write_record(tmp_path, 4, [])
-    data = report_of(tmp_path)
+    data = make_report(tmp_path)
     (task,) = data["statistics"]["tasks"]
     assert (task["name"], task["kind"], task["answered"]) == ("text", "text", 3)
     assert data["statistics"]["flags"]["top"] == [["text:empty", 1], ["text:truncated", 1]]
@@ -233,7 +233,7 @@ def test_the_sample_has_some_of_every_kind_and_does_not_depend_on_the_files(tmp_
         rows.append(make_item(f"r{i}", [], stage="read", error=f"why {'abc'[i % 3]}") if i % 40 == 0 else row)
     one = write_run(tmp_path / "one", rows, rows_per_file=3000)
     many = write_run(tmp_path / "many", rows, rows_per_file=170)
-    shown, again = (report_of(output, rows=60)["rows"] for output in (one, many))
+    shown, again = (make_report(output, rows=60)["rows"] for output in (one, many))
     assert shown == again
     assert len(shown) == 60
     groups = {
@@ -284,7 +284,7 @@ def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
     text = Path(page).read_text("utf-8")
     assert text.count("<script") == 2 and text.count("</script>") == 2 and "onerror='" in text
     assert "<img" not in text and "<!--" not in text and "\u2028" not in text
-    data = data_of(page)
+    data = read_data(page)
     assert [row["id"] for row in data["rows"]] == [HOSTILE, f"{HOSTILE} 2"], "and nothing is lost"
     assert json.loads(json_for_html({"a": [HOSTILE]})) == {"a": [HOSTILE]}
 
@@ -294,7 +294,7 @@ def test_half_of_a_surrogate_pair_and_control_characters_do_no_harm(tmp_path: Pa
     record = json.loads((output / "run.json").read_text())
     record["config"]["input"] = ["pictures/caf\udce9"]
     (output / "run.json").write_text(json.dumps(record))
-    assert report_of(output)["run"]["config"]["input"] == ["pictures/caf\udce9"]
+    assert make_report(output)["run"]["config"]["input"] == ["pictures/caf\udce9"]
 
 
 def test_signatures_and_passwords_do_not_get_onto_the_page(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_texts_and_pictures_keep_the_page_within_its_size(tmp_path: Path, monkey
     monkeypatch.setattr(build, "_MOST_ROW_BYTES", 100_000)
     small = write_report(ReportOptions(str(output)))
     assert small.num_bytes < 400_000
-    assert all(row["media"]["images"] for row in data_of(small.report)["rows"])
+    assert all(row["media"]["images"] for row in read_data(small.report)["rows"])
 
 
 def test_pictures_that_do_not_fit_are_counted() -> None:
@@ -324,7 +324,7 @@ def test_pictures_that_do_not_fit_are_counted() -> None:
 
 def test_an_unfinished_run_says_how_many_rows_are_to_come(mixed: Path) -> None:
     sorted((mixed / "data").iterdir())[1].unlink()
-    data = report_of(mixed)
+    data = make_report(mixed)
     assert (data["statistics"]["rows"], data["run"]["num_rows"]) == (6, 10)
 
 
@@ -422,16 +422,16 @@ def write_large_run(output: Path, num_rows: int, rows_per_file: int = 50_000) ->
     rng, tables = np.random.default_rng(1), []
     table_schema = make_output_schema(TASKS, [pa.field("truth", pa.string())])
     for start in range(0, num_rows, rows_per_file):
-        table = _large_table(rng, start, rows_per_file, table_schema)
+        table = _make_large_table(rng, start, rows_per_file, table_schema)
         write_rows(str(output), start, table)
     for start in range(0, num_rows, ROWS_PER_FILE):
         rows = range(start, min(num_rows, start + ROWS_PER_FILE))
-        tables.append(_large_manifest(rows, image))
+        tables.append(_make_large_manifest(rows, image))
     write_manifest(str(output), tables)
     write_record(output, num_rows, TASKS)
 
 
-def _large_table(rng: np.random.Generator, start: int, count: int, table_schema: pa.Schema) -> pa.Table:
+def _make_large_table(rng: np.random.Generator, start: int, count: int, table_schema: pa.Schema) -> pa.Table:
     numbers = np.arange(start, start + count)
     some = rng.integers(1 << 30, size=count)
     sure = rng.uniform(0.3, 1, size=count)
@@ -457,10 +457,12 @@ def _large_table(rng: np.random.Generator, start: int, count: int, table_schema:
     }
     columns["uri"] = columns["id"]
     columns["caption_text"] = columns["caption"]
-    return pa.table({f.name: _large_column(f, columns.get(f.name), count) for f in table_schema}, schema=table_schema)
+    return pa.table(
+        {f.name: _make_large_column(f, columns.get(f.name), count) for f in table_schema}, schema=table_schema
+    )
 
 
-def _large_column(field: pa.Field, values: Any, count: int) -> pa.Array:
+def _make_large_column(field: pa.Field, values: Any, count: int) -> pa.Array:
     if values is not None:
         return pa.array(values, field.type)
     defaults = {pa.float32(): -0.25, pa.string(): "stop", pa.int32(): 3}
@@ -468,7 +470,7 @@ def _large_column(field: pa.Field, values: Any, count: int) -> pa.Array:
     return pa.array([defaults.get(field.type, empty)] * count, field.type)
 
 
-def _large_manifest(rows: range, image: ImageRef) -> pa.Table:
+def _make_large_manifest(rows: range, image: ImageRef) -> pa.Table:
     count = len(rows)
     ids = [f"s3://bucket/pictures/{n:09}.jpg" for n in rows]
     columns = {

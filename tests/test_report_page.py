@@ -53,7 +53,7 @@ def opened(driver: Any, output: Path) -> Any:
     return driver
 
 
-def texts(driver: Any, selector: str) -> list[str]:
+def read_texts(driver: Any, selector: str) -> list[str]:
     script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)"
     found: list[str] = driver.execute_script(script, selector)
     return found
@@ -69,32 +69,32 @@ def press(driver: Any, *keys: str) -> None:
     driver.switch_to.active_element.send_keys(*keys)
 
 
-def shown(driver: Any) -> list[str]:
-    return texts(driver, ".card .foot .name")
+def list_shown(driver: Any) -> list[str]:
+    return read_texts(driver, ".card .foot .name")
 
 
 def test_a_filter_leaves_the_rows_that_it_names(opened: Any) -> None:
-    assert len(shown(opened)) == 12
+    assert len(list_shown(opened)) == 12
     click(opened, ".groups button", "Errors")
-    assert shown(opened) == ["bad-0", "bad-1", "bad-2"]
+    assert list_shown(opened) == ["bad-0", "bad-1", "bad-2"]
     click(opened, ".groups button", "Flagged")
-    assert shown(opened) == ["picture-4"]
+    assert list_shown(opened) == ["picture-4"]
     click(opened, ".clear")
     click(opened, "#tasks .bars button", "Yes")
-    assert shown(opened) == ["picture-0", "picture-3", "picture-6"]
+    assert list_shown(opened) == ["picture-0", "picture-3", "picture-6"]
     assert opened.find_element("css selector", "[aria-pressed=true][data-pick]").text.startswith("Yes")
     click(opened, ".clear")
     click(opened, "#errors button", "read: gone bbb")
-    assert shown(opened) == ["bad-1"]
+    assert list_shown(opened) == ["bad-1"]
     click(opened, ".clear")
     click(opened, "select[aria-label=Flag] option", "caption:truncated")
-    assert shown(opened) == ["picture-4"]
+    assert list_shown(opened) == ["picture-4"]
 
 
 def test_more_rows_come_when_the_end_is_near(driver: Any, tmp_path: Path) -> None:
     output = write_run(tmp_path / "out", [make_item(f"row-{i}", make_answers()) for i in range(700)])
     browser.open_page(driver, write_report(ReportOptions(str(output), rows=700)).report)
-    assert len(shown(driver)) == 300
+    assert len(list_shown(driver)) == 300
     for count in (600, 700):
         driver.execute_async_script(
             "const [count, done] = arguments; scrollTo(0, document.body.scrollHeight);"
@@ -102,7 +102,7 @@ def test_more_rows_come_when_the_end_is_near(driver: Any, tmp_path: Path) -> Non
             "(function wait() { cards.length >= count ? done() : setTimeout(wait, 20); })()",
             count,
         )
-    assert shown(driver) == [f"row-{i}" for i in range(700)]
+    assert list_shown(driver) == [f"row-{i}" for i in range(700)]
     assert not driver.find_element("id", "more").is_displayed()
     assert driver.execute_script("return document.querySelectorAll('.card')[650].dataset.at") == "650"
 
@@ -112,16 +112,16 @@ def test_search_finds_answers_ids_and_errors(opened: Any) -> None:
 
     press(opened, "/")
     press(opened, "FIVE picture")
-    assert shown(opened) == ["picture-5"]
+    assert list_shown(opened) == ["picture-5"]
     press(opened, *[Keys.BACKSPACE] * 12, "gone")
-    assert shown(opened) == ["bad-0", "bad-1", "bad-2"]
+    assert list_shown(opened) == ["bad-0", "bad-1", "bad-2"]
     press(opened, " nowhere")
-    assert texts(opened, "#cards .none")[0].startswith("None of the rows on this page")
+    assert read_texts(opened, "#cards .none")[0].startswith("None of the rows on this page")
 
 
 def test_a_row_opens_with_all_that_is_known_of_it(opened: Any) -> None:
     click(opened, ".card")
-    facts = texts(opened, "dialog[open] .facts")[0]
+    facts = read_texts(opened, "dialog[open] .facts")[0]
     for part in (
         "picture-0",
         "Sight zero.",
@@ -141,21 +141,21 @@ def test_keys_move_open_and_close(opened: Any) -> None:
     opened.execute_script("document.querySelector('.card').focus()")
     press(opened, Keys.ARROW_RIGHT)
     press(opened, Keys.ENTER)
-    assert texts(opened, "dialog .bar .name") == ["picture-1"]
+    assert read_texts(opened, "dialog .bar .name") == ["picture-1"]
     press(opened, Keys.ARROW_RIGHT)
-    assert texts(opened, "dialog .bar .name") == ["picture-2"]
+    assert read_texts(opened, "dialog .bar .name") == ["picture-2"]
     press(opened, Keys.ESCAPE)
-    assert not texts(opened, "dialog[open]")
+    assert not read_texts(opened, "dialog[open]")
     assert opened.switch_to.active_element.get_attribute("aria-label") == "Row 2: picture-2"
 
 
 def test_what_others_wrote_is_shown_and_does_not_run(opened: Any) -> None:
     click(opened, ".card[data-at='8']")
-    assert texts(opened, "dialog .bar .name") == [HOSTILE]
-    assert texts(opened, "dialog .answer .value.text")[0] == HOSTILE
-    assert json.loads(texts(opened, "dialog .answer pre")[-1])["colour"] == HOSTILE
-    assert set(texts(opened, "#tasks .prompt")) == {HOSTILE}
-    assert HOSTILE in texts(opened, "#errors .name")[0]
+    assert read_texts(opened, "dialog .bar .name") == [HOSTILE]
+    assert read_texts(opened, "dialog .answer .value.text")[0] == HOSTILE
+    assert json.loads(read_texts(opened, "dialog .answer pre")[-1])["colour"] == HOSTILE
+    assert set(read_texts(opened, "#tasks .prompt")) == {HOSTILE}
+    assert HOSTILE in read_texts(opened, "#errors .name")[0]
     assert opened.execute_script("return [window.hacked, document.scripts.length]") == [None, 2]
     assert [
         image for image in opened.find_elements("css selector", "img") if image.get_attribute("src")[:5] != "data:"

@@ -30,11 +30,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def whole_run(job: str, pictures: Path, output: Path, ray_address: str) -> list[dict[str, object]]:
+def run_undisturbed(job: str, pictures: Path, output: Path, ray_address: str) -> list[dict[str, object]]:
     """The rows of a run that nobody disturbed."""
-    finished = run_job(job, *arguments(pictures, output, job), ray_address=ray_address)
+    finished = run_job(job, *make_arguments(pictures, output, job), ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
-    return rows_of(output)
+    return read_rows(output)
 
 
 def kill_at_work(job: Job, output: Path, pause_s: float | None) -> None:
@@ -48,7 +48,7 @@ def kill_at_work(job: Job, output: Path, pause_s: float | None) -> None:
     job.wait_until_all_gone()
 
 
-def arguments(pictures: Path, output: Path, job: str = "caption") -> list[str]:
+def make_arguments(pictures: Path, output: Path, job: str = "caption") -> list[str]:
     # Small files, so that there is finished work on disk at most moments of a short run.
     options = ["--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "8"]
     if job == "annotate":
@@ -57,7 +57,7 @@ def arguments(pictures: Path, output: Path, job: str = "caption") -> list[str]:
     return [str(pictures), str(output), *options]
 
 
-def rows_of(output: Path) -> list[dict[str, object]]:
+def read_rows(output: Path) -> list[dict[str, object]]:
     """Without probabilities, whose last bits may depend on the batch."""
     table = read_results(str(output))
     inexact = [name for name in table.column_names if name == "mean_logprob" or name.endswith("_confidence")]
@@ -76,41 +76,41 @@ def rows_of(output: Path) -> list[dict[str, object]]:
     ],
 )
 def test_killed_again_and_again(ray_address: str, pictures: Path, tmp_path: Path, kills: int, job_name: str) -> None:
-    whole = whole_run(job_name, pictures, tmp_path / "whole", ray_address)
+    whole = run_undisturbed(job_name, pictures, tmp_path / "whole", ray_address)
     rng = random.Random(kills)
     output = tmp_path / "out"
     for kill in range(kills):
-        done_before = done_names(output)
+        done_before = list_done_names(output)
         with OpenCounter(pictures) as counter:
-            job = Job([f"jobs.{job_name}", *arguments(pictures, output, job_name)]).start()
+            job = Job([f"jobs.{job_name}", *make_arguments(pictures, output, job_name)]).start()
             # The first kill falls where rows are being written, the others anywhere.
             kill_at_work(job, output, rng.uniform(0, MAX_PAUSE_S) if kill else None)
         assert not done_before & counter.opens.keys()
-        assert kill or 0 < len(done_names(output)) < NUM_ROWS, "killed too late"
-    done_before = done_names(output)
+        assert kill or 0 < len(list_done_names(output)) < NUM_ROWS, "killed too late"
+    done_before = list_done_names(output)
     with OpenCounter(pictures) as counter:
-        finished = run_job(job_name, *arguments(pictures, output, job_name))
+        finished = run_job(job_name, *make_arguments(pictures, output, job_name))
     assert finished.exit_code == 0, finished.stderr
     assert finished.summary["skipped_done"] == len(done_before)
     assert finished.summary["rows"] == finished.summary["ok"] == NUM_ROWS
     assert set(counter.opens) == {path.name for path in pictures.iterdir()} - done_before
     assert max(counter.opens.values(), default=1) == 1
-    assert rows_of(output) == whole
+    assert read_rows(output) == whole
 
 
-def done_names(output: Path) -> set[str]:
-    return {Path(str(row["id"])).name for row in rows_of(output)}
+def list_done_names(output: Path) -> set[str]:
+    return {Path(str(row["id"])).name for row in read_rows(output)}
 
 
 def test_a_finished_run_opens_nothing_and_starts_no_ray(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     some = pictures / "00*.png"
-    assert run_caption(*arguments(some, output), ray_address=ray_address).exit_code == 0
+    assert run_caption(*make_arguments(some, output), ray_address=ray_address).exit_code == 0
     nobody = "127.0.0.1:1"
-    refused = run_caption(*arguments(some, tmp_path / "other"), ray_address=nobody)
+    refused = run_caption(*make_arguments(some, tmp_path / "other"), ray_address=nobody)
     assert refused.exit_code == 2 and f"RAY_ADDRESS={nobody}" in refused.stderr
     with OpenCounter(pictures) as counter:
-        again = run_caption(*arguments(some, output), ray_address=nobody)
+        again = run_caption(*make_arguments(some, output), ray_address=nobody)
     assert not counter.opens
     assert again.summary["skipped_done"] == again.summary["rows"] == 10
 
@@ -121,7 +121,7 @@ def test_termination_keeps_what_is_finished(pictures: Path, tmp_path: Path) -> N
     output = tmp_path / "out"
     # Several times the pictures, so that most rows are still to come when the first have arrived.
     more = [f"--input={pictures}"] * 3 + ["--on-duplicate-id", "suffix", "--rows-per-file", "10000"]
-    job = Job(["jobs.caption", *arguments(pictures, output), *more]).start()
+    job = Job(["jobs.caption", *make_arguments(pictures, output), *more]).start()
     assert job.process.stderr is not None
     for line in job.process.stderr:
         if " rows, " in line:  # the first rows have arrived
@@ -131,4 +131,4 @@ def test_termination_keeps_what_is_finished(pictures: Path, tmp_path: Path) -> N
     job.wait_until_all_gone()
     assert finished.exit_code == 1
     assert "goes on from here" in finished.stderr
-    assert 0 < len(rows_of(output)) < 4 * NUM_ROWS
+    assert 0 < len(read_rows(output)) < 4 * NUM_ROWS

@@ -22,7 +22,7 @@ from tests.support.processes import Job, OpenCounter
 MODEL = str(checkpoint_dir("tiny56-tied"))
 
 
-def config(pictures: Path, output: Path, **options: object) -> CaptionConfig:
+def make_config(pictures: Path, output: Path, **options: object) -> CaptionConfig:
     values = {"model": MODEL, "max_new_tokens": 4, **options}
     return CaptionConfig(input=(str(pictures),), output=str(output), **values)  # type: ignore[arg-type]
 
@@ -38,21 +38,21 @@ def write_pictures(directory: Path, count: int, broken: tuple[int, ...] = ()) ->
     return directory
 
 
-def statuses(output: Path) -> list[str]:
+def read_statuses(output: Path) -> list[str]:
     return list(read_results(str(output)).column("status").to_pylist())
 
 
 def test_error_rows_are_taken_up_again_and_nothing_else(ray_cluster: None, tmp_path: Path) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 20, broken=(3, 4, 11)), tmp_path / "out"
     engine = FakeEngineFactory()
-    assert run_pipeline(config(pictures, output, rows_per_file=7), make_engine=engine).error == 3
+    assert run_pipeline(make_config(pictures, output, rows_per_file=7), make_engine=engine).error == 3
     write_pictures(pictures, 12, broken=(4,))
-    assert run_pipeline(config(pictures, output), make_engine=engine).error == 3  # not without being told
+    assert run_pipeline(make_config(pictures, output), make_engine=engine).error == 3  # not without being told
     with OpenCounter(pictures) as counter:
-        summary = run_pipeline(config(pictures, output, retry_errors=True), make_engine=engine)
+        summary = run_pipeline(make_config(pictures, output, retry_errors=True), make_engine=engine)
     assert set(counter.opens) == {f"{i:05}.png" for i in (3, 4, 11)}
     assert (summary.rows, summary.ok, summary.error, summary.skipped_done) == (20, 19, 1, 17)
-    assert [i for i, status in enumerate(statuses(output)) if status == "error"] == [4]
+    assert [i for i, status in enumerate(read_statuses(output)) if status == "error"] == [4]
     record = json.loads((output / "run.json").read_text())
     assert record["counts"] == {"ok": 19, "error": 1}
 
@@ -60,10 +60,10 @@ def test_error_rows_are_taken_up_again_and_nothing_else(ray_cluster: None, tmp_p
 def test_a_run_is_extended_and_compacted(ray_cluster: None, tmp_path: Path) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 9), tmp_path / "out"
     engine = FakeEngineFactory()
-    run_pipeline(config(pictures, output, rows_per_file=4), make_engine=engine)
+    run_pipeline(make_config(pictures, output, rows_per_file=4), make_engine=engine)
     write_pictures(pictures, 14)
     with OpenCounter(pictures) as counter:
-        summary = run_pipeline(config(pictures, output, rows_per_file=4, extend=True), make_engine=engine)
+        summary = run_pipeline(make_config(pictures, output, rows_per_file=4, extend=True), make_engine=engine)
     assert set(counter.opens) == {f"{i:05}.png" for i in range(9, 14)}
     assert (summary.rows, summary.skipped_done) == (14, 9)
     before = read_results(str(output))
@@ -71,7 +71,7 @@ def test_a_run_is_extended_and_compacted(ray_cluster: None, tmp_path: Path) -> N
     assert done.exit_code == 0, done.stderr
     assert done.summary["files_after"] == len(list((output / "data").iterdir())) == 1
     assert read_results(str(output)).equals(before)
-    assert run_pipeline(config(pictures, output, extend=True), make_engine=engine).skipped_done == 14
+    assert run_pipeline(make_config(pictures, output, extend=True), make_engine=engine).skipped_done == 14
 
 
 def test_compacting_while_a_run_writes_is_refused(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_a_run_in_which_everything_fails_stops_early(
 ) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 6000, broken=tuple(range(6000))), tmp_path / "out"
     with pytest.raises(EverythingFails, match="--retry-errors"):
-        run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
+        run_pipeline(make_config(pictures, output), make_engine=FakeEngineFactory())
     assert "x decode: not an image" in caplog.text
-    written = statuses(output)
+    written = read_statuses(output)
     assert set(written) == {"error"}
     assert 500 <= len(written) < 6000  # what had been found is kept
     assert json.loads((output / "run.json").read_text())["status"] == "stopped"

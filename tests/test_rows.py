@@ -33,7 +33,7 @@ def prepared_rows(draw: st.DrawFn) -> PreparedRow:
     return PreparedRow(number, **texts, requests=requests, num_images=len(times_s), frame_timestamps_s=times_s)
 
 
-def as_values(row: PreparedRow) -> list[Any]:
+def to_values(row: PreparedRow) -> list[Any]:
     requests = [(r.input_ids.tolist(), r.tiles.tolist(), r.tile_sizes.tolist()) for r in row.requests]
     return [
         row.row,
@@ -50,8 +50,8 @@ def as_values(row: PreparedRow) -> list[Any]:
 
 @given(st.lists(prepared_rows(), min_size=1, max_size=5))
 def test_prepared_rows_come_back_from_their_columns(rows: list[PreparedRow]) -> None:
-    assert [as_values(row) for row in PreparedRow.from_columns(PreparedRow.to_columns(rows))] == list(
-        map(as_values, rows)
+    assert [to_values(row) for row in PreparedRow.from_columns(PreparedRow.to_columns(rows))] == list(
+        map(to_values, rows)
     )
 
 
@@ -59,7 +59,7 @@ def test_prepared_rows_come_back_from_their_columns(rows: list[PreparedRow]) -> 
 def test_prepared_rows_come_back_from_a_block_of_ray(rows: list[PreparedRow]) -> None:
     block = BlockAccessor.batch_to_block(PreparedRow.to_columns(rows))
     batch = BlockAccessor.for_block(block).to_batch_format("numpy")
-    assert [as_values(row) for row in PreparedRow.from_columns(batch)] == list(map(as_values, rows))
+    assert [to_values(row) for row in PreparedRow.from_columns(batch)] == list(map(to_values, rows))
 
 
 @given(prepared_rows())

@@ -16,11 +16,11 @@ VOCAB = 23
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 3
 
 
-def sampler_of(params: list[SamplingParams]) -> Sampler:
+def make_sampler(params: list[SamplingParams]) -> Sampler:
     return Sampler(params, [RandomStream(p.seed) for p in params], VOCAB, CPU)
 
 
-def peer_probabilities(params: SamplingParams, seen: list[int]) -> Tensor:
+def compute_peer_probabilities(params: SamplingParams, seen: list[int]) -> Tensor:
     """[VOCAB] that transformers would sample from after the tokens `seen`."""
     processors = pytest.importorskip("transformers").generation.logits_process
     chain = [processors.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)]
@@ -50,13 +50,13 @@ def peer_probabilities(params: SamplingParams, seen: list[int]) -> Tensor:
 def test_frequencies_are_those_of_transformers(options: dict[str, float]) -> None:
     num_rows = 4000
     params = [SamplingParams(**{"temperature": 1.0, **options}, seed=seed) for seed in range(num_rows)]  # type: ignore[arg-type]
-    sampler = sampler_of(params)
+    sampler = make_sampler(params)
     first = int(LOGITS.argmax())
     forced = torch.full((num_rows, VOCAB), -1e9)
     forced[:, first] = 0
     assert set(sampler(forced)[0].tolist()) == {first}  # so that every row has seen this token
     ids, logprobs = sampler(LOGITS.expand(num_rows, -1))
-    wanted = peer_probabilities(params[0], [first])
+    wanted = compute_peer_probabilities(params[0], [first])
     seen = torch.bincount(ids, minlength=VOCAB) / num_rows
     assert set(seen.nonzero().flatten().tolist()) <= set(wanted.nonzero().flatten().tolist())
     assert (seen - wanted).abs().max() < 4 * math.sqrt(0.25 / num_rows)
@@ -64,7 +64,7 @@ def test_frequencies_are_those_of_transformers(options: dict[str, float]) -> Non
 
 
 def test_greedy_is_the_argmax_after_the_penalty() -> None:
-    sampler = sampler_of([SamplingParams(repetition_penalty=1e6), SamplingParams()])
+    sampler = make_sampler([SamplingParams(repetition_penalty=1e6), SamplingParams()])
     logits = LOGITS.clamp(min=0.1).expand(2, -1)
     order = LOGITS.argsort(descending=True).tolist()
     assert [sampler(logits)[0].tolist() for _ in range(3)] == [[order[i], order[0]] for i in range(3)]
@@ -74,7 +74,7 @@ def test_a_row_draws_the_same_whoever_its_neighbours_are() -> None:
     rows = [SamplingParams(temperature=1.0, seed=seed) for seed in range(6)]
 
     def draws(params: list[SamplingParams]) -> list[list[int]]:
-        sampler = sampler_of(params)
+        sampler = make_sampler(params)
         steps = [sampler(LOGITS.expand(len(params), -1))[0].tolist() for _ in range(8)]
         return [list(row) for row in zip(*steps, strict=True)]
 
@@ -86,12 +86,12 @@ def test_a_row_draws_the_same_whoever_its_neighbours_are() -> None:
 
 def test_without_a_seed_rows_differ_from_run_to_run() -> None:
     params = [SamplingParams(temperature=1.0)] * 40
-    first, second = (sampler_of(params)(LOGITS.expand(40, -1))[0].tolist() for _ in range(2))
+    first, second = (make_sampler(params)(LOGITS.expand(40, -1))[0].tolist() for _ in range(2))
     assert first != second
 
 
 def test_logprobs_can_be_off() -> None:
-    assert sampler_of([SamplingParams(logprobs=False)])(LOGITS[None])[1].isnan().all()
+    assert make_sampler([SamplingParams(logprobs=False)])(LOGITS[None])[1].isnan().all()
 
 
 @pytest.mark.parametrize(

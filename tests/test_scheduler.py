@@ -14,12 +14,12 @@ from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget, Move, Schedule
 from ovis_model.types import Request, SamplingParams
 
 
-def row_of(prompt: int, output: int) -> RequestState:
+def make_row(prompt: int, output: int) -> RequestState:
     request = Request(np.zeros(prompt, np.int32), np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32))
     return make_states([request], [SamplingParams(max_new_tokens=output)])[0]
 
 
-def siblings_of(shared: int, own: Sequence[tuple[int, int]]) -> list[RequestState]:
+def make_siblings(shared: int, own: Sequence[tuple[int, int]]) -> list[RequestState]:
     """Rows about one item: prompts that begin with `shared` equal ids, then (ids of its own, output) of each."""
     tiles, sizes = np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32)
     common = np.random.default_rng(shared).integers(0, 99, shared)
@@ -66,7 +66,7 @@ def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
 ) -> None:
     """One that starts again included; siblings take what they share from each other's slots."""
     scheduler = Scheduler(Budget(kv_tokens=kv_tokens, slots=slots))
-    rows = [row for item in items for row in siblings_of(*item)]
+    rows = [row for item in items for row in make_siblings(*item)]
     scheduler.enqueue(rows)
     cache = Slots()
     steps = 0
@@ -101,7 +101,7 @@ def test_siblings_compute_what_they_share_once(shared: int, own: list[tuple[int,
     """However few the slots."""
     for slots in (1, 3, 16):
         scheduler = Scheduler(Budget(kv_tokens=10_000, slots=slots))
-        rows = siblings_of(shared, own)
+        rows = make_siblings(shared, own)
         scheduler.enqueue(rows)
         spans = []
         while scheduler.waiting or scheduler.running:
@@ -117,7 +117,7 @@ def test_siblings_compute_what_they_share_once(shared: int, own: list[tuple[int,
 
 def test_nobody_waits_for_the_longest_row() -> None:
     scheduler = Scheduler(Budget(kv_tokens=10_000, slots=4))
-    scheduler.waiting.extend([row_of(5, 100)] + [row_of(5, 5) for _ in range(60)])
+    scheduler.waiting.extend([make_row(5, 100)] + [make_row(5, 5) for _ in range(60)])
     scheduler.plan_cache()
     steps = 0
     while scheduler.waiting or scheduler.running:
@@ -135,7 +135,7 @@ def test_nobody_waits_for_the_longest_row() -> None:
     st.integers(1, 2000),
 )
 def test_passes_fit_their_budget(lengths: list[tuple[int, int]], max_tokens: int) -> None:
-    spans = [Span(row_of(1, 1), np.zeros(length, np.int32), start, 0, 0) for length, start in lengths]
+    spans = [Span(make_row(1, 1), np.zeros(length, np.int32), start, 0, 0) for length, start in lengths]
     groups = list(pack_passes(spans, max_tokens))
     assert sorted(id(span) for group in groups for span in group) == sorted(map(id, spans))
     for group in groups:
@@ -147,24 +147,24 @@ def test_passes_fit_their_budget(lengths: list[tuple[int, int]], max_tokens: int
 
 def test_one_long_row_does_not_cost_the_others_their_slots_for_ever() -> None:
     scheduler = Scheduler(Budget(kv_tokens=300, slots=4))
-    scheduler.waiting.append(row_of(199, 2))
+    scheduler.waiting.append(make_row(199, 2))
     assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (1, 256)
     scheduler.waiting.clear()
-    scheduler.waiting.extend(row_of(10, 2) for _ in range(8))
+    scheduler.waiting.extend(make_row(10, 2) for _ in range(8))
     assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (4, 64)
     assert not scheduler.plan_cache()
 
 
 def test_with_one_slot_the_cache_is_as_long_as_the_next_row_needs() -> None:
     scheduler = Scheduler(Budget(kv_tokens=1000, slots=1))
-    scheduler.waiting.extend([row_of(20, 2), row_of(400, 2)])
+    scheduler.waiting.extend([make_row(20, 2), make_row(400, 2)])
     assert scheduler.plan_cache() and scheduler.capacity == 64
 
 
 def test_slots_have_room_for_rows_to_come_where_there_is_memory() -> None:
     scheduler = Scheduler(Budget(kv_tokens=100_000, slots=4))
-    scheduler.waiting.append(row_of(100, 2))
+    scheduler.waiting.append(make_row(100, 2))
     assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (4, 256)
     scheduler = Scheduler(Budget(kv_tokens=100_000, slots=4, slot_tokens=25_000))
-    scheduler.waiting.append(row_of(100, 2))
+    scheduler.waiting.append(make_row(100, 2))
     assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (4, 24_960)

@@ -85,7 +85,7 @@ def test_probabilities_of_choices_are_those_of_scoring_each_by_itself(checkpoint
     requests = [item[0] for item in make_items(checkpoint)]
     completions = load_engine(checkpoint).generate(requests, SamplingParams(choices=choices))
     for request, completion in zip(requests, completions, strict=True):
-        logliks = torch.stack([loglik(model, request, choice) for choice in choices])
+        logliks = torch.stack([compute_loglik(model, request, choice) for choice in choices])
         assert completion.choice_probs is not None and completion.choice_probs.dtype == np.float32
         np.testing.assert_allclose(completion.choice_probs, logliks.softmax(0), atol=1e-4, rtol=0)
         best = int(logliks.argmax())
@@ -94,7 +94,7 @@ def test_probabilities_of_choices_are_those_of_scoring_each_by_itself(checkpoint
         assert completion.mean_logprob == pytest.approx(float(logliks[best]) / len(choices[best]), abs=1e-4)
 
 
-def loglik(model: torch.nn.Module, request: Request, choice: tuple[int, ...]) -> torch.Tensor:
+def compute_loglik(model: torch.nn.Module, request: Request, choice: tuple[int, ...]) -> torch.Tensor:
     ids = np.concatenate([request.input_ids, np.array(choice, np.int32)])
     logprobs = compute_logits(model, replace(request, input_ids=ids)).log_softmax(-1)[len(request.input_ids) - 1 : -1]
     return logprobs.gather(1, torch.tensor(choice)[:, None]).sum()

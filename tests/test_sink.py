@@ -24,7 +24,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def sink_of(data: Path, ledger: Ledger, *, rows_per_file: int) -> Sink:
+def make_sink(data: Path, ledger: Ledger, *, rows_per_file: int) -> Sink:
     lease = Lease(str(data.parent))
     lease._write()  # without the thread that a run has
     return Sink(str(data), ledger, lease, rows_per_file=rows_per_file)
@@ -32,7 +32,7 @@ def sink_of(data: Path, ledger: Ledger, *, rows_per_file: int) -> Sink:
 
 def test_rows_come_back_once_and_in_order(data: Path) -> None:
     ledger = Ledger()
-    with sink_of(data, ledger, rows_per_file=4) as out:
+    with make_sink(data, ledger, rows_per_file=4) as out:
         for rows in ([7, 3], [0, 1, 9], [1, 7, 2], [8, 5, 4, 6], [3]):
             out.add(make_results(rows))
     assert read_results(str(data.parent)).column("id").to_pylist() == [f"id-{row}" for row in range(10)]
@@ -41,14 +41,14 @@ def test_rows_come_back_once_and_in_order(data: Path) -> None:
 
 
 def test_add_tells_which_rows_were_new(data: Path) -> None:
-    out = sink_of(data, Ledger(done=(RowRange(0, 2),)), rows_per_file=100)
+    out = make_sink(data, Ledger(done=(RowRange(0, 2),)), rows_per_file=100)
     assert out.add(make_results([1, 2, 3])).column("row").to_pylist() == [2, 3]
     assert out.add(make_results([3, 4])).column("row").to_pylist() == [4]
 
 
 def test_what_is_finished_is_written_though_nothing_more_arrives(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink, "FLUSH_S", 0.2)
-    with sink_of(data, Ledger(), rows_per_file=1000) as out:
+    with make_sink(data, Ledger(), rows_per_file=1000) as out:
         out.add(make_results([0]))
         deadline_s = time.monotonic() + 60
         while not any(data.glob("*.parquet")):
@@ -61,7 +61,7 @@ def test_an_interrupt_on_the_way_out_loses_no_row(data: Path, monkeypatch: pytes
     def interrupted(self: threading.Thread) -> None:
         raise KeyboardInterrupt
 
-    out = sink_of(data, Ledger(), rows_per_file=1000)
+    out = make_sink(data, Ledger(), rows_per_file=1000)
     with pytest.raises(KeyboardInterrupt), out:
         out.add(make_results([0, 1]))
         monkeypatch.setattr(threading.Thread, "join", interrupted)
@@ -69,8 +69,8 @@ def test_an_interrupt_on_the_way_out_loses_no_row(data: Path, monkeypatch: pytes
 
 
 def test_a_driver_that_was_replaced_writes_nothing(data: Path) -> None:
-    out = sink_of(data, Ledger(), rows_per_file=1)
-    sink_of(data, Ledger(), rows_per_file=1)  # takes the lease over
+    out = make_sink(data, Ledger(), rows_per_file=1)
+    make_sink(data, Ledger(), rows_per_file=1)  # takes the lease over
     with pytest.raises(LeaseLost):
         out.add(make_results([0]))
     assert not data.exists()

@@ -21,23 +21,23 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names(rows: list[Row]) -> list[str]:
+def list_names(rows: list[Row]) -> list[str]:
     return [Path(row["uri"]).name for row in rows]
 
 
 def test_a_directory_gives_its_images_in_order(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = list_input(tree)
-    assert names(rows) == [".hidden.gif", "1.jpg", "_3.webp", "2.PNG", "img[1].jpg"]
+    assert list_names(rows) == [".hidden.gif", "1.jpg", "_3.webp", "2.PNG", "img[1].jpg"]
     assert all(row["id"] == row["uri"] and row["images"][0]["num_bytes"] == 5 and not row["error"] for row in rows)
     assert "skipped 1 files" in caplog.text and "1 .txt" in caplog.text
 
 
 def test_a_file_is_taken_whatever_its_name(tree: Path) -> None:
-    assert names(list_input(tree / "a" / "notes.txt", tree / "img[1].jpg")) == ["notes.txt", "img[1].jpg"]
+    assert list_names(list_input(tree / "a" / "notes.txt", tree / "img[1].jpg")) == ["notes.txt", "img[1].jpg"]
 
 
 def test_globs(tree: Path) -> None:
-    assert names(list_input(tree / "**" / "*.jpg")) == ["1.jpg", "img[1].jpg"]
+    assert list_names(list_input(tree / "**" / "*.jpg")) == ["1.jpg", "img[1].jpg"]
     with pytest.raises(SourceError, match="no files match"):
         list_input(tree / "*.bmp")
 
@@ -57,12 +57,12 @@ def test_links_are_followed_once(tree: Path) -> None:
     outside.mkdir()
     (outside / "4.jpg").touch()
     (tree / "link").symlink_to(outside)
-    assert names(list_input(tree)).count("1.jpg") == 1
-    assert "4.jpg" in names(list_input(tree))
+    assert list_names(list_input(tree)).count("1.jpg") == 1
+    assert "4.jpg" in list_names(list_input(tree))
 
 
 def test_limit_and_several_inputs(tree: Path) -> None:
-    assert names(list_input(tree / "b", tree / "a", limit=2)) == ["2.PNG", "1.jpg"]
+    assert list_names(list_input(tree / "b", tree / "a", limit=2)) == ["2.PNG", "1.jpg"]
 
 
 def test_a_repeated_id_is_named_before_anything_starts(tree: Path) -> None:

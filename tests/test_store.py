@@ -47,7 +47,7 @@ def test_a_store_that_is_not_installed_says_the_line(uri: str, extra: str, monke
         store.open_store(uri)
 
 
-def fails(monkeypatch: pytest.MonkeyPatch, method: str, faults: list[Exception]) -> list[int]:
+def inject_faults(monkeypatch: pytest.MonkeyPatch, method: str, faults: list[Exception]) -> list[int]:
     """`method` of the memory store raises each of `faults` once; returns a list that grows with its calls."""
     original: Callable[..., object] = getattr(MemoryFileSystem, method)
     calls: list[int] = []
@@ -75,18 +75,18 @@ REQUESTS: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("method", REQUESTS)
 def test_every_request_is_tried_again(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     store.write_bytes("memory://retried/a", b"x")
-    fails(monkeypatch, method, [ConnectionResetError("reset"), RuntimeError("a client's own")])
+    inject_faults(monkeypatch, method, [ConnectionResetError("reset"), RuntimeError("a client's own")])
     REQUESTS[method]()
 
 
 def test_tries_are_bounded_and_what_cannot_pass_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fails(monkeypatch, "cat_file", [ConnectionResetError(str(i)) for i in range(20)])
+    calls = inject_faults(monkeypatch, "cat_file", [ConnectionResetError(str(i)) for i in range(20)])
     with pytest.raises((OSError, RuntimeError), match=r"\d$"):
         store.read_bytes("memory://retried/a")
     assert store.RETRIES.max_attempts <= len(calls) <= 10
     for fault in (FileNotFoundError("gone"), PermissionError("no"), ValueError("a bad name")):
         monkeypatch.undo()
-        calls = fails(monkeypatch, "cat_file", [fault])
+        calls = inject_faults(monkeypatch, "cat_file", [fault])
         with pytest.raises(OSError, match=str(fault)):
             store.read_bytes("memory://retried/a")
         assert len(calls) == 1

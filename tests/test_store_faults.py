@@ -38,7 +38,7 @@ def server() -> Iterator[FaultyStore]:
 @pytest.fixture
 def s3(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
     """An empty bucket, found by the environment; pauses are short and the client's own retries few."""
-    for name, value in {**server.environment(), "AWS_MAX_ATTEMPTS": "1"}.items():
+    for name, value in {**server.to_environment(), "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()  # fsspec keeps its file systems, with the environment of their first use
     monkeypatch.setattr(S3FileSystem, "retries", 1)
@@ -53,7 +53,7 @@ def s3(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.
 def test_every_read_and_write_of_a_failing_store_is_tried_again(
     server: FaultyStore, s3: fsspec.AbstractFileSystem
 ) -> None:
-    with server.failing(Faults(share=0.3, kinds=("error", "cut"))) as faults:
+    with server.inject(Faults(share=0.3, kinds=("error", "cut"))) as faults:
         for i in range(8):
             store.write_bytes(f"s3://bucket/{i}", bytes([i]) * 1000)
         assert [store.read_bytes(f"s3://bucket/{i}") for i in range(8)] == [bytes([i]) * 1000 for i in range(8)]
@@ -74,7 +74,7 @@ def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.Abstract
     s3.put_file(
         str(write_tar(tmp_path / "b.tgz", [(f"{i}.png", encode_picture(i)) for i in range(40)], "w:gz")), "bucket/b.tgz"
     )
-    with server.failing(Faults(share=0.3, kinds=("error", "cut"))) as faults:
+    with server.inject(Faults(share=0.3, kinds=("error", "cut"))) as faults:
         config = CaptionConfig(input=("s3://bucket/a.parquet", "s3://bucket/b.tgz"), output="out", model="demo")
         with list_rows(config, config.questionnaire) as listing:
             rows = [row for table in listing.read_tables() for row in table.to_pylist()]
@@ -86,7 +86,7 @@ def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.Abstract
 
 def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fsspec.AbstractFileSystem) -> None:
     s3.pipe_file("bucket/a.png", encode_picture(0))
-    with server.failing(Faults(share=1.0)):
+    with server.inject(Faults(share=1.0)):
         with pytest.raises(StoreFault, match="fails again and again"):
             store.read_bytes("s3://bucket/a.png")
         with pytest.raises(StoreFault):
@@ -95,10 +95,10 @@ def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fssp
         store.read_bytes("s3://bucket/b.png")
 
 
-def prepared(output: Path, server: FaultyStore, faults: Faults) -> list[PreparedRow]:
+def prepare_rows(output: Path, server: FaultyStore, faults: Faults) -> list[PreparedRow]:
     """Twelve rows after the CPU stage, whose reads meet the faults."""
     stage, units = make_stage(CaptionConfig(input=("s3://bucket/in",), output=str(output), model=MODEL))
-    with server.failing(faults):
+    with server.inject(faults):
         return run_stage(stage, units)
 
 
@@ -113,7 +113,7 @@ def test_a_file_that_the_store_alone_never_gives_is_an_error_row(
     server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
     """Others of its store are read, so it is the file; a run that could never end would help nobody."""
-    rows = prepared(tmp_path, server, Faults(broken=("in/07.png", "in/00.png")))
+    rows = prepare_rows(tmp_path, server, Faults(broken=("in/07.png", "in/00.png")))
     assert [row.stage == "read" for row in rows] == [i in (0, 7) for i in range(12)]
     assert "other files are read" in str(rows[7].error)
 
@@ -122,7 +122,7 @@ def test_rows_of_a_store_that_is_down_are_no_error_rows(
     server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
     with pytest.raises(StoreFault):
-        prepared(tmp_path, server, Faults(broken=("in/",)))
+        prepare_rows(tmp_path, server, Faults(broken=("in/",)))
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_a_run_whose_store_goes_down_stops_and_goes_on(
 ) -> None:
     """About two minutes, which is how long the store is asked again and again."""
     arguments = ["s3://bucket/in", tmp_path / "out", "--model", MODEL, "--max-new-tokens", 2]
-    with server.failing(Faults(broken=("in/",))):
+    with server.inject(Faults(broken=("in/",))):
         stopped = run_caption(*arguments, timeout_s=400)
     assert stopped.exit_code == 1, stopped.stderr
     assert "the store fails" in stopped.stderr and "the same command" in stopped.stderr

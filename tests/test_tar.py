@@ -22,7 +22,7 @@ from tests.support.rows import Row, list_input
 from tests.support.tars import write_tar
 
 
-def keys(rows: list[Row]) -> list[str]:
+def list_keys(rows: list[Row]) -> list[str]:
     return [row["id"].partition("#")[2] for row in rows]
 
 
@@ -42,7 +42,7 @@ def test_members_of_a_key_are_a_row_in_any_order(tmp_path: Path, name: str, mode
         mode,
     )
     rows = list_input(path, prompt_column="txt", keep_columns=("label", "n"))
-    assert keys(rows) == ["d/1", "d/2", "e/1", "d/3"]
+    assert list_keys(rows) == ["d/1", "d/2", "e/1", "d/3"]
     assert fetch_images(rows) == [[b"one"], [b"two"], [b"another one"], [b"three"]]
     assert [row["prompt"] for row in rows] == ["What?", *["Describe the image."] * 3]
     assert [row["kept"] for row in rows][:2] == [{"label": None, "n": None}, {"label": "x", "n": 2}]
@@ -52,14 +52,14 @@ def test_members_of_a_key_are_a_row_in_any_order(tmp_path: Path, name: str, mode
 def test_several_images_of_a_key_are_one_row(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("k.left.jpg", b"l"), ("other.png", b"o"), ("k.right.jpg", b"r")])
     rows = list_input(path)
-    assert keys(rows) == ["k", "other"]
+    assert list_keys(rows) == ["k", "other"]
     assert fetch_images(rows) == [[b"l", b"r"], [b"o"]]
 
 
 def test_a_repeated_member_is_a_further_row(tmp_path: Path) -> None:
     members = [("k.jpg", b"1"), ("k.json", b'{"n": 1}'), ("x.jpg", b"x"), ("k.jpg", b"2"), ("k.json", b'{"n": 2}')]
     rows = list_input(write_tar(tmp_path / "a.tar", [*members, ("k.jpg", b"3")]), keep_columns=("n",))
-    assert keys(rows) == ["k", "x", "k~2", "k~3"]
+    assert list_keys(rows) == ["k", "x", "k~2", "k~3"]
     assert fetch_images(rows) == [[b"1"], [b"x"], [b"2"], [b"3"]]
     assert [row["kept"]["n"] for row in rows] == [1, None, 2, None]
 
@@ -75,7 +75,7 @@ def test_no_payload_is_read_and_sidecars_only_if_a_column_is_wanted(tmp_path: Pa
 
 def test_other_members_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"3"), ("README", b""), ("._1.jpg", b"junk")])
-    assert keys(list_input(path)) == ["1"]
+    assert list_keys(list_input(path)) == ["1"]
     assert "skipped 3 files" in caplog.text
 
 
@@ -103,24 +103,24 @@ def test_names_that_would_escape_are_names_and_links_are_error_rows(tmp_path: Pa
         info.type = tarfile.DIRTYPE
         file.addfile(info)
     rows = list_input(path)
-    assert keys(rows)[:4] == ["../../etc/passwd", "/absolute/1", "dir/./1", "n" * 300]
-    assert keys(rows)[4:] == ["sym", "hard", "dev", "folder"]
+    assert list_keys(rows)[:4] == ["../../etc/passwd", "/absolute/1", "dir/./1", "n" * 300]
+    assert list_keys(rows)[4:] == ["sym", "hard", "dev", "folder"]
     assert fetch_images(rows[:4]) == [[b"x"]] * 4
     assert all("link or device" in row["error"] for row in rows[4:7]) and not rows[7]["error"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
 
 
-def whole_tar(tmp_path: Path) -> bytes:
+def make_tar(tmp_path: Path) -> bytes:
     return write_tar(tmp_path / "whole.tar", [(f"{i}.jpg", bytes([i]) * 700) for i in range(10)]).read_bytes()
 
 
 @pytest.mark.parametrize("keep", [512 * 3 * 5, 512 * 3 * 5 + 100, 512 * 3 * 5 + 512])
 def test_a_truncated_tar_gives_what_is_readable_and_one_error_row(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "a.tar"
-    path.write_bytes(whole_tar(tmp_path)[:keep])
+    path.write_bytes(make_tar(tmp_path)[:keep])
     rows = list_input(path)
     *readable, damage = rows
-    assert keys(readable)[:5] == [f"{i}" for i in range(5)] and not any(row["error"] for row in readable)
+    assert list_keys(readable)[:5] == [f"{i}" for i in range(5)] and not any(row["error"] for row in readable)
     assert fetch_images(readable[:5]) == [[bytes([i]) * 700] for i in range(5)]
     assert damage["id"].startswith(f"{path}#byte-") and "damaged at byte" in damage["error"]
     if len(readable) > 5:  # its header is whole, its data is not
@@ -131,12 +131,12 @@ def test_a_truncated_tar_gives_what_is_readable_and_one_error_row(tmp_path: Path
 @pytest.mark.parametrize("junk", [b"\xff" * 512, b"\0" * 512, b"junk" * 128])
 def test_a_damaged_header_is_not_the_end(tmp_path: Path, junk: bytes) -> None:
     """tarfile alone takes each of these for the end of the archive."""
-    data = bytearray(whole_tar(tmp_path))
+    data = bytearray(make_tar(tmp_path))
     data[512 * 3 * 4 : 512 * 3 * 4 + 512] = junk
     path = tmp_path / "a.tar"
     path.write_bytes(data)
     *readable, damage = list_input(path)
-    assert keys(readable) == [f"{i}" for i in range(4)]
+    assert list_keys(readable) == [f"{i}" for i in range(4)]
     assert "damaged at byte 6,144" in damage["error"]
 
 
@@ -168,7 +168,7 @@ def test_headers_that_lie_about_their_size_are_damage(tmp_path: Path) -> None:
 
 
 def test_the_number_of_members_is_bounded(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(whole_tar(tmp_path))
+    (tmp_path / "a.tar").write_bytes(make_tar(tmp_path))
     info, limits = FileInfo(str(tmp_path / "a.tar"), -1), TarLimits(max_members=3)
     [chunk] = list_tar(info, ColumnRoles(), is_gzip=False, limits=limits)
     *readable, damage = chunk.rows

@@ -50,7 +50,7 @@ def tasks_file(tmp_path: Path) -> Path:
     return tmp_path / "tasks.yaml"
 
 
-def rows_of(config: AnnotateConfig) -> list[dict[str, Any]]:
+def list_task_rows(config: AnnotateConfig) -> list[dict[str, Any]]:
     with list_rows(config, config.questionnaire) as listing:
         return [row for table in listing.read_tables() for row in table.to_pylist()]
 
@@ -147,7 +147,7 @@ def test_a_row_without_an_image_is_not_said_to_be_asked(
     tmp_path: Path, tasks_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "list.jsonl").write_text('{"prompt": "Why?", "kind": "dog"}\n')
-    rows_of(parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)}))
+    list_task_rows(parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)}))
     assert "sent as text" not in caplog.text
 
 
@@ -166,7 +166,7 @@ def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path)
     lines = [{"image": "1.jpg", "kind": "dog", "prompt": "ignored"}, {"image": "2.jpg"}, {"kind": "cat"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)})
-    dog, nothing, no_image = rows_of(config)
+    dog, nothing, no_image = list_task_rows(config)
     assert config.questionnaire.prompts(dog["prompt"]) == ["Describe this dog.", "Is there red?", "Tags?", "Read it."]
     assert (dog["error"], dog["has_own_prompt"]) == ("", False)
     assert nothing["error"] == "task caption: names the column 'kind', which is null in this row"
@@ -174,4 +174,4 @@ def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path)
     for braces in ("{", "{unknown}"):
         broken = config.model_copy(update={"tasks": (config.tasks[1].model_copy(update={"prompt": f"Is {braces}?"}),)})
         with pytest.raises(SourceError, match=r"task has_red: |no column unknown"):
-            rows_of(broken)
+            list_task_rows(broken)

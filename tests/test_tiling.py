@@ -21,29 +21,29 @@ MAX_TILES = range(1, 13)
 sides = st.integers(1, 4000) | st.sampled_from([447, 448, 449, 896, 897, 1344, 1345, 4032])
 
 
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+def draw_noise(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def pasted(tile_size: int, size: NDArray[np.int32]) -> tuple[slice, slice]:
+def locate_picture(tile_size: int, size: NDArray[np.int32]) -> tuple[slice, slice]:
     """Rows and columns of a tile that its picture covers."""
     height, width = (int(side) for side in size)
     top, left = (tile_size - height) // 2, (tile_size - width) // 2
     return slice(top, top + height), slice(left, left + width)
 
 
-def normalised(tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> NDArray[np.float32]:
+def normalize(tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> NDArray[np.float32]:
     """What the device makes of tiles: the table inside the picture, zero around it."""
     values = build_normalization_table()[np.arange(3)[:, None, None], tiles]
     out = np.zeros_like(values)
     for i, size in enumerate(sizes):
-        rows, cols = pasted(tiles.shape[-1], size)
+        rows, cols = locate_picture(tiles.shape[-1], size)
         out[i, :, rows, cols] = values[i, :, rows, cols]
     return out
 
 
-def reference_grid(width: int, height: int, most: int, side: int = 448) -> tuple[int, int]:
+def choose_reference_grid(width: int, height: int, most: int, side: int = 448) -> tuple[int, int]:
     """The original rule, written out cell by cell and as slowly."""
     ranked = []
     for rows in range(1, most + 1):
@@ -79,7 +79,7 @@ def test_equals_the_original_in_all_golden_cases(checkpoint: str) -> None:
         assert list(grid) == case["grid"], case
         assert len(tiles) == len(sizes) == count_tiles(grid) == case["num_crops"], case
         assert make_placeholders(grid) == case["placeholders"], case
-        assert hashlib.sha256(normalised(tiles, sizes).tobytes()).hexdigest() == case["sha256_float32"], case
+        assert hashlib.sha256(normalize(tiles, sizes).tobytes()).hexdigest() == case["sha256_float32"], case
 
 
 @pytest.mark.parametrize("max_tiles", MAX_TILES)
@@ -88,7 +88,7 @@ def test_grid_equals_the_original_rule(max_tiles: int) -> None:
     sizes = np.exp(rng.uniform(0, np.log(8000), (260, 2))).astype(int) + 1
     on_edges = 448 * rng.integers(1, 8, (40, 2)) + rng.integers(-1, 2, (40, 2))
     for width, height in np.concatenate([sizes, on_edges]).tolist():
-        assert choose_grid(width, height, max_tiles) == reference_grid(width, height, max_tiles), (
+        assert choose_grid(width, height, max_tiles) == choose_reference_grid(width, height, max_tiles), (
             width,
             height,
         )
@@ -97,7 +97,7 @@ def test_grid_equals_the_original_rule(max_tiles: int) -> None:
 @given(sides, sides, st.sampled_from(MAX_TILES), st.sampled_from([56, 112, 448]))
 @settings(max_examples=150, deadline=None)
 def test_grid_equals_the_original_rule_for_any_tile_size(w: int, h: int, most: int, tile_size: int) -> None:
-    assert choose_grid(w, h, most, tile_size) == reference_grid(w, h, most, tile_size)
+    assert choose_grid(w, h, most, tile_size) == choose_reference_grid(w, h, most, tile_size)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_every_tile_holds_a_centred_picture_in_a_zero_border(width: int, height:
     assert (sizes.max(axis=1) == tile_size).all()
     for tile, size in zip(tiles, sizes, strict=True):
         expected_tile = np.zeros_like(tile)
-        rows, cols = pasted(tile_size, size)
+        rows, cols = locate_picture(tile_size, size)
         expected_tile[:, rows, cols] = np.array([255, 254, 253], np.uint8)[:, None, None]
         assert (tile == expected_tile).all()
 
@@ -142,7 +142,7 @@ def test_every_tile_holds_a_centred_picture_in_a_zero_border(width: int, height:
 @settings(max_examples=60, deadline=None)
 def test_tiles_are_the_resized_crops(width: int, height: int, max_tiles: int, seed: int) -> None:
     tile_size = 56
-    image = noise(width, height, seed)
+    image = draw_noise(width, height, seed)
     rows, cols = choose_grid(width, height, max_tiles, tile_size)
     xs, ys = ([i * (n // k) for i in range(k)] + [n] for n, k in ((width, cols), (height, rows)))
     boxes = [(xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(rows) for c in range(cols)]
@@ -153,7 +153,7 @@ def test_tiles_are_the_resized_crops(width: int, height: int, max_tiles: int, se
         w, h = fit_in_tile(*crop.size, tile_size)
         resized = crop.resize((w, crop.height), Image.Resampling.BICUBIC).resize((w, h), Image.Resampling.BICUBIC)
         assert (h, w) == tuple(size)
-        inside_rows, inside_cols = pasted(tile_size, size)
+        inside_rows, inside_cols = locate_picture(tile_size, size)
         assert (tile[:, inside_rows, inside_cols] == np.asarray(resized).transpose(2, 0, 1)).all()
 
 
@@ -170,14 +170,14 @@ def test_a_cell_sees_nothing_of_its_neighbours() -> None:
 @pytest.mark.parametrize("short", [1, 3])
 def test_extreme_shapes_are_tiled(ratio: int, tall: bool, short: int) -> None:
     size = (short, short * ratio) if tall else (short * ratio, short)
-    tiles, sizes = tile_image(noise(*size), 9)
+    tiles, sizes = tile_image(draw_noise(*size), 9)
     assert len(tiles) == len(sizes) <= 10
     assert sizes.min() >= 1
     assert sizes.max() == 448
 
 
 def test_several_images_follow_one_another() -> None:
-    images = [noise(90, 40), noise(20, 30, 1), noise(57, 200, 2)]
+    images = [draw_noise(90, 40), draw_noise(20, 30, 1), draw_noise(57, 200, 2)]
     tiles, sizes = tile_images(images, 4, 56)
     alone = [tile_image(image, 4, 56) for image in images]
     assert (tiles == np.concatenate([tiles for tiles, _ in alone])).all()

@@ -20,11 +20,11 @@ def test_tasks_behind_one_prefix_are_learnt_as_if_alone() -> None:
     examples = [_example(processor, seed, held_out=False, num_draws=3) for seed in range(30)]
     several_tiles = [example for example in examples if example.num_tiles == 3][:2]
     with torch.inference_mode():
-        alone = [_losses_alone(model, example, task) for example in several_tiles for task in example.tasks]
+        alone = [_compute_losses_alone(model, example, task) for example in several_tiles for task in example.tasks]
         assert _loss(model, several_tiles).item() == pytest.approx(torch.cat(alone).mean().item(), rel=1e-4)
 
 
-def _losses_alone(model: Ovis, example: Example, task: Task) -> Tensor:
+def _compute_losses_alone(model: Ovis, example: Example, task: Task) -> Tensor:
     """Of each target token: float32[T]"""
     prompt = torch.from_numpy(task.request.input_ids).long()
     input_ids = torch.cat((prompt, task.target_ids[:-1]))

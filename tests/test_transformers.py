@@ -28,7 +28,7 @@ def test_logits_and_greedy_ids_equal_transformers(checkpoint: str, post_trunk_no
     peer = transformers.Ovis2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     if not post_trunk_norm:
         peer.model.vision_tower.transformer.rms_norm = torch.nn.Identity()
-    ids_of = _native_ids(json.loads((directory / "config.json").read_text()))
+    ids_of = _make_native_converter(json.loads((directory / "config.json").read_text()))
     for request in make_golden_requests(checkpoint):
         inputs = {"input_ids": torch.from_numpy(ids_of(request)).long()[None]}
         if len(request.tiles):
@@ -48,7 +48,7 @@ def _generate(peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[in
     return ids
 
 
-def _native_ids(config: dict[str, list[int]]):  # type: ignore[no-untyped-def]
+def _make_native_converter(config: dict[str, list[int]]):  # type: ignore[no-untyped-def]
     """transformers gives the placeholders ids of its own: one for the atom, five for the indicators."""
     indicators = np.array(config["visual_indicator_token_ids"])
 
@@ -74,22 +74,22 @@ SHAPES = {
 def test_other_shapes_equal_transformers(tmp_path: Path, shape: str) -> None:
     """Random models that transformers made and saved."""
     torch.manual_seed(0)
-    peer = transformers.Ovis2ForConditionalGeneration(_peer_config(SHAPES[shape])).eval()
+    peer = transformers.Ovis2ForConditionalGeneration(_make_peer_config(SHAPES[shape])).eval()
     for parameter in peer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     peer.save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     model = load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32, post_trunk_norm=True)
     vision = model.config.vision
-    request = _random_request(vision.image_size, vision.tokens_per_tile)
-    to_native = _native_ids({"image_token_id": 90, "visual_indicator_token_ids": [91, 92, 93, 94, 95]})  # type: ignore[dict-item]
+    request = _make_random_request(vision.image_size, vision.tokens_per_tile)
+    to_native = _make_native_converter({"image_token_id": 90, "visual_indicator_token_ids": [91, 92, 93, 94, 95]})  # type: ignore[dict-item]
     with torch.inference_mode():
         ids = torch.from_numpy(to_native(request)).long()[None]
         wanted = peer(input_ids=ids, pixel_values=normalize_tiles(model, request)).logits[0]
     np.testing.assert_allclose(compute_logits(model, request), wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
 
 
-def _peer_config(changes: dict[str, Any]) -> Any:
+def _make_peer_config(changes: dict[str, Any]) -> Any:
     text = {
         "vocab_size": 128,
         "hidden_size": 64,
@@ -122,7 +122,7 @@ def _peer_config(changes: dict[str, Any]) -> Any:
     )
 
 
-def _random_request(side: int, tokens_per_tile: int) -> Request:
+def _make_random_request(side: int, tokens_per_tile: int) -> Request:
     """Two images, one of them of three tiles, between random text."""
     rng = np.random.default_rng(0)
     grids = [Grid(1, 1), Grid(1, 2)]

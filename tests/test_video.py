@@ -30,23 +30,23 @@ from tests.support.videos import (
 )
 
 
-def sampled(path: Path, num_frames: int = 12, window: Window | None = None, **options: Any) -> list[Frame]:
+def sample(path: Path, num_frames: int = 12, window: Window | None = None, **options: Any) -> list[Frame]:
     with path.open("rb") as file:
         return sample_frames(file, Sampling(num_frames, options.pop("fps", None)), window, **options)
 
 
-def numbers(frames: list[Frame]) -> list[int]:
+def read_numbers(frames: list[Frame]) -> list[int]:
     return [read_number(frame.pixels) for frame in frames]
 
 
-def reader(path: Path) -> Any:
+def open_moviepy(path: Path) -> Any:
     """moviepy's, as `VideoFileClip` opens it."""
     from moviepy.video.io.ffmpeg_reader import FFMPEG_VideoReader
 
     return FFMPEG_VideoReader(str(path), decode_file=False)
 
 
-def card_indices(count: int, num_frames: int) -> list[int]:
+def choose_card_indices(count: int, num_frames: int) -> list[int]:
     """As the model card writes it."""
     if count <= num_frames:
         return list(range(count))
@@ -56,8 +56,8 @@ def card_indices(count: int, num_frames: int) -> list[int]:
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_frames_are_those_of_the_model_cards_code(name: str) -> None:
-    frames, moviepy = sampled(find_clip(name)), reader(find_clip(name))
-    indices = card_indices(int(moviepy.fps * moviepy.duration), 12)
+    frames, moviepy = sample(find_clip(name)), open_moviepy(find_clip(name))
+    indices = choose_card_indices(int(moviepy.fps * moviepy.duration), 12)
     assert [round(frame.timestamp_s * moviepy.fps, 2) for frame in frames] == indices
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,20 +78,20 @@ def test_pictures_of_any_size_lie_close_together(tmp_path: Path, width: int, hei
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (height, width, 3)).astype(np.uint8) for _ in range(5)]
     path = write_video(tmp_path / "odd.mp4", pictures)
-    frames = sampled(path)
+    frames = sample(path)
     assert all(frame.pixels.flags.c_contiguous for frame in frames)
-    assert np.array_equal(np.stack([frame.pixels for frame in frames]), by_ffmpeg(path, (height, width, 3)))
+    assert np.array_equal(np.stack([frame.pixels for frame in frames]), decode_by_ffmpeg(path, (height, width, 3)))
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
 def test_frames_are_upright(tmp_path: Path, rotation: int) -> None:
     path = write_video(tmp_path / "turned.mp4", 20, rotation=rotation)
-    frames = sampled(path, 20)
-    assert np.array_equal(np.stack([frame.pixels for frame in frames]), by_ffmpeg(path, frames[0].pixels.shape))
-    assert sampled(path, 3, size=(64, 32))[0].pixels.shape == (32, 64, 3)
+    frames = sample(path, 20)
+    assert np.array_equal(np.stack([frame.pixels for frame in frames]), decode_by_ffmpeg(path, frames[0].pixels.shape))
+    assert sample(path, 3, size=(64, 32))[0].pixels.shape == (32, 64, 3)
 
 
-def by_ffmpeg(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def decode_by_ffmpeg(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """All frames as ffmpeg's own command gives them; moviepy stretches what is turned by 90 degrees."""
     import imageio_ffmpeg
 
@@ -120,20 +120,22 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_frames_asked_for(tmp_path: Path, name: str) -> None:
     path = write_video(tmp_path / name, 200, **KINDS[name])
-    frames = sampled(path, 12)
-    assert numbers(frames) == card_indices(200, 12)
-    assert [frame.timestamp_s for frame in frames] == pytest.approx([n / 25 for n in card_indices(200, 12)], abs=0.002)
-    assert numbers(sampled(path, 4, Window(2, 4))) == [56, 68, 81, 93]
+    frames = sample(path, 12)
+    assert read_numbers(frames) == choose_card_indices(200, 12)
+    assert [frame.timestamp_s for frame in frames] == pytest.approx(
+        [n / 25 for n in choose_card_indices(200, 12)], abs=0.002
+    )
+    assert read_numbers(sample(path, 4, Window(2, 4))) == [56, 68, 81, 93]
     with path.open("rb") as file:
-        assert numbers(decode_frames_at(file, [0.0, 4.0, 4.04, 7.96])) == [0, 100, 101, 199]
+        assert read_numbers(decode_frames_at(file, [0.0, 4.0, 4.04, 7.96])) == [0, 100, 101, 199]
 
 
 def test_mpeg_program_stream_without_a_frame_count(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mpg", 100, codec="mpeg2video")
-    frames = sampled(path, 12)
+    frames = sample(path, 12)
     assert len(frames) == 12
     # Its demuxer guesses the times of frames that share a packet, so ffmpeg is a frame off as well.
-    assert numbers(frames) == pytest.approx([frame.timestamp_s * 25 for frame in frames], abs=1.1)
+    assert read_numbers(frames) == pytest.approx([frame.timestamp_s * 25 for frame in frames], abs=1.1)
 
 
 def test_frames_of_a_variable_rate_are_those_a_player_shows(tmp_path: Path) -> None:
@@ -142,34 +144,34 @@ def test_frames_of_a_variable_rate_are_those_a_player_shows(tmp_path: Path) -> N
         path = write_video(tmp_path / f"variable.{suffix}", 40, times_s=times)
         with path.open("rb") as file:
             frames = decode_frames_at(file, [0.4, 3.0, 5.0, 7.3, 14.4])
-        assert numbers(frames) == [10, 19, 20, 24, 38]
+        assert read_numbers(frames) == [10, 19, 20, 24, 38]
         assert [frame.timestamp_s for frame in frames] == pytest.approx([0.4, 0.76, 5.0, 7.0, 14.0], abs=0.01)
 
 
 def test_short_videos_give_all_their_frames(tmp_path: Path) -> None:
     for count in (1, 2, 11, 12):
-        assert numbers(sampled(write_video(tmp_path / f"{count}.mp4", count))) == list(range(count))
+        assert read_numbers(sample(write_video(tmp_path / f"{count}.mp4", count))) == list(range(count))
 
 
 def test_a_rate_asks_for_fewer_frames_never_more(tmp_path: Path) -> None:
     path = write_video(tmp_path / "8s.mp4", 200)
-    assert len(sampled(path, 12, fps=1)) == 8
-    assert len(sampled(path, 12, fps=0.01)) == 1
-    assert len(sampled(path, 12, fps=100)) == 12
-    assert len(sampled(path, 12, Window(2, 5), fps=2)) == 6
+    assert len(sample(path, 12, fps=1)) == 8
+    assert len(sample(path, 12, fps=0.01)) == 1
+    assert len(sample(path, 12, fps=100)) == 12
+    assert len(sample(path, 12, Window(2, 5), fps=2)) == 6
 
 
 def test_candidates_are_resized(tmp_path: Path) -> None:
-    frames = sampled(write_video(tmp_path / "a.mp4", 100), 5, size=(128, 40))
+    frames = sample(write_video(tmp_path / "a.mp4", 100), 5, size=(128, 40))
     assert {frame.pixels.shape for frame in frames} == {(40, 128, 3)}
-    assert numbers(frames) == card_indices(100, 5)
+    assert read_numbers(frames) == choose_card_indices(100, 5)
 
 
 def test_a_window_behind_the_end_is_refused(tmp_path: Path) -> None:
     path = write_video(tmp_path / "4s.mp4", 100)
-    assert numbers(sampled(path, 12, Window(3.92))) == [98, 99]
+    assert read_numbers(sample(path, 12, Window(3.92))) == [98, 99]
     with pytest.raises(MediaError, match=r"starts at 20 s, the video ends at 4 s"):
-        sampled(path, 12, Window(20, 30))
+        sample(path, 12, Window(20, 30))
 
 
 def cut_in_half(path: Path) -> None:
@@ -203,20 +205,20 @@ def test_what_is_no_whole_video_is_refused(tmp_path: Path, name: str) -> None:
     make, message = BROKEN[name]
     make(tmp_path / name)
     with pytest.raises(MediaError, match=message):
-        sampled(tmp_path / name)
+        sample(tmp_path / name)
 
 
 def test_what_is_left_of_a_truncated_video_can_be_asked_for(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mkv", 100)
     cut_in_half(tmp_path / "a.mkv")
-    assert numbers(sampled(tmp_path / "a.mkv", 5, Window(0, 2))) == card_indices(50, 5)
+    assert read_numbers(sample(tmp_path / "a.mkv", 5, Window(0, 2))) == choose_card_indices(50, 5)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_the_last_frame_stands_while_the_sound_goes_on(tmp_path: Path, suffix: str) -> None:
     """That is no truncated video: its header says how long the pictures last."""
     path = join(tmp_path / f"a.{suffix}", write_video(tmp_path / "v.mp4", 50), write_sound(tmp_path / "s.m4a", 8))
-    assert numbers(sampled(path, 4)) == [25, 49, 49, 49]
+    assert read_numbers(sample(path, 4)) == [25, 49, 49, 49]
 
 
 def test_damaged_packets_are_left_out(tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_damaged_packets_are_left_out(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
     path.write_bytes(data)
-    assert len(sampled(path, 12)) == 12
+    assert len(sample(path, 12)) == 12
 
 
 def test_length_is_that_of_the_header_or_measured(tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ def test_length_is_that_of_the_header_or_measured(tmp_path: Path) -> None:
             assert read_duration_s(file) == pytest.approx(4.0, abs=0.05)
 
 
-def cpu_s(work: Callable[[], object]) -> float:
+def measure_cpu_s(work: Callable[[], object]) -> float:
     start_s = time.process_time()
     work()
     return time.process_time() - start_s
@@ -247,8 +249,8 @@ def test_work_grows_with_the_frames_wanted_not_with_the_length(tmp_path: Path, s
     """A hundred times as long costs not three times as much."""
     short = write_video(tmp_path / "short.mp4", 500)
     long = write_repeated(tmp_path / f"long.{suffix}", short, 100)
-    assert numbers(sampled(long, 3)) == [int(500 * 100 * part) % 500 for part in (1 / 6, 1 / 2, 5 / 6)]
-    once_s, often_s = (min(cpu_s(lambda p=path: sampled(p)) for _ in range(3)) for path in (short, long))
+    assert read_numbers(sample(long, 3)) == [int(500 * 100 * part) % 500 for part in (1 / 6, 1 / 2, 5 / 6)]
+    once_s, often_s = (min(measure_cpu_s(lambda p=path: sample(p)) for _ in range(3)) for path in (short, long))
     assert often_s < 3 * once_s + 0.05
 
 
@@ -266,8 +268,8 @@ def test_a_few_frames_cost_a_fraction_of_all(tmp_path: Path) -> None:
             for frame in container.decode(video=0):
                 frame.to_ndarray(format="rgb24")
 
-    some_s = min(cpu_s(lambda: sampled(path)) for _ in range(3))
-    assert cpu_s(decode_all) > 3 * some_s
+    some_s = min(measure_cpu_s(lambda: sample(path)) for _ in range(3))
+    assert measure_cpu_s(decode_all) > 3 * some_s
 
 
 def test_the_shots_of_a_real_clip_are_where_they_are() -> None:

@@ -32,7 +32,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def arguments(videos: Path, output: Path, *options: str) -> list[str]:
+def make_arguments(videos: Path, output: Path, *options: str) -> list[str]:
     common = ["--model", "demo", "--max-new-tokens", "8", "--num-frames", "4", "--max-error-rate", "0.3"]
     return [str(videos), str(output), *common, "--rows-per-file", "4", *options]
 
@@ -40,7 +40,7 @@ def arguments(videos: Path, output: Path, *options: str) -> list[str]:
 @against_the_clock
 def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    job = Job(["jobs.caption", *arguments(videos, output)]).start()
+    job = Job(["jobs.caption", *make_arguments(videos, output)]).start()
     while job.process.poll() is None and not any(output.glob("data/*.parquet")):
         time.sleep(0.01)
     job.kill()
@@ -49,7 +49,7 @@ def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
     assert 0 < len(done) < 50
 
     with OpenCounter(videos) as counter:
-        finished = run_caption(*arguments(videos, output))
+        finished = run_caption(*make_arguments(videos, output))
     assert finished.exit_code == 0, finished.stderr
     assert (finished.summary["ok"], finished.summary["error"], finished.summary["skipped_done"]) == (40, 10, len(done))
     assert not done & counter.opens.keys()
@@ -81,13 +81,13 @@ def test_frames_are_chosen_by_an_encoder_in_an_actor(videos: Path, tmp_path: Pat
         "--limit",
         "6",
     ]
-    finished = run_caption(*arguments(videos, output, *options))
+    finished = run_caption(*make_arguments(videos, output, *options))
     assert finished.exit_code == 0, finished.stderr
     rows = read_results(str(output)).to_pylist()
     assert [len(row["frame_timestamps_s"]) for row in rows] == [4] * 6
     assert all((np.diff(row["frame_timestamps_s"]) > 0).all() for row in rows)
 
-    changed = run_caption(*arguments(videos, output, *options[:2], "--frame-encoder", "pixels", *options[4:]))
+    changed = run_caption(*make_arguments(videos, output, *options[:2], "--frame-encoder", "pixels", *options[4:]))
     assert changed.exit_code == 2
     assert "frame-encoder" in changed.stderr
 
@@ -95,7 +95,7 @@ def test_frames_are_chosen_by_an_encoder_in_an_actor(videos: Path, tmp_path: Pat
 def test_an_encoder_that_cannot_be_used_is_refused_before_anything_starts(videos: Path, tmp_path: Path) -> None:
     for encoder, reason in (("demo", "is ovis"), (str(tmp_path / "nowhere"), "no directory")):
         options = ["--frame-selection", "mdp3", "--frame-encoder", encoder]
-        finished = run_caption(*arguments(videos, tmp_path / "out", *options))
+        finished = run_caption(*make_arguments(videos, tmp_path / "out", *options))
         assert finished.exit_code == 2
         assert reason in finished.stderr
         assert f"--frame-encoder {encoder}" in finished.stderr

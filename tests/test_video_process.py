@@ -30,20 +30,20 @@ def decoder() -> Iterator[VideoDecoder]:
     decoder.close()
 
 
-def pid_of(decoder: VideoDecoder) -> int:
+def get_pid(decoder: VideoDecoder) -> int:
     assert decoder._process is not None
     return decoder._process.pid
 
 
-def peak_bytes(decoder: VideoDecoder) -> int:
-    status = Path(f"/proc/{pid_of(decoder)}/status").read_text()
+def read_peak_bytes(decoder: VideoDecoder) -> int:
+    status = Path(f"/proc/{get_pid(decoder)}/status").read_text()
     match = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert match
     return int(match[1]) << 10
 
 
-def cpu_s(decoder: VideoDecoder) -> float:
-    fields = Path(f"/proc/{pid_of(decoder)}/stat").read_text().rsplit(")", 1)[1].split()
+def read_cpu_s(decoder: VideoDecoder) -> float:
+    fields = Path(f"/proc/{get_pid(decoder)}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -71,13 +71,13 @@ def test_frames_are_those_decoded_here(decoder: VideoDecoder, tmp_path: Path) ->
 def test_what_cannot_be_read_or_decoded_does_not_end_the_process(decoder: VideoDecoder, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         decoder.sample_frames(VideoLocation(str(tmp_path / "gone.mp4")), Sampling(3))
-    first = pid_of(decoder)
+    first = get_pid(decoder)
     with pytest.raises(MediaError, match="not a video"):
         decoder.sample_frames(VideoLocation("", data=b"nothing"), Sampling(3))
     with pytest.raises(MediaError, match="not a video"):
         decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4")), 1 << 40, 100), Sampling(3))
     assert len(decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4"))), Sampling(3))) == 3
-    assert pid_of(decoder) == first
+    assert get_pid(decoder) == first
 
 
 def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder: VideoDecoder) -> None:
@@ -102,7 +102,7 @@ def test_memory_is_limited(tmp_path: Path) -> None:
 def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
     place = VideoLocation(str(find_clip("carphone_pristine.mp4")))
     decoder.sample_frames(place, Sampling(2))
-    os.kill(pid_of(decoder), signal.SIGKILL)
+    os.kill(get_pid(decoder), signal.SIGKILL)
     assert len(decoder.sample_frames(place, Sampling(2))) == 2
 
 
@@ -171,11 +171,11 @@ def test_very_long_videos_are_bounded(tmp_path: Path, suffix: str, fps: int, tim
     assert decoder.read_duration_s(VideoLocation(str(path))) == pytest.approx(500 * times / fps)
     seconds = []
     for place in (VideoLocation(str(source)), VideoLocation(str(path))):
-        before_s = cpu_s(decoder)
+        before_s = read_cpu_s(decoder)
         frames = decoder.sample_frames(place, Sampling(128))
-        seconds.append(cpu_s(decoder) - before_s)
+        seconds.append(read_cpu_s(decoder) - before_s)
     middle = [(n + 0.5) * 500 * times / 128 for n in range(128)]
     assert [read_number(frame.pixels) for frame in frames] == [int(number) % 500 for number in middle]
-    assert peak_bytes(decoder) < 1 << 30
+    assert read_peak_bytes(decoder) < 1 << 30
     assert seconds[1] < 10 * seconds[0] + 0.5
     decoder.close()

@@ -32,7 +32,9 @@ UNIFORM_4 = [12, 37, 62, 87]  # of 100 frames
 Row = dict[str, Any]
 
 
-def prepared(tmp_path: Path, *inputs: Path | str, encoder: Encoder | None = None, **options: Any) -> list[PreparedRow]:
+def prepare_videos(
+    tmp_path: Path, *inputs: Path | str, encoder: Encoder | None = None, **options: Any
+) -> list[PreparedRow]:
     config = CaptionConfig(
         input=tuple(map(str, inputs)),
         output=str(tmp_path / "out"),
@@ -42,7 +44,7 @@ def prepared(tmp_path: Path, *inputs: Path | str, encoder: Encoder | None = None
     return prepare_rows(config, encoder)
 
 
-def numbers(row: PreparedRow) -> list[int]:
+def to_frame_numbers(row: PreparedRow) -> list[int]:
     """Of the frames in a row of drawn ones, by their times."""
     return [round(float(time_s) * 25) for time_s in row.frame_timestamps_s]
 
@@ -54,18 +56,18 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_row_is_the_model_cards_video_prompt_with_one_tile_a_frame(tmp_path: Path, drawn: Path) -> None:
-    (row,) = prepared(tmp_path, drawn, prompt="What happens?")
-    pictures = [Image.fromarray(frame) for frame in map(decoded_frame(drawn), UNIFORM_4)]
+    (row,) = prepare_videos(tmp_path, drawn, prompt="What happens?")
+    pictures = [Image.fromarray(frame) for frame in map(open_frame_reader(drawn), UNIFORM_4)]
     expected = Processor.from_pretrained(MODEL).build_request(
         build_video_query("What happens?", 4), pictures, max_tiles=1
     )
     assert np.array_equal(row.requests[0].input_ids, expected.input_ids)
     assert np.array_equal(row.requests[0].tiles, expected.tiles)
-    assert (row.num_images, len(row.requests[0].tiles), numbers(row)) == (4, 4, UNIFORM_4)
+    assert (row.num_images, len(row.requests[0].tiles), to_frame_numbers(row)) == (4, 4, UNIFORM_4)
     assert row.frame_timestamps_s.dtype == np.float32
 
 
-def decoded_frame(path: Path) -> Any:
+def open_frame_reader(path: Path) -> Any:
     from moviepy.video.io.ffmpeg_reader import FFMPEG_VideoReader
 
     reader = FFMPEG_VideoReader(str(path), decode_file=False)
@@ -73,7 +75,7 @@ def decoded_frame(path: Path) -> Any:
 
 
 def test_more_tiles_a_frame_if_they_are_asked_for(tmp_path: Path, drawn: Path) -> None:
-    (row,) = prepared(tmp_path, drawn, max_tiles=4, num_frames=2)
+    (row,) = prepare_videos(tmp_path, drawn, max_tiles=4, num_frames=2)
     assert len(row.requests[0].tiles) > 2
 
 
@@ -84,7 +86,7 @@ def test_videos_are_rows_in_directories_beside_images(tmp_path: Path, drawn: Pat
     Image.new("RGB", (50, 40)).save(directory / "b.png")
     write_video(directory / "c.webm", 30, codec="libvpx")
     (directory / "notes.txt").write_text("left out")
-    rows = prepared(tmp_path, directory)
+    rows = prepare_videos(tmp_path, directory)
     assert [Path(row.uri).name for row in rows] == ["a.MP4", "b.png", "c.webm"]
     assert [row.num_images for row in rows] == [4, 1, 4]
     assert [len(row.frame_timestamps_s) for row in rows] == [4, 0, 4]
@@ -99,10 +101,10 @@ def test_videos_are_members_of_tars(tmp_path: Path, drawn: Path, name: str) -> N
         tar.add(drawn, "x/a.mp4")
         tar.add(sidecar, "x/a.json")
         tar.add(find_clip("carphone_pristine.mp4"), "b.mp4")
-    rows = prepared(tmp_path, tmp_path / name, prompt_column="question")
+    rows = prepare_videos(tmp_path, tmp_path / name, prompt_column="question")
     assert [row.id.rsplit("#")[1] for row in rows] == ["x/a", "b"]
     assert [row.prompt for row in rows] == ["Who?", "Describe the video."]
-    assert numbers(rows[0]) == UNIFORM_4
+    assert to_frame_numbers(rows[0]) == UNIFORM_4
     assert [row.num_images for row in rows] == [4, 4]
 
 
@@ -112,11 +114,13 @@ def test_videos_are_named_or_held_by_parquet(tmp_path: Path, drawn: Path) -> Non
     pq.write_table(pa.table({"clip": [{"bytes": data, "path": None}]}), tmp_path / "struct.parquet")
     pq.write_table(pa.table({"video": [str(drawn), f"{drawn}#t=2,4"]}), tmp_path / "names.parquet")
     rows = [
-        row for name in ("bytes", "struct", "names") for row in prepared(tmp_path / name, tmp_path / f"{name}.parquet")
+        row
+        for name in ("bytes", "struct", "names")
+        for row in prepare_videos(tmp_path / name, tmp_path / f"{name}.parquet")
     ]
     assert [row.stage for row in rows] == ["", "decode", "", "", ""]
-    assert [numbers(rows[i]) for i in (0, 2, 3)] == [UNIFORM_4] * 3
-    assert numbers(rows[4]) == [56, 68, 81, 93]
+    assert [to_frame_numbers(rows[i]) for i in (0, 2, 3)] == [UNIFORM_4] * 3
+    assert to_frame_numbers(rows[4]) == [56, 68, 81, 93]
 
 
 def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
@@ -129,8 +133,8 @@ def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
         {"video": f"{drawn}#t=60,70"},
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    rows = prepared(tmp_path, tmp_path / "list.jsonl")
-    assert [numbers(row) for row in rows[:3]] == [[28, 34, 40, 46], [78, 84, 90, 96], [3, 9, 15, 21]]
+    rows = prepare_videos(tmp_path, tmp_path / "list.jsonl")
+    assert [to_frame_numbers(row) for row in rows[:3]] == [[28, 34, 40, 46], [78, 84, 90, 96], [3, 9, 15, 21]]
     assert rows[0].uri == f"{drawn}#t=1,2"
     assert [(row.stage, row.error) for row in rows[3:]] == [
         ("list", "the window #t=2,1 ends before it starts"),
@@ -140,11 +144,11 @@ def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
 
 
 def test_a_window_may_be_the_input(tmp_path: Path, drawn: Path) -> None:
-    (row,) = prepared(tmp_path, f"{drawn}#t=1,2")
-    assert numbers(row) == [28, 34, 40, 46]
+    (row,) = prepare_videos(tmp_path, f"{drawn}#t=1,2")
+    assert to_frame_numbers(row) == [28, 34, 40, 46]
     assert row.id == row.uri == f"{drawn}#t=1,2"
     with pytest.raises(SourceError, match="does not exist"):
-        prepared(tmp_path / "other", f"{drawn}x#t=1,2")
+        prepare_videos(tmp_path / "other", f"{drawn}x#t=1,2")
 
 
 def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
@@ -156,7 +160,7 @@ def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
     (directory / "broken.mp4").write_bytes(b"broken")
     with tarfile.open(tmp_path / "c.tar", "w") as tar:
         tar.add(drawn, "c.mp4")
-    rows = prepared(tmp_path, directory, tmp_path / "c.tar", window_s=1.5, num_frames=2)
+    rows = prepare_videos(tmp_path, directory, tmp_path / "c.tar", window_s=1.5, num_frames=2)
     assert [Path(row.id).name for row in rows] == [
         "1s.mp4",
         "4s.mp4#t=0,1.5",
@@ -169,7 +173,7 @@ def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
         "c.tar#c#t=3",
     ]
     assert [Path(row.uri).name for row in rows][-5:] == ["b.png", "broken.mp4", "c.tar", "c.tar", "c.tar"]
-    assert [numbers(row) for row in rows[1:4]] == [[9, 27], [46, 64], [81, 93]]
+    assert [to_frame_numbers(row) for row in rows[1:4]] == [[9, 27], [46, 64], [81, 93]]
     assert [row.stage for row in rows] == ["", "", "", "", "", "decode", "", "", ""]
 
 
@@ -187,7 +191,7 @@ def test_kept_columns_go_with_each_window(tmp_path: Path, drawn: Path) -> None:
 
 
 def test_limit_counts_windows(tmp_path: Path, drawn: Path) -> None:
-    assert len(prepared(tmp_path, drawn, window_s=1, limit=3)) == 3
+    assert len(prepare_videos(tmp_path, drawn, window_s=1, limit=3)) == 3
 
 
 def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None:
@@ -199,7 +203,7 @@ def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None
         {"video": str(drawn), "prompt": "long " * 40_000},
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    rows = prepared(tmp_path, tmp_path / "list.jsonl")
+    rows = prepare_videos(tmp_path, tmp_path / "list.jsonl")
     assert [row.stage for row in rows] == ["read", "decode", "decode", "tile"]
     assert rows[0].error == "No such file or directory"
     assert "holds audio" in rows[1].error
@@ -214,7 +218,7 @@ def test_a_video_that_is_a_file_is_not_fetched(tmp_path: Path, drawn: Path, monk
         raise AssertionError(f"{uri} is read whole")
 
     monkeypatch.setattr(store, "read_bytes", refuse)
-    (row,) = prepared(tmp_path, drawn)
+    (row,) = prepare_videos(tmp_path, drawn)
     assert row.stage == ""
 
 
@@ -226,14 +230,14 @@ class Counted(PixelEncoder):
 
     def encode_frames(self, pictures: np.ndarray) -> np.ndarray:
         self.num_frames += 1
-        return unit(pictures.reshape(len(pictures), -1, 3).mean(axis=1) + 1).astype(np.float32)
+        return normalize(pictures.reshape(len(pictures), -1, 3).mean(axis=1) + 1).astype(np.float32)
 
     def encode_text(self, text: str) -> np.ndarray:  # type: ignore[override]
         self.num_texts += 1
-        return unit(np.array([[name in text for name in ("red", "green", "blue")]]) + 1e-3)[0].astype(np.float32)
+        return normalize(np.array([[name in text for name in ("red", "green", "blue")]]) + 1e-3)[0].astype(np.float32)
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def normalize(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -248,7 +252,7 @@ def test_questions_about_one_video_share_its_frames(tmp_path: Path, colours: Pat
     questions = ["Where is red?", "Where is blue?", "Where is blue?", "Where is green?"]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"video": str(colours), "prompt": q}) for q in questions))
     encoder = Counted()
-    rows = prepared(
+    rows = prepare_videos(
         tmp_path, tmp_path / "list.jsonl", encoder=encoder, frame_selection="top-k", num_candidates=30, num_frames=3
     )
     assert [set(np.floor(row.frame_timestamps_s).tolist()) for row in rows] == [{0}, {2}, {2}, {1}]
@@ -257,12 +261,12 @@ def test_questions_about_one_video_share_its_frames(tmp_path: Path, colours: Pat
 
 def test_frames_may_match_another_text_than_the_question(tmp_path: Path, colours: Path) -> None:
     options = {"frame_selection": "top-k", "num_candidates": 30, "num_frames": 3, "prompt": "Describe red."}
-    (row,) = prepared(tmp_path, colours, encoder=Counted(), frame_query="blue", **options)
+    (row,) = prepare_videos(tmp_path, colours, encoder=Counted(), frame_query="blue", **options)
     assert set(np.floor(row.frame_timestamps_s).tolist()) == {2}
 
 
 def test_mdp3_without_a_model_shows_every_colour(tmp_path: Path, colours: Path) -> None:
-    (row,) = prepared(tmp_path, colours, frame_selection="mdp3", frame_encoder="pixels", num_frames=3)
+    (row,) = prepare_videos(tmp_path, colours, frame_selection="mdp3", frame_encoder="pixels", num_frames=3)
     assert np.floor(row.frame_timestamps_s).tolist() == [0, 1, 2]
 
 
@@ -277,19 +281,19 @@ def test_recent_videos_are_kept_up_to_a_limit(colours: Path) -> None:
     assert selector.select(place, Window(), "") is not first
 
 
-def shots(row: Row) -> int:
+def count_shots(row: Row) -> int:
     """How many of the six shots of bikes.mp4 are in it."""
     starts = np.array(SHOT_STARTS)
     return len({int(np.searchsorted(starts, round(float(t) * 25), "right")) for t in row.frame_timestamps_s})
 
 
 def test_six_frames_show_the_shots_of_a_real_clip(tmp_path: Path) -> None:
-    (even,) = prepared(tmp_path / "even", find_clip("bikes.mp4"), num_frames=6)
-    (chosen,) = prepared(
+    (even,) = prepare_videos(tmp_path / "even", find_clip("bikes.mp4"), num_frames=6)
+    (chosen,) = prepare_videos(
         tmp_path / "chosen", find_clip("bikes.mp4"), num_frames=6, frame_selection="mdp3", frame_encoder="pixels"
     )
-    assert shots(chosen) >= 5
-    assert shots(chosen) >= shots(even)
+    assert count_shots(chosen) >= 5
+    assert count_shots(chosen) >= count_shots(even)
 
 
 def test_options_that_cannot_choose_are_refused() -> None:
@@ -307,7 +311,7 @@ def test_numbered_frames_survive_the_model_input(tmp_path: Path) -> None:
     path = write_video(
         tmp_path / "large.mp4", (np.kron(draw_number(i), np.ones((2, 2, 1), np.uint8)) for i in range(100))
     )
-    (row,) = prepared(tmp_path, path)
+    (row,) = prepare_videos(tmp_path, path)
     tiles, sizes = row.requests[0].tiles, row.requests[0].tile_sizes
     for tile, (height, width), number in zip(tiles, sizes.tolist(), UNIFORM_4, strict=True):
         top, left = (tile.shape[1] - height) // 2, (tile.shape[2] - width) // 2

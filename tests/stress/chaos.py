@@ -117,12 +117,12 @@ class Chaos:
         """Input and output in a store that answers one request in twenty with an error, half a body or 10 s late."""
         server, started_s = FaultyStore(), time.monotonic()
         try:
-            environment = server.environment()
+            environment = server.to_environment()
             fs = _open_store(server)
             bucket = f"run-{seed}"  # all servers of a process share their buckets
             fs.mkdir(bucket)
             fs.put(str(self.pictures), f"{bucket}/pictures", recursive=True)
-            with server.failing(Faults(0.05, ("error", "cut", "stall"), seed=seed)) as faults:
+            with server.inject(Faults(0.05, ("error", "cut", "stall"), seed=seed)) as faults:
                 commands = (
                     _finish(self._job(f"s3://{bucket}/pictures", f"s3://{bucket}/out", environment).start())
                     for _ in range(MAX_ATTEMPTS)

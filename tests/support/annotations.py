@@ -76,10 +76,10 @@ def write_run(output: Path, items: Iterable[Json], *, rows_per_file: int = 1000,
     """OUTPUT/manifest, data and run.json of these rows."""
     rows = list(items)
     place = str(output)
-    write_manifest(place, [_manifest(rows)] if rows else [])
+    write_manifest(place, [_make_manifest(rows)] if rows else [])
     for start in range(0, len(rows), rows_per_file):
         part = rows[start : start + rows_per_file]
-        write_rows(place, start, _table(part, tasks))
+        write_rows(place, start, _make_table(part, tasks))
     write_record(output, len(rows), tasks)
     return output
 
@@ -108,7 +108,7 @@ def make_output_schema(tasks: Sequence[Json], kept: Sequence[pa.Field] = ()) -> 
     base = [schema.OUTPUT.field(name) for name in ("id", "uri", "status", "stage", "error")]
     counts = [schema.OUTPUT.field(f"num_{name}") for name in ("images", "tiles", "prompt_tokens", "output_tokens")]
     own = [*counts, schema.OUTPUT.field("frame_timestamps_s"), pa.field("flags", pa.list_(pa.string()))]
-    return pa.schema([*base, *own, *(field for task in tasks for field in _fields(task)), *kept])
+    return pa.schema([*base, *own, *(field for task in tasks for field in _make_fields(task)), *kept])
 
 
 def read_kind(task: Json) -> str:
@@ -116,7 +116,7 @@ def read_kind(task: Json) -> str:
     return {"list[str]": "list", "json_schema": "record"}.get(name, name)
 
 
-def _fields(task: Json) -> list[pa.Field]:
+def _make_fields(task: Json) -> list[pa.Field]:
     name, kind = task["name"], read_kind(task)
     choices = {"bool": ["Yes", "No"]}.get(kind) or (task["answer"]["choices"] if kind == "choices" else None)
     confidence = pa.struct([(choice, pa.float32()) for choice in choices]) if choices else pa.float32()
@@ -124,14 +124,14 @@ def _fields(task: Json) -> list[pa.Field]:
     return [pa.field(*pair) for pair in ((name, TYPES[kind]), *texts, (f"{name}_confidence", confidence))]
 
 
-def _table(rows: Sequence[Json], tasks: Sequence[Json]) -> pa.Table:
+def _make_table(rows: Sequence[Json], tasks: Sequence[Json]) -> pa.Table:
     own = {"id", "uri", "images", "answers", "stage", "error", "flags", "frame_timestamps_s"}
     kept = pa.Table.from_pylist([{k: v for k, v in row.items() if k not in own} for row in rows])
     fields = [kept.schema.field(name) for name in kept.column_names]
-    return pa.Table.from_pylist([_flat(row, tasks) for row in rows], make_output_schema(tasks, fields))
+    return pa.Table.from_pylist([_flatten(row, tasks) for row in rows], make_output_schema(tasks, fields))
 
 
-def _flat(row: Json, tasks: Sequence[Json]) -> Json:
+def _flatten(row: Json, tasks: Sequence[Json]) -> Json:
     is_error = bool(row.get("error"))
     nothing = {"_text": "", "_finish_reason": ""}
     flat = {
@@ -152,7 +152,7 @@ def _flat(row: Json, tasks: Sequence[Json]) -> Json:
     return flat | {key: value for key, value in row.items() if key not in ("images", "answers")}
 
 
-def _manifest(rows: Sequence[Json]) -> pa.Table:
+def _make_manifest(rows: Sequence[Json]) -> pa.Table:
     entries = [
         {
             **{name: row[name] for name in ("id", "uri")},

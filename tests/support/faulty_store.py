@@ -69,7 +69,7 @@ class FaultyStore:
         self._server.server_close()
         self._moto.stop()
 
-    def environment(self) -> dict[str, str]:
+    def to_environment(self) -> dict[str, str]:
         """As a user would set it up."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -79,7 +79,7 @@ class FaultyStore:
         }
 
     @contextmanager
-    def failing(self, faults: Faults) -> Iterator[Faults]:
+    def inject(self, faults: Faults) -> Iterator[Faults]:
         self.faults = faults
         try:
             yield faults
@@ -91,7 +91,7 @@ class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def forward(self, upstream: tuple[str, int], faults: Faults) -> None:
-        body = self._body()
+        body = self._read_body()
         fault = faults.draw(self.path)
         if fault == "stall":
             time.sleep(faults.stall_s)
@@ -120,7 +120,7 @@ class _Proxy(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _body(self) -> bytes:
+    def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         body = b""

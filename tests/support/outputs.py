@@ -12,10 +12,10 @@ from pipelines import schema
 
 def make_results(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
     """Result rows with these row numbers."""
-    return pa.Table.from_pylist([_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
+    return pa.Table.from_pylist([_make_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
 
 
-def _result(row: int, is_error: bool) -> dict[str, object]:
+def _make_result(row: int, is_error: bool) -> dict[str, object]:
     return {
         "row": row,
         "id": f"id-{row}",

@@ -73,7 +73,7 @@ class Job:
 
     def find_actors(self, stage: str) -> list[int]:
         """Processes of the actors of a stage, by the name that Ray gives them."""
-        return [pid for pid in self._descendants() if stage in _read_command(pid)]
+        return [pid for pid in self._find_descendants() if stage in _read_command(pid)]
 
     def wait_until_all_gone(self, timeout_s: float = 120) -> None:
         """Until no process that this job started is left. Raises AssertionError if some stay.
@@ -82,7 +82,7 @@ class Job:
         ends them itself.
         """
         deadline_s = time.monotonic() + timeout_s
-        while left := self._descendants():
+        while left := self._find_descendants():
             if set(left.values()) <= _AGENTS and time.monotonic() > deadline_s - timeout_s + _AGENTS_S:
                 for pid in left:
                     with suppress(ProcessLookupError):
@@ -90,7 +90,7 @@ class Job:
             assert time.monotonic() < deadline_s, f"left running: {left}"
             time.sleep(0.2)
 
-    def _descendants(self) -> dict[int, str]:
+    def _find_descendants(self) -> dict[int, str]:
         found = {}
         for directory in Path("/proc").iterdir():
             if directory.name.isdigit():

@@ -71,11 +71,11 @@ class _Ranks:
         completions = self._engine.generate(requests, params)
         with self._device:
             time.sleep(self._told.seconds_per_row * len(requests))
-        _tell(self._told.log, rows=len(requests))
+        _log_event(self._told.log, rows=len(requests))
         return completions
 
     def _tell_ranks(self) -> None:
-        _tell(self._told.log, leader=os.getpid(), ranks=self.pids, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
+        _log_event(self._told.log, leader=os.getpid(), ranks=self.pids, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
 
 
 class _Fake(FakeEngine):
@@ -89,11 +89,11 @@ class _Fake(FakeEngine):
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
         completions = super().generate(requests, params)
-        _tell(self._told.log, rows=len(requests), node=self._node, at_s=time.time())
+        _log_event(self._told.log, rows=len(requests), node=self._node, at_s=time.time())
         return completions
 
 
-def _tell(log: Path, **event: Any) -> None:
+def _log_event(log: Path, **event: Any) -> None:
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.write(file, f"{json.dumps(event)}\n".encode())
     os.close(file)

@@ -25,7 +25,7 @@ class WebServer:
         self.port = self._server.server_address[1]
 
     @contextmanager
-    def running(self) -> Iterator[WebServer]:
+    def run(self) -> Iterator[WebServer]:
         thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
