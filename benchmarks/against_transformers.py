@@ -1,11 +1,11 @@
-"""Print all figures of the engine in one call, as a table with hardware and commit.
+"""Print all figures of the engine in one call, as a format_table with hardware and commit.
 
-    python -m benchmarks.against_transformers cpu     the small models beside transformers, float32 (about 10 minutes)
+    python -m benchmarks.against_transformers cpu     small models and transformers, float32 (about 10 minutes)
     python -m benchmarks.against_transformers 1B      Ovis2-1B's shape in bfloat16 on a CPU (an hour)
     python -m benchmarks.against_transformers gpu     1B and 8B on CUDA: graphs on and off, kernels (under 10 minutes)
-    python -m benchmarks.against_transformers tiny    the runs of `gpu` in tiny, on a CPU: does the script itself work?
+    python -m benchmarks.against_transformers tiny    the runs of `gpu`, tiny and on a CPU, to test this script
 
-Each line is a run of `benchmarks.engine` in a process of its own; the last line is JSON of all.
+Each line of the table is a run of `benchmarks.engine` in a separate process. The last line is JSON with all results.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 from tests.support.roots import ROOT
 
 TIME_LIMIT_S = 570
-"""Of the runs on a GPU together; those that find it used up are left out."""
+"""Limit of all runs on a GPU together; runs that would start after it are skipped."""
 
 
 @dataclass(frozen=True)
-class Run:
+class EngineRun:
     name: str
     options: str
     attention: str = ""
@@ -33,26 +33,28 @@ class Run:
 
 MIXED = "--output-median 40 --output-cap 128"
 CPU = [
-    Run("demo, 3 tiles", f"--model demo --image-size 168x126 --rows 512 --peer-batch 32 64 {MIXED}"),
-    Run(
+    EngineRun("demo, 3 tiles", f"--model demo --image-size 168x126 --rows 512 --peer-batch 32 64 {MIXED}"),
+    EngineRun(
         "tiny112, 3 tiles",
         f"--model tests/golden/tiny112-untied/aidc --image-size 168x126 --rows 512 --peer-batch 32 64 {MIXED}",
     ),
-    Run("24 layers of width 128", f"--model 24x128 --image-size 112x112 --rows 256 --peer-batch 32 64 {MIXED}"),
+    EngineRun("24 layers of width 128", f"--model 24x128 --image-size 112x112 --rows 256 --peer-batch 32 64 {MIXED}"),
 ]
 ONE_B = [
-    Run(
+    EngineRun(
         "Ovis2-1B shape, 1 tile",
         "--model 1B --dtype bfloat16 --rows 8 --image-size 448x448 --output-median 32 --output-cap 64 --peer-batch 4 8",
     )
 ]
 
 
-def gpu_runs(device: str, models: dict[str, int], sizes: tuple[str, ...], dtype: str, extra: str) -> list[Run]:
-    """Most telling first: each model and size beside transformers, then without graphs, then other kernels."""
+def list_gpu_runs(
+    device: str, models: dict[str, int], sizes: tuple[str, ...], dtype: str, extra: str
+) -> list[EngineRun]:
+    """List the most informative runs first: compared with transformers, then without graphs, then by kernel."""
     base = f"--device {device} --dtype {dtype} {extra}"
-    beside = [
-        Run(
+    compared = [
+        EngineRun(
             f"{model}, {size}",
             f"--model {model} --image-size {size} --rows {rows} --peer-batch 16 64 --rounds 1 {base}",
         )
@@ -60,67 +62,67 @@ def gpu_runs(device: str, models: dict[str, int], sizes: tuple[str, ...], dtype:
         for size in sizes
     ]
     alone = f"--no-peer --rounds 1 --image-size {sizes[0]} {base}"
-    without = [
-        Run(f"{model}, {sizes[0]}, no graphs", f"--model {model} --rows {rows} --no-graphs {alone}")
+    without_graphs = [
+        EngineRun(f"{model}, {sizes[0]}, no graphs", f"--model {model} --rows {rows} --no-graphs {alone}")
         for model, rows in models.items()
     ]
-    kernels = [
-        Run(f"{model}, {sizes[0]}, {name}", f"--model {model} --rows {rows} {alone}", name)
+    by_kernel = [
+        EngineRun(f"{model}, {sizes[0]}, {name}", f"--model {model} --rows {rows} {alone}", name)
         for model, rows in models.items()
         for name in ("flash", "varlen", "sdpa")
     ]
-    return [*beside, *without, *kernels]
+    return [*compared, *without_graphs, *by_kernel]
 
 
 SUITES = {
     "cpu": CPU,
     "1B": ONE_B,
-    "gpu": gpu_runs("cuda", {"1B": 256, "8B": 128}, ("640x480", "1920x1080"), "bfloat16", ""),
-    "tiny": gpu_runs("cpu", {"24x128": 8}, ("112x112", "224x112"), "float32", "--output-median 5 --output-cap 9"),
+    "gpu": list_gpu_runs("cuda", {"1B": 256, "8B": 128}, ("640x480", "1920x1080"), "bfloat16", ""),
+    "tiny": list_gpu_runs("cpu", {"24x128": 8}, ("112x112", "224x112"), "float32", "--output-median 5 --output-cap 9"),
 }
 
 
 def main() -> None:
     suite = sys.argv[1] if len(sys.argv) == 2 and sys.argv[1] in SUITES else sys.exit(__doc__)
-    begun, results = time.monotonic(), {}
+    started_s, results = time.monotonic(), {}
     for run in SUITES[suite]:
-        left_s = TIME_LIMIT_S - (time.monotonic() - begun)
-        results[run.name] = measure(run, left_s if suite == "gpu" else None)
-        print(row(run.name, results[run.name]), file=sys.stderr, flush=True)
-    print(table(results))
+        left_s = TIME_LIMIT_S - (time.monotonic() - started_s)
+        results[run.name] = run_engine_benchmark(run, left_s if suite == "gpu" else None)
+        print(format_line(run.name, results[run.name]), file=sys.stderr, flush=True)
+    print(format_table(results))
     print(json.dumps(results))
 
 
-def measure(run: Run, limit_s: float | None) -> dict[str, Any]:
-    """The report of the run, or what went wrong: one run that cannot be made does not cost the others."""
+def run_engine_benchmark(run: EngineRun, limit_s: float | None) -> dict[str, Any]:
+    """Return the JSON of the run, or {"error": reason}, so that one failing run does not stop the others."""
     command = [sys.executable, "-m", "benchmarks.engine", *run.options.split()]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OVIS_ATTENTION": run.attention}
     if not run.attention:
         del environment["OVIS_ATTENTION"]
     if limit_s is not None and limit_s < 1:
-        return {"error": "no time left"}
+        return {"error": "skipped, the time limit is used up"}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"not done within {limit_s:.0f} s"}
+        return {"error": f"stopped after {limit_s:.0f} s"}
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown, under a line that says what it was measured on."""
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """Format the results as a Markdown table below a line with hardware and commit."""
     measured = [result for result in results.values() if "error" not in result]
-    where = {f"{r['hardware']}, torch {r['torch']}, commit {r['commit']}" for r in measured}
-    head = ["| run | images/s | tokens/s | CPU s an image | transformers, best batch | ratio | floor | slots in use |"]
-    rows = [row(name, result) for name, result in results.items()]
-    return "\n".join([*sorted(where), "", *head, "|---|---|---|---|---|---|---|---|", *rows])
+    environments = {f"{r['hardware']}, torch {r['torch']}, commit {r['commit']}" for r in measured}
+    head = ["| run | images/s | tokens/s | CPU s/image | transformers, best batch | ratio | floor | slots in use |"]
+    lines = [format_line(name, result) for name, result in results.items()]
+    return "\n".join([*sorted(environments), "", *head, "|---|---|---|---|---|---|---|---|", *lines])
 
 
-def row(name: str, result: dict[str, Any]) -> str:
+def format_line(name: str, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"| {name} | {result['error']} | | | | | | |"
     ours, ratio = result["sides"]["engine"], result["wall_ratio" if "NVIDIA" in result["hardware"] else "ratio"]

@@ -1,8 +1,10 @@
-"""What a decode step costs beyond its kernels: python -m benchmarks.decode [--model 24x128] [--rows 1 8 32]
+"""Measure what a decode step costs beyond its kernels.
 
-A step is taken three ways, in turn, over the same rows: by the engine, with all that it does around the model; by the
-decoder alone; and as a recording of the same operators (`torch.jit.trace`) that torch's C++ interpreter plays, without
-Python and without the engine. The difference of the first and the last is the overhead. CPU time, one thread.
+    python -m benchmarks.decode [--model 24x128] [--rows 1 8 32]
+
+Three ways to run a step over the same rows alternate: by the engine, including its work around the model; by the
+decoder alone; and as a recording of the same operators (`torch.jit.trace`), which torch's C++ interpreter runs without
+Python or the engine. The overhead is the difference between the first and the last. CPU time, one thread.
 """
 
 from __future__ import annotations
@@ -33,19 +35,19 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load_or_build_model(args.model, torch.device("cpu"), torch.float32)
     layers = model.config.language.num_hidden_layers
-    target = 0.1 + 0.02 * layers
+    target_ms = 0.1 + 0.02 * layers
     for rows in args.rows:
-        engine_ms, decoder_ms, kernels_ms = measure(EngineCore(model, eos_token_ids=()), rows, args.rounds)
+        engine_ms, decoder_ms, kernels_ms = measure_step_ms(EngineCore(model, eos_token_ids=()), rows, args.rounds)
         print(
             f"{rows:3} rows: step {engine_ms:6.2f} ms, decoder alone {decoder_ms:6.2f}, kernels {kernels_ms:6.2f}; "
-            f"overhead {engine_ms - kernels_ms:5.2f} ms (aim {target:.2f})"
+            f"overhead {engine_ms - kernels_ms:5.2f} ms (target {target_ms:.2f})"
         )
 
 
 @torch.inference_mode()
-def measure(engine: EngineCore, rows: int, rounds: int) -> tuple[float, float, float]:
-    """Median ms of a step: the engine's, the decoder's, the recording's. All begin at the same lengths."""
-    running = start(engine, rows)
+def measure_step_ms(engine: EngineCore, rows: int, rounds: int) -> tuple[float, float, float]:
+    """Return the median ms of a step by the engine, the decoder and the recording, all over the same lengths."""
+    running = start_rows(engine, rows)
     stepper, longest = engine.runner.stepper, max(row.num_cached for row in running)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated; it is what shows kernels without Python
@@ -59,16 +61,16 @@ def measure(engine: EngineCore, rows: int, rounds: int) -> tuple[float, float, f
     times_ms: list[list[float]] = [[], [], []]
     for _ in range(rounds):
         for side, times in zip(sides, times_ms, strict=True):
-            rewind(running)
+            rewind_rows(running)
             stepper._state.copy_(state)
-            begun = time.process_time()
+            started_s = time.process_time()
             side()
-            times.append((time.process_time() - begun) * 1e3)
+            times.append((time.process_time() - started_s) * 1e3)
     return tuple(statistics.median(times) for times in times_ms)  # type: ignore[return-value]
 
 
-def start(engine: EngineCore, rows: int) -> list[RequestState]:
-    """Rows of the same length that are never finished."""
+def start_rows(engine: EngineCore, rows: int) -> list[RequestState]:
+    """Start rows of equal length whose output limit is beyond the benchmark's steps."""
     none = np.zeros((0, 3, engine.model.config.vision.image_size, engine.model.config.vision.image_size), np.uint8)
     request = Request(np.arange(PROMPT_TOKENS, dtype=np.int32), none, np.zeros((0, 2), np.int32))
     engine.enqueue([request] * rows, [SamplingParams(max_new_tokens=1000)] * rows)
@@ -77,8 +79,8 @@ def start(engine: EngineCore, rows: int) -> list[RequestState]:
     return engine.scheduler.running
 
 
-def rewind(running: list[RequestState]) -> None:
-    """To where the first step began: so all are over as many tokens."""
+def rewind_rows(running: list[RequestState]) -> None:
+    """Cut the rows back to their length at the first step, so that all steps see the same number of tokens."""
     for row in running:
         del row.output_ids[3:]
 

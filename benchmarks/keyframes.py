@@ -1,8 +1,8 @@
-"""CPU time of MDP3, one thread, on drawn embeddings of width 1152; beside a copy of the published code if given.
+"""Measure the CPU time of MDP3 on drawn embeddings of width 1152, one thread, also of the published code if given.
 
     OMP_NUM_THREADS=1 python -m benchmarks.keyframes [PATH/TO/mdp3.py]
 
-That file is `plugin/mdp3.py` of AIDC-AI/Ovis; its selector is called as it stands, without its encoder.
+That file is `plugin/mdp3.py` of AIDC-AI/Ovis. Its selector runs unmodified, without its encoder.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def main(published: str | None) -> None:
         frames, query = (array.astype(np.float32) for array in make_frames(count, WIDTH))
         rules = Rules(segment_size=segment_size)
         picks = select_mdp3(frames, query, k, rules=rules).indices.tolist()
-        here_ms = 1e3 * median_s(partial(select_mdp3, frames, query, k, rules=rules), 15)
+        here_ms = 1e3 * measure_median_s(partial(select_mdp3, frames, query, k, rules=rules), 15)
         line = f"{count:10} {k:6} {segment_size:7}"
         if published is None:
             print(f"{line}  {'':12}  {here_ms:7.2f}")
             continue
-        select = published_selector(published, k, segment_size)
-        theirs_ms = 1e3 * median_s(partial(select, frames, query), 1 if count > 128 else 3)
+        select = load_published_selector(published, k, segment_size)
+        theirs_ms = 1e3 * measure_median_s(partial(select, frames, query), 1 if count > 128 else 3)
         same = select(frames, query) == picks
         print(f"{line}  {theirs_ms:12.0f}  {here_ms:7.2f}  {theirs_ms / here_ms:5.0f}  {same}", flush=True)
 
 
-def median_s(work: Callable[[], Any], times: int) -> float:
+def measure_median_s(work: Callable[[], Any], times: int) -> float:
     seconds = []
     for _ in range(times):
         start_s = time.process_time()
@@ -50,7 +50,7 @@ def median_s(work: Callable[[], Any], times: int) -> float:
     return statistics.median(seconds)
 
 
-def published_selector(path: str, k: int, segment_size: int) -> Callable[[Any, Any], list[int]]:
+def load_published_selector(path: str, k: int, segment_size: int) -> Callable[[Any, Any], list[int]]:
     import torch
 
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""CPU time of tiling a picture, beside the original's float path: `python -m benchmarks.preprocess`.
+"""Compare the CPU time of tiling an image with the original's float path: `python -m benchmarks.preprocess`.
 
-Both take turns in one process and thread on the same decoded pictures; the median counts. The original hands each
-crop to transformers' CLIP processor (resize, rescale, normalise, all in float32) and pads the result with zeros.
+Both alternate in one process and thread on the same decoded images; medians are reported. The original passes each crop
+to transformers' CLIP processor (resize, rescale, normalise, all in float32) and pads the result with zeros.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SIDE_PX, MAX_TILES, ROUNDS = 448, 9, 15
 SIZES = ((640, 480), (1280, 720), (1920, 1080))
 
 
-def photo(width: int, height: int) -> Image.Image:
-    """Soft shapes under film grain."""
+def draw_photo(width: int, height: int) -> Image.Image:
+    """Draw soft shapes under film grain."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
     shapes = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
@@ -33,20 +33,20 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray((shapes + grain).clip(0, 255).astype(np.uint8))
 
 
-def original(image: Image.Image, processor: CLIPImageProcessorPil) -> torch.Tensor:
-    """float32[N, 3, S, S], normalised and padded, the way the original makes them."""
-    return torch.cat([_padded(crop, processor) for crop in _crops(image)])
+def tile_like_original(image: Image.Image, processor: CLIPImageProcessorPil) -> torch.Tensor:
+    """Return float32[N, 3, S, S], normalised and padded the way the original does it."""
+    return torch.cat([_normalize_and_pad(crop, processor) for crop in _crop_tiles(image)])
 
 
-def _crops(image: Image.Image) -> list[Image.Image]:
+def _crop_tiles(image: Image.Image) -> list[Image.Image]:
     rows, cols = choose_grid(*image.size, MAX_TILES, SIDE_PX)
     xs = [*(i * (image.width // cols) for i in range(cols)), image.width]
     ys = [*(i * (image.height // rows) for i in range(rows)), image.height]
-    cells = [image.crop((xs[c], ys[r], xs[c + 1], ys[r + 1])) for r in range(rows) for c in range(cols)]
-    return cells if len(cells) == 1 else [image, *cells]
+    crops = [image.crop((xs[c], ys[r], xs[c + 1], ys[r + 1])) for r in range(rows) for c in range(cols)]
+    return crops if len(crops) == 1 else [image, *crops]
 
 
-def _padded(crop: Image.Image, processor: CLIPImageProcessorPil) -> torch.Tensor:
+def _normalize_and_pad(crop: Image.Image, processor: CLIPImageProcessorPil) -> torch.Tensor:
     width, height = fit_in_tile(*crop.size, SIDE_PX)
     pixels = processor.preprocess(crop, size={"height": height, "width": width}, return_tensors="pt")
     square = torch.zeros(1, 3, SIDE_PX, SIDE_PX)
@@ -55,8 +55,8 @@ def _padded(crop: Image.Image, processor: CLIPImageProcessorPil) -> torch.Tensor
     return square
 
 
-def normalised(image: Image.Image) -> NDArray[np.float32]:
-    """What the device makes of our tiles; for the comparison, not part of the timing."""
+def tile_and_normalize(image: Image.Image) -> NDArray[np.float32]:
+    """Return the tiles as the device normalizes them; for the equality check, not part of the timing."""
     tiles, sizes = tile_image(image, MAX_TILES, SIDE_PX)
     out = np.zeros(tiles.shape, np.float32)
     for tile, square, (height, width) in zip(tiles, out, sizes, strict=True):
@@ -66,29 +66,31 @@ def normalised(image: Image.Image) -> NDArray[np.float32]:
     return out
 
 
-def cpu_ms(step: Callable[[], object]) -> float:
+def measure_cpu_ms(step: Callable[[], object]) -> float:
     start_s = time.process_time()
     step()
     return (time.process_time() - start_s) * 1e3
 
 
-def resized(image: Image.Image) -> list[Image.Image]:
-    """Pillow's part, which both paths must pay."""
-    return [crop.resize(fit_in_tile(*crop.size, SIDE_PX), Image.Resampling.BICUBIC) for crop in _crops(image)]
+def resize_crops(image: Image.Image) -> list[Image.Image]:
+    """Resize the crops with Pillow, the cost that both paths share."""
+    return [crop.resize(fit_in_tile(*crop.size, SIDE_PX), Image.Resampling.BICUBIC) for crop in _crop_tiles(image)]
 
 
-def median_ms(*steps: Callable[[], object]) -> list[float]:
-    """The steps take turns, so that a busy neighbour slows all of them."""
-    rounds = [[cpu_ms(step) for step in steps] for _ in range(ROUNDS)]
+def measure_median_ms(*steps: Callable[[], object]) -> list[float]:
+    """Return the median CPU ms of each step; they alternate so that other load on the machine slows all of them."""
+    rounds = [[measure_cpu_ms(step) for step in steps] for _ in range(ROUNDS)]
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
-def row(width: int, height: int, processor: CLIPImageProcessorPil) -> str:
-    image = photo(width, height)
-    assert (original(image, processor).numpy() == normalised(image)).all(), "not bitwise equal"
+def measure_image_size(width: int, height: int, processor: CLIPImageProcessorPil) -> str:
+    image = draw_photo(width, height)
+    assert (tile_like_original(image, processor).numpy() == tile_and_normalize(image)).all(), "not bitwise equal"
     tiles, sizes = tile_image(image, MAX_TILES, SIDE_PX)
-    theirs, ours, resize = median_ms(
-        lambda: original(image, processor), lambda: tile_image(image, MAX_TILES, SIDE_PX), lambda: resized(image)
+    theirs, ours, resize = measure_median_ms(
+        lambda: tile_like_original(image, processor),
+        lambda: tile_image(image, MAX_TILES, SIDE_PX),
+        lambda: resize_crops(image),
     )
     numbers = f"{theirs:13.1f} {ours:9.1f} {resize:17.1f} {theirs / ours:7.2f} {tiles.nbytes + sizes.nbytes:15,}"
     return f"{f'{width} x {height}':12} {len(tiles):5} {numbers}"
@@ -97,10 +99,10 @@ def row(width: int, height: int, processor: CLIPImageProcessorPil) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     processor = CLIPImageProcessorPil(do_center_crop=False)
-    print(f"CPU time per picture, median of {ROUNDS}, max_tiles={MAX_TILES}, Pillow {PIL.__version__}")
+    print(f"CPU time per image, median of {ROUNDS}, max_tiles={MAX_TILES}, Pillow {PIL.__version__}")
     print("size         tiles   original ms   ours ms   resize alone ms   ratio   bytes per row")
     for width, height in SIZES:
-        print(row(width, height, processor))
+        print(measure_image_size(width, height, processor))
 
 
 if __name__ == "__main__":

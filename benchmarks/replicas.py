@@ -1,10 +1,10 @@
-"""Rows per second by number of replicas, and the cost of a row in the driver; the engine only sleeps.
+"""Measure rows per second by number of replicas, and the driver's cost per row, with an engine that only sleeps.
 
     python -m benchmarks.replicas
 
-A replica takes `--ms-per-row` for a row, so it could do 1000 / that many a second; rows are questions without images,
-so that preparing them costs little. What is short of that rate is due to Ray, the stages and the driver. The last line
-is JSON.
+A replica takes `--ms-per-row` per row, so its ideal rate is 1000 / that number per second. Rows are questions without
+images, which cost little to prepare. What is missing from the ideal rate is spent in Ray, the stages and the driver.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def main() -> None:
     args = _parse()
     ray.init(address="local", num_cpus=16, num_gpus=max(args.replicas), include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as directory:
-        results = [_run(Path(directory), replicas, args) for replicas in args.replicas]
+        results = [_measure_replicas(Path(directory), replicas, args) for replicas in args.replicas]
     ray.shutdown()
     print(json.dumps(results))
 
 
-def _run(directory: Path, replicas: int, args: argparse.Namespace) -> dict[str, float]:
-    """Rates of the window in which replicas worked: the start of the pools is left out."""
+def _measure_replicas(directory: Path, replicas: int, args: argparse.Namespace) -> dict[str, float]:
+    """Return the rates of the time in which replicas worked; starting the pools is excluded."""
     rows = args.rows_per_replica * replicas
     questions, log = directory / f"{replicas}.jsonl", directory / f"{replicas}.log"
     questions.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(rows)))

@@ -4,7 +4,8 @@
     python -m benchmarks.scale resume [--rows 100000]
     python -m benchmarks.scale memory [--rows 3000]
 
-`memory` runs that many rows of small pictures and ten times as many. Prints a table, and JSON as its last line.
+`memory` measures two runs over small images: with that many rows, and with ten times as many. Prints a table, then JSON
+as its last line.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from tests.support.processes import OpenCounter
 from tests.support.roots import ROOT
 
 Figures = dict[str, float]
-_PICTURE_SIZE = (252, 252)  # nine cells and the overview: 211 KB of tiles
-_RUN = "import sys; from benchmarks.scale import run; run(*sys.argv[1:])"
+_IMAGE_SIZE = (252, 252)  # nine tiles and the overview: 211 KB
+_RUN = "import sys; from benchmarks.scale import caption_with_fake_engine as run; run(*sys.argv[1:])"
 
 
-def run(source: str, output: str) -> None:
-    """In a process of its own: a run with the demo model's processor and a fake engine."""
+def caption_with_fake_engine(source: str, output: str) -> None:
+    """Run a captioning job with the demo model's processor and a fake engine; called in a separate process."""
     engine = FakeEngineFactory(float(os.environ.get("OVIS_BENCH_SECONDS_PER_ROW", "0")))
     run_pipeline(CaptionConfig(input=(source,), output=output, model="demo"), make_engine=engine)
 
 
-def listing(place: Path, num_files: int, num_tars: int) -> Figures:
+def measure_listing(place: Path, num_files: int, num_tars: int) -> Figures:
     files, tars = place / "files", place / "tars"
     for i in range(num_files):
         path = files / f"{i // 1000:04}" / f"{i:07}.jpg"
@@ -51,39 +52,39 @@ def listing(place: Path, num_files: int, num_tars: int) -> Figures:
         path.touch()
     tars.mkdir()
     for i in range(num_tars):
-        write_tar(tars / f"{i:05}.tar", 100)
+        _write_tar(tars / f"{i:05}.tar", 100)
     return {
-        **_timed(f"{num_files} files", lambda: _list(str(files))),
-        **_timed(f"{num_tars} tars of 100 members", lambda: _list(f"{tars}/*.tar")),
-        "manifest: bytes a file": _manifest_bytes(str(files), place / "manifest of files"),
-        "manifest: bytes a member": _manifest_bytes(f"{tars}/*.tar", place / "manifest of tars"),
+        **_time_action(f"{num_files} files", lambda: _list_rows(str(files))),
+        **_time_action(f"{num_tars} tars of 100 members", lambda: _list_rows(f"{tars}/*.tar")),
+        "manifest: bytes per file": _measure_manifest_bytes(str(files), place / "manifest of files"),
+        "manifest: bytes per member": _measure_manifest_bytes(f"{tars}/*.tar", place / "manifest of tars"),
     }
 
 
-def _manifest_bytes(source: str, output: Path) -> float:
-    """On disk, a row."""
+def _measure_manifest_bytes(source: str, output: Path) -> float:
+    """Return the bytes that the manifest takes on disk per row."""
     config = CaptionConfig(input=(source,), output="none", model="demo")
     with list_rows(config, config.questionnaire) as rows:
         write_manifest(str(output), rows.read_tables())
     return sum(path.stat().st_size for path in output.rglob("*.parquet")) / rows.num_rows
 
 
-def write_tar(path: Path, num_members: int) -> None:
-    picture = _picture(0)
+def _write_tar(path: Path, num_members: int) -> None:
+    image = _encode_image(0)
     with tarfile.open(path, "w") as tar:
         for i in range(num_members):
             info = tarfile.TarInfo(f"{i:04}.png")
-            info.size = len(picture)
-            tar.addfile(info, io.BytesIO(picture))
+            info.size = len(image)
+            tar.addfile(info, io.BytesIO(image))
 
 
-def _list(source: str) -> None:
+def _list_rows(source: str) -> None:
     config = CaptionConfig(input=(source,), output="none", model="demo")
     with list_rows(config, config.questionnaire):
         pass
 
 
-def _timed(name: str, action: Callable[[], object]) -> Figures:
+def _time_action(name: str, action: Callable[[], object]) -> Figures:
     cpu_s, wall_s = time.process_time(), time.monotonic()
     action()
     return {
@@ -92,17 +93,17 @@ def _timed(name: str, action: Callable[[], object]) -> Figures:
     }
 
 
-def resume(place: Path, num_rows: int) -> Figures:
-    """A finished run of rows of text is started again: nothing is to be done, and no input is opened."""
+def measure_resume(place: Path, num_rows: int) -> Figures:
+    """Run rows of text to the end, then the same command again, which should open no input."""
     source, output = place / "in" / "rows.jsonl", place / "out"
     source.parent.mkdir()
     source.write_text("".join(json.dumps({"prompt": f"What is {i} + 1?"}) + "\n" for i in range(num_rows)))
     started_s = time.monotonic()
-    _subprocess("-c", _RUN, str(source), str(output))
+    _run_python("-c", _RUN, str(source), str(output))
     first_s = time.monotonic() - started_s
     with OpenCounter(source.parent) as counter:
         started_s = time.monotonic()
-        last_line = _subprocess("-m", "jobs.caption", str(source), str(output), "--model", "demo").splitlines()[-1]
+        last_line = _run_python("-m", "jobs.caption", str(source), str(output), "--model", "demo").splitlines()[-1]
         again_s = time.monotonic() - started_s
     assert json.loads(last_line)["skipped_done"] == num_rows
     return {
@@ -114,32 +115,32 @@ def resume(place: Path, num_rows: int) -> Figures:
     }
 
 
-def _subprocess(*arguments: str) -> str:
+def _run_python(*arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *arguments], check=True, env=environment, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
-def memory(place: Path, num_rows: int) -> Figures:
+def measure_memory(place: Path, num_rows: int) -> Figures:
     figures: Figures = {}
     for times in (1, 10):
         source = place / f"{times}x"
         source.mkdir()
         for i in range(num_rows * times):
-            (source / f"{i:07}.png").write_bytes(_picture(i))
-        figures |= {f"{name}, {times}x": value for name, value in _peaks(source, place / f"out{times}").items()}
+            (source / f"{i:07}.png").write_bytes(_encode_image(i))
+        figures |= {f"{name}, {times}x": value for name, value in _measure_peaks(source, place / f"out{times}").items()}
     return figures
 
 
-def _picture(seed: int) -> bytes:
+def _encode_image(seed: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", _PICTURE_SIZE, (seed % 256, seed // 256 % 256, 90)).save(buffer, "PNG")
+    Image.new("RGB", _IMAGE_SIZE, (seed % 256, seed // 256 % 256, 90)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _peaks(source: Path, output: Path) -> Figures:
-    """MB of each kind of process, and of the object store, while a run of `source` goes on."""
+def _measure_peaks(source: Path, output: Path) -> Figures:
+    """Return the peak MB of each kind of process, and of the object store, during a run over `source`."""
     peaks: Figures = {}
     environment = {
         **os.environ,
@@ -149,15 +150,15 @@ def _peaks(source: Path, output: Path) -> Figures:
     }
     process = subprocess.Popen([sys.executable, "-c", _RUN, str(source), str(output)], env=environment)
     while process.poll() is None:
-        for name, megabytes in _resident(process.pid, str(output)):
+        for name, megabytes in _read_private_mb(process.pid, str(output)):
             peaks[name] = max(peaks.get(name, 0), megabytes)
         time.sleep(0.1)
     assert process.returncode == 0
     return peaks
 
 
-def _resident(driver: int, mark: str) -> Iterator[tuple[str, float]]:
-    """(kind of process, MB that it does not share), and the object store's MB, of a run's processes now."""
+def _read_private_mb(driver: int, mark: str) -> Iterator[tuple[str, float]]:
+    """Yield (kind of process, its private MB) for each process of the run now, and the MB of the object store."""
     for directory in Path("/proc").iterdir():
         try:
             if not directory.name.isdigit() or mark.encode() not in (directory / "environ").read_bytes():
@@ -165,26 +166,26 @@ def _resident(driver: int, mark: str) -> Iterator[tuple[str, float]]:
             command = (directory / "cmdline").read_bytes().split(b"\0")[0].decode()
             status = dict(line.split(":", 1) for line in (directory / "status").read_text().splitlines())
         except OSError:
-            continue  # gone
+            continue  # the process has ended
         private_mb = int(status.get("RssAnon", "0 kB").split()[0]) / 1024
         if int(directory.name) == driver:
             yield "driver", private_mb
         elif command.endswith("raylet"):
-            yield "object store", _plasma_mb(directory / "fd")
+            yield "object store", _read_plasma_mb(directory / "fd")
         for stage in ("Preprocess", "Generate"):
             if stage in command:
                 yield stage, private_mb
 
 
-def _plasma_mb(descriptors: Path) -> float:
-    """What Ray's shared memory has taken so far: pages that were once written."""
-    taken = {}
+def _read_plasma_mb(descriptors: Path) -> float:
+    """Return the MB that Ray's shared memory has taken so far, i.e. the pages ever written."""
+    taken_mb = {}
     for descriptor in descriptors.iterdir():
         with suppress(OSError):
-            if "plasma" in os.readlink(descriptor):  # noqa: PTH115  (the file has no name any more)
+            if "plasma" in os.readlink(descriptor):  # noqa: PTH115  (the file is already unlinked)
                 status = descriptor.stat()
-                taken[status.st_ino] = status.st_blocks * 512 / 2**20
-    return sum(taken.values())
+                taken_mb[status.st_ino] = status.st_blocks * 512 / 2**20
+    return sum(taken_mb.values())
 
 
 def main() -> None:
@@ -198,11 +199,11 @@ def main() -> None:
         place = Path(directory)
         match args.what:
             case "listing":
-                figures = listing(place, args.files, args.tars)
+                figures = measure_listing(place, args.files, args.tars)
             case "resume":
-                figures = resume(place, args.rows or 100_000)
+                figures = measure_resume(place, args.rows or 100_000)
             case _:
-                figures = memory(place, args.rows or 3000)
+                figures = measure_memory(place, args.rows or 3000)
     for name, value in figures.items():
         print(f"{name:45} {value:>12,.2f}")
     print(json.dumps(figures))

@@ -1,7 +1,8 @@
-"""What each kind of input costs, without a model: `python -m benchmarks.sources [--rows N] [--image-kb N]`.
+"""Measure the cost of each kind of input, without a model: `python -m benchmarks.sources [--rows N] [--image-kb N]`.
 
-CPU seconds of one process, so that other load on the machine does not count: to list, to read every image in order,
-and to read it as several preprocessors do, each in a process of its own with every fourth unit of 64 rows.
+The rates are per CPU second of one process, so other load on the machine does not count. Three things are measured:
+listing, reading every image in order, and reading as four preprocessors do. In the last case each reads every fourth
+unit of 64 rows with its own cache.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--image-kb", type=int, default=50)
-    parser.add_argument("--kind", default="", help="only those whose name holds this")
+    parser.add_argument("--kind", default="", help="only kinds whose name contains this")
     args = parser.parse_args()
-    noise = random.Random(0).randbytes
-    payloads = [noise(args.image_kb << 10) for _ in range(args.rows)]
+    make_bytes = random.Random(0).randbytes
+    payloads = [make_bytes(args.image_kb << 10) for _ in range(args.rows)]
     print(f"{args.rows} rows of {args.image_kb} KB; rows per CPU second\n")
     print("| kind | listing | reading in order | of 4 preprocessors, together |\n|---|---|---|---|")
     for name, make in KINDS.items():
         if args.kind not in name:
             continue
         with tempfile.TemporaryDirectory() as directory, make(Path(directory), payloads) as uri:
-            _report(name, uri, args.rows)
+            _print_rates(name, uri, args.rows)
 
 
-def _report(name: str, uri: str, num_rows: int) -> None:
+def _print_rates(name: str, uri: str, num_rows: int) -> None:
     config = CaptionConfig(input=(uri,), output="out", model="demo", allow_private_addresses=True)
     started_s = time.process_time()
     with list_rows(config, config.questionnaire) as listing:
@@ -58,13 +59,13 @@ def _report(name: str, uri: str, num_rows: int) -> None:
     images = [[parse_reference(image) for image in row] for row in rows]
     assert len(images) == num_rows
     units = [images[at : at + UNIT_ROWS] for at in range(0, num_rows, UNIT_ROWS)]
-    read_s = _seconds(units)
-    shared_s = sum(_seconds(units[first::PREPROCESSORS]) for first in range(PREPROCESSORS))
+    read_s = _measure_read_s(units)
+    shared_s = sum(_measure_read_s(units[first::PREPROCESSORS]) for first in range(PREPROCESSORS))
     rates = (f"{num_rows / seconds:,.0f}" for seconds in (listed_s, read_s, shared_s))
     print(f"| {name} | {' | '.join(rates)} |", flush=True)
 
 
-def _seconds(units: list[Images]) -> float:
+def _measure_read_s(units: list[Images]) -> float:
     fetcher, started_s = Fetcher(), time.process_time()
     for unit in units:
         for begin in range(0, len(unit), 16):
@@ -74,13 +75,13 @@ def _seconds(units: list[Images]) -> float:
 
 
 @contextmanager
-def _files(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+def _make_files(directory: Path, payloads: list[bytes]) -> Iterator[str]:
     for i, data in enumerate(payloads):
         (directory / f"{i:06}.jpg").write_bytes(data)
     yield str(directory)
 
 
-def _tar(mode: str) -> MakeInput:
+def _make_tar(mode: str) -> MakeInput:
     @contextmanager
     def make(directory: Path, payloads: list[bytes]) -> Iterator[str]:
         members = [(f"{i:06}.jpg", data) for i, data in enumerate(payloads)]
@@ -89,7 +90,7 @@ def _tar(mode: str) -> MakeInput:
     return make
 
 
-def _parquet(rows_per_group: int) -> MakeInput:
+def _make_parquet(rows_per_group: int) -> MakeInput:
     @contextmanager
     def make(directory: Path, payloads: list[bytes]) -> Iterator[str]:
         images = pa.array([{"bytes": data, "path": None} for data in payloads], HF)
@@ -101,7 +102,7 @@ def _parquet(rows_per_group: int) -> MakeInput:
 
 
 @contextmanager
-def _arrow(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+def _make_arrow(directory: Path, payloads: list[bytes]) -> Iterator[str]:
     table = pa.table({"image": pa.array([{"bytes": data, "path": None} for data in payloads], HF)})
     with pa.ipc.new_stream(directory / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=100)
@@ -109,16 +110,16 @@ def _arrow(directory: Path, payloads: list[bytes]) -> Iterator[str]:
 
 
 @contextmanager
-def _jsonl(directory: Path, payloads: list[bytes]) -> Iterator[str]:
-    with _files(directory, payloads):
+def _make_jsonl(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+    with _make_files(directory, payloads):
         lines = "\n".join(json.dumps({"image": f"{i:06}.jpg"}) for i in range(len(payloads)))
         (directory / "a.jsonl").write_text(lines)
         yield str(directory / "a.jsonl")
 
 
 @contextmanager
-def _web(directory: Path, payloads: list[bytes]) -> Iterator[str]:
-    """The server's threads are of this process and count too."""
+def _serve_files(directory: Path, payloads: list[bytes]) -> Iterator[str]:
+    """Serve the files over HTTP; the server's threads run in this process, so their CPU time is included."""
     with WebServer().run() as server:
         server.files = {f"/{i}.jpg": data for i, data in enumerate(payloads)}
         lines = "\n".join(json.dumps({"image": f"{server.url}/{i}.jpg"}) for i in range(len(payloads)))
@@ -127,14 +128,14 @@ def _web(directory: Path, payloads: list[bytes]) -> Iterator[str]:
 
 
 KINDS: dict[str, MakeInput] = {
-    "image files": _files,
-    "JSON lines of files": _jsonl,
-    "tar": _tar("w"),
-    "tar.gz": _tar("w:gz"),
-    "Parquet, row groups of 100": _parquet(100),
-    "Parquet, one row group": _parquet(1_000_000),
-    "saved dataset (Arrow)": _arrow,
-    "JSON lines of URLs (loopback, with the server)": _web,
+    "image files": _make_files,
+    "JSON lines of files": _make_jsonl,
+    "tar": _make_tar("w"),
+    "tar.gz": _make_tar("w:gz"),
+    "Parquet, row groups of 100": _make_parquet(100),
+    "Parquet, one row group": _make_parquet(1_000_000),
+    "saved dataset (Arrow)": _make_arrow,
+    "JSON lines of URLs (loopback, with the server)": _serve_files,
 }
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Eight tasks an item, as siblings and as eight separate requests: python -m benchmarks.tasks [--model vision-bound]
+"""Compare eight tasks per item as siblings with the same tasks as eight separate requests.
+
+    python -m benchmarks.tasks [--model vision-bound]
 
 `--model` is `tiny56-tied`, `tiny112-untied`, a shape of `benchmarks.engine` such as 1B (with `--dtype bfloat16`), or
-`vision-bound`: 256 tokens a tile, random weights, most of the arithmetic in the tower. Items are photographs and drawn
-pictures, in turn. Four tasks are free text, which ends after a fixed number of tokens, four are choices. Both sides are
-one call of the same engine; they take turns, in one thread; CPU seconds, medians. The last line is JSON.
+`vision-bound`: 256 tokens per tile, random weights, most of the arithmetic in the vision tower. Photographs and drawn
+images alternate. Four tasks are free text, which ends after a fixed number of tokens; four are choices. Each side is
+one call of the same engine. The sides alternate in one thread; the results are medians of CPU seconds. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ TASKS: dict[str, int | list[str]] = {
     "How many objects are there? Answer with a number.": [str(number) for number in range(10)],
     "Which shape is the largest?": ["circle", "square", "triangle", "star", "none of these"],
 }
-"""Tokens of an answer, or its choices."""
+"""{prompt: number of answer tokens, or the choices}"""
 
 
 def main() -> None:
@@ -70,12 +73,12 @@ def main() -> None:
     name = str(checkpoint_dir(args.model)) if args.model in CHECKPOINTS else args.model
     model = load_or_build_model(name, torch.device("cpu"), getattr(torch, args.dtype))
     engine = OvisEngine.from_model(model, eos_token_ids=())
-    items, params = tasks_of(engine.config, args.items, args.max_tiles)
-    sides = {"siblings": items, "separate": [[_apart(request) for request in item] for item in items]}
+    items, params = make_requests(engine.config, args.items, args.max_tiles)
+    sides = {"siblings": items, "separate": [[_ungroup(request) for request in item] for item in items]}
     for side in sides.values():  # warm
-        _run(engine, side[:1], params)
-    rounds = [{side: _run(engine, sides[side], params) for side in sides} for _ in range(args.rounds)]
-    print(json.dumps(report(args, sides["siblings"], rounds)))
+        _time_run(engine, side[:1], params)
+    rounds = [{side: _time_run(engine, sides[side], params) for side in sides} for _ in range(args.rounds)]
+    print(json.dumps(summarize_tasks(args, sides["siblings"], rounds)))
 
 
 def _parse() -> argparse.Namespace:
@@ -83,28 +86,28 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", default="vision-bound")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--items", type=int, default=8)
-    parser.add_argument("--max-tiles", type=int, default=1, help="of an item (default 1)")
+    parser.add_argument("--max-tiles", type=int, default=1, help="per item (default 1)")
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
 
-def tasks_of(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[list[Request]], list[SamplingParams]]:
-    """The requests of each item, which are one group, and the parameters of each task."""
+def make_requests(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[list[Request]], list[SamplingParams]]:
+    """Make the requests of each item, which form one group, and the sampling parameters of each task."""
     processor = Processor(config, load_tokenizer(checkpoint_dir("tiny56-tied")))
     requests: list[list[Request]] = []
-    for picture in islice(_pictures(), items):
-        each = [processor.build_request(prompt, [picture], max_tiles) for prompt in TASKS]
+    for image in islice(_alternate_images(), items):
+        each = [processor.build_request(prompt, [image], max_tiles) for prompt in TASKS]
         requests.append([replace(request, tiles=each[0].tiles, group=len(requests)) for request in each])
-    return requests, [_params(answer, processor.encode_answer) for answer in TASKS.values()]
+    return requests, [_make_params(answer, processor.encode_answer) for answer in TASKS.values()]
 
 
-def _params(answer: int | list[str], encode: Callable[[str], list[int]]) -> SamplingParams:
+def _make_params(answer: int | list[str], encode: Callable[[str], list[int]]) -> SamplingParams:
     if isinstance(answer, int):
         return SamplingParams(max_new_tokens=answer)
     return SamplingParams(choices=tuple(tuple(encode(choice)) for choice in answer))
 
 
-def _pictures() -> Iterator[Image.Image]:
+def _alternate_images() -> Iterator[Image.Image]:
     for seed in count():
         for path in find_photographs()[seed : seed + 1]:
             with Image.open(path) as photograph:
@@ -112,27 +115,27 @@ def _pictures() -> Iterator[Image.Image]:
         yield make_picture(seed, held_out=False)[0]
 
 
-def _apart(request: Request) -> Request:
-    """The same, but a sibling of no other."""
+def _ungroup(request: Request) -> Request:
+    """Return the request without its group, so that it has no siblings."""
     return replace(request, group=None)
 
 
-def _run(
+def _time_run(
     engine: OvisEngine, items: Sequence[Sequence[Request]], params: list[SamplingParams]
 ) -> tuple[float, Stats, list[Completion]]:
     before = engine.stats
-    begun_s = time.process_time()
+    started_s = time.process_time()
     completions = engine.generate([request for item in items for request in item], params * len(items))
-    return time.process_time() - begun_s, engine.stats - before, completions
+    return time.process_time() - started_s, engine.stats - before, completions
 
 
-def report(
+def summarize_tasks(
     args: argparse.Namespace,
     items: list[list[Request]],
     rounds: list[dict[str, tuple[float, Stats, list[Completion]]]],
 ) -> dict[str, object]:
     pairs = list(zip(rounds[0]["siblings"][2], rounds[0]["separate"][2], strict=True))
-    probs = [(p, q) for a, b in pairs if (p := a.choice_probs) is not None and (q := b.choice_probs) is not None]
+    choice_probs = [(p, q) for a, b in pairs if (p := a.choice_probs) is not None and (q := b.choice_probs) is not None]
     cpu_s = {side: statistics.median(r[side][0] for r in rounds) for side in rounds[0]}
     result = {
         "model": args.model,
@@ -141,7 +144,7 @@ def report(
         "ratio": statistics.median(r["separate"][0] / r["siblings"][0] for r in rounds),
         "equal_answers": sum(a.output_ids.tolist() == b.output_ids.tolist() for a, b in pairs),
         "answers": len(pairs),
-        "largest_difference_of_probabilities": max(float(np.abs(a - b).max()) for a, b in probs),
+        "largest_difference_of_probabilities": max(float(np.abs(a - b).max()) for a, b in choice_probs),
         **{side: {"cpu_s": cpu_s[side], **asdict(rounds[-1][side][1])} for side in cpu_s},
     }
     print(

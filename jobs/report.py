@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.cli import run_job
-from pipelines.report.build import MOST_ROWS, ReportOptions, write_report
+from pipelines.report.build import MAX_ROWS, ReportOptions, write_report
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.report") -> int:
@@ -23,7 +23,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> ReportOptions:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", metavar="OUTPUT", help="of a run, finished or not")
     parser.add_argument("--to", metavar="FILE", help="default OUTPUT/report.html; NAME-report.html here for a URI")
-    parser.add_argument("--rows", type=int, default=300, help=f"most rows to show, at most {MOST_ROWS} (default 300)")
+    parser.add_argument("--rows", type=int, default=300, help=f"most rows to show, at most {MAX_ROWS} (default 300)")
     parser.add_argument(
         "--truth",
         action="append",
@@ -38,8 +38,8 @@ def _parse(argv: Sequence[str] | None, prog: str) -> ReportOptions:
         "--allow-private-addresses", action="store_true", help="read http(s) URLs of hosts inside your own network too"
     )
     given = vars(parser.parse_args(argv))
-    if not 0 <= given["rows"] <= MOST_ROWS:
-        parser.error(f"--rows must be within 0 and {MOST_ROWS}")
+    if not 0 <= given["rows"] <= MAX_ROWS:
+        parser.error(f"--rows must be within 0 and {MAX_ROWS}")
     pairs = [pair.partition("=") for pair in given.pop("truth")]
     if wrong := ["".join(pair) for pair in pairs if not all(pair)]:
         parser.error(f"--truth {wrong[0]!r} is not TASK=COLUMN")

@@ -17,11 +17,11 @@ from pipelines.tasks.questionnaire import Columns, Questionnaire
 from pipelines.tasks.task import Task
 
 # Of an answer that is asked for again: far enough from the first to leave its loop or dead end, and room to finish.
-_AGAIN_TEMPERATURE, _AGAIN_TOP_P, _AGAIN_PENALTY, _AGAIN_TIMES_LONGER = 0.7, 0.9, 1.1, 2
+_RETRY_TEMPERATURE, _RETRY_TOP_P, _RETRY_PENALTY, _RETRY_TIMES_LONGER = 0.7, 0.9, 1.1, 2
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class TaskRequest:
     """A task of a row. The requests of one row are a group, so that the engine encodes their images once."""
 
     task: Task
@@ -29,7 +29,7 @@ class Question:
     request: Request
 
 
-class Answering:
+class Answerer:
     """Asks `engine` all tasks of rows. Several threads may call at once."""
 
     def __init__(self, questionnaire: Questionnaire, processor: Processor, engine: Engine) -> None:
@@ -37,28 +37,28 @@ class Answering:
         self._processor, self._engine = processor, engine
         self._answer_ids = cache(processor.encode_answer)
 
-    def columns(self, rows: Sequence[PreparedRow]) -> list[Columns | RequestError]:
+    def answer(self, rows: Sequence[PreparedRow]) -> list[Columns | RequestError]:
         """Return, for each row, the columns that its answers decide, or why it has none. Raises EngineDied."""
         asked = [
-            [Question(task, row.id, request) for task, request in zip(self._tasks, row.requests, strict=True)]
+            [TaskRequest(task, row.id, request) for task, request in zip(self._tasks, row.requests, strict=True)]
             for row in rows
         ]
         answered = [
-            outcome if isinstance(outcome, RequestError) else list(map(self._answered, questions, outcome))
-            for questions, outcome in zip(asked, self._completions(asked), strict=True)
+            outcome if isinstance(outcome, RequestError) else list(map(self._parse_answer, questions, outcome))
+            for questions, outcome in zip(asked, self._generate_rows(asked), strict=True)
         ]
         if self._questionnaire.regenerates_flagged:
-            self._ask_again(asked, answered)
+            self._regenerate_flagged(asked, answered)
         return [a if isinstance(a, RequestError) else self._questionnaire.columns(a) for a in answered]
 
-    def _completions(self, asked: Sequence[Sequence[Question]]) -> list[list[Completion] | RequestError]:
+    def _generate_rows(self, asked: Sequence[Sequence[TaskRequest]]) -> list[list[Completion] | RequestError]:
         """Generate for all rows at once; if one of them cannot be generated, for each row by itself."""
         flat = self._generate(list(chain.from_iterable(asked)))
         if isinstance(flat, RequestError):
-            return [self._completions_alone(questions) for questions in asked]
+            return [self._generate_row(questions) for questions in asked]
         return [flat[i : i + len(self._tasks)] for i in range(0, len(flat), len(self._tasks))]
 
-    def _completions_alone(self, questions: Sequence[Question]) -> list[Completion] | RequestError:
+    def _generate_row(self, questions: Sequence[TaskRequest]) -> list[Completion] | RequestError:
         """Generate for one row; of several tasks, name the one at fault."""
         outcome = self._generate(questions)
         if isinstance(outcome, RequestError) and len(questions) > 1:
@@ -67,7 +67,7 @@ class Answering:
                     return RequestError(f"{question.task.label}{error}")
         return outcome
 
-    def _generate(self, questions: Sequence[Question]) -> list[Completion] | RequestError:
+    def _generate(self, questions: Sequence[TaskRequest]) -> list[Completion] | RequestError:
         params = [question.task.sampling(question.row_id, self._answer_ids) for question in questions]
         return self._try([question.request for question in questions], params)
 
@@ -77,10 +77,10 @@ class Answering:
         except RequestError as error:
             return error
 
-    def _answered(self, question: Question, completion: Completion) -> Answered:
+    def _parse_answer(self, question: TaskRequest, completion: Completion) -> Answered:
         task = question.task
         text = cut_at_stop(self._processor.detokenize(completion.output_ids), task.stops)
-        value = _value(task.answer, text, completion.finish_reason)
+        value = _parse_value(task.answer, text, completion.finish_reason)
         confidence: float | dict[str, float] = completion.mean_logprob
         if completion.choice_probs is not None:
             confidence = dict(zip(task.answer.options, completion.choice_probs.tolist(), strict=True))
@@ -94,8 +94,8 @@ class Answering:
             num_tokens=len(completion.output_ids),
         )
 
-    def _ask_again(
-        self, asked: Sequence[Sequence[Question]], answered: Sequence[list[Answered] | RequestError]
+    def _regenerate_flagged(
+        self, asked: Sequence[Sequence[TaskRequest]], answered: Sequence[list[Answered] | RequestError]
     ) -> None:
         """Flagged answers once more; of two the one with fewer flags is the answer, and holds the other."""
         flagged = [
@@ -107,38 +107,38 @@ class Answering:
         ]
         if not flagged:
             return
-        seconds = self._second_completions([(question, answers[place]) for question, answers, place in flagged])
+        seconds = self._generate_alternatives([(question, answers[place]) for question, answers, place in flagged])
         for (question, answers, place), completion in zip(flagged, seconds, strict=True):
             if completion is not None:
-                first, second = answers[place], self._answered(question, completion)
+                first, second = answers[place], self._parse_answer(question, completion)
                 better, other = (second, first) if len(second.flags) < len(first.flags) else (first, second)
                 answers[place] = replace(better, alternative=other)
 
-    def _second_completions(self, flagged: Sequence[tuple[Question, Answered]]) -> list[Completion | None]:
+    def _generate_alternatives(self, flagged: Sequence[tuple[TaskRequest, Answered]]) -> list[Completion | None]:
         """Generate other answers; None where there is no room for a longer one."""
         requests = [question.request for question, _ in flagged]
-        params = [self._changed_sampling(question, first) for question, first in flagged]
+        params = [self._change_sampling(question, first) for question, first in flagged]
         outcome = self._try(requests, params)
         if not isinstance(outcome, RequestError):
             return [*outcome]
         alone = [self._try([request], [its]) for request, its in zip(requests, params, strict=True)]
         return [None if isinstance(one, RequestError) else one[0] for one in alone]
 
-    def _changed_sampling(self, question: Question, first: Answered) -> SamplingParams:
+    def _change_sampling(self, question: TaskRequest, first: Answered) -> SamplingParams:
         # Not the first draw once more, where the first was sampled as this one is.
         params = question.task.sampling(f"{question.row_id}\0again", self._answer_ids)
-        longer = _AGAIN_TIMES_LONGER if "truncated" in first.flags else 1
+        longer = _RETRY_TIMES_LONGER if "truncated" in first.flags else 1
         room = self._processor.config.max_length - len(question.request.input_ids)
         return replace(
             params,
-            temperature=max(params.temperature, _AGAIN_TEMPERATURE),
-            top_p=min(params.top_p, _AGAIN_TOP_P),
-            repetition_penalty=max(params.repetition_penalty, _AGAIN_PENALTY if "repetition" in first.flags else 1),
+            temperature=max(params.temperature, _RETRY_TEMPERATURE),
+            top_p=min(params.top_p, _RETRY_TOP_P),
+            repetition_penalty=max(params.repetition_penalty, _RETRY_PENALTY if "repetition" in first.flags else 1),
             max_new_tokens=min(params.max_new_tokens * longer, room),
         )
 
 
-def _value(answer: Answer, text: str, finish_reason: FinishReason) -> Any:
+def _parse_value(answer: Answer, text: str, finish_reason: FinishReason) -> Any:
     """None if the text is no such answer; of one that was cut nobody knows what it would have become."""
     if answer.constraint and finish_reason == "length":
         return None

@@ -15,7 +15,7 @@ from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Engine, EngineDied, RequestError
 from pipelines import schema
-from pipelines.answering import Answering
+from pipelines.answering import Answerer
 from pipelines.cluster.actor import register_fast_exit
 from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts, SharedExclusiveLock
 from pipelines.rows import Batch, PreparedRow, ResultRow
@@ -62,24 +62,24 @@ class Generate:
         self._schema = schema.result(questionnaire.schema)
         processor = Processor.from_pretrained(replica.model, replica.revision)
         self._engine = make_engine(replica)
-        self._answering = Answering(questionnaire, processor, self._engine)
+        self._answerer = Answerer(questionnaire, processor, self._engine)
 
     def __call__(self, batch: Batch) -> pa.Table:
         """Turn columns of prepared rows into a table of `schema.result`, a row for each. Threads may call at once."""
         rows = PreparedRow.from_columns(batch)
         while True:
             try:
-                return ResultRow.to_table(self._results_within_tries(rows), self._schema)
+                return ResultRow.to_table(self._generate_within_tries(rows), self._schema)
             except EngineDied as error:
                 self._replace_engine(error)
 
-    def _results_within_tries(self, rows: Sequence[PreparedRow]) -> list[ResultRow]:
+    def _generate_within_tries(self, rows: Sequence[PreparedRow]) -> list[ResultRow]:
         work = f"generate {len(rows)} rows from {rows[0].row}"
         with self._lock.hold_shared():
             tries = self._attempts.begin(work)
-            results = self._results(rows) if tries <= MAX_TRIES else []
+            results = self._generate(rows) if tries <= MAX_TRIES else []
         if tries > MAX_TRIES:
-            results = [result for row in rows for result in self._results_alone(row)]
+            results = [result for row in rows for result in self._generate_alone(row)]
         self._attempts.end(work)
         return results
 
@@ -92,23 +92,23 @@ class Generate:
         # Raising would end the run, a clean exit of the actor as well; Ray replaces a process that is gone.
         os._exit(1)
 
-    def _results_alone(self, row: PreparedRow) -> list[ResultRow]:
+    def _generate_alone(self, row: PreparedRow) -> list[ResultRow]:
         """Generate a row of a batch that killed its process again and again."""
         work = f"generate row {row.row}"
         with self._lock.hold_exclusive():
             if self._attempts.begin(work) > MAX_TRIES:
-                return [self._failed(row, GIVEN_UP)]
-            results = self._results([row])
+                return [self._make_error_row(row, GIVEN_UP)]
+            results = self._generate([row])
             self._attempts.end(work)
         return results
 
-    def _results(self, rows: Sequence[PreparedRow]) -> list[ResultRow]:
+    def _generate(self, rows: Sequence[PreparedRow]) -> list[ResultRow]:
         prepared, failed = [row for row in rows if not row.stage], [row for row in rows if row.stage]
         results = [
-            self._failed(row, str(outcome)) if isinstance(outcome, RequestError) else ResultRow(row, outcome)
-            for row, outcome in zip(prepared, self._answering.columns(prepared), strict=True)
+            self._make_error_row(row, str(outcome)) if isinstance(outcome, RequestError) else ResultRow(row, outcome)
+            for row, outcome in zip(prepared, self._answerer.answer(prepared), strict=True)
         ]
         return results + [ResultRow(row, self._questionnaire.empty(), row.stage, row.error) for row in failed]
 
-    def _failed(self, row: PreparedRow, reason: str) -> ResultRow:
+    def _make_error_row(self, row: PreparedRow, reason: str) -> ResultRow:
         return ResultRow(row, self._questionnaire.empty(), "generate", reason)

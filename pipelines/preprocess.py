@@ -59,15 +59,15 @@ class Preprocess:
             work = f"prepare rows {start} to {stop}"
             rows = ManifestRow.from_table(read_rows(self._output, RowRange(start, stop)))
             if self._attempts.begin(work) <= MAX_TRIES:
-                yield from _batches(self._prepare(row, images) for row, images in self._fetched(rows))
+                yield from _group_into_batches(self._prepare(row, images) for row, images in self._fetch_ahead(rows))
             else:
-                yield from _batches(map(self._prepare_alone, rows))
+                yield from _group_into_batches(map(self._prepare_alone, rows))
             self._attempts.end(work)
 
-    def _fetched(self, rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, PendingImages]]:
-        return self._fetcher.fetch_ahead((row, self._needed_images(row)) for row in rows)
+    def _fetch_ahead(self, rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, PendingImages]]:
+        return self._fetcher.fetch_ahead((row, self._select_needed_images(row)) for row in rows)
 
-    def _needed_images(self, row: ManifestRow) -> Sequence[ImageRef]:
+    def _select_needed_images(self, row: ManifestRow) -> Sequence[ImageRef]:
         """Return what to fetch: nothing for a row that fails anyway, nor for a video that is decoded where it is."""
         is_needed = not row.error and len(row.images) <= self._requests.max_images and not is_seekable_video(row.images)
         return row.images if is_needed else ()
@@ -76,18 +76,18 @@ class Preprocess:
         try:
             return self._prepare_or_raise(row, images)
         except RowError as error:
-            return _failed(row, error)
+            return _make_error_row(row, error)
         except StoreFault as fault:
             if self._is_store_down(row):  # then the run has to stop
                 raise
-            return _failed(row, RowError("read", f"{fault}; other files are read"))
+            return _make_error_row(row, RowError("read", f"{fault}; other files are read"))
 
     def _prepare_alone(self, row: ManifestRow) -> PreparedRow:
         """Prepare a row of a range that killed its process again and again; nothing else is on its way meanwhile."""
         work = f"prepare row {row.row}"
         if self._attempts.begin(work) > MAX_TRIES:
-            return _failed(row, RowError("decode", GIVEN_UP))
-        prepared = self._prepare(row, self._fetcher.submit(self._needed_images(row)))
+            return _make_error_row(row, RowError("decode", GIVEN_UP))
+        prepared = self._prepare(row, self._fetcher.submit(self._select_needed_images(row)))
         self._attempts.end(work)
         return prepared
 
@@ -95,26 +95,26 @@ class Preprocess:
         """Return the prepared row. Raises RowError and StoreFault."""
         if row.error:
             raise RowError("list", row.error)
-        with _stage("read", OSError):
+        with _convert_errors("read", OSError):
             encoded = images.result()
-        with _stage("tile", ValueError):
-            self._requests.check_number(max(len(encoded), len(row.images)))
+        with _convert_errors("tile", ValueError):
+            self._requests.check_num_images(max(len(encoded), len(row.images)))
         if is_seekable_video(row.images) or any(map(has_video_signature, encoded)):
             return self._prepare_video(row, encoded)
         if not encoded and not row.has_own_prompt:
             raise RowError("read", "no image, and no prompt of its own")
-        with _stage("decode", MediaError):
+        with _convert_errors("decode", MediaError):
             pictures = _decode_images(encoded)
-        with _stage("tile", ValueError):
-            return _prepared(row, self._requests.about_images(row.prompt, pictures), len(pictures))
+        with _convert_errors("tile", ValueError):
+            return _make_row(row, self._requests.build_image_requests(row.prompt, pictures), len(pictures))
 
     def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> PreparedRow:
-        with _stage("decode", MediaError), _stage("read", OSError):
+        with _convert_errors("decode", MediaError), _convert_errors("read", OSError):
             video, window = locate_video(row.images, encoded)
-            frames = self._frames.select(video, window, self._requests.question(row.prompt))
-        with _stage("tile", ValueError):
-            self._requests.check_number(len(frames))
-            return _prepared(row, self._requests.about_frames(row.prompt, frames), len(frames), frames)
+            frames = self._frames.select(video, window, self._requests.join_prompts(row.prompt))
+        with _convert_errors("tile", ValueError):
+            self._requests.check_num_images(len(frames))
+            return _make_row(row, self._requests.build_video_requests(row.prompt, frames), len(frames), frames)
 
     def _is_store_down(self, row: ManifestRow) -> bool:
         """Whether no other image there can be read; a place that no other row names says nothing of the run's store."""
@@ -137,19 +137,19 @@ class RequestBuilder:
         # An image is a tile at least. One is always tried, for the message that says by how much it is too long.
         self.max_images = max(1, self._max_length // self._tokens_per_tile)
 
-    def question(self, prompt: str) -> str:
+    def join_prompts(self, prompt: str) -> str:
         """Return the text of all prompts of a row, for frames to match; `prompt` as the manifest stores it."""
         return remove_marks("\n".join(self._questionnaire.prompts(prompt)))
 
-    def about_images(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Request]:
+    def build_image_requests(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Request]:
         """Return the requests of a row with these images, maybe none. Raises ValueError if one is too long."""
         prompts = self._questionnaire.prompts(prompt)
-        questions = [_neutralize_marks(text, num_images=len(pictures)) for text in prompts]
+        questions = [_remove_stray_marks(text, num_images=len(pictures)) for text in prompts]
         return self._build(questions, pictures, self._images.max_tiles_per_image(len(pictures)))
 
-    def about_frames(self, prompt: str, frames: Sequence[Frame]) -> list[Request]:
+    def build_video_requests(self, prompt: str, frames: Sequence[Frame]) -> list[Request]:
         """Return the requests of a row with the frames of a video. Raises ValueError if one is too long."""
-        questions = [_about_video(text, len(frames)) for text in self._questionnaire.prompts(prompt)]
+        questions = [_build_video_prompt(text, len(frames)) for text in self._questionnaire.prompts(prompt)]
         pictures = [Image.fromarray(frame.pixels) for frame in frames]
         return self._build(questions, pictures, self._images.max_tiles_per_frame)
 
@@ -163,7 +163,7 @@ class RequestBuilder:
             prompts.append(ids)
         return self._processor.build_requests(prompts, pictures, max_tiles)
 
-    def check_number(self, num_images: int) -> None:
+    def check_num_images(self, num_images: int) -> None:
         """Raise ValueError if the images alone are over the model's limit."""
         if num_images > self.max_images:
             raise ValueError(f"{num_images} images are more than the {self.max_images} that the model's limit allows")
@@ -180,7 +180,7 @@ class RequestBuilder:
 
 
 @contextmanager
-def _stage(stage: Stage, expected: type[Exception]) -> Iterator[None]:
+def _convert_errors(stage: Stage, expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
@@ -199,28 +199,28 @@ def _decode_images(encoded: Sequence[bytes]) -> list[Image.Image]:
     return pictures
 
 
-def _neutralize_marks(prompt: str, *, num_images: int) -> str:
+def _remove_stray_marks(prompt: str, *, num_images: int) -> str:
     """Return the prompt without marks that do not place each image once: they are the user's text, not ours."""
     return prompt if prompt.count(IMAGE_MARK) == num_images else remove_marks(prompt)
 
 
-def _about_video(prompt: str, num_frames: int) -> str:
-    question = _neutralize_marks(prompt, num_images=num_frames)
+def _build_video_prompt(prompt: str, num_frames: int) -> str:
+    question = _remove_stray_marks(prompt, num_images=num_frames)
     return question if IMAGE_MARK in question else build_video_query(question, num_frames)
 
 
-def _prepared(
+def _make_row(
     row: ManifestRow, requests: Sequence[Request], num_images: int, frames: Sequence[Frame] = ()
 ) -> PreparedRow:
     timestamps_s = np.array([frame.timestamp_s for frame in frames], np.float32)
     return PreparedRow(row.row, row.id, row.uri, row.prompt, tuple(requests), num_images, timestamps_s)
 
 
-def _failed(row: ManifestRow, error: RowError) -> PreparedRow:
+def _make_error_row(row: ManifestRow, error: RowError) -> PreparedRow:
     return PreparedRow(row.row, row.id, row.uri, row.prompt, stage=error.stage, error=str(error))
 
 
-def _batches(rows: Iterable[PreparedRow]) -> Iterator[Batch]:
+def _group_into_batches(rows: Iterable[PreparedRow]) -> Iterator[Batch]:
     waiting: list[PreparedRow] = []
     waiting_bytes = 0
     for row in rows:

@@ -104,7 +104,7 @@ class PreparedRow:
         ]
 
 
-_KEPT = ("row", "id", "uri", "prompt", "num_images", "num_tiles", "num_prompt_tokens", "frame_timestamps_s")
+_COPIED = ("row", "id", "uri", "prompt", "num_images", "num_tiles", "num_prompt_tokens", "frame_timestamps_s")
 _TEXTS = ("id", "uri", "prompt", "stage", "error")
 _REQUEST_COLUMNS = ("input_ids", "prompt_lengths", "tiles", "tile_sizes")
 # Arrays of no tiles, not None: a column may not mix tensors and objects.
@@ -151,7 +151,7 @@ class ResultRow:
 
     def _to_columns(self) -> Columns:
         return {
-            **{name: getattr(self.prepared, name) for name in _KEPT},
+            **{name: getattr(self.prepared, name) for name in _COPIED},
             "status": self.status,
             "stage": self.stage,
             "error": self.error,

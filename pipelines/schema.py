@@ -10,7 +10,7 @@ Status = Literal["ok", "error"]
 Stage = Literal["", "list", "read", "decode", "tile", "generate"]
 
 
-def _column(name: str, type_: pa.DataType) -> pa.Field:
+def _make_field(name: str, type_: pa.DataType) -> pa.Field:
     return pa.field(name, type_, nullable=False)
 
 
@@ -18,26 +18,26 @@ ROW = "row"
 
 _IMAGE = pa.struct(
     [
-        _column("kind", pa.string()),  # how to read it: media.reference
-        _column("uri", pa.string()),
-        _column("offset", pa.int64()),  # bytes; -1: the whole file
-        _column("num_bytes", pa.int64()),  # as listed; -1: unknown
-        _column("member", pa.string()),  # name in a tar, column of a Parquet file, else ""
-        _column("row", pa.int64()),  # of a Parquet file, else -1
-        _column("start_s", pa.float64()),  # of a video: from here
-        _column("stop_s", pa.float64()),  # up to here, infinity for all of it
+        _make_field("kind", pa.string()),  # how to read it: media.reference
+        _make_field("uri", pa.string()),
+        _make_field("offset", pa.int64()),  # bytes; -1: the whole file
+        _make_field("num_bytes", pa.int64()),  # as listed; -1: unknown
+        _make_field("member", pa.string()),  # name in a tar, column of a Parquet file, else ""
+        _make_field("row", pa.int64()),  # of a Parquet file, else -1
+        _make_field("start_s", pa.float64()),  # of a video: from here
+        _make_field("stop_s", pa.float64()),  # up to here, infinity for all of it
     ]
 )
 
 MANIFEST = pa.schema(
     [
-        _column(ROW, pa.int64()),  # row number
-        _column("id", pa.string()),
-        _column("uri", pa.string()),
-        _column("images", pa.list_(pa.field("item", _IMAGE, nullable=False))),
-        _column("prompt", pa.string()),  # of several tasks a JSON array
-        _column("has_own_prompt", pa.bool_()),  # from the input, so that it means something without an image
-        _column("error", pa.string()),  # why the row cannot even be read, or ""
+        _make_field(ROW, pa.int64()),  # row number
+        _make_field("id", pa.string()),
+        _make_field("uri", pa.string()),
+        _make_field("images", pa.list_(pa.field("item", _IMAGE, nullable=False))),
+        _make_field("prompt", pa.string()),  # of several tasks a JSON array
+        _make_field("has_own_prompt", pa.bool_()),  # from the input, so that it means something without an image
+        _make_field("error", pa.string()),  # why the row cannot even be read, or ""
     ]
 )
 
@@ -49,26 +49,26 @@ KEPT = "kept"
 
 OUTPUT = pa.schema(
     [
-        _column("id", pa.string()),
-        _column("uri", pa.string()),
-        _column("prompt", pa.string()),
-        _column("text", pa.string()),
-        _column("status", pa.string()),
-        _column("stage", pa.string()),
-        _column("error", pa.string()),
-        _column("finish_reason", pa.string()),
-        _column("num_images", pa.int32()),
-        _column("num_tiles", pa.int32()),
-        _column("num_prompt_tokens", pa.int32()),
-        _column("num_output_tokens", pa.int32()),
-        _column("mean_logprob", pa.float32()),
-        _column("frame_timestamps_s", pa.list_(pa.field("item", pa.float32(), nullable=False))),
+        _make_field("id", pa.string()),
+        _make_field("uri", pa.string()),
+        _make_field("prompt", pa.string()),
+        _make_field("text", pa.string()),
+        _make_field("status", pa.string()),
+        _make_field("stage", pa.string()),
+        _make_field("error", pa.string()),
+        _make_field("finish_reason", pa.string()),
+        _make_field("num_images", pa.int32()),
+        _make_field("num_tiles", pa.int32()),
+        _make_field("num_prompt_tokens", pa.int32()),
+        _make_field("num_output_tokens", pa.int32()),
+        _make_field("mean_logprob", pa.float32()),
+        _make_field("frame_timestamps_s", pa.list_(pa.field("item", pa.float32(), nullable=False))),
     ]
 )
 """Of a run that captions."""
 
-_OF_THE_ANSWER = ("prompt", "text", "finish_reason", "mean_logprob")
-ITEM = pa.schema([field for field in OUTPUT if field.name not in _OF_THE_ANSWER])
+_ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "mean_logprob")
+ITEM = pa.schema([field for field in OUTPUT if field.name not in _ANSWER_COLUMNS])
 """Of a run with several tasks, before the columns of each."""
 
 
@@ -79,10 +79,10 @@ def result(columns: pa.Schema) -> pa.Schema:
 
 def manifest(kept: pa.Schema) -> pa.Schema:
     """MANIFEST of a run that keeps these columns."""
-    return MANIFEST.append(_column(KEPT, pa.struct(list(kept)))) if len(kept) else MANIFEST
+    return MANIFEST.append(_make_field(KEPT, pa.struct(list(kept)))) if len(kept) else MANIFEST
 
 
-def struct_of(columns: list[pa.ChunkedArray], fields: pa.Schema) -> pa.Array:
+def pack_struct(columns: list[pa.ChunkedArray], fields: pa.Schema) -> pa.Array:
     """Columns as one of structs, each cast to the type of its field."""
     arrays = [_cast(column.combine_chunks(), field.type) for column, field in zip(columns, fields, strict=True)]
     return pa.StructArray.from_arrays(arrays, fields=list(fields))

@@ -16,7 +16,7 @@ import pytest
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Completion, Request, RequestError, SamplingParams
-from pipelines.answering import Answering
+from pipelines.answering import Answerer
 from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
 from pipelines.errors import RunError
 from pipelines.output.sink import read_results
@@ -74,9 +74,7 @@ def config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
 def answers_without_ray(asked: RunConfig) -> list[dict[str, Any]]:
     """Id, number of tiles and the columns that the engine decides, of each row."""
     rows = prepare_rows(asked)
-    answered = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), load_engine("tiny56-tied")).columns(
-        rows
-    )
+    answered = Answerer(asked.questionnaire, Processor.from_pretrained(MODEL), load_engine("tiny56-tied")).answer(rows)
     return [
         {"id": row.id, "num_tiles": row.num_tiles, **columns}
         for row, columns in zip(rows, answered, strict=True)
@@ -112,7 +110,7 @@ def test_a_picture_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path)
     asked = config(pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)])
     rows = prepare_rows(asked)
     engine = OvisEngine.from_model(load_engine("tiny56-tied").model)
-    values = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), engine).columns(rows)
+    values = Answerer(asked.questionnaire, Processor.from_pretrained(MODEL), engine).answer(rows)
     assert len(values) == 6 and all(isinstance(row, dict) for row in values)
     assert engine.stats.tiles == sum(row.num_tiles for row in rows)
     assert engine.stats.prompt_tokens < sum(row.num_prompt_tokens for row in rows) / 2
@@ -179,8 +177,8 @@ def test_an_answer_is_asked_for_again_by_another_draw(pictures: Path, tmp_path: 
                 for p in params
             ]
 
-    answering = Answering(asked.questionnaire, Processor.from_pretrained(MODEL), Empty())
-    [values] = answering.columns(prepare_rows(asked))
+    answerer = Answerer(asked.questionnaire, Processor.from_pretrained(MODEL), Empty())
+    [values] = answerer.answer(prepare_rows(asked))
     assert values["sharp_text"] == "No" and values["sharp"] is False  # not "N", cut at a stop string
     first, _, again = drawn
     assert (again.temperature, again.top_p) == (first.temperature, first.top_p) and again.seed != first.seed

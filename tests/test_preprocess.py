@@ -98,7 +98,7 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     stage._fetcher = Fetcher(max_at_once=10, max_ahead_bytes=1000)
     rows = ManifestRow.from_table(read_rows(str(tmp_path / "out"), RowRange(0, 30)))
     done = 0
-    for i, (_, images) in enumerate(stage._fetched(rows)):
+    for i, (_, images) in enumerate(stage._fetch_ahead(rows)):
         assert num_read[0] - done <= 1000 + 300
         assert images.result() == [bytes([i]) * 300], "also of those that were longer than their share"
         done = (i + 1) * (300 if sizes_are_known else 300 + 101)

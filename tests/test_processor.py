@@ -159,7 +159,7 @@ from PIL import Image
 from ovis_model.inputs.processor import Processor
 from pipelines.media.images import decode_image
 processor = Processor.from_pretrained({str(checkpoint_dir(CHECKPOINTS[0]))!r})
-request = processor.request("What is it?", [Image.new("RGB", (90, 60))])
+request = processor.build_request("What is it?", [Image.new("RGB", (90, 60))])
 heavy = {{"torch", "transformers", "ray", "pyarrow"}} & set(sys.modules)
 assert not heavy and processor.detokenize(request.input_ids[request.input_ids >= 0]), heavy
 """

@@ -22,11 +22,11 @@ from pipelines.media.reference import FileRef, ImageRef, TarRef
 from pipelines.monitoring.top_counts import TopCounts
 from pipelines.output.manifest import ROWS_PER_FILE, write_manifest
 from pipelines.report import build
-from pipelines.report.build import ReportOptions, report_uri, write_report
+from pipelines.report.build import ReportOptions, resolve_report_uri, write_report
 from pipelines.report.counts import Calibration, Spread
-from pipelines.report.page import json_for_html
-from pipelines.report.pictures import thumbnails
-from pipelines.report.sample import shuffled
+from pipelines.report.page import encode_for_html
+from pipelines.report.sample import hash_row_numbers
+from pipelines.report.thumbnails import make_thumbnails
 from pipelines.storage import store
 from tests.support.annotations import (
     HOSTILE,
@@ -248,7 +248,7 @@ def test_the_sample_has_some_of_every_kind_and_does_not_depend_on_the_files(tmp_
 
 def test_the_random_sample_is_even() -> None:
     """Of 10^5 rows in ten parts; 3.3 is the chi-square of 9 degrees of freedom that 95 % exceed, 21.7 that 1 % do."""
-    picked = np.argsort(shuffled(np.arange(100_000)))[:5000]
+    picked = np.argsort(hash_row_numbers(np.arange(100_000)))[:5000]
     counts = np.bincount(picked // 10_000, minlength=10)
     assert 1 < ((counts - 500) ** 2 / 500).sum() < 21.7
 
@@ -286,7 +286,7 @@ def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
     assert "<img" not in text and "<!--" not in text and "\u2028" not in text
     data = read_data(page)
     assert [row["id"] for row in data["rows"]] == [HOSTILE, f"{HOSTILE} 2"], "and nothing is lost"
-    assert json.loads(json_for_html({"a": [HOSTILE]})) == {"a": [HOSTILE]}
+    assert json.loads(encode_for_html({"a": [HOSTILE]})) == {"a": [HOSTILE]}
 
 
 def test_half_of_a_surrogate_pair_and_control_characters_do_no_harm(tmp_path: Path) -> None:
@@ -309,8 +309,8 @@ def test_texts_and_pictures_keep_the_page_within_its_size(tmp_path: Path, monkey
     image = FileRef(str(tmp_path / "a.png"))
     rows = [make_item(f"r{i}", make_answers(caption="\U0001f600<" * 9000), images=[image] * (1 + i)) for i in range(6)]
     output = write_run(tmp_path / "out", rows)
-    monkeypatch.setattr(build, "_MOST_PICTURE_BYTES", 200_000)
-    monkeypatch.setattr(build, "_MOST_ROW_BYTES", 100_000)
+    monkeypatch.setattr(build, "_MAX_PICTURE_BYTES", 200_000)
+    monkeypatch.setattr(build, "_MAX_ROW_BYTES", 100_000)
     small = write_report(ReportOptions(str(output)))
     assert small.num_bytes < 400_000
     assert all(row["media"]["images"] for row in read_data(small.report)["rows"])
@@ -318,8 +318,8 @@ def test_texts_and_pictures_keep_the_page_within_its_size(tmp_path: Path, monkey
 
 def test_pictures_that_do_not_fit_are_counted() -> None:
     pictures = [Image.new("RGB", (200, 100))] * 20
-    assert thumbnails(pictures, 100)["images"] == [] and thumbnails(pictures, 100)["more"] == 20
-    assert thumbnails(pictures, 100_000)["more"] == 4
+    assert make_thumbnails(pictures, 100)["images"] == [] and make_thumbnails(pictures, 100)["more"] == 20
+    assert make_thumbnails(pictures, 100_000)["more"] == 4
 
 
 def test_an_unfinished_run_says_how_many_rows_are_to_come(mixed: Path) -> None:
@@ -329,10 +329,10 @@ def test_an_unfinished_run_says_how_many_rows_are_to_come(mixed: Path) -> None:
 
 
 def test_where_the_report_goes() -> None:
-    assert report_uri(ReportOptions("/some/run")) == "/some/run/report.html"
-    assert report_uri(ReportOptions("/some/run", to="x.html")) == str(Path.cwd() / "x.html")
-    assert report_uri(ReportOptions("memory://bucket/run")) == str(Path.cwd() / "run-report.html")
-    assert report_uri(ReportOptions("/some/run", to="memory://bucket/x.html")) == "memory://bucket/x.html"
+    assert resolve_report_uri(ReportOptions("/some/run")) == "/some/run/report.html"
+    assert resolve_report_uri(ReportOptions("/some/run", to="x.html")) == str(Path.cwd() / "x.html")
+    assert resolve_report_uri(ReportOptions("memory://bucket/run")) == str(Path.cwd() / "run-report.html")
+    assert resolve_report_uri(ReportOptions("/some/run", to="memory://bucket/x.html")) == "memory://bucket/x.html"
 
 
 def test_an_output_in_a_store_has_a_report_there(mixed: Path, memory_uri: str) -> None:

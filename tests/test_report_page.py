@@ -173,7 +173,7 @@ def test_the_page_asks_for_nothing(opened: Any) -> None:
 def test_markup_that_was_not_escaped_would_not_run_either(
     driver: Any, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "json_for_html", json.dumps)
+    monkeypatch.setattr(page, "encode_for_html", json.dumps)
     written = write_report(ReportOptions(str(output), to=str(tmp_path / "open.html"))).report
     assert "<img src=x onerror" in Path(written).read_text()
     browser.take_requests(driver)

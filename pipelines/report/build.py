@@ -14,17 +14,17 @@ from pipelines.monitoring.progress import Progress
 from pipelines.output.ledger import FileEntry, count, read_entries, union
 from pipelines.output.run_record import read_record
 from pipelines.report.answers import Answers
-from pipelines.report.columns import Columns, columns_of
+from pipelines.report.columns import OutputColumns, interpret_columns
 from pipelines.report.page import render
-from pipelines.report.pictures import pictures_of
-from pipelines.report.rows import name_of_run, row_json, run_json
-from pipelines.report.sample import Picked, Sheet
+from pipelines.report.rows import get_run_name, serialize_row, serialize_run
+from pipelines.report.sample import ContactSheet, PickedRow
 from pipelines.report.statistics import RunStatistics
+from pipelines.report.thumbnails import read_media
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
-MOST_ROWS = 5_000
-_MOST_PICTURE_BYTES, _MOST_ROW_BYTES = 12_000_000, 5_000_000  # of a page; the rest of its 20 MB is counts
+MAX_ROWS = 5_000
+_MAX_PICTURE_BYTES, _MAX_ROW_BYTES = 12_000_000, 5_000_000  # of a page; the rest of its 20 MB is counts
 _ROWS_AT_ONCE = 1 << 13
 
 Json = dict[str, Any]
@@ -33,7 +33,12 @@ File = tuple[FileInfo, FileEntry]
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """`to` is a file or URI, None for what `report_uri` says; `truths` is {task: kept column that holds its truth}."""
+    """Options of one report.
+
+    to: a file or URI; None for the default of `resolve_report_uri`.
+    rows: maximum number of rows that the page shows.
+    truths: {task: kept column that holds the right answer}.
+    """
 
     output: str
     to: str | None = None
@@ -61,15 +66,15 @@ def write_report(options: ReportOptions) -> Report:
     """Raises ValueError if there is no run or --truth does not fit it, OSError and StoreFault."""
     started_s = time.monotonic()
     output = store.make_absolute(options.output)
-    record = _record(output)
+    record = _load_record(output)
     store.allow_private_addresses(options.allow_private_addresses)
-    files = _files(output)
+    files = _list_files(output)
     with store.open_file(files[0][0].uri) as file:  # all have one schema
-        columns = columns_of(record, pq.read_schema(file), options.truths)
-    counts, picked = _count(files, columns, options.rows)
-    rows = _rows(output, picked, columns, options.media_limit_s)
-    data = {"run": run_json(output, record), "statistics": counts, "rows": rows, "kept": columns.kept}
-    page, uri = render(data), report_uri(options)
+        columns = interpret_columns(record, pq.read_schema(file), options.truths)
+    counts, picked = _count_rows(files, columns, options.rows)
+    rows = _build_rows(output, picked, columns, options.media_limit_s)
+    data = {"run": serialize_run(output, record), "statistics": counts, "rows": rows, "kept": columns.kept}
+    page, uri = render(data), resolve_report_uri(options)
     store.write_bytes(uri, page)
     return Report(
         **{name: counts[name] for name in ("rows", "ok", "error")},
@@ -81,23 +86,25 @@ def write_report(options: ReportOptions) -> Report:
     )
 
 
-def report_uri(options: ReportOptions) -> str:
+def resolve_report_uri(options: ReportOptions) -> str:
     """OUTPUT/report.html; for an OUTPUT in an object store NAME-report.html here, where a browser can open it."""
     if options.to is not None:
         return store.make_absolute(options.to)
     output = store.make_absolute(options.output)
     is_remote = "://" in output
-    return store.make_absolute(f"{name_of_run(output)}-report.html") if is_remote else store.join(output, "report.html")
+    return (
+        store.make_absolute(f"{get_run_name(output)}-report.html") if is_remote else store.join(output, "report.html")
+    )
 
 
-def _record(output: str) -> Json:
+def _load_record(output: str) -> Json:
     record = read_record(output)
     if record is None or "num_rows" not in record:
         raise RunError(f"{output} holds no run (no run.json)")
     return record
 
 
-def _files(output: str) -> list[File]:
+def _list_files(output: str) -> list[File]:
     files = read_entries(store.join(output, "data"))
     if not files:
         raise RunError(f"{output} holds no rows yet")
@@ -109,19 +116,19 @@ def _files(output: str) -> list[File]:
     return files
 
 
-def _count(files: list[File], columns: Columns, most_rows: int) -> tuple[Json, list[Picked]]:
+def _count_rows(files: list[File], columns: OutputColumns, max_rows: int) -> tuple[Json, list[PickedRow]]:
     """The counts of all rows, and the rows to show."""
-    statistics, sheet = RunStatistics(columns), Sheet(most_rows)
+    statistics, sheet = RunStatistics(columns), ContactSheet(max_rows)
     num_rows = sum(count(entry.ranges) for _, entry in files)
     with Progress("rows counted", num_rows) as progress:
-        for answers in _answers(files, columns):
+        for answers in _read_answers(files, columns):
             statistics.add(answers)
             sheet.offer(answers)
             progress.advance(len(answers.rows))
-    return statistics.to_json(), sheet.rows()
+    return statistics.to_json(), sheet.list_rows()
 
 
-def _answers(files: list[File], columns: Columns) -> Iterator[Answers]:
+def _read_answers(files: list[File], columns: OutputColumns) -> Iterator[Answers]:
     for info, entry in files:
         rows, at = entry.rows, 0
         with store.open_file(info.uri) as file:
@@ -131,14 +138,14 @@ def _answers(files: list[File], columns: Columns) -> Iterator[Answers]:
                 at += len(batch)
 
 
-def _rows(output: str, picked: list[Picked], columns: Columns, limit_s: float) -> list[Json]:
+def _build_rows(output: str, picked: list[PickedRow], columns: OutputColumns, limit_s: float) -> list[Json]:
     """As JSON, each with its media; all together within the limits of a page."""
-    most_bytes = _MOST_PICTURE_BYTES // max(1, len(picked))
-    pictures = pictures_of(output, picked, max_bytes=most_bytes, limit_s=limit_s)
-    most_bytes = _MOST_ROW_BYTES // max(1, len(picked))
+    max_bytes = _MAX_PICTURE_BYTES // max(1, len(picked))
+    pictures = read_media(output, picked, max_bytes=max_bytes, limit_s=limit_s)
+    max_bytes = _MAX_ROW_BYTES // max(1, len(picked))
     rows = []
     with Progress("rows with their media", len(picked)) as progress:
         for row, media in pictures:
-            rows.append({**row_json(row, columns, most_bytes), "media": media})
+            rows.append({**serialize_row(row, columns, max_bytes), "media": media})
             progress.advance(1)
     return rows

@@ -24,7 +24,7 @@ _OF_A_TASK = ("", "_text", "_finish_reason", "_confidence", "_alternative")
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskColumns:
     """One question to every item. `value`, `text`, `finish_reason` and `confidence` are names of columns.
 
     `confidence` is float32, a mean log-probability, or for bool and choices a struct of the probability of each
@@ -47,10 +47,10 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Columns:
+class OutputColumns:
     """Of one output. `kept` are those of the input that a page can show, `alternatives` those of answers not chosen."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[TaskColumns, ...]
     kept: tuple[str, ...]
     alternatives: tuple[str, ...]
     has_flags: bool
@@ -64,13 +64,15 @@ class Columns:
         return [*dict.fromkeys([*names, *of_tasks, *self.alternatives, *self.kept])]
 
 
-def columns_of(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> Columns:
+def interpret_columns(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> OutputColumns:
     """The columns of a run by its run.json and the schema of its files; `truths` is {task: kept column}.
 
     Raises ValueError for a truth that names no task or no column, and for files that are of another run.
     """
     abouts = record.get("tasks")
-    tasks = [_task(about, found, truths) for about in abouts] if abouts else [_caption(record, truths)]
+    tasks = (
+        [_describe_task(about, found, truths) for about in abouts] if abouts else [_describe_caption(record, truths)]
+    )
     if missing := {name for task in tasks for name in task.columns} - set(found.names):
         raise ValueError(f"the output lacks the columns {sorted(missing)}: is run.json of another run?")
     if unknown := truths.keys() - {task.name for task in tasks}:
@@ -78,27 +80,29 @@ def columns_of(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> Col
     if unknown := set(truths.values()) - set(found.names):
         raise ValueError(f"--truth names the columns {sorted(unknown)}, which the run did not keep (--keep-columns)")
     if not abouts:
-        return Columns(tuple(tasks), _kept(found, schema.OUTPUT.names), (), False, True)
+        return OutputColumns(tuple(tasks), _select_kept(found, schema.OUTPUT.names), (), False, True)
     of_tasks = [f"{task.name}{end}" for task in tasks for end in _OF_A_TASK]
     alternatives = tuple(name for name in of_tasks if name.endswith("_alternative") and name in found.names)
-    return Columns(tuple(tasks), _kept(found, [*_OF_EVERY_ROW, "flags", *of_tasks]), alternatives, True, False)
+    return OutputColumns(
+        tuple(tasks), _select_kept(found, [*_OF_EVERY_ROW, "flags", *of_tasks]), alternatives, True, False
+    )
 
 
-def _caption(record: Json, truths: Mapping[str, str]) -> Task:
+def _describe_caption(record: Json, truths: Mapping[str, str]) -> TaskColumns:
     options = record.get("config", {})
     about = {"prompt": options.get("prompt"), "system": options.get("system_prompt")}
-    return Task(CAPTION, "text", "text", "text", "finish_reason", "mean_logprob", (), truths.get(CAPTION), about)
+    return TaskColumns(CAPTION, "text", "text", "text", "finish_reason", "mean_logprob", (), truths.get(CAPTION), about)
 
 
-def _task(about: Json, found: pa.Schema, truths: Mapping[str, str]) -> Task:
+def _describe_task(about: Json, found: pa.Schema, truths: Mapping[str, str]) -> TaskColumns:
     name = about["name"]
     columns = (name, f"{name}_text", f"{name}_finish_reason", f"{name}_confidence")
     types = [found.field(column).type if column in found.names else pa.null() for column in columns]
     choices = tuple(field.name for field in types[-1]) if pa.types.is_struct(types[-1]) else ()
-    return Task(name, _kind(types[0], choices), *columns, choices, truths.get(name), about)
+    return TaskColumns(name, _classify(types[0], choices), *columns, choices, truths.get(name), about)
 
 
-def _kind(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
+def _classify(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
     """By the Arrow type, which says it exactly; text is also what a pattern or a schema without a type gives."""
     if pa.types.is_boolean(type_):
         return "bool"
@@ -111,7 +115,7 @@ def _kind(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
     return "choices" if choices else "text"
 
 
-def _kept(found: pa.Schema, own: Iterable[str]) -> tuple[str, ...]:
+def _select_kept(found: pa.Schema, own: Iterable[str]) -> tuple[str, ...]:
     """Return the columns of the input that can be shown."""
     hidden = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
     others = [field for field in found if field.name not in set(own)]

@@ -21,22 +21,22 @@ def render(data: dict[str, Any]) -> bytes:
     folder = resources.files("pipelines.report")
     skeleton, style, script = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     page = Template(skeleton).substitute(
-        policy=_policy(style, script), style=style, script=script, data=json_for_html(data)
+        policy=_build_policy(style, script), style=style, script=script, data=encode_for_html(data)
     )
     # Half of a surrogate pair, as in a file name that is no text, becomes JSON's escape for it.
     return page.encode("utf-8", "backslashreplace")
 
 
-def json_for_html(data: Any) -> str:
+def encode_for_html(data: Any) -> str:
     """JSON that ends no element and opens none."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
 
 
-def _policy(style: str, script: str) -> str:
-    ours = f"script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:"
+def _build_policy(style: str, script: str) -> str:
+    ours = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:"
     none = "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     return f"default-src 'none'; {ours}; {none}"
 
 
-def _digest(text: str) -> str:
+def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -10,49 +10,49 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipelines.monitoring.error_reasons import normalize_reason
-from pipelines.report.columns import Columns, Task
-from pipelines.report.page import json_for_html
-from pipelines.report.sample import Picked
+from pipelines.report.columns import OutputColumns, TaskColumns
+from pipelines.report.page import encode_for_html
+from pipelines.report.sample import PickedRow
 from pipelines.storage import store
 
 Json = dict[str, Any]
 
-_MOST_INPUTS = 20
-_MOST_ABOUT_CHARACTERS = 4_000
+_MAX_INPUTS = 20
+_MAX_ABOUT_CHARACTERS = 4_000
 _FEWEST_CHARACTERS = 8
 _COUNTS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
 
 
-def row_json(picked: Picked, columns: Columns, most_bytes: int) -> Json:
+def serialize_row(picked: PickedRow, columns: OutputColumns, max_bytes: int) -> Json:
     """The row, its texts and lists cut until it takes about that many bytes of a page."""
-    most = most_bytes
+    limit = max_bytes
     while True:
-        row = _row(picked, columns, partial(plain, most=most))
-        if most <= _FEWEST_CHARACTERS or len(json_for_html(row).encode("utf-8", "backslashreplace")) <= most_bytes:
+        row = _build_row(picked, columns, partial(simplify, limit=limit))
+        if limit <= _FEWEST_CHARACTERS or len(encode_for_html(row).encode("utf-8", "backslashreplace")) <= max_bytes:
             return row
-        most //= 2
+        limit //= 2
 
 
-def run_json(output: str, record: Json) -> Json:
+def serialize_run(output: str, record: Json) -> Json:
     config = {name: value for name, value in record.get("config", {}).items() if value not in (None, [], False)}
-    config["input"] = [store.redact(uri) for uri in config.get("input", [])[:_MOST_INPUTS]]
+    config["input"] = [store.redact(uri) for uri in config.get("input", [])[:_MAX_INPUTS]]
     return {
-        "name": name_of_run(output),
+        "name": get_run_name(output),
         "output": store.redact(output),
-        "config": plain(config, _MOST_ABOUT_CHARACTERS),
-        "seconds": _seconds(record),
+        "config": simplify(config, _MAX_ABOUT_CHARACTERS),
+        "seconds": _compute_seconds(record),
         "has_tasks": bool(record.get("tasks")),
         **{name: record.get(name) for name in ("status", "num_rows", "model", "versions", "started_at", "updated_at")},
         "dtype": record.get("settled_dtype"),
     }
 
 
-def name_of_run(output: str) -> str:
+def get_run_name(output: str) -> str:
     return PurePosixPath(output.rstrip("/")).name or "run"
 
 
-def plain(value: Any, most: int) -> Any:
-    """As JSON and its readers have it: no NaN, no numbers beyond 2^53, texts and lists cut at `most`."""
+def simplify(value: Any, limit: int) -> Any:
+    """As JSON and its readers have it: no NaN, no numbers beyond 2^53, texts and lists cut at `limit`."""
     match value:
         case None | bool():
             return value
@@ -61,15 +61,17 @@ def plain(value: Any, most: int) -> Any:
         case float():
             return float(f"{value:.5g}") if math.isfinite(value) else None
         case str():
-            return value if len(value) <= most else f"{value[:most]} … ({len(value):,} characters)"
+            return value if len(value) <= limit else f"{value[:limit]} … ({len(value):,} characters)"
         case list() | tuple():
-            return [plain(item, most) for item in value[:most]] + [f"… ({len(value):,} items)"] * (len(value) > most)
+            return [simplify(item, limit) for item in value[:limit]] + [f"… ({len(value):,} items)"] * (
+                len(value) > limit
+            )
         case dict():
-            return {str(name): plain(item, most) for name, item in list(value.items())[:most]}
-    return plain(str(value), most)
+            return {str(name): simplify(item, limit) for name, item in list(value.items())[:limit]}
+    return simplify(str(value), limit)
 
 
-def _row(picked: Picked, columns: Columns, cut: Callable[[Any], Any]) -> Json:
+def _build_row(picked: PickedRow, columns: OutputColumns, cut: Callable[[Any], Any]) -> Json:
     values = picked.values
     return {
         "row": picked.row,
@@ -84,12 +86,12 @@ def _row(picked: Picked, columns: Columns, cut: Callable[[Any], Any]) -> Json:
         "timestamps_s": cut(values["frame_timestamps_s"]),
         "groups": picked.groups,
         "flags": cut(picked.flags),
-        "answers": [_answer(picked, task, cut) for task in columns.tasks],
+        "answers": [_build_answer(picked, task, cut) for task in columns.tasks],
         "kept": [cut(values[name]) for name in columns.kept],
     }
 
 
-def _answer(picked: Picked, task: Task, cut: Callable[[Any], Any]) -> Json:
+def _build_answer(picked: PickedRow, task: TaskColumns, cut: Callable[[Any], Any]) -> Json:
     values = picked.values
     return {
         "value": cut(values[task.value]),
@@ -103,7 +105,7 @@ def _answer(picked: Picked, task: Task, cut: Callable[[Any], Any]) -> Json:
     }
 
 
-def _seconds(record: Json) -> float | None:
+def _compute_seconds(record: Json) -> float | None:
     """From the start of the run to the last note of it, whatever lay between."""
     try:
         started, updated = (datetime.fromisoformat(record[name]) for name in ("started_at", "updated_at"))

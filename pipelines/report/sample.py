@@ -14,19 +14,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.monitoring.error_reasons import normalize_reason
-from pipelines.report.answers import Answers, as_mask
+from pipelines.report.answers import Answers, to_mask
 
 Group = Literal["random", "unsure", "flagged", "wrong", "errors"]
 
-_MOST_STRATA = 64  # kinds of one group that are told apart; further ones count as one
+_MAX_STRATA = 64  # kinds of one group that are told apart; further ones count as one
 _SEED = 0x9E3779B97F4A7C15
-_MOST_CHARACTERS = 20_000  # of a text that is kept until the page is written
+_MAX_CHARACTERS = 20_000  # of a text that is kept until the page is written
 
 Json = dict[str, Any]
 
 
 @dataclass
-class Picked:
+class PickedRow:
     """A row of the page: its number, its columns, what was derived of it, and why it is there."""
 
     row: int
@@ -38,7 +38,7 @@ class Picked:
     groups: tuple[Group, ...] = ()
 
 
-class Sheet:
+class ContactSheet:
     """Offered all rows in any order, keeps at most `size` for each kind of row; `rows` are those to show."""
 
     def __init__(self, size: int) -> None:
@@ -48,19 +48,19 @@ class Sheet:
         self._strata: dict[Group, dict[str, _Lowest]] = {"wrong": {}, "unsure": {}, "flagged": {}, "errors": {}}
 
     def offer(self, answers: Answers) -> None:
-        make = cache(partial(_picked, answers))  # each row once, however many groups keep it
-        order = shuffled(answers.rows)
+        make = cache(partial(_pick, answers))  # each row once, however many groups keep it
+        order = hash_row_numbers(answers.rows)
         everything = np.arange(len(answers.rows))
         self._random.offer(everything, np.zeros(len(order)), order, make)
-        for group, kind, places, scores in _doubtful(answers):
-            self._stratum(group, kind).offer(places, scores, order[places], make)
+        for group, kind, places, scores in _find_doubtful(answers):
+            self._get_stratum(group, kind).offer(places, scores, order[places], make)
 
-    def rows(self) -> list[Picked]:
+    def list_rows(self) -> list[PickedRow]:
         """By row number, each with its groups."""
         groups: defaultdict[int, list[Group]] = defaultdict(list)
-        found: dict[int, Picked] = {}
+        found: dict[int, PickedRow] = {}
         for group, strata in self._strata.items():
-            for picked in _in_turns([strata[kind].rows for kind in sorted(strata)], self._share):
+            for picked in _take_in_turns([strata[kind].rows for kind in sorted(strata)], self._share):
                 found[picked.row] = picked
                 groups[picked.row].append(group)
         for picked in self._random.rows:
@@ -72,16 +72,16 @@ class Sheet:
             picked.groups = tuple(groups[row])
         return [found[row] for row in sorted(found)]
 
-    def _stratum(self, group: Group, kind: str) -> _Lowest:
+    def _get_stratum(self, group: Group, kind: str) -> _Lowest:
         strata = self._strata[group]
-        key = kind if kind in strata or len(strata) < _MOST_STRATA else "others"
+        key = kind if kind in strata or len(strata) < _MAX_STRATA else "others"
         return strata.setdefault(key, _Lowest(self._share))
 
 
 Doubtful = tuple[Group, str, NDArray[np.int64], NDArray[np.float64]]
 
 
-def _doubtful(answers: Answers) -> Iterator[Doubtful]:
+def _find_doubtful(answers: Answers) -> Iterator[Doubtful]:
     """Groups, kinds in them, where their rows are in the batch, and scores of which the lowest are shown first."""
     for name, confidence in answers.confidence.items():
         places = np.flatnonzero(~np.isnan(confidence) & answers.is_ok)
@@ -91,27 +91,27 @@ def _doubtful(answers: Answers) -> Iterator[Doubtful]:
         yield "wrong", name, places, -np.nan_to_num(answers.confidence[name][places])
     flags, parents = answers.flags.flatten(), np.asarray(pc.list_parent_indices(answers.flags))
     for flag in flags.unique().drop_null().to_pylist():
-        places = np.unique(parents[as_mask(pc.equal(flags, flag))])
+        places = np.unique(parents[to_mask(pc.equal(flags, flag))])
         yield "flagged", flag, places, np.zeros(len(places))
-    for kind, places in _by_reason(answers).items():
+    for kind, places in _group_by_reason(answers).items():
         yield "errors", kind, places, np.zeros(len(places))
 
 
-def _by_reason(answers: Answers) -> dict[str, NDArray[np.int64]]:
+def _group_by_reason(answers: Answers) -> dict[str, NDArray[np.int64]]:
     kinds: defaultdict[str, list[int]] = defaultdict(list)
-    for place, stage, error in zip(np.flatnonzero(~answers.is_ok).tolist(), *answers.failures(), strict=True):
+    for place, stage, error in zip(np.flatnonzero(~answers.is_ok).tolist(), *answers.list_failures(), strict=True):
         kinds[normalize_reason(stage, error)].append(place)
     return {kind: np.array(places) for kind, places in kinds.items()}
 
 
-def _picked(answers: Answers, place: int) -> Picked:
+def _pick(answers: Answers, place: int) -> PickedRow:
     (values,) = answers.batch.slice(place, 1).to_pylist()
-    return Picked(
+    return PickedRow(
         row=int(answers.rows[place]),
-        values={name: v[:_MOST_CHARACTERS] if isinstance(v, str) else v for name, v in values.items()},
+        values={name: v[:_MAX_CHARACTERS] if isinstance(v, str) else v for name, v in values.items()},
         confidence={name: float(values[place]) for name, values in answers.confidence.items()},
         flags=answers.flags[place].as_py() or [],
-        truth={name: values[place].as_py() for name, values in answers.truth.items()},
+        truth={name: values[place].as_py() for name, values in answers.truth_texts.items()},
         wrong=[name for name, is_wrong in answers.is_wrong.items() if is_wrong[place]],
     )
 
@@ -122,14 +122,14 @@ class _Lowest:
     def __init__(self, size: int) -> None:
         self._size = size
         self._scores, self._order = np.empty(0), np.empty(0)
-        self.rows: list[Picked] = []
+        self.rows: list[PickedRow] = []
 
     def offer(
         self,
         places: NDArray[np.int64],
         scores: NDArray[np.float64],
         order: NDArray[np.float64],
-        make: Callable[[int], Picked],
+        make: Callable[[int], PickedRow],
     ) -> None:
         """Rows at `places` of a batch; only those that stay are made."""
         kept = len(self.rows)
@@ -139,7 +139,7 @@ class _Lowest:
         self.rows = [self.rows[i] if i < kept else make(int(places[i - kept])) for i in lowest.tolist()]
 
 
-def shuffled(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def hash_row_numbers(rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """float64[N] within [0, 1), of row numbers alone: the same rows are picked however the files are cut.
 
     The finalizer of SplitMix64 (Steele et al. 2014, Fast Splittable Pseudorandom Number Generators).
@@ -152,7 +152,7 @@ def shuffled(rows: NDArray[np.int64]) -> NDArray[np.float64]:
     return fractions
 
 
-def _in_turns(strata: list[list[Picked]], count: int) -> list[Picked]:
+def _take_in_turns(strata: list[list[PickedRow]], count: int) -> list[PickedRow]:
     """The first of each, then the second of each ..., `count` different rows in all."""
     in_turns = filter(None, chain.from_iterable(zip_longest(*strata)))
     return list({picked.row: picked for picked in in_turns}.values())[:count]

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from pipelines.monitoring.error_reasons import ReasonCounts
 from pipelines.monitoring.top_counts import TopCounts
-from pipelines.report.answers import Answers, as_floats, as_ints, as_keys, as_mask
-from pipelines.report.columns import Columns, Task
+from pipelines.report.answers import Answers, to_floats, to_ints, to_keys, to_mask
+from pipelines.report.columns import OutputColumns, TaskColumns
 from pipelines.report.counts import Calibration, Histogram, Spread
 
 Json = dict[str, Any]
 
 SHOWN_VALUES = 40  # of an answer, most frequent first
 _SHOWN_REASONS = 100
-_SHOWN_FIELD_VALUES, _MOST_FIELD_VALUES = 5, 500
+_SHOWN_FIELD_VALUES, _MAX_FIELD_VALUES = 5, 500
 _LOWEST_LOGPROB = -4.0  # of the histogram; a token of 2 %
 _LOGPROB_STEPS = 1000  # in one
 _SUMS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
@@ -29,7 +29,7 @@ _COUNTABLE = (pa.types.is_string, pa.types.is_boolean, pa.types.is_integer)
 
 
 class RunStatistics:
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: OutputColumns) -> None:
         self._columns = columns
         self._tasks = [_TaskStatistics(task) for task in columns.tasks]
         self._rows = self._flagged = 0
@@ -38,12 +38,12 @@ class RunStatistics:
 
     def add(self, answers: Answers) -> None:
         self._rows += len(answers.rows)
-        self._reasons.add(*answers.failures())
-        self._flagged += int(as_mask(pc.greater(pc.list_value_length(answers.flags), 0)).sum())
+        self._reasons.add(*answers.list_failures())
+        self._flagged += int(to_mask(pc.greater(pc.list_value_length(answers.flags), 0)).sum())
         self._flags.add(answers.flags.flatten())
         for name in _SUMS:
-            self._sums[name] += pc.sum(answers.column(name)).as_py() or 0
-        self._tokens.add(as_ints(answers.column("num_output_tokens").filter(answers.is_ok)))
+            self._sums[name] += pc.sum(answers.get_column(name)).as_py() or 0
+        self._tokens.add(to_ints(answers.get_column("num_output_tokens").filter(answers.is_ok)))
         for task in self._tasks:
             task.add(answers)
 
@@ -64,7 +64,7 @@ class RunStatistics:
 
 
 class _TaskStatistics:
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: TaskColumns) -> None:
         self._task = task
         self._answered = self._unanswered = 0
         self._finish: Counter[str] = Counter()
@@ -75,16 +75,16 @@ class _TaskStatistics:
 
     def add(self, answers: Answers) -> None:
         task, ok = self._task, answers.is_ok
-        values = answers.column(task.value).filter(ok)
+        values = answers.get_column(task.value).filter(ok)
         self._answered += len(values) - values.null_count
         self._unanswered += values.null_count
-        for pair in answers.column(task.finish_reason).filter(ok).value_counts().to_pylist():
+        for pair in answers.get_column(task.finish_reason).filter(ok).value_counts().to_pylist():
             self._finish[pair["values"] or ""] += pair["counts"]
-        self._lengths.add(as_ints(pc.utf8_length(answers.column(task.text).filter(ok))))
+        self._lengths.add(to_ints(pc.utf8_length(answers.get_column(task.text).filter(ok))))
         if task.choices:
             self._probability.add(answers.confidence[task.name][ok])
         else:
-            self._add_logprobs(as_floats(answers.column(task.confidence))[ok])
+            self._add_logprobs(to_floats(answers.get_column(task.confidence))[ok])
         self._add_values(values)
         if task.truth:
             self._truth.add(answers, task.name)
@@ -98,11 +98,11 @@ class _TaskStatistics:
         match self._task.kind:
             case "list":
                 self._values.add(values.flatten())
-                self._list_lengths.add(as_ints(pc.list_value_length(values)))
+                self._list_lengths.add(to_ints(pc.list_value_length(values)))
             case "record":
                 self._fields.add(values)
             case kind:
-                self._values.add(as_keys(kind, values))
+                self._values.add(to_keys(kind, values))
 
     def to_json(self) -> Json:
         task = self._task
@@ -115,7 +115,7 @@ class _TaskStatistics:
             "unanswered": self._unanswered,
             "finish": dict(self._finish),
             "length": self._lengths.to_json(),
-            "confidence": self._probability.to_json() if task.choices else _logprobs_json(self._surprise),
+            "confidence": self._probability.to_json() if task.choices else _serialize_logprobs(self._surprise),
             "values": self._values.to_json(SHOWN_VALUES),
             "list_lengths": self._list_lengths.to_json(),
             "fields": self._fields.to_json(),
@@ -123,7 +123,7 @@ class _TaskStatistics:
         }
 
 
-def _logprobs_json(surprise: Spread) -> Json | None:
+def _serialize_logprobs(surprise: Spread) -> Json | None:
     found = surprise.to_json()
     if found is None:
         return None
@@ -140,9 +140,9 @@ class _Truth:
         self._unanswered = 0
 
     def add(self, answers: Answers, name: str) -> None:
-        said, truth, is_wrong = answers.said[name], answers.truth[name], answers.is_wrong[name]
-        is_known = answers.is_ok & as_mask(pc.is_valid(truth))
-        counted = is_known & as_mask(pc.is_valid(said)) & ~np.isnan(answers.confidence[name])
+        said, truth, is_wrong = answers.answer_texts[name], answers.truth_texts[name], answers.is_wrong[name]
+        is_known = answers.is_ok & to_mask(pc.is_valid(truth))
+        counted = is_known & to_mask(pc.is_valid(said)) & ~np.isnan(answers.confidence[name])
         self._unanswered += int((is_known & ~counted).sum())
         self._calibration.add(answers.confidence[name][counted], ~is_wrong[counted])
         wrong = counted & is_wrong
@@ -173,8 +173,8 @@ class _Fields:
         elif pa.types.is_list(values.type):
             self._count(f"{path}[]", values.flatten())
         elif any(is_countable(values.type) for is_countable in _COUNTABLE):
-            keys = as_keys("bool" if pa.types.is_boolean(values.type) else "text", values)
-            self._values.setdefault(path, TopCounts(_MOST_FIELD_VALUES)).add(keys)
+            keys = to_keys("bool" if pa.types.is_boolean(values.type) else "text", values)
+            self._values.setdefault(path, TopCounts(_MAX_FIELD_VALUES)).add(keys)
 
     def _count(self, path: str, values: pa.Array) -> None:
         self._possible[path] += len(values)

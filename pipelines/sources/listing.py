@@ -130,7 +130,7 @@ class Listing:
 
     def _build_kept(self, table: pa.Table) -> pa.Array:
         try:
-            return schema.struct_of([table.column(f"kept {f.name}") for f in self.kept], self.kept)
+            return schema.pack_struct([table.column(f"kept {f.name}") for f in self.kept], self.kept)
         except pa.ArrowException as error:
             raise SourceError(
                 f"a kept column does not fit one type over the whole input ({error}); its columns: "

@@ -22,7 +22,7 @@ from pipelines.media.reference import ImageRef, is_seekable_video, locate_video,
 from pipelines.media.video import Frame, Sampling, has_video_signature
 from pipelines.media.video_process import VideoDecoder
 from pipelines.output.manifest import take_rows
-from pipelines.report.sample import Picked
+from pipelines.report.sample import PickedRow
 from pipelines.storage import store
 
 Json = dict[str, Any]
@@ -34,10 +34,10 @@ _MIN_PX = 24
 _VIDEO_TIMEOUT_S = 60.0
 _FRAMES_OF_A_FAILED_VIDEO = 4
 
-Shown = tuple[Picked, Json]
+Shown = tuple[PickedRow, Json]
 
 
-def pictures_of(output: str, rows: Sequence[Picked], *, max_bytes: int, limit_s: float) -> Iterator[Shown]:
+def read_media(output: str, rows: Sequence[PickedRow], *, max_bytes: int, limit_s: float) -> Iterator[Shown]:
     """Rows by row number, each with its media: {"images": [...], "more": how many others} or {"missing": why}.
 
     An image is {"src": data URI, "width": px, "height": px} and, of a video, "time_s". All of a row take at most
@@ -61,16 +61,16 @@ class _Reader:
         self._deadline_s = time.monotonic() + limit_s
         self._down: set[str] = set()  # stores that failed
 
-    def read(self, rows: Iterable[tuple[Picked, list[ImageRef]]]) -> Iterator[Shown]:
-        wanted = (((picked, images), self._to_fetch(picked, images)) for picked, images in rows)
+    def read(self, rows: Iterable[tuple[PickedRow, list[ImageRef]]]) -> Iterator[Shown]:
+        wanted = (((picked, images), self._select_images(picked, images)) for picked, images in rows)
         for (picked, images), pending in Fetcher().fetch_ahead(wanted):
-            yield picked, self._media(picked, images, pending)
+            yield picked, self._read_media(picked, images, pending)
 
-    def _to_fetch(self, picked: Picked, images: list[ImageRef]) -> list[ImageRef]:
-        is_needed = not self._why_not(picked, images) and not is_seekable_video(images)
+    def _select_images(self, picked: PickedRow, images: list[ImageRef]) -> list[ImageRef]:
+        is_needed = not self._explain_missing(picked, images) and not is_seekable_video(images)
         return images[:MAX_IMAGES] if is_needed else []
 
-    def _why_not(self, picked: Picked, images: list[ImageRef]) -> str:
+    def _explain_missing(self, picked: PickedRow, images: list[ImageRef]) -> str:
         if not images:
             return "this row has no image"
         if picked.values["error"] == GIVEN_UP:
@@ -81,31 +81,31 @@ class _Reader:
             return "not read: the store failed before"
         return ""
 
-    def _media(self, picked: Picked, images: list[ImageRef], pending: PendingImages) -> Json:
-        if reason := self._why_not(picked, images):
+    def _read_media(self, picked: PickedRow, images: list[ImageRef], pending: PendingImages) -> Json:
+        if reason := self._explain_missing(picked, images):
             return {"missing": reason}
         try:
-            return self._strip(picked, images, pending)
+            return self._make_strip(picked, images, pending)
         except StoreFault as fault:
             self._down.update(store.get_store_root(image.uri) for image in images)
             return {"missing": str(fault)}
         except (MediaError, OSError) as error:
             return {"missing": getattr(error, "strerror", None) or str(error)}
 
-    def _strip(self, picked: Picked, images: list[ImageRef], pending: PendingImages) -> Json:
+    def _make_strip(self, picked: PickedRow, images: list[ImageRef], pending: PendingImages) -> Json:
         encoded = pending.result()
         if is_seekable_video(images) or any(map(has_video_signature, encoded)):
-            frames = self._frames(picked, images, encoded)
-            media = thumbnails([Image.fromarray(frame.pixels) for frame in frames], self._max_bytes)
+            frames = self._read_frames(picked, images, encoded)
+            media = make_thumbnails([Image.fromarray(frame.pixels) for frame in frames], self._max_bytes)
             for image, frame in zip(media["images"], frames, strict=False):
                 image["time_s"] = round(frame.timestamp_s, 3)
             return media
         if not encoded:
             return {"missing": "this row has no image"}
         num_images = max(len(encoded), len(images))
-        return thumbnails([decode_image(data) for data in encoded[:MAX_IMAGES]], self._max_bytes, num_images)
+        return make_thumbnails([decode_image(data) for data in encoded[:MAX_IMAGES]], self._max_bytes, num_images)
 
-    def _frames(self, picked: Picked, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
+    def _read_frames(self, picked: PickedRow, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
         """Those that the model was shown; of a video that failed before, some."""
         video, window = locate_video(images, encoded)
         if times_s := picked.values["frame_timestamps_s"]:
@@ -113,33 +113,33 @@ class _Reader:
         return self._decoder.sample_frames(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO), window)
 
 
-def thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0) -> Json:
+def make_thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0) -> Json:
     """RGB pictures as data URIs of at most `max_bytes` characters in all; those that do not fit are counted."""
     shown = pictures[:MAX_IMAGES]
     side_px = _SINGLE_PX if len(shown) == 1 else _STRIP_PX
-    sources = [source for picture in shown if (source := _thumbnail(picture, side_px, max_bytes // len(shown)))]
+    sources = [source for picture in shown if (source := _make_thumbnail(picture, side_px, max_bytes // len(shown)))]
     return {"images": sources, "more": max(num_images, len(pictures)) - len(sources)}
 
 
-def _thumbnail(picture: Image.Image, side_px: int, max_bytes: int) -> Json | None:
+def _make_thumbnail(picture: Image.Image, side_px: int, max_bytes: int) -> Json | None:
     """None if even the smallest is too large."""
     small = picture
     while side_px >= _MIN_PX:
-        small = _within(small, side_px)
-        source = _data_uri(small)
+        small = _shrink(small, side_px)
+        source = _encode_data_uri(small)
         if len(source) <= max_bytes:
             return {"src": source, "width": small.width, "height": small.height}
         side_px = math.floor(max(small.size) * min(0.8, math.sqrt(max_bytes / len(source))))
     return None
 
 
-def _within(picture: Image.Image, side_px: int) -> Image.Image:
+def _shrink(picture: Image.Image, side_px: int) -> Image.Image:
     scale = min(1.0, side_px / max(picture.size))
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _encode_data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=_QUALITY, method=2)  # half the time of the default, a tenth larger
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
