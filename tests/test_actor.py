@@ -1,4 +1,4 @@
-"""Processes of actors that C would keep for ever."""
+"""An actor's process ends even if C code hangs at exit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.cluster.actor import register_fast_exit
 
 
 class HangsAtExit:
-    """As Ray's own part of a process may: in what C calls after Python has ended."""
+    """An actor that hangs in a C exit handler after Python has ended, as Ray's C++ code may."""
 
     def __init__(self, *, ends_with_python: bool) -> None:
         if ends_with_python:
@@ -25,14 +25,14 @@ class HangsAtExit:
         libc = ctypes.CDLL(None)
         assert libc.on_exit(ctypes.cast(libc.pause, ctypes.c_void_p), None) == 0
 
-    def pid(self) -> int:
+    def get_pid(self) -> int:
         return os.getpid()
 
 
 @pytest.mark.parametrize("ends_with_python", [True, False])
-def test_an_actor_that_hangs_at_exit_is_gone(ray_cluster: None, ends_with_python: bool) -> None:
+def test_end_with_python_ends_an_actor_that_hangs_at_exit(ray_cluster: None, ends_with_python: bool) -> None:
     actor = ray.remote(HangsAtExit).options(num_cpus=0).remote(ends_with_python=ends_with_python)
-    pid = ray.get(actor.pid.remote())
+    pid = ray.get(actor.get_pid.remote())
     del actor
     try:
         deadline_s = time.monotonic() + (60 if ends_with_python else 2)
@@ -44,7 +44,7 @@ def test_an_actor_that_hangs_at_exit_is_gone(ray_cluster: None, ends_with_python
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_driver_ends_as_ever(ray_cluster: None) -> None:
+def test_a_driver_gets_no_exit_hook(ray_cluster: None) -> None:
     before = atexit._ncallbacks()
     register_fast_exit()
     assert atexit._ncallbacks() == before

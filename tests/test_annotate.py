@@ -1,4 +1,4 @@
-"""Several tasks a row: the answers of one request a task, in columns of their own types, at the cost of one picture."""
+"""Annotation: one request per task, answers in typed columns, and each image encoded once for all tasks."""
 
 from __future__ import annotations
 
@@ -67,14 +67,16 @@ def pictures(tmp_path: Path) -> Path:
     return directory
 
 
-def config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
+def make_config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
     return make_annotate_config(inputs, output, **{"tasks": TASKS, **options})
 
 
-def answers_without_ray(asked: RunConfig) -> list[dict[str, Any]]:
-    """Id, number of tiles and the columns that the engine decides, of each row."""
-    rows = prepare_rows(asked)
-    answered = Answerer(asked.questionnaire, Processor.from_pretrained(MODEL), load_engine("tiny56-tied")).answer(rows)
+def answer_without_ray(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the id, the number of tiles and the columns that the engine decides, for each row."""
+    rows = prepare_rows(config)
+    answered = Answerer(config.questionnaire, Processor.from_pretrained(MODEL), load_engine("tiny56-tied")).columns(
+        rows
+    )
     return [
         {"id": row.id, "num_tiles": row.num_tiles, **columns}
         for row, columns in zip(rows, answered, strict=True)
@@ -82,20 +84,22 @@ def answers_without_ray(asked: RunConfig) -> list[dict[str, Any]]:
     ]
 
 
-def rows_of(output: Path) -> list[dict[str, Any]]:
+def read_rows(output: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read_results(str(output)).to_pylist()
     return rows
 
 
-def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    summary = run_pipeline(config(pictures, tmp_path / "all"))
+def test_each_task_answers_like_a_caption_run_with_its_prompt(
+    ray_cluster: None, pictures: Path, tmp_path: Path
+) -> None:
+    summary = run_pipeline(make_config(pictures, tmp_path / "all"))
     assert (summary.rows, summary.ok) == (6, 6)
-    rows = rows_of(tmp_path / "all")
+    rows = read_rows(tmp_path / "all")
     for task in (TASKS[0], TASKS[3]):
         name, prompt = task["name"], task["prompt"]
         options = {"max_new_tokens": task.get("max_new_tokens", 8), "model": MODEL, "prompt": prompt}
         caption = CaptionConfig(input=(str(pictures),), output=str(tmp_path / name), **options)
-        for row, alone in zip(rows, answers_without_ray(caption), strict=True):
+        for row, alone in zip(rows, answer_without_ray(caption), strict=True):
             assert (row["id"], row["num_tiles"]) == (alone["id"], alone["num_tiles"])
             assert row[name] == row[f"{name}_text"] == alone["text"]
             assert row[f"{name}_finish_reason"] == alone["finish_reason"]
@@ -106,29 +110,31 @@ def test_answers_are_those_of_captions_asked_alone(ray_cluster: None, pictures: 
         assert sum(row["kind_confidence"].values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_picture_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path) -> None:
-    asked = config(pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)])
-    rows = prepare_rows(asked)
+def test_an_image_is_encoded_once_for_all_tasks(pictures: Path, tmp_path: Path) -> None:
+    config = make_config(
+        pictures, tmp_path / "out", tasks=[{"name": f"task{i}", "prompt": f"What {i}?"} for i in range(8)]
+    )
+    rows = prepare_rows(config)
     engine = OvisEngine.from_model(load_engine("tiny56-tied").model)
-    values = Answerer(asked.questionnaire, Processor.from_pretrained(MODEL), engine).answer(rows)
+    values = Answerer(config.questionnaire, Processor.from_pretrained(MODEL), engine).answer(rows)
     assert len(values) == 6 and all(isinstance(row, dict) for row in values)
     assert engine.stats.tiles == sum(row.num_tiles for row in rows)
     assert engine.stats.prompt_tokens < sum(row.num_prompt_tokens for row in rows) / 2
 
 
-def test_the_output_is_typed_for_every_reader(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    asked = config(pictures, tmp_path / "out", tasks=TASKS + CONSTRAINED, rows_per_file=4)
-    run_pipeline(asked)
+def test_every_reader_sees_typed_columns(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    config = make_config(pictures, tmp_path / "out", tasks=TASKS + CONSTRAINED, rows_per_file=4)
+    run_pipeline(config)
     (pictures / "6.png").write_text("no picture")
-    run_pipeline(asked.model_copy(update={"extend": True}))
+    run_pipeline(config.model_copy(update={"extend": True}))
     data = tmp_path / "out" / "data"
     files = [pyarrow.parquet.read_schema(file) for file in data.iterdir()]
-    assert len(files) >= 3 and all(schema.equals(asked.questionnaire.schema) for schema in files)
+    assert len(files) >= 3 and all(schema.equals(config.questionnaire.schema) for schema in files)
     assert pd.read_parquet(data)["count"].notna().sum() == 6
     assert len(pyarrow.dataset.dataset(data).to_table()) == 7
     query = f"select count(*) from '{data}/*.parquet' where sharp is not null and record.kind in ('bill', 'receipt')"
     assert duckdb.sql(query).fetchall() == [(6,)]
-    *good, bad = rows_of(tmp_path / "out")
+    *good, bad = read_rows(tmp_path / "out")
     for row in good:
         assert 0 <= row["count"] <= 20 and row["count_text"] == str(row["count"])
         assert row["code"] == row["code_text"] and len(row["code"]) == 5
@@ -143,11 +149,13 @@ def test_the_output_is_typed_for_every_reader(ray_cluster: None, pictures: Path,
     assert np.isnan(bad["caption_confidence"])
 
 
-def test_flagged_answers_are_asked_for_again(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    run_pipeline(config(pictures, tmp_path / "again", regenerate="flagged"))
-    once_asked = answers_without_ray(config(pictures, tmp_path / "once"))
+def test_flagged_answers_are_regenerated_and_the_better_one_is_kept(
+    ray_cluster: None, pictures: Path, tmp_path: Path
+) -> None:
+    run_pipeline(make_config(pictures, tmp_path / "again", regenerate="flagged"))
+    once_asked = answer_without_ray(make_config(pictures, tmp_path / "once"))
     num_flagged = 0
-    for once, again in zip(once_asked, rows_of(tmp_path / "again"), strict=True):
+    for once, again in zip(once_asked, read_rows(tmp_path / "again"), strict=True):
         for name in ("caption", "sharp", "kind", "mood"):
             flags = [flag.split(":")[1] for flag in once["flags"] if flag.startswith(f"{name}:")]
             other = again[f"{name}_alternative"]
@@ -161,13 +169,13 @@ def test_flagged_answers_are_asked_for_again(ray_cluster: None, pictures: Path, 
     assert num_flagged >= 6
 
 
-def test_an_answer_is_asked_for_again_by_another_draw(pictures: Path, tmp_path: Path) -> None:
+def test_regeneration_uses_another_seed(pictures: Path, tmp_path: Path) -> None:
     tasks = [{"name": "caption", "prompt": "Describe."}, {"name": "sharp", "prompt": "Sharp?", "answer": "bool"}]
     sampling: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "stop": ("e", "o"), "regenerate": "flagged"}
-    asked = config(pictures / "0.png", tmp_path / "out", tasks=tasks, **sampling)
+    config = make_config(pictures / "0.png", tmp_path / "out", tasks=tasks, **sampling)
     drawn: list[SamplingParams] = []
 
-    class Empty:
+    class EmptyTextEngine:
         def generate(self, requests: list[Request], params: list[SamplingParams]) -> list[Completion]:
             drawn.extend(params)
             return [
@@ -177,35 +185,37 @@ def test_an_answer_is_asked_for_again_by_another_draw(pictures: Path, tmp_path: 
                 for p in params
             ]
 
-    answerer = Answerer(asked.questionnaire, Processor.from_pretrained(MODEL), Empty())
-    [values] = answerer.answer(prepare_rows(asked))
-    assert values["sharp_text"] == "No" and values["sharp"] is False  # not "N", cut at a stop string
+    answering = Answerer(config.questionnaire, Processor.from_pretrained(MODEL), EmptyTextEngine())
+    [values] = answering.columns(prepare_rows(config))
+    assert values["sharp_text"] == "No" and values["sharp"] is False  # stop strings do not cut choices ("N")
     first, _, again = drawn
     assert (again.temperature, again.top_p) == (first.temperature, first.top_p) and again.seed != first.seed
 
 
-def test_a_task_that_is_too_long_is_named(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_the_error_names_the_task_that_exceeds_the_models_limit(
+    ray_cluster: None, pictures: Path, tmp_path: Path
+) -> None:
     tasks = [TASKS[0], {**TASKS[3], "max_new_tokens": 32_760}]
-    run_pipeline(config(pictures / "0.png", tmp_path / "out", tasks=tasks), make_engine=FakeEngineFactory())
-    [row] = rows_of(tmp_path / "out")
+    run_pipeline(make_config(pictures / "0.png", tmp_path / "out", tasks=tasks), make_engine=FakeEngineFactory())
+    [row] = read_rows(tmp_path / "out")
     assert (row["status"], row["stage"]) == ("error", "tile")
     assert row["error"].startswith("task mood: ") and "over the model's limit" in row["error"]
 
 
-def test_other_tasks_are_another_run(ray_cluster: None, tmp_path: Path) -> None:
-    unread = tmp_path / "no-picture.png"  # so that nothing need be generated
+def test_an_output_of_other_tasks_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+    unread = tmp_path / "no-picture.png"  # an error row, which needs no generation
     unread.touch()
-    run_pipeline(config(unread, tmp_path / "out"), make_engine=FakeEngineFactory())
+    run_pipeline(make_config(unread, tmp_path / "out"), make_engine=FakeEngineFactory())
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [task["name"] for task in record["tasks"]] == ["caption", "sharp", "kind", "mood"]
     assert record["tasks"][1]["answer"] == "bool" and record["tasks"][3]["max_new_tokens"] == 3
     with pytest.raises(
         RunError, match=r"task kind .* there, None here; .*tasks \['caption', 'sharp', 'kind', 'mood'\] there"
     ):
-        run_pipeline(config(unread, tmp_path / "out", tasks=TASKS[:2]))
+        run_pipeline(make_config(unread, tmp_path / "out", tasks=TASKS[:2]))
 
 
-def test_the_command(ray_address: str, pictures: Path, tmp_path: Path) -> None:
+def test_the_annotate_command_writes_structs(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text(json.dumps({"tasks": TASKS + CONSTRAINED}))
     arguments = [pictures, tmp_path / "out", "--tasks", tasks, "--model", MODEL]
@@ -226,10 +236,10 @@ def test_the_command(ray_address: str, pictures: Path, tmp_path: Path) -> None:
         ({"json_schema": {"$ref": "https://example.com/schema.json"}}, "$ref"),
     ],
 )
-def test_a_schema_that_cannot_be_served_is_refused_at_once(
+def test_an_unsupported_answer_type_is_refused_before_the_run(
     pictures: Path, tmp_path: Path, answer: Any, message: str
 ) -> None:
     tasks = [{"name": "odd", "prompt": "Read it.", "answer": answer}]
     with pytest.raises(ValueError, match="task odd: ") as info:
-        run_pipeline(config(pictures, tmp_path / "out", tasks=tasks))
+        run_pipeline(make_config(pictures, tmp_path / "out", tasks=tasks))
     assert message in str(info.value) and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Types of answers: their columns, what is no such answer, what a JSON schema becomes in Arrow, what gets a flag."""
+"""Answer types: their columns, the texts they refuse, the Arrow types of JSON schemas, and the flags."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_an_answer_has_a_type_and_a_value(spec: Any, type_: pa.DataType, text: s
         ({"list[str]": {"max_items": 1}}, '["a", "b"]'),
     ],
 )
-def test_what_is_no_such_answer_is_refused(spec: Any, text: str) -> None:
+def test_a_text_that_is_not_of_the_type_is_refused(spec: Any, text: str) -> None:
     with pytest.raises(ValueError):
         parse_answer(spec).value(text)
 
 
 @pytest.mark.parametrize("part", [{"pattern": "^(?:a+)+$"}, {"patternProperties": {"^(?:a+)+$": {"type": "null"}}}])
-def test_patterns_are_left_to_the_grammar(part: Any) -> None:
-    """Python's `re` would take years over these texts, and every row of a replica would wait."""
+def test_values_are_not_checked_against_patterns(part: Any) -> None:
+    """The grammar already enforces them; Python's `re` would take years on these texts and block the replica."""
     text = "a" * 60 + "!"
     either = {"anyOf": [{"type": "integer"}, part], "additionalProperties": {"type": "integer"}}
     assert json.loads(parse_answer({"json_schema": either}).value(json.dumps({text: 1}))) == {text: 1}
@@ -92,7 +92,7 @@ def test_patterns_are_left_to_the_grammar(part: Any) -> None:
 
 
 @pytest.mark.parametrize("spec", ["int", "list[str]", {"int": {"min": -3, "max": 10**18 - 1}}, {"int": {"max": 3}}])
-def test_a_spec_that_repeats_the_defaults_is_the_spec_without_them(spec: Any) -> None:
+def test_a_spec_that_repeats_the_defaults_equals_the_spec_without_them(spec: Any) -> None:
     full = {"int": {"min": 1 - 10**18, "max": 10**18 - 1}, "list[str]": {"max_items": 100}}
     [(kind, bounds)] = [(spec, {})] if isinstance(spec, str) else spec.items()
     assert parse_answer({kind: {**full[kind], **bounds}}).spec == parse_answer(spec).spec
@@ -115,7 +115,7 @@ def test_a_spec_that_repeats_the_defaults_is_the_spec_without_them(spec: Any) ->
         ({"int": {}, "bool": {}}, "is unknown"),
     ],
 )
-def test_a_wrong_type_says_what_is_right(spec: Any, message: str) -> None:
+def test_a_wrong_spec_is_refused_with_what_is_allowed(spec: Any, message: str) -> None:
     with pytest.raises(ValueError, match=r"(?s).*") as info:
         parse_answer(spec)
     assert message in str(info.value)
@@ -138,7 +138,7 @@ def test_a_record_becomes_a_struct() -> None:
     assert shape.convert(value) == {**value, "paid": None, "either": '"5"', "lines": [{"what": "tea", "count": 2}]}
 
 
-def test_a_schema_that_holds_itself_ends_in_json_text() -> None:
+def test_a_recursive_schema_ends_in_json_text() -> None:
     tree = {"type": "object", "properties": {"of": {"type": "array", "items": {"$ref": "#"}}}}
     shape = shape_of(tree)
     assert shape.convert({"of": [{"of": [{"of": []}]}]}) == {"of": [{"of": ['{"of": []}']}]}
@@ -159,12 +159,12 @@ def test_a_schema_that_holds_itself_ends_in_json_text() -> None:
         ),  # for `parse_schema` to refuse
     ],
 )
-def test_what_arrow_has_no_type_for_is_json_text(schema: Any) -> None:
+def test_values_without_an_arrow_type_become_json_text(schema: Any) -> None:
     shape = shape_of(schema)
     assert shape.type == pa.string() and json.loads(shape.convert({"a": [1, None]})) == {"a": [1, None]}
 
 
-def test_a_closed_schema_allows_less_and_never_more() -> None:
+def test_closing_objects_only_forbids_undeclared_properties() -> None:
     jsonschema.validate({"number": "7", "other": 1}, INVOICE)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"number": "7", "other": 1}, close_objects(INVOICE))
@@ -201,7 +201,7 @@ def test_any_value_of_any_schema_fits_its_column_or_is_refused(schema: Any, valu
     pa.array([converted], shape.type)
 
 
-def test_flags() -> None:
+def test_flags_report_cut_empty_invalid_and_repetitive_answers() -> None:
     text, yes, tags = parse_answer("text"), parse_answer("bool"), parse_answer("list[str]")
     loop = "the cat and " * 40
     assert flags_of(text, "A cat.", "A cat.", "stop") == ()
@@ -211,7 +211,7 @@ def test_flags() -> None:
     assert flags_of(yes, "Yes", True, "stop") == ()
 
 
-def test_only_loops_are_repetitive() -> None:
+def test_loops_are_repetitive_and_prose_is_not() -> None:
     prose = (
         "Two dogs run along a beach at low tide. The one in front, a brown terrier, carries a stick that is longer "
         "than itself; the other one follows with its tongue out. Behind them the sea is grey, and a boat with a red "

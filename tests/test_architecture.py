@@ -1,4 +1,4 @@
-"""The import rules hold, each of them bites, functions stay small, and dependencies are pinned."""
+"""The import rules hold and detect violations, functions stay short, and dependencies are pinned."""
 
 from __future__ import annotations
 
@@ -62,40 +62,44 @@ VIOLATIONS = [
 
 
 def test_import_rules_hold() -> None:
-    result = lint(ROOT)
+    result = run_import_linter(ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
     ("contract", "module", "line", "reported"), VIOLATIONS, ids=[f"{v[0]}: {v[3]}" for v in VIOLATIONS]
 )
-def test_import_rule_bites(tmp_path: Path, contract: str, module: str, line: str, reported: str) -> None:
+def test_breaking_an_import_rule_is_reported(
+    tmp_path: Path, contract: str, module: str, line: str, reported: str
+) -> None:
     copy_packages(tmp_path)
     with (tmp_path / module.replace(".", "/")).with_suffix(".py").open("a") as file:
         file.write(f"\n{line}\n")
-    result = lint(tmp_path, "--contract", contract)
+    result = run_import_linter(tmp_path, "--contract", contract)
     assert result.returncode == 1
     assert f"{CONTRACTS[contract]['name']} BROKEN" in result.stdout
     assert reported in result.stdout
 
 
-def test_every_import_rule_has_a_violation() -> None:
+def test_every_import_rule_has_a_violation_that_is_tested() -> None:
     assert {contract for contract, *_ in VIOLATIONS} == set(CONTRACTS)
 
 
-def test_cpu_half_and_driver_leave_torch_unloaded() -> None:
-    """The rules above see import lines; this sees what is loaded, also by libraries and by `__init__`."""
+def test_cpu_half_and_driver_do_not_load_torch() -> None:
+    """The rules above check import lines; this checks what is really loaded, also by libraries and `__init__`."""
     cpu_half = [
-        name for name in modules("ovis_model") if not name.startswith(("ovis_model.network", "ovis_model.engine"))
+        name for name in list_modules("ovis_model") if not name.startswith(("ovis_model.network", "ovis_model.engine"))
     ]
     assert_unloaded(["ovis_model", *cpu_half], ("torch", "transformers", "ray", "pyarrow"))
-    assert_unloaded([*modules("pipelines"), "jobs.caption", "jobs.demo"], ("torch", "transformers"))
+    assert_unloaded([*list_modules("pipelines"), "jobs.caption", "jobs.demo"], ("torch", "transformers"))
 
 
 def test_test_files_import_nothing_from_one_another() -> None:
-    """What several of them need lies in tests/support, so that each can be read, moved and run alone."""
-    importers = [*python_files(), *sorted((ROOT / "tests").rglob("*.py"))]
-    found = [(str(path.relative_to(ROOT)), name) for path in importers for name in imported_tests(path.read_text())]
+    """Shared helpers are in tests/support, so that each test file can be read, moved and run alone."""
+    importers = [*list_python_files(), *sorted((ROOT / "tests").rglob("*.py"))]
+    found = [
+        (str(path.relative_to(ROOT)), name) for path in importers for name in find_imported_tests(path.read_text())
+    ]
     assert not found
     for line in (
         "from tests.test_a import b",
@@ -103,17 +107,17 @@ def test_test_files_import_nothing_from_one_another() -> None:
         "from tests import test_a",
         "from . import test_a",
     ):
-        assert imported_tests(f"def f(): {line}") == ["tests.test_a"]
-    assert imported_tests("from tests.conftest import a") == ["tests.conftest"]
+        assert find_imported_tests(f"def f(): {line}") == ["tests.test_a"]
+    assert find_imported_tests("from tests.conftest import a") == ["tests.conftest"]
 
 
-def test_files_that_are_handed_out_first_exist() -> None:
+def test_the_longest_files_exist() -> None:
     missing = [name for name in LONGEST if not (ROOT / "tests" / f"{name}.py").exists()]
     assert not missing, f"tests/support/longest_files.py names {missing}"
 
 
-def test_functions_are_small() -> None:
-    lengths = sorted(function_lengths(), reverse=True)
+def test_most_functions_are_short() -> None:
+    lengths = sorted(measure_function_lengths(), reverse=True)
     worst = "\n".join(f"{lines:4} {name}" for lines, name in lengths[:10])
     assert statistics.median(lines for lines, _ in lengths) <= 10, worst
     assert sum(lines > 40 for lines, _ in lengths) < 0.05 * len(lengths), worst
@@ -124,10 +128,10 @@ def test_every_dependency_is_pinned() -> None:
     wanted = [*PYPROJECT["project"]["dependencies"], *extras["dev"], *extras["s3"], *extras["video"]]
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     names = [re.split(r"[\[<>=~!; ]", requirement)[0] for requirement in wanted]
-    assert {normalized(name) for name in names} <= {normalized(name) for name in pinned}
+    assert {normalize_name(name) for name in names} <= {normalize_name(name) for name in pinned}
 
 
-def lint(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_import_linter(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
     return subprocess.run(
         [*command, *arguments],
@@ -140,14 +144,14 @@ def lint(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def copy_packages(directory: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", directory)
-    for source in python_files():
+    for source in list_python_files():
         target = directory / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
 
 
 def assert_unloaded(imported: list[str], unwanted: tuple[str, ...]) -> None:
-    """Import in a fresh interpreter, one by one, so that a failure names the module that did it."""
+    """Import in a fresh interpreter, one by one, so that a failure names the module that loads them."""
     program = (
         "import importlib, sys\n"
         f"for name in {imported!r}:\n"
@@ -159,7 +163,7 @@ def assert_unloaded(imported: list[str], unwanted: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def imported_tests(source: str) -> list[str]:
+def find_imported_tests(source: str) -> list[str]:
     """Return the modules of tests, and conftest, that a file in tests/ with this source imports."""
     names: list[str] = []
     for node in ast.walk(ast.parse(source)):
@@ -171,22 +175,22 @@ def imported_tests(source: str) -> list[str]:
     return [found[0] for name in names if (found := re.match(r"tests\.(test_\w+|conftest)", name))]
 
 
-def function_lengths() -> Iterator[tuple[int, str]]:
+def measure_function_lengths() -> Iterator[tuple[int, str]]:
     """Yield the lines of each function's body without its docstring, and where it is."""
     for module in read_modules(ROOT):
         for function in module.functions:
             yield count_body_lines(function), f"{module.path}:{function.lineno} {function.name}"
 
 
-def python_files() -> list[Path]:
+def list_python_files() -> list[Path]:
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def modules(package: str) -> list[str]:
+def list_modules(package: str) -> list[str]:
     paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / package).rglob("*.py"))]
     return [".".join(path.parts) for path in paths if path.name != "__init__"]
 
 
-def normalized(name: str) -> str:
-    """As the package index compares names."""
+def normalize_name(name: str) -> str:
+    """Normalize a package name the way the package index does before comparing names."""
     return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,4 +1,4 @@
-"""The benchmark runs end to end and both sides generate the same tokens."""
+"""The engine benchmark runs end to end, and its floor matches the architecture's tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.golden_data import checkpoint_dir
 from tests.support.roots import ROOT
 
 
-def test_both_sides_generate_the_same() -> None:
+def test_engine_and_transformers_generate_the_same_tokens() -> None:
     command = [
         "benchmarks.engine",
         "--model",
@@ -38,8 +38,8 @@ def test_both_sides_generate_the_same() -> None:
     assert result["ratio"] > 0 and result["floor_ratio"] > 1 and 0 < result["slot_occupancy"] <= 1
 
 
-def test_the_floor_counts_what_a_published_size_needs() -> None:
-    """Against the sums of the architecture's own tables: Ovis2-1B, one tile, 0.5 G parameters of decoder."""
+def test_the_floor_of_a_published_size_matches_the_architecture() -> None:
+    """Ovis2-1B, one tile, compared with sums of the architecture's own tables; its decoder has 0.5 G parameters."""
     needed = compute_cost(SIZES["1B"], torch.bfloat16, tiles=1, prompt=293, output_lengths=[32, 32], slots=2)
     assert needed.vision_flops == pytest.approx(2 * 903e9, rel=0.02)
     assert needed.prefill_flops == pytest.approx(2 * 293 * 0.72e9, rel=0.05)
@@ -48,7 +48,7 @@ def test_the_floor_counts_what_a_published_size_needs() -> None:
     assert needed.compute_floor_s(slow) == pytest.approx(1000 * needed.compute_floor_s(fast))
 
 
-def test_ranks_generate_alone() -> None:
+def test_ranks_run_without_transformers_and_time_their_exchange() -> None:
     command = ["benchmarks.engine", "--model", "24x128", "--ranks", "2", "--image-size", "112x112", "--rows", "3"]
     options = ["--output-median", "4", "--output-cap", "6"]
     run = subprocess.run(

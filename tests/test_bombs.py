@@ -1,7 +1,6 @@
-"""Small files that ask for a lot: error rows, or rows, in bounded memory and time. They are made by
-tests/stress/bombs.py.
+"""Small files that expand to huge ones become rows or error rows, in bounded memory and time.
 
-The slow ones, minutes to make or to read, run with --run-slow: 4 minutes.
+tests/stress/bombs.py makes them. Those that take minutes to make or to read run with --run-slow (4 minutes).
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ SLOW = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in BOMBS]
 )
-def test_bombs_are_handled(name: str) -> None:
+def test_a_bomb_is_read_or_refused_within_memory_and_time(name: str) -> None:
     command = [sys.executable, "-m", "tests.stress.bombs", name]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""What `python -m tests.stress.chaos` does to whole runs: some of its events, and all of them with --run-slow."""
+"""Whole runs survive the events of `python -m tests.stress.chaos`: one by default, all of them with --run-slow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
 @pytest.mark.parametrize(
     "event", [event if event in _BY_DEFAULT else pytest.param(event, marks=pytest.mark.slow) for event in ALL_EVENTS]
 )
-def test_a_disturbed_run_equals_one_in_peace(chaos: Chaos, event: str) -> None:
+def test_a_disturbed_run_equals_an_undisturbed_one(chaos: Chaos, event: str) -> None:
     if event == "disk" and os.geteuid() != 0:
         pytest.skip("only root may mount a small disk")
     outcome = chaos.run(event, seed=3)
@@ -29,7 +29,7 @@ def test_a_disturbed_run_equals_one_in_peace(chaos: Chaos, event: str) -> None:
     assert outcome.written_rows_read_again == 0
 
 
-def test_a_difference_is_seen(chaos: Chaos) -> None:
+def test_the_comparison_notices_a_missing_file(chaos: Chaos) -> None:
     peace: Path = chaos.pictures.parent / "peace"
     assert chaos.equals_peace(peace)
     next((peace / "data").glob("*.parquet")).unlink()

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: directories, the hub's cache, URIs; each fetched once, described without its weights."""
+"""Checkpoints from directories, the hub's cache and URIs are fetched once, and described without loading weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def memory_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A checkpoint in an object store, with an empty cache on this node."""
+    """Put a checkpoint into an object store, with an empty cache on this node, and return its URI."""
     monkeypatch.setenv("OVIS2_CACHE", str(tmp_path / "cache"))
     fs = fsspec.filesystem("memory")
     uri = f"memory://models/{tmp_path.name}"
@@ -31,7 +31,7 @@ def memory_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return uri
 
 
-def test_a_uri_is_copied_once_and_only_what_is_data(memory_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_uri_is_copied_once_without_code_and_pickles(memory_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = fetch_checkpoint(memory_uri, weights=False)
     assert not list(directory.glob("*.safetensors"))
     directory = fetch_checkpoint(memory_uri)
@@ -47,11 +47,11 @@ def test_processes_of_a_node_share_one_copy(memory_uri: str, monkeypatch: pytest
     copies: list[object] = []
     copy = shutil.copyfileobj
 
-    def counted(source: object, sink: object, *args: object) -> None:
+    def count_copies(source: object, sink: object, *args: object) -> None:
         copies.append(sink)
         copy(source, sink, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shutil, "copyfileobj", counted)
+    monkeypatch.setattr(shutil, "copyfileobj", count_copies)
     threads = [threading.Thread(target=fetch_checkpoint, args=(memory_uri,)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -68,8 +68,8 @@ def test_a_changed_file_is_fetched_again_and_changes_the_description(memory_uri:
     assert describe_checkpoint(memory_uri)["weights"] != before["weights"]
 
 
-def test_a_hub_id_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hub's client leaves behind, read without a network."""
+def test_a_hub_id_is_loaded_from_the_cache_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is laid out as the hub's client does it; nothing is read from the network."""
     repository = tmp_path / "hub" / "models--AIDC-AI--Ovis2-tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
@@ -85,7 +85,7 @@ def test_a_hub_id_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         fetch_checkpoint("AIDC-AI/Ovis2-none")
 
 
-def test_other_weights_under_the_same_name_are_another_model(tmp_path: Path) -> None:
+def test_other_weights_change_the_description(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(SOURCE, copy)
     assert describe_checkpoint(str(copy))["weights"] == describe_checkpoint(str(SOURCE))["weights"]
@@ -96,7 +96,7 @@ def test_other_weights_under_the_same_name_are_another_model(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("model", ["nowhere", "/no/such/directory", "memory://models/nothing"])
-def test_what_is_no_checkpoint_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_exist_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVIS2_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="model"):
         fetch_checkpoint(model)

@@ -1,4 +1,4 @@
-"""Children on a private socket: what they are given, and how they end."""
+"""A child process talks to its parent over a private socket and ends with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ fd, parent, left = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 end_with_parent(parent, left.touch)
 link = socket.socket(fileno=fd)
 while data := link.recv(100):
-    link.sendall(b" ".join([data, os.environ["TOLD"].encode(), str(parent).encode()]))
+    link.sendall(b" ".join([data, os.environ["GREETING"].encode(), str(parent).encode()]))
 left.with_suffix(".closed").touch()
 """
 
@@ -35,10 +35,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_child_answers_until_it_is_closed(module: str, tmp_path: Path) -> None:
-    child = ChildProcess(module, tmp_path / "left", environment={"TOLD": "by test"})
+    child = ChildProcess(module, tmp_path / "left", environment={"GREETING": "by test"})
     child.socket.sendall(b"hello")
     assert child.socket.recv(100) == f"hello by test {os.getpid()}".encode()
-    os.kill(child.pid, signal.SIGINT)  # is for the parent
+    os.kill(child.pid, signal.SIGINT)  # the child ignores it: Ctrl-C is the parent's to handle
     child.socket.sendall(b"still there?")
     assert child.socket.recv(100).startswith(b"still there?")
     assert child.poll() is None
@@ -47,20 +47,20 @@ def test_a_child_answers_until_it_is_closed(module: str, tmp_path: Path) -> None
     assert not (tmp_path / "left").exists()
 
 
-def test_a_child_sees_that_its_socket_is_closed(module: str, tmp_path: Path) -> None:
-    child = ChildProcess(module, tmp_path / "left", environment={"TOLD": ""})
+def test_a_child_ends_when_its_socket_is_closed(module: str, tmp_path: Path) -> None:
+    child = ChildProcess(module, tmp_path / "left", environment={"GREETING": ""})
     child.socket.close()
     assert child.wait() == 0
     assert (tmp_path / "left.closed").exists()
 
 
 def test_a_child_cleans_up_and_ends_when_its_parent_is_killed(module: str, tmp_path: Path) -> None:
-    """Even if another process still holds the parent's end of the socket."""
+    """It does so even if another process still holds the parent's end of the socket."""
     program = (
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "from ovis_model.child_process import ChildProcess\n"
-        f"child = ChildProcess({module!r}, {str(tmp_path / 'left')!r}, environment={{'TOLD': ''}})\n"
+        f"child = ChildProcess({module!r}, {str(tmp_path / 'left')!r}, environment={{'GREETING': ''}})\n"
         "child.socket.sendall(b'x'); child.socket.recv(100)\n"
         "holder = os.fork() or time.sleep(30)\n"
         "print(child.pid, holder, flush=True)\n"

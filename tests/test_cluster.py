@@ -1,4 +1,4 @@
-"""How a cluster is shared: never more than there is, and something for everybody."""
+"""Planning of pools, ranks and batches: never more than the cluster has, and a share for every stage."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from pipelines.errors import ResourceError
 from pipelines.schema import ROWS_PER_GROUP
 
 
-def config(**options: object) -> CaptionConfig:
+def make_config(**options: object) -> CaptionConfig:
     return CaptionConfig(input=("in",), output="out", model="demo", **options)  # type: ignore[arg-type]
 
 
-def machine(cpus: float, gpus: int) -> Hardware:
+def make_machine(cpus: float, gpus: int) -> Hardware:
     return Hardware(cpus, (gpus,) if gpus else ())
 
 
@@ -42,13 +42,13 @@ def machine(cpus: float, gpus: int) -> Hardware:
     num_replicas=st.sampled_from(["auto", 1, 3]),
     num_preprocessors=st.sampled_from(["auto", 1, 2, 50]),
 )
-def test_pools_never_ask_for_more_cpus_than_there_are(
+def test_pools_never_reserve_more_cpus_than_exist(
     cpus: float, gpus: int, num_replicas: int | str, num_preprocessors: int | str
 ) -> None:
-    options = config(num_replicas=num_replicas, num_preprocessors=num_preprocessors)
+    options = make_config(num_replicas=num_replicas, num_preprocessors=num_preprocessors)
     if isinstance(num_replicas, int) and 0 < gpus < num_replicas:
         return
-    pools = plan_pools(options, machine(cpus, gpus))
+    pools = plan_pools(options, make_machine(cpus, gpus))
     reserved = pools.num_replicas * pools.replica_cpus + pools.num_preprocessors * pools.preprocessor_cpus
     assert reserved <= cpus + 1e-6
     assert 0 <= pools.replica_cpus <= 1 and 0 < pools.preprocessor_cpus <= 1
@@ -66,8 +66,8 @@ def test_pools_never_ask_for_more_cpus_than_there_are(
         (256, 8, Pools("cuda", 8, 0, 1, 1, 96, 1, may_grow=True)),
     ],
 )
-def test_typical_machines(cpus: float, gpus: float, wanted: Pools) -> None:
-    assert plan_pools(config(), machine(cpus, gpus)) == wanted
+def test_pools_of_typical_machines(cpus: float, gpus: float, wanted: Pools) -> None:
+    assert plan_pools(make_config(), make_machine(cpus, gpus)) == wanted
 
 
 def test_an_address_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,56 +79,58 @@ def test_an_address_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPa
             pass
 
 
-def test_impossible_requests_say_what_to_do() -> None:
+def test_impossible_pools_are_refused_with_a_remedy() -> None:
     with pytest.raises(ResourceError, match="--device cpu"):
-        plan_pools(config(device="cuda"), machine(8, 0))
+        plan_pools(make_config(device="cuda"), make_machine(8, 0))
     with pytest.raises(ResourceError, match=r"9 GPUs.* 8,.*--num-replicas"):
-        plan_pools(config(num_replicas=9), machine(8, 8))
+        plan_pools(make_config(num_replicas=9), make_machine(8, 8))
     with pytest.raises(ResourceError, match="no CPUs"):
-        plan_pools(config(), machine(0, 8))
+        plan_pools(make_config(), make_machine(0, 8))
 
 
-def test_a_replica_is_on_one_node() -> None:
-    """Two nodes of three GPUs have room for two replicas of two, and for none of four."""
+def test_a_replica_never_spans_nodes() -> None:
+    """Two nodes of three GPUs fit two replicas of two GPUs, and none of four."""
     two_by_three = Hardware(64, (3, 3), ("L4",))
-    pools = plan_pools(config(), two_by_three, 2)
+    pools = plan_pools(make_config(), two_by_three, 2)
     assert (pools.num_replicas, pools.replica_gpus, pools.may_grow, pools.waits_for_gpus) == (2, 2, True, False)
     assert str(pools) == "2 x the model on 2 GPUs in 2 ranks, more as GPUs join; 48 to prepare images"
     with pytest.raises(ResourceError, match=r"4 GPUs.* 3;.*--tensor-parallel"):
-        plan_pools(config(), two_by_three, 4)
+        plan_pools(make_config(), two_by_three, 4)
     with pytest.raises(ResourceError, match=r"3 replicas of 2 GPUs.* 6 GPUs.* 6,.* 2\b"):
-        plan_pools(config(num_replicas=3), two_by_three, 2)
+        plan_pools(make_config(num_replicas=3), two_by_three, 2)
 
 
-def test_what_an_autoscaler_is_asked_for() -> None:
-    """GPUs and cores that are not there yet: a cluster may begin with its head alone."""
-    pools = plan_pools(config(num_replicas=8, autoscale=True), Hardware(0), 2)
+def test_autoscaled_pools_ignore_what_exists_now() -> None:
+    """The cluster may start with its head node alone and add GPUs and cores later."""
+    pools = plan_pools(make_config(num_replicas=8, autoscale=True), Hardware(0), 2)
     assert (pools.device, pools.num_replicas, pools.replica_gpus) == ("cuda", 8, 2)
     assert (pools.num_preprocessors, pools.preprocessor_cpus) == (192, 1)
     assert pools.waits_for_gpus and not pools.may_grow
     with pytest.raises(ValueError, match=r"--autoscale.*--num-replicas"):
-        config(autoscale=True)
+        make_config(autoscale=True)
 
 
 @pytest.mark.parametrize(
     ("size", "memory_gb", "ranks"),
     [("1B", 16, 1), ("8B", 24, 2), ("16B", 80, 1), ("16B", 24, 4), ("34B", 80, 2), ("34B", 141, 1), ("34B", 24, 8)],
 )
-def test_tensor_parallel_by_memory(monkeypatch: pytest.MonkeyPatch, size: str, memory_gb: int, ranks: int) -> None:
+def test_tensor_parallel_is_chosen_by_gpu_memory(
+    monkeypatch: pytest.MonkeyPatch, size: str, memory_gb: int, ranks: int
+) -> None:
     monkeypatch.setattr(resources, "query_gpu_memory_bytes", lambda: memory_gb * 10**9)
-    assert plan_tensor_parallel(config(), machine(8, 8), SIZES[size]) == ranks
-    assert plan_tensor_parallel(config(device="cpu"), machine(8, 8), SIZES[size]) == 1
-    assert plan_tensor_parallel(config(tensor_parallel=2), machine(8, 8), SIZES[size]) == 2
+    assert plan_tensor_parallel(make_config(), make_machine(8, 8), SIZES[size]) == ranks
+    assert plan_tensor_parallel(make_config(device="cpu"), make_machine(8, 8), SIZES[size]) == 1
+    assert plan_tensor_parallel(make_config(tensor_parallel=2), make_machine(8, 8), SIZES[size]) == 2
 
 
 def test_a_model_that_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "query_gpu_memory_bytes", lambda: 16 * 10**9)
     with pytest.raises(ValueError, match=r"16 GB.*20 GB.* 8"):
-        plan_tensor_parallel(config(), machine(8, 8), SIZES["34B"])
+        plan_tensor_parallel(make_config(), make_machine(8, 8), SIZES["34B"])
 
 
-def test_memory_of_the_published_sizes() -> None:
-    """Numbers of parameters as published, and as torch counts them."""
+def test_parameter_counts_equal_those_published_and_torchs() -> None:
+    """The published sizes count vision and language; torch's count covers the language model of the 2B."""
     wanted = {"1B": 1_131_283_318, "4B": 4_304_941_558, "8B": 8_935_282_678, "34B": 34_872_912_886}
     for size, number in wanted.items():
         assert count_vision_parameters(SIZES[size]) + count_language_parameters(SIZES[size].language) == number
@@ -143,22 +145,24 @@ def test_memory_of_the_published_sizes() -> None:
     num_preprocessors=st.integers(1, 500),
     max_tile_bytes=st.integers(1000, 10_000_000),
 )
-def test_units_and_batches(num_rows: int, num_replicas: int, num_preprocessors: int, max_tile_bytes: int) -> None:
+def test_batches_fill_every_replica_within_its_memory(
+    num_rows: int, num_replicas: int, num_preprocessors: int, max_tile_bytes: int
+) -> None:
     pools = Pools("cpu", num_replicas, 1, 0, 1, num_preprocessors, 1)
     sizes = plan_batches(num_rows, pools, max_tile_bytes=max_tile_bytes)
     assert ROWS_PER_GROUP % sizes.rows_per_unit == 0
     assert sizes.rows_per_batch * max_tile_bytes <= max(BATCH_BYTES, 4 * max_tile_bytes)
-    # While one batch runs out, the others still fill all slots; but no replica takes the share of another.
+    # While one batch drains, the others still fill all slots; but no replica takes the share of another.
     share = num_rows / num_replicas
     wanted = MAX_CONCURRENT_SEQUENCES if num_replicas == 1 else min(MAX_CONCURRENT_SEQUENCES, share // 2)
     assert sizes.rows_per_batch * (sizes.calls_per_replica - 1) >= wanted
-    if num_replicas > 1 and share >= 32:  # so that a batch is an eighth of it at most
+    if num_replicas > 1 and share >= 32:  # large enough that a batch is at most an eighth of it
         assert sizes.rows_per_batch * (sizes.calls_per_replica + 1) <= share
     if num_rows <= 20_000 * ROWS_PER_GROUP:
         assert num_rows / sizes.rows_per_unit <= 41_000
 
 
-def test_the_last_line_is_the_actors_own() -> None:
+def test_last_line_is_the_actors_own_error() -> None:
     trace = (
         'ray::MapWorker.submit()\n  File "x.py", line 1\npipelines.storage.store.StoreError: no such bucket\n\n'
         "The above exception was the direct cause of the following exception:\n\n"
