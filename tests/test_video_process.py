@@ -109,7 +109,7 @@ def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
 def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only an interruption: it does so twice."""
     monkeypatch.setattr("pipelines.media.video_process.sys.executable", "/bin/false")
-    with pytest.raises(MediaError, match=r"died on it twice \(exit code 1\)"):
+    with pytest.raises(MediaError, match=r"crashed twice on this video \(exit code 1\)"):
         decoder.sample_frames(VideoLocation(str(find_clip("carphone_pristine.mp4"))), Sampling(2))
 
 

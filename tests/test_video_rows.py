@@ -207,7 +207,7 @@ def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None
     assert [row.stage for row in rows] == ["read", "decode", "decode", "tile"]
     assert rows[0].error == "No such file or directory"
     assert "holds audio" in rows[1].error
-    assert "one video and nothing beside it" in rows[2].error
+    assert "a row with a video must hold nothing else" in rows[2].error
     assert "--num-frames" in rows[3].error
 
 

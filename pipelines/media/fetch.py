@@ -1,4 +1,4 @@
-"""Fetch the bytes of references several rows ahead, bounded in memory."""
+"""Fetch the bytes of references several rows ahead, with bounded memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ T = TypeVar("T")
 
 
 class Fetcher:
-    """A pool of threads that fetches the images of rows; one thread reads what has to be read in order.
+    """A pool of threads that fetches the images of rows; one further thread reads sequential containers in order.
 
-    max_at_once       rows on their way at once: object stores answer slowly and in parallel
-    max_ahead_bytes   of rows that are not due yet; one whose size is unknown counts and is read as a share of it
+    max_at_once       rows fetched at once: object stores answer slowly and in parallel
+    max_ahead_bytes   of all rows that are not due yet. A row of unknown size counts as an equal share of it, and no
+                      more than that share is read ahead
     max_image_bytes   of all images of a row together
     """
 
@@ -29,11 +30,11 @@ class Fetcher:
         self._max_at_once, self._max_ahead_bytes = max_at_once, max_ahead_bytes
         self._max_image_bytes, self._share_bytes = max_image_bytes, max_ahead_bytes // max_at_once
         self._pool = ThreadPoolExecutor(max_at_once, thread_name_prefix="fetch")
-        self._in_order = ThreadPoolExecutor(1, thread_name_prefix="fetch-in-order")
+        self._sequential_pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-in-order")
         self._readers = Readers()
 
     def fetch_ahead(self, rows: Iterable[tuple[T, Sequence[ImageRef]]]) -> Iterator[tuple[T, PendingImages]]:
-        """Yield what stands for each row, in order, with the bytes of its images; rows and bytes ahead are bounded."""
+        """Yield each row, in order, with its images, which are fetched ahead up to the limits on rows and bytes."""
         waiting: deque[tuple[T, PendingImages]] = deque()
         for row, images in rows:
             while waiting and self._is_full(images, waiting):
@@ -43,23 +44,23 @@ class Fetcher:
             yield waiting.popleft()
 
     def submit(self, images: Sequence[ImageRef]) -> PendingImages:
-        """Start to fetch the images of a row, as much of them as may be read ahead."""
-        return PendingImages(self, images, self._start(images, ahead=True), self._bytes_ahead(images))
+        """Start to fetch the images of a row, up to the limit on bytes ahead."""
+        return PendingImages(self, images, self._start(images, is_ahead=True), self._estimate_bytes(images))
 
     def fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
-        """Return the images now and whole. Raises OSError."""
-        return self._start(images, ahead=False).result()
+        """Fetch the images of a row completely and return their bytes. Raises OSError."""
+        return self._start(images, is_ahead=False).result()
 
-    def _start(self, images: Sequence[ImageRef], *, ahead: bool) -> Future[list[bytes]]:
-        in_order = any(map(is_sequential, images))
-        return (self._in_order if in_order else self._pool).submit(self._fetch, images, ahead)
+    def _start(self, images: Sequence[ImageRef], *, is_ahead: bool) -> Future[list[bytes]]:
+        is_ordered = any(map(is_sequential, images))
+        return (self._sequential_pool if is_ordered else self._pool).submit(self._fetch, images, is_ahead)
 
-    def _fetch(self, images: Sequence[ImageRef], ahead: bool) -> list[bytes]:
+    def _fetch(self, images: Sequence[ImageRef], is_ahead: bool) -> list[bytes]:
         found: list[bytes] = []
         try:
             for image in images:
                 self._check_size(get_listed_bytes(image))
-                max_bytes = max(self._share_bytes, get_listed_bytes(image)) if ahead else self._max_image_bytes
+                max_bytes = max(self._share_bytes, get_listed_bytes(image)) if is_ahead else self._max_image_bytes
                 found += image.read(self._readers, max_bytes)
                 self._check_size(sum(map(len, found)))
             return found
@@ -69,26 +70,26 @@ class Fetcher:
         except (OSError, StoreFault):
             raise
         except Exception as error:
-            # A URI may be anything, and each store's client has exceptions of its own: one row's fault, not the run's.
+            # A URI may be any text, and each store's client raises its own exceptions: only this row may fail.
             raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _check_size(self, num_bytes: int) -> None:
         limit = self._max_image_bytes
         if num_bytes > limit:
-            raise OSError(f"the images of the row have {num_bytes:,} bytes or more, over the limit of {limit:,}")
+            raise OSError(f"the images of the row have at least {num_bytes:,} bytes, over the limit of {limit:,}")
 
     def _is_full(self, images: Sequence[ImageRef], waiting: Collection[tuple[T, PendingImages]]) -> bool:
         waiting_bytes = sum(pending.num_bytes for _, pending in waiting)
-        is_over = waiting_bytes + self._bytes_ahead(images) > self._max_ahead_bytes
+        is_over = waiting_bytes + self._estimate_bytes(images) > self._max_ahead_bytes
         return is_over or len(waiting) == self._max_at_once
 
-    def _bytes_ahead(self, images: Sequence[ImageRef]) -> int:
+    def _estimate_bytes(self, images: Sequence[ImageRef]) -> int:
         return sum(size if size >= 0 else self._share_bytes for size in map(get_listed_bytes, images))
 
 
 @dataclass(frozen=True)
 class PendingImages:
-    """The images of a row, on their way."""
+    """The images of a row that are being fetched."""
 
     _fetcher: Fetcher
     _images: Sequence[ImageRef]
@@ -97,14 +98,14 @@ class PendingImages:
 
     @property
     def num_bytes(self) -> int:
-        """Return how much memory they take, or will as far as is known."""
+        """The bytes that the images take in memory, an estimate until they are fetched."""
         if self._future.done() and self._future.exception() is None:
             return sum(map(len, self._future.result()))
         return self._expected_bytes
 
     def result(self) -> list[bytes]:
-        """Return the bytes of all images, in order. Raises OSError if one of them cannot be read."""
+        """Wait and return the bytes of all images, in order. Raises OSError if one of them cannot be read."""
         try:
             return self._future.result()
-        except LongerThanAllowed:  # than its share of what is read ahead; its row is due now
+        except LongerThanAllowed:  # than its share of the bytes ahead; as its row is due now, all may be read
             return self._fetcher.fetch(self._images)

@@ -1,4 +1,4 @@
-"""Encode frames and questions as vectors that frames are chosen by, in actors of their own."""
+"""Encode frames and questions as vectors for choosing frames, in separate actors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pipelines.config import PIXELS, ImageOptions
 
 logger = logging.getLogger(__name__)
 
-GPUS_PER_ENCODER_GPU = 9  # an encoder of 0.9 billion parameters keeps up with some replicas
+GPUS_PER_ENCODER_GPU = 9  # an encoder of 0.9 billion parameters keeps up with several replicas
 CPUS_PER_ENCODER = 8
 _MAX_THREADS = 4
 
 
 @dataclass(frozen=True)
 class EncoderPool:
-    """Actors and what each reserves; `gpus` and `cpus` in all are what the captioner has to do without."""
+    """Encoder actors and what each reserves; the captioner has `gpus` and `cpus` fewer than the cluster."""
 
     device: Literal["cpu", "cuda"]
     num_encoders: int
@@ -37,31 +37,33 @@ class EncoderPool:
 
     @property
     def cpus(self) -> int:
+        """The CPUs that all encoders reserve."""
         return self.num_encoders * self.cpus_each
 
     @property
     def gpus(self) -> int:
+        """The GPUs that all encoders reserve."""
         return self.num_encoders * self.gpus_each
 
     def __str__(self) -> str:
-        """Behind the plan of the captioner."""
-        where = f"with {self.num_threads} threads on CPUs" if self.device == "cpu" else "on a GPU each"
-        return f"; {self.num_encoders} to compare frames, {where}" if self.num_encoders else ""
+        """Return the text that follows the plan of the captioner in the log."""
+        device = f"with {self.num_threads} threads on CPUs" if self.device == "cpu" else "on a GPU each"
+        return f"; {self.num_encoders} to compare frames, {device}" if self.num_encoders else ""
 
 
 NO_ENCODERS = EncoderPool("cpu", 0, 0, 0, 0)
 
 
 def plan_encoders(config: ImageOptions, *, cpus: float, gpus: float, device: str) -> EncoderPool:
-    """Plan GPUs of their own if there are several, so that no captioner shares its memory; else CPUs."""
+    """Plan encoders on separate GPUs if the cluster has several, so that no captioner shares one; else on CPUs."""
     if not config.needs_encoder:
         return NO_ENCODERS
     if device != "cpu" and gpus >= 2:
         return EncoderPool("cuda", max(1, int(gpus) // GPUS_PER_ENCODER_GPU), 0, 1, 1)
     if device != "cpu" and gpus >= 1:
         logger.warning(
-            "the only GPU is the captioner's, so frames are encoded on CPUs: a small --frame-encoder such as "
-            "google/siglip-base-patch16-224 is far faster there, and %s needs no model",
+            "the captioner uses the only GPU, so frames are encoded on CPUs: there a small --frame-encoder such as "
+            "google/siglip-base-patch16-224 is far faster, and %s needs no model",
             PIXELS,
         )
     threads = min(_MAX_THREADS, max(1, int(cpus) // CPUS_PER_ENCODER))
@@ -69,7 +71,7 @@ def plan_encoders(config: ImageOptions, *, cpus: float, gpus: float, device: str
 
 
 def describe_encoder(config: ImageOptions) -> dict[str, str | None]:
-    """Return what identifies the encoder of a run, nothing if it has none. Raises ValueError if it cannot be used."""
+    """Return {setting: value} that identifies the encoder of a run, {} without one. Raises ValueError if unusable."""
     if not config.needs_encoder:
         return {}
     if missing := [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]:
@@ -83,13 +85,13 @@ def describe_encoder(config: ImageOptions) -> dict[str, str | None]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--frame-encoder {config.frame_encoder}: {error}") from error
     if kind != "siglip":
-        raise CheckpointError(f"--frame-encoder {config.frame_encoder} is {kind}, not a SigLIP")
+        raise CheckpointError(f"--frame-encoder {config.frame_encoder} is a {kind} model; use a SigLIP or {PIXELS}")
     described = describe_checkpoint(config.frame_encoder)
     return {f"frame encoder {name}": described[name] for name in ("revision", "weights")}
 
 
 class EncodeFrames:
-    """One encoder in an actor."""
+    """Actor that holds one SigLIP encoder."""
 
     def __init__(self, name: str, revision: str | None, device: Literal["cpu", "cuda"], num_threads: int) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -101,25 +103,30 @@ class EncodeFrames:
         self._encoder = SiglipEncoder.from_pretrained(name, revision, device)
 
     def get_size(self) -> tuple[int, int]:
+        """Return (width_px, height_px) of the images that the encoder takes."""
         return self._encoder.size
 
-    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._encoder.encode_frames(pictures)
+    def encode_frames(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode uint8[N, H, W, 3] as unit vectors, float32[N, d]."""
+        return self._encoder.encode_frames(images)
 
     def encode_text(self, text: str) -> NDArray[np.float32]:
+        """Encode `text` as a unit vector, float32[d]."""
         return self._encoder.encode_text(text)
 
 
 class RemoteEncoder:
-    """Some `EncodeFrames` actors, seen from another process."""
+    """A handle for other processes to several `EncodeFrames` actors."""
 
     def __init__(self, actors: Sequence[Any], size: tuple[int, int]) -> None:
         self._actors, self.size = actors, size
 
-    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._ask("encode_frames", pictures)
+    def encode_frames(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode frames by one of the actors; see `EncodeFrames.encode_frames`."""
+        return self._ask("encode_frames", images)
 
     def encode_text(self, text: str) -> NDArray[np.float32]:
+        """Encode a text by one of the actors; see `EncodeFrames.encode_text`."""
         return self._ask("encode_text", text)
 
     def _ask(self, method: str, argument: Any) -> NDArray[np.float32]:
@@ -131,7 +138,7 @@ class RemoteEncoder:
 
 @contextmanager
 def run_encoders(name: str, revision: str | None, pool: EncoderPool) -> Iterator[RemoteEncoder | None]:
-    """Start the actors of the pool, loaded, and end them with the context. None if the pool is empty."""
+    """Start the actors of the pool and yield them once loaded, None if the pool is empty; kill them at the end."""
     if not pool.num_encoders:
         yield None
         return

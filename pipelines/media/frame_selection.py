@@ -1,4 +1,4 @@
-"""Choose the frames of a video that the model is shown: evenly spread, or by vectors of candidates."""
+"""Choose the frames of a video for the model: evenly spread, or by comparing vectors of candidates."""
 
 from __future__ import annotations
 
@@ -25,62 +25,66 @@ class Encoder(Protocol):
     """A model that compares frames, and frames with text."""
 
     size: tuple[int, int]
-    """(width_px, height_px) of the pictures that it takes."""
+    """(width_px, height_px) of the images that it takes."""
 
-    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8[N, H, W, 3] -> float32[N, d], of unit length."""
+    def encode_frames(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode uint8[N, H, W, 3] as unit vectors, float32[N, d]."""
         ...
 
     def encode_text(self, text: str) -> NDArray[np.float32] | None:
-        """float32[d], of unit length; None if it does not read."""
+        """Encode `text` as a unit vector, float32[d]; return None if the encoder does not read text."""
         ...
 
 
 class PixelEncoder:
-    """Thumbnails of 8 x 8 colours: enough to tell shots apart, nothing to compare with a text."""
+    """An encoder by thumbnails of 8 x 8 colours: they distinguish shots, but do not compare with text."""
 
     size = (_THUMBNAIL_PX, _THUMBNAIL_PX)
 
-    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode_frames(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode frames as flattened 8 x 8 colour thumbnails of unit length."""
         cells = _THUMBNAIL_PX // _POOL
-        pooled = pictures.reshape(len(pictures), cells, _POOL, cells, _POOL, 3).mean(axis=(2, 4), dtype=np.float32)
-        flat = (pooled / 255 - 0.5).reshape(len(pictures), -1)
+        pooled = images.reshape(len(images), cells, _POOL, cells, _POOL, 3).mean(axis=(2, 4), dtype=np.float32)
+        flat = (pooled / 255 - 0.5).reshape(len(images), -1)
         vectors: NDArray[np.float32] = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
         return vectors
 
     def encode_text(self, text: str) -> None:
-        return None
+        """Return None: thumbnails do not compare with text."""
+        return
 
 
 class FrameSelector:
-    """For one thread. Rows that ask about the same video share what was decoded and embedded for it."""
+    """Chooses frames, for use by one thread; rows about the same video share its frames and vectors."""
 
     def __init__(
         self, config: ImageOptions, encoder: Encoder | None = None, *, max_recent_bytes: int = 256 << 20
     ) -> None:
-        """`encoder` is needed unless frames are spread evenly.
+        """Configure the choice; `encoder` is unused if frames are spread evenly, and by default compares thumbnails.
 
-        `max_recent_bytes` of frames and embeddings are kept for further questions about the same videos.
+        Up to `max_recent_bytes` of frames and vectors are kept for further questions about the same videos.
         """
         self._config, self._encoder = config, encoder or PixelEncoder()
         self._decoder = VideoDecoder()
-        self._recent = _Recent(max_recent_bytes)
+        self._recent = _RecentValues(max_recent_bytes)
 
     def select(self, video: VideoLocation, window: Window, question: str) -> list[Frame]:
-        """Return at most `num_frames`, in the order of time. Raises MediaError, OSError."""
-        place = (*video[:3], hashlib.blake2b(video.data).digest() if video.data else b"", window)
+        """Return at most `num_frames` frames in the order of time. Raises MediaError, OSError."""
+        key = (*video[:3], hashlib.blake2b(video.data).digest() if video.data else b"", window)
         if self._config.frame_selection == "uniform":
             sampling = Sampling(self._config.num_frames, self._config.fps)
-            return self._recent.get((place, "uniform"), lambda: self._decoder.sample_frames(video, sampling, window))
-        candidate_times_s, vectors = self._recent.get((place, "candidates"), lambda: self._candidates(video, window))
+            return self._recent.get((key, "uniform"), lambda: self._decoder.sample_frames(video, sampling, window))
+        candidate_times_s, vectors = self._recent.get(
+            (key, "candidates"), lambda: self._encode_candidates(video, window)
+        )
         times_s = [candidate_times_s[i] for i in self._choose(vectors, question).tolist()]
-        return self._recent.get((place, *times_s), lambda: self._decoder.decode_frames_at(video, times_s))
+        return self._recent.get((key, *times_s), lambda: self._decoder.decode_frames_at(video, times_s))
 
-    def _candidates(self, video: VideoLocation, window: Window) -> tuple[list[float], NDArray[np.float32]]:
+    def _encode_candidates(self, video: VideoLocation, window: Window) -> tuple[list[float], NDArray[np.float32]]:
         sampling = Sampling(self._config.num_candidates, self._config.fps)
         frames = self._decoder.sample_frames(video, sampling, window, self._encoder.size)
-        pictures = np.stack([frame.pixels for frame in frames])
-        return [frame.timestamp_s for frame in frames], self._encoder.encode_frames(pictures)
+        images = np.stack([frame.pixels for frame in frames])
+        return [frame.timestamp_s for frame in frames], self._encoder.encode_frames(images)
 
     def _choose(self, vectors: NDArray[np.float32], question: str) -> NDArray[np.int64]:
         text = question if self._config.frame_query is None else self._config.frame_query
@@ -89,26 +93,27 @@ class FrameSelector:
         return select_frames(vectors, query, num_frames, method=method)
 
 
-class _Recent:
-    """What was made for the last keys, up to a number of bytes."""
+class _RecentValues:
+    """A cache of the most recently used values, up to a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._values: OrderedDict[Any, Any] = OrderedDict()
 
     def get(self, key: Any, make: Callable[[], T]) -> T:
+        """Return the value of `key`; make and keep it if it is missing."""
         if key in self._values:
             self._values.move_to_end(key)
             found: T = self._values[key]
             return found
         value = self._values[key] = make()
-        self._num_bytes += _num_bytes(value)
+        self._num_bytes += _count_bytes(value)
         while self._num_bytes > self._max_bytes and len(self._values) > 1:
-            self._num_bytes -= _num_bytes(self._values.popitem(last=False)[1])
+            self._num_bytes -= _count_bytes(self._values.popitem(last=False)[1])
         return value
 
 
-def _num_bytes(value: Any) -> int:
+def _count_bytes(value: Any) -> int:
     if isinstance(value, np.ndarray):
         return value.nbytes
-    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 64
+    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 64

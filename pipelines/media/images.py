@@ -1,4 +1,4 @@
-"""Decode the bytes of an image file, of any format that Pillow reads, to an upright RGB picture."""
+"""Decode the bytes of an image file in one of Pillow's formats to an upright RGB image."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pipelines.errors import MediaError
 
 MAX_PIXELS = 178_956_970  # 0.7 GB in memory; twice Pillow's MAX_IMAGE_PIXELS, where it refuses too
 
-# Formats of pictures that Pillow decodes by itself: it hands EPS to Ghostscript, a program to run. The first
-# five come loaded, the next imports all plugins, once. The last two have no signature and take what is left.
+# Formats that Pillow decodes without another program: EPS needs Ghostscript. Pillow loads the first five at
+# import; the others make it import all plugins, once. DIB and TGA have no signature, so they come last.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "DIB", "TGA")
 _SIGNATURES = {
     "JPEG": rb"\xff\xd8\xff",
@@ -31,9 +31,9 @@ _SIGNATURES = {
     "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     "netpbm": rb"P[1-6]\s",
 }
-# What convert("RGB") takes.
+# Modes that convert("RGB") supports.
 _MODES = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,21 +49,21 @@ T = TypeVar("T")
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the RGB picture in `data`, upright; of an animation the first frame.
+    """Return the upright RGB image in `data`, the first frame of an animation.
 
-    EXIF orientation is applied, an unreadable EXIF block ignored. Alpha is dropped and the colour under it
-    kept, as in the original. Of 16 bits the upper 8 are kept, as Pillow does for colour; float pixels count
+    EXIF orientation is applied; an unreadable EXIF block is ignored. Alpha is dropped and the colour under it
+    kept, as in the original. 16-bit values keep their upper 8 bits, as Pillow does for colour; float pixels range
     from 0 (black) to 1 (white). Threads of one process take turns.
 
-    Raises MediaError for everything else: data that is damaged or no picture, more than `max_pixels` (before
-    decoding), integers beyond 16 bits, floats beyond [0, 1].
+    Raises MediaError for everything else: data that is damaged or not an image, more than `max_pixels` (checked
+    before decoding), integers beyond 16 bits, floats outside [0, 1].
     """
     if not data:
         raise MediaError("not an image: the data is empty")
-    # Warnings are filtered for the whole process, hence the lock; a doubtful file is no news to a log.
+    # Warning filters are process-wide, hence the lock. Warnings about doubtful files would only fill the log.
     with _WARNINGS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _attempt(lambda: _decode_upright(data, max_pixels), data)
+        return _raise_media_errors(lambda: _decode_upright(data, max_pixels), data)
 
 
 def _decode_upright(data: bytes, max_pixels: int) -> Image.Image:
@@ -72,25 +72,25 @@ def _decode_upright(data: bytes, max_pixels: int) -> Image.Image:
         raise MediaError(f"empty image: {image.width} x {image.height} px")
     check_num_pixels(*image.size, max_pixels)
     if image.format == "WEBP" and getattr(image, "is_animated", False):
-        check_num_pixels(*image.size, max_pixels // 8)  # its decoder holds the canvas several times
+        check_num_pixels(*image.size, max_pixels // 8)  # the decoder holds the canvas several times
     image.load()
-    turn = _turn(image, data)
-    picture = _as_rgb(image)
-    return picture if turn is None else picture.transpose(turn)
+    transpose = _read_transpose(image, data)
+    rgb = _convert_to_rgb(image)
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
-def _attempt(step: Callable[[], T], data: bytes) -> T:
+def _raise_media_errors(step: Callable[[], T], data: bytes) -> T:
     try:
         return step()
     except MediaError:
         raise
     except Exception as error:
-        # All of them: on corrupt data Pillow's plugins raise whatever their parsing runs into (OSError,
-        # SyntaxError, struct.error, zlib.error, IndexError, MemoryError ...); none of it may stop the run.
-        raise MediaError(_reason(error, data)) from error
+        # Every exception: on corrupt data Pillow's plugins raise almost any type (OSError, SyntaxError,
+        # struct.error, zlib.error, IndexError, MemoryError ...), and none of them may stop the run.
+        raise MediaError(_explain(error, data)) from error
 
 
-def _reason(error: Exception, data: bytes) -> str:
+def _explain(error: Exception, data: bytes) -> str:
     name = next((name for name, start in _SIGNATURES.items() if re.match(start, data, re.DOTALL)), None)
     if isinstance(error, Image.DecompressionBombError):
         return f"too large: {str(error).partition(', could')[0]}"
@@ -98,50 +98,50 @@ def _reason(error: Exception, data: bytes) -> str:
         return f"too large: {name or 'the image'} of {len(data):,} bytes does not fit into memory"
     if isinstance(error, UnidentifiedImageError):
         if name is None:
-            return _unknown(data)
+            return _explain_unknown(data)
         return f"truncated, corrupt or unsupported {name} of {len(data):,} bytes: its header cannot be read"
     detail = " ".join(str(error).split()) or type(error).__name__
-    return f"{_fault(error, data)} {name or 'image'} of {len(data):,} bytes: {detail}"
+    return f"{_classify_fault(error, data)} {name or 'image'} of {len(data):,} bytes: {detail}"
 
 
-def _fault(error: Exception, data: bytes) -> str:
+def _classify_fault(error: Exception, data: bytes) -> str:
     is_short_riff = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") > len(data) - 8
     is_short = any(hint in str(error).lower() for hint in ("truncated", "eof", "only got"))
     return "truncated" if is_short or is_short_riff or isinstance(error, EOFError) else "corrupt"
 
 
-def _unknown(data: bytes) -> str:
+def _explain_unknown(data: bytes) -> str:
     if re.match(rb"\s*<(!doctype html|html)", data, re.IGNORECASE):
         return "not an image: the data is an HTML page"
     return f"not an image in a supported format: the data starts with {data[:16]!r}"
 
 
 def check_num_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise MediaError if a picture of this size is too large."""
+    """Raise MediaError if an image of this size has too many pixels."""
     if width * height > max_pixels:
         raise MediaError(f"too large: {width:,} x {height:,} px are over the limit of {max_pixels:,} pixels")
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        image = Image.fromarray(_upper_byte(np.asarray(image)))
+        image = Image.fromarray(_take_upper_byte(np.asarray(image)))
     elif image.mode == "I":
-        image = Image.fromarray(_upper_byte(_within(np.asarray(image), 0, 65535)))
+        image = Image.fromarray(_take_upper_byte(_check_range(np.asarray(image), 0, 65535)))
     elif image.mode == "F":
-        image = Image.fromarray(np.rint(_within(np.asarray(image), 0, 1) * 255).astype(np.uint8))
+        image = Image.fromarray(np.rint(_check_range(np.asarray(image), 0, 1) * 255).astype(np.uint8))
     elif image.mode not in _MODES:
-        raise MediaError(f"unsupported pixels: {image.format} in mode {image.mode}")
+        raise MediaError(f"unsupported pixel format: {image.format} in mode {image.mode}")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _upper_byte(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+def _take_upper_byte(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     upper: NDArray[np.uint8] = (pixels >> 8).astype(np.uint8)
     return upper
 
 
-def _within(pixels: NDArray[Any], low: int, high: int) -> NDArray[Any]:
+def _check_range(pixels: NDArray[Any], low: int, high: int) -> NDArray[Any]:
     smallest, largest = pixels.min(), pixels.max()
-    if not (low <= smallest and largest <= high):  # written so that NaN fails
+    if not (low <= smallest and largest <= high):  # NaN fails this comparison
         raise MediaError(
             f"unknown brightness scale: {pixels.dtype} pixels from {smallest} to {largest} "
             f"are not within {low} to {high}"
@@ -149,9 +149,12 @@ def _within(pixels: NDArray[Any], low: int, high: int) -> NDArray[Any]:
     return pixels
 
 
-def _turn(image: Image.Image, data: bytes) -> Image.Transpose | None:
-    """Return the turn that EXIF asks for, once loaded: a PNG may hold EXIF after its pixels, a TIFF turns itself."""
+def _read_transpose(image: Image.Image, data: bytes) -> Image.Transpose | None:
+    """Return the transpose for the EXIF orientation of a loaded image.
+
+    Only load() reads EXIF after the pixels of a PNG, and it turns a TIFF, which must not be turned twice.
+    """
     try:
-        return _attempt(lambda: _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)), data)
+        return _raise_media_errors(lambda: _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1)), data)
     except MediaError:
         return None

@@ -1,4 +1,4 @@
-"""Sequential readers of containers that hold images: tar.gz, Parquet, Arrow streams."""
+"""Read images from containers in order: tar.gz, Parquet, Arrow streams."""
 
 from __future__ import annotations
 
@@ -18,47 +18,49 @@ from pipelines.storage import store
 from pipelines.storage.arrow_ipc import read_batch, read_schema
 from pipelines.storage.retries import Retries, is_final
 
-_RETRIES = Retries(max_attempts=2)  # of a cell: damage looks like a fault of the store, whose own retries lie below
+_RETRIES = Retries(
+    max_attempts=2
+)  # per cell, as damage looks like a fault of the store; the store itself retries below this
 _CELLS_AT_ONCE = 16
 _BLOCK_BYTES = 4 << 20
 
 
 class LongerThanAllowed(OSError):  # noqa: N818  (the name says what happened)
-    """An image has more bytes than may be read now; `num_bytes` is how many were seen."""
+    """An image has more bytes than may be read now; `num_bytes` is the number read so far."""
 
     def __init__(self, num_bytes: int) -> None:
-        super().__init__(f"an image has {num_bytes:,} bytes or more")
+        super().__init__(f"an image has at least {num_bytes:,} bytes")
         self.num_bytes = num_bytes
 
 
 def read_whole_file(uri: str, max_bytes: int) -> bytes:
-    """Return the whole file, by one bounded request. Raises LongerThanAllowed."""
+    """Read a whole file in one bounded request. Raises LongerThanAllowed."""
     return check_length(store.read_bytes(uri, 0, max_bytes + 1), max_bytes)
 
 
 def check_length(data: bytes, max_bytes: int) -> bytes:
-    """Return `data`. Raises LongerThanAllowed."""
+    """Return `data` if it has at most `max_bytes`. Raises LongerThanAllowed."""
     if len(data) > max_bytes:
         raise LongerThanAllowed(len(data))
     return data
 
 
 class Readers:
-    """The files that a Fetcher keeps open from one image to the next. For one thread."""
+    """The files that a Fetcher keeps open between images, for use by one thread."""
 
     def __init__(self) -> None:
         self.tar_gz, self.parquet, self.arrow = TarGzReader(), ParquetReader(), ArrowReader()
 
 
 class TarGzReader:
-    """One tar.gz, unpacked as far as the last image read; a step back unpacks it from the start again."""
+    """One tar.gz, unpacked up to the last image read; an earlier image needs unpacking from the start again."""
 
     def __init__(self) -> None:
         self._uri = ""
         self._file: Any = None
 
     def read(self, uri: str, offset: int, num_bytes: int, member: str) -> bytes:
-        """Return bytes of the unpacked stream, fewer if it ends before. Raises OSError, about `member`."""
+        """Return bytes of the unpacked stream, fewer if it ends early. Raises OSError that names `member`."""
         if self._uri != uri:
             self._close()
             self._file = gzip.GzipFile(fileobj=store.open_file(uri, block_bytes=_BLOCK_BYTES))
@@ -80,11 +82,11 @@ class TarGzReader:
 
 
 _Group = tuple[str, str, int]
-"""A column of a row group of a Parquet file: URI, name of the column, number of the group."""
+"""One column of a row group in a Parquet file: (URI, column name, group number)."""
 
 
 class ParquetReader:
-    """One column of one row group, read forward some cells at a time; a step back reads the group again."""
+    """One column of one row group, read forward a few cells at a time; an earlier cell needs a new start."""
 
     def __init__(self) -> None:
         self._uri = ""
@@ -93,14 +95,14 @@ class ParquetReader:
         self._starts: list[int] = []  # the first row of each row group
         self._group: _Group | None = None
         self._stream: Iterator[Any] = iter(())
-        self._first, self._cells = 0, pa.nulls(0)  # the cells in memory and the row of the first of them
-        self._broken: tuple[_Group | None, int] = (None, 0)  # tried once, not for each row from this one on
+        self._first, self._cells = 0, pa.nulls(0)  # the cells in memory and the row number of the first
+        self._broken: tuple[_Group | None, int] = (None, 0)  # group and row; later rows fail without another try
 
     def read(self, uri: str, column: str, row: int) -> Any:
-        """Return the cell as Python has it; a fault of the store is tried again. Raises OSError."""
+        """Return the cell as a Python value; retry once if reading fails. Raises OSError."""
         for attempt in range(1, _RETRIES.max_attempts + 1):
             try:
-                self._turn_to(uri, column, row)
+                self._select_group(uri, column, row)
                 if self._is_broken and row >= self._broken[1]:
                     raise OSError(f"its row group cannot be read from row {self._broken[1]} on")
                 self._advance(row)
@@ -130,7 +132,7 @@ class ParquetReader:
             self._cells = pa.nulls(0)
             self._cells = next(self._stream).column(0)
 
-    def _turn_to(self, uri: str, column: str, row: int) -> None:
+    def _select_group(self, uri: str, column: str, row: int) -> None:
         if uri != self._uri:
             self._open(uri)
         number = bisect_right(self._starts, row) - 1
@@ -150,21 +152,21 @@ class ParquetReader:
         self._uri = uri
 
     def _close(self) -> None:
-        """So that the next read opens the file again."""
+        """Close the file; the next read opens it again."""
         if self._file is not None:
             self._file.close()
         self._uri, self._file, self._group = "", None, None
 
 
 class ArrowReader:
-    """One column of one batch of an Arrow stream: mapped if the file is local, else one request."""
+    """One column of one batch of an Arrow stream: memory-mapped if the file is local, else read by one request."""
 
     def __init__(self) -> None:
         self._batch: tuple[str, int, str] | None = None
         self._cells: Any = None
 
     def read(self, uri: str, offset: int, column: str, row: int) -> Any:
-        """Return the cell as Python has it, of the batch whose message starts at `offset`. Raises OSError."""
+        """Return a cell of the batch whose message starts at `offset`, as a Python value. Raises OSError."""
         try:
             if self._batch != (uri, offset, column):
                 self._batch, self._cells = None, None

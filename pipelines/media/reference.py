@@ -1,4 +1,4 @@
-"""References: where the bytes of an image or a video are; stored in manifest rows instead of payload."""
+"""Refer to the bytes of images and videos; manifest rows store references instead of payload."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Struct = dict[str, Any]
 
 
 class Window(NamedTuple):
-    """Part of a video, in seconds from its start: `start_s` up to `stop_s`."""
+    """Part of a video, [`start_s`, `stop_s`) in seconds from its start."""
 
     start_s: float = 0.0
     stop_s: float = math.inf
 
 
 class VideoLocation(NamedTuple):
-    """Where a video is: a file, or `num_bytes` from `offset` of it, or `data` itself."""
+    """Location of a video: a whole file, `num_bytes` of a file from `offset`, or the bytes in `data`."""
 
     uri: str
     offset: int = -1
@@ -44,12 +44,14 @@ class ByteRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What all references have. `window` counts for videos."""
+    """The fields of every reference; `window` only applies to videos."""
 
     uri: str
     window: Window = field(default=Window(), kw_only=True)
 
-    def _struct(self, kind: str, *, offset: int = -1, num_bytes: int = -1, member: str = "", row: int = -1) -> Struct:
+    def _make_struct(
+        self, kind: str, *, offset: int = -1, num_bytes: int = -1, member: str = "", row: int = -1
+    ) -> Struct:
         start_s, stop_s = self.window
         place = {"kind": kind, "uri": self.uri, "offset": offset, "num_bytes": num_bytes, "member": member, "row": row}
         return {**place, "start_s": start_s, "stop_s": stop_s}
@@ -57,7 +59,7 @@ class _Reference:
 
 @dataclass(frozen=True, slots=True)
 class FileRef(_Reference):
-    """A whole file. `num_bytes` as listed, -1: unknown."""
+    """A whole file; `num_bytes` as listed, -1 if unknown."""
 
     num_bytes: int = -1
 
@@ -66,12 +68,13 @@ class FileRef(_Reference):
         return [read_whole_file(self.uri, max_bytes)]
 
     def to_struct(self) -> Struct:
-        return self._struct("file", num_bytes=self.num_bytes)
+        """Convert the reference to an item of the manifest's column `images`."""
+        return self._make_struct("file", num_bytes=self.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class TarRef(_Reference):
-    """`num_bytes` from `offset` of a tar, of a tar.gz in its unpacked form; `member` is the name there."""
+    """A tar member named `member`: `num_bytes` from `offset`, counted in the unpacked form of a tar.gz."""
 
     offset: int
     num_bytes: int
@@ -92,13 +95,14 @@ class TarRef(_Reference):
         return [data]
 
     def to_struct(self) -> Struct:
+        """Convert the reference to an item of the manifest's column `images`."""
         kind = "tgz" if self.is_gzip else "tar"
-        return self._struct(kind, offset=self.offset, num_bytes=self.num_bytes, member=self.member)
+        return self._make_struct(kind, offset=self.offset, num_bytes=self.num_bytes, member=self.member)
 
 
 @dataclass(frozen=True, slots=True)
 class CellRef(_Reference):
-    """All images of one cell, perhaps none. `row` of a Parquet file, or of the Arrow batch that is at `batch`."""
+    """The images of one cell, possibly none, in `row` of a Parquet file or of the Arrow batch at `batch`."""
 
     column: str
     row: int
@@ -111,9 +115,9 @@ class CellRef(_Reference):
         """
         cell = self._read_cell(readers)
         if not isinstance(cell, list):
-            image = self._image_in(cell, max_bytes)
+            image = self._extract_image(cell, max_bytes)
             return [] if image is None else [image]
-        images = [self._image_in(value, max_bytes) for value in cell]
+        images = [self._extract_image(value, max_bytes) for value in cell]
         if None in images:
             place = f"row {self.row} of {store.redact(self.uri)}"
             raise OSError(f"image {images.index(None) + 1} of {len(cell)} in {place} is null")
@@ -124,22 +128,23 @@ class CellRef(_Reference):
             return readers.parquet.read(self.uri, self.column, self.row)
         return readers.arrow.read(self.uri, self.batch.offset, self.column, self.row)
 
-    def _image_in(self, value: Any, max_bytes: int) -> bytes | None:
+    def _extract_image(self, value: Any, max_bytes: int) -> bytes | None:
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and value.get("path"):
             return read_whole_file(resolve_path(value["path"], self.uri), max_bytes)
         return None if data is None else check_length(data, max_bytes)
 
     def to_struct(self) -> Struct:
+        """Convert the reference to an item of the manifest's column `images`."""
         kind, batch = ("arrow", self.batch) if self.batch else ("parquet", ByteRange(-1, -1))
-        return self._struct(kind, **batch._asdict(), member=self.column, row=self.row)
+        return self._make_struct(kind, **batch._asdict(), member=self.column, row=self.row)
 
 
 ImageRef = FileRef | TarRef | CellRef
 
 
 def parse_reference(struct: Mapping[str, Any]) -> ImageRef:
-    """Return the reference that `to_struct` made `struct` of. Raises ValueError for a kind that is not supported."""
+    """Return the reference of a `struct` from `to_struct`. Raises ValueError for an unsupported kind."""
     uri, offset, num_bytes, member = (struct[name] for name in ("uri", "offset", "num_bytes", "member"))
     window = Window(struct["start_s"], struct["stop_s"])
     match struct["kind"]:
@@ -152,21 +157,21 @@ def parse_reference(struct: Mapping[str, Any]) -> ImageRef:
         case "arrow":
             return CellRef(uri, member, struct["row"], ByteRange(offset, num_bytes), window=window)
         case kind:
-            raise ValueError(f"references of kind {kind!r} are not supported; was OUTPUT begun by a newer version?")
+            raise ValueError(f"references of kind {kind!r} are not supported; was OUTPUT started by a newer version?")
 
 
 def get_listed_bytes(image: ImageRef) -> int:
-    """Return how many bytes were listed for the image, -1 if unknown."""
+    """Return the number of bytes that was listed for the image, -1 if unknown."""
     return -1 if isinstance(image, CellRef) else image.num_bytes
 
 
 def is_sequential(image: ImageRef) -> bool:
-    """Return whether what lies before the image is read with it, so that one thread reads all such images."""
+    """Return whether reading the image also reads what precedes it, so that one thread must read all of them."""
     return isinstance(image, CellRef) or (isinstance(image, TarRef) and image.is_gzip)
 
 
 def is_video(image: ImageRef) -> bool:
-    """Return whether the name is a video's. Media without a name are recognized by content when they are read."""
+    """Return whether the name is that of a video. Media without a name are recognized by content when read."""
     if isinstance(image, CellRef):
         return False
     name = image.member if isinstance(image, TarRef) else store.strip_query(image.uri)
@@ -174,33 +179,33 @@ def is_video(image: ImageRef) -> bool:
 
 
 def locate(image: ImageRef) -> tuple[str, int]:
-    """Return the file and the byte in it where the reference leads, -1 for all of the file."""
+    """Return (URI, offset in bytes) of the image; the offset is -1 for a whole file."""
     if isinstance(image, CellRef):
         return image.uri, image.batch.offset if image.batch else -1
     return image.uri, image.offset if isinstance(image, TarRef) else -1
 
 
 def can_read_image(image: ImageRef) -> bool:
-    """Return whether the image's store hands out a byte of it now."""
+    """Return whether the store delivers one byte of the image now."""
     return store.probe_byte(image.uri, 0 if is_sequential(image) else max(0, locate(image)[1]))
 
 
 def is_seekable_video(images: Sequence[ImageRef]) -> bool:
-    """Return whether the row is one video that need not be fetched: it is a file, or a part of one."""
+    """Return whether the row is one video that can be decoded in place: a file, or a byte range of one."""
     return len(images) == 1 and is_video(images[0]) and not is_sequential(images[0])
 
 
 def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[VideoLocation, Window]:
-    """Return the row's video, in place or fetched as `encoded`, and the part of it to sample. Raises MediaError."""
+    """Return the location of the row's video (its bytes if `encoded`) and the window to sample. Raises MediaError."""
     if len(images) > 1 or len(encoded) > 1:
-        raise MediaError("a row holds one video and nothing beside it; make rows of their own of the others")
+        raise MediaError("a row with a video must hold nothing else; split it into one row per video or image")
     if encoded:
         return VideoLocation(images[0].uri, data=encoded[0]), images[0].window
     return VideoLocation(*locate(images[0]), get_listed_bytes(images[0])), images[0].window
 
 
-def resolve_path(path: str, of_file: str) -> str:
-    """Return `path` as given in `of_file`: unchanged if it is a URI or absolute, else relative to that file."""
+def resolve_path(path: str, base_uri: str) -> str:
+    """Resolve a `path` in the file `base_uri`: keep a URI or absolute path, else join it to the file's folder."""
     if "://" in path or path.startswith("/"):
         return path
-    return f"{of_file.rpartition('/')[0]}/{path}"
+    return f"{base_uri.rpartition('/')[0]}/{path}"

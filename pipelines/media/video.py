@@ -1,6 +1,6 @@
-"""Decode a few frames of a video and skip what lies between.
+"""Decode a few frames of a video and skip the frames between them.
 
-Knows nothing of rows, processes and limits: `video_process` runs this in a process that can be killed.
+This module knows nothing of rows, processes and limits: `video_process` runs it in a process that can be killed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pipelines.errors import MediaError
 from pipelines.media.images import check_num_pixels
 from pipelines.media.reference import Window
 
-# Demuxers that read one file: playlists (hls, dash, concat) would open others, by name or over the network.
+# Demuxers that read one file. Playlists (hls, dash, concat) would open other files, by name or over the network.
 _FORMATS = (
     "mov,mp4,matroska,webm,avi,flv,live_flv,mpeg,mpegts,mpegvideo,asf,ogg,rm,wtv,dv,mxf,nut,ivf,h264,hevc,av1,obu,"
     "m4v,h263,vc1,gif,y4m,yuv4mpegpipe,3gp,swf,nsv,smjpeg,mjpeg"
 )
 _INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")
-_BLIND_SEEK_S = 10  # without an index, what is nearer is decoded on the way rather than sought
-_LOST_SHARE, _LOST_S = 0.1, 1.0  # of the stated duration: headers lie by this much about whole files
-_SLACK_S = 0.002  # containers round times, some to milliseconds
+_BLIND_SEEK_S = 10  # without an index, frames nearer than this are reached by decoding instead of seeking
+_LOST_SHARE, _LOST_S = 0.1, 1.0  # of the stated duration; headers of complete files are wrong by up to this much
+_SLACK_S = 0.002  # containers round times, some of them to milliseconds
 _BUFFER_BYTES = 1 << 16
 
-# ISO media but pictures in it (AVIF, HEIC), Matroska, AVI, FLV, ASF, Ogg, MPEG program and transport streams, MXF.
+# ISO media except images in it (AVIF, HEIC), Matroska, AVI, FLV, ASF, Ogg, MPEG program and transport streams, MXF.
 _SIGNATURES = re.compile(
     rb"....(ftyp(?!avi[fs]|hei[cmsx]|mif1|msf1)|moov|moof|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01"
     rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|OggS|\0\0\x01[\xba\xb3]|\x47.{187}\x47|\x06\x0e\x2b\x34",
@@ -48,14 +48,14 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Frames spread evenly: at most `num_frames`, and at most `fps` of them a second."""
+    """Evenly spread frames: at most `num_frames`, and at most `fps` per second."""
 
     num_frames: int
     fps: float | None = None
 
 
 class Frame(NamedTuple):
-    """`pixels` uint8[H, W, 3], upright RGB; `timestamp_s` from the start of the video."""
+    """A frame: `pixels` uint8[H, W, 3], upright RGB, and `timestamp_s` from the start of the video."""
 
     pixels: Pixels
     timestamp_s: float
@@ -64,34 +64,34 @@ class Frame(NamedTuple):
 def sample_frames(
     file: BinaryIO, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
 ) -> list[Frame]:
-    """Return the frames that `sampling` asks for, in the order of time, resized to (width_px, height_px) if given.
+    """Return evenly spread frames in the order of time, resized to `size` (width_px, height_px) if given.
 
-    Frame numbers are the model card's: of T = int(fps * duration) frames the middle of each of `num_frames` equal
-    parts, all of them if there are no more. fps and duration are what ffmpeg prints, as the card's code has them.
-    Raises MediaError for what holds no such frames.
+    Frame numbers are those of the model card: T = int(fps * duration) frames are divided into `num_frames` equal parts,
+    and the middle of each is taken; all T if there are no more. fps and duration are the values that ffmpeg prints, as
+    in the card's code. Raises MediaError if the frames cannot be decoded.
     """
     with _Video(file) as video:
-        return list(video.decode_frames_at(_times(video, sampling, window or Window()), size))
+        return list(video.decode_frames_at(_choose_times(video, sampling, window or Window()), size))
 
 
 def decode_frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
-    """Return the frames shown at these ascending times, in full size. Raises MediaError."""
+    """Return the frames that a player shows at these ascending times, in full size. Raises MediaError."""
     with _Video(file) as video:
         return list(video.decode_frames_at(times_s, None))
 
 
 def has_video_signature(data: bytes) -> bool:
-    """Return whether the first bytes are those of a video that `decode_image` does not read."""
+    """Return whether the first bytes are those of a video, which `decode_image` cannot read."""
     return _SIGNATURES.match(data) is not None
 
 
 def read_duration_s(file: BinaryIO) -> float:
-    """Return the duration that the header states, or else that of the packets. Raises MediaError."""
+    """Return the duration stated in the header, or measured from the packets without one. Raises MediaError."""
     with _Video(file) as video:
         return video.duration_s
 
 
-def _times(video: _Video, sampling: Sampling, window: Window) -> list[float]:
+def _choose_times(video: _Video, sampling: Sampling, window: Window) -> list[float]:
     stop_s = min(window.stop_s, video.duration_s)
     if not window.start_s < stop_s and window.start_s > 0:
         raise MediaError(f"the window starts at {window.start_s:g} s, the video ends at {video.duration_s:g} s")
@@ -104,15 +104,15 @@ def _times(video: _Video, sampling: Sampling, window: Window) -> list[float]:
 
 
 class _Video:
-    """One file whose frames are asked for in the order of time. To be closed. Raises MediaError."""
+    """One file whose frames are read in the order of time, as a context manager; methods raise MediaError."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._may_seek = self._may_skip = True
         self._wanted_from_s = -math.inf
         self._start_over()
-        self.fps = _stated_fps(self._stream)
-        self.duration_s = self._duration_s()
+        self.fps = _read_fps(self._stream)
+        self.duration_s = self._read_duration_s()
 
     def __enter__(self) -> _Video:
         return self
@@ -121,78 +121,82 @@ class _Video:
         self._container.close()
 
     def decode_frames_at(self, times_s: Sequence[float], size: tuple[int, int] | None) -> Iterator[Frame]:
-        """Yield a frame for each of these ascending times: the last one begun by then, as a player would show it."""
+        """Yield the frame that a player shows at each of these ascending times: the last one started by then."""
         for time_s in times_s:
-            shown = self._shown_at(time_s)
-            if self._time_s(shown) < self._wanted_from_s:
-                # One that was skipped may have begun since. So it is in videos whose frames stay for long.
+            shown = self._decode_at(time_s)
+            if self._get_time_s(shown) < self._wanted_from_s:
+                # A skipped frame may have started later than `shown`, as in videos with long-lasting frames.
                 self._may_skip = False
                 self._container.close()
                 self._start_over()
-                shown = self._shown_at(time_s)
-            yield Frame(_pixels(shown, size), max(0.0, self._time_s(shown)))
+                shown = self._decode_at(time_s)
+            yield Frame(_to_pixels(shown, size), max(0.0, self._get_time_s(shown)))
 
     def _start_over(self) -> None:
-        """Open the file again: some formats cannot seek to their very start."""
+        """Open the file again, as some formats cannot seek to their start."""
         self._container = _open(self._file)
         try:
-            self._stream = _video_stream(self._container)
+            self._stream = _find_stream(self._container)
         except MediaError:
             self._container.close()
             raise
-        self._stream.codec_context.thread_type = "NONE"  # other cores have other videos; threads cost a quarter more
+        # Other cores decode other videos, and threads cost a quarter more CPU.
+        self._stream.codec_context.thread_type = "NONE"
         self._start_s = (self._container.start_time or 0) / av.time_base
         self._frames = self._decode_frames()
-        self._shown: VideoFrame | None = None  # the last one passed
-        self._next: VideoFrame | None = None  # decoded, and later than what was asked for
+        self._shown: VideoFrame | None = None  # the last frame passed
+        self._next: VideoFrame | None = None  # decoded already, but later than the wanted time
 
-    def _shown_at(self, time_s: float) -> VideoFrame:
-        """Raises MediaError."""
+    def _decode_at(self, time_s: float) -> VideoFrame:
+        """Decode up to the frame that a player shows at `time_s`, and return it. Raises MediaError."""
         self._wanted_from_s = time_s - 2 / self.fps if self._may_skip else -math.inf
-        self._approach(time_s)
+        self._seek_if_worthwhile(time_s)
         slack_s = min(_SLACK_S, 0.5 / self.fps)
-        while self._shown is None or self._time_s(self._shown) <= time_s - slack_s:
-            following, self._next = self._next or next(self._frames, None), None
-            if following is None:
-                return self._last(time_s)
-            if self._shown is not None and self._time_s(following) > time_s + slack_s:
-                self._next = following
+        while self._shown is None or self._get_time_s(self._shown) <= time_s - slack_s:
+            candidate, self._next = self._next or next(self._frames, None), None
+            if candidate is None:
+                return self._get_last(time_s)
+            if self._shown is not None and self._get_time_s(candidate) > time_s + slack_s:
+                self._next = candidate
                 break
-            self._shown = following
+            self._shown = candidate
         return self._shown
 
-    def _last(self, time_s: float) -> VideoFrame:
-        """Return the last frame. Raises MediaError if more are missing than headers are usually wrong by."""
+    def _get_last(self, time_s: float) -> VideoFrame:
+        """Return the last frame. Raises MediaError if the video ends earlier than a header is usually wrong by."""
         if self._shown is None:
             raise MediaError("no frame of the video can be decoded")
-        end_s, stated_s = self._time_s(self._shown) + 1 / self.fps, self._stated_end_s()
+        end_s, stated_s = self._get_time_s(self._shown) + 1 / self.fps, self._read_end_s()
         if min(time_s, stated_s) - end_s > max(_LOST_S, _LOST_SHARE * stated_s):
             raise MediaError(
                 f"the video ends at {end_s:.1f} s, its header says {stated_s:.1f} s: it is truncated, or its header "
-                f"is wrong; with #t=0,{end_s:.1f} behind its name what is there is taken"
+                f"is wrong; append #t=0,{end_s:.1f} to its name to use the part that is readable"
             )
         return self._shown
 
-    def _stated_end_s(self) -> float:
-        """Return the stated end of the pictures: the sound may go on after the last one."""
+    def _read_end_s(self) -> float:
+        """Return the stated end of the frames, in seconds; the sound may be longer."""
         if self._stream.duration is not None:
             return float(self._stream.duration * (self._stream.time_base or 0))
         if match := re.match(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):  # Matroska
             return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
         return self.duration_s
 
-    def _approach(self, time_s: float) -> None:
-        """Seek, if that saves decoding what lies between."""
-        here_s = self._time_s(self._shown) if self._shown else 0.0
-        key_s = self._key_frame_before(time_s)
+    def _seek_if_worthwhile(self, time_s: float) -> None:
+        """Seek towards `time_s` if that saves decoding frames."""
+        here_s = self._get_time_s(self._shown) if self._shown else 0.0
+        key_s = self._find_key_frame(time_s)
         is_worth_it = time_s - here_s > _BLIND_SEEK_S if key_s is None else key_s > here_s
         if self._may_seek and is_worth_it:
             self._seek(time_s)
-            # Not again where it led back: without key frames that would decode the whole video each time.
-            self._may_seek &= self._shown is not None and self._time_s(self._shown) > here_s
+            # If it led back, never seek again: without key frames each seek would decode the whole video.
+            self._may_seek &= self._shown is not None and self._get_time_s(self._shown) > here_s
 
-    def _key_frame_before(self, time_s: float) -> float | None:
-        """Return None if the file has no index that reaches so far. Entries are decoding times, a little early."""
+    def _find_key_frame(self, time_s: float) -> float | None:
+        """Return the time of the key frame before `time_s` in the index, None if the index does not reach so far.
+
+        Index entries are decoding times, which are a little early.
+        """
         index, base = self._stream.index_entries, self._stream.time_base
         if base is None or self._container.format.name not in _INDEXED or len(index) < 2:
             return None
@@ -203,7 +207,7 @@ class _Video:
         return None if entry < 0 else float(index[entry].timestamp * base) - self._start_s
 
     def _seek(self, time_s: float) -> None:
-        """Seek to a key frame at or before `time_s`, however the file is indexed."""
+        """Seek to a key frame at or before `time_s`, with or without an index."""
         for back_s in (0, 1, 10, 100):
             if time_s <= back_s:
                 break
@@ -213,19 +217,19 @@ class _Video:
                 break
             self._frames, self._next = self._decode_frames(), None
             self._shown = next(self._frames, None)
-            if self._shown is not None and self._time_s(self._shown) <= time_s + _SLACK_S:
+            if self._shown is not None and self._get_time_s(self._shown) <= time_s + _SLACK_S:
                 return
         self._container.close()
         self._start_over()
 
     def _decode_frames(self) -> Iterator[VideoFrame]:
-        """Yield frames in the order of time. As in ffmpeg, a packet that cannot be decoded is left out.
+        """Yield frames in the order of time; skip packets that cannot be decoded, as ffmpeg does.
 
-        Before `_wanted_from_s` those that no other frame refers to are skipped.
+        Before `_wanted_from_s`, frames that no other frame refers to are skipped too.
         """
         previous = -math.inf
-        for packet in _packets(self._container, self._stream):
-            is_early = packet.pts is not None and self._time_s(packet) < self._wanted_from_s
+        for packet in _read_packets(self._container, self._stream):
+            is_early = packet.pts is not None and self._get_time_s(packet) < self._wanted_from_s
             self._stream.codec_context.skip_frame = "NONREF" if is_early else "DEFAULT"
             try:
                 frames = packet.decode()
@@ -233,26 +237,26 @@ class _Video:
                 continue
             for frame in frames:
                 if frame.pts is None:
-                    _number(frame, self._stream, previous)
+                    _set_time(frame, self._stream, previous)
                 if frame.pts > previous:
                     previous = frame.pts
                     yield frame
 
-    def _time_s(self, timed: Any) -> float:
-        """Return the time of a frame or a packet, from the start of the video."""
+    def _get_time_s(self, timed: Any) -> float:
+        """Return the time of a frame or packet, in seconds from the start of the video."""
         return float((timed.pts or 0) * (timed.time_base or 0)) - self._start_s
 
-    def _duration_s(self) -> float:
-        """Return the duration in hundredths, as ffmpeg prints it."""
+    def _read_duration_s(self) -> float:
+        """Return the duration in seconds, rounded to hundredths as ffmpeg prints it."""
         microseconds = self._container.duration or 0
         if microseconds <= 0:
-            microseconds = self._measured()
+            microseconds = self._measure_duration()
         return (microseconds + 5000) // 10_000 / 100
 
-    def _measured(self) -> int:
-        """Return the microseconds up to the end of the last packet; nothing is decoded."""
+    def _measure_duration(self) -> int:
+        """Measure the duration up to the end of the last packet, in microseconds, without decoding."""
         end_s, count = 0.0, 0
-        for packet in _packets(self._container, self._stream):
+        for packet in _read_packets(self._container, self._stream):
             count += packet.size > 0
             if packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -274,8 +278,8 @@ def _open(file: BinaryIO) -> InputContainer:
         raise MediaError(f"not a video, or its header is damaged: {reason}") from error
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
-    """Return the first stream of video that is not the cover of a song. Raises MediaError."""
+def _find_stream(container: InputContainer) -> VideoStream:
+    """Return the first video stream that is not the cover image of a song. Raises MediaError."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -289,12 +293,12 @@ def _video_stream(container: InputContainer) -> VideoStream:
 
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
-        raise MediaError(f"the video says that it is {width} x {height} px: its header is damaged")
+        raise MediaError(f"the header states {width} x {height} px: it is damaged")
     check_num_pixels(width, height)
 
 
-def _stated_fps(stream: VideoStream) -> float:
-    """Return frames per second as ffmpeg prints them, two decimals, and moviepy reads them: 29.97 is 30000 / 1001."""
+def _read_fps(stream: VideoStream) -> float:
+    """Return frames per second as ffmpeg prints them (two decimals) and moviepy reads them (29.97 is 30000 / 1001)."""
     rate = float(stream.average_rate or stream.guessed_rate or stream.base_rate or 0)
     stated = round(rate, 2)
     if stated <= 0:
@@ -305,25 +309,25 @@ def _stated_fps(stream: VideoStream) -> float:
     return stated
 
 
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
-    """Yield packets up to the end of the file or to where it cannot be read further."""
+def _read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
+    """Yield packets up to the end of the file, or to the first that cannot be read."""
     with suppress(av.FFmpegError):
         yield from container.demux(stream)
 
 
-def _number(frame: VideoFrame, stream: VideoStream, previous: float) -> None:
-    """Give a frame of a bare stream, which has no times, its own."""
-    step = 1 / _stated_fps(stream) / float(stream.time_base or 1)
+def _set_time(frame: VideoFrame, stream: VideoStream, previous: float) -> None:
+    """Set the time of a frame of a bare stream, which stores none."""
+    step = 1 / _read_fps(stream) / float(stream.time_base or 1)
     frame.time_base = stream.time_base
     frame.pts = 0 if previous == -math.inf else round(previous + step)
 
 
-def _pixels(frame: VideoFrame, size: tuple[int, int] | None) -> Pixels:
-    """uint8[H, W, 3] of `frame`, turned upright. The colours are those of ffmpeg's command line."""
+def _to_pixels(frame: VideoFrame, size: tuple[int, int] | None) -> Pixels:
+    """Convert a frame to upright uint8[H, W, 3]; the colours equal those of ffmpeg's command line."""
     _check_size(frame.width, frame.height)
     quarter_turns = round(frame.rotation / 90) % 4
     width, height = size if size is not None else (frame.width, frame.height)
     if quarter_turns % 2 and size is not None:
         width, height = height, width
-    picture: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # type: ignore[assignment]
-    return np.ascontiguousarray(np.rot90(picture, quarter_turns))  # libav pads the rows of most sizes
+    pixels: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # type: ignore[assignment]
+    return np.ascontiguousarray(np.rot90(pixels, quarter_turns))  # libav pads the rows of most sizes

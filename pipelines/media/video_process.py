@@ -1,6 +1,6 @@
-"""Decode videos in a child process with limits of time and memory, which may crash without harm.
+"""Decode videos in a child process with limits on time and memory, so that a crash fails only one row.
 
-`python -m pipelines.media.video_process FD` is that process; it answers over the socket FD until its parent is gone.
+`python -m pipelines.media.video_process FD` runs the child; it answers over the socket FD until its parent exits.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Json = dict[str, Any]
 
 
 class VideoDecoder:
-    """One process that decodes one video after the other, started when first needed. For one thread at a time.
+    """One child process that decodes one video after another, started on first use; one thread may use it at a time.
 
-    Its methods raise MediaError for a video that cannot be decoded within the limits, OSError if it cannot be read and
-    StoreFault if its store is down.
+    Its methods raise MediaError if a video cannot be decoded within the limits, OSError if it cannot be read, and
+    StoreFault if its store does not answer.
     """
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S, max_memory_bytes: int = MAX_MEMORY_BYTES) -> None:
@@ -48,41 +48,46 @@ class VideoDecoder:
 
     def sample_frames(
         self,
-        place: VideoLocation,
+        location: VideoLocation,
         sampling: Sampling,
         window: Window | None = None,
         size: tuple[int, int] | None = None,
     ) -> list[Frame]:
-        """See `video.sample_frames`."""
+        """Return evenly spread frames; see `video.sample_frames`."""
         window = window or Window()
-        return self._frames("sample", place, sampling=asdict(sampling), window=list(window), size=size)
+        return self._request_frames("sample", location, sampling=asdict(sampling), window=list(window), size=size)
 
-    def decode_frames_at(self, place: VideoLocation, times_s: Sequence[float]) -> list[Frame]:
-        """See `video.decode_frames_at`."""
-        return self._frames("at", place, times_s=list(times_s))
+    def decode_frames_at(self, location: VideoLocation, times_s: Sequence[float]) -> list[Frame]:
+        """Return the frames at these times; see `video.decode_frames_at`."""
+        return self._request_frames("at", location, times_s=list(times_s))
 
-    def read_duration_s(self, place: VideoLocation) -> float:
-        """See `video.duration_s`."""
-        reply, _ = self._ask("duration", place)
+    def read_duration_s(self, location: VideoLocation) -> float:
+        """Return the duration in seconds; see `video.read_duration_s`."""
+        reply, _ = self._ask("duration", location)
         return float(reply["duration_s"])
 
     def close(self) -> None:
-        """End the process; a later call starts another."""
+        """Stop the process; a later call starts a new one."""
         if self._process is not None:
             self._process.close()
         self._process = None
 
-    def _frames(self, what: str, place: VideoLocation, **arguments: Any) -> list[Frame]:
-        reply, pixels = self._ask(what, place, **arguments)
+    def _request_frames(self, action: str, location: VideoLocation, **arguments: Any) -> list[Frame]:
+        reply, pixels = self._ask(action, location, **arguments)
         return [Frame(*frame) for frame in zip(pixels, reply["timestamps_s"], strict=True)]
 
-    def _ask(self, what: str, place: VideoLocation, **arguments: Any) -> tuple[Json, list[Pixels]]:
-        """Once more if the process dies on it: it may have been ended from outside."""
+    def _ask(self, action: str, location: VideoLocation, **arguments: Any) -> tuple[Json, list[Pixels]]:
+        """Send a request and return the reply; retry once if the process dies: it may have been killed from outside."""
         for last_try in (False, True):
-            stream = _Stream(self._started(), time.monotonic() + self._timeout_s)
+            stream = _Stream(self._start_process(), time.monotonic() + self._timeout_s)
             try:
-                request = {"what": what, "place": place[:3], "arguments": arguments, "stores": store.get_settings()}
-                stream.send(request, place.data)
+                request = {
+                    "action": action,
+                    "location": location[:3],
+                    "arguments": arguments,
+                    "stores": store.get_settings(),
+                }
+                stream.send(request, location.data)
                 reply = stream.receive_json()
                 _raise_if_error(reply)
                 return reply, [stream.receive(shape) for shape in reply["shapes"]]
@@ -90,12 +95,12 @@ class VideoDecoder:
                 self.close()
                 raise MediaError(f"decoding takes longer than {self._timeout_s:g} s") from error
             except (_Ended, ConnectionError) as error:
-                how = self._how_it_ended()
+                how = self._describe_end()
                 if last_try:
-                    raise MediaError(f"the decoder died on it twice ({how})") from error
+                    raise MediaError(f"the decoder crashed twice on this video ({how})") from error
         raise AssertionError("unreachable")
 
-    def _started(self) -> socket.socket:
+    def _start_process(self) -> socket.socket:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
@@ -103,7 +108,7 @@ class VideoDecoder:
             self._process = ChildProcess(module, self._max_memory_bytes, environment=_ONE_THREAD)
         return self._process.socket
 
-    def _how_it_ended(self) -> str:
+    def _describe_end(self) -> str:
         assert self._process is not None
         code = self._process.wait()
         self.close()
@@ -118,7 +123,7 @@ class _Ended(Exception):  # noqa: N818
 
 
 class _Stream:
-    """Messages over a socket: a length, JSON of that length, bytes that the JSON says more of."""
+    """Messages over a socket: a length, JSON of that length, then bytes whose sizes are in the JSON."""
 
     def __init__(self, connection: socket.socket, deadline_s: float = float("inf")) -> None:
         self._connection, self._deadline_s = connection, deadline_s
@@ -135,7 +140,7 @@ class _Stream:
         return message
 
     def receive(self, shape: Sequence[int]) -> np.ndarray:
-        """uint8 of this shape. Raises TimeoutError, _Ended."""
+        """Return uint8 of this shape. Raises TimeoutError and _Ended."""
         array = np.empty(shape, np.uint8)
         view = array.reshape(-1).data
         while view.nbytes:
@@ -164,7 +169,7 @@ def _raise_if_error(reply: Json) -> None:
 
 
 def main(fd: int, parent: int, max_memory_bytes: int) -> None:
-    """Answer until the other side closes the socket or is gone."""
+    """Answer requests until the other side closes the socket or exits."""
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     end_with_parent(parent)
@@ -182,26 +187,26 @@ def main(fd: int, parent: int, max_memory_bytes: int) -> None:
 def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
     try:
         store.use_settings(request["stores"])
-        uri, offset, num_bytes = request["place"]
-        with _opened(VideoLocation(uri, offset, num_bytes, data)) as file:
-            return _run(request["what"], file, request["arguments"])
+        uri, offset, num_bytes = request["location"]
+        with _open_video(VideoLocation(uri, offset, num_bytes, data)) as file:
+            return _run(request["action"], file, request["arguments"])
     except MediaError as error:
         return {"error": "decode", "reason": str(error)}, []
     except MemoryError:
-        return {"error": "decode", "reason": "decoding needs more memory than a video may take"}, []
+        return {"error": "decode", "reason": "decoding needs more memory than the limit per video"}, []
     except OSError as error:
         return {"error": "read", "reason": error.strerror or str(error) or type(error).__name__}, []
     except StoreFault as error:
         return {"error": "store", "reason": str(error)}, []
     except Exception as error:
-        # On damaged data libraries raise whatever their parsing runs into; none of it may stop the run.
+        # On damaged data libraries may raise any exception, and none of them may stop the run.
         return {"error": "decode", "reason": f"{type(error).__name__}: {error}"}, []
 
 
-def _run(what: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Frame]]:
-    if what == "duration":
+def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Frame]]:
+    if action == "duration":
         return {"duration_s": video.read_duration_s(file), "shapes": []}, []
-    frames = _sample(file, **arguments) if what == "sample" else video.decode_frames_at(file, **arguments)
+    frames = _sample(file, **arguments) if action == "sample" else video.decode_frames_at(file, **arguments)
     shapes = [frame.pixels.shape for frame in frames]
     return {"shapes": shapes, "timestamps_s": [frame.timestamp_s for frame in frames]}, frames
 
@@ -211,16 +216,16 @@ def _sample(file: BinaryIO, sampling: Json, window: list[float], size: list[int]
 
 
 @contextmanager
-def _opened(place: VideoLocation) -> Iterator[BinaryIO]:
-    if place.data:
-        yield io.BytesIO(place.data)
+def _open_video(location: VideoLocation) -> Iterator[BinaryIO]:
+    if location.data:
+        yield io.BytesIO(location.data)
         return
-    with store.open_file(place.uri, block_bytes=_BLOCK_BYTES) as file:
-        yield file if place.offset < 0 else io.BufferedReader(_Part(file, place.offset, place.num_bytes))
+    with store.open_file(location.uri, block_bytes=_BLOCK_BYTES) as file:
+        yield file if location.offset < 0 else io.BufferedReader(_Part(file, location.offset, location.num_bytes))
 
 
 class _Part(io.RawIOBase):
-    """`num_bytes` of a file from `offset` on, as a file of their own."""
+    """A file object over `num_bytes` of another file from `offset`."""
 
     def __init__(self, file: BinaryIO, offset: int, num_bytes: int) -> None:
         self._file, self._offset, self._num_bytes = file, offset, num_bytes
