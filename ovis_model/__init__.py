@@ -3,10 +3,10 @@
     inputs     images and text -> model input         numpy, Pillow, tokenizers; never torch
     grammar    constraints on answers                 never torch
     network    the model in plain torch               never Pillow
-    engine     batched generation over one replica    never Pillow
+    engine     batched generation with one replica    never Pillow
 
-They share `types`, `config`, `checkpoint`, `tokenizer`, `sizing` and `child_process`. The names below are the Python
-API; each is loaded when it is first used, so that preparing model input never loads torch.
+All four use `types`, `config`, `checkpoint`, `tokenizer`, `sizing` and `child_process`. `__all__` lists the Python API.
+Each name is imported on first use, so preparing model input never loads torch.
 """
 
 from __future__ import annotations

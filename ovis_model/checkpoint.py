@@ -1,7 +1,7 @@
-"""Find a checkpoint by "demo", directory, hub id or URI, and make it a local directory.
+"""Find a checkpoint by "demo", directory, hub id or URI, and make it available as a local directory.
 
-Fetched once per node: the processes of a node share one copy under a file lock. Reads JSON, tokenizer and safetensors
-files only, never code and never pickles.
+Each node fetches a checkpoint once: its processes share one copy under a file lock. Only JSON, tokenizer and
+safetensors files are read, never code and never pickles.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class CheckpointError(ValueError):
 
 
 def fetch_checkpoint(path_or_id: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """A local directory that holds the checkpoint's files; without its weights if `weights` is False.
+    """Return a local directory that holds the checkpoint's files, without the weights if `weights` is False.
 
-    Raises CheckpointError saying what was tried.
+    Raise CheckpointError with the reason if there is none.
     """
     if path_or_id == "demo":
         return DEMO_DIRECTORY
@@ -45,22 +45,25 @@ def fetch_checkpoint(path_or_id: str, revision: str | None = None, *, weights: b
     if _HUB_ID.fullmatch(path_or_id):
         return _fetch_hub(path_or_id, revision, weights=weights)
     raise CheckpointError(
-        f"model {path_or_id!r} is no directory, no hub id such as AIDC-AI/Ovis2-1B, no URI and not 'demo'"
+        f"cannot find model {path_or_id!r}: give a directory, a hub id such as AIDC-AI/Ovis2-1B, a URI or 'demo'"
     )
 
 
 def resolve_local_path(path_or_id: str) -> str:
-    """A local directory as an absolute path, so that a process that runs elsewhere does not look for a hub id."""
+    """Make the path of a local directory absolute; return anything else unchanged.
+
+    A process in another working directory would take the relative path for a hub id.
+    """
     local = Path(path_or_id).expanduser()
     return str(local.absolute()) if path_or_id != "demo" and local.is_dir() else path_or_id
 
 
 def describe_checkpoint(path_or_id: str, revision: str | None = None) -> dict[str, str | None]:
-    """What identifies the model: its `id`, the `revision` that a hub id resolved to, and a hash `weights`.
+    """Return what identifies the model: its `id`, the `revision` of a hub id, and `weights`, a hash.
 
-    Needs no weights here: of a hub id the commit stands for them, of a URI the store's own version marks. Of a local
-    directory they enter with their size, header (names, shapes, types) and 16 evenly spaced samples of 64 KiB a file.
-    Raises CheckpointError.
+    The weights are not downloaded. For a hub id the hash covers the commit, for a URI the store's file versions. For a
+    local directory it covers, per file, the size, the header (names, shapes, types) and 16 evenly spaced samples of
+    64 KiB. The JSON files always count. Raise CheckpointError if the checkpoint cannot be fetched.
     """
     directory = fetch_checkpoint(path_or_id, revision, weights=False)
     is_hub_snapshot = directory.parent.name == "snapshots" and _HUB_ID.fullmatch(path_or_id)
@@ -105,7 +108,9 @@ def _fetch_hub(repo_id: str, revision: str | None, *, weights: bool) -> Path:
                 f"cannot fetch {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: {reason}"
             ) from error
     if weights and not _has_weights(directory):
-        raise CheckpointError(f"the weights of {repo_id!r} are not all in {directory} and cannot be fetched now")
+        raise CheckpointError(
+            f"{directory} lacks some weights of {repo_id!r}, and the hub is not reachable; retry with a connection"
+        )
     return directory
 
 
@@ -114,7 +119,7 @@ def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if revision and _COMMIT.fullmatch(revision):
-        # A commit does not change: what is here needs no question to the hub, which each actor of a node would ask.
+        # A commit never changes: a complete local copy saves a request to the hub by each actor of a node.
         with suppress(LocalEntryNotFoundError):
             directory = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
             if (directory / "config.json").exists() and (_has_weights(directory) or not weights):
@@ -140,7 +145,7 @@ def _fetch_uri(uri: str, *, weights: bool) -> Path:
         except FileNotFoundError:
             raise CheckpointError(f"model {uri!r} does not exist") from None
         names = {PurePosixPath(info["name"]).name for info in listing}
-        for path in target.iterdir():  # a shard that is gone from the store must not be loaded from here
+        for path in target.iterdir():  # a shard deleted from the store must not be loaded from the cache
             if not path.name.startswith(".") and path.name not in names:
                 path.unlink()
         for info in listing:
@@ -156,7 +161,7 @@ def _list_patterns(weights: bool) -> list[str]:
 
 
 def _fetch_file(fs: Any, info: dict[str, Any], target: Path) -> None:
-    """Copy one file unless the same version is here: the store's own mark of a version is kept beside it."""
+    """Copy one file unless its version is cached; the store's version mark is saved next to the file."""
     mark = _get_version(info)
     mark_file = target.with_name(f".{target.name}.version")
     if target.exists() and mark_file.exists() and mark_file.read_text() == mark:

@@ -1,6 +1,7 @@
-"""Child processes of this Python: each runs a module, talks over a private socket and ends with its parent.
+"""Run a module in a child process that talks over a private socket and ends with its parent.
 
-Not multiprocessing: it would import the caller's main module again, whatever that does. No port and no name is shared.
+multiprocessing is not used, because it imports the caller's main module again, with all its side effects. The socket
+pair needs no port and no name.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ _WATCH_EVERY_S = 0.5
 
 
 class ChildProcess(subprocess.Popen[bytes]):
-    """`python -m MODULE FD PARENT ARGUMENTS...`; FD is its end of `socket`, PARENT the id of this process."""
+    """A running `python -m MODULE FD PARENT ARGUMENTS...`.
+
+    FD is the child's end of `socket`; PARENT is the id of this process.
+    """
 
     def __init__(
         self, module: str, *arguments: object, environment: Mapping[str, str] | None = None, stdout: Any = None
     ) -> None:
-        """`environment` adds to that of this process."""
+        """Start the process; `environment` is added to this process's variables."""
         self.socket, theirs = socket.socketpair()
         with theirs:
             super().__init__(
@@ -37,16 +41,16 @@ class ChildProcess(subprocess.Popen[bytes]):
             )
 
     def close(self) -> None:
-        """End the process and wait for it."""
+        """Kill the process and wait until it has ended."""
         self.socket.close()
         self.kill()
         self.wait()
 
 
 def end_with_parent(parent: int, clean_up: Callable[[], None] = lambda: None) -> None:
-    """Have this process ignore Ctrl-C, which is for its parent, and end when the parent is gone.
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent is gone, after calling `clean_up`.
 
-    A parent that was killed cannot end a child in the middle of its work. `clean_up` is called before the end.
+    A thread watches the parent, because a killed parent cannot end a child that is busy.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -60,5 +64,5 @@ def end_with_parent(parent: int, clean_up: Callable[[], None] = lambda: None) ->
 
 
 def _search_path() -> str:
-    """Return this process's module path, the present package first whatever is installed."""
+    """Return this process's module path; this package comes first, so that an installed copy never takes its place."""
     return os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])

@@ -1,7 +1,7 @@
-"""Parse a checkpoint's `config.json`, of both layouts, and list the six published sizes.
+"""Parse a checkpoint's `config.json` in either layout, and list the six published sizes.
 
-Parsed as JSON: no AutoConfig and no remote code. A value that this implementation does not compute is an error,
-never ignored.
+The file is parsed as JSON, without AutoConfig and remote code. A value that this implementation does not support is an
+error, never ignored.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-NUM_INDICATORS = 5  # image start, overview end, column, row, image end: the last rows of the vte
+NUM_INDICATORS = 5  # image start, overview end, column, row, image end: the last entries of the vte
 
 Layout = Literal["aidc", "native"]
 Json = dict[str, Any]
 
 
 class ConfigError(ValueError):
-    """The checkpoint's configuration is not an Ovis2 that can be run here."""
+    """The checkpoint is not an Ovis2 that this implementation supports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """AIMv2 tower and visual head. `vocab_size` counts the visual words and the five indicators."""
+    """The AIMv2 tower and the visual head; sizes in px. `vocab_size` counts visual words and the five indicators."""
 
     hidden_size: int
     intermediate_size: int
@@ -37,24 +37,28 @@ class VisionConfig:
 
     @property
     def patches_per_side(self) -> int:
+        """Patches along one side of a tile."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
+        """Patches of one tile."""
         return self.patches_per_side**2
 
     @property
     def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile: each merges `hidden_stride` x `hidden_stride` patches, rounded up."""
         return (-(-self.patches_per_side // self.hidden_stride)) ** 2
 
     @property
     def num_visual_words(self) -> int:
+        """Outputs of the visual head: the visual vocabulary without the indicators."""
         return self.vocab_size - NUM_INDICATORS
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """Qwen2.5 decoder."""
+    """The Qwen2.5 decoder."""
 
     hidden_size: int
     intermediate_size: int
@@ -69,12 +73,13 @@ class LanguageConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class OvisConfig:
-    """An Ovis2 checkpoint. `max_length` bounds prompt + output, in tokens; `dtype` is the stored one."""
+    """An Ovis2 checkpoint. `max_length` limits prompt + output, in tokens; `dtype` is the stored one."""
 
     vision: VisionConfig
     language: LanguageConfig
@@ -85,14 +90,17 @@ class OvisConfig:
 
     @classmethod
     def from_directory(cls, directory: Path) -> OvisConfig:
-        """Read `config.json` and, for the end-of-text ids, `generation_config.json`. Raises ConfigError."""
+        """Read `config.json` and, for the end-of-text ids, `generation_config.json`. Raise ConfigError if invalid."""
         config = _read_json(directory / "config.json")
         generation = directory / "generation_config.json"
         return parse_config(config, _read_json(generation) if generation.exists() else {})
 
 
 def parse_config(config: Json, generation: Json) -> OvisConfig:
-    """Raises ConfigError naming the field, its value and what is supported."""
+    """Parse `config.json` and `generation_config.json`.
+
+    Raise ConfigError that names the field, its value and the supported value.
+    """
     if "quantization_config" in config:
         raise ConfigError("quantized checkpoints (quantization_config) are not supported; use the bfloat16 one")
     layout = _detect_layout(config)
@@ -114,11 +122,13 @@ def _detect_layout(config: Json) -> Layout:
         return "aidc"
     if model_type == "ovis2" and "text_config" in config and "vision_config" in config:
         return "native"
-    raise ConfigError(f"config.json has model_type={model_type!r}; an Ovis2 has 'ovis' (AIDC-AI) or 'ovis2'")
+    raise ConfigError(
+        f"config.json has model_type={model_type!r}; supported are Ovis2's 'ovis' (AIDC-AI) and 'ovis2' (transformers)"
+    )
 
 
 def _find_eos_token_ids(generation: Json, text: Json) -> tuple[int, ...]:
-    """generation_config.json decides, then the language model's part, then Qwen2.5-Instruct's two."""
+    """Take the ids from generation_config.json, else from the decoder's section, else Qwen2.5-Instruct's two."""
     for source in (generation, text):
         if (eos := source.get("eos_token_id")) is not None:
             return (eos,) if isinstance(eos, int) else tuple(eos)
@@ -137,7 +147,7 @@ def _parse_aidc(config: Json) -> tuple[VisionConfig, LanguageConfig]:
 def _parse_native(config: Json) -> tuple[VisionConfig, LanguageConfig]:
     vision, text = config["vision_config"], config["text_config"]
     _expect(vision, model_type="ovis2_vision", hidden_act="silu", mlp_bias=False)
-    # Ovis2Config reads the top level only and defaults to tied.
+    # As transformers' Ovis2Config, which reads only the top level and defaults to tied.
     return _parse_vision(vision, vision), _parse_language(text, bool(config.get("tie_word_embeddings", True)))
 
 

@@ -1,4 +1,4 @@
-"""Compute from a configuration how much device memory a model needs and how many ranks can share it.
+"""Estimate from a configuration how much device memory a model needs, and how many ranks can share it.
 
 Knows sizes, not tensors.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
 
-_ROWS, _TOKENS_PER_ROW = 16, 2600  # that should fit side by side, or the device waits for its memory: 3x3 cells each
-_ACTIVATION_BYTES = 4 << 30  # 16 tiles in the visual head, the logits of 128 rows, what the libraries keep
-_USABLE = 0.9  # of a device's memory
+# A device should hold this many sequences at once, of 3 x 3 tiles each; with fewer, decoding is bound by its bandwidth.
+_SEQUENCES, _TOKENS_PER_SEQUENCE = 16, 2600
+_ACTIVATION_BYTES = 4 << 30  # 16 tiles in the visual head, the logits of 128 sequences, what the libraries keep
+_USABLE = 0.9  # share of a device's memory
 
 
 def count_vision_parameters(config: OvisConfig) -> int:
-    """Of tower, head and visual embedding table, which every rank holds."""
+    """Count the parameters of tower, head and visual embedding table, which every rank holds."""
     return (
         _count_tower_parameters(config.vision)
         + _count_head_parameters(config.vision)
@@ -22,7 +23,7 @@ def count_vision_parameters(config: OvisConfig) -> int:
 
 
 def count_language_parameters(config: LanguageConfig) -> int:
-    """Of the decoder, its embedding table and, if it has one of its own, its output matrix."""
+    """Count the parameters of the decoder, its embedding table and, unless it is tied, its output matrix."""
     hidden, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
     attention = 2 * hidden * hidden + 2 * hidden * kv_size + hidden + 2 * kv_size
     layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
@@ -31,34 +32,37 @@ def count_language_parameters(config: LanguageConfig) -> int:
 
 
 def estimate_device_bytes(config: OvisConfig, ranks: int, bytes_per_value: int) -> int:
-    """What one of `ranks` devices should have for this model to run well: weights, keys and values, activations."""
+    """Estimate the bytes per device for the model to run well on `ranks` devices.
+
+    These are weights, keys and values, and activations. `bytes_per_value` is the size of a weight.
+    """
     language = config.language
     kv_heads = max(language.num_key_value_heads / ranks, 1)
-    kv_values = 2 * language.num_hidden_layers * kv_heads * language.head_dim * _ROWS * _TOKENS_PER_ROW
+    kv_values = 2 * language.num_hidden_layers * kv_heads * language.head_dim * _SEQUENCES * _TOKENS_PER_SEQUENCE
     weights = count_vision_parameters(config) + count_language_parameters(language) / ranks
     return int((weights + kv_values) * bytes_per_value + _ACTIVATION_BYTES)
 
 
 def find_min_ranks(config: OvisConfig, memory_bytes: int, bytes_per_value: int) -> int:
-    """The fewest devices of `memory_bytes` that a replica needs. Raises ValueError if no number is enough."""
+    """Return the minimum number of devices of `memory_bytes` for a replica. Raise ValueError if none is enough."""
     counts = list_rank_counts(config.language)
     for ranks in counts:
         if estimate_device_bytes(config, ranks, bytes_per_value) <= _USABLE * memory_bytes:
             return ranks
     least_gb = estimate_device_bytes(config, counts[-1], bytes_per_value) / _USABLE / 1e9
     raise ValueError(
-        f"GPUs of {memory_bytes / 1e9:.0f} GB are too small for this model, which takes {least_gb:.0f} GB on each of "
-        f"{counts[-1]}; use larger GPUs or a smaller model, or give --tensor-parallel to try all the same"
+        f"GPUs of {memory_bytes / 1e9:.0f} GB are too small for this model, which needs {least_gb:.0f} GB on each of "
+        f"{counts[-1]} GPUs; use larger GPUs or a smaller model, or try anyway with --tensor-parallel"
     )
 
 
 def list_rank_counts(config: LanguageConfig) -> list[int]:
-    """The numbers of ranks that can share this decoder, 1 among them."""
+    """Return the numbers of ranks that can share this decoder, in ascending order from 1."""
     return [n for n in range(1, config.num_attention_heads + 1) if _can_divide(n, config)]
 
 
 def check_tensor_parallel(config: LanguageConfig, tensor_parallel: int) -> None:
-    """Raises ValueError that names what can be used instead."""
+    """Raise ValueError with the possible values if this decoder cannot be divided among so many ranks."""
     if not _can_divide(tensor_parallel, config):
         *others, last = map(str, list_rank_counts(config))
         raise ValueError(

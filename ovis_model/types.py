@@ -1,4 +1,4 @@
-"""Shared data types: model input, sampling parameters, completion, the protocol of engines."""
+"""Shared data types: model input, sampling parameters, completion, the engine protocol."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-# Negative ids stand for embeddings that are not text. The numbers are those of the original code
+# Placeholders: negative ids in the place of visual embeddings. The numbers are those of the original code
 # (AIDC-AI/Ovis v2.0, `ovis/util/constants.py`).
-IMAGE_ATOM_ID = -300  # one visual token; a tile holds `VisionConfig.tokens_per_tile` of them
+IMAGE_ATOM_ID = -300  # one visual token; a tile has `VisionConfig.tokens_per_tile` of them
 IMAGE_START_ID = -301
 OVERVIEW_END_ID = -302  # after the first tile of an image
 COLUMN_SEPARATOR_ID = -303
@@ -19,13 +19,14 @@ ROW_SEPARATOR_ID = -304
 IMAGE_END_ID = -305
 
 MAX_CONCURRENT_SEQUENCES = 128
-"""Rows that an engine decodes at once if its memory allows: what feeds it should keep this many at hand."""
+"""Maximum number of requests that an engine decodes at once, if its memory allows. Its caller should keep this many
+available."""
 
 FinishReason = Literal["stop", "length"]
 
 
 class Grid(NamedTuple):
-    """How an image is cut: `rows` x `cols` cells."""
+    """How an image is cut: into `rows` x `cols` tiles, without the overview."""
 
     rows: int
     cols: int
@@ -36,10 +37,10 @@ class Request:
     """One model input.
 
     input_ids: int32[T]; text ids >= 0, placeholders < 0, already expanded: T is the true prompt length.
-    tiles: uint8[N, 3, S, S]; each picture centred in its tile, the border is ignored.
-    tile_sizes: int32[N, 2]; (height_px, width_px) of the picture inside each tile.
-    group: requests of one call with the same group, if it is not None, promise to have the same images: the engine
-    computes once what they share. It refuses a broken promise.
+    tiles: uint8[N, 3, S, S]; each image part is centred in its tile, and the border around it is ignored.
+    tile_sizes: int32[N, 2]; (height_px, width_px) of the image part inside each tile.
+    group: requests of one call with the same group, unless it is None, must have the same images. The engine computes
+    once what they share; it raises ValueError if the images differ.
     """
 
     input_ids: NDArray[np.int32]
@@ -50,9 +51,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must satisfy: `spec` is a regular expression for all of it, or a JSON schema as JSON text.
+    """A rule for an answer: `spec` is a regular expression for the whole answer, or a JSON schema as JSON text.
 
-    Which ones are served: `constraints.check`.
+    `grammar.guides.check` reports whether a constraint is supported.
     """
 
     kind: Literal["regex", "json_schema"]
@@ -67,15 +68,15 @@ class SamplingParams:
     """How to choose the output tokens of one request.
 
     temperature 0 is greedy. top_p 1 and top_k 0 keep every token. repetition_penalty (CTRL, arXiv:1909.05858)
-    counts the tokens generated so far, not the prompt: the original model hands embeddings to `generate`, so
-    its penalty never sees the prompt either. A row's sample depends on its own `seed` only; None draws one.
-    Generation ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`. With a
-    `constraint` every answer is the beginning of one that satisfies it, and all of one if it ends before
-    `max_new_tokens`.
+    applies to the tokens generated so far, not to the prompt: the original passes embeddings to `generate`, so its
+    penalty never sees the prompt either. Samples of a request depend only on its `seed`; None draws one. Generation
+    ends at an end-of-text id of the checkpoint, at a `stop` string or after `max_new_tokens`. With a `constraint`, an
+    answer that ends before `max_new_tokens` satisfies it; one that is cut there is the beginning of such an answer.
 
-    With `choices`, the token ids of each allowed answer, each ending with an end-of-text id, nothing is generated: all
-    of them are scored in one pass over the prompt's cache. The answer is the most probable, or at a temperature a draw
-    by the row's own `seed` from softmax(log-likelihood / temperature). Of the other parameters only `logprobs` counts.
+    `choices` holds the token ids of each allowed answer, each ending with an end-of-text id. With it nothing is
+    generated: one pass over the prompt's cache scores all of them. The answer is the most probable choice or, with a
+    temperature, a draw by `seed` from softmax(log-likelihood / temperature). Of the other parameters, only `logprobs`
+    is used.
     """
 
     max_new_tokens: int = 512
@@ -91,7 +92,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        # Outside of these, scores divided by it overflow float32 or are all alike.
+        # Outside this range, scores divided by the temperature overflow float32 or are all equal.
         is_sound = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
         _require(is_sound, "temperature", self.temperature, "0 (greedy) or from 1e-6 to 1e6")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
@@ -106,10 +107,10 @@ class SamplingParams:
 class Completion:
     """One model output.
 
-    output_ids: int32[T']; includes the end-of-text id when the model produced one, as the original does.
-    mean_logprob: mean natural-log probability of `output_ids` under the model's own distribution, before
-    penalty, temperature and truncation; NaN when `SamplingParams.logprobs` is off.
-    choice_probs: float32[C], softmax over `SamplingParams.choices` of the log-likelihoods of all their tokens.
+    output_ids: int32[T']; includes the end-of-text id if the model generated one, as in the original.
+    mean_logprob: mean natural-log probability of `output_ids` in the model's own distribution, before penalty,
+    temperature and truncation; NaN when `SamplingParams.logprobs` is off.
+    choice_probs: float32[C]; softmax over the log-likelihoods of all `SamplingParams.choices`; None without choices.
     """
 
     output_ids: NDArray[np.int32]
@@ -119,7 +120,7 @@ class Completion:
 
 
 class RequestError(ValueError):
-    """This request cannot be generated, others can: it becomes an error row."""
+    """This request cannot be generated, but others can; its row becomes an error row."""
 
 
 class EngineDied(RuntimeError):  # noqa: N818  (the name says what happened)
@@ -127,7 +128,7 @@ class EngineDied(RuntimeError):  # noqa: N818  (the name says what happened)
 
 
 class Engine(Protocol):
-    """What the pipeline needs of a model."""
+    """The interface between the pipeline and a model."""
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
@@ -139,7 +140,7 @@ class Engine(Protocol):
         ...
 
     def rebuild(self) -> bool:
-        """Try to mend the engine after EngineDied; return False if its process must be replaced."""
+        """Try to restore the engine after EngineDied; return False if its process must be replaced."""
         ...
 
 
