@@ -30,7 +30,7 @@ def test_a_disturbed_run_equals_an_undisturbed_one(chaos: Chaos, event: str) -> 
 
 
 def test_the_comparison_notices_a_missing_file(chaos: Chaos) -> None:
-    peace: Path = chaos.pictures.parent / "peace"
-    assert chaos.equals_peace(peace)
-    next((peace / "data").glob("*.parquet")).unlink()
-    assert not chaos.equals_peace(peace)
+    undisturbed: Path = chaos.pictures.parent / "undisturbed"
+    assert chaos.is_equal(undisturbed)
+    next((undisturbed / "data").glob("*.parquet")).unlink()
+    assert not chaos.is_equal(undisturbed)

@@ -1,1 +1,1 @@
-"""Stress scripts, run by tests in small and by hand in large: chaos, fuzz, bombs."""
+"""Stress scripts: chaos, fuzz, bombs. Tests run a small version, people the large one by hand."""

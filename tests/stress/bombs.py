@@ -1,6 +1,6 @@
-"""Small files that ask for a lot, through the real readers, measured: `python -m tests.stress.bombs NAME`.
+"""Feed small files that expand enormously to the real readers and measure: `python -m tests.stress.bombs NAME`.
 
-Prints a line of JSON: what became of it, the most memory that was held and the seconds that it took.
+Prints a line of JSON with the outcome, the peak memory and the seconds that it took.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ def main() -> None:
         print(BOMBS[name](Path(sys.argv[2])))
         return
     with tempfile.TemporaryDirectory() as directory:
-        make = [sys.executable, "-m", "tests.stress.bombs", name, directory]  # whose memory is not counted
+        make = [
+            sys.executable,
+            "-m",
+            "tests.stress.bombs",
+            name,
+            directory,
+        ]  # a process of its own, so that its memory is not counted
         path = Path(subprocess.run(make, check=True, capture_output=True, text=True).stdout.strip())
         started_s = time.monotonic()
         outcome = _decode(path) if path.suffix in (".png", ".webp", ".gif", ".jpg") else _read_shard(path)
@@ -47,7 +53,7 @@ def main() -> None:
 
 
 def _read_peak_mb() -> float:
-    """Of this program: getrusage counts what the process was before it became it, a test's whole process."""
+    """Return this program's peak memory; getrusage also counts memory from before exec, the whole test process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
@@ -60,7 +66,7 @@ def _decode(path: Path) -> str:
 
 
 def _read_shard(path: Path) -> str:
-    """Rows, counted, and the first error among them."""
+    """Return the number of rows and of errors, and one of the errors."""
     keep = ("note",) if "kept" in path.name else ()
     config = CaptionConfig(input=(str(path),), output="out", model="demo", keep_columns=keep)
     try:
@@ -90,7 +96,7 @@ def png_of_a_billion_pixels(directory: Path) -> Path:
 
 
 def png_with_packed_texts(directory: Path) -> Path:
-    """Each of 300 chunks of text unpacks to 100 MB."""
+    """Write a PNG with 300 chunks of text, each of which unpacks to 100 MB."""
     text = zlib.compress(bytes(100 << 20), 9)
     chunks = [(b"zTXt", b"a\0\0" + text), (b"iTXt", b"b\0\1\0\0\0" + text)] * 150
     return _write(directory / "a.png", _make_png(8, 8, 8, *chunks, (b"IDAT", zlib.compress(bytes(72)))))
@@ -102,7 +108,7 @@ def png_with_a_packed_profile(directory: Path) -> Path:
 
 
 def jpeg_of_profiles_and_exif(directory: Path) -> Path:
-    """60 MB of metadata before a small picture."""
+    """Write 60 MB of metadata before a small picture."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG")
     exif = _make_segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0" + b"\xff\xff" + b"\xff" * 65000)
@@ -111,7 +117,7 @@ def jpeg_of_profiles_and_exif(directory: Path) -> Path:
 
 
 def webp_of_many_frames(directory: Path) -> Path:
-    """100,000 frames of a canvas of 1,000 x 1,000."""
+    """Write 100,000 frames on a canvas of 1,000 x 1,000 px."""
     still = io.BytesIO()
     Image.new("RGB", (1000, 1000)).save(still, "WEBP", lossless=True)
     image = still.getvalue()[12:]
@@ -124,7 +130,7 @@ def webp_of_many_frames(directory: Path) -> Path:
 
 
 def webp_of_a_large_canvas(directory: Path) -> Path:
-    """An animation of the largest canvas, of one frame of a pixel."""
+    """Write an animation on the largest canvas whose frames are one pixel."""
     still = io.BytesIO()
     Image.new("RGB", (1, 1)).save(still, "WEBP", lossless=True)
     frame = bytes(6) + bytes(6) + struct.pack("<I", 10)[:3] + b"\0" + still.getvalue()[12:]
@@ -144,14 +150,14 @@ def gif_of_many_frames(directory: Path) -> Path:
 
 
 def gz_of_zeros(directory: Path) -> Path:
-    """A tar.gz of 20 MB whose member is 20 GB."""
+    """Write a tar.gz of 20 MB with a member of 20 GB."""
     info = tarfile.TarInfo("1.jpg")
     info.size = 20 << 30
     return _write_gzip(directory / "a.tar.gz", [info.tobuf()], 20 << 10)
 
 
 def gz_of_small_zeros(directory: Path) -> Path:
-    """The same in members of 1 MB each, so that no header gives it away."""
+    """Write a tar.gz with 3,000 members of 1 MB each, so that no single header looks suspicious."""
     info = tarfile.TarInfo("1.jpg")
     info.size = 1 << 20
     return _write_gzip(directory / "a.tar.gz", [info.tobuf() + bytes(1 << 20)] * 3000, 0)
@@ -191,13 +197,13 @@ def tar_of_a_million_members(directory: Path) -> Path:
 
 
 def tar_of_long_names(directory: Path) -> Path:
-    """Headers that are packed well and whose names are held."""
+    """Write headers that compress well but whose long names are kept in memory."""
     headers = (tarfile.TarInfo(f"{i:06}" + "n" * 4000 + ".jpg").tobuf(tarfile.GNU_FORMAT) for i in range(100_000))
     return _write_gzip(directory / "a.tgz", [b"".join(headers)], 0)
 
 
 def parquet_of_a_large_dictionary(directory: Path) -> Path:
-    """One value of 1 GB, in 1 MB."""
+    """Write one value of 1 GB in a file of 1 MB."""
     return _write_parquet(directory / "a.parquet", {"image": pa.array([bytes(1 << 30)] * 2)})
 
 
@@ -207,7 +213,7 @@ def parquet_of_a_large_kept_value(directory: Path) -> Path:
 
 
 def parquet_that_claims_a_large_page(directory: Path) -> Path:
-    """The page header says that 2 GB come out of some bytes."""
+    """Write a page header that claims 2 GB for a few bytes."""
     path = _write_parquet(directory / "a.parquet", {"image": pa.array([b"x" * 5000] * 20)}, use_dictionary=False)
     data = bytearray(path.read_bytes())
     at = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
@@ -222,7 +228,7 @@ def _write_parquet(path: Path, columns: dict[str, object], **options: object) ->
 
 
 def _write_gzip(path: Path, pieces: Lines | list[bytes], num_mb: int) -> Path:
-    """Pieces and then that many MB of zeros, in gz."""
+    """Write the pieces and `num_mb` MB of zeros, compressed with gzip."""
     with gzip.open(path, "wb", compresslevel=1) as file:
         for piece in [*pieces, *[bytes(1 << 20)] * num_mb]:
             file.write(piece)  # type: ignore[arg-type]

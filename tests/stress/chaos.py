@@ -1,9 +1,9 @@
-"""Runs that are disturbed once, at a random moment, and repeated until they end: each must equal a run in peace.
+"""Disturb runs once at a random moment and repeat them until they finish: each must equal an undisturbed run.
 
     python -m tests.stress.chaos [--runs 50] [--rows 300] [--seed 0] [--only EVENT]
 
-Prints a line a run and a table of the events, and JSON as its last line; exit code 1 if one run differs. The demo model
-on two cores takes about a minute a run. The event `disk` needs the right to mount a tmpfs.
+Prints a line per run, a table of the events, and JSON as its last line; the exit code is 1 if a run differs. A run with
+the demo model takes about a minute on two cores. The event `disk` needs the right to mount a tmpfs.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ _OPTIONS = ["--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "16"
 
 @dataclass(frozen=True)
 class Moment:
-    """When so many files are written, and a little later: a clock would miss the work on a busy machine."""
+    """The moment when `num_files` are written, plus `extra_s`: a fixed time would miss the work on a busy machine."""
 
     num_files: int
     extra_s: float
 
     def wait(self, job: Job, output: Path) -> bool:
-        """Whether the job still runs then."""
+        """Wait for the moment; return whether the job is still running."""
         wait_for(lambda: job.process.poll() is not None or len(list_files(output)) >= self.num_files, 600)
         time.sleep(self.extra_s)
         return job.process.poll() is None
 
 
 Disturb = Callable[[Job, Path, Moment], bool]
-"""Disturbs a job that writes to a directory, at a moment -> whether it was still running then."""
+"""A function that disturbs a job writing to a directory at a moment and returns whether the job was still running."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run: are its rows those of a run in peace, how often was the command given, what was read twice?"""
+    """Result of one run: whether its rows equal the undisturbed run's, the attempts, and what was read again."""
 
     event: str
     is_hit: bool
@@ -75,31 +75,31 @@ class Chaos:
         self.pictures.mkdir()
         for i in range(num_rows):
             make_picture(i, held_out=True)[0].save(self.pictures / f"{i:04}.png")
-        finished = self._job(self.pictures, place / "peace").start().finish(600)
+        finished = self._make_job(self.pictures, place / "undisturbed").start().finish(600)
         assert finished.exit_code == 0, finished.stderr
-        self._rows = read_rows(place / "peace")
+        self._rows = read_rows(place / "undisturbed")
 
     def run(self, event: str, seed: int) -> Outcome:
-        """Disturbed somewhere between the start and the last rows."""
+        """Run once, disturbed at a random moment between the start and the last rows."""
         rng = random.Random(seed)
-        num_files = rng.randrange(len(list_files(self._place / "peace")))
+        num_files = rng.randrange(len(list_files(self._place / "undisturbed")))
         moment = Moment(num_files, rng.uniform(0, 1 if num_files else 15))
         output = self._place / f"{event}-{seed}"
         if event == "store":
-            return self._with_failing_store(output, seed)
+            return self._run_on_failing_store(output, seed)
         disturb, disk = EVENTS[event], _mount_small_disk(output) if event == "disk" else nullcontext()
         with disk:
-            return self._disturbed(event, disturb, output, moment)
+            return self._run_disturbed(event, disturb, output, moment)
 
-    def equals_peace(self, output: Path) -> bool:
+    def is_equal(self, output: Path) -> bool:
         return read_rows(output) == self._rows
 
-    def _disturbed(self, event: str, disturb: Disturb, output: Path, moment: Moment) -> Outcome:
+    def _run_disturbed(self, event: str, disturb: Disturb, output: Path, moment: Moment) -> Outcome:
         started_s, opens, again, is_hit = time.monotonic(), Counter[str](), 0, False
         for attempt in range(1, MAX_ATTEMPTS + 1):
             written = read_names(output)
             with OpenCounter(self.pictures) as counter:
-                job = self._job(self.pictures, output).start()
+                job = self._make_job(self.pictures, output).start()
                 if attempt == 1:
                     is_hit = disturb(job, output, moment)
                 exit_code = _finish(job)
@@ -109,12 +109,12 @@ class Chaos:
                 break
         twice = {name: times - 1 for name, times in opens.items() if times > 1}
         num_bytes = sum((self.pictures / name).stat().st_size * times for name, times in twice.items())
-        is_equal = exit_code == 0 and self.equals_peace(output)
+        is_equal = exit_code == 0 and self.is_equal(output)
         seconds = time.monotonic() - started_s
         return Outcome(event, is_hit, is_equal, attempt, seconds, sum(twice.values()), num_bytes, again)
 
-    def _with_failing_store(self, output: Path, seed: int) -> Outcome:
-        """Input and output in a store that answers one request in twenty with an error, half a body or 10 s late."""
+    def _run_on_failing_store(self, output: Path, seed: int) -> Outcome:
+        """Run on a store that answers one request in twenty with an error, half a body, or 10 s late."""
         server, started_s = FaultyStore(), time.monotonic()
         try:
             environment = server.to_environment()
@@ -124,7 +124,7 @@ class Chaos:
             fs.put(str(self.pictures), f"{bucket}/pictures", recursive=True)
             with server.inject(Faults(0.05, ("error", "cut", "stall"), seed=seed)) as faults:
                 commands = (
-                    _finish(self._job(f"s3://{bucket}/pictures", f"s3://{bucket}/out", environment).start())
+                    _finish(self._make_job(f"s3://{bucket}/pictures", f"s3://{bucket}/out", environment).start())
                     for _ in range(MAX_ATTEMPTS)
                 )
                 attempts = 1 + sum(1 for _ in takewhile(bool, commands))
@@ -132,7 +132,7 @@ class Chaos:
             sizes = {f"/{bucket}/pictures/{path.name}": path.stat().st_size for path in self.pictures.iterdir()}
             twice = {path: faults.reads[path] - 1 for path in sizes if faults.reads[path] > 1}
             num_bytes = sum(sizes[path] * times for path, times in twice.items())
-            is_equal = self.equals_peace(output)
+            is_equal = self.is_equal(output)
             seconds = time.monotonic() - started_s
             return Outcome(
                 "store", faults.num_faults > 0, is_equal, attempts, seconds, sum(twice.values()), num_bytes, 0
@@ -140,7 +140,7 @@ class Chaos:
         finally:
             server.close()
 
-    def _job(self, source: object, output: object, environment: dict[str, str] | None = None) -> Job:
+    def _make_job(self, source: object, output: object, environment: dict[str, str] | None = None) -> Job:
         return Job(["jobs.caption", str(source), str(output), *_OPTIONS], environment=environment or {})
 
 
@@ -151,7 +151,7 @@ def kill_driver(job: Job, output: Path, moment: Moment) -> bool:
 
 
 def kill_preprocessor(job: Job, output: Path, moment: Moment) -> bool:
-    """Soon after it starts: all pictures are prepared long before the first file is written."""
+    """Kill a preprocessor soon after it starts: all pictures are prepared long before the first file is written."""
     return _kill_actor(job, "Preprocess", moment.extra_s % 1)
 
 
@@ -161,7 +161,7 @@ def kill_replica(job: Job, output: Path, moment: Moment) -> bool:
 
 
 def kill_writing(job: Job, output: Path, moment: Moment) -> bool:
-    """While a file has its temporary name, and others are still to come."""
+    """Kill the driver while a file has its temporary name and more files are to come."""
     Moment(moment.num_files // 2, 0).wait(job, output)
     wait_for(lambda: job.process.poll() is not None or any((output / "data").glob(".*.tmp")), 20)
     is_hit = job.process.poll() is None
@@ -170,7 +170,7 @@ def kill_writing(job: Job, output: Path, moment: Moment) -> bool:
 
 
 def stop(job: Job, output: Path, moment: Moment) -> bool:
-    """As `ray job stop`: SIGTERM and, three seconds later, SIGKILL."""
+    """Stop the driver as `ray job stop` does: SIGTERM and, three seconds later, SIGKILL."""
     is_hit = moment.wait(job, output)
     job.process.send_signal(signal.SIGTERM)
     wait_for(lambda: job.process.poll() is not None, 3)
@@ -179,7 +179,7 @@ def stop(job: Job, output: Path, moment: Moment) -> bool:
 
 
 def fill_disk(job: Job, output: Path, moment: Moment) -> bool:
-    """No byte is left when the next file is written; before the next attempt there is room again."""
+    """Fill the disk before the next file is written, and free it before the next attempt."""
     is_hit = moment.wait(job, output)
     filler = output / "filler"
     with filler.open("wb", buffering=0) as file:
@@ -205,7 +205,7 @@ ALL_EVENTS = (*EVENTS, "store")
 
 
 def _kill_actor(job: Job, stage: str, after_s: float) -> bool:
-    """Once it runs and so many seconds later, or not at all if the run ends before."""
+    """Kill an actor of the stage `after_s` after it starts; return False if the run ends before."""
     wait_for(lambda: job.process.poll() is not None or bool(job.find_actors(stage)), 60)
     time.sleep(after_s)
     for pid in job.find_actors(stage)[:1]:
@@ -237,7 +237,7 @@ def _open_store(server: FaultyStore) -> Any:
 
 
 def read_rows(output: Path) -> list[tuple[str, str, str]]:
-    """Name, text and status of each row, in order."""
+    """Return name, text and status of each row, in order."""
     table = read_results(str(output))
     names = pc.replace_substring_regex(table.column("id"), ".*/", "")
     columns = (names, table.column("text"), table.column("status"))

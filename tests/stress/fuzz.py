@@ -1,9 +1,9 @@
-"""Mutated files through the real readers, in a process that may die of them.
+"""Feed mutated files to the real readers, in a process that may crash.
 
     python -m tests.stress.fuzz KIND FIRST LAST
 
-KIND is images, tars or tables; each number is a file. Prints a line of JSON before and after each, and exits with 1 at
-the first that is neither rows nor a fault that names it.
+KIND is images, tars or tables; each number from FIRST to LAST is the seed of a file. Prints a line of JSON before and
+after each file, and exits with 1 at the first that gives neither rows nor an error that names the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipelines.sources import list_rows
 from tests.stress.mutations import mutate
 from tests.support.photographs import find_photographs
 
-LIMIT_S = 20.0  # of one file, on a machine that others use too
+LIMIT_S = 20.0  # per file, on a shared machine
 
 _HF = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _SAVED = (
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def check_image(number: int) -> str:
-    """A picture or a MediaError; whatever else is raised ends the process."""
+    """Decode a mutated image into a picture or a MediaError; any other exception ends the process."""
     seeds = load_originals()
     try:
         picture = decode_image(mutate(seeds[number % len(seeds)], number, seeds))
@@ -93,14 +93,14 @@ def check_tar(number: int) -> str:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode=write, format=form) as tar:  # type: ignore[call-overload]
         for i in range(12):
-            folder = "é" * 70 + "/" if i == 5 else ""  # a long name costs a header of its own
+            folder = "é" * 70 + "/" if i == 5 else ""  # a long name needs an extra header
             _add(tar, f"{folder}{i}.jpg", load_originals()[i % 5][:3000])
             _add(tar, f"{folder}{i}.json", json.dumps({"label": i}).encode())
     return _check_shard(name, mutate(file.getvalue(), number), {"keep_columns": ("label",)} if number % 5 else {})
 
 
 def check_table(number: int) -> str:
-    """Parquet, Arrow or JSON lines."""
+    """Read a mutated Parquet, Arrow or JSON lines file."""
     suffix, write = (
         (".parquet", _write_parquet),
         (".jsonl", _write_jsonl),
@@ -112,7 +112,7 @@ def check_table(number: int) -> str:
 
 
 def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
-    """Rows of which each image is bytes or an OSError, or a SourceError that names the shard."""
+    """List a shard into rows whose images are bytes or an OSError, or into a SourceError that names the shard."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / name
         path.write_bytes(data)
@@ -142,7 +142,7 @@ def _get_fetcher() -> Fetcher:
 
 @cache
 def load_originals() -> tuple[bytes, ...]:
-    """Photographs as they are, and parts of them in every format."""
+    """Return small photographs as they are, and others resized and saved in every format."""
     files = [path.read_bytes() for path in find_photographs() if path.stat().st_size < 60_000]
     return (*(_encode_image(*saved) for saved in _SAVED), *files)
 

@@ -1,4 +1,4 @@
-"""Damage as disks, networks and attackers do it, by a seed: the same number gives the same bytes."""
+"""Damage bytes as disks, networks and attackers do; the same seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 
 def mutate(data: bytes, seed: int, others: Sequence[bytes] = ()) -> bytes:
-    """`data` after one to three random mutations; `others` are files to take pieces from."""
+    """Return `data` after one to three random mutations; `others` are files to copy pieces from."""
     rng = random.Random(seed)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         data = rng.choice(_MUTATIONS)(data, rng, others) if data else data
@@ -43,14 +43,14 @@ def _edit_header(data: bytes, rng: random.Random, others: Sequence[bytes]) -> by
 
 
 def _edit_length(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A number of two, four or eight bytes, as lengths and offsets are."""
+    """Overwrite a number of two, four or eight bytes, the sizes of lengths and offsets."""
     form = rng.choice(("<H", ">H", "<I", ">I", "<Q", ">Q"))
     size = struct.calcsize(form)
     if len(data) < size:
         return data
     at = rng.choice((rng.randrange(len(data) - size + 1), rng.randrange(min(len(data) - size + 1, 200))))
-    most = (1 << 8 * size) - 1
-    value = rng.choice((0, 1, most, most >> 1, (most >> 1) + 1, most >> 4, rng.randrange(most)))
+    largest = (1 << 8 * size) - 1
+    value = rng.choice((0, 1, largest, largest >> 1, (largest >> 1) + 1, largest >> 4, rng.randrange(largest)))
     return data[:at] + struct.pack(form, value) + data[at + size :]
 
 

@@ -1,4 +1,4 @@
-"""Outputs of an annotation run, written for tests as `jobs.annotate` lays them out."""
+"""Write the output of an annotation run for tests, laid out as `jobs.annotate` does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window
 
 
 def make_answer(value: Any, text: str | None = None, confidence: Any = -0.1, finish_reason: str = "stop") -> Json:
-    """What one task says of one item; `text` is the value's own if not given."""
+    """Return one task's answer for one item; `text` defaults to the value as text."""
     text = (value if isinstance(value, str) else json.dumps(value)) if text is None else text
     return {"": value, "_text": text, "_finish_reason": finish_reason, "_confidence": confidence}
 
@@ -53,7 +53,7 @@ def make_answer(value: Any, text: str | None = None, confidence: Any = -0.1, fin
 def make_answers(
     *, red: bool = True, count: int = 2, kind: str = "circle", sure: float = 0.9, tags: Sequence[str] = (), **more: Any
 ) -> list[Json]:
-    """One for each of TASKS."""
+    """Return one answer for each of TASKS."""
     rest = 1 - sure
     kinds = {name: sure if name == kind else rest / 2 for name in ("circle", "square", "triangle")}
     record = more.get("record", {"colour": "red", "size": {"width": 4}, "parts": ["a", "b"]})
@@ -68,12 +68,12 @@ def make_answers(
 
 
 def make_item(name: str, answers: Sequence[Json], *, images: Sequence[ImageRef] = (), **columns: Any) -> Json:
-    """A row that went well, or with `stage` and `error` one that did not; further columns are kept ones."""
+    """Return an ok row, or an error row if `stage` and `error` are given; other columns are kept columns."""
     return {"id": name, "uri": images[0].uri if images else name, "images": images, "answers": answers, **columns}
 
 
 def write_run(output: Path, items: Iterable[Json], *, rows_per_file: int = 1000, tasks: Sequence[Json] = TASKS) -> Path:
-    """OUTPUT/manifest, data and run.json of these rows."""
+    """Write manifest, data files and run.json for these rows; return the directory."""
     rows = list(items)
     place = str(output)
     write_manifest(place, [_make_manifest(rows)] if rows else [])

@@ -1,4 +1,4 @@
-"""Schemas and patterns that answers are held to in tests: kinds of the JSON Schema test suite, and real records."""
+"""Schemas and patterns that constrain answers: one per kind of the JSON Schema test suite, and real records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Json = dict[str, Any]
 
 
 def record(**properties: Json) -> Json:
-    """An object of exactly these properties."""
+    """Return the schema of an object with exactly these properties."""
     return {
         "type": "object",
         "properties": properties,
@@ -67,14 +67,14 @@ SCHEMAS: dict[str, Json] = {
     ),
     "addresses": record(id={"type": "string", "format": "uuid"}, host={"type": "string", "format": "ipv4"}),
     "any of": {"anyOf": [{"type": "integer", "minimum": 5}, {"type": "string", "maxLength": 2}, {"type": "null"}]},
-    "any of beside properties": {
+    "any of with properties": {
         **record(a={"type": "integer"}),
         "anyOf": [{"properties": {"a": {"minimum": 5}}}, {"properties": {"a": {"maximum": -5}}}],
     },
-    "one of, told apart by a tag": {
+    "one of, distinguished by a tag": {
         "oneOf": [record(kind={"const": "circle"}, radius={"type": "integer"}), record(kind={"const": "dot"})]
     },
-    "one of references, told apart by a tag": {  # as pydantic writes a union with a discriminator
+    "one of references, distinguished by a tag": {  # as pydantic writes a union with a discriminator
         "oneOf": [{"$ref": "#/$defs/Circle"}, {"$ref": "#/$defs/Box"}, {"$ref": "#/$defs/Other"}],
         "discriminator": {"propertyName": "kind"},
         "$defs": {
@@ -96,7 +96,7 @@ SCHEMAS: dict[str, Json] = {
             "flag": {"enum": [0]},
         },
     },
-    "reference beside a bound": {"$ref": "#/$defs/n", "maximum": 5, "$defs": {"n": {"type": "integer"}}},
+    "reference with a bound": {"$ref": "#/$defs/n", "maximum": 5, "$defs": {"n": {"type": "integer"}}},
     "tree": {
         "$ref": "#/$defs/node",
         "$defs": {

@@ -1,8 +1,8 @@
-"""A Chromium without a window, as the tests and `python -m tests.support.browser PAGE PNG` drive it.
+"""Drive a headless Chromium from tests and from `python -m tests.support.browser PAGE PNG`.
 
     python -m tests.support.browser captions/report.html docs/report.png [--dark] [--script JAVASCRIPT]
 
-Needs Debian's packages chromium and chromium-driver, or what else is on the PATH under these names.
+Needs chromium and chromedriver on the PATH: Debian's packages chromium and chromium-driver, or others of these names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# Nothing but the page: no profile, no updates, no requests of the browser's own.
+# Only the page: no profile, no updates, no requests by the browser itself.
 _OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -25,7 +25,7 @@ _OPTIONS = (
 
 
 def describe_missing() -> str:
-    """Why there is no browser, "" if there is one."""
+    """Return what to install if the browser is missing, "" if it is available."""
     if not _find_browser() or not shutil.which("chromedriver"):
         return "needs chromium and chromedriver: apt-get install chromium chromium-driver"
     return ""
@@ -37,7 +37,7 @@ def _find_browser() -> str | None:
 
 @contextmanager
 def start_chromium(width_px: int = 1500, height_px: int = 1000) -> Iterator[Any]:
-    """A selenium driver. Its logs hold what a page writes to the console and asks of the network."""
+    """Yield a selenium driver that logs the page's console output and network requests."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -47,7 +47,7 @@ def start_chromium(width_px: int = 1500, height_px: int = 1000) -> Iterator[Any]
         for option in (*_OPTIONS, f"--user-data-dir={profile}", f"--window-size={width_px},{height_px}"):
             options.add_argument(option)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        # A driver that is named is not looked for: selenium would download one.
+        # Naming the driver keeps selenium from searching for one and downloading it.
         driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         try:
             yield driver
@@ -62,7 +62,7 @@ def open_page(driver: Any, page: Path | str, *, dark: bool = False) -> None:
 
 
 def take_requests(driver: Any) -> list[str]:
-    """The URLs that were asked for since the last call, but for those that the page's own policy blocked."""
+    """Return the URLs requested since the last call, except those that the page's own policy blocked."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     blocked = {e["params"]["requestId"] for e in events if e["params"].get("blockedReason") == "csp"}
     sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("png", type=Path)
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--script", default="", help="to run before the picture is taken")
+    parser.add_argument("--script", default="", help="script to run before the screenshot")
     parser.add_argument("--height-px", type=int, default=1000)
     args = parser.parse_args()
     with start_chromium(height_px=args.height_px) as driver:

@@ -1,4 +1,4 @@
-"""An empty bucket in the S3 server that the environment names."""
+"""Create an empty bucket in the S3 server that the environment names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUCKET = "s3://bucket"
 
 @contextmanager
 def create_bucket() -> Iterator[S3FileSystem]:
-    # fsspec keeps its file systems, with the environment of their first use.
+    # fsspec caches its file systems together with the environment of their first use.
     S3FileSystem.clear_instance_cache()
     fs = fsspec.filesystem("s3")
     fs.call_s3("create_bucket", Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})

@@ -1,4 +1,4 @@
-"""Ray clusters of several nodes on this machine, with GPUs that Ray believes in, and what is left of a run on them."""
+"""Start Ray clusters of several nodes with fake GPUs on this machine; check that a run leaves nothing running."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ print(json.dumps({"actors": actors, "placement_groups": len(groups), "held": hel
 
 
 class FakeGpuCluster:
-    """`nodes` beside the head: what `Cluster.add_node` takes. The head holds nothing unless `head` says so."""
+    """A head and `nodes`, each given as the arguments of `Cluster.add_node`; without `head` the head has no CPUs."""
 
     def __init__(self, *nodes: dict[str, Any], head: dict[str, Any] | None = None) -> None:
         self.mark = uuid.uuid4().hex
-        self.drivers: list[subprocess.Popen[str]] = []  # ended with the cluster
+        self.drivers: list[subprocess.Popen[str]] = []  # killed when the cluster closes
         os.environ[_MARK] = self.mark
         try:
             self._cluster = Cluster(initialize_head=True, head_node_args=_to_node_options(**(head or {"num_cpus": 0})))
@@ -60,17 +60,17 @@ class FakeGpuCluster:
         return self._cluster.add_node(**_to_node_options(**node))
 
     def kill_node(self, node: Any) -> None:
-        """As when a spot machine is taken away."""
+        """Kill a node without warning, as when a spot machine is reclaimed."""
         self._cluster.remove_node(node, allow_graceful=False)
 
     def read_state(self) -> dict[str, Any]:
-        """Actors that live, placement groups that exist, CPUs and GPUs that are held."""
+        """Return the living actors, the number of placement groups, and the CPUs and GPUs in use."""
         command = [sys.executable, "-c", _STATE, self.address]
         state: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         return state
 
     def find_processes(self, title: str) -> list[int]:
-        """Pids of this cluster's processes with `title` in their command line."""
+        """Return the pids of this cluster's processes with `title` in their command line."""
         found = []
         for directory in Path("/proc").iterdir():
             if directory.name.isdigit():
@@ -93,7 +93,7 @@ class FakeGpuCluster:
     def assert_nothing_is_left(self, timeout_s: float = 200) -> None:
         deadline_s = time.monotonic() + timeout_s
         while True:
-            # Ray Data keeps an actor of its own without resources for statistics, for the life of the cluster.
+            # Ray Data keeps one actor for statistics, without resources, for the life of the cluster.
             state = self.read_state()
             ours = [name for name in state["actors"] if "MapWorker" in name or "Attempt" in name]
             processes = self.find_processes("ovis_model.engine.rank_process") + self.find_processes("ray::MapWorker")
@@ -122,14 +122,15 @@ def start_gpu_cluster(*nodes: dict[str, Any], head: dict[str, Any] | None = None
 
 
 class RayHead:
-    """`ray start --head`, with ports and a directory of its own.
+    """`ray start --head` with free ports and a temporary directory.
 
-    `node_types`, of Ray's launcher: an autoscaler starts nodes of them on this machine; the head has no CPU then.
+    With `node_types`, in the format of Ray's launcher, an autoscaler starts nodes of these types on this machine. The
+    head has no CPU then.
     """
 
     def __init__(self, node_types: dict[str, Any] | None = None) -> None:
         self.drivers: list[subprocess.Popen[str]] = []
-        self._directory = tempfile.mkdtemp(prefix="ray-")  # its sockets' paths must be short
+        self._directory = tempfile.mkdtemp(prefix="ray-")  # the paths of its sockets must be short
         ports = _find_free_ports(4)
         self.dashboard = f"http://127.0.0.1:{ports[0]}"
         self.address = f"{ray.util.get_node_ip_address()}:{ports[1]}"
@@ -139,9 +140,9 @@ class RayHead:
         self._environment = {
             **os.environ,
             "OVIS_TEST_HEAD": uuid.uuid4().hex,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the cluster's
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # jobs run the cluster's `python`
             "RAY_AUTH_MODE": "disabled",
-            "RAY_FAKE_CLUSTER": "1",  # takes effect with the provider of that name
+            "RAY_FAKE_CLUSTER": "1",  # used by the provider fake_multinode
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         }
         self._process = subprocess.Popen(
@@ -167,7 +168,7 @@ class RayHead:
         self._wait_until_up(ports[0])
 
     def run_ray_job(self, *command: str) -> subprocess.Popen[str]:
-        """`ray job ...` on the user's side."""
+        """Start `ray job ...` as a user would."""
         return subprocess.Popen(
             [str(BIN / "ray"), "job", command[0], "--address", self.dashboard, *command[1:]],
             cwd=ROOT,
@@ -191,7 +192,7 @@ class RayHead:
             "upscaling_speed": 10,
             "idle_timeout_minutes": 5,
             "provider": {"type": "fake_multinode", "gcs_address": self.address, "disable_node_updaters": True},
-            "head_node_type": "ray.head.default",  # as that provider calls it
+            "head_node_type": "ray.head.default",  # the name that this provider expects
             "available_node_types": {
                 "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
                 **{name: {"node_config": {}, "min_workers": 0, **node} for name, node in node_types.items()},
@@ -209,7 +210,7 @@ class RayHead:
     def close(self) -> None:
         for driver in self.drivers:
             driver.kill()
-        # SIGTERM would let it drain for half a minute.
+        # After SIGTERM, Ray would drain for half a minute.
         for pid in self._find_processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -236,7 +237,7 @@ class RayHead:
 
 
 class Driver:
-    """`python -m tests.support.run_on_fake_gpus`: a run on a cluster, as a process of its own."""
+    """A run on a cluster in a separate process: `python -m tests.support.run_on_fake_gpus`."""
 
     def __init__(self, cluster: FakeGpuCluster | RayHead, inputs: Path, output: Path, **options: Any) -> None:
         self.log = output.with_suffix(".log")
@@ -262,14 +263,14 @@ class Driver:
         return self.process.returncode, out, err
 
     def read_events(self) -> list[dict[str, Any]]:
-        """What the replicas told: of each set of ranks {"leader", "ranks", "gpus"}, of each batch {"rows"}."""
+        """Return what the replicas logged: {"leader", "ranks", "gpus"} per set of ranks, {"rows"} per batch."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def wait_for_rows(self, number: int) -> None:
         self._wait(lambda: sum(event.get("rows", 0) for event in self.read_events()) >= number)
 
     def wait_for_leaders(self, number: int) -> list[dict[str, Any]]:
-        """The first to tell of their ranks."""
+        """Wait for `number` sets of ranks; return the events of the first ones."""
         self._wait(lambda: len(self._read_leaders()) >= number)
         return self._read_leaders()[:number]
 
@@ -292,9 +293,9 @@ def _read_environ(directory: Path) -> bytes:
 
 
 def _find_free_ports(number: int) -> list[int]:
-    """Outside of 10002-19999, which Ray gives to its workers."""
+    """Return free ports outside of 10002-19999, which Ray assigns to its workers."""
     found: list[int] = []
-    for port in range(random.randrange(20_000, 60_000), 65_000):  # another process may look for some too
+    for port in range(random.randrange(20_000, 60_000), 65_000):  # another process may be searching too
         with socket.socket() as candidate:
             if candidate.connect_ex(("127.0.0.1", port)):
                 found.append(port)

@@ -1,4 +1,4 @@
-"""The engine on golden requests: one for each checkpoint, what it generates, and the logits without it."""
+"""Run the engine on golden requests: one engine per checkpoint, its output ids, and logits computed without it."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def generate_ids(engine: OvisEngine, requests: Sequence[Request], params: Sampli
 
 @cache
 def generate_alone(index: int, kind: str) -> list[int]:
-    """The first 12 tokens of a golden request that has the engine to itself."""
+    """Return the first 12 tokens of a golden request that runs alone."""
     engine, request = load_engine("tiny56-tied"), make_golden_requests("tiny56-tied")[index]
     return generate_ids(engine, [request], replace(PARAMS[kind], max_new_tokens=12))[0]
 
 
 @torch.inference_mode()
 def compute_logits(model: torch.nn.Module, request: Request) -> torch.Tensor:
-    """[T, vocab] without a cache and without padding."""
+    """Return logits [T, vocab], computed without cache and padding."""
     visual = model.encode_tiles(normalize_tiles(model, request)).flatten(0, 1)
     embeds = model.embed(torch.from_numpy(request.input_ids).long(), visual)[None]
     return model(embeds, torch.arange(len(request.input_ids))[None])[0]

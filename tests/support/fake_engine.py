@@ -1,4 +1,4 @@
-"""An engine for tests of the plumbing: one token a row, a fixed time for it, failures where they are told."""
+"""A fake engine to test the pipeline: one token and a fixed time per row, failures on request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from pipelines.generate import Replica
 
 @dataclass(frozen=True)
 class FakeEngineFactory:
-    """`busy_log` gets a line "start_s stop_s rows" for every call; rows of `fails_on_tiles` tiles are
-    refused, and the device is lost on rows of `dies_on_tiles`."""
+    """Makes a FakeEngine.
+
+    Each call appends a line "start_s stop_s rows" to `busy_log`. Rows of `fails_on_tiles` tiles are refused; rows of
+    `dies_on_tiles` tiles raise EngineDied.
+    """
 
     seconds_per_row: float = 0.0
     busy_log: Path | None = None

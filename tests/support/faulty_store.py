@@ -1,4 +1,4 @@
-"""A real S3 protocol server behind a proxy that fails as stores do, and counts what was asked of it."""
+"""A real S3 server with a proxy in front of it that fails as stores do and counts the reads."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Fault = Literal["error", "cut", "stall"]
 
 @dataclass
 class Faults:
-    """What goes wrong: each request with `share`, of `kinds`; and always for paths that hold one of `broken`."""
+    """Faults to inject: a `share` of requests fails with one of `kinds`; paths containing one of `broken` all do."""
 
     share: float = 0.0
     kinds: tuple[Fault, ...] = ("error",)
     broken: tuple[str, ...] = ()
     stall_s: float = 10.0
     seed: int = 0
-    reads: Counter[str] = field(default_factory=Counter)  # bodies handed out whole, by path
+    reads: Counter[str] = field(default_factory=Counter)  # complete bodies sent, by path
     num_faults: int = 0
 
     def __post_init__(self) -> None:
@@ -45,11 +45,11 @@ class Faults:
 
 
 class FaultyStore:
-    """`endpoint` is what AWS_ENDPOINT_URL is set to; `faults` may be exchanged while it runs."""
+    """A store at `endpoint` (for AWS_ENDPOINT_URL); `faults` may be replaced while it runs."""
 
     def __init__(self) -> None:
         self.faults = Faults()
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of every request
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
         self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         self._moto.start()
         upstream = self._moto.get_host_and_port()
@@ -70,7 +70,7 @@ class FaultyStore:
         self._moto.stop()
 
     def to_environment(self) -> dict[str, str]:
-        """As a user would set it up."""
+        """Return the environment variables with which a user would configure the store."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "key",

@@ -1,4 +1,4 @@
-"""What a `Fetcher` reads through the references of rows."""
+"""Read the images of manifest rows with a `Fetcher`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors like a frame encoder's."""
+"""Make vectors that resemble those of a frame encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Array = np.ndarray
 
 
 def make_frames(count: int, width: int = 32, seed: int = 0) -> tuple[Array, Array]:
-    """Frames float64[count, width] like an encoder's: scenes that drift and are cut; and a query far from all."""
+    """Return frames float64[count, width] of scenes that drift and are cut, and a query float64[width] far from all."""
     random = np.random.default_rng(seed)
     common, step = random.normal(size=width), random.normal(size=(count, width))
     cuts = np.maximum.accumulate(np.where(random.random(count) < 0.1, np.arange(count), 0))

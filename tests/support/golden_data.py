@@ -1,6 +1,6 @@
-"""What the original Ovis2 code gave for two tiny checkpoints, and the pictures that it was given.
+"""Expected results of the original Ovis2 code for two tiny checkpoints, and the pictures that it received.
 
-Made once with AIDC-AI/Ovis v2.0 in float32 on a CPU; `golden/<checkpoint>/{aidc,native}` are its two layouts.
+Made once with AIDC-AI/Ovis v2.0 in float32 on a CPU; `golden/<checkpoint>/{aidc,native}` holds the two layouts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def checkpoint_dir(checkpoint: str, layout: Layout = "aidc") -> Path:
 
 @cache
 def load_expected(checkpoint: str) -> Json:
-    """`preprocessing`: 72 cases, `generation`: 8 cases."""
+    """Return the expected results: 72 cases in `preprocessing`, 8 in `generation`."""
     data: Json = json.loads((GOLDEN / checkpoint / "expected.json").read_text("utf-8"))
     return data
 
@@ -41,7 +41,7 @@ def load_expected_arrays(checkpoint: str) -> dict[str, np.ndarray]:
 
 
 def draw_picture(case: Json) -> Image.Image:
-    """The picture of a case: its {seed, width, height, mode} are the whole recipe."""
+    """Draw the picture of a case from its {seed, width, height, mode}."""
     shape = (case["height"], case["width"], CHANNELS[case["mode"]])
     pixels = np.random.Generator(np.random.PCG64(case["seed"])).integers(0, 256, shape, dtype=np.uint8)
     return Image.fromarray(pixels[..., 0] if case["mode"] == "L" else pixels)

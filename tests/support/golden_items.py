@@ -1,4 +1,4 @@
-"""Eight tasks about each golden picture set, and what each answers alone."""
+"""Eight tasks about each golden set of pictures, and the answer of each task when it runs alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TASKS: tuple[tuple[str, str | None, SamplingParams], ...] = (
 
 @cache
 def make_items(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
-    """For each golden picture set, the tasks as one group of requests; the last ones have no picture."""
+    """Return the tasks of each golden set of pictures as one group of requests; the last group has no picture."""
     processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
     cases = [case for case in load_expected(checkpoint)["generation"] if case["images"]]
     items = []

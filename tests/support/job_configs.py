@@ -1,4 +1,4 @@
-"""Configurations of jobs with a golden checkpoint."""
+"""Make job configurations that use a golden checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_job_config(inputs: Sequence[object], output: Path | str, **options: obj
 
 
 def make_annotate_config(inputs: Path | str, output: Path, **options: object) -> AnnotateConfig:
-    """The same question and another one."""
+    """Make an annotation with the caption's question and a yes/no question."""
     tasks = [
         {"name": "caption", "prompt": "Describe the image."},
         {"name": "round", "prompt": "Is it?", "answer": "bool"},

@@ -1,4 +1,4 @@
-"""JSON lines, written for tests."""
+"""Write JSON lines for tests."""
 
 from __future__ import annotations
 

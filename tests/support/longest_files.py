@@ -1,6 +1,6 @@
-"""The test files that processes take first."""
+"""Test files that run first when several processes share the tests."""
 
-# Those that take longer than 15 s, longest first: what is begun last is short, so that all processes end together.
+# Files that take longer than 15 s, longest first: short files come last, so that all processes end together.
 LONGEST = (
     "test_resume",
     "test_end_to_end",

@@ -1,4 +1,4 @@
-"""Pictures of single objects, and videos of scenes with one object each: what a tiny encoder can learn."""
+"""Draw pictures of single objects, and scenes with one object each, that a tiny encoder can learn."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OBJECTS = tuple(Object(*pair) for pair in product(COLOURS, SHAPES))
 
 
 def draw_object(thing: Object, random: np.random.Generator, side_px: int = 64) -> Image.Image:
-    """The object somewhere, in some size, on a grey background with noise."""
+    """Draw the object at a random place and size on a grey background with noise."""
     grey = random.integers(90, 170)
     noise = random.integers(-12, 13, (side_px, side_px, 1))
     image = Image.fromarray(np.clip(grey + noise, 0, 255).astype(np.uint8).repeat(3, axis=2))
@@ -56,8 +56,8 @@ def _paint(pen: ImageDraw.ImageDraw, thing: Object, x: float, y: float, r: float
             pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
 
 
-def draw_scenes(seed: int, num_scenes: int = 8, frames_a_scene: int = 16) -> tuple[list[Object], list[Image.Image]]:
-    """The object of each scene, all different, and the frames one after the other."""
+def draw_scenes(seed: int, num_scenes: int = 8, frames_per_scene: int = 16) -> tuple[list[Object], list[Image.Image]]:
+    """Return the object of each scene, all different, and the frames of all scenes in order."""
     random = np.random.default_rng(seed)
     chosen = [OBJECTS[i] for i in random.choice(len(OBJECTS), num_scenes, replace=False)]
-    return chosen, [draw_object(thing, random) for thing in chosen for _ in range(frames_a_scene)]
+    return chosen, [draw_object(thing, random) for thing in chosen for _ in range(frames_per_scene)]

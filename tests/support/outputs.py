@@ -1,4 +1,4 @@
-"""Result rows as a sink is given them."""
+"""Make result rows as a sink receives them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines import schema
 
 
 def make_results(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
-    """Result rows with these row numbers."""
+    """Make result rows with these row numbers; those in `errors` are error rows."""
     return pa.Table.from_pylist([_make_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
 
 

@@ -1,4 +1,4 @@
-"""Parquet files, written for tests."""
+"""Write Parquet files for tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(path: Path, table: dict[str, Any] | pa.Table, **options: Any) -> Path:
 
 
 def make_kept_columns(count: int) -> dict[str, pa.Array]:
-    """Columns of types that do not survive a detour through Python or numpy."""
+    """Make columns of types that would be lost on a detour through Python or numpy."""
     moment = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
     return {
         "row": pa.array([*range(count - 1), None], pa.uint8()),

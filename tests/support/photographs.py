@@ -1,4 +1,4 @@
-"""The photographs that scikit-learn and scikit-image ship: real cameras and scanners, many modes and formats."""
+"""Find the photographs in scikit-learn and scikit-image: real cameras and scanners, many modes and formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 @cache
 def find_photographs() -> tuple[Path, ...]:
-    """Files in the two packages that are images; what they would download is not there."""
+    """Return the image files installed with the two packages; downloads are not included."""
     import skimage
     import sklearn
 

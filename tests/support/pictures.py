@@ -1,4 +1,4 @@
-"""Pictures, drawn for tests from a seed or in one colour."""
+"""Draw pictures for tests from a seed or in one colour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def encode_picture(seed: int) -> bytes:
 
 
 def draw(path: Path, seed: int, width: int = 90, height: int = 60) -> Path:
-    """A picture of smooth colours, the format by the suffix."""
+    """Draw a picture of smooth colours; the suffix determines the format."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)

@@ -1,4 +1,4 @@
-"""Jobs as their users run them: processes, their whole tree, and the files that they open."""
+"""Run jobs in processes as users do; watch their process trees and the files that they open."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ import pytest
 
 from tests.support.roots import ROOT
 
-# Of a test that stops processes at work: on a machine that others load, whether they still were is up to the clock. It
-# runs once more if it fails, and the summary names it.
+# For tests that stop running processes: on a busy machine the process may finish first. Such a test is retried once if
+# it fails, and the summary names it.
 against_the_clock = pytest.mark.flaky(reruns=1)
 
 _MARK = "OVIS_TEST_RUN"
-_AGENTS = {"ray::DashboardA", "ray::RuntimeEnv"}  # cut by the kernel
-_AGENTS_S = 5.0  # that agents get to end by themselves
+_AGENTS = {"ray::DashboardA", "ray::RuntimeEnv"}  # the kernel truncates the names
+_AGENTS_S = 5.0  # time for agents to exit before the test kills them
 _IN_OPEN, _IN_ISDIR, _IN_NONBLOCK = 0x20, 0x40000000, 0o4000
 
 
 @dataclass
 class Job:
-    """`python -m jobs.<name> ...` in a process group of its own."""
+    """A process that runs `python -m` with `arguments`."""
 
     arguments: list[str]
-    ray_address: str | None = None  # None: the job starts a Ray of its own
-    environment: dict[str, str] = field(default_factory=dict)  # added to that of this process
+    ray_address: str | None = None  # None: the job starts its own Ray
+    environment: dict[str, str] = field(default_factory=dict)  # added to this process's environment
     process: subprocess.Popen[str] = field(init=False)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -72,14 +72,14 @@ class Job:
         self.process.communicate()
 
     def find_actors(self, stage: str) -> list[int]:
-        """Processes of the actors of a stage, by the name that Ray gives them."""
+        """Return the pids of a stage's actors, found by the process name that Ray sets."""
         return [pid for pid in self._find_descendants() if stage in _read_command(pid)]
 
     def wait_until_all_gone(self, timeout_s: float = 120) -> None:
-        """Until no process that this job started is left. Raises AssertionError if some stay.
+        """Wait until every process that this job started has exited; raise AssertionError after the timeout.
 
-        Ray's two agents of a node may outlive a raylet that is killed while they start, and hold nothing: the test
-        ends them itself.
+        Ray's two agents of a node may outlive a raylet that is killed while they start. They hold no resources, so the
+        test kills them.
         """
         deadline_s = time.monotonic() + timeout_s
         while left := self._find_descendants():
@@ -127,7 +127,7 @@ def run_caption(*arguments: object, ray_address: str | None = None, timeout_s: f
 
 
 def run_job(name: str, *arguments: object, ray_address: str | None = None, timeout_s: float = 500) -> Finished:
-    """`python -m jobs.<name> ...` to its end, with nothing left behind."""
+    """Run `python -m jobs.<name> ...` to its end and wait until all its processes have exited."""
     job = Job([f"jobs.{name}", *map(str, arguments)], ray_address).start()
     finished = job.finish(timeout_s)
     job.wait_until_all_gone()
@@ -145,7 +145,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
 
 
 class OpenCounter:
-    """Counts, by name, the opens of files in a directory by any process: what the kernel (inotify) saw."""
+    """Counter of how often each file in a directory is opened by any process, as the kernel reports it (inotify)."""
 
     def __init__(self, directory: Path) -> None:
         self.opens: Counter[str] = Counter()

@@ -1,8 +1,8 @@
-"""One rank that loads its part of a golden checkpoint.
+"""Load one rank's shard of a golden checkpoint and compute logits with it.
 
     python -m tests.support.rank_logits RANK SIZE FILE CHECKPOINT OUT
 
-Writes the logits of every golden prompt, and how large its part of the decoder is.
+Writes the logits of every golden prompt and the number of decoder parameters in the shard.
 """
 
 from __future__ import annotations

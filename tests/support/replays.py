@@ -1,4 +1,4 @@
-"""Decode steps that are captured and replayed on a CPU: a capture only calls again."""
+"""Capture and replay decode steps on a CPU: a replay simply calls the step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ovis_model.engine.decode_step import CudaGraphs, Decoded
 
 
 class Replays(CudaGraphs):
-    """Runs everything twice: a capture does so too, and a step that is not the same again cannot be replayed."""
+    """CUDA graphs without CUDA that run each step twice, as a capture does: only a repeatable step can be replayed."""
 
     def _capture(self, run: Callable[[], Decoded]) -> Callable[[], Decoded]:
         return lambda: (run(), run())[1]
 
 
 class Recorded:
-    """Makes `Replays` and keeps them."""
+    """A factory of `Replays` that remembers those it made."""
 
     def __init__(self) -> None:
         self.made: list[Replays] = []

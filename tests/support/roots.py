@@ -1,4 +1,4 @@
-"""Where this repository and the data of its tests lie."""
+"""Paths of this repository and of its test data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of the manifest that INPUTs become."""
+"""List INPUT into manifest rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def list_input(*inputs: object, **options: object) -> list[Row]:
-    """Rows of the manifest, without their numbers."""
+    """Return the manifest rows of `inputs`, without row numbers."""
     config = make_config(*inputs, **options)
     with list_rows(config, config.questionnaire) as listing:
         return [row for table in listing.read_tables() for row in table.to_pylist()]

@@ -1,4 +1,4 @@
-"""A captioning run whose replicas hold GPUs that only Ray believes in, and compute on CPUs.
+"""Run captioning with replicas that reserve fake GPUs in Ray and compute on CPUs.
 
 python -m tests.support.run_on_fake_gpus '{"input": [...], "output": ..., ...}' LOG
 """
@@ -28,7 +28,7 @@ from tests.support.fake_engine import FakeEngine, FakeEngineFactory
 
 @dataclass(frozen=True)
 class OnCpus:
-    """`poison_tiles`: a request of so many tiles kills rank 1, each time."""
+    """Makes engines that run on CPUs; each request of `poison_tiles` tiles kills rank 1."""
 
     log: Path
     seconds_per_row: float = 0.0

@@ -1,4 +1,4 @@
-"""The CPU stage without Ray: what `Generate` gets of an INPUT."""
+"""Run the CPU stage without Ray: from INPUT to the rows that `Generate` receives."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def make_stage(config: RunConfig, encoder: Encoder | None = None) -> tuple[Prepr
 
 
 def prepare_rows(config: RunConfig, encoder: Encoder | None = None) -> list[PreparedRow]:
-    """All rows of INPUT after the stage."""
+    """Return all rows of INPUT after the stage."""
     stage, units = make_stage(config, encoder)
     return run_stage(stage, units)
 
 
 def run_stage(stage: Preprocess, units: Batch) -> list[PreparedRow]:
-    """The prepared rows of these units."""
+    """Return the prepared rows of these units."""
     return [row for batch in stage(units) for row in PreparedRow.from_columns(batch)]

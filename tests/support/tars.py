@@ -1,4 +1,4 @@
-"""WebDataset shards, written for tests."""
+"""Write WebDataset shards for tests."""
 
 from __future__ import annotations
 

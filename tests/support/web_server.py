@@ -1,4 +1,4 @@
-"""A web server on loopback whose paths misbehave in one way each."""
+"""A web server on loopback with one fault per path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class WebServer:
-    """`files` are served by path, with ranges; `faults` are functions of a handler; `requests` counts by path."""
+    """A server that sends `files` by path, with ranges, calls `faults` by path, and counts `requests` by path."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -82,7 +82,7 @@ def _redirect(to: str) -> Callable[[Handler], None]:
 
 
 def _drip(handler: Handler) -> None:
-    """A header byte now and then, for ever."""
+    """Send a header byte every 0.1 s, forever."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
     while not handler.web.closing.wait(0.1):
         handler.wfile.write(b"x")
