@@ -1,6 +1,6 @@
 """Run captioning with replicas that reserve fake GPUs in Ray and compute on CPUs.
 
-python -m tests.support.run_on_fake_gpus '{"input": [...], "output": ..., ...}' LOG
+Usage: python -m tests.support.run_on_fake_gpus '{"input": [...], "output": ..., ...}' LOG
 """
 
 from __future__ import annotations
