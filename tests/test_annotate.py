@@ -74,9 +74,7 @@ def make_config(inputs: Path, output: Path, **options: Any) -> AnnotateConfig:
 def answer_without_ray(config: RunConfig) -> list[dict[str, Any]]:
     """Return the id, the number of tiles and the columns that the engine decides, for each row."""
     rows = prepare_rows(config)
-    answered = Answerer(config.questionnaire, Processor.from_pretrained(MODEL), load_engine("tiny56-tied")).columns(
-        rows
-    )
+    answered = Answerer(config.questionnaire, Processor.from_pretrained(MODEL), load_engine("tiny56-tied")).answer(rows)
     return [
         {"id": row.id, "num_tiles": row.num_tiles, **columns}
         for row, columns in zip(rows, answered, strict=True)
@@ -185,8 +183,8 @@ def test_regeneration_uses_another_seed(pictures: Path, tmp_path: Path) -> None:
                 for p in params
             ]
 
-    answering = Answerer(config.questionnaire, Processor.from_pretrained(MODEL), EmptyTextEngine())
-    [values] = answering.columns(prepare_rows(config))
+    answerer = Answerer(config.questionnaire, Processor.from_pretrained(MODEL), EmptyTextEngine())
+    [values] = answerer.answer(prepare_rows(config))
     assert values["sharp_text"] == "No" and values["sharp"] is False  # stop strings do not cut choices ("N")
     first, _, again = drawn
     assert (again.temperature, again.top_p) == (first.temperature, first.top_p) and again.seed != first.seed
