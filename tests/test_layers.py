@@ -1,4 +1,4 @@
-"""bfloat16 weights in float32 passes: on which CPUs, the products, and that it is no less accurate."""
+"""bfloat16 weights in float32 passes: the CPUs that use them, their products, and their accuracy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MACHINES = {
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """To pretend another CPU with."""
+    """Yield a monkeypatch with which a test can fake another CPU."""
     layers._is_slow_in_bfloat16.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -57,7 +57,7 @@ def test_a_weight_is_widened_in_parts(values: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_float32_passes_are_no_less_accurate(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways against all of it in float32, over the same weights."""
+    """Both kinds of pass are compared with a float32 model of the same weights."""
     directory = checkpoint_dir(checkpoint)
     model = load_model(directory, device=CPU, dtype=torch.bfloat16)
     exact = load_model(directory, device=CPU, dtype=torch.float32)
@@ -69,7 +69,7 @@ def test_float32_passes_are_no_less_accurate(checkpoint: str, monkeypatch: pytes
 def _measure_errors(
     model: Ovis, exact: Ovis, checkpoint: str, is_slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[float, float]:
-    """Root-mean-square errors of visual embeddings and of logits, over all golden requests."""
+    """Return root-mean-square errors of visual embeddings and of logits over all golden requests."""
     monkeypatch.setattr(layers, "_is_slow_in_bfloat16", lambda: is_slow)
     requests = [request for request in make_golden_requests(checkpoint) if len(request.tiles)]
     with torch.inference_mode():
@@ -85,8 +85,8 @@ def _compute_rms(found_then_wanted: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_a_prompt_alone_is_computed_as_among_others(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The type goes by the kind of the pass, not by how many tokens are in it."""
+def test_a_prompt_gives_the_same_result_alone_and_in_a_batch(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dtype depends on the kind of pass, not on its number of tokens."""
     monkeypatch.setattr(layers, "_is_slow_in_bfloat16", lambda: True)
     engine = OvisEngine.from_pretrained(str(checkpoint_dir(checkpoint)), device="cpu", dtype="bfloat16")
     requests, params = make_golden_requests(checkpoint), SamplingParams(max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""One driver an OUTPUT: a living one keeps others out, a dead one does not."""
+"""One driver per OUTPUT: a living driver keeps others out, a dead one is replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.output import lease
 from pipelines.output.lease import STALE_S, Lease
 
 
-def test_a_second_driver_is_told_who_has_it(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_and_the_first_is_named(tmp_path: Path) -> None:
     first, second = Lease(str(tmp_path)), Lease(str(tmp_path))
     with first:
         with pytest.raises(LeaseError, match=r"another run writes here: process \d+"), second:
@@ -25,7 +25,7 @@ def test_a_second_driver_is_told_who_has_it(tmp_path: Path) -> None:
         third.check()
         with pytest.raises(LeaseLost):
             first.check()
-        first.__exit__()  # does not take away what is another's
+        first.__exit__()  # keeps the lease that now belongs to another driver
         third.check()
     assert not (tmp_path / "driver.json").exists()
 
@@ -38,7 +38,7 @@ def test_a_dead_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> No
         pass
 
 
-def test_a_killed_driver_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
+def test_a_zombie_driver_counts_as_dead(tmp_path: Path) -> None:
     script = (
         f"import time\nfrom pipelines.output.lease import Lease\nLease({str(tmp_path)!r}).__enter__()\ntime.sleep(60)"
     )
@@ -56,7 +56,7 @@ def test_a_killed_driver_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
             pass
 
 
-def test_a_process_of_the_same_id_is_another(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_another_driver(tmp_path: Path) -> None:
     file = tmp_path / "driver.json"
     with Lease(str(tmp_path)):
         holder = json.loads(file.read_text())
@@ -65,7 +65,7 @@ def test_a_process_of_the_same_id_is_another(tmp_path: Path) -> None:
         pass
 
 
-def test_a_driver_elsewhere_is_replaced_when_it_is_silent(tmp_path: Path) -> None:
+def test_a_driver_on_another_host_is_replaced_once_it_is_silent(tmp_path: Path) -> None:
     file = tmp_path / "driver.json"
     with Lease(str(tmp_path)):
         holder = {**json.loads(file.read_text()), "host": "elsewhere", "pid": 1}
@@ -77,7 +77,7 @@ def test_a_driver_elsewhere_is_replaced_when_it_is_silent(tmp_path: Path) -> Non
         pass
 
 
-def test_a_living_driver_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_living_driver_renews_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
     file = tmp_path / "driver.json"
     with Lease(str(tmp_path)):

@@ -1,4 +1,4 @@
-"""Sets of row numbers as ranges, against Python's own sets; the file names and footers that carry them."""
+"""Row numbers as ranges, checked against Python's sets, and the file names and footers that hold them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def list_numbers(ranges: Ranges) -> set[int]:
 
 
 @given(NUMBERS)
-def test_ranges_hold_the_same_numbers_in_one_form(numbers: set[int]) -> None:
+def test_equal_sets_of_numbers_give_equal_ranges(numbers: set[int]) -> None:
     ranges = to_ranges(list(numbers) * 2)
     assert list_numbers(ranges) == numbers
     assert count(ranges) == len(numbers)
@@ -30,7 +30,7 @@ def test_ranges_hold_the_same_numbers_in_one_form(numbers: set[int]) -> None:
 
 
 @given(NUMBERS, NUMBERS)
-def test_union_and_difference_are_those_of_sets(a: set[int], b: set[int]) -> None:
+def test_union_and_difference_equal_those_of_sets(a: set[int], b: set[int]) -> None:
     assert list_numbers(union([*to_ranges(a), *to_ranges(b)])) == a | b
     assert union([*to_ranges(a), *to_ranges(b)]) == to_ranges(a | b)
     assert list_numbers(difference(RowRange(0, 61), to_ranges(a))) == set(range(61)) - a
@@ -44,14 +44,14 @@ def test_split_keeps_all_rows_and_cuts_at_multiples(numbers: set[int], size: int
 
 
 @given(NUMBERS, NUMBERS)
-def test_new_rows_are_those_not_done(done: set[int], rows: set[int]) -> None:
+def test_new_rows_are_the_rows_that_are_not_done(done: set[int], rows: set[int]) -> None:
     asked = np.array(sorted(rows), np.int64)
     is_new = Ledger(to_ranges(done)).new_rows(asked)
     assert set(asked[is_new].tolist()) == rows - done
 
 
 @given(NUMBERS.filter(bool), NUMBERS.filter(bool))
-def test_a_file_name_stands_for_its_rows(a: set[int], b: set[int]) -> None:
+def test_files_have_the_same_name_only_if_they_hold_the_same_rows(a: set[int], b: set[int]) -> None:
     one, other = FileEntry(to_ranges(a), 0), FileEntry(to_ranges(b), 1)
     assert (one.file_name == other.file_name) == (a == b)
     assert FileEntry.from_json(other.to_json()) == other
@@ -73,7 +73,7 @@ def test_files_that_overlap_are_reported(tmp_path: Path) -> None:
         Ledger.read(str(tmp_path))
 
 
-def test_a_foreign_file_is_named(tmp_path: Path) -> None:
+def test_a_foreign_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "mine.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"mine\.parquet is not an output file"):
         Ledger.read(str(tmp_path))

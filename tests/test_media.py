@@ -1,4 +1,4 @@
-"""Any bytes become an RGB picture or a MediaError that says why."""
+"""Any bytes become an RGB picture or a MediaError with the reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 
 
 def draw_scene(width: int = 37, height: int = 23) -> Image.Image:
-    """Smooth, so that lossy formats come close, and different at each corner."""
+    """Draw a smooth picture, which lossy formats reproduce closely, with a different colour at each corner."""
     y, x = np.mgrid[0 : 1 : complex(height), 0 : 1 : complex(width)]
     return Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8))
 
@@ -41,7 +41,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 
 def make_png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG of 8-bit RGB whose pixels end at once."""
+    """Return an 8-bit RGB PNG whose pixel data is one byte."""
     header = make_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + make_chunk(b"IDAT", zlib.compress(b"\0"))
 
@@ -51,7 +51,7 @@ def make_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def claim_size(format: str, width: int, height: int) -> bytes:
-    """A small file whose header claims another size."""
+    """Return a small file whose header claims the given size."""
     data = bytearray(encode(draw_scene(), format))
     if format == "JPEG":
         at = data.index(b"\xff\xc0") + 5
@@ -100,7 +100,7 @@ def test_exif_orientation_is_applied_once(format: str, orientation: int) -> None
     assert np.abs(picture.astype(int) - seen).mean() < (4 if format == "JPEG" else 1e-9)
 
 
-def test_exif_behind_the_pixels_is_applied() -> None:
+def test_exif_after_the_pixels_is_applied() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     data = encode(draw_scene())
@@ -152,7 +152,7 @@ def test_palette_keeps_its_colours(transparency: int | bytes) -> None:
     assert picture[0, 1].tolist() == [40, 50, 60]
 
 
-def test_inverted_cmyk_of_adobe_is_turned_right() -> None:
+def test_inverted_cmyk_of_adobe_is_corrected() -> None:
     data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
     assert b"Adobe" in data
     assert np.abs(decode(data).astype(int) - (255, 0, 0)).max() < 4
@@ -182,18 +182,18 @@ def test_integers_beyond_16_bits_are_refused(lowest: int) -> None:
         decode_image(encode(Image.fromarray(GREY_16.astype(np.int32) + lowest), "TIFF"))
 
 
-def test_floats_count_from_black_to_white() -> None:
+def test_floats_from_0_to_1_are_black_to_white() -> None:
     pixels = np.array([[0, 0.5, 1]], np.float32)
     assert decode(encode(Image.fromarray(pixels), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("pixel", [-0.1, 1.5, 255, np.inf, np.nan])
-def test_floats_without_a_scale_are_refused(pixel: float) -> None:
+def test_floats_outside_0_to_1_are_refused(pixel: float) -> None:
     with pytest.raises(MediaError, match="unknown brightness scale"):
         decode_image(encode(Image.fromarray(np.array([[0, pixel]], np.float32)), "TIFF"))
 
 
-def test_a_mode_without_rgb_is_refused() -> None:
+def test_an_unsupported_mode_is_refused() -> None:
     with pytest.raises(MediaError, match="TIFF in mode LAB"):
         decode_image(encode(Image.new("LAB", (5, 5)), "TIFF"))
 
@@ -214,7 +214,7 @@ def test_a_picture_too_large_is_refused_before_decoding(format: str) -> None:
     assert time.process_time() - start_s < 0.5
 
 
-def test_the_limit_does_not_rest_on_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_does_not_depend_on_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(MediaError, match="20,000 x 20,000 px are over the limit of 178,956,970 pixels"):
         decode_image(make_png(20_000, 20_000))
@@ -237,7 +237,7 @@ def test_a_text_chunk_that_explodes_is_refused() -> None:
         decode_image(make_png(5, 5, bomb))
 
 
-def test_says_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_a_media_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_options: object) -> Image.Image:
         raise MemoryError
 
@@ -246,7 +246,7 @@ def test_says_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_image(encode(draw_scene()))
 
 
-def test_pillows_warnings_stay_inside() -> None:
+def test_pillows_warnings_are_suppressed() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(MediaError, match="truncated PNG"):
@@ -254,7 +254,7 @@ def test_pillows_warnings_stay_inside() -> None:
     assert not caught
 
 
-def test_threads_leave_the_warning_filters_as_they_were() -> None:
+def test_threads_leave_the_warning_filters_unchanged() -> None:
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
         sizes = {image.size for image in pool.map(decode_image, [encode(draw_scene(), "JPEG")] * 64)}
@@ -279,7 +279,7 @@ def test_threads_leave_the_warning_filters_as_they_were() -> None:
         (b"P6 0 0 255 ", "netpbm"),
     ],
 )
-def test_says_what_is_wrong_in_one_sentence(data: bytes, reason: str) -> None:
+def test_an_error_names_the_reason_in_one_line(data: bytes, reason: str) -> None:
     with pytest.raises(MediaError) as caught:
         decode_image(data)
     assert reason in str(caught.value)
@@ -287,7 +287,7 @@ def test_says_what_is_wrong_in_one_sentence(data: bytes, reason: str) -> None:
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut off, with flipped bits, or with a stretch overwritten; in the header as often as behind it."""
+    """Truncate the data, flip bits or overwrite 16 bytes; half of the time within the first 64 bytes."""
     reach = 64 if rng.random() < 0.5 else len(data)
     out = bytearray(data)
     kind = rng.integers(3)

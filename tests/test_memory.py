@@ -1,4 +1,4 @@
-"""The memory plan: its formulas against allocations counted on the meta device, all published sizes included."""
+"""The memory plan: its formulas against allocations counted on the meta device, for all published sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ sizes = pytest.mark.parametrize("size", SIZES)
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes that are alive, and the most that were: of storages made inside it."""
+    """Counter of the bytes alive, and their peak, in storages that are created inside this mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _list_tensors(tree: Any) -> list[Tensor]:
 
 
 def make_shallow(config: OvisConfig) -> OvisConfig:
-    """Two layers of each kind: what is alive at once does not depend on their number."""
+    """Reduce the model to two layers of each kind; the memory alive at once does not depend on their number."""
     vision, language = (replace(part, num_hidden_layers=2) for part in (config.vision, config.language))
     return replace(config, vision=vision, language=language)
 
@@ -110,7 +110,7 @@ def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype, passe
 def test_an_extension_stays_within_its_formula(
     size: str, dtype: torch.dtype, passes: torch.dtype, rows: int, width: int, start: int
 ) -> None:
-    """New tokens after those in the cache, each of which counts as `1 / CACHED_PER_TOKEN`."""
+    """New tokens attend to cached ones, each of which counts as `1 / CACHED_PER_TOKEN` of a token."""
     config = make_shallow(SIZES[size])
     model = allocate_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=4, capacity=start + width, device=META, dtype=dtype)
@@ -127,7 +127,7 @@ def test_an_extension_stays_within_its_formula(
 
 @WEIGHTS_AND_PASSES
 @sizes
-def test_a_plan_fits_and_uses_what_is_free(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
+def test_a_plan_fits_and_uses_the_free_memory(size: str, dtype: torch.dtype, passes: torch.dtype) -> None:
     config = SIZES[size]
     for free_gb in (8, 40, 140):
         budget = plan_budget(config, dtype, free_gb * 10**9, passes)
@@ -142,23 +142,23 @@ def test_little_memory_means_smaller_passes() -> None:
     assert small.vision_tiles < large.vision_tiles and small.prefill_tokens < large.prefill_tokens
 
 
-def test_too_little_memory_says_what_to_do() -> None:
+def test_too_little_memory_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"0\.1 GB are free beside the weights, too little .* bfloat16"):
         plan_budget(SIZES["8B"], torch.float32, 10**8)
 
 
-def test_half_of_one_is_one() -> None:
+def test_halving_a_budget_of_ones_keeps_it() -> None:
     least = Budget(kv_tokens=10, slots=1, prefill_tokens=1, vision_tiles=1)
     assert halve(least) == least
 
 
-def test_the_plan_is_told_in_a_line() -> None:
+def test_the_plan_is_described_in_one_line() -> None:
     line = describe_budget(SIZES["1B"], torch.bfloat16, Budget(kv_tokens=1_000_000))
     assert "128 rows side by side in 12.29 GB of keys and values (1000000 tokens)" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("names", [("memory.max", "memory.current")])
-def test_a_containers_limit_counts(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_a_containers_memory_limit_counts(tmp_path: Path, names: tuple[str, str]) -> None:
     assert _read_cgroup_bytes(tmp_path) == 1 << 62
     (tmp_path / names[0]).write_text("max\n")
     assert _read_cgroup_bytes(tmp_path) == 1 << 62
@@ -167,5 +167,5 @@ def test_a_containers_limit_counts(tmp_path: Path, names: tuple[str, str]) -> No
     assert _read_cgroup_bytes(tmp_path) == 700
 
 
-def test_a_cpu_gives_half_of_what_is_free() -> None:
+def test_free_memory_of_a_cpu_is_plausible() -> None:
     assert 1e8 < measure_free_bytes(torch.device("cpu")) < 1e13

@@ -1,6 +1,6 @@
-"""The wording of messages: that of tests/messages.txt. Tests of a refusal assert its type and the values that it names.
+"""Messages have the wording in tests/messages.txt; other tests only check an error's type and the values it names.
 
-After a change of words: `UPDATE_MESSAGES=1 python -m pytest tests/test_messages.py`, and read the difference.
+After changing a message, run `UPDATE_MESSAGES=1 python -m pytest tests/test_messages.py` and review the difference.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ REFUSED: dict[str, Callable[[Path], object]] = {
 
 
 def normalize_message(error: Exception, place: Path) -> str:
-    """Without what differs from run to run, and without pydantic's own words."""
+    """Return the message without pydantic's own words; paths and processes, which differ per run, are replaced."""
     words = "; ".join(part["msg"] for part in error.errors()) if isinstance(error, ValidationError) else str(error)
     return re.sub(
         r"process .* s ago", "process PID on HOST, last sign of life N s ago", words.replace(str(place), "TMP")
     )
 
 
-def test_messages_have_their_words(tmp_path: Path) -> None:
+def test_messages_have_the_recorded_wording(tmp_path: Path) -> None:
     found = ""
     for number, (name, refused) in enumerate(REFUSED.items()):
         place = tmp_path / str(number)

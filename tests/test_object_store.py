@@ -1,4 +1,4 @@
-"""A run whose input and output lie in an S3 store, set up as a user would: by the environment."""
+"""A run with INPUT and OUTPUT in an S3 store, configured by the environment as a user would."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL = str(checkpoint_dir("tiny56-tied"))
 
 @pytest.fixture
 def store(bucket: S3FileSystem, tmp_path: Path) -> S3FileSystem:
-    """With a file, a tar, a Parquet file and JSON lines in it: 12 good rows and a bad one."""
+    """Fill the bucket with pictures, two tars, a Parquet file and JSON lines."""
     for i in range(4):
         bucket.pipe_file(f"bucket/in/{i}.png", encode_picture(i))
     members = [(f"{i}.png", encode_picture(i)) for i in range(4)]
@@ -50,7 +50,7 @@ def test_references_are_read_by_range(store: S3FileSystem) -> None:
     assert data == [[encode_picture(i)] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1)]
 
 
-def test_a_run_from_s3_to_s3_and_once_more(ray_address: str, store: S3FileSystem) -> None:
+def test_a_run_from_s3_to_s3_is_complete_and_a_second_one_does_nothing(ray_address: str, store: S3FileSystem) -> None:
     inputs = [f"--input={BUCKET}/in/{name}" for name in ("a.tar", "b.tgz", "c.parquet", "d.jsonl")]
     arguments = [f"{BUCKET}/in", f"{BUCKET}/out", *inputs, "--keep-columns", "n", "--model", MODEL]
     finished = run_caption(*arguments, "--max-new-tokens", 2, ray_address=ray_address)
@@ -66,10 +66,10 @@ def test_a_run_from_s3_to_s3_and_once_more(ray_address: str, store: S3FileSystem
     assert rows[1]["text"] == rows[5]["text"] == rows[9]["text"] == rows[13]["text"]
 
 
-def test_videos_are_decoded_where_they_are(
+def test_videos_are_decoded_without_a_copy(
     store: S3FileSystem, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By a process that knows of the store what this one was told, and not by its command line."""
+    """The decoder process gets this process's store settings, and not through its command line."""
     data = write_video(tmp_path / "a.mp4", 200).read_bytes()
     store.pipe_file("bucket/in/a.mp4", data)
     store.pipe_file("bucket/in/joined", bytes(1000) + data + bytes(1000))

@@ -1,4 +1,4 @@
-"""Several ranks are one model: the same logits and tokens, a part of the weights each, and nothing left of the dead."""
+"""Several ranks act as one model: same logits and tokens, a shard of the weights each, no leftover processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def two_ranks() -> Iterator[OvisEngine]:
 
 
 @pytest.mark.parametrize(("checkpoint", "ranks"), [("tiny56-tied", 2), ("tiny112-untied", 4)])
-def test_logits_are_the_originals_and_weights_are_shared_out(tmp_path: Path, checkpoint: str, ranks: int) -> None:
+def test_ranks_share_the_weights_and_compute_the_originals_logits(tmp_path: Path, checkpoint: str, ranks: int) -> None:
     """Four ranks share two key-value heads."""
     outs = [tmp_path / f"{rank}.npz" for rank in range(ranks)]
     processes = [
@@ -89,11 +89,11 @@ def test_a_rank_of_a_published_size_holds_its_share_of_the_decoder(size: str) ->
             whole = sum(p.numel() for p in Ovis(config).llm.parameters())
             for model in models:
                 share = sum(p.numel() for p in model.llm.parameters()) / whole
-                # A key-value head is the least that a rank holds.
+                # A rank holds at least one key-value head.
                 assert 1 / ranks <= share < 1 / ranks + 0.01
 
 
-def test_which_numbers_of_ranks_there_are() -> None:
+def test_supported_numbers_of_ranks_are_named() -> None:
     wanted = {"1B": [2], "2B": [2, 4], "4B": [2, 4, 8, 16], "8B": [2, 4], "16B": [2, 4, 8], "34B": [2, 4, 8]}
     assert {size: list_rank_counts(config.language)[1:] for size, config in SIZES.items()} == wanted
     with pytest.raises(
@@ -123,7 +123,7 @@ def test_samples_and_penalties_are_those_of_one_rank(two_ranks: OvisEngine) -> N
 
 
 def test_tasks_of_an_item_answer_as_on_one_rank(two_ranks: OvisEngine) -> None:
-    """Choices that are drawn without a seed included: the ranks would part where they did not agree."""
+    """This includes choices that are sampled without a seed: ranks that disagree would diverge."""
     items, tasks = make_items("tiny56-tied"), range(len(TASKS))
     found = two_ranks.generate(
         [request for item in items for request in item], [make_params(task) for _ in items for task in tasks]
@@ -148,7 +148,7 @@ def test_constrained_answers_are_those_of_one_rank(two_ranks: OvisEngine) -> Non
     assert [completion.output_ids.tolist() for completion in two_ranks.generate(requests, params)] == wanted
 
 
-def test_threads_get_their_own_rows(two_ranks: OvisEngine) -> None:
+def test_each_thread_receives_its_own_completions(two_ranks: OvisEngine) -> None:
     requests, wanted = make_golden_requests("tiny56-tied"), load_greedy_ids("tiny56-tied")
     orders = [random.Random(seed).sample(range(len(requests)), k=len(requests)) for seed in range(4)]
     with ThreadPoolExecutor(len(orders)) as pool:
@@ -156,7 +156,7 @@ def test_threads_get_their_own_rows(two_ranks: OvisEngine) -> None:
     assert found == [[wanted[i] for i in order] for order in orders]
 
 
-def test_a_refused_request_is_no_fault(two_ranks: OvisEngine) -> None:
+def test_ranks_continue_after_a_refused_request(two_ranks: OvisEngine) -> None:
     long = Request(np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
     with pytest.raises(RequestError, match="232 over the limit of 32768"):
         two_ranks.generate([long], SamplingParams(max_new_tokens=3000))
@@ -166,7 +166,7 @@ def test_a_refused_request_is_no_fault(two_ranks: OvisEngine) -> None:
     test_greedy_ids_are_the_originals(two_ranks)
 
 
-def test_an_interrupt_leaves_the_ranks_whole(two_ranks: OvisEngine) -> None:
+def test_ranks_continue_after_an_interrupt(two_ranks: OvisEngine) -> None:
     [request] = make_golden_requests("tiny56-tied")[:1]
     threading.Timer(0.5, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
@@ -175,8 +175,8 @@ def test_an_interrupt_leaves_the_ranks_whole(two_ranks: OvisEngine) -> None:
     test_greedy_ids_are_the_originals(two_ranks)
 
 
-def test_two_engines_side_by_side() -> None:
-    """Through the public entry point; nothing that they share has a name or a number."""
+def test_two_engines_run_in_parallel() -> None:
+    """They use the public entry point and share no fixed name or port."""
     directory = str(checkpoint_dir("tiny112-untied"))
 
     def one(_: int) -> list[list[int]]:
@@ -191,11 +191,11 @@ def test_two_engines_side_by_side() -> None:
 
 @against_the_clock
 @pytest.mark.parametrize(
-    ("by", "told"), [(signal.SIGKILL, "rank 1 of 2 was killed by SIGKILL"), (signal.SIGSTOP, "no sign of life for")]
+    ("by", "reason"), [(signal.SIGKILL, "rank 1 of 2 was killed by SIGKILL"), (signal.SIGSTOP, "no sign of life for")]
 )
-def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: str) -> None:
+def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, reason: str) -> None:
     requests, wanted = make_golden_requests("tiny56-tied"), load_greedy_ids("tiny56-tied")
-    # Of a killed one the process tells, long before it would count as hung.
+    # A killed process is noticed by its exit, long before it would count as hung.
     hang_s = 200.0 if by is signal.SIGKILL else 5.0
     with start_engine("tiny56-tied", 2, hang_s=hang_s) as engine:
         first = get_pids(engine)
@@ -204,14 +204,14 @@ def test_a_dead_or_hung_rank_is_noticed_and_replaced(by: signal.Signals, told: s
             time.sleep(0.3)
             os.kill(first[1], by)
             stopped_s = time.monotonic()
-            with pytest.raises(EngineDied, match=told):
+            with pytest.raises(EngineDied, match=reason):
                 call.result(150)
         assert time.monotonic() - stopped_s < 100
         assert not any(map(is_alive, first))
         with pytest.raises(EngineDied):
             engine.generate(requests, GREEDY)
         assert engine.rebuild()
-        assert engine.rebuild()  # of living ranks: nothing happens
+        assert engine.rebuild()  # does nothing while the ranks live
         assert generate_ids(engine, requests) == wanted
         last = get_pids(engine)
     assert not any(map(is_alive, last))
@@ -226,8 +226,8 @@ def test_ranks_end_with_their_owner() -> None:
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        *told, directory = owner.stdout.readline().split()
-        pids = [int(pid) for pid in told]
+        *words, directory = owner.stdout.readline().split()
+        pids = [int(pid) for pid in words]
         assert len(pids) == 2 and all(map(is_alive, pids))
         owner.kill()
     deadline_s = time.monotonic() + 60
@@ -236,7 +236,7 @@ def test_ranks_end_with_their_owner() -> None:
         time.sleep(0.05)
 
 
-def test_the_owner_of_ranks_loads_no_torch() -> None:
+def test_the_owner_of_ranks_does_not_import_torch() -> None:
     directory = str(checkpoint_dir("tiny56-tied"))
     program = (
         "import sys\nimport numpy as np\nfrom ovis_model import OvisEngine, Request, SamplingParams\n"
@@ -249,7 +249,7 @@ def test_the_owner_of_ranks_loads_no_torch() -> None:
     assert done.stdout == "5 False\n", done.stderr
 
 
-def test_a_checkpoint_that_does_not_load_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_load_is_refused_with_the_reason(tmp_path: Path) -> None:
     for file in checkpoint_dir("tiny56-tied").iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).symlink_to(file)
@@ -258,7 +258,7 @@ def test_a_checkpoint_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_one_rank_on_nccl(tmp_path: Path) -> None:
+def test_one_rank_runs_on_nccl(tmp_path: Path) -> None:
     from ovis_model.network.tensor_parallel import join_ranks
 
     with join_ranks(0, 1, tmp_path / "meet", lambda: None):

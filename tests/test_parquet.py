@@ -1,4 +1,4 @@
-"""Parquet: which column holds the images, what is read when, and that types survive."""
+"""Parquet: the choice of the image column, when data is read, and that column types survive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.rows import list_input, make_config
 
 
 @pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary_view()])
-def test_bytes(tmp_path: Path, type_: pa.DataType) -> None:
+def test_binary_columns_hold_one_image_per_row(tmp_path: Path, type_: pa.DataType) -> None:
     values = [bytes([i]) for i in range(50)]
     path = write(tmp_path / "a.parquet", {"jpg": pa.array(values, type_), "n": range(50)}, row_group_size=7)
     rows = list_input(path)
@@ -28,7 +28,7 @@ def test_bytes(tmp_path: Path, type_: pa.DataType) -> None:
     assert fetch_images(rows[::-1]) == [[value] for value in values[::-1]]
 
 
-def test_hugging_face_structs_and_lists_of_them(tmp_path: Path) -> None:
+def test_hugging_face_structs_and_lists_of_them_are_images(tmp_path: Path) -> None:
     (tmp_path / "beside.jpg").write_bytes(b"beside")
     one = [{"bytes": b"1", "path": "1.jpg"}, {"bytes": None, "path": "beside.jpg"}, None, {"bytes": None, "path": None}]
     rows = list_input(write(tmp_path / "a.parquet", {"image": pa.array(one, HF)}))
@@ -41,7 +41,7 @@ def test_hugging_face_structs_and_lists_of_them(tmp_path: Path) -> None:
         fetch_images(rows)
 
 
-def test_uris(tmp_path: Path) -> None:
+def test_string_columns_hold_uris(tmp_path: Path) -> None:
     table = {"url": ["a.jpg", "s3://b/c.jpg", None, None], "q": [None, "Why?", "What?", None]}
     rows = list_input(write(tmp_path / "a.parquet", table), prompt_column="q")
     assert [row["uri"] for row in rows] == [f"{tmp_path}/a.jpg", "s3://b/c.jpg", *[f"{tmp_path}/a.parquet"] * 2]
@@ -55,7 +55,7 @@ def test_uris(tmp_path: Path) -> None:
     assert [Path(row["uri"]).name for row in rows] == ["a", "b", "a"]
 
 
-def test_the_image_column_is_guessed_only_if_there_is_one(tmp_path: Path) -> None:
+def test_the_image_column_is_guessed_only_if_it_is_unambiguous(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"a, b may all hold the images.*--image-column"):
         list_input(write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"]}))
     with pytest.raises(SourceError, match=r"no column seems to hold the images.*caption \(string\)"):
@@ -66,7 +66,7 @@ def test_the_image_column_is_guessed_only_if_there_is_one(tmp_path: Path) -> Non
     assert (row["images"], row["prompt"], row["error"]) == ([], "x", "")
 
 
-def test_ids(tmp_path: Path) -> None:
+def test_ids_come_from_a_column_and_may_not_repeat(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"image": [b"1", b"2", b"3"], "key": [7, None, 9], "same": ["x", "x", "y"]})
     assert [row["id"] for row in list_input(path, id_column="key")] == ["7", f"{path}#1", "9"]
     with pytest.raises(SourceError, match=r"1 rows repeat an id.*--id-column.*x \(2 times\)"):
@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_read_is_named_before_anything_starts(tmp_path: Pa
         list_input(tmp_path / "a.parquet")
 
 
-def test_a_damaged_row_group_is_error_rows_and_is_tried_once(tmp_path: Path) -> None:
+def test_a_damaged_row_group_gives_error_rows(tmp_path: Path) -> None:
     import random
 
     noise = random.Random(0).randbytes
@@ -132,13 +132,13 @@ def test_no_image_is_read_while_listing(tmp_path: Path) -> None:
     assert [row["id"] for row in list_input(path, id_column="key")] == [f"k{i}" for i in range(20)]
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_columns_of_the_same_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([b"1"]), pa.array([1]), pa.array([2])], names=["image", "c", "c"])
     with pytest.raises(SourceError, match="several columns named c"):
         list_input(write(tmp_path / "a.parquet", table))
 
 
-def test_a_fault_that_passes_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_fault_causes_no_error_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [bytes([i]) for i in range(200)]
     rows = list_input(write(tmp_path / "a.parquet", {"image": values}))
     advance, faults = ParquetReader._advance, iter([False] * 70 + [True] + [False] * 1000)
@@ -152,7 +152,7 @@ def test_a_fault_that_passes_costs_no_row(tmp_path: Path, monkeypatch: pytest.Mo
     assert fetch_images(rows) == [[value] for value in values]
 
 
-def test_a_file_that_is_gone_does_not_spoil_the_one_before(tmp_path: Path) -> None:
+def test_a_missing_file_does_not_affect_the_file_before_it(tmp_path: Path) -> None:
     values = [bytes([i]) for i in range(40)]
     first = list_input(write(tmp_path / "a.parquet", {"image": values}))
     gone = list_input(write(tmp_path / "b.parquet", {"image": values}))

@@ -29,7 +29,7 @@ MODEL = str(checkpoint_dir("tiny112-untied"))
 
 
 def prepare_rows(directory: Path, output: Path, **options: object) -> list[PreparedRow]:
-    """Prepared rows of all images in `directory`."""
+    """Return the prepared rows of all images in `directory`."""
     return run_stage(*make_stage_for(directory, output, **options))
 
 
@@ -70,7 +70,7 @@ def test_chain_of_thought_and_system_prompt_reach_the_prompt(pictures: Path, tmp
     assert lengths[1] > lengths[0] != lengths[2]
 
 
-def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path) -> None:
+def test_a_file_over_the_size_limit_is_an_error_row(pictures: Path, tmp_path: Path) -> None:
     stage, units = make_stage_for(pictures, tmp_path / "out")
     stage._fetcher = Fetcher(max_image_bytes=100)
     rows = run_stage(stage, units)
@@ -79,7 +79,9 @@ def test_a_huge_file_is_not_read(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes_are_known", [True, False])
-def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes_are_known: bool) -> None:
+def test_bytes_fetched_ahead_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes_are_known: bool
+) -> None:
     (tmp_path / "in").mkdir()
     for i in range(30):
         (tmp_path / "in" / f"{i:02}.png").write_bytes(bytes([i]) * 300)
@@ -100,7 +102,7 @@ def test_bytes_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     done = 0
     for i, (_, images) in enumerate(stage._fetch_ahead(rows)):
         assert num_read[0] - done <= 1000 + 300
-        assert images.result() == [bytes([i]) * 300], "also of those that were longer than their share"
+        assert images.result() == [bytes([i]) * 300], "files larger than their share of the limit are read too"
         done = (i + 1) * (300 if sizes_are_known else 300 + 101)
     assert i == 29
 
@@ -115,7 +117,7 @@ def test_the_images_of_a_row_are_bounded_together(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file_is_an_error_row(pictures: Path, tmp_path: Path) -> None:
-    """As a user who may not read it, also where the tests run as root."""
+    """The stage runs as a user who may not read the file, also if the tests run as root."""
     (pictures / "00.png").chmod(0)
     for directory in (tmp_path, *tmp_path.parents):
         if directory.owner() == Path(tmp_path).owner() and directory != Path("/"):
@@ -137,8 +139,8 @@ for batch in stage(units):
     assert all(not line.strip() for line in lines[1:]) and len(lines) == 40
 
 
-def test_a_row_that_kills_its_process_is_given_up_alone(pictures: Path, tmp_path: Path) -> None:
-    """As seen by the third and fourth process that Ray starts for the same unit."""
+def test_a_row_that_kills_its_process_is_the_only_error_row(pictures: Path, tmp_path: Path) -> None:
+    """Two earlier processes died on the whole unit and two on row 7; Ray started each of them for the same unit."""
     stage, units = make_stage_for(pictures, tmp_path / "out")
     for work in ("prepare rows 0 to 40", "prepare rows 0 to 40", "prepare row 7", "prepare row 7"):
         stage._attempts.begin(work)
@@ -161,7 +163,7 @@ def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Pa
 
 @pytest.fixture
 def lines(pictures: Path) -> Path:
-    """Rows of three images, of none, of a bad one, of far too many."""
+    """Write rows with three images, with none, with a bad or missing one, and with far too many."""
     (pictures / "bad.png").write_bytes(b"\x89PNG nonsense")
     rows = [
         {"id": "three", "image": ["00.png", "01.png", "02.png"]},
@@ -178,7 +180,7 @@ def lines(pictures: Path) -> Path:
     return path
 
 
-def test_rows_of_several_images_and_of_none(lines: Path, tmp_path: Path) -> None:
+def test_rows_have_any_number_of_images(lines: Path, tmp_path: Path) -> None:
     rows = {row.id: row for row in prepare_rows(lines, tmp_path / "out", max_new_tokens=8)}
     image_starts = {
         id_: sum(list(request.input_ids).count(IMAGE_START_ID) for request in row.requests) for id_, row in rows.items()
@@ -198,7 +200,7 @@ def test_rows_of_several_images_and_of_none(lines: Path, tmp_path: Path) -> None
     assert "over the model's limit" in str(rows["long"].error)
 
 
-def test_several_images_are_cut_less(pictures: Path, tmp_path: Path) -> None:
+def test_several_images_have_fewer_tiles_each(pictures: Path, tmp_path: Path) -> None:
     large = pictures / "large.png"
     Image.new("RGB", (700, 650)).save(large)
     (pictures / "a.jsonl").write_text('{"image": ["large.png", "large.png", "large.png"]}')

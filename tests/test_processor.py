@@ -1,4 +1,4 @@
-"""Requests: the original's ids and tiles, from either layout, without torch."""
+"""Requests have the original's ids and tiles, from either checkpoint layout, without torch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_detokenize_gives_the_originals_text(checkpoint: str, layout: Layout) ->
         assert load_processor(checkpoint, layout).detokenize(np.array(case["greedy_ids"])) == case["greedy_text"]
 
 
-def test_images_come_first_if_the_text_has_no_mark() -> None:
+def test_images_come_before_a_text_without_marks() -> None:
     images = [Image.new("RGB", (30, 20))] * 2
     marked = "Image 1: <image>\nImage 2: <image>\nCompare."
     assert (
@@ -101,7 +101,7 @@ def test_text_alone_has_no_tiles() -> None:
     assert (request.input_ids >= 0).all()
 
 
-def test_an_empty_system_prompt_is_not_the_default() -> None:
+def test_an_empty_system_prompt_does_not_become_the_default() -> None:
     assert (
         load_processor().detokenize(load_processor().encode_prompt("Hi", system_prompt="")).startswith("system\n\nuser")
     )
@@ -115,12 +115,12 @@ def test_colour_under_transparency_is_kept() -> None:
 
 
 @pytest.mark.parametrize(("text", "num_images"), [("<image>", 0), ("<image> <image>", 1), ("<image>", 2)])
-def test_refuses_another_number_of_marks(text: str, num_images: int) -> None:
+def test_a_wrong_number_of_marks_is_refused(text: str, num_images: int) -> None:
     with pytest.raises(ValueError, match=rf"{text.count('<image>')} <image> marks for {num_images} images"):
         load_processor().build_request(text, [Image.new("RGB", (9, 9))] * num_images)
 
 
-def test_refuses_no_tiles_and_empty_pictures() -> None:
+def test_zero_tiles_and_empty_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="max_tiles=0"):
         load_processor().build_request("?", [Image.new("RGB", (9, 9))], max_tiles=0)
     with pytest.raises(ValueError, match="9 x 0 px"):
@@ -141,12 +141,12 @@ def test_real_pictures_make_requests(photo: Path) -> None:
     assert len(request.tiles) == len(request.tile_sizes)
 
 
-def test_a_stack_of_floats_is_no_picture() -> None:
+def test_a_stack_of_floats_is_refused() -> None:
     with pytest.raises(MediaError, match="unsupported TIFF"):
         decode_image((Path(skimage.__file__).parent / "data" / NOT_A_PICTURE).read_bytes())
 
 
-def test_there_are_real_pictures_of_every_kind() -> None:
+def test_the_real_pictures_have_every_mode() -> None:
     modes = {Image.open(path).mode for path in PHOTOS}
     assert len(PHOTOS) >= 25
     assert {"RGB", "RGBA", "L", "P"} <= modes

@@ -10,12 +10,12 @@ from pipelines.monitoring.progress import Progress, RunProgress
 
 
 def make_columns(num_rows: int, num_errors: int) -> pa.Table:
-    """Columns of result rows, each of ten tokens."""
+    """Make columns of result rows with ten tokens each."""
     status = ["error"] * num_errors + ["ok"] * (num_rows - num_errors)
     return pa.table({"status": status, "num_output_tokens": [10] * num_rows})
 
 
-def test_the_start_does_not_count_into_the_time_left(
+def test_the_startup_does_not_count_for_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now_s = 0.0
@@ -32,7 +32,7 @@ def test_the_start_does_not_count_into_the_time_left(
     assert lines[-1] == "299/1000 rows, 9.0 rows/s, 90 tokens/s, 1 errors, ETA 0:01:18"
 
 
-def test_a_short_job_logs_where_it_begins_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_job_logs_its_first_and_last_row(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("rows counted", total=3) as counted:
         for _ in range(3):
             counted.advance(1)

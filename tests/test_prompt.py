@@ -1,4 +1,4 @@
-"""Prompts: the original's ids, and text that stays text."""
+"""Prompts have the original's ids, and control tokens in a user's text stay text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_expansion_repeats_atoms_only(ids: list[int], tokens_per_tile: int) -> N
 
 @given(st.text(alphabet="<imagex>", max_size=40))
 @example("<ima<image>ge><<image>image>")
-def test_marks_can_be_removed_for_good(text: str) -> None:
+def test_removing_marks_leaves_none(text: str) -> None:
     assert IMAGE_MARK not in remove_marks(text)
     assert IMAGE_MARK in text or remove_marks(text) == text
 
@@ -86,7 +86,7 @@ def test_control_tokens_in_text_are_text(token: str) -> None:
     assert readable.count(text) == 2
 
 
-# Hypothesis also draws strings that stand in the code, and so control tokens.
+# Hypothesis also draws strings from the source code, control tokens included.
 ordinary_text = st.text(max_size=60).filter(
     lambda text: not any(mark in text for mark in [IMAGE_MARK, *list_added_tokens()])
 )
@@ -110,19 +110,19 @@ def test_a_mark_in_the_system_prompt_is_text() -> None:
 
 
 @pytest.mark.parametrize(("query", "num_grids"), [("no mark", 1), (f"{IMAGE_MARK} {IMAGE_MARK}", 1), (IMAGE_MARK, 0)])
-def test_refuses_marks_without_images_and_images_without_marks(query: str, num_grids: int) -> None:
+def test_marks_without_images_and_images_without_marks_are_refused(query: str, num_grids: int) -> None:
     with pytest.raises(ValueError, match=rf"{query.count(IMAGE_MARK)} <image> marks for {num_grids} images; write one"):
         CHATS["aidc"].encode_prompt(query, [Grid(1, 1)] * num_grids)
 
 
 @pytest.mark.parametrize("where", ["query", "system"])
-def test_refuses_lone_surrogates(where: str) -> None:
+def test_lone_surrogates_are_refused(where: str) -> None:
     texts = {"query": "fine", "system": DEFAULT_SYSTEM_PROMPT} | {where: "half \ud83d of a pair"}
     with pytest.raises(ValueError, match=r"\\ud83d.*errors='replace'"):
         CHATS["aidc"].encode_prompt(texts["query"], [], texts["system"])
 
 
-def test_refuses_a_tokenizer_of_another_model() -> None:
+def test_a_tokenizer_of_another_model_is_refused() -> None:
     from tokenizers.models import BPE
 
     with pytest.raises(ValueError, match=r"im_start.*not the one of an Ovis2"):

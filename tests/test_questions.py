@@ -1,4 +1,4 @@
-"""Questions about the demo's pictures: one true answer each, as often Yes as No."""
+"""Questions about the demo's pictures have one true answer each; Yes and No are equally frequent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BACKGROUND_IS = "What is the background?", "What colour is the background?"
 
 
 def collect_questions(scene: Scene) -> dict[str, dict[str, str]]:
-    """Kind -> question -> answer: all that is ever asked about the scene."""
+    """Return {kind: {question: answer}} of all questions asked about the scene."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for question in (question for seed in range(600) for question in questions(scene, seed)):
         assert found[question.kind].setdefault(question.text, question.answer) == question.answer
@@ -58,18 +58,18 @@ def select_by_answer(answers: dict[str, str], answer: str) -> set[str]:
         (THREE, "a green cross|a green object|a cross"),
     ],
 )
-def test_what_is_there(scene: Scene, true: str) -> None:
+def test_only_what_the_scene_shows_is_confirmed(scene: Scene, true: str) -> None:
     expected = {f"Is there {what}?" for what in true.split("|")} | {f"Is the background {scene.background}?"}
     assert select_by_answer(collect_questions(scene)["bool"], "Yes") == expected
 
 
-def test_what_is_there_of_a_number() -> None:
+def test_only_the_number_and_its_colours_are_confirmed() -> None:
     answers = collect_questions(NUMBER)["bool"]
     assert select_by_answer(answers, "Yes") == {"Is there a number?", "Is the number red?", "Is the background white?"}
     assert {"Is there a red heart?", "Is there a red object?", "Is the number blue?"} <= select_by_answer(answers, "No")
 
 
-def test_what_is_nearly_there_is_denied() -> None:
+def test_near_misses_are_denied_and_asked_often() -> None:
     denied = select_by_answer(collect_questions(PAIR)["bool"], "No")
     assert {"Is there a red star?", "Is there a blue circle?", "Is there a number?"} <= denied
     often = Counter(question.text for seed in range(600) for question in questions(PAIR, seed))
@@ -85,7 +85,7 @@ def test_what_is_nearly_there_is_denied() -> None:
         (NUMBER, {"objects": 0, "red hearts": 0, "red objects": 0}),
     ],
 )
-def test_how_many(scene: Scene, expected: dict[str, int]) -> None:
+def test_counts_are_those_of_the_scene(scene: Scene, expected: dict[str, int]) -> None:
     answers = collect_questions(scene)["count"]
     assert {what: int(answers[f"How many {what} are there?"]) for what in expected} == expected
 
@@ -124,11 +124,11 @@ def test_how_many(scene: Scene, expected: dict[str, int]) -> None:
         (NUMBER, {"What colour is the number?": "red"}),
     ],
 )
-def test_choices_with_one_answer(scene: Scene, expected: dict[str, str]) -> None:
+def test_choice_questions_have_one_answer(scene: Scene, expected: dict[str, str]) -> None:
     assert collect_questions(scene)["choice"] == expected | dict.fromkeys(BACKGROUND_IS, scene.background)
 
 
-def test_questions_are_repeatable_and_leave_the_picture_alone() -> None:
+def test_questions_are_repeatable_and_do_not_change_the_picture() -> None:
     scene = make_picture(3, held_out=True)[1]
     assert questions(scene, 3) == questions(scene, 3) != questions(scene, 4)
     assert make_picture(3, held_out=True)[1] == scene

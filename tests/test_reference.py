@@ -1,4 +1,4 @@
-"""What a manifest says of where an image is: the same in every version."""
+"""A manifest records the location of an image in the same way in every version."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ STORED: list[tuple[ImageRef, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize(("reference", "stored"), STORED)
 def test_the_manifest_stays_as_the_first_version_wrote_it(reference: ImageRef, stored: tuple[Any, ...]) -> None:
-    """So that a run that an older version began goes on."""
+    """A run begun by an older version can therefore be resumed."""
     struct = dict(zip(NAMES, stored, strict=True))
     assert reference.to_struct() == struct
     [[read]] = pa.array([[struct]], MANIFEST.field("images").type).to_pylist()
     assert parse_reference(read) == reference
 
 
-def test_a_kind_of_another_version_is_refused() -> None:
+def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="kind 'zip' are not supported"):
         parse_reference({**FileRef("a").to_struct(), "kind": "zip"})
 
 
-def test_only_one_video_that_is_a_file_or_a_part_of_one_is_decoded_where_it_is() -> None:
+def test_a_single_video_in_a_file_or_a_part_of_it_is_decoded_in_place() -> None:
     file, part = FileRef("http://host/a.MP4?x=1.png", 5), TarRef("/a.tar", 512, 7, "1.mp4", window=Window(2, 3))
     assert is_seekable_video([file]) and is_seekable_video([part]) and not is_seekable_video([file, part])
     assert locate_video([part], []) == (("/a.tar", 512, 7, b""), (2, 3))
