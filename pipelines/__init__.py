@@ -1,3 +1,3 @@
-"""The Ray pipeline around Ovis2, and the only package that knows Ray and Arrow."""
+"""The Ray pipeline around Ovis2: the only package that knows Ray and Arrow."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Ask the engine the tasks of prepared rows, and parse its completions to the values of columns."""
+"""Generate the answers of prepared rows and parse them into column values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipelines.tasks.answer_types import Answer, Answered, flags_of
 from pipelines.tasks.questionnaire import Columns, Questionnaire
 from pipelines.tasks.task import Task
 
-# Of an answer that is asked for again: far enough from the first to leave its loop or dead end, and room to finish.
+# Sampling of a second attempt: far enough from the first to escape its loop or dead end, with room to finish.
 _RETRY_TEMPERATURE, _RETRY_TOP_P, _RETRY_PENALTY, _RETRY_TIMES_LONGER = 0.7, 0.9, 1.1, 2
 
 
 @dataclass(frozen=True, eq=False)
 class TaskRequest:
-    """A task of a row. The requests of one row are a group, so that the engine encodes their images once."""
+    """One task of one row. The requests of a row form a group, so the engine encodes their images once."""
 
     task: Task
     row_id: str
@@ -30,7 +30,7 @@ class TaskRequest:
 
 
 class Answerer:
-    """Asks `engine` all tasks of rows. Several threads may call at once."""
+    """Answers all tasks of rows with `engine`. Thread-safe."""
 
     def __init__(self, questionnaire: Questionnaire, processor: Processor, engine: Engine) -> None:
         self._questionnaire, self._tasks = questionnaire, questionnaire.tasks
@@ -38,7 +38,7 @@ class Answerer:
         self._answer_ids = cache(processor.encode_answer)
 
     def answer(self, rows: Sequence[PreparedRow]) -> list[Columns | RequestError]:
-        """Return, for each row, the columns that its answers decide, or why it has none. Raises EngineDied."""
+        """Return the answer columns of each row, or the error that prevents them. Raise EngineDied."""
         asked = [
             [TaskRequest(task, row.id, request) for task, request in zip(self._tasks, row.requests, strict=True)]
             for row in rows
@@ -52,14 +52,14 @@ class Answerer:
         return [a if isinstance(a, RequestError) else self._questionnaire.columns(a) for a in answered]
 
     def _generate_rows(self, asked: Sequence[Sequence[TaskRequest]]) -> list[list[Completion] | RequestError]:
-        """Generate for all rows at once; if one of them cannot be generated, for each row by itself."""
+        """Generate all rows together; if a request is invalid, generate each row separately to isolate it."""
         flat = self._generate(list(chain.from_iterable(asked)))
         if isinstance(flat, RequestError):
             return [self._generate_row(questions) for questions in asked]
         return [flat[i : i + len(self._tasks)] for i in range(0, len(flat), len(self._tasks))]
 
     def _generate_row(self, questions: Sequence[TaskRequest]) -> list[Completion] | RequestError:
-        """Generate for one row; of several tasks, name the one at fault."""
+        """Generate one row; on failure, name the task that caused it."""
         outcome = self._generate(questions)
         if isinstance(outcome, RequestError) and len(questions) > 1:
             for question in questions:
@@ -97,7 +97,7 @@ class Answerer:
     def _regenerate_flagged(
         self, asked: Sequence[Sequence[TaskRequest]], answered: Sequence[list[Answered] | RequestError]
     ) -> None:
-        """Flagged answers once more; of two the one with fewer flags is the answer, and holds the other."""
+        """Generate flagged answers a second time. Keep the one with fewer flags, with the other as `alternative`."""
         flagged = [
             (question, answers, place)
             for questions, answers in zip(asked, answered, strict=True)
@@ -115,7 +115,7 @@ class Answerer:
                 answers[place] = replace(better, alternative=other)
 
     def _generate_alternatives(self, flagged: Sequence[tuple[TaskRequest, Answered]]) -> list[Completion | None]:
-        """Generate other answers; None where there is no room for a longer one."""
+        """Generate a second answer for each flagged one; None if the context has no room for a longer answer."""
         requests = [question.request for question, _ in flagged]
         params = [self._change_sampling(question, first) for question, first in flagged]
         outcome = self._try(requests, params)
@@ -125,7 +125,7 @@ class Answerer:
         return [None if isinstance(one, RequestError) else one[0] for one in alone]
 
     def _change_sampling(self, question: TaskRequest, first: Answered) -> SamplingParams:
-        # Not the first draw once more, where the first was sampled as this one is.
+        # A different seed: where the first answer was sampled too, the same seed could draw the same tokens.
         params = question.task.sampling(f"{question.row_id}\0again", self._answer_ids)
         longer = _RETRY_TIMES_LONGER if "truncated" in first.flags else 1
         room = self._processor.config.max_length - len(question.request.input_ids)
@@ -139,7 +139,7 @@ class Answerer:
 
 
 def _parse_value(answer: Answer, text: str, finish_reason: FinishReason) -> Any:
-    """None if the text is no such answer; of one that was cut nobody knows what it would have become."""
+    """Return the parsed value; None if the text is invalid or a constrained answer was truncated."""
     if answer.constraint and finish_reason == "length":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Check before anything starts that the model exists and that the tasks fit it."""
+"""Check before the run starts that the model exists and that the tasks fit it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def resolve_model_paths(config: Config) -> Config:
-    """Return the configuration with the paths of its models as every node sees them."""
+    """Return the configuration with its model paths made absolute, so that every node can open them."""
     paths = {"model": resolve_local_path(config.model), "frame_encoder": resolve_local_path(config.frame_encoder)}
     return config.model_copy(update=paths)
 
 
 def check_model(config: RunConfig) -> None:
-    """Check all that can be known of the model and the options without weights. Raises ValueError."""
+    """Check the model and the options as far as possible without loading weights. Raise ValueError."""
     processor = Processor.from_pretrained(config.model, config.revision)
     if config.tensor_parallel != "auto":
         check_tensor_parallel(processor.config.language, config.tensor_parallel)
@@ -31,7 +31,7 @@ def check_model(config: RunConfig) -> None:
 
 
 def describe_models(config: RunConfig) -> dict[str, str | None]:
-    """Return what identifies the model and the frame encoder: ids, revisions, hashes. Raises ValueError."""
+    """Return the ids, revisions and hashes that identify the model and the frame encoder. Raise ValueError."""
     return {**describe_checkpoint(config.model, config.revision), **describe_encoder(config)}
 
 
@@ -39,7 +39,7 @@ def _check_task(task: Task, processor: Processor) -> None:
     params = task.sampling("", processor.encode_answer)
     for option in task.answer.options:
         if (read := processor.detokenize(processor.encode_answer(option))) != option:
-            raise ValueError(f"{task.label}the model reads the choice {option!a} as {read!a}; write it so")
+            raise ValueError(f"{task.label}the model's tokenizer reads the choice {option!a} as {read!a}; write it so")
     if params.constraint is not None:
         try:
             check(params.constraint)
@@ -47,6 +47,6 @@ def _check_task(task: Task, processor: Processor) -> None:
             raise ValueError(f"{task.label}{error}") from error
     if params.max_new_tokens >= processor.config.max_length:
         raise ValueError(
-            f"{task.label}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's "
-            f"{processor.config.max_length} tokens; lower it"
+            f"{task.label}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's context "
+            f"of {processor.config.max_length} tokens; lower it"
         )

@@ -1,69 +1,71 @@
 """Every exception of the pipelines, as a table of contents.
 
-    ValueError      the user can fix it: exit 2, before anything is started
+    ValueError      the user can fix it: exit 2, before the run starts
       SourceError     INPUT cannot be listed
-      RunError        OUTPUT cannot take this run
-      LeaseError      another driver writes to OUTPUT
-      ResourceError   the cluster cannot hold the run
+      RunError        OUTPUT does not accept this run
+      LeaseError      this driver cannot get the lease of OUTPUT
+      ResourceError   the cluster is too small for the run
       StoreError      a URI cannot be used
-    ValueError      one row: an error row, the others continue
+    ValueError      one row fails: it becomes an error row, the others continue
       MediaError      its media cannot be decoded
       RowError        it cannot be prepared; names the stage
-    OSError         one attempt to read
-      FinalFault      retrying cannot change it
-      BusyFault       the store asks to come back later
+    LookupError     one row fails in the same way
+      NoValue         a column that its prompt names is empty
+    OSError         one attempt to access a store fails
+      FinalFault      retrying cannot help
+      BusyFault       the store asks for a later retry
     RuntimeError    the run stops: exit 1, resumable
-      StoreFault      a store does not answer
-      LeaseLost       another driver has taken over
-      EverythingFails most rows are errors
-      StageFailed     an actor raised what is not the fault of a row
+      StoreFault      a store still fails after all retries
+      LeaseLost       another driver has taken the lease
+      EverythingFails too many rows are errors
+      StageFailed     an actor raised an error that no single row caused
       RowsLost        rows of the manifest are missing from the output
 
-Errors of the model (`CheckpointError`, `RequestError`, `EngineDied` ...) are in `ovis_model`.
+The model's exceptions (`CheckpointError`, `RequestError`, `EngineDied` ...) are in `ovis_model`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # so that decoding an image does not load Arrow
+if TYPE_CHECKING:  # at run time, decoding an image must not import Arrow
     from pipelines.schema import Stage
 
 
 class SourceError(ValueError):
-    """An INPUT that cannot be listed, and what to do about it."""
+    """INPUT cannot be listed; the message includes the remedy."""
 
 
 class NoValue(LookupError):  # noqa: N818  (the name says what happened)
-    """The row has nothing in a column that the prompt names; the argument is the column."""
+    """A column that the prompt names is empty in this row; the argument is the column's name."""
 
 
 class RunError(ValueError):
-    """OUTPUT cannot take this run, and what to do about it."""
+    """OUTPUT does not accept this run; the message includes the remedy."""
 
 
 class LeaseError(ValueError):
-    """This driver cannot write to OUTPUT, because another one does or for another reason."""
+    """This driver cannot get the lease of OUTPUT, usually because another driver holds it."""
 
 
 class LeaseLost(RuntimeError):  # noqa: N818
-    """Another driver has taken over."""
+    """Another driver has taken the lease of OUTPUT."""
 
 
 class ResourceError(ValueError):
-    """The cluster cannot hold the run, and what to do about it."""
+    """The cluster is too small for the run; the message includes the remedy."""
 
 
 class StoreError(ValueError):
-    """A URI that cannot be used, and what to do about it."""
+    """A URI cannot be used; the message includes the remedy."""
 
 
 class FinalFault(OSError):  # noqa: N818  (the name says what happened)
-    """What trying again cannot change."""
+    """A fault that a retry cannot fix."""
 
 
 class BusyFault(OSError):  # noqa: N818
-    """The store asks to come back, after `retry_after_s` if it says when."""
+    """The store is busy and asks for a retry; `retry_after_s` is 0 if it does not say when."""
 
     def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -71,18 +73,18 @@ class BusyFault(OSError):  # noqa: N818
 
 
 class StoreFault(RuntimeError):  # noqa: N818
-    """A store that did not answer however often it was asked.
+    """A store still fails after all retries.
 
-    No OSError: no fault of the row, and the next would fare no better.
+    Not an OSError: the cause is the store, not the row, so the next row would fail too.
     """
 
 
 class MediaError(ValueError):
-    """The row's media cannot be decoded; the message is one sentence that says why."""
+    """The row's media cannot be decoded; the message gives the reason in one sentence."""
 
 
 class RowError(ValueError):
-    """This row cannot be prepared, others can."""
+    """This row cannot be prepared, in `stage`; other rows are unaffected."""
 
     def __init__(self, stage: Stage, reason: str) -> None:
         super().__init__(reason)
@@ -90,12 +92,12 @@ class RowError(ValueError):
 
 
 class EverythingFails(RuntimeError):  # noqa: N818  (the name says what happened)
-    """So many rows are errors that the rest would be as well."""
+    """The share of error rows is so high that the run stops."""
 
 
 class StageFailed(RuntimeError):  # noqa: N818
-    """An actor raised what is no row's fault; the message is the actor's own, the cause its trace."""
+    """An actor raised an error that no single row caused. The message is the actor's, the cause is its trace."""
 
 
 class RowsLost(RuntimeError):  # noqa: N818  (the name says what happened)
-    """Rows of the manifest are not in the output: a fault of ours or of the store."""
+    """Rows of the manifest are missing from the output: a bug, or a fault of the store."""

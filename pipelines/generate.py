@@ -1,4 +1,4 @@
-"""The stage Generate: actors that hold a replica each turn prepared rows into result rows."""
+"""The stage Generate: actors, each with one replica, turn prepared rows into result rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.tasks.questionnaire import Questionnaire
 
 @dataclass(frozen=True)
 class Replica:
-    """One copy of the model, and what it runs on. `dtype` is settled, `revision` resolved."""
+    """One copy of the model and the hardware it runs on; `dtype` and `revision` are already resolved."""
 
     model: str
     revision: str | None
@@ -38,8 +38,8 @@ EngineFactory = Callable[[Replica], Engine]
 
 
 def load_engine(replica: Replica) -> Engine:
-    """Load the real engine, in the process of its replica."""
-    # Threads that spin while they wait take the cores that decode images.
+    """Load the real engine in the replica's process."""
+    # Waiting OpenMP threads would otherwise spin and occupy the cores that decode images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return OvisEngine.from_pretrained(
         replica.model,
@@ -52,7 +52,7 @@ def load_engine(replica: Replica) -> Engine:
 
 
 class Generate:
-    """One replica. `make_engine` is the seam for a fake engine in tests of the plumbing."""
+    """Generates result rows with one replica. `make_engine` lets tests of the plumbing pass a fake engine."""
 
     def __init__(
         self, questionnaire: Questionnaire, replica: Replica, make_engine: EngineFactory, attempts: Attempts
@@ -65,7 +65,7 @@ class Generate:
         self._answerer = Answerer(questionnaire, processor, self._engine)
 
     def __call__(self, batch: Batch) -> pa.Table:
-        """Turn columns of prepared rows into a table of `schema.result`, a row for each. Threads may call at once."""
+        """Turn columns of prepared rows into a table of `schema.result`, one row each. Thread-safe."""
         rows = PreparedRow.from_columns(batch)
         while True:
             try:
@@ -84,16 +84,16 @@ class Generate:
         return results
 
     def _replace_engine(self, error: EngineDied) -> None:
-        """Rebuild the engine in this process if it can be, else end the process. The work is tried again."""
+        """Rebuild the engine in this process if possible, else end the process. The work is retried either way."""
         print(f"the engine died: {error}", file=sys.stderr, flush=True)
-        with suppress(EngineDied):  # again, while it is rebuilt: perhaps it does not die in another process
+        with suppress(EngineDied):  # it can die again during the rebuild; a new process may succeed
             if self._engine.rebuild():
                 return
-        # Raising would end the run, a clean exit of the actor as well; Ray replaces a process that is gone.
+        # An exception would end the run, and so would a clean exit of the actor; Ray replaces a killed process.
         os._exit(1)
 
     def _generate_alone(self, row: PreparedRow) -> list[ResultRow]:
-        """Generate a row of a batch that killed its process again and again."""
+        """Generate one row of a batch that killed its process repeatedly, while no other thread generates."""
         work = f"generate row {row.row}"
         with self._lock.hold_exclusive():
             if self._attempts.begin(work) > MAX_TRIES:

@@ -1,4 +1,4 @@
-"""Run the job, on one screen: manifest minus ledger -> Preprocess -> Generate -> files, until no row is missing."""
+"""Run a job: manifest minus ledger -> Preprocess -> Generate -> output files, until no row is missing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import plan_run
 from pipelines.preprocess import Preprocess
 
-MAX_PASSES = 3  # a second one takes up rows that went missing with a node, a third proves that something is wrong
+MAX_PASSES = 3  # the second retries rows that were lost with a node; rows missing after the third indicate a bug
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of the whole output; seconds and rates of this run."""
+    """Row counts of the whole output; seconds and rates of this run only."""
 
     rows: int
     ok: int
@@ -51,9 +51,10 @@ class Summary:
 
 
 def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
-    """Write the rows that are missing in `config.output`.
+    """Write the rows that are missing in `config.output` and return the counts.
 
-    Raises ValueError (usage: before any replica starts), StageFailed, StoreFault, EverythingFails and RowsLost.
+    Raise ValueError for mistakes of usage, before any replica starts. Raise StageFailed, StoreFault,
+    EverythingFails or RowsLost if the run has to stop.
     """
     started_s = time.monotonic()
     config = resolve_model_paths(config)
@@ -79,7 +80,7 @@ def _write_missing_rows(
     remove_temporaries(run.data_uri)
     if config.retry_errors:
         run.update(status="running", counts=None)
-        logger.warning("%d error rows are taken up again", drop_error_rows(run.output, lease))
+        logger.warning("retrying %d error rows", drop_error_rows(run.output, lease))
     ledger = Ledger.read(run.data_uri)
     with RunProgress(run.num_rows, count(ledger.done)) as progress:
         if ledger.missing(run.num_rows):
@@ -101,13 +102,13 @@ def _write_in_passes(
                         new = sink.add(results)
                         progress.add(new)
                         reasons.add(new)
-    written = Ledger.read(run.data_uri)  # what is there, not what we think that we put there
+    written = Ledger.read(run.data_uri)  # read back from the store, not taken from memory
     if missing := written.missing(run.num_rows):
         raise RowsLost(f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}")
 
 
 def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
-    """Yield tables of `schema.result` as replicas finish them, in no particular order."""
+    """Yield tables of `schema.result` in the order in which replicas finish them."""
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -118,7 +119,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     pools, sizes, questionnaire, found = plan.pools, plan.sizes, config.questionnaire, run.record["model"]
     model = config.model, found["revision"]
     replica = Replica(*model, plan.dtype, pools.device, pools.threads_per_replica, pools.tensor_parallel)
-    # No task reads anything: a unit is two numbers, so no read can be starved of CPUs by the pools.
+    # A unit is only two numbers, so Ray needs no read tasks, which the pools could starve of CPUs.
     units = [unit._asdict() for unit in split(missing, sizes.rows_per_unit)]
     with (
         translate_ray_errors(),

@@ -1,4 +1,4 @@
-"""Plan a run: share the cluster between its pools of actors, and the rows between their calls."""
+"""Plan a run: divide the cluster among the pools of actors, and the rows among their calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.media.frame_encoder import EncoderPool, plan_encoders
 
 @dataclass(frozen=True)
 class Plan:
-    """`node_preference`: options of actors that leave the cores of GPU nodes to the replicas."""
+    """The plan of a run. `node_preference`: Ray options that keep preprocessors off the GPU nodes' cores."""
 
     pools: Pools
     encoders: EncoderPool
@@ -32,12 +32,12 @@ class Plan:
     node_preference: dict[str, Any]
 
     def __str__(self) -> str:
-        """One line for the log."""
+        """Format the plan as one line for the log."""
         return f"plan: {self.pools}{self.encoders}"
 
 
 def plan_run(config: RunConfig, num_rows: int) -> Plan:
-    """Plan `num_rows` rows on the cluster that this process is connected to. Raises ValueError."""
+    """Plan `num_rows` rows on the cluster that this process is connected to. Raise ValueError."""
     model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
     hardware = Hardware.detect()
     encoders, pools = share_hardware(config, hardware, model)
@@ -51,13 +51,12 @@ def plan_run(config: RunConfig, num_rows: int) -> Plan:
 
 
 def share_hardware(config: RunConfig, hardware: Hardware, model: OvisConfig) -> tuple[EncoderPool, Pools]:
-    """Plan the pools of encoders, replicas and preprocessors, which together hold no more than there is."""
+    """Plan the pools of encoders, replicas and preprocessors within the resources of the cluster."""
     tensor_parallel = plan_tensor_parallel(config, hardware, model)
     encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=sum(hardware.gpus))
     left = hardware.subtract(cpus=encoders.cpus, gpus=encoders.gpus, gpus_per_replica=tensor_parallel)
-    if encoders.gpus and left.count_replicas(tensor_parallel) < (
-        1 if config.num_replicas == "auto" else config.num_replicas
-    ):
-        encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=0)  # a replica needs it more
+    min_replicas = 1 if config.num_replicas == "auto" else config.num_replicas
+    if encoders.gpus and left.count_replicas(tensor_parallel) < min_replicas:
+        encoders = plan_encoders(config, device=config.device, cpus=hardware.cpus, gpus=0)  # replicas come first
         left = hardware.subtract(cpus=encoders.cpus, gpus=0, gpus_per_replica=tensor_parallel)
     return encoders, plan_pools(config, left, tensor_parallel)

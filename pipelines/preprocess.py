@@ -1,4 +1,4 @@
-"""The stage Preprocess: CPU actors fetch, decode, choose frames, tile and tokenise; no torch."""
+"""The stage Preprocess: CPU actors fetch, decode, select frames, tile and tokenize, without torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipelines.tasks.task import Task
 
 
 class Preprocess:
-    """Takes ranges of row numbers, gives batches of prepared rows; one that fails is a row with stage and error."""
+    """Turns ranges of row numbers into batches of prepared rows; a row that fails carries its stage and error."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Preprocess:
         *,
         allow_private_addresses: bool = False,
     ) -> None:
-        """Load the processor of `model`. `encoder` compares frames of videos; uniform ones and images need none."""
+        """Load the processor of `model`. `encoder` scores video frames; None for uniform sampling and for images."""
         register_fast_exit()
         store.allow_private_addresses(allow_private_addresses)
         self._output, self._attempts = output, attempts
@@ -54,7 +54,10 @@ class Preprocess:
         self._frames = FrameSelector(images, encoder)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """int64 `start`, `stop` -> columns of prepared rows, at most BATCH_BYTES or one row at once."""
+        """Yield the columns of the prepared rows of each range, in batches of one row or at most BATCH_BYTES.
+
+        batch: int64 columns `start` and `stop`, a range of row numbers per entry.
+        """
         for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
             work = f"prepare rows {start} to {stop}"
             rows = ManifestRow.from_table(read_rows(self._output, RowRange(start, stop)))
@@ -68,7 +71,7 @@ class Preprocess:
         return self._fetcher.fetch_ahead((row, self._select_needed_images(row)) for row in rows)
 
     def _select_needed_images(self, row: ManifestRow) -> Sequence[ImageRef]:
-        """Return what to fetch: nothing for a row that fails anyway, nor for a video that is decoded where it is."""
+        """Return the images to fetch: none for a row that will fail, nor for a video that is decoded in place."""
         is_needed = not row.error and len(row.images) <= self._requests.max_images and not is_seekable_video(row.images)
         return row.images if is_needed else ()
 
@@ -78,12 +81,12 @@ class Preprocess:
         except RowError as error:
             return _make_error_row(row, error)
         except StoreFault as fault:
-            if self._is_store_down(row):  # then the run has to stop
+            if self._is_store_down(row):  # every further row would fail too: stop the run
                 raise
-            return _make_error_row(row, RowError("read", f"{fault}; other files are read"))
+            return _make_error_row(row, RowError("read", f"{fault}; other files can be read"))
 
     def _prepare_alone(self, row: ManifestRow) -> PreparedRow:
-        """Prepare a row of a range that killed its process again and again; nothing else is on its way meanwhile."""
+        """Prepare one row of a range that killed its process repeatedly, while no other row is in progress."""
         work = f"prepare row {row.row}"
         if self._attempts.begin(work) > MAX_TRIES:
             return _make_error_row(row, RowError("decode", GIVEN_UP))
@@ -92,7 +95,7 @@ class Preprocess:
         return prepared
 
     def _prepare_or_raise(self, row: ManifestRow, images: PendingImages) -> PreparedRow:
-        """Return the prepared row. Raises RowError and StoreFault."""
+        """Return the prepared row. Raise RowError or StoreFault."""
         if row.error:
             raise RowError("list", row.error)
         with _convert_errors("read", OSError):
@@ -102,7 +105,7 @@ class Preprocess:
         if is_seekable_video(row.images) or any(map(has_video_signature, encoded)):
             return self._prepare_video(row, encoded)
         if not encoded and not row.has_own_prompt:
-            raise RowError("read", "no image, and no prompt of its own")
+            raise RowError("read", "the row has neither an image nor its own prompt")
         with _convert_errors("decode", MediaError):
             pictures = _decode_images(encoded)
         with _convert_errors("tile", ValueError):
@@ -117,38 +120,41 @@ class Preprocess:
             return _make_row(row, self._requests.build_video_requests(row.prompt, frames), len(frames), frames)
 
     def _is_store_down(self, row: ManifestRow) -> bool:
-        """Whether no other image there can be read; a place that no other row names says nothing of the run's store."""
+        """Return whether no other image of the same store can be read.
+
+        A store that only this row uses does not count as the run's store: then return False.
+        """
         own = set(map(locate, row.images))
-        places = {store.get_store_root(uri) for uri, _ in own}
+        roots = {store.get_store_root(uri) for uri, _ in own}
         others = [image for image in sample_images(self._output) if locate(image) not in own]
-        there = [image for image in others if store.get_store_root(image.uri) in places]
-        if others and not there:
+        nearby = [image for image in others if store.get_store_root(image.uri) in roots]
+        if others and not nearby:
             return False
-        return not any(map(can_read_image, there))
+        return not any(map(can_read_image, nearby))
 
 
 class RequestBuilder:
-    """Builds the requests of a row: a prompt for each task, all over the same tiles."""
+    """Builds the requests of a row: one prompt per task, all with the same tiles."""
 
     def __init__(self, processor: Processor, images: ImageOptions, questionnaire: Questionnaire) -> None:
         self._processor, self._images, self._questionnaire = processor, images, questionnaire
         self._max_length = processor.config.max_length
         self._tokens_per_tile = processor.config.vision.tokens_per_tile
-        # An image is a tile at least. One is always tried, for the message that says by how much it is too long.
+        # An image has at least one tile. One image is always tried: its error message gives the excess tokens.
         self.max_images = max(1, self._max_length // self._tokens_per_tile)
 
     def join_prompts(self, prompt: str) -> str:
-        """Return the text of all prompts of a row, for frames to match; `prompt` as the manifest stores it."""
+        """Return all prompts of a row as one text, to match frames against. `prompt`: as in the manifest."""
         return remove_marks("\n".join(self._questionnaire.prompts(prompt)))
 
     def build_image_requests(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Request]:
-        """Return the requests of a row with these images, maybe none. Raises ValueError if one is too long."""
+        """Return the requests of a row with these images, possibly none. Raise ValueError if one is too long."""
         prompts = self._questionnaire.prompts(prompt)
         questions = [_remove_stray_marks(text, num_images=len(pictures)) for text in prompts]
         return self._build(questions, pictures, self._images.max_tiles_per_image(len(pictures)))
 
     def build_video_requests(self, prompt: str, frames: Sequence[Frame]) -> list[Request]:
-        """Return the requests of a row with the frames of a video. Raises ValueError if one is too long."""
+        """Return the requests of a row with the frames of a video. Raise ValueError if one is too long."""
         questions = [_build_video_prompt(text, len(frames)) for text in self._questionnaire.prompts(prompt)]
         pictures = [Image.fromarray(frame.pixels) for frame in frames]
         return self._build(questions, pictures, self._images.max_tiles_per_frame)
@@ -158,18 +164,18 @@ class RequestBuilder:
         prompts = []
         for task, question in zip(self._questionnaire.tasks, questions, strict=True):
             ids = self._processor.encode_prompt(question, sizes, max_tiles, task.system)
-            # Before tiling: a row that is far too long would also need far too much memory.
+            # Check before tiling: a row that is far too long would also need far too much memory.
             self._check_length(task, len(ids) + ids.count(IMAGE_ATOM_ID) * (self._tokens_per_tile - 1))
             prompts.append(ids)
         return self._processor.build_requests(prompts, pictures, max_tiles)
 
     def check_num_images(self, num_images: int) -> None:
-        """Raise ValueError if the images alone are over the model's limit."""
+        """Raise ValueError if the images alone exceed the model's limit."""
         if num_images > self.max_images:
-            raise ValueError(f"{num_images} images are more than the {self.max_images} that the model's limit allows")
+            raise ValueError(f"{num_images} images exceed the model's limit of {self.max_images} per row")
 
     def _check_length(self, task: Task, num_prompt_tokens: int) -> None:
-        # Choices are scored, not generated; the engine knows how long they are.
+        # Choices are scored, not generated; the engine accounts for their length.
         output = 0 if task.answer.options else task.max_new_tokens or 0
         excess = num_prompt_tokens + output - self._max_length
         if excess > 0:
@@ -184,7 +190,7 @@ def _convert_errors(stage: Stage, expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        # Of an OSError the plain reason: its path is in the row, and reasons are counted.
+        # `strerror` of an OSError leaves out the path: the row has it, and equal reasons are counted together.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise RowError(stage, reason) from error
 
@@ -200,7 +206,7 @@ def _decode_images(encoded: Sequence[bytes]) -> list[Image.Image]:
 
 
 def _remove_stray_marks(prompt: str, *, num_images: int) -> str:
-    """Return the prompt without marks that do not place each image once: they are the user's text, not ours."""
+    """Return the prompt without image marks, unless there is exactly one per image: others are the user's text."""
     return prompt if prompt.count(IMAGE_MARK) == num_images else remove_marks(prompt)
 
 

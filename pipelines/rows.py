@@ -1,6 +1,6 @@
-"""Row types of the hand-overs (manifest, prepared, result), each with its codec to and from columns.
+"""The row types that stages exchange (manifest, prepared, result), each with its codec to and from columns.
 
-Each type is frozen and has its codec next to it; nothing else knows how a row is laid out in columns.
+Each type is frozen; only its codec knows how a row is laid out in columns.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from pipelines.schema import Stage, Status
 from pipelines.tasks.questionnaire import Columns
 
 Batch = dict[str, NDArray[Any]]
-"""Columns of prepared rows, as Ray hands them over."""
+"""Columns of prepared rows, as Ray passes them between stages."""
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A row of the frozen input. `prompt`: as the manifest stores it; `error`: why the row cannot even be read."""
+    """A row of the frozen input.
+
+    prompt: as the manifest stores it; with several tasks a JSON array.
+    error: why listing the row failed, or "".
+    """
 
     row: int
     id: str
@@ -44,10 +48,10 @@ class ManifestRow:
 
 @dataclass(frozen=True, eq=False)
 class PreparedRow:
-    """A row that is ready for the model, or failed: then `stage` and `error` say where and why.
+    """A row that is ready for the model, or a failed row with its `stage` and `error`.
 
-    requests: one for each task, all with the same tiles; none for a row that failed.
-    frame_timestamps_s: float32[F], of the frames of a video; empty for images.
+    requests: one per task, all with the same tiles; empty if the row failed.
+    frame_timestamps_s: float32[F] for the frames of a video; empty for images.
     """
 
     row: int
@@ -62,22 +66,22 @@ class PreparedRow:
 
     @property
     def num_tiles(self) -> int:
-        """Overviews included."""
+        """Number of tiles, overviews included."""
         return len(self.requests[0].tiles) if self.requests else 0
 
     @property
     def num_tile_bytes(self) -> int:
-        """Bytes of the tiles: nearly all that the row takes on its way."""
+        """Bytes of the tiles, nearly the whole size of the row."""
         return self.requests[0].tiles.nbytes if self.requests else 0
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompts of all tasks."""
+        """Number of tokens in the prompts of all tasks."""
         return sum(len(request.input_ids) for request in self.requests)
 
     @classmethod
     def to_columns(cls, rows: Sequence[PreparedRow]) -> Batch:
-        """Encode at least one row. The tiles that its requests share are there once, the prompts end to end."""
+        """Encode one or more rows. Requests' shared tiles are stored once per row, their prompts concatenated."""
         requests = [row.requests for row in rows]
         return {
             **{name: np.array([getattr(row, name) for row in rows], object) for name in _TEXTS},
@@ -91,7 +95,7 @@ class PreparedRow:
 
     @classmethod
     def from_columns(cls, batch: Batch) -> list[PreparedRow]:
-        """Decode what `to_columns` gave. The requests of a row are a group, and share their tiles again."""
+        """Decode the result of `to_columns`. The requests of a row form a group and share their tiles again."""
         return [
             cls(
                 **{name: str(batch[name][i]) for name in _TEXTS},  # type: ignore[arg-type]
@@ -107,7 +111,7 @@ class PreparedRow:
 _COPIED = ("row", "id", "uri", "prompt", "num_images", "num_tiles", "num_prompt_tokens", "frame_timestamps_s")
 _TEXTS = ("id", "uri", "prompt", "stage", "error")
 _REQUEST_COLUMNS = ("input_ids", "prompt_lengths", "tiles", "tile_sizes")
-# Arrays of no tiles, not None: a column may not mix tensors and objects.
+# Empty arrays instead of None: a Ray column may not mix tensors and objects.
 _NO_IDS, _NO_TILES, _NO_SIZES = np.zeros(0, np.int32), np.zeros((0, 3, 1, 1), np.uint8), np.zeros((0, 2), np.int32)
 
 
@@ -123,7 +127,7 @@ def _split_requests(
 
 
 def _stack(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    # Filled one by one: numpy would try to stack arrays of one shape.
+    # Filled one by one: np.array would stack arrays of equal shape.
     column = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):
         column[i] = value
@@ -132,7 +136,7 @@ def _stack(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A finished row. `answers`: the columns that the questionnaire decides, of an error row those of no answer."""
+    """A finished row. `answers`: the questionnaire's columns; for an error row, its empty answer."""
 
     prepared: PreparedRow
     answers: Columns
@@ -141,12 +145,12 @@ class ResultRow:
 
     @property
     def status(self) -> Status:
-        """`error` for a row that failed in any stage."""
+        """`error` if the row failed in any stage, else `ok`."""
         return "error" if self.stage else "ok"
 
     @classmethod
     def to_table(cls, rows: Sequence[ResultRow], result_schema: pa.Schema) -> pa.Table:
-        """Encode rows as `schema.result` of the questionnaire's schema."""
+        """Encode rows as a table of `result_schema`, which is `schema.result` of the questionnaire's schema."""
         return pa.Table.from_pylist([row._to_columns() for row in rows], result_schema)
 
     def _to_columns(self) -> Columns:

@@ -1,4 +1,4 @@
-"""Arrow schemas of the manifest, of results and of the output."""
+"""Arrow schemas of the manifest, the results and the output."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ROW = "row"
 
 _IMAGE = pa.struct(
     [
-        _make_field("kind", pa.string()),  # how to read it: media.reference
+        _make_field("kind", pa.string()),  # how to read the image: see media.reference
         _make_field("uri", pa.string()),
         _make_field("offset", pa.int64()),  # bytes; -1: the whole file
         _make_field("num_bytes", pa.int64()),  # as listed; -1: unknown
-        _make_field("member", pa.string()),  # name in a tar, column of a Parquet file, else ""
-        _make_field("row", pa.int64()),  # of a Parquet file, else -1
-        _make_field("start_s", pa.float64()),  # of a video: from here
-        _make_field("stop_s", pa.float64()),  # up to here, infinity for all of it
+        _make_field("member", pa.string()),  # name in a tar or column of a Parquet file, else ""
+        _make_field("row", pa.int64()),  # row of a Parquet file, else -1
+        _make_field("start_s", pa.float64()),  # window of a video: from here
+        _make_field("stop_s", pa.float64()),  # up to here; infinity: to the end
     ]
 )
 
@@ -35,17 +35,17 @@ MANIFEST = pa.schema(
         _make_field("id", pa.string()),
         _make_field("uri", pa.string()),
         _make_field("images", pa.list_(pa.field("item", _IMAGE, nullable=False))),
-        _make_field("prompt", pa.string()),  # of several tasks a JSON array
-        _make_field("has_own_prompt", pa.bool_()),  # from the input, so that it means something without an image
-        _make_field("error", pa.string()),  # why the row cannot even be read, or ""
+        _make_field("prompt", pa.string()),  # with several tasks a JSON array
+        _make_field("has_own_prompt", pa.bool_()),  # from the input, so it makes sense even without an image
+        _make_field("error", pa.string()),  # why listing the row failed, or ""
     ]
 )
 
 ROWS_PER_GROUP = 1 << 12
-"""Rows of a row group of the manifest: a unit of work lies within one."""
+"""Rows per row group of the manifest. A unit of work lies within one row group."""
 
 KEPT = "kept"
-"""The manifest's last column if the run keeps columns of its input: a struct of them."""
+"""The manifest's last column if the run keeps columns of its input: a struct with one field per kept column."""
 
 OUTPUT = pa.schema(
     [
@@ -65,25 +65,25 @@ OUTPUT = pa.schema(
         _make_field("frame_timestamps_s", pa.list_(pa.field("item", pa.float32(), nullable=False))),
     ]
 )
-"""Of a run that captions."""
+"""Output of a captioning run."""
 
 _ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "mean_logprob")
 ITEM = pa.schema([field for field in OUTPUT if field.name not in _ANSWER_COLUMNS])
-"""Of a run with several tasks, before the columns of each."""
+"""Output of a run with tasks, before the columns of each task."""
 
 
 def result(columns: pa.Schema) -> pa.Schema:
-    """What `Generate` hands to the driver: the row number and the columns of the output but for those kept."""
+    """Return the schema of what `Generate` returns: the row number and the output columns except kept ones."""
     return columns.insert(0, MANIFEST.field(ROW))
 
 
 def manifest(kept: pa.Schema) -> pa.Schema:
-    """MANIFEST of a run that keeps these columns."""
+    """Return the manifest's schema for a run that keeps these columns."""
     return MANIFEST.append(_make_field(KEPT, pa.struct(list(kept)))) if len(kept) else MANIFEST
 
 
 def pack_struct(columns: list[pa.ChunkedArray], fields: pa.Schema) -> pa.Array:
-    """Columns as one of structs, each cast to the type of its field."""
+    """Pack columns into one struct array, each cast to the type of its field."""
     arrays = [_cast(column.combine_chunks(), field.type) for column, field in zip(columns, fields, strict=True)]
     return pa.StructArray.from_arrays(arrays, fields=list(fields))
 

@@ -75,7 +75,7 @@ def test_an_address_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPa
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unused.getsockname()[1]}")
-        with pytest.raises(ResourceError, match="does not answer"), open_ray_session():
+        with pytest.raises(ResourceError, match="does not respond"), open_ray_session():
             pass
 
 

@@ -179,7 +179,7 @@ def test_an_autoscaler_starts_what_a_run_asks_for(pictures: Path, tmp_path: Path
         driver = Driver(head, pictures, tmp_path / "out", max_new_tokens=4, seconds_per_row=0.5, **options)
         code, _, err = driver.finish(300)
         assert code == 0, err
-        assert "plan: 2 x the model on 2 GPUs in 2 ranks, as soon as their GPUs are there" in err
+        assert "plan: 2 x the model on 2 GPUs in 2 ranks, as soon as their GPUs join" in err
         assert len({event["leader"] for event in driver.read_events() if "leader" in event}) == 2
         rows = read_results(str(tmp_path / "out"))
         assert sorted(Path(id).name for id in rows.column("id").to_pylist()) == sorted(

@@ -54,11 +54,11 @@ def listed(*inputs: object, **options: object) -> list[dict[str, Any]]:
         ("/private", PermissionError, "HTTP 403", 1),
         ("/teapot", FinalFault, "HTTP 418", 1),
         ("/loop", FinalFault, "more than 5 redirects", 6),
-        ("/file", FinalFault, "redirect to file", 1),
-        ("/packed", FinalFault, "packs its answer", 1),
+        ("/file", FinalFault, "redirected to file", 1),
+        ("/packed", FinalFault, "compresses its response", 1),
         ("/huge", FinalFault, "99,999,999,999 bytes, over the limit", 1),
         ("/broken", BusyFault, "HTTP 500", 5),
-        ("/truncated", OSError, "ended too early", 5),
+        ("/truncated", OSError, "is truncated", 5),
         ("/junk", OSError, "cannot be read", 5),
         ("/endless-header", OSError, "cannot be read", 5),
         ("/silent", BusyFault, "timeout", 3),
@@ -110,7 +110,9 @@ def test_public_addresses_are_told_apart(address: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "127.1"])
 def test_private_addresses_are_refused_however_they_are_spelled(web: WebServer, host: str) -> None:
     store.allow_private_addresses(False)
-    with pytest.raises(OSError, match=r"not a public address; --allow-private|no connection|cannot be asked|not a URL"):
+    with pytest.raises(
+        OSError, match=r"not a public address; --allow-private|no connection|cannot be requested|URL is invalid"
+    ):
         read(f"http://{host}:{web.port}/a.png")
     assert not web.requests
 
@@ -190,7 +192,7 @@ def test_urls_as_files_columns_and_shards(web: WebServer, tmp_path: Path) -> Non
 
 
 def test_a_shard_needs_a_server_of_ranges(web: WebServer) -> None:
-    with pytest.raises(SourceError, match="does not serve ranges"):
+    with pytest.raises(SourceError, match="does not support range requests"):
         listed(f"{web.url}/no-ranges.tar")
 
 

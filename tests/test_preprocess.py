@@ -196,7 +196,7 @@ def test_rows_have_any_number_of_images(lines: Path, tmp_path: Path) -> None:
     assert (rows["bad"].stage, rows["missing"].stage) == ("decode", "read")
     assert "image 2 of 2" in str(rows["bad"].error)
     assert (rows["many"].stage, rows["long"].stage) == ("tile", "tile")
-    assert "3000 images are more than" in str(rows["many"].error)
+    assert "3000 images exceed the model" in str(rows["many"].error)
     assert "over the model's limit" in str(rows["long"].error)
 
 

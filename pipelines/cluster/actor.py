@@ -1,4 +1,4 @@
-"""End the processes of actors and ranks for certain, also where C++ libraries hang at exit."""
+"""End the processes of actors and ranks reliably, even where C++ libraries hang at exit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NoReturn
 
 
 def register_fast_exit() -> None:
-    """Have the process of this actor `exit_at_once` where Python ends; elsewhere do nothing.
+    """Register `exit_at_once` as an exit handler if this process is a Ray actor; elsewhere do nothing.
 
-    Ray counts an actor as dead before its process is (ray#52322): nobody would end one that hangs on its way out, and
-    its memory, on a GPU too, would never come back.
+    Ray counts an actor as dead before its process has ended (ray#52322). A process that hangs at exit would never be
+    killed, and its memory, on a GPU too, never freed.
     """
     import ray
 
@@ -23,10 +23,10 @@ def register_fast_exit() -> None:
 
 
 def exit_at_once() -> NoReturn:
-    """End this process with exit code 0, past what C++ destroys at its end.
+    """End this process with exit code 0, without running the destructors of C++ libraries.
 
-    gloo's threads outlive their group; one that lets go of a tensor while Python ends aborts the process (torch 2.13).
-    Ray can wait for itself there for ever (2.60: a publisher answers into the event loop that is being destroyed).
+    gloo's threads outlive their group; one that releases a tensor while Python ends aborts the process (torch 2.13).
+    Ray can deadlock there (2.60: a publisher replies into the event loop that is being destroyed).
     """
     sys.stdout.flush()
     sys.stderr.flush()

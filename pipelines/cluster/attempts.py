@@ -1,6 +1,6 @@
-"""Count in an actor of their own how often processes died on a piece of work, so that no row is retried for ever.
+"""Count in a separate actor how often a process died on a piece of work, so that no row is retried forever.
 
-Ray restarts an actor and runs its work again for ever; so a row that kills its process would never end.
+Ray restarts an actor and repeats its work without limit, so a row that kills its process would never finish.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from typing import Any
 
 from pipelines.cluster.actor import register_fast_exit
 
-MAX_TRIES = 2  # of a batch before its rows are tried alone, and of a row alone before it is given up
+MAX_TRIES = 2  # for a batch, before its rows are tried alone; for a row alone, before it becomes an error row
 GIVEN_UP = f"the process died {MAX_TRIES} times on this row alone"
 
 
 class AttemptCounts:
-    """The counts: in an actor of the driver, or in this process if nothing else runs."""
+    """Numbers of unfinished attempts by name of the work. Lives in an actor, or in this process without Ray."""
 
     def __init__(self) -> None:
         register_fast_exit()
         self._begun: Counter[str] = Counter()
 
     def begin(self, work: str) -> int:
-        """Return how often `work` was begun and not ended, this time included."""
+        """Return how often `work` has begun without ending, this attempt included."""
         self._begun[work] += 1
         return self._begun[work]
 
     def end(self, work: str) -> None:
+        """Reset the count of `work`, which is finished."""
         del self._begun[work]
 
 
 def start_attempt_counts() -> Any:
-    """Start an AttemptCounts actor on the driver's own node: it lives as long as the run, whatever other nodes do."""
+    """Start an AttemptCounts actor on the driver's node, so that it survives the loss of any other node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -44,17 +45,19 @@ def start_attempt_counts() -> Any:
 
 
 class RemoteAttempts:
-    """The counts of an AttemptCounts actor, seen from another process."""
+    """Proxy of an AttemptCounts actor for other processes."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     def begin(self, work: str) -> int:
+        """Return how often `work` has begun without ending, this attempt included. Waits for the actor."""
         import ray
 
         return int(ray.get(self._actor.begin.remote(work)))
 
     def end(self, work: str) -> None:
+        """Reset the count of `work`, without waiting for the actor."""
         self._actor.end.remote(work)
 
 
@@ -62,7 +65,10 @@ Attempts = AttemptCounts | RemoteAttempts
 
 
 class SharedExclusiveLock:
-    """Many threads together, or one alone: while a suspicious row is tried, nothing else may be blamed for a death."""
+    """A lock that many threads share or one holds exclusively.
+
+    A suspicious row is tried exclusively: if the process dies, no other row can be the cause.
+    """
 
     def __init__(self) -> None:
         self._exclusive = threading.Lock()
@@ -71,6 +77,7 @@ class SharedExclusiveLock:
 
     @contextmanager
     def hold_shared(self) -> Iterator[None]:
+        """Hold the lock together with other threads, after any exclusive holder."""
         with self._exclusive, self._changed:
             self._num_sharing += 1
         try:
@@ -82,6 +89,7 @@ class SharedExclusiveLock:
 
     @contextmanager
     def hold_exclusive(self) -> Iterator[None]:
+        """Hold the lock alone: block new holders and wait until all others have released it."""
         with self._exclusive:
             with self._changed:
                 self._changed.wait_for(lambda: self._num_sharing == 0)

@@ -1,4 +1,4 @@
-"""Join or start Ray, configure it, and translate its errors to ours."""
+"""Join or start Ray, configure it, and translate its errors to those of the pipelines."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _LOCAL = {
 
 @contextmanager
 def open_ray_session() -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS or of a submitted job, else start one on this machine and end it afterwards."""
+    """Join the cluster of RAY_ADDRESS or of a submitted job, else run a local one while in the context."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # For the local cluster's processes: see generate.load_engine.
+    # Inherited by the local cluster's processes: see generate.load_engine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Or each pool's start prints an error about arguments that are far too small to be evicted (ray#53727).
+    # Else each pool logs an error at its start, about arguments that are far too small to be evicted (ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
-    if ray.is_initialized():  # by a program that calls us
+    if ray.is_initialized():  # by the calling program, which also ends it
         yield
         return
     with _preserve_sigterm_handler():
@@ -50,7 +50,7 @@ def open_ray_session() -> Iterator[None]:
 
 @contextmanager
 def _preserve_sigterm_handler() -> Iterator[None]:
-    """Restore the handler afterwards: Ray puts its own in place, which prints a stack and exits with code 15."""
+    """Restore the SIGTERM handler afterwards: Ray installs one that prints a stack and exits with code 15."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -62,7 +62,7 @@ def _preserve_sigterm_handler() -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raise ResourceError if the address does not answer, which Ray itself would try for minutes."""
+    """Raise ResourceError if the address does not respond within 10 s; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return
@@ -70,15 +70,15 @@ def _check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ResourceError(
-            f"RAY_ADDRESS={address} does not answer ({error}); unset it to run on this machine, or start that cluster"
+            f"RAY_ADDRESS={address} does not respond ({error}); unset it to run on this machine, or start that cluster"
         ) from error
 
 
 @contextmanager
 def request_gpus(bundles: Sequence[int]) -> Iterator[None]:
-    """Have an autoscaler hold GPUs for these bundles, each of so many on one node, while in the context.
+    """Request from the autoscaler, while in the context, that many GPUs on one node for each bundle.
 
-    Ray Data's pools do not make it start any for actors that they could have (ray-project/ray#59144).
+    Ray Data's pools do not request nodes for actors beyond the cluster's size (ray-project/ray#59144).
     """
     if not bundles:
         yield
@@ -94,7 +94,7 @@ def request_gpus(bundles: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def translate_ray_errors() -> Iterator[None]:
-    """Raise what an actor raised: StoreFault as such, anything else as StageFailed with its message."""
+    """Re-raise an actor's StoreFault unchanged and its other errors as StageFailed with the same message."""
     import ray
 
     try:
@@ -109,35 +109,34 @@ Cause = TypeVar("Cause", bound=Exception)
 
 
 def find_cause(error: BaseException | None, kind: type[Cause]) -> Cause | None:
-    """Return the exception of this kind that an actor raised, below the wrappers that Ray puts around it."""
+    """Return the exception of this kind that an actor raised, inside Ray's wrappers; None if there is none."""
     while error is not None and not isinstance(error, kind):
         error = getattr(error, "cause", None) or error.__cause__
     return error
 
 
 def extract_error_line(error: Exception) -> str:
-    """Return the line of a remote trace that holds the exception's type and message."""
+    """Return the line of a remote trace that has the exception's type and message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Died|Unavailable)\b", line)]
-    # Ray's own wrapper comes last and says nothing.
-    told = [line for line in named if not re.match(r"ray\.exceptions\.(UserCodeException|RayTaskError)", line)]
-    return (told or named or lines)[-1]
+    # Ray's wrapper comes last, without any information.
+    informative = [line for line in named if not re.match(r"ray\.exceptions\.(UserCodeException|RayTaskError)", line)]
+    return (informative or named or lines)[-1]
 
 
 def configure_ray_data(max_block_bytes: int) -> None:
-    """Set Ray Data's options for the datasets that this process runs."""
+    """Set Ray Data's options for all datasets of this process."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts rows
+    context.enable_progress_bars = False  # monitoring.progress counts rows instead
     context.target_max_block_size = max_block_bytes
-    # A pool that may grow does as soon as its actors have work for more than themselves: they always have one call in
-    # hand more than they can run.
+    # A pool that may grow does so as soon as its actors have more calls than they can run: each always has one extra.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.01
-    # Half an hour without a block fails a run by default: less than a large model may need to load.
+    # Ray's default fails a run after half an hour without a block; loading a large model can take longer.
     context.execution_no_progress_timeout_s = 4 * 3600
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # What an actor raises is told once, by us, and not with a request to open an issue at Ray's.
+    # The driver reports an actor's error once; Ray would repeat it and ask the user to open an issue at its project.
     for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off

@@ -1,4 +1,4 @@
-"""The hardware of a cluster, and how many actors of each pool fit on it."""
+"""The hardware of a cluster, and the number of actors of each pool that fit on it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ from pipelines.config import ResourceOptions
 from pipelines.errors import ResourceError
 from pipelines.schema import ROWS_PER_GROUP
 
-BATCH_BYTES = 64 << 20  # of tiles that are handed on at once: a small share of any object store
+BATCH_BYTES = 64 << 20  # maximum bytes of tiles that are passed on at once: a small share of any object store
 
-PREPROCESSORS_PER_GPU = 12  # one core prepares about 12 full-HD images a second, a GPU takes many more
+PREPROCESSORS_PER_GPU = 12  # one core prepares about 12 full-HD images per second, a GPU takes many more
 _CPUS_PER_CPU_REPLICA = 8
-MAX_BLOCKS = 20_000  # of units: the driver holds an object for each
+MAX_BLOCKS = 20_000  # of Ray Data, one or more units each: the driver holds an object per block
 
-GPU_TYPE_LABEL = "ray.io/accelerator-type"  # Ray's own, on nodes with GPUs
-_SMALLEST_USUAL_GPU_BYTES = 14 << 30  # 16 GB, less what a driver and other processes take
-_ASK_S = 60.0  # for the memory of a node's GPUs
+GPU_TYPE_LABEL = "ray.io/accelerator-type"  # Ray sets it on nodes with GPUs
+_SMALLEST_USUAL_GPU_BYTES = 14 << 30  # 16 GB, minus the share of the driver and other processes
+_QUERY_TIMEOUT_S = 60.0  # for the GPU memory of a node
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the nodes of a cluster have. `gpus`: of each node that has some; `gpu_types`: Ray's names of them."""
+    """The hardware of a cluster's nodes.
+
+    cpus: of all nodes together.
+    gpus: number of GPUs of each node that has any.
+    gpu_types: Ray's names of the GPU models.
+    """
 
     cpus: float
     gpus: tuple[int, ...] = ()
@@ -35,9 +40,9 @@ class Hardware:
 
     @classmethod
     def detect(cls) -> Hardware:
-        """Return what all nodes that are alive have, not what is free now.
+        """Return the total hardware of all live nodes, whether it is free now or not.
 
-        Ray waits for what another job or an earlier pass still holds.
+        Ray waits for resources that another job or an earlier pass still holds.
         """
         import ray
 
@@ -50,23 +55,29 @@ class Hardware:
         )
 
     def subtract(self, *, cpus: float, gpus: int, gpus_per_replica: int) -> Hardware:
-        """Return what other actors leave. Ray decides on which nodes their GPUs are: the worst is assumed."""
+        """Return the hardware that remains after these CPUs and GPUs are taken by other actors.
+
+        Ray decides on which nodes it places them, so the worst placement for the replicas is assumed.
+        """
         left = list(self.gpus)
         for _ in range(gpus):
             left[min(range(len(left)), key=lambda node: (left[node] == 0, left[node] % gpus_per_replica))] -= 1
         return replace(self, cpus=self.cpus - cpus, gpus=tuple(filter(None, left)))
 
     def count_replicas(self, gpus_per_replica: int) -> int:
-        """Return the number of replicas that fit, each on one node, where its ranks have fast links."""
+        """Return the number of replicas that fit. Each needs one node, where its ranks have fast links."""
         return sum(gpus // gpus_per_replica for gpus in self.gpus)
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Actors and what each reserves: never more than one CPU, so that any node can hold any of them, and together
-    never more than there is. A pool that cannot start waits for ever (ray-project/ray#44687).
+    """The actors of each pool and the resources that each reserves.
 
-    `may_grow`: replicas start on GPUs that join while the run is on; `waits_for_gpus`: not all GPUs are there yet.
+    An actor reserves at most one CPU, so that it fits on any node. All together reserve at most what the cluster has:
+    a pool that cannot start waits forever (ray-project/ray#44687).
+
+    may_grow: replicas also start on GPUs that join during the run.
+    waits_for_gpus: not all GPUs have joined yet.
     """
 
     device: Literal["cpu", "cuda"]
@@ -84,12 +95,12 @@ class Pools:
         each = "1 GPU" if self.replica_gpus == 1 else f"{self.replica_gpus} GPUs"
         ranks = f" in {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
         share = f"on {each}" if self.device == "cuda" else f"with {self.threads_per_replica} threads on CPUs"
-        more = ", more as GPUs join" * self.may_grow + ", as soon as their GPUs are there" * self.waits_for_gpus
+        more = ", more as GPUs join" * self.may_grow + ", as soon as their GPUs join" * self.waits_for_gpus
         return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} to prepare images"
 
 
 def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
-    """Plan the pools for replicas of `tensor_parallel` ranks. Raises ResourceError if the cluster has too little."""
+    """Plan the pools for replicas of `tensor_parallel` ranks. Raise ResourceError if the cluster is too small."""
     if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
     if uses_gpus(config, hardware):
@@ -98,6 +109,7 @@ def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int
 
 
 def uses_gpus(config: ResourceOptions, hardware: Hardware) -> bool:
+    """Return whether the replicas run on GPUs; `--device auto` uses GPUs that exist or can be started."""
     return config.device == "cuda" or (config.device == "auto" and bool(hardware.gpus or config.autoscale))
 
 
@@ -105,14 +117,14 @@ def _plan_gpu_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel
     room = hardware.count_replicas(tensor_parallel)
     wanted = _resolve_auto(config.num_replicas, room)
     preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
-    if not config.autoscale:  # which has cores started for them too
+    if not config.autoscale:  # the autoscaler also starts cores for the preprocessors
         _check_room(wanted, room, hardware, tensor_parallel)
-        preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted))  # a replica's thread keeps a core busy
+        preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted))  # each replica's thread needs a core
     preprocessors = _resolve_auto(config.num_preprocessors, preprocessors)
     return Pools(
         device="cuda",
         num_replicas=wanted,
-        # A replica reserves no CPU: preprocessors that took all those of a GPU's node would keep it from starting.
+        # A replica reserves no CPU: else preprocessors on all CPUs of its node would keep it from starting.
         replica_cpus=0,
         replica_gpus=tensor_parallel,
         threads_per_replica=1,
@@ -129,14 +141,14 @@ def _check_room(wanted: int, room: int, hardware: Hardware, tensor_parallel: int
         raise ResourceError("device=cuda, but the cluster has no GPU; use --device cpu or add a GPU node")
     if not room:
         raise ResourceError(
-            f"a replica needs {tensor_parallel} GPUs of one node, and the largest node has {max(hardware.gpus)}; "
+            f"a replica needs {tensor_parallel} GPUs on one node, but the largest node has {max(hardware.gpus)}; "
             "lower --tensor-parallel or add a larger node"
         )
     if wanted > room:
         each = f" of {tensor_parallel} GPUs on one node" if tensor_parallel > 1 else ""
         raise ResourceError(
             f"{wanted} replicas{each} need {wanted * tensor_parallel} GPUs; the cluster has {sum(hardware.gpus)}, room "
-            f"for {room}. Lower --num-replicas, or give --autoscale if the cluster can start more nodes"
+            f"for {room}. Lower --num-replicas, or add --autoscale if the cluster can start more nodes"
         )
 
 
@@ -150,9 +162,10 @@ def _plan_cpu_pools(config: ResourceOptions, cpus: float, tensor_parallel: int) 
 
 
 def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: OvisConfig) -> int:
-    """Return the ranks of a replica: for `auto`, the fewest GPUs that hold a replica and room for its rows.
+    """Return the number of ranks per replica; for `auto`, the fewest GPUs with memory for a replica and its rows.
 
-    The GPUs' memory is asked for only if the model might not fit into the smallest that are usual. Raises ValueError.
+    The nodes are asked for their GPU memory only if the model might not fit on the smallest common GPU.
+    Raise ValueError.
     """
     if config.tensor_parallel != "auto":
         check_tensor_parallel(model.language, config.tensor_parallel)
@@ -163,35 +176,36 @@ def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: Ovi
     if estimate_device_bytes(model, 1, value_bytes) <= _SMALLEST_USUAL_GPU_BYTES:
         return 1
     if not hardware.gpus:
-        raise ResourceError("no GPU is there yet to tell how much memory it has; give --tensor-parallel N")
+        raise ResourceError("the cluster has no GPU yet whose memory could be read; set --tensor-parallel N")
     return find_min_ranks(model, query_gpu_memory_bytes(), value_bytes)
 
 
 def query_gpu_memory_bytes() -> int:
-    """Return the memory of the cluster's smallest GPU, as reported by each node's driver. Raises ResourceError."""
+    """Return the memory of the cluster's smallest GPU, as reported by each node's driver. Raise ResourceError."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
-    here = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    ask = ray.remote(_ask_driver).options(num_cpus=0, max_retries=0)
+    on_nodes = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    query = ray.remote(_query_driver).options(num_cpus=0, max_retries=0)
     try:
-        told: list[int] = ray.get([ask.options(scheduling_strategy=node).remote() for node in here], timeout=_ASK_S)
-        return min(told)
+        answers = [query.options(scheduling_strategy=on_node).remote() for on_node in on_nodes]
+        found: list[int] = ray.get(answers, timeout=_QUERY_TIMEOUT_S)
+        return min(found)
     except (ray.exceptions.RayError, ValueError) as error:
         raise ResourceError(
-            f"cannot tell how much memory the GPUs have ({extract_error_line(error)}); give --tensor-parallel N"
+            f"cannot read how much memory the GPUs have ({extract_error_line(error)}); set --tensor-parallel N"
         ) from error
 
 
-def _ask_driver() -> int:
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB, a line for each
-    told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=_ASK_S)
-    return min(map(int, told.stdout.split())) << 20
+def _query_driver() -> int:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB, one line per GPU
+    found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=_QUERY_TIMEOUT_S)
+    return min(map(int, found.stdout.split())) << 20
 
 
 def prefer_nodes_without(gpu_types: tuple[str, ...]) -> dict[str, Any]:
-    """Return the options of an actor that leaves the cores next to GPUs to the replicas, if there are other cores."""
+    """Return actor options that prefer nodes without these GPUs, to keep the cores next to GPUs for replicas."""
     if not gpu_types:
         return {}
     others = {GPU_TYPE_LABEL: f"!in({','.join(gpu_types)})"}
@@ -210,13 +224,18 @@ def _resolve_auto(option: int | Literal["auto"], auto: int) -> int:
 
 
 def _share(cpus: float, actors: int) -> float:
-    """Return the CPUs of each of `actors`: one, or an equal part of all CPUs, in Ray's steps of 1e-4."""
+    """Return the CPUs that each of `actors` reserves: one, or an equal part of all, in Ray's steps of 1e-4."""
     return min(1.0, int(cpus / actors * 10_000) / 10_000)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """`rows_per_unit`: what a preprocessor takes at once; `calls_per_replica`: batches that its engine mixes."""
+    """Sizes of the pieces of work.
+
+    rows_per_unit: rows per call of a preprocessor.
+    rows_per_batch: rows per call of a replica.
+    calls_per_replica: batches that a replica's engine processes at the same time.
+    """
 
     rows_per_unit: int
     rows_per_batch: int
@@ -224,10 +243,10 @@ class Sizes:
 
 
 def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_row: int = 1) -> Sizes:
-    """Plan batches of at most BATCH_BYTES, enough at once that a replica never runs dry at the end of one.
+    """Plan batches of at most BATCH_BYTES, and enough concurrent calls to keep a replica busy between batches.
 
-    Many units, so that every actor has work early and late; larger ones when there would be too many. Of several
-    replicas none takes more than half of its share ahead: the first to be ready would leave the others nothing.
+    Units are small, so that every actor has work early and late, but grow with the number of rows to limit the blocks.
+    With several replicas, each takes at most half of its share ahead; else the first to start would take all rows.
     """
     fair_share = num_rows // (16 * pools.num_preprocessors)
     rows_per_unit = max(
@@ -242,5 +261,5 @@ def plan_batches(num_rows: int, pools: Pools, *, max_tile_bytes: int, tasks_per_
 
 
 def _round_down_to_power_of_two(number: int) -> int:
-    """Return the largest one up to `number`, so that units fit into the row groups of the manifest."""
+    """Return the largest power of two up to `number`: units of such sizes fit into the manifest's row groups."""
     return 1 << max(0, number.bit_length() - 1)

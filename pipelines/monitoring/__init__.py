@@ -1,1 +1,1 @@
-"""Observe a run while it works: progress, rates and the reasons of failed rows."""
+"""Observe a job while it runs: progress, rates and the reasons of failed rows."""

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipelines.errors import EverythingFails
 from pipelines.monitoring.top_counts import MAX_KEY_CHARACTERS, TopCounts
 
-_MIN_ROWS = 500  # before a run is judged: seconds of work, and no small input is ever cut short
+_MIN_ROWS = 500  # before the error rate counts: seconds of work, and no small input is ever stopped early
 _MAX_EXAMPLES = 10_000
 _SEPARATOR = ": "
 _NUMBER = re.compile(r"\d[\d,._]*")
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def normalize_reason(stage: str, error: str) -> str:
-    """Return the group of an error row: reasons that differ only in their numbers share one."""
+    """Return the key of an error row's group: reasons that differ only in their numbers share a group."""
     return _NUMBER.sub("0", f"{stage}{_SEPARATOR}{error}")[:MAX_KEY_CHARACTERS]
 
 
 @dataclass(frozen=True)
 class ReasonCount:
-    """A group of error rows; `stage` and `reason` are those of the first row that was counted."""
+    """The size of a group of error rows; `stage` and `reason` come from the group's first row."""
 
     key: str
     stage: str
@@ -37,13 +37,14 @@ class ReasonCount:
 
 
 class ReasonCounts:
-    """Error rows by stage and reason, in the bounded memory of `counts`."""
+    """Counts error rows by stage and reason, in the bounded memory of `counts`."""
 
     def __init__(self) -> None:
         self.counts = TopCounts()
         self._examples: dict[str, tuple[str, str]] = {}
 
     def add(self, stages: Iterable[str], errors: Iterable[str]) -> None:
+        """Count error rows, given as one stage and one error message per row."""
         for stage, error in zip(stages, errors, strict=True):
             key = normalize_reason(stage, error)
             self.counts.add_key(key)
@@ -51,7 +52,7 @@ class ReasonCounts:
                 self._examples.setdefault(key, (stage, error))
 
     def list_top(self, limit: int) -> list[ReasonCount]:
-        """Return the most frequent groups first."""
+        """Return up to `limit` groups, the most frequent first."""
         return [ReasonCount(key, *self._get_get_example(key), count) for key, count in self.counts.list_top(limit)]
 
     def _get_get_example(self, key: str) -> tuple[str, str]:
@@ -60,7 +61,10 @@ class ReasonCounts:
 
 
 class ErrorMonitor:
-    """The error rows of this driver; `stop_error_rate` is the share of errors at which the run stops."""
+    """Counts the error rows of this driver, logs their reasons at exit and stops a run in which too many rows fail.
+
+    stop_error_rate: share of error rows above which the run stops.
+    """
 
     def __init__(self, stop_error_rate: float) -> None:
         self._stop_error_rate = stop_error_rate
@@ -81,15 +85,15 @@ class ErrorMonitor:
             logger.warning("  %d x %s: %s", reason.count, reason.stage, reason.reason)
 
     def add(self, results: pa.Table) -> None:
-        """Count rows of `schema.result`. Raise EverythingFails if too many of the rows so far are errors."""
+        """Count rows of `schema.result`. Raise EverythingFails if too many of all rows so far are errors."""
         errors = results.filter(pc.equal(results.column("status"), "error"))
         self._num_rows += len(results)
         self._reasons.add(errors.column("stage").to_pylist(), errors.column("error").to_pylist())
         if self._num_rows >= _MIN_ROWS and self._num_errors > self._stop_error_rate * self._num_rows:
             raise EverythingFails(
-                f"{self._num_errors} of the first {self._num_rows} rows are errors, see their reasons above. "
-                "When they are mended, the same command with --retry-errors takes them up again and goes on; "
-                "--stop-error-rate 1 goes on whatever happens"
+                f"{self._num_errors} of the first {self._num_rows} rows are errors; see their reasons above. "
+                "Fix the cause and run the same command with --retry-errors to retry them and resume. "
+                "To continue regardless of errors, add --stop-error-rate 1"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Progress with rates and the time left on stderr: a bar on a terminal, a line now and then in a log."""
+"""Show progress, rates and the remaining time on stderr: a bar on a terminal, lines at intervals in a log."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ _LOG_EVERY_S = 10.0
 
 
 class Rate:
-    """Units per second, without the start-up time before the first units as soon as there are more."""
+    """Units per second. After the second `add`, the start-up time before the first units no longer counts."""
 
     def __init__(self) -> None:
         self._started_s, self._first_s, self._first_count = time.monotonic(), 0.0, 0
         self.count = 0
 
     def add(self, count: int) -> None:
+        """Count units that were finished just now."""
         if not self.count:
             self._first_s, self._first_count = time.monotonic(), count
         self.count += count
 
     @property
     def per_s(self) -> float:
+        """Current rate in units per second."""
         since_s, before = self._first_s, self._first_count
         if self.count == before:
             since_s, before = self._started_s, 0
@@ -36,7 +38,7 @@ class Rate:
 
 
 class Progress:
-    """A count of `unit` from `num_done` to `total`: a bar on a terminal, a line at most every 10 s in a log."""
+    """Progress in `unit` from `num_done` to `total`: a bar on a terminal, a line at most every 10 s in a log."""
 
     def __init__(self, unit: str, total: int, num_done: int = 0) -> None:
         self.num_done = num_done
@@ -62,6 +64,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self, count: int) -> None:
+        """Count `count` more units and update the bar or the log."""
         self._rate.add(count)
         details = self._format_details()
         self._bar.update(self._task, advance=count, details=details)
@@ -72,6 +75,7 @@ class Progress:
 
     @property
     def num_new(self) -> int:
+        """Units counted since the start."""
         return self._rate.count
 
     @property
@@ -87,7 +91,7 @@ class Progress:
 
 
 class RunProgress(Progress):
-    """The rows of a run, their errors and tokens; `num_done` rows were done before it."""
+    """Progress of a run in rows, with errors and output tokens; `num_done` rows were finished by earlier runs."""
 
     def __init__(self, num_rows: int, num_done: int) -> None:
         super().__init__("rows", num_rows, num_done)
@@ -101,6 +105,7 @@ class RunProgress(Progress):
 
     @property
     def num_tokens(self) -> int:
+        """Output tokens since the start."""
         return self._tokens.count
 
     def _format_details(self) -> str:

@@ -1,4 +1,4 @@
-"""Count keys in bounded memory, whatever the number of rows."""
+"""Count keys in bounded memory, however many rows there are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_KEY_CHARACTERS = 200
 
 
 class TopCounts:
-    """How often each key came: exact for up to `max_keys` different keys, then without the rarest ones.
+    """Counts of keys: exact for up to `max_keys` distinct keys; beyond that, the rarest are dropped.
 
     A count is too low by at most `max_missed`.
     """
@@ -26,11 +26,12 @@ class TopCounts:
         self.total = self.max_missed = 0
 
     def add(self, keys: pa.Array | pa.ChunkedArray) -> None:
-        """Count each value; nulls are left out."""
+        """Count each value except nulls."""
         for pair in pc.value_counts(keys.drop_null()).to_pylist():
             self.add_key(pair["values"], pair["counts"])
 
     def add_key(self, key: Any, count: int = 1) -> None:
+        """Add `count` to the count of one key; text is truncated to MAX_KEY_CHARACTERS."""
         self._counts[key[:MAX_KEY_CHARACTERS] if isinstance(key, str) else key] += count
         self.total += count
         if len(self._counts) > 2 * self._max_keys:
@@ -39,11 +40,14 @@ class TopCounts:
             self._counts = Counter(dict(ordered[: self._max_keys]))
 
     def list_top(self, count: int) -> list[tuple[Any, int]]:
-        """Return the most frequent keys first, keys of equal counts in their own order."""
+        """Return the `count` most frequent keys with their counts; ties are sorted by key."""
         return sorted(self._counts.items(), key=lambda item: (-item[1], str(item[0])))[:count]
 
     def to_json(self, count: int) -> Json:
-        """Return the top `count` keys; `rest` counts all others, `distinct` is null once keys were dropped."""
+        """Return the `count` most frequent keys as `top`.
+
+        `rest` is the total of all other keys; `distinct` is null once keys were dropped.
+        """
         top = self.list_top(count)
         distinct = None if self.max_missed else len(self._counts)
         rest = self.total - sum(times for _, times in top)

@@ -8,28 +8,28 @@ import pyarrow as pa
 
 from pipelines.errors import SourceError
 
-_FILE_START = b"ARROW1\0\0"  # of the file format, which is a stream with an index behind it
+_FILE_START = b"ARROW1\0\0"  # of the file format, which is a stream followed by an index
 
 
 def read_schema(file: Any) -> pa.Schema:
-    """Read the schema and leave `file` at the first batch. Raises ArrowException or SourceError."""
+    """Read the schema and leave `file` at the first batch. Raise ArrowException or SourceError."""
     if file.read(len(_FILE_START)) != _FILE_START:
         file.seek(0)
     schema = pa.ipc.read_schema(_check_type(pa.ipc.read_message(file), "schema"))
     if any(pa.types.is_dictionary(field.type) for field in schema):
-        raise SourceError("Arrow streams with dictionaries are not read; save the dataset as Parquet")
+        raise SourceError("Arrow streams with dictionaries are not supported; save the dataset as Parquet")
     return schema
 
 
 def read_batch(message: pa.ipc.Message, schema: pa.Schema, names: list[str]) -> pa.RecordBatch:
-    """Return the columns `names`, checked: what points out of a damaged batch would end the process."""
+    """Return the columns `names`, validated: an offset beyond a damaged batch's end would crash the process."""
     batch = pa.ipc.read_record_batch(_check_type(message, "record batch"), schema).select(names)
     batch.validate(full=True)
     return batch
 
 
 def _check_type(message: pa.ipc.Message, type_: str) -> pa.ipc.Message:
-    """Return the message if it has this type: Arrow would read any other as this one, and end the process."""
+    """Return the message if it has this type. Arrow would read any other as this type and crash the process."""
     if message.type != type_:
-        raise pa.ArrowInvalid(f"a message of type {message.type!r} where one of type {type_!r} belongs")
+        raise pa.ArrowInvalid(f"a message has the type {message.type!r} instead of {type_!r}")
     return message

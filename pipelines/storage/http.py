@@ -1,6 +1,6 @@
-"""A file system for http(s) URLs of strangers: bounded in time, bytes and redirects, and to public addresses.
+"""A file system for untrusted http(s) URLs: limited in time, bytes and redirects, and to public addresses.
 
-Options of the class go into fsspec's configuration, such as FSSPEC_HTTP='{"total_timeout_s": 300}'.
+Set the class's options in fsspec's configuration, such as FSSPEC_HTTP='{"total_timeout_s": 300}'.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ MAX_REDIRECTS = 5
 _CHUNK_BYTES = 64 << 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NOT_FOUND, _FORBIDDEN, _BUSY = (404, 410), (401, 403, 407, 451), (408, 425, 429)
-_AS_GIVEN = re.compile(r"[!-~]+")  # printable ASCII is sent as it is: a signature may cover its spelling
+_AS_GIVEN = re.compile(r"[!-~]+")  # printable ASCII is sent unchanged: a signature may cover the exact spelling
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_AZURE_METADATA = ipaddress.ip_address("168.63.129.16")  # public by its number only
+_AZURE_METADATA = ipaddress.ip_address("168.63.129.16")  # in a public range, yet private to Azure's hosts
 
 
 class AddressRefused(FinalFault):
-    """A host inside the network that the run is in."""
+    """The host is inside the run's own network."""
 
 
 class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
-    """A read-only file system. Its OSErrors do not name the URL, which may hold credentials; one request per attempt.
+    """A read-only file system. Each call makes one attempt; retrying is up to the caller.
 
-    At most `max_file_bytes` are read of a file that is read whole.
+    Its OSErrors do not name the URL, which may contain credentials. `max_file_bytes` limits a file that is read whole.
     """
 
     protocol = ("http", "https")
@@ -63,12 +63,12 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return path
 
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Ask for one byte, as not every server answers HEAD. `size` is None if the server does not report it."""
+        """Request one byte, since not every server supports HEAD. `size` is None if the server does not report it."""
         async with self._request(path, first=0, last=0) as response:
             return {"name": path, "type": "file", "size": _read_size(response)}
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """Return a file from its start, at most `end` bytes, or else the range."""
+        """Return the file, its first `end` bytes, or the range from `start` to `end`."""
         if start:
             assert end is not None, "a range has an end"
             return await self._cat_range(path, start, end)
@@ -88,7 +88,7 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
                 return b""
             if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise FinalFault(
-                    "the server does not serve ranges of files, which shards need; copy the shard elsewhere"
+                    "the server does not support range requests, which shards need; copy the shard elsewhere"
                 )
             return await _read_body(response, end - start)
 
@@ -98,13 +98,13 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return {}
 
     async def _pipe_file(self, path: str, value: bytes, **_: Any) -> None:
-        raise FinalFault("nothing can be written by http; choose another OUTPUT")
+        raise FinalFault("http(s) URLs are read-only; choose another OUTPUT")
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> WebFile:
         size: int | None = self.info(path)["size"]
         if size is None:
             raise FinalFault(
-                "the server does not tell the size of the file, which shards need; copy the shard elsewhere"
+                "the server does not report the size of the file, which shards need; copy the shard elsewhere"
             )
         return WebFile(self, path, mode, block_size or "default", size=size)
 
@@ -112,18 +112,18 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
     async def _request(
         self, url: str, first: int | None = None, last: int | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Yield the server's response after redirects, status and headers checked."""
+        """Yield the server's response after following redirects and checking status and headers."""
         headers = {} if first is None else {"Range": f"bytes={first}-{last}"}
         try:
             async with asyncio.timeout(self._timeout.total), self._follow(_parse(url), headers) as response:
                 _check(response)
                 yield response
         except TimeoutError as error:
-            raise BusyFault("timeout: the server was too slow") from error  # fsspec takes the text off a TimeoutError
+            raise BusyFault("timeout: the server was too slow") from error  # fsspec drops a TimeoutError's text
         except aiohttp.ClientError as error:
             raise _convert_to_os_error(error) from error
-        except ValueError as error:  # of a header or a name that cannot be sent
-            raise FinalFault(f"the URL cannot be asked for: {type(error).__name__}") from error
+        except ValueError as error:  # a header or a host name that cannot be sent
+            raise FinalFault(f"the URL cannot be requested: {type(error).__name__}") from error
 
     @asynccontextmanager
     async def _follow(self, url: URL, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -134,11 +134,11 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
                     return
                 url = url.join(_parse(response.headers.get("Location", "")))
                 if url.scheme not in self.protocol:
-                    raise FinalFault(f"a redirect to {url.scheme or 'nowhere'}")
+                    raise FinalFault(f"redirected to {url.scheme or 'nowhere'}; only http and https are followed")
         raise FinalFault(f"more than {MAX_REDIRECTS} redirects")
 
     def _get_session(self) -> aiohttp.ClientSession:
-        """Return the session, on fsspec's event loop, of one thread."""
+        """Return the session, created at first use. Runs only on fsspec's event loop, so in one thread."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(socket_factory=self._create_socket, limit_per_host=32),
@@ -151,26 +151,26 @@ class WebFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return self._session
 
     def _create_socket(self, address: Any) -> socket.socket:
-        """Check the address connected to, whatever name or redirect led to it, and however often it was resolved."""
-        family, kind, protocol, _, where = address
-        if not (self._allow_private or _is_public(where[0])):
-            raise AddressRefused(f"{where[0]} is not a public address; --allow-private-addresses permits it")
+        """Create the socket after checking the resolved address, so that neither a redirect nor DNS can bypass it."""
+        family, kind, protocol, _, host_and_port = address
+        if not (self._allow_private or _is_public(host_and_port[0])):
+            raise AddressRefused(f"{host_and_port[0]} is not a public address; --allow-private-addresses permits it")
         return socket.socket(family, kind, protocol)
 
 
 class WebFile(AbstractBufferedFile):  # type: ignore[misc]
-    """A file that is read in blocks."""
+    """A remote file that is read in blocks."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         end = min(end, self.size)
         data: bytes = self.fs.cat_range(self.path, start, end)
         if len(data) != end - start:
-            raise OSError(f"{len(data):,} bytes came instead of {end - start:,}: truncated, or changed meanwhile")
+            raise OSError(f"received {len(data):,} bytes instead of {end - start:,}: truncated, or changed meanwhile")
         return data
 
 
 def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
-    """Close the session, or aiohttp complains when the process ends."""
+    """Close the session; else aiohttp logs an error when the process ends."""
     with suppress(Exception):
         sync(loop, session.close, timeout=1)
 
@@ -180,7 +180,7 @@ def _parse(url: str) -> URL:
 
 
 def _check(response: aiohttp.ClientResponse) -> None:
-    """Raise OSError unless there is a body as it was asked for, or the range lies behind the end."""
+    """Raise OSError unless the response has the requested body, or the range starts after the end of the file."""
     status, reason = response.status, f"HTTP {response.status} {response.reason or ''}".rstrip()
     if status in _NOT_FOUND:
         raise FileNotFoundError(reason)
@@ -192,11 +192,11 @@ def _check(response: aiohttp.ClientResponse) -> None:
         raise FinalFault(reason)
     encoding = response.headers.get("Content-Encoding", "identity").lower()
     if encoding != "identity":
-        raise FinalFault(f"the server packs its answer ({encoding}) although it was asked not to")
+        raise FinalFault(f"the server compresses its response ({encoding}) although the request forbids it")
 
 
 async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Return the first `max_bytes` at most, counted as they come, whatever the headers say."""
+    """Return at most the first `max_bytes`, counted as they are received, whatever the headers say."""
     data = bytearray()
     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
         data += chunk
@@ -214,7 +214,7 @@ def _read_size(response: aiohttp.ClientResponse) -> int | None:
 
 
 def _parse_retry_after_s(value: str) -> float:
-    """Parse seconds or a date; return 0 if there is none."""
+    """Parse a number of seconds or a date; return 0 if the value is neither."""
     if value.isdecimal():
         return float(value)
     try:
@@ -224,19 +224,19 @@ def _parse_retry_after_s(value: str) -> float:
 
 
 def _convert_to_os_error(error: aiohttp.ClientError) -> OSError:
-    """Convert the error, without the URL that aiohttp puts into most of its messages."""
+    """Convert the error to an OSError without the URL, which most of aiohttp's messages contain."""
     cause = getattr(error, "os_error", None)
     if isinstance(cause, OSError):
         return cause if isinstance(cause, AddressRefused) else OSError(f"no connection: {cause.strerror or cause}")
     if isinstance(error, aiohttp.ClientPayloadError):
-        return OSError("the answer ended too early: truncated")
+        return OSError("the response is truncated")
     if isinstance(error, aiohttp.InvalidURL):
-        return FinalFault("not a URL that can be asked for")
-    return OSError(f"the server's answer cannot be read ({type(error).__name__})")
+        return FinalFault("the URL is invalid")
+    return OSError(f"the server's response cannot be read ({type(error).__name__})")
 
 
 def _is_public(address: str) -> bool:
-    """Return whether the address is public, also the one that an IPv6 address leads to by translation."""
+    """Return whether the address is public; for an IPv6 address that embeds an IPv4 one, whether that is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)

@@ -1,4 +1,4 @@
-"""Retry faults of a store that may be transient: bounded attempts, growing pauses with jitter."""
+"""Retry possibly transient faults of a store: bounded attempts, exponential backoff with jitter."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOSPC, e
 
 
 def is_final(error: OSError) -> bool:
-    """Return whether trying again cannot help."""
+    """Return whether a retry cannot help."""
     return isinstance(error, _FINAL) or error.errno in _FINAL_NUMBERS
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often an action is tried: up to `max_attempts` times, none of them begun later than `patience_s`."""
+    """Limits on retries: at most `max_attempts` attempts, and no retry after a fault later than `patience_s`."""
 
     max_attempts: int
     first_pause_s: float = 0.25
-    max_requested_pause_s: float = 60.0  # that a store may ask for
-    patience_s: float = 120.0  # 60 s of a stalled server are waited for twice, not five times
+    max_requested_pause_s: float = 60.0  # limit on the pause that a store requests
+    patience_s: float = 120.0  # a stalled server that times out after 60 s is tried twice, not five times
 
     def run(self, action: Callable[[], T]) -> T:
-        """Return the result of `action`, which may be done several times. Raises the OSError of the last attempt."""
+        """Return the result of `action`, which may run several times. Raise the OSError of the last attempt."""
         deadline_s = time.monotonic() + self.patience_s
         for attempt in range(1, self.max_attempts):
             try:
@@ -44,9 +44,9 @@ class Retries:
         return action()
 
     def compute_pause_s(self, attempt: int, error: OSError | None = None) -> float:
-        """Return how long to wait after the first, second ... attempt failed.
+        """Return how long to wait after attempt number `attempt`, counted from 1, has failed.
 
-        It doubles, and is random, so that a thousand readers of one store do not come back together.
+        The pause doubles and is random, so that a thousand readers of one store do not retry at the same time.
         """
         longest_s = self.first_pause_s * 2 ** (attempt - 1)
         requested_s = error.retry_after_s if isinstance(error, BusyFault) else 0.0

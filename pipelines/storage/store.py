@@ -1,6 +1,6 @@
 """Files by URI, local or in an object store, through fsspec: list, read, write atomically, remove.
 
-What fails for a reason of its own raises OSError; what fails because the store does, StoreFault.
+A fault of one file raises OSError; a fault of the store that persists through all retries raises StoreFault.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pipelines.errors import FinalFault, StoreError, StoreFault
 from pipelines.storage.retries import Retries, is_final
 
 TEMPORARY_SUFFIX = ".tmp"
-RETRIES = Retries(max_attempts=8)  # 16 to 32 s, of a store that holds a whole run
-WEB_RETRIES = Retries(max_attempts=5)  # a host of the web is one of many
+RETRIES = Retries(max_attempts=8)  # pauses of 16 to 32 s in total: the whole run depends on the store
+WEB_RETRIES = Retries(max_attempts=5)  # fewer: a web host is one of many
 
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "gcs": "gcs"}
 _EXTRAS |= dict.fromkeys(("az", "abfs", "abfss"), "azure")
 _WEB = ("http", "https")
-_FINAL_NAMES = ("ParamValidationError",)  # botocore's, for the name of a bucket that cannot be one
-PARQUET_BUFFER_BYTES = 1 << 20  # or a column of a row group would be held whole
+_FINAL_NAMES = ("ParamValidationError",)  # botocore's error for an invalid bucket name
+PARQUET_BUFFER_BYTES = 1 << 20  # without a buffer size, Arrow holds whole columns of a row group
 _MAPPED_BLOCK_BYTES = 4 << 20
 
 
@@ -41,18 +41,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileInfo:
+    """A file as its store lists it."""
+
     uri: str
-    num_bytes: int  # -1: the store does not say
+    num_bytes: int  # -1: the store does not report it
     is_regular: bool = True  # False for a pipe, a socket or a device, which may never end
 
 
 def open_store(uri: str) -> tuple[Any, str]:
-    """Return the file system of `uri` and its path there; a local path becomes absolute. Raises StoreError."""
+    """Return the file system of `uri` and its path there; a local path becomes absolute. Raise StoreError."""
     if "://" not in uri:
         return _get_local(), LocalFileSystem._strip_protocol(uri)
     protocol = uri.split("://", 1)[0]
     try:
-        # Not fsspec's url_to_fs: it takes a `::` in a name for a chain of file systems.
+        # Not fsspec's url_to_fs: it parses `::` in a name as a chain of file systems.
         kind = _load_file_system(protocol)
         return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
@@ -70,30 +72,31 @@ def _get_local() -> LocalFileSystem:
 def _load_file_system(protocol: str) -> Any:
     if protocol not in _WEB:
         return fsspec.get_filesystem_class(protocol)
-    from pipelines.storage.http import WebFileSystem  # fsspec's own follows any redirect anywhere and reads without end
+    # Not fsspec's own http(s) file system: it follows redirects to any host and reads without a limit.
+    from pipelines.storage.http import WebFileSystem
 
     return WebFileSystem
 
 
 def allow_private_addresses(allowed: bool) -> None:
-    """Set whether http URLs may lead to hosts inside this process's network, which untrusted INPUT must not reach."""
+    """Set whether http(s) URLs may reach hosts inside this process's network; untrusted INPUT must not."""
     fsspec.config.conf.setdefault("http", {})["allow_private"] = allowed
 
 
 def redact(uri: str) -> str:
-    """Return a URI or an id for people to read: without credentials, of a URL without its query (a signature?)."""
+    """Return a URI or an id for display: without credentials, and without a URL's query, which may be a signature."""
     plain = re.sub(r"(?<=://)[^/?#]*@", "", uri)
     return re.sub(r"\?[^#]*", "", plain) if uri.partition("://")[0] in _WEB else plain
 
 
 def strip_query(uri: str) -> str:
-    """Return the part of a URI that ends in the file's suffix: of a URL, without its query."""
+    """Return the URI up to the file's suffix: a URL without its query and fragment, other URIs unchanged."""
     return re.split("[?#]", uri, maxsplit=1)[0] if uri.partition("://")[0] in _WEB else uri
 
 
 @contextmanager
 def _translate_faults() -> Iterator[None]:
-    """Raise OSError for the exceptions that each store's client has of its own."""
+    """Re-raise the exceptions of each store's client as OSError."""
     try:
         yield
     except (OSError, StoreError):
@@ -106,31 +109,33 @@ def _translate_faults() -> Iterator[None]:
 
 
 def get_settings() -> dict[str, Any]:
-    """Return this process's settings for stores, as JSON, for `use_settings` in another."""
+    """Return this process's settings for stores, serializable as JSON, for `use_settings` in another process."""
     return dict(fsspec.config.conf)
 
 
 def use_settings(given: dict[str, Any]) -> None:
+    """Apply another process's settings for stores."""
     fsspec.config.conf.update(given)
 
 
 def make_absolute(uri: str) -> str:
-    """Return a local path as an absolute one, any other URI unchanged: what a process elsewhere can open."""
+    """Return a local path as an absolute path, any other URI unchanged, so that any process can open it."""
     fs, path = open_store(uri)
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
 def get_store_root(uri: str) -> str:
-    """Return the store of `uri`: protocol and bucket or host, "" for this machine's files."""
+    """Return the protocol and the bucket or host of `uri`, such as `s3://bucket`; "" for local files."""
     return "/".join(uri.split("/")[:3]) if "://" in uri else ""
 
 
 def join(uri: str, *names: str) -> str:
+    """Append path components to a URI."""
     return "/".join([uri.rstrip("/"), *names])
 
 
 def list_files(uri: str) -> list[FileInfo]:
-    """Return all files below a directory, sorted by name, links followed; none if it does not exist. Raises OSError."""
+    """Return all files below a directory, sorted by name, links followed; none if it does not exist. Raise OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path), key=lambda info: info.uri)
@@ -139,14 +144,14 @@ def list_files(uri: str) -> list[FileInfo]:
 
 
 def glob_files(uri: str) -> list[FileInfo]:
-    """Return the files that match, without directories, sorted by name. Raises OSError."""
+    """Return the files that match a pattern, without directories, sorted by name. Raise OSError."""
     fs, path = open_store(uri)
     found: dict[str, dict[str, Any]] = _retry(fs, lambda: fs.glob(path, detail=True))
     return [_describe(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
 
 
 def find_file(uri: str) -> FileInfo | None:
-    """Return the file at `uri`, None if there is none or a directory. Raises OSError."""
+    """Return the file at `uri`; None if it does not exist or is a directory. Raise OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return _describe_local(path) if fs.exists(path) and not fs.isdir(path) else None
@@ -158,16 +163,13 @@ def find_file(uri: str) -> FileInfo | None:
 
 
 def is_directory(uri: str) -> bool:
-    """Return whether `uri` is a directory. Raises OSError."""
+    """Return whether `uri` is a directory. Raise OSError."""
     fs, path = open_store(uri)
     return bool(_retry(fs, lambda: fs.isdir(path)))
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """Return the whole file or bytes `start` up to `stop`, fewer if it ends before.
-
-    Raises OSError.
-    """
+    """Return the whole file or its bytes [start, stop), fewer if the file is shorter. Raise OSError."""
     fs, path = open_store(uri)
     read = _read_local if isinstance(fs, LocalFileSystem) else fs.cat_file
     data: bytes = _retry(fs, lambda: read(path, start=start, end=stop))
@@ -183,7 +185,7 @@ def _read_local(path: str, start: int | None, end: int | None) -> bytes:
 
 
 def probe_byte(uri: str, offset: int) -> bool:
-    """Return whether the store hands out the byte there now, asked once."""
+    """Return whether the byte at `offset` can be read now, in one attempt."""
     fs, path = open_store(uri)
     try:
         with _translate_faults():
@@ -193,9 +195,9 @@ def probe_byte(uri: str, offset: int) -> bool:
 
 
 def _retry(fs: Any, action: Callable[[], T]) -> T:
-    """Return the result of `action`, with the faults that may pass tried again.
+    """Return the result of `action`, retrying transient faults.
 
-    One that never does is a StoreFault, but on the web, where each host is one of many: there it is an OSError.
+    A fault that persists is a StoreFault; on the web, where each host is one of many, it is an OSError.
     """
 
     def try_once() -> T:
@@ -209,13 +211,13 @@ def _retry(fs: Any, action: Callable[[], T]) -> T:
     except OSError as error:
         if is_final(error):
             raise
-        raise StoreFault(f"the store fails again and again: {error}") from error
+        raise StoreFault(f"the store still fails after all retries: {error}") from error
 
 
 def open_file(uri: str, block_bytes: int | None = None) -> Any:
-    """Open a binary file that reads the parts it is asked for, from an object store in blocks of this size.
+    """Open a binary file for random access; an object store is read in blocks of `block_bytes`.
 
-    Raises OSError, as its `read` does.
+    Both this function and the file's `read` raise OSError.
     """
     fs, path = open_store(uri)
     options = {"block_size": block_bytes} if block_bytes else {}
@@ -224,17 +226,17 @@ def open_file(uri: str, block_bytes: int | None = None) -> Any:
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read a whole file. Raises OSError.
+    """Read a whole Parquet file. Raise OSError.
 
-    On this thread alone (`use_threads`, `pre_buffer`), as wherever a driver reads Parquet: a thread of Arrow's that
-    lets go of a Python file while the interpreter ends aborts the process.
+    Only this thread reads (`use_threads`, `pre_buffer`), as everywhere in the driver: a thread of Arrow that releases
+    a Python file while the interpreter ends aborts the process.
     """
     with open_file(uri) as file:
         return pq.read_table(file, columns=columns, use_threads=False, pre_buffer=False)
 
 
 def map_file(uri: str) -> Any:
-    """Open a binary file for Arrow; a local one is mapped. Raises OSError."""
+    """Open a binary file for Arrow; a local file is memory-mapped. Raise OSError."""
     fs, path = open_store(uri)
     if isinstance(fs, LocalFileSystem):
         return pa.memory_map(path)
@@ -242,7 +244,7 @@ def map_file(uri: str) -> Any:
 
 
 class _PatientFile:
-    """A file of a store whose reads are tried again."""
+    """A file of a store that retries failed reads."""
 
     def __init__(self, fs: Any, file: Any) -> None:
         self._fs, self._file = fs, file
@@ -268,10 +270,7 @@ class _PatientFile:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write all of `data` or nothing, whenever the process dies: renamed locally, one put elsewhere.
-
-    Raises OSError.
-    """
+    """Write `data` atomically: by renaming a local file, by a single put to a store. Raise OSError."""
     fs, path = open_store(uri)
     if not isinstance(fs, LocalFileSystem):
         _retry(fs, lambda: fs.pipe_file(path, data))
@@ -290,21 +289,21 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Move a file to another place of the same store: renamed locally, copied and removed elsewhere.
+    """Move a file within a store: rename it locally, copy and remove it elsewhere. Raise OSError.
 
-    The target is whole whenever the process dies. Raises OSError.
+    If the process dies, the target is complete or absent.
     """
     fs, path = open_store(source)
     if isinstance(fs, LocalFileSystem):
         Path(path).replace(target)
         return
-    there = open_store(target)[1]
-    _retry(fs, lambda: fs.cp_file(path, there))
+    target_path = open_store(target)[1]
+    _retry(fs, lambda: fs.cp_file(path, target_path))
     remove(source)
 
 
 def remove(uri: str) -> None:
-    """Remove a file; it may be gone already. Raises OSError."""
+    """Remove a file if it exists. Raise OSError."""
     fs, path = open_store(uri)
     with suppress(FileNotFoundError):
         _retry(fs, lambda: fs.rm_file(path))
@@ -318,7 +317,10 @@ def _describe(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
 
 
 def _walk(directory: str) -> Iterator[FileInfo]:
-    """fsspec's own walk does not follow links to directories, and passes over those that it may not read."""
+    """Yield all files below a directory.
+
+    fsspec's own walk does not follow links to directories, and silently skips directories without permission.
+    """
     seen = {os.path.realpath(directory)}
     for parent, directories, names in os.walk(directory, followlinks=True, onerror=_raise_unless_missing):
         directories[:] = [name for name in directories if _is_new(f"{parent}/{name}", seen)]
@@ -326,7 +328,7 @@ def _walk(directory: str) -> Iterator[FileInfo]:
 
 
 def _is_new(directory: str, seen: set[str]) -> bool:
-    """Return whether a directory was not walked yet: a link to a parent would never end."""
+    """Return whether a directory has not been walked yet; a link to a parent would loop forever."""
     real = os.path.realpath(directory)
     is_new = real not in seen
     seen.add(real)
@@ -334,7 +336,7 @@ def _is_new(directory: str, seen: set[str]) -> bool:
 
 
 def _describe_local(path: str) -> FileInfo:
-    """Describe a file, or what a link leads to; one that leads nowhere is found missing when it is read."""
+    """Describe a file or a link's target. A dangling link gets size 0; reading it reports that it is missing."""
     try:
         status = Path(path).stat()
     except OSError:
