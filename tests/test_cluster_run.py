@@ -1,4 +1,4 @@
-"""Runs on clusters of several nodes and GPUs that only Ray believes in, in which everything dies that can."""
+"""Runs on clusters of several nodes with fake GPUs survive the death of any process and node."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_ROWS = 200
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one tile; `poison.png` has ten."""
+    """Draw images of one tile each, and `poison.png` of ten."""
     directory = tmp_path_factory.mktemp("pictures")
     for i in range(NUM_ROWS):
         draw(directory / f"{i:03}.png", seed=i, width=50, height=40)
@@ -41,10 +41,10 @@ def four_gpus() -> Iterator[FakeGpuCluster]:
 
 
 @pytest.mark.slow
-def test_ranks_leaders_preprocessors_and_a_poison_row(
+def test_every_row_survives_killed_ranks_leaders_and_preprocessors(
     four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path
 ) -> None:
-    """Two replicas of two ranks. Every row is there once, one is an error, and nothing is left."""
+    """Two replicas of two ranks: every row is written once, the poison row as an error, and no process is left."""
     driver = Driver(
         four_gpus,
         pictures,
@@ -56,10 +56,12 @@ def test_ranks_leaders_preprocessors_and_a_poison_row(
         poison_tiles=10,
         num_preprocessors=2,
     )
-    os.kill(four_gpus.wait_for_process("MapBatches(Preprocess)"), signal.SIGKILL)  # they are done in a moment
+    os.kill(four_gpus.wait_for_process("MapBatches(Preprocess)"), signal.SIGKILL)  # first, as they soon finish
     first = driver.wait_for_leaders(2)
     assert sorted(",".join(event["gpus"] for event in first).split(",")) == ["0", "1", "2", "3"]
-    os.kill(first[1]["leader"], signal.SIGKILL)  # at once: it came last, got less and may be let go when it has no more
+    os.kill(
+        first[1]["leader"], signal.SIGKILL
+    )  # at once: it started last, so it got fewer rows and may be released when it has no more
     kill_a_rank(driver, first[0]["leader"])
     code, out, err = driver.finish()
     assert code == 0, err
@@ -76,7 +78,7 @@ def test_ranks_leaders_preprocessors_and_a_poison_row(
 
 
 def kill_a_rank(driver: Driver, leader: int) -> None:
-    """One that lives: the poison row may have been there before."""
+    """Kill a living rank of `leader`; the poison row may have killed the one last recorded."""
     for _ in range(100):
         pids = [event["ranks"] for event in driver.read_events() if event.get("leader") == leader][-1]
         try:
@@ -91,8 +93,8 @@ def kill_a_rank(driver: Driver, leader: int) -> None:
 def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
     four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path, by: signal.Signals
 ) -> None:
-    """Of the driver, with ranks at work."""
-    # So slow that both replicas have work for minutes, whenever each of them is ready.
+    """The driver is interrupted or killed while ranks work."""
+    # Slow enough that both replicas have work for minutes, whenever each of them is ready.
     options = {"model": MODEL, "tensor_parallel": 2, "max_new_tokens": 4, "seconds_per_row": 2}
     driver = Driver(four_gpus, pictures, tmp_path / "out", num_preprocessors=2, **options)
     driver.wait_for_leaders(2)
@@ -103,19 +105,19 @@ def test_gpus_are_free_after_an_interrupt_and_after_a_crash(
     four_gpus.assert_nothing_is_left()
 
 
-def test_what_the_cluster_cannot_hold_is_said_at_once(
+def test_more_replicas_than_the_cluster_holds_are_refused_before_the_run(
     four_gpus: FakeGpuCluster, pictures: Path, tmp_path: Path
 ) -> None:
     driver = Driver(four_gpus, pictures, tmp_path / "out", model=MODEL, tensor_parallel=2, num_replicas=3)
     code, _, err = driver.finish()
     assert code == 2
     assert "3 replicas of 2 GPUs on one node need 6 GPUs; the cluster has 4, room for 2" in err
-    assert not driver.read_events(), "no replica was started for it"
+    assert not driver.read_events(), "a replica was started"
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> None:
-    """A GPU node is taken away, later another one comes: its replica works, and every row is there once."""
+def test_a_run_survives_a_lost_node_and_uses_a_new_one(pictures: Path, tmp_path: Path) -> None:
+    """A GPU node is killed and another one joins: its replica works, and every row is written once."""
     gpu_node = {"num_cpus": 2, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
     with start_gpu_cluster(gpu_node, gpu_node, head={"num_cpus": 3}) as cluster:
         options = {"model": MODEL, "max_new_tokens": 4, "seconds_per_row": 0.3, "num_preprocessors": 3}
@@ -137,37 +139,37 @@ def test_a_node_that_dies_and_one_that_joins(pictures: Path, tmp_path: Path) -> 
         cluster.assert_nothing_is_left()
 
 
-_WHERE_ACTORS_ARE = """
+_PRINT_NODES_OF_ACTORS = """
 import sys
 import ray
 from ray.data import ActorPoolStrategy
 from pipelines.cluster.resources import Hardware, prefer_nodes_without
-class Where:
+class FindNode:
     def __call__(self, batch):
         return {"node": [ray.get_runtime_context().get_node_id()] * len(batch["id"])}
 ray.init(address=sys.argv[1], log_to_driver=False)
 for size in (2, 4):
-    where = ray.data.range(40, override_num_blocks=20).map_batches(
-        Where, batch_size=1, num_cpus=1, compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+    found = ray.data.range(40, override_num_blocks=20).map_batches(
+        FindNode, batch_size=1, num_cpus=1, compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
         **prefer_nodes_without(Hardware.detect().gpu_types),
     )
-    print(*sorted({row["node"] for row in where.take_all()}))
+    print(*sorted({row["node"] for row in found.take_all()}))
 """
 
 
 @pytest.mark.slow
-def test_preprocessors_are_beside_gpus_only_if_there_is_no_other_place() -> None:
+def test_preprocessors_use_gpu_nodes_only_if_the_others_are_full() -> None:
     gpu_node = {"num_cpus": 4, "num_gpus": 1, "labels": {"ray.io/accelerator-type": "L4"}}
     with start_gpu_cluster(gpu_node, {"num_cpus": 3}) as cluster:
-        command = [sys.executable, "-c", _WHERE_ACTORS_ARE, cluster.address]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        beside, other = (node.node_id for node in cluster.nodes)
-        assert [line.split() for line in told.splitlines()[-2:]] == [[other], sorted([other, beside])]
+        command = [sys.executable, "-c", _PRINT_NODES_OF_ACTORS, cluster.address]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        gpu_node_id, other = (node.node_id for node in cluster.nodes)
+        assert [line.split() for line in printed.splitlines()[-2:]] == [[other], sorted([other, gpu_node_id])]
 
 
 @pytest.mark.slow
-def test_an_autoscaler_starts_what_a_run_asks_for(pictures: Path, tmp_path: Path) -> None:
-    """From a head that can do no work: nodes for preprocessors, nodes for replicas."""
+def test_an_autoscaler_starts_the_nodes_that_a_run_needs(pictures: Path, tmp_path: Path) -> None:
+    """The cluster starts as a head without CPUs and GPUs; the run asks for nodes for both stages."""
     head = RayHead(
         {
             "cpu": {"resources": {"CPU": 2}, "max_workers": 2},

@@ -1,4 +1,4 @@
-"""Options that name columns, over inputs of every kind."""
+"""Options that name columns apply to every kind of input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.tars import write_tar
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
-    """Three rows each of files, tar, Parquet and JSON lines; all but the files have a column n."""
+    """Write three rows each of files, tar, Parquet and JSON lines; all but the files have a column n."""
     for i in range(3):
         (tmp_path / f"{i}.png").touch()
     members = [(f"{i}.{end}", json.dumps({"n": i}).encode()) for i in range(3) for end in ("jpg", "json")]
@@ -29,7 +29,7 @@ def inputs(tmp_path: Path) -> list[Path]:
     return [tmp_path / "*.png", tmp_path / "a.tar", tmp_path / "b.parquet", tmp_path / "c.jsonl"]
 
 
-def test_kept_columns_on_the_command_line_and_in_python() -> None:
+def test_keep_columns_is_parsed_and_part_of_the_fingerprint() -> None:
     config = parse_command_line(CaptionConfig, "", "", ["in", "out", "--model", "demo", "--keep-columns", "a,b c"])
     assert config.keep_columns == ("a", "b c") == make_config("in", keep_columns=["a", "b c"]).keep_columns
     assert config.fingerprint_fields()["keep_columns"] == ["a", "b c"]
@@ -48,11 +48,11 @@ def test_the_limit_counts_over_all_inputs(inputs: list[Path], limit: int | None)
     everything = list_input(*inputs, keep_columns="n")
     assert [row["kept"]["n"] for row in everything] == [None] * 3 + list(range(9))
     assert len({row["id"] for row in everything}) == 12
-    if limit != 1:  # a file alone has no columns
+    if limit != 1:  # one file alone is an input without columns
         assert [row["id"] for row in list_input(*inputs, limit=limit)] == [row["id"] for row in everything[:limit]]
 
 
-def test_braces_are_text_for_inputs_without_columns(inputs: list[Path], tmp_path: Path) -> None:
+def test_braces_in_a_prompt_are_text_for_inputs_without_columns(inputs: list[Path], tmp_path: Path) -> None:
     prompt = 'Answer as {"n": number} }'
     write_tar(tmp_path / "bare.tar", [("1.jpg", b"")])
     assert {row["prompt"] for row in list_input(inputs[0], tmp_path / "bare.tar", prompt=prompt)} == {prompt}
@@ -60,7 +60,7 @@ def test_braces_are_text_for_inputs_without_columns(inputs: list[Path], tmp_path
         list_input(inputs[0], keep_columns="n")
 
 
-def test_a_prompt_with_columns_over_all_inputs_that_have_them(inputs: list[Path]) -> None:
+def test_a_prompt_is_filled_from_columns_that_every_input_has(inputs: list[Path]) -> None:
     rows = list_input(*inputs[1:], prompt="Is it {n}?")
     assert [row["prompt"] for row in rows] == [f"Is it {n}?" for n in range(9)]
     with pytest.raises(SourceError, match=r"names columns, but 3 rows come from inputs without columns"):
@@ -71,12 +71,12 @@ def test_a_prompt_with_columns_over_all_inputs_that_have_them(inputs: list[Path]
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_an_image_column_that_nothing_has_is_refused(inputs: list[Path], at: int) -> None:
+def test_an_image_column_that_does_not_exist_is_refused(inputs: list[Path], at: int) -> None:
     with pytest.raises(SourceError, match="no column nowhere"):
         list_input(inputs[at], image_column="nowhere")
 
 
-def test_shards_must_be_files_with_names(tmp_path: Path) -> None:
+def test_shards_must_be_regular_files_with_utf8_names(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text("{}")
     for pattern in ("*.tar", "*.jsonl"):
@@ -84,7 +84,7 @@ def test_shards_must_be_files_with_names(tmp_path: Path) -> None:
             list_input(tmp_path / pattern)
 
 
-def test_a_damaged_shard_has_no_columns_and_that_is_fine(inputs: list[Path], tmp_path: Path) -> None:
+def test_a_damaged_shard_is_an_error_row_whatever_the_columns(inputs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(b"damaged")
     write_lines(tmp_path / "d.jsonl", b"{")
     rows = list_input(*inputs[1:], tmp_path / "b.tar", tmp_path / "d.jsonl", prompt="Is it {n}?")

@@ -1,4 +1,4 @@
-"""Flags, YAML and Python give the same configuration; bad usage says which option and exits with 2."""
+"""Flags, YAML and Python give the same configuration; bad usage names the option and exits with 2."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def parse(*argv: str) -> CaptionConfig:
     return parse_command_line(CaptionConfig, "caption", "Caption.", argv)
 
 
-def test_flags() -> None:
+def test_flags_give_the_same_configuration_as_python() -> None:
     config = parse("in", "out", "--model", "demo", "--max-tiles", "4", "--top-p", "0.5", "--overwrite")
     wanted = CaptionConfig(input=("in",), output="out", model="demo", max_tiles=4, top_p=0.5, overwrite=True)
     assert config == wanted
 
 
-def test_several_inputs_and_values_with_commas() -> None:
+def test_repeated_flags_keep_values_with_commas_whole() -> None:
     config = parse("a,b.jpg", "out", "--input", "c d.jpg", "--model", "demo", "--stop", ",", "--stop", ". ")
     assert config.input == ("a,b.jpg", "c d.jpg")
     assert config.stop == (",", ". ")
     assert parse("out", "--input", "x", "--model", "demo").input == ("x",)
 
 
-def test_yaml_with_flags_on_top(tmp_path: Path) -> None:
+def test_flags_override_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         "input: [a, b]\noutput: out\nmodel: demo\nmax-new-tokens: 7\nprompt: |\n  Two\n  lines\ntop_p: 0.5\n"
@@ -69,7 +69,7 @@ def test_bad_usage_exits_with_2(argv: list[str], message: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("line", ["input: 5", "input:", "input: [1]"])
-def test_a_wrong_type_in_yaml_is_named(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_input_in_yaml_is_named(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"{line}\nmodel: demo\noutput: out\n")
     with pytest.raises(SystemExit):
@@ -85,7 +85,7 @@ def test_an_unknown_option_in_yaml_is_named(tmp_path: Path, capsys: pytest.Captu
     assert "--modle: Extra inputs are not permitted" in capsys.readouterr().err
 
 
-def test_a_seed_belongs_to_a_row() -> None:
+def test_each_row_has_its_own_repeatable_seed() -> None:
     config = parse("in", "out", "--model", "demo", "--seed", "5")
     [task] = config.questionnaire.tasks
     seeds = {task.sampling(row_id, lambda _: []).seed for row_id in "abc"}
@@ -93,7 +93,7 @@ def test_a_seed_belongs_to_a_row() -> None:
     assert task.sampling("a", lambda _: []) == task.sampling("a", lambda _: [])
 
 
-def test_tiles_by_number_of_images() -> None:
+def test_the_tile_limit_depends_on_the_number_of_images() -> None:
     config = parse("in", "out", "--model", "demo")
     assert (config.max_tiles_per_image(1), config.max_tiles_per_image(3)) == (9, 4)
     assert parse("in", "out", "--model", "demo", "--max-tiles", "2").max_tiles_per_image(3) == 2

@@ -1,4 +1,4 @@
-"""Configurations: both layouts say the same, the published sizes add up, what is not computed is refused."""
+"""Checkpoint configurations: both layouts agree, the published sizes add up, unsupported settings are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ovis_model.config import SIZES, ConfigError, OvisConfig, parse_config
 from ovis_model.network.weights import allocate_model
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 
-# Unique parameters, from the facts that the published configurations imply.
+# Numbers of unique parameters that the published configurations imply.
 PARAMETERS = {
     "1B": 1_131_283_318,
     "2B": 2_222_907_894,
@@ -33,7 +33,7 @@ def test_a_full_size_tile_is_256_tokens() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_both_layouts_parse_to_the_same_shapes(checkpoint: str) -> None:
+def test_both_checkpoint_layouts_parse_to_the_same_shapes(checkpoint: str) -> None:
     aidc, native = (OvisConfig.from_directory(checkpoint_dir(checkpoint, layout)) for layout in ("aidc", "native"))
     assert (aidc.vision, aidc.language) == (native.vision, native.language)
     assert aidc.eos_token_ids == native.eos_token_ids
@@ -59,7 +59,7 @@ def test_both_layouts_parse_to_the_same_shapes(checkpoint: str) -> None:
         (("quantization_config",), {"bits": 4}, "quantized"),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(path: tuple[str, ...], value: object, message: str) -> None:
+def test_an_unsupported_setting_is_refused_by_name(path: tuple[str, ...], value: object, message: str) -> None:
     config = json.loads((checkpoint_dir("tiny56-tied", "aidc") / "config.json").read_text())
     part = config
     for key in path[:-1]:

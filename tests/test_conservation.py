@@ -1,4 +1,4 @@
-"""Every kind of input, local and in an S3 store: rows out are rows in, ids once, columns as they were, one schema."""
+"""Every kind of input, local and in S3: each row comes out once, with a unique id, its columns and one schema."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ from tests.support.tars import write_tar
 NUM_ROWS = 12
 
 
-def _files(directory: Path) -> dict[str, pa.Array]:
+def make_files(directory: Path) -> dict[str, pa.Array]:
     for i in range(NUM_ROWS):
         (directory / f"{i:02}.png").write_bytes(encode_picture(i))
     return {}
 
 
-def _tar(directory: Path) -> dict[str, pa.Array]:
-    return _any_tar(directory / "a.tar", "w")
+def make_tar(directory: Path) -> dict[str, pa.Array]:
+    return write_tar_with_columns(directory / "a.tar", "w")
 
 
-def _tgz(directory: Path) -> dict[str, pa.Array]:
-    return _any_tar(directory / "a.tgz", "w:gz")
+def make_tgz(directory: Path) -> dict[str, pa.Array]:
+    return write_tar_with_columns(directory / "a.tgz", "w:gz")
 
 
-def _any_tar(path: Path, mode: str) -> dict[str, pa.Array]:
+def write_tar_with_columns(path: Path, mode: str) -> dict[str, pa.Array]:
     members = [(f"{i:02}.png", encode_picture(i)) for i in range(NUM_ROWS)]
-    write_tar(path, [*members, *((f"{i:02}.json", json.dumps(_values(i)).encode()) for i in range(NUM_ROWS))], mode)
-    return _json_columns()
+    write_tar(path, [*members, *((f"{i:02}.json", json.dumps(make_values(i)).encode()) for i in range(NUM_ROWS))], mode)
+    return make_json_columns()
 
 
-def _jsonl(directory: Path) -> dict[str, pa.Array]:
+def make_jsonl(directory: Path) -> dict[str, pa.Array]:
     (directory / "images").mkdir()
     for i in range(NUM_ROWS):
         (directory / "images" / f"{i}.bin").write_bytes(encode_picture(i))
-    write_lines(directory / "a.jsonl", *({"image": f"images/{i}.bin", **_values(i)} for i in range(NUM_ROWS)))
-    return _json_columns()
+    write_lines(directory / "a.jsonl", *({"image": f"images/{i}.bin", **make_values(i)} for i in range(NUM_ROWS)))
+    return make_json_columns()
 
 
-def _parquet(directory: Path) -> dict[str, pa.Array]:
+def make_parquet(directory: Path) -> dict[str, pa.Array]:
     columns = {**make_kept_columns(NUM_ROWS), "maybe": pa.array([None, "é"] * (NUM_ROWS // 2))}
     images = pa.array([{"bytes": encode_picture(i), "path": None} for i in range(NUM_ROWS)], HF)
-    columns.pop("blob")  # it would be taken for images too
+    columns.pop("blob")  # as bytes it could also be the image column
     write(directory / "a.parquet", {"image": images, **columns}, row_group_size=5)
     return columns
 
 
-def _dataset(directory: Path) -> dict[str, pa.Array]:
+def make_dataset(directory: Path) -> dict[str, pa.Array]:
     datasets.disable_progress_bars()
     images = [Image.open(io.BytesIO(encode_picture(i))) for i in range(NUM_ROWS)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
@@ -76,53 +76,55 @@ def _dataset(directory: Path) -> dict[str, pa.Array]:
     return {"label": pa.array(labels)}
 
 
-def _values(i: int) -> dict[str, object]:
+def make_values(i: int) -> dict[str, object]:
     return {"number": i if i % 3 else None, "name": f"é {i}", "box": [i, 0.5], "nested": {"a": [{"b": i}]}}
 
 
-def _json_columns() -> dict[str, pa.Array]:
-    return {name: pa.array([_values(i)[name] for i in range(NUM_ROWS)]) for name in _values(0)}
+def make_json_columns() -> dict[str, pa.Array]:
+    return {name: pa.array([make_values(i)[name] for i in range(NUM_ROWS)]) for name in make_values(0)}
 
 
 KINDS: dict[str, tuple[Callable[[Path], dict[str, pa.Array]], ...]] = {
-    "files, tar, tar.gz and JSON lines": (_files, _tar, _tgz, _jsonl),
-    "Parquet": (_parquet,),
-    "a saved dataset": (_dataset,),
+    "files, tar, tar.gz and JSON lines": (make_files, make_tar, make_tgz, make_jsonl),
+    "Parquet": (make_parquet,),
+    "a saved dataset": (make_dataset,),
 }
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_local(ray_cluster: None, tmp_path: Path, kinds: str) -> None:
+def test_every_local_row_is_captioned_once_with_its_columns(ray_cluster: None, tmp_path: Path, kinds: str) -> None:
     inputs, columns = make_inputs(tmp_path, kinds)
-    conserve([str(path) for path in inputs], str(tmp_path / "out"), columns)
+    run_and_check_rows([str(path) for path in inputs], str(tmp_path / "out"), columns)
     check_readers(tmp_path / "out" / "data", columns)
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_s3(bucket: S3FileSystem, ray_cluster: None, tmp_path: Path, kinds: str) -> None:
+def test_every_row_in_s3_is_captioned_once_with_its_columns(
+    bucket: S3FileSystem, ray_cluster: None, tmp_path: Path, kinds: str
+) -> None:
     inputs, columns = make_inputs(tmp_path, kinds)
     bucket.put(str(tmp_path), "bucket/work", recursive=True)
     work = f"{BUCKET}/work/{tmp_path.name}" if bucket.isdir(f"bucket/work/{tmp_path.name}") else f"{BUCKET}/work"
     uris = [f"{work}/{path.relative_to(tmp_path)}" for path in inputs]
-    conserve(uris, f"{BUCKET}/out", columns)
+    run_and_check_rows(uris, f"{BUCKET}/out", columns)
     bucket.get("bucket/out/data/", str(tmp_path / "data"), recursive=True)
     check_readers(tmp_path / "data", columns)
 
 
 def make_inputs(directory: Path, kinds: str) -> tuple[list[Path], dict[str, pa.Array]]:
-    """INPUTs of NUM_ROWS rows each, and the columns of them all."""
+    """Make one INPUT of NUM_ROWS rows for each of `kinds`, and return them with the concatenated columns of all."""
     inputs, tables = [], []
     for make in KINDS[kinds]:
         (directory / make.__name__).mkdir()
         tables.append(make(directory / make.__name__))
         inputs.append(directory / make.__name__)
     if kinds.endswith("lines"):
-        inputs[-1] /= "a.jsonl"  # beside its images
+        inputs[-1] /= "a.jsonl"  # the directory also holds its images
     names = tables[-1]
     return inputs, {n: pa.concat_arrays([t.get(n, pa.nulls(NUM_ROWS, names[n].type)) for t in tables]) for n in names}
 
 
-def conserve(inputs: list[str], output: str, columns: dict[str, pa.Array]) -> None:
+def run_and_check_rows(inputs: list[str], output: str, columns: dict[str, pa.Array]) -> None:
     options = {"rows_per_file": 7, "keep_columns": tuple(columns), "image_column": None}
     summary = run_pipeline(make_job_config(inputs, output, **options), make_engine=FakeEngineFactory())
     results = read_results(output)
@@ -134,7 +136,7 @@ def conserve(inputs: list[str], output: str, columns: dict[str, pa.Array]) -> No
 
 
 def check_readers(data: Path, columns: dict[str, pa.Array]) -> None:
-    """What people read it with: all see every row once."""
+    """Check that PyArrow, pandas, DuckDB and datasets each read every row once."""
     files = sorted(data.glob("*.parquet"))
     whole = pa.schema([*schema.OUTPUT, *((name, values.type) for name, values in columns.items())])
     assert len(files) > 1 and all(pq.read_schema(file).equals(whole) for file in files)
