@@ -1,1 +1,11 @@
-"""Entry points `python -m jobs.<name>`, and what they share: `options` parses, `cli` runs and reports."""
+"""The jobs `ovis2 NAME`, and what they share: `options` and `command_line` parse, `cli` runs and reports."""
+
+JOBS = {
+    "caption": "write a text about each image or video: a caption or the answer to a question",
+    "annotate": "ask several questions about each image or video; each answer gets a typed column",
+    "report": "write one HTML page about a run: counts, errors, distributions, a contact sheet",
+    "compact": "merge the many Parquet files of a run into a few large ones",
+    "demo": "caption drawn images with the bundled demo model and compare with the truth",
+    "demo-answers": "annotate drawn images with the bundled demo model and write a report",
+}
+"""Name -> what the job does, as `ovis2 --help` lists them. The module of a job has _ in place of -."""

@@ -1,4 +1,4 @@
-"""Run a job for the shell: exit codes, one JSON line on stdout, everything else on stderr."""
+"""Run a job for the shell: one JSON line on stdout, everything else on stderr, and one of EXIT_CODES."""
 
 from __future__ import annotations
 
@@ -12,26 +12,35 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TypeVar
 
-from jobs.options import parse_command_line
+from jobs.command_line import Command, parse_command_line
+from jobs.usage import BAD_USAGE
 from pipelines.config import RunConfig
 from pipelines.errors import EverythingFails, LeaseLost, RowsLost, StageFailed, StoreFault
-from pipelines.pipeline import run_pipeline
 
-OK, FAILED, BAD_USAGE, TOO_MANY_ERRORS = 0, 1, 2, 3
+OK, FAILED, TOO_MANY_ERRORS = 0, 1, 3
+EXIT_CODES = {
+    OK: "done: all rows are written",
+    FAILED: "failed or stopped; finished rows are saved, and the same command resumes",
+    BAD_USAGE: "bad usage; the message says what to change, and nothing was started",
+    TOO_MANY_ERRORS: "all rows are written, but a larger share than --max-error-rate are errors",
+}
+RUN_NOTES = "\n".join(["exit codes:", *(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())])
 
+Config = TypeVar("Config", bound=RunConfig)
 Report = TypeVar("Report")
 
 
 def run_job(
-    job: Callable[[], Report], exit_code: Callable[[Report], int] = lambda _: OK, *, goes_on: bool = True
+    job: Callable[[], Report], exit_code: Callable[[Report], int] = lambda _: OK, *, is_resumable: bool = True
 ) -> int:
-    """Run `job` and print the dataclass that it returns -> the exit code, of a job that ends by `exit_code`.
+    """Run `job` and print the dataclass that it returns -> `exit_code` of the dataclass, or the exit code of an error.
 
-    `goes_on` says whether the same command goes on with what an interrupted one has done.
+    `is_resumable`: the same command continues what an interrupted one has done.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    advice = ". Finished rows are saved; run the same command without --overwrite to resume" if is_resumable else ""
     try:
         with _stdout_to_stderr():
             report = job()
@@ -42,10 +51,8 @@ def run_job(
         cause = f"{error.__cause__}\n\n" if isinstance(error, StageFailed) else ""
         message = f"{cause}error: {error}"
     except (OSError, StoreFault, RowsLost, LeaseLost) as error:
-        advice = ". What is finished is kept: the same command, without --overwrite, goes on" if goes_on else ""
         message = f"error: {error}{advice}"
     except KeyboardInterrupt:
-        advice = "; the same command, without --overwrite, goes on from here" if goes_on else ""
         message = f"stopped{advice}"
     else:
         print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
@@ -54,16 +61,18 @@ def run_job(
     return FAILED
 
 
-def run_rows(kind: type[RunConfig], prog: str, description: str, argv: Sequence[str] | None) -> int:
+def run_rows(command: Command[Config], argv: Sequence[str] | None, prog: str) -> int:
     """Run the job over rows that the command line describes -> its exit code."""
-    config = parse_command_line(kind, prog, description, argv)
+    config = parse_command_line(command, argv, prog)
+    from pipelines.pipeline import run_pipeline  # loads Ray, which --help and usage errors do without
+
     max_rate = config.max_error_rate
     return run_job(lambda: run_pipeline(config), lambda run: TOO_MANY_ERRORS if run.error > max_rate * run.rows else OK)
 
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """For this process and those that it starts: Ray forwards what workers print to the driver's stdout."""
+    """Redirect stdout of this process and its children: Ray forwards what workers print to the driver's stdout."""
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)

@@ -1,27 +1,42 @@
-"""`python -m jobs.compact OUTPUT`: rewrite the files of a run as few large ones, sorted by row.
+"""The job `ovis2 compact OUTPUT`: rewrite the files of a run as few large files, sorted by row.
 
-A run writes what is finished at least every half minute, so a long one leaves many files. No row is lost whenever this
-is killed: the same command goes on, and so does the run. Exit code 0: done; 2: bad usage; 1: failed.
+A run writes its finished rows at least every half minute, so a long run leaves many files. The job may be killed at any
+time: no row is lost, and both the job and the run can be resumed.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from jobs.cli import run_job
+from jobs.command_line import Command, parse_command_line
+from pipelines.config import Location, Section, declare_option
 from pipelines.output.compact import compact_run
 
 
+class CompactOptions(Section):
+    """The options of the job."""
+
+    title = "output"
+
+    output: Location = declare_option(..., description="directory or URI of a run that is finished or stopped")
+    file_size_mb: float = declare_option(256.0, gt=0, description="approximate size of a new file, in MiB")
+
+
+COMMAND = Command(
+    "compact",
+    CompactOptions,
+    "Merge the many Parquet files of a run into a few large ones, sorted by row. Killing it loses no row.",
+    "OUTPUT",
+    ("captions", "s3://bucket/captions --file-size-mb 512"),
+)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.compact") -> int:
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", metavar="OUTPUT", help="of a run, finished or not, that is not going on now")
-    parser.add_argument("--file-size-mb", type=float, default=256, help="of a new file, about (default 256)")
-    arguments = parser.parse_args(argv)
-    if not arguments.file_size_mb > 0:
-        parser.error("--file-size-mb must be positive")
-    return run_job(lambda: compact_run(arguments.output, round(arguments.file_size_mb * 2**20)))
+    """Run the job -> its exit code."""
+    options = parse_command_line(COMMAND, argv, prog)
+    return run_job(lambda: compact_run(options.output, round(options.file_size_mb * 2**20)))
 
 
 if __name__ == "__main__":

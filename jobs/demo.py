@@ -1,31 +1,51 @@
-"""Caption drawn pictures with the demo model, and report the share that is exactly right.
+"""The job `ovis2 demo`: caption drawn images with the demo model, and report the share that is exactly right.
 
-    python -m jobs.demo [--output demo_output] [--count 200] [--seed 1]
-
-Draws the pictures and runs the captioning job on them as a user would.
+It draws the images and runs the captioning job on them as a user would.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import PositiveInt
+
 from demo.drawings import make_picture
+from jobs.command_line import Command, parse_command_line
+from pipelines.config import Location, Section, declare_option
 from pipelines.output.sink import read_results
 
 SHOWN = 12
-SEEDS_APART = 1_000_000  # two --seed values share no picture
+SEEDS_APART = 1_000_000  # two --seed values share no image
+
+
+class DemoOptions(Section):
+    """The options of the job."""
+
+    title = "demo"
+
+    output: Location = declare_option("demo_output", description="directory for the images and their captions")
+    count: PositiveInt = declare_option(200, description="number of images to draw")
+    seed: int = declare_option(1, description="random seed; each seed draws other images")
+
+
+COMMAND = Command(
+    "demo",
+    DemoOptions,
+    "Draw images that the demo model has never seen, caption them, and compare the captions with the truth.",
+    "",
+    ("", "--count 1000 --seed 50"),
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the model said about a picture and what is true. `num_tiles` counts the overview."""
+    """The caption of an image and the true one. `num_tiles` counts the overview."""
 
     file_name: str
     caption: str
@@ -38,32 +58,22 @@ class Comparison:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.demo") -> int:
-    return run_from_command_line(run_demo, argv, prog, __doc__, Path("demo_output"))
-
-
-def run_from_command_line(
-    demo: Callable[[Path, int, int], int], argv: Sequence[str] | None, prog: str, about: str | None, output: Path
-) -> int:
-    """Run `demo` with the output directory, the number of images and the seed of the command line -> its exit code."""
-    parser = argparse.ArgumentParser(prog=prog, description=(about or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=output, help=f"default {output}")
-    parser.add_argument("--count", type=int, default=200, help="number of pictures (default 200)")
-    parser.add_argument("--seed", type=int, default=1, help="other seeds draw other pictures (default 1)")
-    args = parser.parse_args(argv)
-    return demo(args.output, args.count, args.seed)
+    """Run the job -> its exit code."""
+    options = parse_command_line(COMMAND, argv, prog)
+    return run_demo(Path(options.output), options.count, options.seed)
 
 
 def run_demo(output: Path, count: int, seed: int) -> int:
-    """The exit code: 0, or 1 if the job failed."""
+    """Draw, caption and compare -> the exit code: 0, or 1 if the captioning job failed."""
     pictures, captions = output / "pictures", output / "captions"
     truths = draw_pictures(pictures, count, seed)
-    print(f"{count} pictures drawn in {pictures}; none of their captions was in the training data", flush=True)
+    print(f"drew {count} images into {pictures}; no training image had their captions", flush=True)
     if exit_code := _caption(pictures, captions):
         print(f"error: the captioning job failed with exit code {exit_code}; its messages are above")
         return 1
-    _report(compare(captions, truths))
-    print(f"pictures: {pictures}\ncaptions: {captions / 'data'}/*.parquet")
-    print("your own: the same command with your own directories; --model AIDC-AI/Ovis2-1B reads photographs")
+    _print_comparisons(compare(captions, truths))
+    print(f"images: {pictures}\ncaptions: {captions / 'data'}/*.parquet")
+    print("next: run the command above on your own directories; use --model AIDC-AI/Ovis2-1B for photographs")
     return 0
 
 
@@ -72,44 +82,44 @@ def _caption(pictures: Path, captions: Path) -> int:
 
 
 def run_module(*command: str) -> int:
-    """The exit code of `python -m ...`. Its progress comes to this terminal on stderr."""
+    """Run `python -m COMMAND` -> its exit code. Its progress appears on stderr of this terminal."""
     print(f"$ {shlex.join(['python', '-m', *command])}", flush=True)
     return subprocess.run([sys.executable, "-m", *command], stdout=subprocess.DEVNULL).returncode
 
 
 def draw_pictures(directory: Path, count: int, seed: int) -> dict[str, str]:
-    """File name -> true caption. Every fourth picture is a JPEG, the others are PNG."""
+    """Draw images into a directory -> {file name: true caption}. Every fourth one is a JPEG, the others are PNG."""
     directory.mkdir(parents=True, exist_ok=True)
     for picture in directory.iterdir():
-        if re.fullmatch(r"\d{4}\.(png|jpg)", picture.name):  # of an earlier demo; nothing else is touched
+        if re.fullmatch(r"\d{4}\.(png|jpg)", picture.name):  # from an earlier demo; other files stay
             picture.unlink()
     truths = {}
     for i in range(count):
         image, scene = make_picture(seed * SEEDS_APART + i, held_out=True)
         name = f"{i:04}.jpg" if i % 4 == 3 else f"{i:04}.png"
-        image.save(directory / name, quality=90)  # which PNG ignores
+        image.save(directory / name, quality=90)  # PNG ignores the quality
         truths[name] = scene.caption
     return truths
 
 
 def compare(captions: Path, truths: dict[str, str]) -> list[Comparison]:
-    """One for each picture, in the order of the file names."""
+    """Return one comparison per image, in the order of the file names."""
     rows = {Path(row["uri"]).name: row for row in read_results(str(captions)).to_pylist()}
     return [Comparison(name, rows[name]["text"], truth, rows[name]["num_tiles"]) for name, truth in truths.items()]
 
 
-def _report(comparisons: list[Comparison]) -> None:
-    """Print the first ones, the first mistakes, which say more than a share, and the shares."""
+def _print_comparisons(comparisons: list[Comparison]) -> None:
+    """Print the first images, the first mistakes after them, and the shares that are right."""
     wrong = [c for c in comparisons[SHOWN:] if not c.is_right]
     for c in [*comparisons[:SHOWN], *wrong[: SHOWN // 3]]:
         mark = "right" if c.is_right else "WRONG"
         print(f"\n{mark}  {c.file_name}  {c.caption}\n       truth     {c.truth}")
-    print(f"\nexactly right: {_share(comparisons)}")
-    print(f"  in one tile: {_share([c for c in comparisons if c.num_tiles == 1])}")
-    print(f"  in several:  {_share([c for c in comparisons if c.num_tiles > 1])}\n")
+    print(f"\nexactly right: {_format_share(comparisons)}")
+    print(f"  in one tile: {_format_share([c for c in comparisons if c.num_tiles == 1])}")
+    print(f"  in several:  {_format_share([c for c in comparisons if c.num_tiles > 1])}\n")
 
 
-def _share(comparisons: list[Comparison]) -> str:
+def _format_share(comparisons: list[Comparison]) -> str:
     num_right, count = sum(c.is_right for c in comparisons), len(comparisons)
     return f"{num_right} of {count} ({num_right / count:.1%})" if count else "none"
 

@@ -1,9 +1,7 @@
-"""Ask the demo model questions about drawn pictures, and write the report of its answers.
+"""The job `ovis2 demo-answers`: ask the demo model questions about drawn images, and write a report of its answers.
 
-    python -m jobs.demo_answers [--output demo_answers] [--count 200] [--seed 1]
-
-Draws the pictures, writes a list of them with a question about each and what is true, and runs the jobs as a user
-would: `jobs.annotate` with demo/tasks.yaml, then `jobs.report`, which compares the answers with the truth.
+It draws the images, lists them with a question and the truth for each, and runs the jobs as a user would:
+`jobs.annotate` with demo/tasks.yaml, then `jobs.report`, which compares the answers with the truth.
 """
 
 from __future__ import annotations
@@ -15,19 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from demo.drawings import make_picture, questions
-from jobs.demo import SEEDS_APART, run_from_command_line, run_module
+from jobs.command_line import Command, parse_command_line
+from jobs.demo import SEEDS_APART, DemoOptions, run_module
+from pipelines.config import Location, declare_option
 from pipelines.output.sink import read_results
 
 TASKS = Path(__file__).parents[1] / "demo" / "tasks.yaml"
 TRUTHS = {"is_so": "is_so_truth", "count": "count_truth", "background": "background_truth"}
 
 
+class DemoAnswersOptions(DemoOptions):
+    """The options of the job."""
+
+    output: Location = declare_option("demo_answers", description="directory for the images, answers and the report")
+
+
+COMMAND = Command(
+    "demo-answers",
+    DemoAnswersOptions,
+    "Draw images, ask the demo model several questions about each, and report how many answers are right.",
+    "",
+    ("", "--count 1000 --seed 50"),
+)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.demo_answers") -> int:
-    return run_from_command_line(run_demo, argv, prog, __doc__, Path("demo_answers"))
+    """Run the job -> its exit code."""
+    options = parse_command_line(COMMAND, argv, prog)
+    return run_demo(Path(options.output), options.count, options.seed)
 
 
 def run_demo(output: Path, count: int, seed: int) -> int:
-    """The exit code: 0, or that of the job that failed."""
+    """Draw, annotate and report -> the exit code: 0, or that of the job that failed."""
     listed, answers = draw_pictures(output, count, seed), output / "answers"
     options = ["--tasks", str(TASKS), "--model", "demo", "--keep-columns", ",".join(TRUTHS.values()), "--overwrite"]
     truths = [part for task, column in TRUTHS.items() for part in ("--truth", f"{task}={column}")]
@@ -42,16 +59,16 @@ def run_demo(output: Path, count: int, seed: int) -> int:
 
 
 def draw_pictures(output: Path, count: int, seed: int) -> Path:
-    """A JSON lines file: image, a question to answer with yes or no, and what is true."""
+    """Draw images -> a JSON lines file of image, a yes-or-no question and the truth."""
     pictures = output / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    lines = [_line(pictures / f"{i:04}.png", seed * SEEDS_APART + i) for i in range(count)]
+    lines = [_describe_picture(pictures / f"{i:04}.png", seed * SEEDS_APART + i) for i in range(count)]
     listed = output / "pictures.jsonl"
     listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return listed
 
 
-def _line(path: Path, seed: int) -> dict[str, Any]:
+def _describe_picture(path: Path, seed: int) -> dict[str, Any]:
     image, scene = make_picture(seed, held_out=True)
     image.save(path)
     true, false, count, *_ = questions(scene, seed)

@@ -1,49 +1,71 @@
-"""`python -m jobs.report OUTPUT`: one HTML file to look at what a run gave: counts, distributions, pictures.
+"""The job `ovis2 report OUTPUT`: one HTML page about a run, with counts, distributions and some of its images.
 
-The file needs nothing else: it opens from disk, loads nothing and sends nothing. Exit code 0: written; 2: bad usage;
-1: failed.
+The page needs nothing else: it opens from disk, loads nothing and sends nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field, field_validator
 
 from jobs.cli import run_job
+from jobs.command_line import Command, parse_command_line
+from pipelines.config import Location, Section, declare_option
 from pipelines.report.build import MAX_ROWS, ReportOptions, write_report
 
 
+class ReportFlags(Section):
+    """The options of the job."""
+
+    title = "report"
+
+    output: Location = Field(description="directory or URI of a run, finished or not")
+    to: Location | None = declare_option(
+        None,
+        description="HTML file to write",
+        unset="OUTPUT/report.html; for a URI, NAME-report.html in this directory",
+    )
+    rows: int = declare_option(300, ge=0, le=MAX_ROWS, description=f"maximum number of rows to show, up to {MAX_ROWS}")
+    truth: tuple[Annotated[str, "TASK=COLUMN"], ...] = declare_option(
+        (),
+        description="kept column that holds the right answers of a task; adds accuracy and calibration; the task of "
+        "a caption run is `text`",
+        unset="none",
+    )
+    media_limit_s: float = declare_option(
+        600.0, description="time limit for reading media, in seconds; later rows are shown without theirs"
+    )
+    allow_private_addresses: bool = declare_option(
+        False, description="also read http(s) URLs of hosts inside your own network"
+    )
+
+    @field_validator("truth")
+    @classmethod
+    def _check_pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        for pair in pairs:
+            if not all(pair.partition("=")):
+                raise ValueError(f"{pair!r} is not TASK=COLUMN")
+        return pairs
+
+
+COMMAND = Command(
+    "report",
+    ReportFlags,
+    "Write one HTML page about a run: counts, error reasons, distributions of the answers and a contact sheet.",
+    "OUTPUT",
+    ("captions", "answers --truth colour=true_colour --rows 1000 --to review.html"),
+)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.report") -> int:
-    options = _parse(argv, prog)
-    return run_job(lambda: write_report(options), goes_on=False)
-
-
-def _parse(argv: Sequence[str] | None, prog: str) -> ReportOptions:
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", metavar="OUTPUT", help="of a run, finished or not")
-    parser.add_argument("--to", metavar="FILE", help="default OUTPUT/report.html; NAME-report.html here for a URI")
-    parser.add_argument("--rows", type=int, default=300, help=f"most rows to show, at most {MAX_ROWS} (default 300)")
-    parser.add_argument(
-        "--truth",
-        action="append",
-        default=[],
-        metavar="TASK=COLUMN",
-        help="a kept column that holds what is right: adds the share right and calibration; may be repeated",
-    )
-    parser.add_argument(
-        "--media-limit-s", type=float, default=600, help="for reading media; later rows lack theirs (default 600)"
-    )
-    parser.add_argument(
-        "--allow-private-addresses", action="store_true", help="read http(s) URLs of hosts inside your own network too"
-    )
-    given = vars(parser.parse_args(argv))
-    if not 0 <= given["rows"] <= MAX_ROWS:
-        parser.error(f"--rows must be within 0 and {MAX_ROWS}")
+    """Run the job -> its exit code."""
+    given = parse_command_line(COMMAND, argv, prog).model_dump()
     pairs = [pair.partition("=") for pair in given.pop("truth")]
-    if wrong := ["".join(pair) for pair in pairs if not all(pair)]:
-        parser.error(f"--truth {wrong[0]!r} is not TASK=COLUMN")
-    return ReportOptions(**given, truths={task: column for task, _, column in pairs})
+    options = ReportOptions(**given, truths={task: column for task, _, column in pairs})
+    return run_job(lambda: write_report(options), is_resumable=False)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Options of a run in sections, one for each stage; a job's configuration is all of them, flat.
+"""Options of a run in sections, one for each stage; the configuration of a job is all sections, flat.
 
-A function takes the section that it needs: a configuration is an instance of each. `fingerprint_fields` collects the
-options that decide what the rows hold; the others, declared with `_how`, say how the work is done. An option that is
-added to decide rows says since which version: `json_schema_extra={"since": "0.2"}`.
+A function takes only the section that it needs: a configuration is an instance of each section. An option either
+decides what the rows hold, and is then part of the fingerprint, or only how the run is executed (`decides_rows=False`).
+An option that decides rows and is added later names its version: `json_schema_extra={"since": "0.2"}`.
+
+The command line, `--help` and docs/options.md are made from these fields: type, bounds, default and description.
+`unset` says what a default of None or () means. Text in `Annotated` names the value, as in `--id-column COLUMN`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -20,33 +23,57 @@ from pipelines.tasks.task import Task, check_texts, read_tasks
 SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES, FRAME_MAX_TILES = 9, 4, 1  # the model card's
 PIXELS = "pixels"  # the frame encoder that needs no model
 
+Column = Annotated[str, "COLUMN"]
+Location = Annotated[str, "PATH"]
 
-def _how(default: Any, *, description: str, **bounds: Any) -> Any:
-    """Declare an option that says how the work is done and never changes what a row holds."""
-    return Field(default, description=description, json_schema_extra={"decides_rows": False}, **bounds)
+
+def declare_option(default: Any, *, description: str, unset: str = "", decides_rows: bool = True, **bounds: Any) -> Any:
+    """Declare a field that users can set. `unset` describes a default of None or ()."""
+    extra: dict[str, Any] = {"unset": unset, "decides_rows": decides_rows}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+def _declare_execution(default: Any, *, description: str, **bounds: Any) -> Any:
+    """Declare an option that changes only how the run is executed, never what a row holds."""
+    return declare_option(default, description=description, decides_rows=False, **bounds)
 
 
 class Section(BaseModel):
-    """Some options. Unknown ones are errors."""
+    """A group of options. Unknown options are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    title: ClassVar[str]
 
 
 class SourceOptions(Section):
-    """What the rows are: read when INPUT is listed."""
+    """Which rows there are. Applied while INPUT is listed."""
 
-    input: tuple[str, ...] = Field(
-        min_length=1, description="a file, directory, glob or URI of images, tar, Parquet or JSONL; may be repeated"
+    title = "input"
+
+    input: tuple[Location, ...] = Field(
+        min_length=1, description="file, directory, glob or URI of images, videos, tar, Parquet, Arrow or JSON lines"
     )
-    image_column: str | None = Field(None, description="column that holds the images; '' for none")
-    id_column: str | None = Field(None, description="column of unique ids; default the place in the input")
-    keep_columns: tuple[str, ...] = Field((), description="columns C1,C2 to copy into the output")
-    on_duplicate_id: Literal["error", "suffix", "skip"] = Field(
-        "error", description="what a row is whose id an earlier one has: an error, a row ID~2, or left out"
+    image_column: Column | None = declare_option(
+        None, description="column that holds the images; '' if rows have none", unset="guessed from names and types"
     )
-    window_s: float | None = Field(None, gt=0, description="cut longer videos into rows of so many seconds")
-    limit: PositiveInt | None = Field(None, description="only the first rows of the input")
-    allow_private_addresses: bool = _how(False, description="read http(s) URLs of hosts inside your network too")
+    id_column: Column | None = declare_option(
+        None, description="column of unique ids", unset="the row's URI, with its place in a file of many rows"
+    )
+    keep_columns: Annotated[tuple[str, ...], "COLUMN,..."] = declare_option(
+        (), description="columns to copy into the output", unset="none"
+    )
+    on_duplicate_id: Literal["error", "suffix", "skip"] = declare_option(
+        "error", description="if an id occurs again: refuse the input, rename the row to ID~2, or skip the row"
+    )
+    window_s: float | None = declare_option(
+        None, gt=0, description="cut longer videos into windows of this many seconds, one row each", unset="no windows"
+    )
+    limit: PositiveInt | None = declare_option(
+        None, description="use only the first N rows of the input", unset="all rows"
+    )
+    allow_private_addresses: bool = _declare_execution(
+        False, description="also read http(s) URLs of hosts inside your own network"
+    )
 
     @field_validator("keep_columns", mode="before")
     @classmethod
@@ -57,173 +84,226 @@ class SourceOptions(Section):
     @classmethod
     def _check_unique(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("name each column once")
+            raise ValueError("names a column twice")
         return value
 
 
 class ModelOptions(Section):
     """Which model answers."""
 
-    model: str = Field(description='a directory, a hub id such as AIDC-AI/Ovis2-1B, a URI, or "demo"')
-    revision: str | None = Field(None, description="commit, tag or branch of a hub id")
+    title = "model"
+
+    model: Annotated[str, "MODEL"] = Field(
+        description='Hugging Face id such as AIDC-AI/Ovis2-1B, directory, URI, or "demo" for the bundled model'
+    )
+    revision: Annotated[str, "REVISION"] | None = declare_option(
+        None, description="commit, tag or branch of the Hugging Face id", unset="the main branch"
+    )
 
 
 class ImageOptions(Section):
-    """How images and the frames of videos are shown to the model."""
+    """How the model sees images and the frames of videos."""
 
-    max_tiles: PositiveInt | None = Field(
-        None, description="most cells an image is cut into; default 9 for one image a row, 4 for several, 1 for frames"
+    title = "images and video"
+
+    max_tiles: PositiveInt | None = declare_option(
+        None,
+        description="maximum number of tiles per image; fewer are faster, more read finer print",
+        unset="9 for one image per row, 4 for several, 1 per video frame",
     )
-    num_frames: PositiveInt = Field(12, description="most frames of a video that the model is shown")
-    fps: float | None = Field(None, gt=0, description="at most so many frames, or candidates, a second of video")
-    frame_selection: Literal["uniform", "top-k", "mdp3"] = Field(
-        "uniform", description="evenly spread; or of --num-candidates those that match the question, or that and differ"
+    num_frames: PositiveInt = declare_option(12, description="maximum number of frames per video")
+    fps: float | None = declare_option(
+        None, gt=0, description="maximum number of frames, or candidates, per second of video", unset="no limit"
     )
-    num_candidates: PositiveInt = Field(128, description="evenly spread frames that top-k and mdp3 choose from")
-    frame_query: str | None = Field(
-        None, description="what chosen frames should match, instead of the row's question; '' for nothing"
+    frame_selection: Literal["uniform", "top-k", "mdp3"] = declare_option(
+        "uniform",
+        description="which frames: evenly spread; the best matches of the question; or matches that also differ",
     )
-    frame_encoder: str = Field(
+    num_candidates: PositiveInt = declare_option(
+        128, description="number of evenly spread frames that top-k and mdp3 choose from"
+    )
+    frame_query: str | None = declare_option(
+        None, description="text that the chosen frames should match; '' for no text", unset="the row's question"
+    )
+    frame_encoder: Annotated[str, "MODEL"] = declare_option(
         "google/siglip-so400m-patch14-384",
-        description='a SigLIP, by directory or hub id, that compares frames; or "pixels", which needs no model',
+        description='SigLIP that compares frames: directory or Hugging Face id; "pixels" compares without a model',
     )
 
     @model_validator(mode="after")
     def _check_frames_can_be_chosen(self) -> Self:
         if self.frame_selection == "top-k" and (self.frame_encoder == PIXELS or self.frame_query == ""):
             raise ValueError(
-                "top-k chooses the frames that match a text: give a --frame-encoder that reads text and no empty "
-                "--frame-query, or use mdp3, which can do without"
+                "--frame-selection top-k matches frames with a text: use a SigLIP as --frame-encoder and a non-empty "
+                "--frame-query, or choose mdp3, which works without a text"
             )
         if self.frame_selection != "uniform" and self.num_candidates < self.num_frames:
             raise ValueError(
-                f"{self.num_frames} frames cannot be chosen from {self.num_candidates}; raise --num-candidates"
+                f"--num-candidates {self.num_candidates} is less than --num-frames {self.num_frames}; "
+                "raise --num-candidates"
             )
         return self
 
     def max_tiles_per_image(self, num_images: int) -> int:
-        """Return the maximum number of cells for each image in a row of `num_images`."""
+        """Return the maximum number of tiles for each image of a row with `num_images`."""
         return self.max_tiles or (SINGLE_IMAGE_MAX_TILES if num_images <= 1 else MULTI_IMAGE_MAX_TILES)
 
     @property
     def max_tiles_per_frame(self) -> int:
-        """Maximum number of cells for each frame of a video."""
+        """Maximum number of tiles for each frame of a video."""
         return self.max_tiles or FRAME_MAX_TILES
 
     @property
     def max_tiles_per_row(self) -> int:
         """Maximum number of tiles, overviews included, of a row with one image or one video."""
-        cells = self.max_tiles_per_frame
-        return max(self.max_tiles_per_image(1) + 1, self.num_frames * (cells + (cells > 1)))
+        tiles = self.max_tiles_per_frame
+        return max(self.max_tiles_per_image(1) + 1, self.num_frames * (tiles + (tiles > 1)))
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether frames are compared by a model."""
+        """Whether a model compares the frames."""
         return self.frame_selection != "uniform" and self.frame_encoder != PIXELS
 
 
 class SamplingOptions(Section):
-    """How answers are generated, unless a task says otherwise."""
+    """How answers are generated. A task may override each option for itself."""
 
-    system_prompt: str | None = Field(None, description="instead of the model's own")
-    max_new_tokens: PositiveInt = Field(512, description="longest answer, in tokens")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the most probable tokens of this mass")
-    top_k: int = Field(0, ge=0, description="keep this many most probable tokens; 0 keeps all")
-    repetition_penalty: float = Field(1.0, gt=0, description="above 1 discourages tokens already generated")
-    stop: tuple[str, ...] = Field((), description="end an answer before this text; may be repeated")
-    seed: int = Field(0, description="of sampling; a row's sample depends on it and the row's id only")
+    title = "generation"
+
+    system_prompt: str | None = declare_option(None, description="system prompt", unset="the model's own")
+    max_new_tokens: PositiveInt = declare_option(512, description="maximum length of an answer, in tokens")
+    temperature: float = declare_option(0.0, ge=0, description="sampling temperature; 0 is greedy decoding")
+    top_p: float = declare_option(
+        1.0, gt=0, le=1, description="sample from the most probable tokens that reach this total"
+    )
+    top_k: int = declare_option(0, ge=0, description="sample from this many most probable tokens; 0 uses all")
+    repetition_penalty: float = declare_option(
+        1.0, gt=0, description="above 1, tokens that already occurred are less likely"
+    )
+    stop: tuple[str, ...] = declare_option((), description="end the answer before this text", unset="none")
+    seed: int = declare_option(0, description="random seed; a row's sample depends only on the seed and the row's id")
 
     _check_texts = field_validator("system_prompt", "stop")(check_texts)
 
     def task_defaults(self) -> dict[str, Any]:
-        """Return the value of each field that a task may leave open."""
+        """Return {field: value} for the fields that a task may leave open."""
         given = self.model_dump(include=set(SamplingOptions.model_fields))
         return {"system": given.pop("system_prompt"), **given}
 
 
 class ResourceOptions(Section):
-    """What the work runs on."""
+    """Which hardware the run uses."""
 
-    num_replicas: PositiveInt | Literal["auto"] = _how("auto", description="copies of the model")
-    tensor_parallel: PositiveInt | Literal["auto"] = _how(
-        "auto", description="GPUs of one copy of the model; auto is as few as hold it"
+    title = "cluster"
+
+    num_replicas: PositiveInt | Literal["auto"] = _declare_execution(
+        "auto", description="number of copies of the model; auto fills the cluster"
     )
-    autoscale: bool = _how(False, description="have the cluster start nodes for --num-replicas, and begin meanwhile")
-    num_preprocessors: PositiveInt | Literal["auto"] = _how("auto", description="CPU actors that decode and tile")
-    device: Literal["auto", "cpu", "cuda"] = _how("auto", description="where the model runs")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto is bfloat16 on CUDA and float32 on a CPU"
+    tensor_parallel: PositiveInt | Literal["auto"] = _declare_execution(
+        "auto", description="GPUs per copy of the model, on one node; auto takes the fewest that hold it"
+    )
+    autoscale: bool = _declare_execution(
+        False, description="let the cluster start nodes for --num-replicas; the run begins with those it has"
+    )
+    num_preprocessors: PositiveInt | Literal["auto"] = _declare_execution(
+        "auto", description="number of CPU actors that decode and tile; auto goes by the GPUs and CPUs of the cluster"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _declare_execution(
+        "auto", description="device of the model; auto is cuda if the cluster has GPUs"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = declare_option(
+        "auto", description="precision of the model; auto is bfloat16 on CUDA and float32 on a CPU"
     )
 
     @model_validator(mode="after")
     def _check_autoscale(self) -> Self:
         if self.autoscale and self.num_replicas == "auto":
-            raise ValueError("--autoscale needs to know for how many: give --num-replicas N")
+            raise ValueError("--autoscale needs a number of replicas; give --num-replicas N")
         return self
 
 
 class OutputOptions(Section):
-    """Where the rows go, and what happens to those of an earlier run."""
+    """Where the rows go, and how many of them may be errors."""
 
-    output: str = _how(..., description="a directory or URI")
-    rows_per_file: PositiveInt = _how(10_000, description="rows of an output file at most")
-    max_error_rate: float = _how(0.1, ge=0, le=1, description="exit 3 when more of the rows are errors")
-    stop_error_rate: float = _how(
-        0.9, gt=0, le=1, description="stop early when more of the rows so far, at least 500, are errors; 1 never stops"
+    title = "output"
+
+    output: Location = _declare_execution(..., description="directory or URI for the results")
+    rows_per_file: PositiveInt = _declare_execution(10_000, description="maximum number of rows per output file")
+    max_error_rate: float = _declare_execution(
+        0.1, ge=0, le=1, description="exit with code 3 if a larger share of the rows are errors"
     )
-    overwrite: bool = _how(False, description="remove an earlier run from OUTPUT first")
-    retry_errors: bool = _how(False, description="take up the error rows of the run in OUTPUT again")
-    extend: bool = _how(False, description="add the rows of INPUT that the run in OUTPUT does not have yet")
+    stop_error_rate: float = _declare_execution(
+        0.9,
+        gt=0,
+        le=1,
+        description="stop early if a larger share of the rows so far, at least 500, are errors; 1 never stops",
+    )
+
+
+class ResumeOptions(Section):
+    """What happens to the rows of an earlier run in OUTPUT. By default, finished rows are kept and the rest follow."""
+
+    title = "resume"
+
+    overwrite: bool = _declare_execution(False, description="delete the earlier run in OUTPUT and start again")
+    retry_errors: bool = _declare_execution(
+        False, description="retry the error rows in OUTPUT, e.g. after fixing the cause"
+    )
+    extend: bool = _declare_execution(False, description="add rows of INPUT that the run in OUTPUT does not have yet")
 
     @model_validator(mode="after")
     def _check_resume(self) -> Self:
         if self.overwrite and (self.extend or self.retry_errors):
-            raise ValueError("--overwrite leaves nothing to extend or to retry; give one of them")
+            other = "--extend" if self.extend else "--retry-errors"
+            raise ValueError(f"--overwrite deletes the run that {other} needs; give one of the two")
         return self
 
 
-class RunConfig(OutputOptions, ResourceOptions, SamplingOptions, ImageOptions, ModelOptions, SourceOptions):
-    """Every option that all jobs over rows have. What is asked of the rows is for each job to add."""
+class RunConfig(
+    ResumeOptions, OutputOptions, ResourceOptions, SamplingOptions, ImageOptions, ModelOptions, SourceOptions
+):
+    """The options that all jobs over rows share. Each job adds the questions."""
 
     @property
     def questionnaire(self) -> Questionnaire:
-        """What is asked of every row, and the columns of the answers."""
+        """The questions for every row, and the columns of the answers."""
         raise NotImplementedError
 
     @model_validator(mode="after")
     def _check_output(self) -> Self:
         if taken := sorted(set(self.keep_columns).intersection(self.questionnaire.schema.names)):
-            raise ValueError(
-                f"--keep-columns: the output has columns {', '.join(taken)} of its own; rename yours in the input"
-            )
+            raise ValueError(f"--keep-columns: the output already has {', '.join(taken)}; rename yours in the input")
         if self.extend and self.on_duplicate_id == "suffix":
-            raise ValueError("--extend needs ids that do not depend on the order of a listing; suffixes do")
+            raise ValueError(
+                "--extend needs stable ids, and --on-duplicate-id suffix depends on the order of the input; "
+                "use error or skip"
+            )
         return self
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return the options that decide what the rows hold, as JSON values.
 
-        An option that was added after version 0.1 is there only with another value than its default, so that the
-        fingerprint of an old run stays what it was.
+        Include an option that was added after version 0.1 only if it differs from its default, so that the fingerprint
+        of an older run stays the same.
         """
-        added = {name for name in _deciding_options(type(self)) if _extra(type(self), name).get("since")}
+        added = {name for name in _deciding_options(type(self)) if read_extra(type(self), name).get("since")}
         unset = {name for name in added if getattr(self, name) == type(self).model_fields[name].default}
         return self.model_dump(mode="json", include=_deciding_options(type(self)) - unset)
 
     @classmethod
     def fingerprint_defaults(cls) -> dict[str, Any]:
-        """Return the default, as a JSON value, of each option that decides rows: what a record without it means."""
+        """Return the default of each option that decides rows, as a JSON value, for records that lack the option."""
         names = {name for name in _deciding_options(cls) if not cls.model_fields[name].is_required()}
         defaults = {name: cls.model_fields[name].default for name in names}
         return cls.model_construct(**defaults).model_dump(mode="json", include=names, warnings=False)
 
 
 def _deciding_options(config: type[Section]) -> set[str]:
-    return {name for name in config.model_fields if _extra(config, name).get("decides_rows", True)}
+    return {name for name in config.model_fields if read_extra(config, name).get("decides_rows", True)}
 
 
-def _extra(config: type[Section], name: str) -> dict[str, Any]:
+def read_extra(config: type[Section], name: str) -> dict[str, Any]:
+    """Return what an option declares besides its type: `decides_rows`, `unset`, `since`."""
     extra = config.model_fields[name].json_schema_extra
     return extra if isinstance(extra, dict) else {}
 
@@ -231,11 +311,15 @@ def _extra(config: type[Section], name: str) -> dict[str, Any]:
 class CaptionConfig(RunConfig):
     """One question, answered in free text."""
 
-    prompt: str = Field(
-        "Describe the image.", description="what to ask; {name} stands for a column if the input has columns"
+    title = "prompt"
+
+    prompt: str = declare_option(
+        "Describe the image.", description="question for every row; {name} inserts a column if the input has columns"
     )
-    prompt_column: str | None = Field(None, description="column of questions; a row without one is asked --prompt")
-    chain_of_thought: bool = Field(False, description="ask for step-by-step reasoning before the answer")
+    prompt_column: Column | None = declare_option(
+        None, description="column of questions; rows where it is empty get --prompt", unset="--prompt for all rows"
+    )
+    chain_of_thought: bool = declare_option(False, description="ask for step-by-step reasoning before the answer")
 
     _check_prompt = field_validator("prompt")(check_texts)
 
@@ -253,9 +337,13 @@ class CaptionConfig(RunConfig):
 class AnnotateConfig(RunConfig):
     """Several named questions, each with its own type of answer."""
 
-    tasks: tuple[Task, ...] = Field(description="YAML file of the questions")
-    regenerate: Literal["flagged"] | None = Field(
-        None, description="answer once more where an answer is flagged, by other sampling; both answers are kept"
+    title = "questions"
+
+    tasks: Annotated[tuple[Task, ...], "FILE"] = Field(
+        description="YAML file of the questions; docs/annotate.md describes it"
+    )
+    regenerate: Literal["flagged"] | None = declare_option(
+        None, description="generate flagged answers again with other sampling; keeps both answers", unset="off"
     )
 
     @field_validator("tasks", mode="before")
@@ -267,19 +355,19 @@ class AnnotateConfig(RunConfig):
     @classmethod
     def _check_not_empty(cls, value: tuple[Task, ...]) -> tuple[Task, ...]:  # min_length counts the faultless ones only
         if not value:
-            raise ValueError("give at least one")
+            raise ValueError("holds no task; give at least one")
         return value
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         names = Counter(schema.result(self.questionnaire.schema).names)
         if twice := sorted(name for name, count in names.items() if count > 1):
-            raise ValueError(f"--tasks: two columns of the output would be called {', '.join(twice)}; rename a task")
+            raise ValueError(f"--tasks: two columns of the output would be named {', '.join(twice)}; rename a task")
         return self
 
     @property
     def questionnaire(self) -> Questionnaire:
-        """Every task, in columns of its own."""
+        """All tasks, each in its own columns."""
         return Questionnaire(
             tasks=tuple(task.with_defaults(**self.task_defaults()) for task in self.tasks),
             layout=TaskLayout(with_alternatives=self.regenerate is not None),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.options import parse_command_line
-from pipelines.config import CaptionConfig
+from jobs import caption
+from jobs.command_line import parse_command_line
 from pipelines.errors import SourceError
 from tests.support.jsonl_files import write_lines
 from tests.support.parquet_files import write
@@ -30,16 +30,16 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 
 def test_keep_columns_is_parsed_and_part_of_the_fingerprint() -> None:
-    config = parse_command_line(CaptionConfig, "", "", ["in", "out", "--model", "demo", "--keep-columns", "a,b c"])
+    config = parse_command_line(caption.COMMAND, ["in", "out", "--model", "demo", "--keep-columns", "a,b c"], "")
     assert config.keep_columns == ("a", "b c") == make_config("in", keep_columns=["a", "b c"]).keep_columns
     assert config.fingerprint_fields()["keep_columns"] == ["a", "b c"]
     assert config.fingerprint_fields() != config.model_copy(update={"id_column": "x"}).fingerprint_fields()
 
 
-@pytest.mark.parametrize(("names", "message"), [("a,text", "columns text of its own; rename"), ("a,a", "once")])
+@pytest.mark.parametrize(("names", "message"), [("a,text", "already has text; rename"), ("a,a", "twice")])
 def test_kept_columns_that_clash_are_refused(names: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        parse_command_line(CaptionConfig, "", "", ["in", "out", "--model", "demo", "--keep-columns", names])
+        parse_command_line(caption.COMMAND, ["in", "out", "--model", "demo", "--keep-columns", names], "")
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from jobs.options import parse_command_line
+from jobs import caption
+from jobs.command_line import parse_command_line
 from ovis_model.config import SIZES
 from pipelines.cluster.resources import Hardware, plan_pools, plan_tensor_parallel
-from pipelines.config import CaptionConfig
 from pipelines.errors import ResourceError
 from tests.support.roots import ROOT
 
@@ -50,7 +50,7 @@ def test_kuberay_takes_the_job() -> None:
 def test_the_jobs_command_is_one_that_we_take() -> None:
     words = shlex.split(load("deploy/rayjob.yaml")["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "jobs.caption"]
-    config = parse_command_line(CaptionConfig, "jobs.caption", "", words[3:])
+    config = parse_command_line(caption.COMMAND, words[3:], "jobs.caption")
     groups = {
         group["groupName"]: group for group in load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     }

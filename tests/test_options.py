@@ -15,6 +15,7 @@ from pipelines.config import (
     ModelOptions,
     OutputOptions,
     ResourceOptions,
+    ResumeOptions,
     RunConfig,
     SamplingOptions,
     SourceOptions,
@@ -22,7 +23,7 @@ from pipelines.config import (
 from pipelines.errors import RunError
 from pipelines.output.run_record import open_run
 
-SECTIONS = (SourceOptions, ModelOptions, ImageOptions, SamplingOptions, ResourceOptions, OutputOptions)
+SECTIONS = (SourceOptions, ModelOptions, ImageOptions, SamplingOptions, ResourceOptions, OutputOptions, ResumeOptions)
 MODEL = {"id": "demo", "revision": None, "weights": "none"}
 
 

@@ -201,8 +201,8 @@ def test_members_of_a_tar_and_gone_media_and_no_manifest(tmp_path: Path) -> None
 
 
 def test_media_that_take_too_long_are_left_out(mixed: Path) -> None:
-    reasons = [row["media"].get("missing", "") for row in make_report(mixed, media_limit_s=0)["rows"]]
-    assert reasons and all("took longer than 0 s" in reason for reason in reasons)
+    reasons = {row["media"].get("missing", "")[:15] for row in make_report(mixed, media_limit_s=0)["rows"]}
+    assert reasons == {"not read within"}
 
 
 def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None:

@@ -130,5 +130,5 @@ def test_termination_keeps_what_is_finished(pictures: Path, tmp_path: Path) -> N
     finished = job.finish()
     job.wait_until_all_gone()
     assert finished.exit_code == 1
-    assert "goes on from here" in finished.stderr
+    assert "stopped. Finished rows are saved" in finished.stderr
     assert 0 < len(read_rows(output)) < 4 * NUM_ROWS

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from jobs.options import parse_command_line
+from jobs import annotate
+from jobs.command_line import parse_command_line
 from ovis_model.types import Constraint
 from pipelines import schema
 from pipelines.config import AnnotateConfig
@@ -56,7 +57,7 @@ def list_task_rows(config: AnnotateConfig) -> list[dict[str, Any]]:
 
 
 def parse(*argv: str) -> AnnotateConfig:
-    return parse_command_line(AnnotateConfig, "annotate", "Annotate.", ["in", "out", "--model", "demo", *argv])
+    return parse_command_line(annotate.COMMAND, ["in", "out", "--model", "demo", *argv], "annotate")
 
 
 def test_a_file_of_tasks(tasks_file: Path) -> None:
@@ -111,20 +112,23 @@ def test_columns(tasks_file: Path) -> None:
     [
         ("tasks: []", "give at least one"),
         ("tasks: {name: a}", "must hold `tasks:` and a list of them"),
-        ("tasks: [{name: a}]", "--tasks: 0: prompt: Field required"),
-        ("tasks: [{name: A, prompt: b}]", "--tasks: 0: name: "),
+        ("tasks: [{name: a}]", "task 'a': prompt is missing"),
+        ("tasks: [{name: A, prompt: b}]", "task 'A': name: got 'A'"),
         ("tasks: [{name: a, prompt: b, answer: yes-no}]", "'yes-no' is unknown; give text, bool"),
-        ("tasks: [{name: a, prompt: b, max_tokens: 5}]", "max_tokens: Extra inputs"),
-        ("tasks: [{name: a, prompt: b}, {name: a, prompt: c}]", "would be called a, a_confidence"),
-        ("tasks: [{name: a, prompt: b}, {name: a_text, prompt: c}]", "would be called a_text; rename a task"),
-        ("tasks: [{name: status, prompt: b}]", "would be called status"),
-        ("tasks: [{name: row, prompt: b}]", "would be called row"),
+        (
+            "tasks: [{name: a, prompt: b, max_tokens: 5}]",
+            "task 'a': max_tokens is not a field of a task; did you mean max_new_tokens?",
+        ),
+        ("tasks: [{name: a, prompt: b}, {name: a, prompt: c}]", "would be named a, a_confidence"),
+        ("tasks: [{name: a, prompt: b}, {name: a_text, prompt: c}]", "would be named a_text; rename a task"),
+        ("tasks: [{name: status, prompt: b}]", "would be named status"),
+        ("tasks: [{name: row, prompt: b}]", "would be named row"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: {enum: [2030-12-31]}}}]", "quote them"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: {properties: {yes: {}}}}}]", "quote them"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: no.json}}]", "no.json"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: tasks.yaml}}]", "is not JSON"),
-        ("tasks: [{name: a, prompt: ''}]", "--tasks: 0: prompt: "),
-        (": :", "is not YAML in UTF-8"),
+        ("tasks: [{name: a, prompt: ''}]", "task 'a': prompt: got ''"),
+        (": :", "tasks.yaml, line 1, column 1 is not YAML"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(
@@ -139,7 +143,7 @@ def test_a_wrong_file_says_what_is_wrong(
 
 def test_kept_columns_may_not_clash_with_tasks(tasks_file: Path) -> None:
     tasks = yaml.safe_load(TASKS)["tasks"][:1]
-    with pytest.raises(ValidationError, match="has columns caption_text of its own"):
+    with pytest.raises(ValidationError, match="already has caption_text"):
         AnnotateConfig(input=("a",), output="b", model="demo", tasks=tasks, keep_columns=("caption_text",))
 
 

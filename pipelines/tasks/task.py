@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, field_validator
 
 from ovis_model.types import SamplingParams
+from pipelines.storage.yaml_file import read_yaml
 from pipelines.tasks.answer_types import Answer, Text, parse_answer
 
 _SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"}  # as in SamplingParams
@@ -82,15 +82,11 @@ class Task(BaseModel):
 
 def read_tasks(path: str) -> list[dict[str, Any]]:
     """The tasks of a YAML file, unchecked; a `json_schema` may name a file beside it. Raises ValueError, OSError."""
-    file = Path(path)
-    try:
-        values = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML in UTF-8: {error}") from error
+    values = read_yaml(path)
     tasks = values.get("tasks") if isinstance(values, dict) else values
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ValueError(f"{path} must hold `tasks:` and a list of them, each with a name and a prompt")
-    return [_with_schema(task, file.parent) for task in tasks]
+    return [_with_schema(task, Path(path).parent) for task in tasks]
 
 
 def _with_schema(task: dict[str, Any], directory: Path) -> dict[str, Any]:
