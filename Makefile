@@ -1,18 +1,18 @@
-# make demo    caption the demo pictures with the demo model, on a laptop's CPU
+# make demo    caption drawn images with the demo model, on a laptop's CPU
 # make test    run the tests
 # make check   check format, lint, types and import rules
-# make setup   install what `make demo` needs into .venv; the others do it themselves
+# make setup   install the command ovis2 and what it needs into .venv; the other targets do so too
 # make clean   remove .venv, caches and what the demo wrote
 #
-# Another interpreter: make PYTHON=python3.12 demo. More processes for tests: make WORKERS=4 test
+# Use another interpreter: make PYTHON=python3.12 demo. Use more processes for tests: make WORKERS=4 test
 
 PYTHON ?= python3
-# Processes that share out the files of tests; one needs about a core and 2 GB.
+# Number of test processes; each needs about one core and 2 GB.
 WORKERS ?= 2
-# A file stays in one process, with its fixtures; those of tests/support/longest_files.py are handed out first.
+# All tests of a file run in one process, which keeps its fixtures. tests/support/longest_files.py lists the files to start first.
 SHARED_OUT := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Tools are run by the interpreter, never as scripts: a script's first line cannot hold a path with spaces.
+# Run tools with the interpreter, not as scripts: the first line of a script cannot hold a path with spaces.
 RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNTIME := .venv/.runtime
@@ -35,7 +35,7 @@ check: $(DEV)
 
 setup: $(RUNTIME)
 
-# pip is the last thing that venv writes: where it is, the environment is whole.
+# venv writes pip last: if pip exists, the environment is complete.
 .venv/bin/pip:
 	@command -v "$(PYTHON)" >/dev/null || \
 		{ echo "$(PYTHON) is not installed; name a Python >= 3.11: make PYTHON=python3.12" >&2; exit 1; }
@@ -44,7 +44,7 @@ setup: $(RUNTIME)
 	@echo "Creating .venv with $$("$(PYTHON)" --version)"
 	@"$(PYTHON)" -m venv .venv
 
-# torch goes first and alone, so that its pin decides and nothing else pulls in another build of it.
+# Install torch first and alone, so that its pin decides and no other package pulls in another build.
 $(RUNTIME): pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "Installing torch and Ray into .venv: 1 to 10 minutes the first time, by your connection"
 	@$(PIP) torch
@@ -58,4 +58,4 @@ $(DEV): $(RUNTIME)
 
 clean:
 	rm -rf .venv build demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find jobs demo benchmarks pipelines ovis_model tests -name __pycache__ -prune -exec rm -rf {} +
+	find jobs demo benchmarks pipelines ovis_model examples tests -name __pycache__ -prune -exec rm -rf {} +
