@@ -32,7 +32,7 @@ from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.sampling import RandomStream, Sampler
-from ovis_model.grammar import guides as constraints
+from ovis_model.grammar import guides as guides_module
 from ovis_model.grammar.guides import Guides
 from ovis_model.network.ovis import Ovis
 from ovis_model.types import IMAGE_ATOM_ID, Constraint, Request, SamplingParams
@@ -144,9 +144,9 @@ def prepare_steps(engine: EngineCore, rows: int, params: SamplingParams) -> Call
 
 def print_compile_times(model: Ovis, tokenizer: Tokenizer, eos: Sequence[int]) -> None:
     size = model.config.language.vocab_size
-    trie_s, _ = measure_seconds(lambda: constraints._token_trie(tokenizer, size, list(eos)))
-    trie = constraints._token_trie(tokenizer, size, list(eos))
-    grammar_s, _ = measure_seconds(lambda: constraints._matcher(LARGE, trie))
+    trie_s, _ = measure_seconds(lambda: guides_module._token_trie(tokenizer, size, list(eos)))
+    trie = guides_module._token_trie(tokenizer, size, list(eos))
+    grammar_s, _ = measure_seconds(lambda: guides_module._matcher(LARGE, trie))
     num_keywords = LARGE.spec.count('":')
     engine = OvisEngine.from_model(model, tokenizer=tokenizer, eos_token_ids=())
     free, held = SamplingParams(max_new_tokens=1), SamplingParams(max_new_tokens=1, constraint=LARGE)

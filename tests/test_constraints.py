@@ -1,4 +1,4 @@
-"""Answers of random weights, held to schemas and patterns; what is refused; what constraints leave alone."""
+"""Constrained answers of a model with random weights follow their schemas and patterns, and leave other rows alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ovis_model.engine.kv_cache import DecodeStep, KVCache
 from ovis_model.engine.model_runner import ModelRunner
 from ovis_model.engine.sampling import unpack_masks
 from ovis_model.engine.scheduler import Budget
-from ovis_model.grammar import guides as constraints
+from ovis_model.grammar import guides as guides_module
 from ovis_model.grammar.guides import Guides, check
 from ovis_model.grammar.json_schema import validate_answer
 from ovis_model.inputs.processor import Processor
@@ -44,54 +44,54 @@ FREE = SamplingParams(max_new_tokens=40, temperature=1.0, seed=5)
 
 
 @cache
-def engine() -> OvisEngine:
+def get_engine() -> OvisEngine:
     loaded = OvisEngine.from_pretrained(str(CHECKPOINT), device="cpu", dtype="float32")
     assert isinstance(loaded, OvisEngine)
     return loaded
 
 
 @cache
-def processor() -> Processor:
+def get_processor() -> Processor:
     return Processor.from_pretrained(CHECKPOINT)
 
 
 @cache
 def build_request() -> Request:
-    return processor().build_request("Describe.")
+    return get_processor().build_request("Describe.")
 
 
-def held_to(constraint: Constraint, **options: Any) -> SamplingParams:
+def constrain(constraint: Constraint, **options: Any) -> SamplingParams:
     return SamplingParams(**{"max_new_tokens": 200, "temperature": 1.0, "constraint": constraint, **options})
 
 
-def schema_of(schema: object) -> Constraint:
+def to_constraint(schema: object) -> Constraint:
     return Constraint("json_schema", json.dumps(schema))
 
 
-def one_of(*schemas: object) -> object:
+def make_one_of(*schemas: object) -> object:
     return {"oneOf": list(schemas)}
 
 
-def answers(params: Sequence[SamplingParams], **options: Any) -> list[Completion]:
-    model = OvisEngine.from_model(engine().model, tokenizer=TOKENIZER, **options)
+def generate_answers(params: Sequence[SamplingParams], **options: Any) -> list[Completion]:
+    model = OvisEngine.from_model(get_engine().model, tokenizer=TOKENIZER, **options)
     return model.generate([build_request()] * len(params), params)
 
 
-def text_of(completion: Completion) -> str:
-    return processor().detokenize(completion.output_ids)
+def detokenize(completion: Completion) -> str:
+    return get_processor().detokenize(completion.output_ids)
 
 
 @pytest.mark.parametrize("rounds", [7, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_every_answer_that_ends_is_valid_json_by_its_schema(rounds: int) -> None:
-    """43 schemas: 301 answers, or 2,580."""
+def test_every_finished_answer_is_valid_by_its_schema(rounds: int) -> None:
+    """43 schemas yield 301 answers, or 2,580 with --run-slow."""
     wanted = [schema for _ in range(rounds) for schema in SCHEMAS.values()]
     for schema in SCHEMAS.values():
-        check(schema_of(schema))
-    found = answers([held_to(schema_of(schema), seed=seed) for seed, schema in enumerate(wanted)])
+        check(to_constraint(schema))
+    found = generate_answers([constrain(to_constraint(schema), seed=seed) for seed, schema in enumerate(wanted)])
     num_ended = 0
     for schema, completion in zip(wanted, found, strict=True):
         if completion.finish_reason == "stop":
-            value = json.loads(text_of(completion))
+            value = json.loads(detokenize(completion))
             Validator(schema, format_checker=Validator.FORMAT_CHECKER).validate(value)
             validate_answer(value, json.dumps(schema))
             num_ended += 1
@@ -101,24 +101,28 @@ def test_every_answer_that_ends_is_valid_json_by_its_schema(rounds: int) -> None
     assert num_ended > 0.85 * len(found)
 
 
-def test_every_answer_that_ends_matches_its_pattern() -> None:
+def test_every_finished_answer_matches_its_pattern() -> None:
     wanted = [pattern for _ in range(10) for pattern in PATTERNS]
-    found = answers([held_to(Constraint("regex", pattern), seed=seed) for seed, pattern in enumerate(wanted)])
+    found = generate_answers(
+        [constrain(Constraint("regex", pattern), seed=seed) for seed, pattern in enumerate(wanted)]
+    )
     for pattern, completion in zip(wanted, found, strict=True):
-        assert completion.finish_reason == "length" or re.fullmatch(pattern, text_of(completion))
+        assert completion.finish_reason == "length" or re.fullmatch(pattern, detokenize(completion))
     assert sum(completion.finish_reason == "stop" for completion in found) > 0.85 * len(found)
 
 
-def test_a_schema_that_pydantic_writes_is_supported() -> None:
+def test_schemas_of_pydantic_models_are_supported() -> None:
     schema = Receipt.model_json_schema()
-    check(schema_of(schema))
-    for completion in answers([held_to(schema_of(schema), seed=seed, max_new_tokens=400) for seed in range(5)]):
+    check(to_constraint(schema))
+    for completion in generate_answers(
+        [constrain(to_constraint(schema), seed=seed, max_new_tokens=400) for seed in range(5)]
+    ):
         if completion.finish_reason == "stop":
-            Receipt.model_validate_json(text_of(completion))
+            Receipt.model_validate_json(detokenize(completion))
 
 
 class Item(BaseModel):
-    """What is described here is dropped."""
+    """A line of the receipt; this description becomes part of the schema and is ignored."""
 
     name: Annotated[str, Field(min_length=1, max_length=9)]
     price: Annotated[float, Field(gt=0, lt=100)] | None = None
@@ -146,14 +150,14 @@ class Receipt(BaseModel):
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_every_schema_that_is_supported_is_honoured(data: st.DataObject) -> None:
-    """Bounds, lengths, patterns and their combinations; answers byte by byte, drawn evenly or from a few bytes."""
+def test_every_supported_schema_is_enforced(data: st.DataObject) -> None:
+    """Schemas combine bounds, lengths and patterns; answers are drawn byte by byte, evenly or from a few bytes."""
     schema = data.draw(anything)
     try:
-        check(schema_of(schema))
+        check(to_constraint(schema))
     except ValueError:
         return
-    state = constraints._matcher(schema_of(schema), constraints._byte_trie())
+    state = guides_module._matcher(to_constraint(schema), guides_module._byte_trie())
     rng, favoured = data.draw(st.randoms(use_true_random=True)), data.draw(st.sampled_from(["", "9.0", 'nu,:"}]']))
     answer = bytearray()
     while len(answer) < 80:
@@ -206,143 +210,143 @@ anything = st.recursive(
 )
 
 
-def test_a_cut_answer_is_the_beginning_of_a_whole_one() -> None:
-    """And the same row, with more tokens to spend, goes on from there."""
-    constraint = schema_of(SCHEMAS["invoice"])
-    short, long = answers([held_to(constraint, seed=1, max_new_tokens=n) for n in (10, 300)])
+def test_a_truncated_answer_is_a_prefix_of_the_full_one() -> None:
+    """The same row with a larger token limit continues from there."""
+    constraint = to_constraint(SCHEMAS["invoice"])
+    short, long = generate_answers([constrain(constraint, seed=1, max_new_tokens=n) for n in (10, 300)])
     assert (short.finish_reason, long.finish_reason) == ("length", "stop")
     assert short.output_ids.tolist() == long.output_ids[:10].tolist()
 
 
-def test_rows_beside_each_other_do_not_touch_each_other() -> None:
-    """Free and constrained, greedy, sampled and penalised; also over slots that are used again."""
+def test_rows_in_a_batch_answer_as_they_do_alone() -> None:
+    """Rows are free and constrained, greedy, sampled and penalised; slots are reused."""
     kinds = [SCHEMAS["bounding boxes"], SCHEMAS["pattern and lengths"], SCHEMAS["integer"]]
-    mixed = [FREE, SamplingParams(max_new_tokens=40), *(held_to(schema_of(kind), seed=2) for kind in kinds)]
-    mixed += [held_to(schema_of(kinds[0]), temperature=0.0, repetition_penalty=1.3, max_new_tokens=60)]
-    mixed += [held_to(Constraint("regex", "[a-z]{3,30}"), seed=3, top_p=0.9, top_k=20), FREE]
-    alone = [answers([params])[0] for params in mixed]
-    together = answers(mixed * 2, budget=Budget(kv_tokens=2000, slots=3))
+    mixed = [FREE, SamplingParams(max_new_tokens=40), *(constrain(to_constraint(kind), seed=2) for kind in kinds)]
+    mixed += [constrain(to_constraint(kinds[0]), temperature=0.0, repetition_penalty=1.3, max_new_tokens=60)]
+    mixed += [constrain(Constraint("regex", "[a-z]{3,30}"), seed=3, top_p=0.9, top_k=20), FREE]
+    alone = [generate_answers([params])[0] for params in mixed]
+    together = generate_answers(mixed * 2, budget=Budget(kv_tokens=2000, slots=3))
     for one, other in zip(alone * 2, together, strict=True):
         assert one.output_ids.tolist() == other.output_ids.tolist()
         assert one.mean_logprob == pytest.approx(other.mean_logprob, abs=1e-5)
 
 
-def test_no_added_token_and_no_padding_of_the_logits_in_an_answer() -> None:
-    """The pattern allows what added tokens spell; at this temperature one token in thirty would be one of them."""
+def test_an_answer_has_no_special_tokens_and_no_padding_ids() -> None:
+    """The pattern allows their text; at this temperature one sampled token in thirty would be an added one."""
     added = set(TOKENIZER.get_added_tokens_decoder())
     anything = Constraint("regex", r"(?:.|\n)*")
-    for completion in answers(
-        [held_to(anything, temperature=50.0, seed=seed, max_new_tokens=60) for seed in range(20)]
+    for completion in generate_answers(
+        [constrain(anything, temperature=50.0, seed=seed, max_new_tokens=60) for seed in range(20)]
     ):
         *inner, last = completion.output_ids.tolist()
         assert not added & set(inner)
         assert max(inner) < TOKENIZER.get_vocab_size()
-        assert (last in engine().config.eos_token_ids) == (completion.finish_reason == "stop")
+        assert (last in get_engine().config.eos_token_ids) == (completion.finish_reason == "stop")
 
 
 def test_log_probabilities_are_the_models_own() -> None:
-    """Those of an answer without a choice are those of scoring it in one pass, not zero."""
+    """If the schema leaves a single answer, its log-probability equals that of scoring it in one pass, not zero."""
     [question, *_] = make_golden_requests("tiny56-tied")
-    [completion] = engine().generate([question], held_to(schema_of({"const": "red"}), temperature=0.0))
+    [completion] = get_engine().generate([question], constrain(to_constraint({"const": "red"}), temperature=0.0))
     ids = np.concatenate([question.input_ids, completion.output_ids[:-1]])
     with torch.inference_mode():
-        logits = compute_logits(engine().model, Request(ids, question.tiles, question.tile_sizes))
+        logits = compute_logits(get_engine().model, Request(ids, question.tiles, question.tile_sizes))
     scores = logits[len(question.input_ids) - 1 :].log_softmax(-1)
     wanted = scores.gather(1, torch.from_numpy(completion.output_ids).long()[:, None]).mean()
-    assert text_of(completion) == '"red"'
+    assert detokenize(completion) == '"red"'
     assert completion.mean_logprob == pytest.approx(float(wanted), abs=1e-4)
     assert completion.mean_logprob < -1
 
 
-def test_rows_that_start_again_after_running_out_of_memory_start_their_answers_again(
+def test_rows_that_restart_after_out_of_memory_repeat_their_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    params = [held_to(schema_of(SCHEMAS["invoice"]), seed=seed, max_new_tokens=60) for seed in range(5)]
-    wanted = [completion.output_ids.tolist() for completion in answers(params)]
+    params = [constrain(to_constraint(SCHEMAS["invoice"]), seed=seed, max_new_tokens=60) for seed in range(5)]
+    wanted = [completion.output_ids.tolist() for completion in generate_answers(params)]
     step, num_steps = DecodeStep.__init__, 0
 
-    def limited(self: DecodeStep, cache: KVCache, lengths: torch.Tensor, longest: int) -> None:
+    def run_out_of_memory(self: DecodeStep, cache: KVCache, lengths: torch.Tensor, longest: int) -> None:
         nonlocal num_steps
         num_steps += 1
         if num_steps in (7, 30):
             raise torch.OutOfMemoryError("once more")
         step(self, cache, lengths, longest)
 
-    monkeypatch.setattr(DecodeStep, "__init__", limited)
-    assert [completion.output_ids.tolist() for completion in answers(params)] == wanted
+    monkeypatch.setattr(DecodeStep, "__init__", run_out_of_memory)
+    assert [completion.output_ids.tolist() for completion in generate_answers(params)] == wanted
     assert num_steps > 30
 
 
-def test_a_grammar_is_compiled_once_and_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that needs it waits for it, not the call that hands the row over, and not the pass over its prompt."""
+def test_a_grammar_is_compiled_once_without_blocking_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first decode step of the row waits for the grammar; enqueuing and prefill do not."""
     compiled, started, prefilled = [], threading.Event(), threading.Event()
-    compile_now, hidden_now = constraints._matcher, ModelRunner.run_spans
+    compile_now, hidden_now = guides_module._matcher, ModelRunner.run_spans
 
-    def slow(constraint: Constraint, trie: Any) -> Any:
+    def compile_slowly(constraint: Constraint, trie: Any) -> Any:
         started.set()
         assert prefilled.wait(100)
         compiled.append(constraint)
         return compile_now(constraint, trie)
 
-    def counted(self: ModelRunner, *arguments: Any) -> Any:
+    def run_and_signal(self: ModelRunner, *arguments: Any) -> Any:
         hidden = hidden_now(self, *arguments)
         prefilled.set()
         return hidden
 
-    monkeypatch.setattr(constraints, "_matcher", slow)
-    monkeypatch.setattr(ModelRunner, "run_spans", counted)
-    model = EngineCore(engine().model, tokenizer=TOKENIZER)
-    rows = model.enqueue([build_request()] * 6, [held_to(DIGIT, seed=seed) for seed in range(6)])
+    monkeypatch.setattr(guides_module, "_matcher", compile_slowly)
+    monkeypatch.setattr(ModelRunner, "run_spans", run_and_signal)
+    model = EngineCore(get_engine().model, tokenizer=TOKENIZER)
+    rows = model.enqueue([build_request()] * 6, [constrain(DIGIT, seed=seed) for seed in range(6)])
     assert started.wait(100)
     assert not compiled
     while not all(row.has_left for row in rows):
         model.step()
     assert compiled == [DIGIT]
-    assert {int(text_of(row.make_completion())) for row in rows} <= set(range(10))
+    assert {int(detokenize(row.make_completion())) for row in rows} <= set(range(10))
 
 
-def test_choices_have_no_use_for_a_constraint_and_take_none_from_the_rows_beside_them() -> None:
-    both = held_to(DIGIT, choices=((17, 566), (9, 566)), temperature=0.0)
-    requests = [replace(build_request(), group=None) for _ in range(3)]  # not siblings: in one pass
-    model = OvisEngine.from_model(engine().model, tokenizer=TOKENIZER)
-    found = model.generate(requests, [both, held_to(DIGIT, seed=1), held_to(DIGIT, seed=2)])
+def test_a_row_of_choices_ignores_its_constraint_and_leaves_other_rows_theirs() -> None:
+    both = constrain(DIGIT, choices=((17, 566), (9, 566)), temperature=0.0)
+    requests = [replace(build_request(), group=None) for _ in range(3)]  # no siblings, so they share one pass
+    model = OvisEngine.from_model(get_engine().model, tokenizer=TOKENIZER)
+    found = model.generate(requests, [both, constrain(DIGIT, seed=1), constrain(DIGIT, seed=2)])
     assert found[0].output_ids.tolist() in [[17, 566], [9, 566]]
-    assert {int(text_of(completion)) for completion in found[1:]} <= set(range(10))
+    assert {int(detokenize(completion)) for completion in found[1:]} <= set(range(10))
 
 
-def test_a_constraint_that_fails_later_fails_its_row_alone() -> None:
-    endless = schema_of({"type": "string", "pattern": "not supported: (?=a)"})
-    nothing = schema_of({"$ref": "#"})
-    model = EngineCore(engine().model, tokenizer=TOKENIZER)
-    params = [FREE, held_to(endless), held_to(nothing), held_to(DIGIT, seed=1), FREE]
+def test_a_constraint_that_fails_during_generation_fails_only_its_row() -> None:
+    endless = to_constraint({"type": "string", "pattern": "not supported: (?=a)"})
+    nothing = to_constraint({"$ref": "#"})
+    model = EngineCore(get_engine().model, tokenizer=TOKENIZER)
+    params = [FREE, constrain(endless), constrain(nothing), constrain(DIGIT, seed=1), FREE]
     rows = model.enqueue([build_request()] * 5, params)
     while not all(row.has_left for row in rows):
         model.step()
     with pytest.raises(RequestError, match="cannot go on within its constraint"):
-        answers([held_to(nothing)])
-    free = answers([FREE])[0].output_ids.tolist()
+        generate_answers([constrain(nothing)])
+    free = generate_answers([FREE])[0].output_ids.tolist()
     assert [rows[place].make_completion().output_ids.tolist() for place in (0, 4)] == [free, free]
-    assert 0 <= int(text_of(rows[3].make_completion())) <= 9
+    assert 0 <= int(detokenize(rows[3].make_completion())) <= 9
     with pytest.raises(RequestError, match="begins neither"):
         rows[1].make_completion()
     with pytest.raises(RequestError, match="cannot go on within its constraint"):
         rows[2].make_completion()
 
 
-def test_masks_agree_with_spelling_every_token() -> None:
-    """Of a pattern, over the whole vocabulary: a token is allowed where its text may go on."""
-    guides = Guides(TOKENIZER, 640, engine().config.eos_token_ids)
+def test_a_mask_allows_exactly_the_tokens_whose_text_matches() -> None:
+    """The mask is compared with the pattern over the whole vocabulary."""
+    guides = Guides(TOKENIZER, 640, get_engine().config.eos_token_ids)
     guide = guides.guide(Constraint("regex", "[a-h ]{0,4}"))
     mask = unpack_masks(torch.from_numpy(guides.masks([(guide, [])]).result()), 640)[0]
-    texts = [processor().detokenize([token]) for token in range(TOKENIZER.get_vocab_size())]
+    texts = [get_processor().detokenize([token]) for token in range(TOKENIZER.get_vocab_size())]
     wanted = [bool(text) and re.fullmatch("[a-h ]{1,4}", text) is not None for text in texts]
-    for eos in engine().config.eos_token_ids:
+    for eos in get_engine().config.eos_token_ids:
         wanted[eos] = True
     assert mask[: len(wanted)].tolist() == wanted
     assert not mask[len(wanted) :].any()
 
 
-def test_the_bits_of_a_mask() -> None:
+def test_masks_unpack_their_lowest_bits_first() -> None:
     masks = torch.tensor([[0b00000101, 0b10000000], [0, 0b00000010]], dtype=torch.uint8)
     assert [row.nonzero().flatten().tolist() for row in unpack_masks(masks, 16)] == [[0, 2, 15], [9]]
     assert unpack_masks(masks, 10).shape == (2, 10)
@@ -367,10 +371,13 @@ def test_the_bits_of_a_mask() -> None:
         ({"$ref": "https://example.com/a.json"}, "#/\\$ref: .* others are not fetched"),
         ({"$ref": "#/$defs/none"}, "does not exist"),
         ({"oneOf": [{"type": "integer", "minimum": 0}, {"type": "integer", "maximum": 9}]}, "or use 'anyOf'"),
-        (one_of(record(kind={"enum": ["a", "b"]}), record(kind={"enum": ["b", "c"]})), "or use 'anyOf'"),
-        (one_of(*({**record(kind={"const": kind}), "required": []} for kind in "ab")), "or use 'anyOf'"),
-        (one_of(*({"properties": {"kind": {"const": kind}}, "required": ["kind"]} for kind in "ab")), "or use 'anyOf'"),
-        (one_of({"$ref": "#/oneOf/0"}, record(kind={"const": "b"})), "or use 'anyOf'"),
+        (make_one_of(record(kind={"enum": ["a", "b"]}), record(kind={"enum": ["b", "c"]})), "or use 'anyOf'"),
+        (make_one_of(*({**record(kind={"const": kind}), "required": []} for kind in "ab")), "or use 'anyOf'"),
+        (
+            make_one_of(*({"properties": {"kind": {"const": kind}}, "required": ["kind"]} for kind in "ab")),
+            "or use 'anyOf'",
+        ),
+        (make_one_of({"$ref": "#/oneOf/0"}, record(kind={"const": "b"})), "or use 'anyOf'"),
         ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 2}, "'minProperties' over 1"),
         ({"const": 2**53 + 1}, "#/const: '9007199254740993' must be a number within"),
         ({"minimum": 1e300}, "#/minimum: .* must be a number within"),
@@ -392,9 +399,9 @@ def test_the_bits_of_a_mask() -> None:
         (True, "a schema is an object"),
     ],
 )
-def test_a_schema_that_cannot_be_honoured_is_refused_with_its_keyword(schema: object, message: str) -> None:
+def test_an_unsupported_schema_is_refused_with_its_keyword(schema: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check(schema_of(schema))
+        check(to_constraint(schema))
 
 
 @pytest.mark.parametrize(
@@ -408,7 +415,7 @@ def test_a_schema_that_cannot_be_honoured_is_refused_with_its_keyword(schema: ob
         ('{"const":' + "[" * 100 + "]" * 100 + "}", "more than 64 names deep"),
     ],
 )
-def test_a_schema_that_is_broken_or_huge_is_refused(text: str, message: str) -> None:
+def test_a_broken_or_huge_schema_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(Constraint("json_schema", text))
 
@@ -432,32 +439,32 @@ def test_a_schema_that_is_broken_or_huge_is_refused(text: str, message: str) -> 
         ("a" * 10_001, "over the limit of 10000"),
     ],
 )
-def test_a_pattern_that_means_several_things_is_refused_with_its_position(pattern: str, message: str) -> None:
+def test_an_unsupported_pattern_is_refused_with_its_position(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(Constraint("regex", pattern))
 
 
-def test_a_large_schema_is_checked_in_a_second() -> None:
+def test_a_large_schema_is_checked_within_a_second() -> None:
     schema = record(**{f"field {n}": SCHEMAS["invoice"]["properties"]["lines"] for n in range(60)})
     started_s = time.process_time()
-    check(schema_of(schema), TOKENIZER)
+    check(to_constraint(schema), TOKENIZER)
     assert time.process_time() - started_s < 1
 
 
-def test_what_does_not_go_together_is_refused() -> None:
+def test_wrong_combinations_of_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="stop"):
         SamplingParams(stop=("a",), constraint=DIGIT)
     with pytest.raises(ValueError, match="kind='grammar'"):
         Constraint("grammar", "")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="need a tokenizer"):
-        OvisEngine.from_model(engine().model).generate([build_request()], held_to(DIGIT))
+        OvisEngine.from_model(get_engine().model).generate([build_request()], constrain(DIGIT))
 
 
-def test_rows_without_constraints_are_chosen_in_the_fast_way() -> None:
+def test_greedy_rows_use_the_fast_sampler_again_once_constrained_rows_leave() -> None:
     greedy = SamplingParams(max_new_tokens=5)
-    model = EngineCore(engine().model, tokenizer=TOKENIZER)
+    model = EngineCore(get_engine().model, tokenizer=TOKENIZER)
     letters = Constraint("regex", "[a-z]{30}")
-    rows = model.enqueue([build_request()] * 2, [greedy, held_to(letters, temperature=0.0)])
+    rows = model.enqueue([build_request()] * 2, [greedy, constrain(letters, temperature=0.0)])
     model.step()
     assert model.runner._sampler is not None
     assert not model.runner._sampler.is_greedy

@@ -1,4 +1,4 @@
-"""Datasets as Hugging Face's own library leaves them on disk: every layout, the same rows."""
+"""Datasets saved by Hugging Face's library give the same rows in every layout."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def dataset() -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, datasets.Features(features))
 
 
-def colours_of(rows: list[Row]) -> list[Any]:
-    """Of the first pixel: the library packs pictures anew."""
+def read_colours(rows: list[Row]) -> list[Any]:
+    """Return the colour of each image's first pixel; the library re-encodes images, so bytes differ."""
     fetcher = Fetcher()
     images = [fetcher.submit([parse_reference(image) for image in row["images"]]).result() for row in rows]
     return [Image.open(io.BytesIO(data)).getpixel((0, 0)) for [data] in images]
@@ -65,30 +65,30 @@ def test_every_layout_gives_the_same_rows(dataset: datasets.Dataset, tmp_path: P
         datasets.load_dataset(str(directory), cache_dir=str(tmp_path / "cache"))
         directory = tmp_path / "cache"
     rows = list_input(directory, prompt_column="question", keep_columns=("label",))
-    assert colours_of(rows) == COLOURS
+    assert read_colours(rows) == COLOURS
     assert [row["prompt"] for row in rows] == [f"Is it {i}?" for i in range(NUM_ROWS)]
     assert [row["kept"]["label"] for row in rows] == [i % 3 for i in range(NUM_ROWS)]
     assert len({row["id"] for row in rows}) == NUM_ROWS and all("#" in row["id"] for row in rows)
-    assert colours_of(rows[::-1]) == COLOURS[::-1]
+    assert read_colours(rows[::-1]) == COLOURS[::-1]
 
 
-def test_all_splits_or_one(dataset: datasets.Dataset, tmp_path: Path) -> None:
+def test_a_dataset_is_read_whole_or_by_split(dataset: datasets.Dataset, tmp_path: Path) -> None:
     splits = {"train": dataset, "test": dataset.select(range(5))}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
-    assert colours_of(list_input(tmp_path / "d")) == COLOURS + COLOURS[:5]
-    assert colours_of(list_input(tmp_path / "d" / "test")) == COLOURS[:5]
-    assert colours_of(list_input(tmp_path / "d" / "test" / "*.arrow")) == COLOURS[:5]
+    assert read_colours(list_input(tmp_path / "d")) == COLOURS + COLOURS[:5]
+    assert read_colours(list_input(tmp_path / "d" / "test")) == COLOURS[:5]
+    assert read_colours(list_input(tmp_path / "d" / "test" / "*.arrow")) == COLOURS[:5]
 
 
-def test_a_dataset_in_a_store(dataset: datasets.Dataset, tmp_path: Path) -> None:
+def test_a_dataset_in_a_store_is_read(dataset: datasets.Dataset, tmp_path: Path) -> None:
     dataset.save_to_disk(tmp_path / "d", num_shards=2)
     fs = fsspec.filesystem("memory")
     fs.put(str(tmp_path / "d"), "/datasets/d", recursive=True)
     rows = list_input("memory://datasets/d", keep_columns=("label",))
-    assert colours_of(rows) == COLOURS and rows[0]["uri"].startswith("memory://")
+    assert read_colours(rows) == COLOURS and rows[0]["uri"].startswith("memory://")
 
 
-def test_a_dataset_of_which_a_part_is_missing_is_refused(dataset: datasets.Dataset, tmp_path: Path) -> None:
+def test_a_dataset_with_a_missing_file_is_refused(dataset: datasets.Dataset, tmp_path: Path) -> None:
     dataset.save_to_disk(tmp_path / "d", num_shards=2)
     (tmp_path / "d" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(SourceError, match=r"data-00001-of-00002\.arrow"):
@@ -96,7 +96,7 @@ def test_a_dataset_of_which_a_part_is_missing_is_refused(dataset: datasets.Datas
 
 
 @pytest.mark.parametrize("keep", [10, 600, -4, -8, 0])
-def test_a_truncated_stream_is_refused(dataset: datasets.Dataset, tmp_path: Path, keep: int) -> None:
+def test_a_truncated_arrow_stream_is_refused(dataset: datasets.Dataset, tmp_path: Path, keep: int) -> None:
     dataset.save_to_disk(tmp_path / "d")
     [path] = (tmp_path / "d").glob("*.arrow")
     path.write_bytes(path.read_bytes()[:keep])
@@ -104,7 +104,7 @@ def test_a_truncated_stream_is_refused(dataset: datasets.Dataset, tmp_path: Path
         list_input(path)
 
 
-def test_the_file_format_and_several_batches(tmp_path: Path) -> None:
+def test_an_arrow_file_of_several_batches_is_read(tmp_path: Path) -> None:
     table = pa.table({"image": [bytes([i]) for i in range(30)], "n": range(30)})
     with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
@@ -115,7 +115,7 @@ def test_the_file_format_and_several_batches(tmp_path: Path) -> None:
     assert len({row["images"][0]["offset"] for row in rows}) == 5
 
 
-def test_dictionaries_are_refused(tmp_path: Path) -> None:
+def test_dictionary_encoded_columns_are_refused(tmp_path: Path) -> None:
     table = pa.table({"image": [b"1"], "n": pa.array(["a"]).dictionary_encode()})
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -123,7 +123,7 @@ def test_dictionaries_are_refused(tmp_path: Path) -> None:
         list_input(tmp_path / "a.arrow")
 
 
-def test_an_image_folder_with_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_folder_is_read_through_its_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         for i in range(4):
@@ -140,7 +140,7 @@ def test_an_image_folder_with_metadata(tmp_path: Path, caplog: pytest.LogCapture
         list_input(tmp_path)
 
 
-def test_a_directory_of_shards(tmp_path: Path) -> None:
+def test_a_directory_of_shards_of_one_kind_is_read(tmp_path: Path) -> None:
     for i in range(2):
         write_lines(tmp_path / f"{i}.jsonl", {"prompt": f"What is {i}?"})
     (tmp_path / "notes.md").touch()
@@ -150,7 +150,7 @@ def test_a_directory_of_shards(tmp_path: Path) -> None:
         list_input(tmp_path)
 
 
-def test_markers_of_something_else_are_no_dataset(tmp_path: Path) -> None:
+def test_a_foreign_state_json_does_not_make_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encode_picture(0))
     for content in ("not JSON", "[]", json.dumps({"_data_files": 3})):
         (tmp_path / "state.json").write_text(content)

@@ -1,4 +1,4 @@
-"""Decode steps from captured graphs: buckets, padding and buffers, on a CPU with a capture that only calls again."""
+"""Decode steps from captured graphs: buckets, padding and buffers; on a CPU the capture calls the step again."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ CHECKPOINT = "tiny56-tied"
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), slots=st.integers(1, 16))
-def test_replayed_steps_generate_the_same(data: st.DataObject, slots: int) -> None:
-    """Greedy and sampled rows enter and leave; buckets take in rows that are not there."""
+def test_replayed_steps_generate_what_each_request_generates_alone(data: st.DataObject, slots: int) -> None:
+    """Greedy and sampled rows enter and leave; buckets are padded with rows that do not exist."""
     picked = data.draw(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(sorted(PARAMS))), min_size=1, max_size=20))
     make = Recorded()
     engine = OvisEngine.from_model(
@@ -48,7 +48,7 @@ def test_replayed_steps_generate_the_same(data: st.DataObject, slots: int) -> No
         assert completion.output_ids.tolist() == generate_alone(index, kind)[: own.max_new_tokens]
 
 
-def test_a_few_graphs_serve_all_steps() -> None:
+def test_at_most_eleven_graphs_cover_all_steps() -> None:
     make = Recorded()
     budget = Budget(kv_tokens=12_800, slots=64)
     engine = OvisEngine.from_model(load_engine(CHECKPOINT).model, budget=budget, make_step_runner=make)
@@ -62,7 +62,7 @@ def test_a_few_graphs_serve_all_steps() -> None:
 
 def test_warming_up_captures_every_bucket_of_rows() -> None:
     make = Recorded()
-    budget = Budget(kv_tokens=20_000, slots=20, slot_tokens=1000)  # all of the cache at once, as on CUDA
+    budget = Budget(kv_tokens=20_000, slots=20, slot_tokens=1000)  # the whole cache is allocated at once, as on CUDA
     engine = OvisEngine.from_model(
         load_engine(CHECKPOINT).model, budget=budget, make_step_runner=make, eos_token_ids=()
     )
@@ -74,12 +74,12 @@ def test_warming_up_captures_every_bucket_of_rows() -> None:
     for found, wanted in zip(
         generate_ids(engine, make_golden_requests(CHECKPOINT)), load_greedy_ids(CHECKPOINT), strict=True
     ):
-        assert found[: len(wanted)] == wanted  # it does not end at an end-of-text id
+        assert found[: len(wanted)] == wanted  # longer, as end-of-text ids do not end it
     assert make.made == [runner] and list(runner._replays) == before
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_buckets_hold_their_rows_with_few_to_spare(rows: int, slots: int) -> None:
+def test_buckets_of_rows_have_at_most_seven_to_spare(rows: int, slots: int) -> None:
     rows = min(rows, slots)
     bucket = round_up_rows(rows, slots)
     assert rows <= bucket <= slots
@@ -87,7 +87,7 @@ def test_buckets_hold_their_rows_with_few_to_spare(rows: int, slots: int) -> Non
     assert round_up_rows(bucket, slots) == bucket
 
 
-def test_length_buckets() -> None:
+def test_lengths_round_up_to_buckets_within_the_capacity() -> None:
     cache: Any = SimpleNamespace(capacity=1300, attention_reads_lengths=False)
     assert [round_up_length(n, cache) for n in (1, 512, 513, 1025, 1299)] == [512, 512, 1024, 1299, 1299]
     cache.attention_reads_lengths = True
@@ -111,8 +111,8 @@ def test_state_stays_in_place_and_needs_the_host_only_when_rows_change() -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_graphs_on_the_device_generate_the_same(dtype: Any) -> None:
-    """As eager steps do, with rows that enter and leave; in float32 also as the original does."""
+def test_graphs_on_the_device_generate_what_eager_steps_do(dtype: Any) -> None:
+    """Rows enter and leave; in float32 the ids also equal the original's."""
     from ovis_model.engine.decode_step import run_eagerly
 
     engine = OvisEngine.from_pretrained(str(checkpoint_dir(CHECKPOINT)), device="cuda", dtype=dtype)
@@ -124,5 +124,5 @@ def test_graphs_on_the_device_generate_the_same(dtype: Any) -> None:
         assert generate_ids(graphs, requests) == generate_ids(eager, requests) == (load_greedy_ids(CHECKPOINT) * 4)[:30]
     else:
         pairs = zip(generate_ids(graphs, requests), generate_ids(eager, requests), strict=True)
-        assert sum(a == b for a, b in pairs) >= 24  # another kernel for another shape may break a tie otherwise
+        assert sum(a == b for a, b in pairs) >= 24  # kernels of other shapes may break ties differently
     assert generate_ids(graphs, requests[:3], GREEDY) == generate_ids(graphs, requests[:3], GREEDY)
