@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from demo.drawings import make_picture
 from pipelines.output.sink import read_results
 from tests.support.clusters import RayHead
+from tests.support.pictures import write_demo_pictures
 from tests.support.processes import against_the_clock
 
 NUM_ROWS = 120
@@ -27,10 +27,7 @@ def head() -> Iterator[RayHead]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("pictures")
-    for seed in range(NUM_ROWS):
-        make_picture(seed, held_out=True)[0].save(directory / f"{seed:02}.png")
-    return directory
+    return write_demo_pictures(tmp_path_factory.mktemp("pictures"), NUM_ROWS)
 
 
 @against_the_clock

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.drawings import make_picture
 from pipelines.output.sink import read_results
+from tests.support.pictures import write_demo_pictures
 from tests.support.processes import Job, OpenCounter, against_the_clock, list_files, run_caption, run_job, wait_for
 
 NUM_ROWS = 160
@@ -24,10 +24,7 @@ TASKS = """
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("pictures")
-    for seed in range(NUM_ROWS):
-        make_picture(seed, held_out=True)[0].save(directory / f"{seed:03}.png")
-    return directory
+    return write_demo_pictures(tmp_path_factory.mktemp("pictures"), NUM_ROWS)
 
 
 def run_undisturbed(job: str, pictures: Path, output: Path, ray_address: str) -> list[dict[str, object]]:
@@ -104,7 +101,7 @@ def list_done_names(output: Path) -> set[str]:
 
 def test_a_finished_run_opens_nothing_and_starts_no_ray(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    some = pictures / "00*.png"
+    some = pictures / "000*.png"
     assert run_caption(*make_arguments(some, output), ray_address=ray_address).exit_code == 0
     nobody = "127.0.0.1:1"
     refused = run_caption(*make_arguments(some, tmp_path / "other"), ray_address=nobody)

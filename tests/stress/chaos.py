@@ -27,9 +27,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from demo.drawings import make_picture
 from pipelines.output.sink import read_results
 from tests.support.faulty_store import Faults, FaultyStore
+from tests.support.pictures import write_demo_pictures
 from tests.support.processes import Job, OpenCounter, list_files, wait_for
 
 MAX_ATTEMPTS = 5
@@ -73,8 +73,7 @@ class Chaos:
         self._place, self.num_rows = place, num_rows
         self.pictures = place / "pictures"
         self.pictures.mkdir()
-        for i in range(num_rows):
-            make_picture(i, held_out=True)[0].save(self.pictures / f"{i:04}.png")
+        write_demo_pictures(self.pictures, num_rows)
         finished = self._make_job(self.pictures, place / "undisturbed").start().finish(600)
         assert finished.exit_code == 0, finished.stderr
         self._rows = read_rows(place / "undisturbed")

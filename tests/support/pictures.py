@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from demo.drawings import make_picture
 from pipelines.media.reference import FileRef
 
 
@@ -23,6 +24,13 @@ def draw(path: Path, seed: int, width: int = 90, height: int = 60) -> Path:
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)
     return path
+
+
+def write_demo_pictures(directory: Path, count: int) -> Path:
+    """Write `count` of the demo's held-out pictures as 0000.png, 0001.png, ...; return the directory."""
+    for seed in range(count):
+        make_picture(seed, held_out=True)[0].save(directory / f"{seed:04}.png")
+    return directory
 
 
 def write_image(path: Path, colour: str = "red", size: tuple[int, int] = (64, 48)) -> FileRef:
