@@ -1,4 +1,4 @@
-"""The report in a browser: filters, search, opened rows, keys; nothing that others wrote runs, nothing is asked for."""
+"""The report in a browser: filters, search, opened rows, keys. Foreign text never runs; the page requests nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def driver() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve rows: a third red, three errors, one flagged, one whose name, answers and prompt are an attack."""
+    """Write twelve rows: a third red, three errors, one flagged, one whose name, answers and prompt are an attack."""
     directory = tmp_path_factory.mktemp("run")
     image = write_image(directory / HOSTILE_NAME.replace("/", "\\"))
     rows = [
@@ -60,7 +60,7 @@ def read_texts(driver: Any, selector: str) -> list[str]:
 
 
 def click(driver: Any, selector: str, text: str = "") -> None:
-    """With the mouse, as a person would: raises if something else is in the way."""
+    """Click with the mouse, as a person would; raise if another element covers it."""
     elements = driver.find_elements("css selector", selector)
     next(element for element in elements if element.text.startswith(text)).click()
 
@@ -73,7 +73,7 @@ def list_shown(driver: Any) -> list[str]:
     return read_texts(driver, ".card .foot .name")
 
 
-def test_a_filter_leaves_the_rows_that_it_names(opened: Any) -> None:
+def test_a_filter_shows_only_its_rows(opened: Any) -> None:
     assert len(list_shown(opened)) == 12
     click(opened, ".groups button", "Errors")
     assert list_shown(opened) == ["bad-0", "bad-1", "bad-2"]
@@ -91,7 +91,7 @@ def test_a_filter_leaves_the_rows_that_it_names(opened: Any) -> None:
     assert list_shown(opened) == ["picture-4"]
 
 
-def test_more_rows_come_when_the_end_is_near(driver: Any, tmp_path: Path) -> None:
+def test_more_rows_load_near_the_end_of_the_page(driver: Any, tmp_path: Path) -> None:
     output = write_run(tmp_path / "out", [make_item(f"row-{i}", make_answers()) for i in range(700)])
     browser.open_page(driver, write_report(ReportOptions(str(output), rows=700)).report)
     assert len(list_shown(driver)) == 300
@@ -119,7 +119,7 @@ def test_search_finds_answers_ids_and_errors(opened: Any) -> None:
     assert read_texts(opened, "#cards .none")[0].startswith("None of the rows on this page")
 
 
-def test_a_row_opens_with_all_that_is_known_of_it(opened: Any) -> None:
+def test_an_opened_row_shows_all_its_data(opened: Any) -> None:
     click(opened, ".card")
     facts = read_texts(opened, "dialog[open] .facts")[0]
     for part in (
@@ -135,7 +135,7 @@ def test_a_row_opens_with_all_that_is_known_of_it(opened: Any) -> None:
     assert opened.execute_script("return document.querySelector('dialog img').naturalWidth") == 64
 
 
-def test_keys_move_open_and_close(opened: Any) -> None:
+def test_keys_select_open_and_close_rows(opened: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     opened.execute_script("document.querySelector('.card').focus()")
@@ -149,7 +149,7 @@ def test_keys_move_open_and_close(opened: Any) -> None:
     assert opened.switch_to.active_element.get_attribute("aria-label") == "Row 2: picture-2"
 
 
-def test_what_others_wrote_is_shown_and_does_not_run(opened: Any) -> None:
+def test_foreign_text_is_shown_and_does_not_run(opened: Any) -> None:
     click(opened, ".card[data-at='8']")
     assert read_texts(opened, "dialog .bar .name") == [HOSTILE]
     assert read_texts(opened, "dialog .answer .value.text")[0] == HOSTILE
@@ -163,14 +163,14 @@ def test_what_others_wrote_is_shown_and_does_not_run(opened: Any) -> None:
     assert not [entry for entry in opened.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_the_page_asks_for_nothing(opened: Any) -> None:
+def test_the_page_makes_no_requests(opened: Any) -> None:
     click(opened, ".card")
     (own, *others) = browser.take_requests(opened)
     assert own.endswith("/report.html") and own.startswith("file:")
     assert all(url.startswith("data:") for url in others), others
 
 
-def test_markup_that_was_not_escaped_would_not_run_either(
+def test_unescaped_markup_would_not_run_either(
     driver: Any, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "encode_for_html", json.dumps)
@@ -179,14 +179,14 @@ def test_markup_that_was_not_escaped_would_not_run_either(
     browser.take_requests(driver)
     browser.open_page(driver, written)
     injected = "return [document.scripts[1].textContent.startsWith('window.hacked'), document.images.length]"
-    assert driver.execute_script(injected) == [True, 1], "it is there"
+    assert driver.execute_script(injected) == [True, 1], "the markup is on the page"
     assert driver.execute_script("return window.hacked") is None
     assert len([url for url in browser.take_requests(driver) if not url.startswith("data:")]) == 1
     assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_dark_and_light(driver: Any, output: Path, dark: bool) -> None:
+def test_the_page_follows_the_dark_or_light_scheme(driver: Any, output: Path, dark: bool) -> None:
     written = write_report(ReportOptions(str(output))).report
     browser.open_page(driver, written, dark=dark)
     colours = (

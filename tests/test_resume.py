@@ -1,4 +1,4 @@
-"""A driver that is killed at any moment loses no row, repeats none and opens no finished image again."""
+"""A driver killed at any moment loses no row, repeats none, and opens no finished image again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.pictures import write_demo_pictures
 from tests.support.processes import Job, OpenCounter, against_the_clock, list_files, run_caption, run_job, wait_for
 
 NUM_ROWS = 160
-MAX_PAUSE_S = 12.0  # about how long a run takes
+MAX_PAUSE_S = 12.0  # about the duration of a run
 TASKS = """
 - {name: caption, prompt: "Describe the image.", max_new_tokens: 24}
 - {name: round, prompt: "Is it round?", answer: bool}
@@ -28,14 +28,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_undisturbed(job: str, pictures: Path, output: Path, ray_address: str) -> list[dict[str, object]]:
-    """The rows of a run that nobody disturbed."""
+    """Run the job undisturbed; return its rows."""
     finished = run_job(job, *make_arguments(pictures, output, job), ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
     return read_rows(output)
 
 
 def kill_at_work(job: Job, output: Path, pause_s: float | None) -> None:
-    """SIGKILL the driver once it has written another file, or after a pause wherever it is."""
+    """SIGKILL the driver after it has written another file, or after `pause_s`."""
     if pause_s is None:
         before = list_files(output)
         wait_for(lambda: job.process.poll() is not None or list_files(output) != before, 100)
@@ -46,7 +46,7 @@ def kill_at_work(job: Job, output: Path, pause_s: float | None) -> None:
 
 
 def make_arguments(pictures: Path, output: Path, job: str = "caption") -> list[str]:
-    # Small files, so that there is finished work on disk at most moments of a short run.
+    # Small files, so that finished work is on disk at most moments of a short run.
     options = ["--model", "demo", "--max-new-tokens", "24", "--rows-per-file", "8"]
     if job == "annotate":
         (pictures.parent / "tasks.yaml").write_text(TASKS)
@@ -55,7 +55,7 @@ def make_arguments(pictures: Path, output: Path, job: str = "caption") -> list[s
 
 
 def read_rows(output: Path) -> list[dict[str, object]]:
-    """Without probabilities, whose last bits may depend on the batch."""
+    """Read all rows without probabilities, whose last bits may depend on the batch."""
     table = read_results(str(output))
     inexact = [name for name in table.column_names if name == "mean_logprob" or name.endswith("_confidence")]
     rows: list[dict[str, object]] = table.drop_columns(inexact).to_pylist()
@@ -72,7 +72,9 @@ def read_rows(output: Path) -> list[dict[str, object]]:
         pytest.param(10, "annotate", marks=pytest.mark.slow),
     ],
 )
-def test_killed_again_and_again(ray_address: str, pictures: Path, tmp_path: Path, kills: int, job_name: str) -> None:
+def test_a_run_killed_repeatedly_equals_an_undisturbed_one(
+    ray_address: str, pictures: Path, tmp_path: Path, kills: int, job_name: str
+) -> None:
     whole = run_undisturbed(job_name, pictures, tmp_path / "whole", ray_address)
     rng = random.Random(kills)
     output = tmp_path / "out"
@@ -80,7 +82,7 @@ def test_killed_again_and_again(ray_address: str, pictures: Path, tmp_path: Path
         done_before = list_done_names(output)
         with OpenCounter(pictures) as counter:
             job = Job([f"jobs.{job_name}", *make_arguments(pictures, output, job_name)]).start()
-            # The first kill falls where rows are being written, the others anywhere.
+            # The first kill hits while rows are being written, the others at any moment.
             kill_at_work(job, output, rng.uniform(0, MAX_PAUSE_S) if kill else None)
         assert not done_before & counter.opens.keys()
         assert kill or 0 < len(list_done_names(output)) < NUM_ROWS, "killed too late"
@@ -103,20 +105,20 @@ def test_a_finished_run_opens_nothing_and_starts_no_ray(ray_address: str, pictur
     output = tmp_path / "out"
     some = pictures / "000*.png"
     assert run_caption(*make_arguments(some, output), ray_address=ray_address).exit_code == 0
-    nobody = "127.0.0.1:1"
-    refused = run_caption(*make_arguments(some, tmp_path / "other"), ray_address=nobody)
-    assert refused.exit_code == 2 and f"RAY_ADDRESS={nobody}" in refused.stderr
+    unused = "127.0.0.1:1"
+    refused = run_caption(*make_arguments(some, tmp_path / "other"), ray_address=unused)
+    assert refused.exit_code == 2 and f"RAY_ADDRESS={unused}" in refused.stderr
     with OpenCounter(pictures) as counter:
-        again = run_caption(*make_arguments(some, output), ray_address=nobody)
+        again = run_caption(*make_arguments(some, output), ray_address=unused)
     assert not counter.opens
     assert again.summary["skipped_done"] == again.summary["rows"] == 10
 
 
 @against_the_clock
-def test_termination_keeps_what_is_finished(pictures: Path, tmp_path: Path) -> None:
+def test_a_terminated_run_saves_its_finished_rows(pictures: Path, tmp_path: Path) -> None:
     """`ray job stop` sends SIGTERM and, three seconds later, SIGKILL."""
     output = tmp_path / "out"
-    # Several times the pictures, so that most rows are still to come when the first have arrived.
+    # The pictures several times over, so that most rows are unfinished when the first arrive.
     more = [f"--input={pictures}"] * 3 + ["--on-duplicate-id", "suffix", "--rows-per-file", "10000"]
     job = Job(["jobs.caption", *make_arguments(pictures, output), *more]).start()
     assert job.process.stderr is not None

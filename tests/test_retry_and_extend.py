@@ -1,4 +1,4 @@
-"""A run that goes on: its error rows again, more rows, fewer files; and one that is broken stops early."""
+"""A run is continued: error rows are retried, rows are added, files are compacted. A broken run stops early."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def read_statuses(output: Path) -> list[str]:
     return list(read_results(str(output)).column("status").to_pylist())
 
 
-def test_error_rows_are_taken_up_again_and_nothing_else(ray_cluster: None, tmp_path: Path) -> None:
+def test_only_error_rows_are_retried(ray_cluster: None, tmp_path: Path) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 20, broken=(3, 4, 11)), tmp_path / "out"
     engine = FakeEngineFactory()
     assert run_pipeline(make_config(pictures, output, rows_per_file=7), make_engine=engine).error == 3
     write_pictures(pictures, 12, broken=(4,))
-    assert run_pipeline(make_config(pictures, output), make_engine=engine).error == 3  # not without being told
+    assert run_pipeline(make_config(pictures, output), make_engine=engine).error == 3  # not without --retry-errors
     with OpenCounter(pictures) as counter:
         summary = run_pipeline(make_config(pictures, output, retry_errors=True), make_engine=engine)
     assert set(counter.opens) == {f"{i:05}.png" for i in (3, 4, 11)}
@@ -95,11 +95,11 @@ def test_a_run_in_which_everything_fails_stops_early(
     assert "x decode: not an image" in caplog.text
     written = read_statuses(output)
     assert set(written) == {"error"}
-    assert 500 <= len(written) < 6000  # what had been found is kept
+    assert 500 <= len(written) < 6000  # finished rows are kept
     assert json.loads((output / "run.json").read_text())["status"] == "stopped"
 
 
-def test_reasons_that_differ_in_numbers_are_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_reasons_that_differ_only_in_numbers_are_counted_together(caplog: pytest.LogCaptureFixture) -> None:
     reasons = ErrorMonitor(stop_error_rate=1)
     rows = make_results(range(30), errors=range(25)).to_pylist()
     for i, row in enumerate(rows[:20]):
@@ -111,7 +111,7 @@ def test_reasons_that_differ_in_numbers_are_one(caplog: pytest.LogCaptureFixture
     assert "5 x decode: why" in caplog.text
 
 
-def test_a_small_run_is_never_stopped() -> None:
+def test_a_run_under_500_rows_is_never_stopped() -> None:
     reasons = ErrorMonitor(stop_error_rate=0.9)
     reasons.add(make_results(range(499), errors=range(499)))
     with pytest.raises(EverythingFails, match="500 of the first 500 rows"):

@@ -1,4 +1,4 @@
-"""Rows as columns and back: nothing is lost or mixed up, whatever a batch holds."""
+"""Rows survive the way to columns and back, whatever a batch holds."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_prepared_rows_come_back_from_their_columns(rows: list[PreparedRow]) -> 
 
 
 @given(st.lists(prepared_rows(), min_size=1, max_size=5))
-def test_prepared_rows_come_back_from_a_block_of_ray(rows: list[PreparedRow]) -> None:
+def test_prepared_rows_come_back_from_a_ray_block(rows: list[PreparedRow]) -> None:
     block = BlockAccessor.batch_to_block(PreparedRow.to_columns(rows))
     batch = BlockAccessor.for_block(block).to_batch_format("numpy")
     assert [to_values(row) for row in PreparedRow.from_columns(batch)] == list(map(to_values, rows))

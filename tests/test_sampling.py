@@ -1,4 +1,4 @@
-"""Sampling against transformers' own processors, and its streams of random numbers."""
+"""Sampling agrees with transformers' processors; each row has its own stream of random numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_sampler(params: list[SamplingParams]) -> Sampler:
 
 
 def compute_peer_probabilities(params: SamplingParams, seen: list[int]) -> Tensor:
-    """[VOCAB] that transformers would sample from after the tokens `seen`."""
+    """Return the probabilities [VOCAB] from which transformers would sample after the tokens `seen`."""
     processors = pytest.importorskip("transformers").generation.logits_process
     chain = [processors.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)]
     chain += [processors.TemperatureLogitsWarper(params.temperature)]
@@ -47,7 +47,7 @@ def compute_peer_probabilities(params: SamplingParams, seen: list[int]) -> Tenso
         {"repetition_penalty": 1.7},
     ],
 )
-def test_frequencies_are_those_of_transformers(options: dict[str, float]) -> None:
+def test_frequencies_match_the_probabilities_of_transformers(options: dict[str, float]) -> None:
     num_rows = 4000
     params = [SamplingParams(**{"temperature": 1.0, **options}, seed=seed) for seed in range(num_rows)]  # type: ignore[arg-type]
     sampler = make_sampler(params)
@@ -70,7 +70,7 @@ def test_greedy_is_the_argmax_after_the_penalty() -> None:
     assert [sampler(logits)[0].tolist() for _ in range(3)] == [[order[i], order[0]] for i in range(3)]
 
 
-def test_a_row_draws_the_same_whoever_its_neighbours_are() -> None:
+def test_the_samples_of_a_row_do_not_depend_on_its_batch() -> None:
     rows = [SamplingParams(temperature=1.0, seed=seed) for seed in range(6)]
 
     def draws(params: list[SamplingParams]) -> list[list[int]]:
@@ -84,7 +84,7 @@ def test_a_row_draws_the_same_whoever_its_neighbours_are() -> None:
     assert len(set(map(tuple, together))) == 6
 
 
-def test_without_a_seed_rows_differ_from_run_to_run() -> None:
+def test_unseeded_rows_differ_from_run_to_run() -> None:
     params = [SamplingParams(temperature=1.0)] * 40
     first, second = (make_sampler(params)(LOGITS.expand(40, -1))[0].tolist() for _ in range(2))
     assert first != second
@@ -107,6 +107,6 @@ def test_logprobs_can_be_off() -> None:
         ("stop", ("",)),
     ],
 )
-def test_impossible_parameters_are_named(name: str, value: object) -> None:
+def test_impossible_parameters_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}="):
         SamplingParams(**{name: value})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Rows and slots, without a device: nobody is lost, nobody waits beside a free slot, no slot is shared."""
+"""Scheduling of rows to slots, without a device: no row is lost or waits while a slot is free; no slot is shared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def make_row(prompt: int, output: int) -> RequestState:
 
 
 def make_siblings(shared: int, own: Sequence[tuple[int, int]]) -> list[RequestState]:
-    """Rows about one item: prompts that begin with `shared` equal ids, then (ids of its own, output) of each."""
+    """Make rows about one item, whose prompts share their first `shared` ids.
+
+    `own` holds for each row the number of its further prompt ids and its number of output tokens.
+    """
     tiles, sizes = np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32)
     common = np.random.default_rng(shared).integers(0, 99, shared)
     requests, params = [], []
@@ -32,7 +35,7 @@ def make_siblings(shared: int, own: Sequence[tuple[int, int]]) -> list[RequestSt
 
 
 class Slots:
-    """What the cache would hold: the prompt ids of each slot, those of a prefix at least."""
+    """Model of the cache: the prompt ids in each slot, at least those of a shared prefix."""
 
     def __init__(self) -> None:
         self.ids: dict[int, list[int]] = {}
@@ -49,7 +52,7 @@ class Slots:
         self.ids[move.target] = self.ids[move.source][: move.length]
 
     def touch_unused(self, used: int) -> None:
-        """As a captured step of more rows than there are does."""
+        """Discard the slots from `used` on: a captured step may cover more rows than are running."""
         self.ids = {slot: ids for slot, ids in self.ids.items() if slot < used}
 
 
@@ -64,7 +67,7 @@ ITEMS = st.lists(
 def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
     items: list[tuple[int, list[tuple[int, int]]]], slots: int, kv_tokens: int, fault_at: int
 ) -> None:
-    """One that starts again included; siblings take what they share from each other's slots."""
+    """This includes rows that restart; siblings copy their shared prefix from each other's slots."""
     scheduler = Scheduler(Budget(kv_tokens=kv_tokens, slots=slots))
     rows = [row for item in items for row in make_siblings(*item)]
     scheduler.enqueue(rows)
@@ -97,8 +100,9 @@ def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
 
 
 @given(st.integers(10, 50), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=2, max_size=12))
-def test_siblings_compute_what_they_share_once(shared: int, own: list[tuple[int, int]]) -> None:
-    """However few the slots."""
+def test_siblings_compute_their_shared_prefix_once_with_any_number_of_slots(
+    shared: int, own: list[tuple[int, int]]
+) -> None:
     for slots in (1, 3, 16):
         scheduler = Scheduler(Budget(kv_tokens=10_000, slots=slots))
         rows = make_siblings(shared, own)
@@ -115,7 +119,7 @@ def test_siblings_compute_what_they_share_once(shared: int, own: list[tuple[int,
         assert [span.start for span in spans] == [0] + [shared] * (len(own) - 1)
 
 
-def test_nobody_waits_for_the_longest_row() -> None:
+def test_short_rows_do_not_wait_for_the_longest_one() -> None:
     scheduler = Scheduler(Budget(kv_tokens=10_000, slots=4))
     scheduler.waiting.extend([make_row(5, 100)] + [make_row(5, 5) for _ in range(60)])
     scheduler.plan_cache()
@@ -145,7 +149,7 @@ def test_passes_fit_their_budget(lengths: list[tuple[int, int]], max_tokens: int
         assert widths[0] == max(widths) <= min(widths) + max(32, max(widths) // 5)
 
 
-def test_one_long_row_does_not_cost_the_others_their_slots_for_ever() -> None:
+def test_slots_reduced_for_a_long_row_come_back_after_it() -> None:
     scheduler = Scheduler(Budget(kv_tokens=300, slots=4))
     scheduler.waiting.append(make_row(199, 2))
     assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (1, 256)
@@ -155,13 +159,13 @@ def test_one_long_row_does_not_cost_the_others_their_slots_for_ever() -> None:
     assert not scheduler.plan_cache()
 
 
-def test_with_one_slot_the_cache_is_as_long_as_the_next_row_needs() -> None:
+def test_a_single_slot_is_as_long_as_the_next_row_needs() -> None:
     scheduler = Scheduler(Budget(kv_tokens=1000, slots=1))
     scheduler.waiting.extend([make_row(20, 2), make_row(400, 2)])
     assert scheduler.plan_cache() and scheduler.capacity == 64
 
 
-def test_slots_have_room_for_rows_to_come_where_there_is_memory() -> None:
+def test_slots_have_room_for_longer_rows_if_memory_allows() -> None:
     scheduler = Scheduler(Budget(kv_tokens=100_000, slots=4))
     scheduler.waiting.append(make_row(100, 2))
     assert scheduler.plan_cache() and (scheduler.slots, scheduler.capacity) == (4, 256)

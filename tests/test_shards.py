@@ -1,4 +1,4 @@
-"""Runs over every kind of input: a row in is a row out, with its columns."""
+"""Runs over every kind of INPUT: a row in is a row out, with its columns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.tars import write_tar
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
-    """A file, tars, Parquet and JSON lines: 40 good rows with a label 0, 1, ... and 6 bad ones."""
+    """Write a file, tars, Parquet and JSON lines: 40 good rows with labels 1, 2, ... and 6 bad ones."""
     (tmp_path / "file.png").write_bytes(encode_picture(0))
     members = [
         member
@@ -55,7 +55,7 @@ def shards(tmp_path: Path) -> list[Path]:
     return [tmp_path / name for name in ("file.png", "a.tar", "b.tar", "c.tgz", "d.parquet", "e.jsonl")]
 
 
-def test_every_kind_of_input_in_one_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
+def test_one_run_reads_every_kind_of_input(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 7}
     summary = run_pipeline(make_job_config(shards, tmp_path / "out", **options), make_engine=FakeEngineFactory())
     rows = read_results(str(tmp_path / "out")).to_pylist()
@@ -76,7 +76,7 @@ def test_every_kind_of_input_in_one_run(ray_cluster: None, shards: list[Path], t
         ("e.jsonl", "list"),
         ("nowhere", "read"),
     ]
-    assert {row["id"]: row["label"] for row in rows}[f"{tmp_path}/d.parquet#10"] == 31  # also of rows that fail
+    assert {row["id"]: row["label"] for row in rows}[f"{tmp_path}/d.parquet#10"] == 31  # also for rows that fail
     wanted = pa.schema([*schema.OUTPUT, ("label", pa.int64())])
     assert all(pq.read_schema(file).equals(wanted) for file in (tmp_path / "out" / "data").iterdir())
 
@@ -98,7 +98,7 @@ def test_kept_columns_keep_their_types_to_the_output(ray_cluster: None, tmp_path
 
 @dataclass(frozen=True)
 class DiesOnce(FakeEngineFactory):
-    """Its engine raises at its third call, once a row is in OUTPUT. `calls` is a file to count them in."""
+    """Makes an engine that raises at its third call, after a file is in OUTPUT; calls are counted in the file `calls`."""
 
     calls: Path = Path()
     output: Path = Path()
@@ -122,7 +122,7 @@ class DyingEngine(FakeEngine):
         return super().generate(requests, params)
 
 
-def test_a_run_that_died_goes_on(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
+def test_a_run_that_died_is_resumed(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     options = {"keep_columns": ("label",), "prompt_column": "question", "rows_per_file": 4}
     dying = DiesOnce(calls=tmp_path / "calls", output=tmp_path / "out")
     with pytest.raises(StageFailed):
@@ -150,8 +150,7 @@ def test_resume_opens_only_shards_with_missing_rows(ray_cluster: None, shards: l
     assert repr(read_results(str(tmp_path / "out")).to_pylist()) == repr(whole)
 
 
-def test_rows_without_images_are_answered_by_the_model() -> None:
-    """Alone in a batch and beside rows of one and of three images."""
+def test_rows_without_images_are_answered_alone_and_in_a_batch_with_images() -> None:
     processor, image = Processor.from_pretrained(MODEL), Image.new("RGB", (90, 60), "red")
     requests = [processor.build_request("2 + 2?", images) for images in ([], [image], [image] * 3)]
     params = SamplingParams(max_new_tokens=4)
@@ -160,7 +159,7 @@ def test_rows_without_images_are_answered_by_the_model() -> None:
     assert together[0].output_ids.tolist() == alone.output_ids.tolist() != []
 
 
-def test_another_choice_of_columns_is_another_run(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
+def test_a_run_with_other_kept_columns_is_refused(ray_cluster: None, shards: list[Path], tmp_path: Path) -> None:
     engine = FakeEngineFactory()
     run_pipeline(make_job_config(shards[-1:], tmp_path / "out", keep_columns=("label",)), make_engine=engine)
     with pytest.raises(ValueError, match="keep-columns"):

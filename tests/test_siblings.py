@@ -1,4 +1,4 @@
-"""Tasks of one item answer as each would alone, at the price of one vision pass and one prefill of what they share."""
+"""Tasks of one item give the same answers as alone, for one vision pass and one prefill of their shared prefix."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from tests.support.replays import Recorded
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("slots", [1, 5, 64])
-def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_an_item(checkpoint: str, slots: int) -> None:
+def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_per_item(checkpoint: str, slots: int) -> None:
     engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=400 * slots, slots=slots))
-    # The longest first, so that the cache need not grow: a row that waits for that finds no sibling in it.
+    # The longest first, so that the cache need not grow: a row that waits for the larger cache finds no sibling in it.
     order = sorted(range(8), key=lambda item: -len(make_items(checkpoint)[item][0].input_ids))
     items = [make_items(checkpoint)[index] for index in order]
     requests = [request for item in items for request in item]
@@ -47,10 +47,10 @@ def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_an_item(check
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), slots=st.integers(1, 16), replayed=st.booleans())
-def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
+def test_tasks_of_items_that_arrive_at_any_time_do_not_affect_each_other(
     data: st.DataObject, slots: int, replayed: bool
 ) -> None:
-    """Also where captured steps take in slots that no row uses, and where memory ends at some moment."""
+    """This includes captured steps that cover unused slots, and running out of memory at any moment."""
     checkpoint = "tiny56-tied"
     items, options = make_items(checkpoint), {"make_step_runner": Recorded()} if replayed else {}
     engine = EngineCore(load_engine(checkpoint).model, budget=Budget(kv_tokens=230 * slots, slots=slots), **options)
@@ -71,15 +71,15 @@ def test_tasks_of_items_that_come_at_any_time_do_not_touch_each_other(
     while not all(row.has_left for row, _, _ in rows):
         engine.step()
     for row, item, task in rows:
-        if row.error is None:  # with one slot, a row that is out of memory fails
+        if row.error is None:  # with one slot, a row that runs out of memory fails
             assert_same(row.make_completion(), generate_alone(checkpoint, item, task))
         assert row.item.visual is None
     assert slots == 1 or not any(row.error for row, _, _ in rows)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_probabilities_of_choices_are_those_of_scoring_each_by_itself(checkpoint: str) -> None:
-    """`model.forward` over prompt and choice, without a cache."""
+def test_probabilities_of_choices_equal_those_of_scoring_each_alone(checkpoint: str) -> None:
+    """The reference is `model.forward` over prompt and choice, without a cache."""
     model = load_engine(checkpoint).model
     choices = (*CHOICES, tuple(range(100, 140)))
     requests = [item[0] for item in make_items(checkpoint)]
@@ -100,7 +100,7 @@ def compute_loglik(model: torch.nn.Module, request: Request, choice: tuple[int, 
     return logprobs.gather(1, torch.tensor(choice)[:, None]).sum()
 
 
-def test_choices_are_drawn_at_a_temperature_by_the_rows_own_seed() -> None:
+def test_choices_are_sampled_at_a_temperature_with_the_seed_of_the_row() -> None:
     engine, request = load_engine("tiny56-tied"), make_items("tiny56-tied")[0][3]
     choices = ((17,), (9,), (301,), (22,))
     params = [SamplingParams(choices=choices, temperature=2.0, seed=seed) for seed in range(400)]
@@ -122,8 +122,7 @@ def test_a_choice_without_logprobs_still_has_probabilities() -> None:
     assert math.isnan(completion.mean_logprob) and completion.choice_probs is not None
 
 
-def test_many_choices_and_small_passes() -> None:
-    """More than fit into one pass under the budget."""
+def test_choices_that_exceed_one_pass_are_scored_the_same() -> None:
     checkpoint = "tiny56-tied"
     rng = random.Random(3)
     choices = tuple((*(rng.randrange(500) for _ in range(rng.randrange(1, 9))), END) for _ in range(150))
@@ -147,7 +146,7 @@ def test_samples_of_one_prompt_share_all_but_its_last_token() -> None:
     assert engine.stats.prompt_tokens == len(request.input_ids) * (1 + 8) + 7
 
 
-def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_while_siblings_enter_only_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = "tiny56-tied"
     engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
     extend = Extend.__init__
@@ -166,7 +165,7 @@ def test_memory_that_ends_while_siblings_enter_costs_time_only(monkeypatch: pyte
     assert engine.backend.core.scheduler.budget.slots == 2
 
 
-def test_a_row_that_is_out_of_memory_keeps_no_visual_tokens() -> None:
+def test_a_row_that_fails_for_lack_of_memory_frees_its_visual_tokens() -> None:
     checkpoint = "tiny56-tied"
     engine = EngineCore(load_engine(checkpoint).model, budget=Budget(kv_tokens=400, slots=1))
     requests = [make_items(checkpoint)[item][0] for item in (0, 1)]
@@ -177,7 +176,7 @@ def test_a_row_that_is_out_of_memory_keeps_no_visual_tokens() -> None:
     assert second.error is not None and second.item.visual is None
 
 
-def test_what_siblings_share() -> None:
+def test_siblings_share_their_common_prefix() -> None:
     tiles, sizes = np.zeros((1, 3, 2, 2), np.uint8), np.array([[2, 2]], np.int32)
 
     def request(*ids: int) -> Request:
@@ -189,7 +188,7 @@ def test_what_siblings_share() -> None:
     assert one is third and one is not other and one.item is other.item
     assert (one.length, other.length) == (2, 2)
     whole, _ = find_prefixes([request(1, -300), request(1, -300)])
-    assert whole.length == 0  # what is left would hold a placeholder
+    assert whole.length == 0  # the last token, which is not shared, is a placeholder
     for group in (None, "another"):
         other = replace(request(1, -300, 5), group=group)
         assert len({prefix.item for prefix in find_prefixes([request(1, -300, 5), other, request(1)])}) == 2
@@ -209,8 +208,8 @@ def test_a_group_with_different_images_is_refused_by_name() -> None:
             load_engine("tiny56-tied").generate(broken, CHOICE)
 
 
-def test_a_group_survives_the_way_to_another_process() -> None:
-    """What ranks unpickle shares as much, and holds the tiles once."""
+def test_an_unpickled_group_shares_its_prefix_and_its_tiles() -> None:
+    """Ranks receive requests by pickle."""
     requests = Processor.from_pretrained(str(checkpoint_dir("tiny56-tied"))).build_requests([[1, 2], [1, 3]], [])
     there = pickle.loads(pickle.dumps([*requests, *requests]))
     assert len({prefix.item for prefix in find_prefixes(there)}) == 1

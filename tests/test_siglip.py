@@ -1,4 +1,4 @@
-"""The frame encoder: transformers' own vectors, long texts, safe loading; and what choosing by it is good for."""
+"""The frame encoder gives transformers' vectors, takes long texts, loads safely, and selects the right frames."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_vectors_are_those_of_transformers() -> None:
     with torch.no_grad():
         normalised = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
         images = model.get_image_features(normalised).pooler_output
-        # As the checkpoints were trained: the text, an end mark, padding up to the full length.
+        # The format of SigLIP's training: the text, an end mark, padding to the full length.
         ids = [*tokenizer("where is a red circle", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         padded = torch.tensor([ids + [tokenizer.pad_token_id] * (16 - len(ids))])
         text = model.get_text_features(padded).pooler_output
@@ -42,7 +42,7 @@ def test_vectors_are_those_of_transformers() -> None:
     assert np.allclose(load_encoder().encode_text("where is a red circle"), expected, atol=1e-5)
 
 
-def test_vectors_are_float32_of_unit_length_however_many_there_are() -> None:
+def test_vectors_are_float32_of_unit_length_in_batches_of_any_size() -> None:
     for count in (1, 31, 32, 33, 65):
         vectors = load_encoder().encode_frames(draw_pixels(1, count))
         assert vectors.dtype == np.float32
@@ -54,7 +54,7 @@ def test_vectors_are_float32_of_unit_length_however_many_there_are() -> None:
 
 
 def test_a_long_text_is_the_mean_of_its_parts() -> None:
-    """Of 15 tokens each: the 16th is the end mark."""
+    """The parts have 15 tokens each; the 16th is the end mark."""
     first, second, rest = "a red circle " * 5, "a blue cross " * 5, "the video"
     parts = np.stack([load_encoder().encode_text(part) for part in (first, second, rest)])
     mean = parts.mean(axis=0)
@@ -63,7 +63,7 @@ def test_a_long_text_is_the_mean_of_its_parts() -> None:
     assert np.isfinite(load_encoder().encode_text("")).all()
 
 
-def test_only_safetensors_of_a_siglip_are_loaded(tmp_path: Path) -> None:
+def test_pickled_weights_and_other_models_are_refused(tmp_path: Path) -> None:
     pickled = shutil.copytree(TINY_SIGLIP, tmp_path / "pickled")
     weights = SiglipModel.from_pretrained(TINY_SIGLIP).state_dict()
     (pickled / "model.safetensors").unlink()
@@ -75,7 +75,7 @@ def test_only_safetensors_of_a_siglip_are_loaded(tmp_path: Path) -> None:
         SiglipEncoder.from_pretrained(str(other))
 
 
-def test_it_is_small_and_knows_its_objects() -> None:
+def test_the_tiny_checkpoint_is_small_and_recognises_its_objects() -> None:
     assert sum(path.stat().st_size for path in TINY_SIGLIP.iterdir()) < 1 << 20
     texts = np.stack([load_encoder().encode_text(thing.text) for thing in OBJECTS])
     right = []
@@ -92,14 +92,14 @@ def encode_scenes(seed: int) -> tuple[list[Object], np.ndarray]:
 
 
 def select_objects(seed: int, method: str) -> list[Object]:
-    """The objects that eight of 128 frames show, asked for the third scene's."""
+    """Select eight of 128 frames with the fourth scene's object as query; return the objects that they show."""
     chosen, frames = encode_scenes(seed)
     query = load_encoder().encode_text(chosen[3].text)
     return [chosen[i // 16] for i in select_frames(frames, query, 8, method=method).tolist()]  # type: ignore[arg-type]
 
 
-def test_top_k_finds_what_is_asked_for_and_mdp3_sees_more_beside_it() -> None:
-    """On videos of eight scenes with an object each: measured below, beside frames spread evenly."""
+def test_top_k_finds_the_queried_object_and_mdp3_also_shows_others() -> None:
+    """Measured on videos of eight scenes with one object each, and compared with evenly spaced frames."""
     seeds = range(30)
     asked = {seed: encode_scenes(seed)[0][3] for seed in seeds}
     share = {

@@ -1,4 +1,4 @@
-"""Files appear whole, hold each row once and say which; late and repeated rows are handled."""
+"""Output files appear whole, hold each row once and name their rows; late and repeated rows are handled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def data(tmp_path: Path) -> Path:
 
 def make_sink(data: Path, ledger: Ledger, *, rows_per_file: int) -> Sink:
     lease = Lease(str(data.parent))
-    lease._write()  # without the thread that a run has
+    lease._write()  # without the renewing thread of a run
     return Sink(str(data), ledger, lease, rows_per_file=rows_per_file)
 
 
@@ -40,13 +40,13 @@ def test_rows_come_back_once_and_in_order(data: Path) -> None:
     assert all(pq.read_metadata(file).num_rows <= 4 for file in data.iterdir())
 
 
-def test_add_tells_which_rows_were_new(data: Path) -> None:
+def test_add_returns_the_new_rows(data: Path) -> None:
     out = make_sink(data, Ledger(done=(RowRange(0, 2),)), rows_per_file=100)
     assert out.add(make_results([1, 2, 3])).column("row").to_pylist() == [2, 3]
     assert out.add(make_results([3, 4])).column("row").to_pylist() == [4]
 
 
-def test_what_is_finished_is_written_though_nothing_more_arrives(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_are_written_even_if_no_more_arrive(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink, "FLUSH_S", 0.2)
     with make_sink(data, Ledger(), rows_per_file=1000) as out:
         out.add(make_results([0]))
@@ -57,7 +57,7 @@ def test_what_is_finished_is_written_though_nothing_more_arrives(data: Path, mon
         assert len(list(data.iterdir())) == 1
 
 
-def test_an_interrupt_on_the_way_out_loses_no_row(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_during_exit_loses_no_row(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: threading.Thread) -> None:
         raise KeyboardInterrupt
 
@@ -83,7 +83,7 @@ def test_the_same_rows_give_the_same_name(data: Path) -> None:
     assert len(list(data.iterdir())) == 1
 
 
-def test_a_failed_write_leaves_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
@@ -101,6 +101,6 @@ def test_temporaries_of_a_killed_writer_are_removed(data: Path) -> None:
     assert len(list(data.iterdir())) == 1
 
 
-def test_an_object_store_gets_one_put() -> None:
+def test_rows_come_back_from_an_object_store() -> None:
     write_file("memory://bucket/data", make_results([0, 1]))
     assert read_results("memory://bucket").column("text").to_pylist() == ["text 0", "text 1"]

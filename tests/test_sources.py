@@ -1,4 +1,4 @@
-"""What of a directory, a glob or a file becomes a row."""
+"""Directories, globs and files become rows."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def test_a_directory_gives_its_images_in_order(tree: Path, caplog: pytest.LogCap
     assert "skipped 1 files" in caplog.text and "1 .txt" in caplog.text
 
 
-def test_a_file_is_taken_whatever_its_name(tree: Path) -> None:
+def test_a_named_file_is_read_whatever_its_suffix(tree: Path) -> None:
     assert list_names(list_input(tree / "a" / "notes.txt", tree / "img[1].jpg")) == ["notes.txt", "img[1].jpg"]
 
 
-def test_globs(tree: Path) -> None:
+def test_globs_match_files_in_order(tree: Path) -> None:
     assert list_names(list_input(tree / "**" / "*.jpg")) == ["1.jpg", "img[1].jpg"]
     with pytest.raises(SourceError, match="no files match"):
         list_input(tree / "*.bmp")
 
 
-def test_a_name_is_never_taken_for_an_instruction(tree: Path) -> None:
+def test_a_file_name_is_never_parsed_as_a_uri(tree: Path) -> None:
     for name in ("1.jpg::x.jpg", "a#b?.jpg", "memory:c.jpg", "~d.jpg"):
         (tree / name).write_bytes(b"123456789")
     rows = {Path(row["uri"]).name: row for row in list_input(tree)}
@@ -61,11 +61,11 @@ def test_links_are_followed_once(tree: Path) -> None:
     assert "4.jpg" in list_names(list_input(tree))
 
 
-def test_limit_and_several_inputs(tree: Path) -> None:
+def test_the_limit_counts_over_several_inputs(tree: Path) -> None:
     assert list_names(list_input(tree / "b", tree / "a", limit=2)) == ["2.PNG", "1.jpg"]
 
 
-def test_a_repeated_id_is_named_before_anything_starts(tree: Path) -> None:
+def test_a_repeated_id_is_refused_by_name(tree: Path) -> None:
     with pytest.raises(SourceError, match=r"2 rows repeat an id.*1\.jpg \(2 times\)"):
         list_input(tree / "a", tree / "a")
 
@@ -84,6 +84,6 @@ def test_an_object_store_keeps_its_scheme() -> None:
     assert [row["uri"] for row in list_input("memory://bucket/pictures")] == ["memory:///bucket/pictures/a.png"]
 
 
-def test_an_unknown_scheme_and_a_missing_extra_say_what_to_do() -> None:
+def test_an_unknown_scheme_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="nosuch"):
         list_input("nosuch://bucket/x")

@@ -1,4 +1,4 @@
-"""Stores by URI: where their settings come from, what is tried again and what is not."""
+"""Stores by URI: the sources of their settings, and which errors are retried."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.storage import store
 
 
 @pytest.mark.parametrize("source", ["profile", "fsspec"])
-def test_settings_from_a_profile_or_from_fsspec(
+def test_settings_come_from_a_profile_or_from_fsspec(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
@@ -41,14 +41,16 @@ def test_settings_from_a_profile_or_from_fsspec(
 
 
 @pytest.mark.parametrize(("uri", "extra"), [("gs://b/x", "gcs"), ("az://c/x", "azure"), ("abfs://c/x", "azure")])
-def test_a_store_that_is_not_installed_says_the_line(uri: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_not_installed_names_the_install_command(
+    uri: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, {"gcs": "gcsfs", "azure": "adlfs"}[extra], None)
     with pytest.raises(StoreError, match=rf"pip install 'ovis2-ray\[{extra}\]'"):
         store.open_store(uri)
 
 
 def inject_faults(monkeypatch: pytest.MonkeyPatch, method: str, faults: list[Exception]) -> list[int]:
-    """`method` of the memory store raises each of `faults` once; returns a list that grows with its calls."""
+    """Let `method` of the memory store raise each of `faults` once; return a list that grows with its calls."""
     original: Callable[..., object] = getattr(MemoryFileSystem, method)
     calls: list[int] = []
 
@@ -73,13 +75,13 @@ REQUESTS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("method", REQUESTS)
-def test_every_request_is_tried_again(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_every_request_is_retried(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     store.write_bytes("memory://retried/a", b"x")
     inject_faults(monkeypatch, method, [ConnectionResetError("reset"), RuntimeError("a client's own")])
     REQUESTS[method]()
 
 
-def test_tries_are_bounded_and_what_cannot_pass_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_bounded_and_permanent_faults_are_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = inject_faults(monkeypatch, "cat_file", [ConnectionResetError(str(i)) for i in range(20)])
     with pytest.raises((OSError, RuntimeError), match=r"\d$"):
         store.read_bytes("memory://retried/a")
@@ -92,7 +94,7 @@ def test_tries_are_bounded_and_what_cannot_pass_is_not_tried_again(monkeypatch: 
         assert len(calls) == 1
 
 
-def test_pauses_double_differ_and_heed_the_store() -> None:
+def test_pauses_double_with_jitter_and_follow_the_stores_request() -> None:
     random.seed(0)
     pauses = [[store.RETRIES.compute_pause_s(attempt) for _ in range(100)] for attempt in (1, 2, 3)]
     for attempt, some in enumerate(pauses):

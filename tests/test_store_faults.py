@@ -1,4 +1,4 @@
-"""A store that fails now and then costs time only; one that is down stops the run, and no row is taken for bad."""
+"""Occasional faults of a store only cost time; a store that is down stops the run and marks no row as bad."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def server() -> Iterator[FaultyStore]:
 
 @pytest.fixture
 def s3(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty bucket, found by the environment; pauses are short and the client's own retries few."""
+    """Create an empty bucket, configured by the environment, with short pauses and few retries by the client itself."""
     for name, value in {**server.to_environment(), "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()  # fsspec keeps its file systems, with the environment of their first use
+    S3FileSystem.clear_instance_cache()  # fsspec caches file systems with the environment of their first use
     monkeypatch.setattr(S3FileSystem, "retries", 1)
     monkeypatch.setattr(store, "RETRIES", replace(store.RETRIES, first_pause_s=0.001))
     fs = fsspec.filesystem("s3")
@@ -50,9 +50,7 @@ def s3(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.
     S3FileSystem.clear_instance_cache()
 
 
-def test_every_read_and_write_of_a_failing_store_is_tried_again(
-    server: FaultyStore, s3: fsspec.AbstractFileSystem
-) -> None:
+def test_every_read_and_write_of_a_failing_store_is_retried(server: FaultyStore, s3: fsspec.AbstractFileSystem) -> None:
     with server.inject(Faults(share=0.3, kinds=("error", "cut"))) as faults:
         for i in range(8):
             store.write_bytes(f"s3://bucket/{i}", bytes([i]) * 1000)
@@ -66,7 +64,9 @@ def test_every_read_and_write_of_a_failing_store_is_tried_again(
     assert faults.num_faults > 8
 
 
-def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+def test_shards_are_read_completely_despite_faults(
+    server: FaultyStore, s3: fsspec.AbstractFileSystem, tmp_path: Path
+) -> None:
     images = [{"bytes": encode_picture(i), "path": None} for i in range(40)]
     s3.put_file(
         str(write(tmp_path / "a.parquet", {"image": __import__("pyarrow").array(images, HF)})), "bucket/a.parquet"
@@ -84,7 +84,7 @@ def test_shards_are_read_through_faults(server: FaultyStore, s3: fsspec.Abstract
     assert faults.num_faults > 0
 
 
-def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fsspec.AbstractFileSystem) -> None:
+def test_a_store_that_is_down_raises_a_store_fault(server: FaultyStore, s3: fsspec.AbstractFileSystem) -> None:
     s3.pipe_file("bucket/a.png", encode_picture(0))
     with server.inject(Faults(share=1.0)):
         with pytest.raises(StoreFault, match="still fails after all retries"):
@@ -96,7 +96,7 @@ def test_a_store_that_is_down_is_no_fault_of_a_row(server: FaultyStore, s3: fssp
 
 
 def prepare_rows(output: Path, server: FaultyStore, faults: Faults) -> list[PreparedRow]:
-    """Twelve rows after the CPU stage, whose reads meet the faults."""
+    """Prepare twelve rows in the CPU stage while the store injects the faults."""
     stage, units = make_stage(CaptionConfig(input=("s3://bucket/in",), output=str(output), model=MODEL))
     with server.inject(faults):
         return run_stage(stage, units)
@@ -109,16 +109,16 @@ def pictures(s3: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
     return s3
 
 
-def test_a_file_that_the_store_alone_never_gives_is_an_error_row(
+def test_a_file_that_fails_while_others_are_read_is_an_error_row(
     server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
-    """Others of its store are read, so it is the file; a run that could never end would help nobody."""
+    """Other files of the store are read, so the file is at fault; retrying it forever would never end the run."""
     rows = prepare_rows(tmp_path, server, Faults(broken=("in/07.png", "in/00.png")))
     assert [row.stage == "read" for row in rows] == [i in (0, 7) for i in range(12)]
     assert "other files can be read" in str(rows[7].error)
 
 
-def test_rows_of_a_store_that_is_down_are_no_error_rows(
+def test_a_store_that_is_down_stops_the_stage_without_error_rows(
     server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
     with pytest.raises(StoreFault):
@@ -126,10 +126,10 @@ def test_rows_of_a_store_that_is_down_are_no_error_rows(
 
 
 @pytest.mark.slow
-def test_a_run_whose_store_goes_down_stops_and_goes_on(
+def test_a_run_whose_store_goes_down_stops_and_is_resumed(
     server: FaultyStore, pictures: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
-    """About two minutes, which is how long the store is asked again and again."""
+    """Takes about two minutes, the time for which the store is retried."""
     arguments = ["s3://bucket/in", tmp_path / "out", "--model", MODEL, "--max-new-tokens", 2]
     with server.inject(Faults(broken=("in/",))):
         stopped = run_caption(*arguments, timeout_s=400)

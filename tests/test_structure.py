@@ -1,4 +1,4 @@
-"""The figures about the code base count what they say, in this layout and in the first one."""
+"""The figures about the code base are correct, for this layout and for the first one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_checkout(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_figures_count_what_they_say(tmp_path: Path) -> None:
+def test_figures_of_a_small_checkout_are_correct(tmp_path: Path) -> None:
     figures = measure(write_checkout(tmp_path, CHECKOUT))
     assert (figures["jobs: lines"], figures["pipelines: files"], figures["demo: files"]) == (2, 3, 0)
     assert figures["largest class 1"] == "3 methods, pipelines/stage.py Stage"
@@ -83,12 +83,12 @@ def test_both_layouts_have_the_same_product(tmp_path: Path, script: str, tool: s
 
 
 @pytest.mark.parametrize("text", ["Return the rows.", "Run `job` ->", "_read_rows", "yield"])
-def test_verbs_are_found(text: str) -> None:
+def test_verbs_are_recognised(text: str) -> None:
     assert begins_with_verb(text)
 
 
 @pytest.mark.parametrize("text", ["Of all rows.", "Returns the rows.", "[B, T] of them", "rows", "_"])
-def test_other_words_are_no_verbs(text: str) -> None:
+def test_other_words_are_not_counted_as_verbs(text: str) -> None:
     assert not begins_with_verb(text)
 
 
