@@ -98,7 +98,7 @@ def test_kept_columns_keep_their_types_to_the_output(ray_cluster: None, tmp_path
 
 @dataclass(frozen=True)
 class DiesOnce(FakeEngineFactory):
-    """Makes an engine that raises at its third call, after a file is in OUTPUT; calls are counted in the file `calls`."""
+    """Makes an engine that raises at its third call, after a file is in OUTPUT; the file `calls` counts the calls."""
 
     calls: Path = Path()
     output: Path = Path()
