@@ -18,9 +18,7 @@ from pipelines.storage import store
 from pipelines.storage.arrow_ipc import read_batch, read_schema
 from pipelines.storage.retries import Retries, is_final
 
-_RETRIES = Retries(
-    max_attempts=2
-)  # per cell, as damage looks like a fault of the store; the store itself retries below this
+_RETRIES = Retries(max_attempts=2)  # per cell: damage looks like a fault of the store, which itself retries more
 _CELLS_AT_ONCE = 16
 _BLOCK_BYTES = 4 << 20
 

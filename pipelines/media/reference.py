@@ -144,7 +144,7 @@ ImageRef = FileRef | TarRef | CellRef
 
 
 def parse_reference(struct: Mapping[str, Any]) -> ImageRef:
-    """Return the reference of a `struct` from `to_struct`. Raises ValueError for an unsupported kind."""
+    """Build the reference that `to_struct` has stored in `struct`. Raises ValueError for an unsupported kind."""
     uri, offset, num_bytes, member = (struct[name] for name in ("uri", "offset", "num_bytes", "member"))
     window = Window(struct["start_s"], struct["stop_s"])
     match struct["kind"]:

@@ -184,13 +184,13 @@ class _Video:
 
     def _seek_if_worthwhile(self, time_s: float) -> None:
         """Seek towards `time_s` if that saves decoding frames."""
-        here_s = self._get_time_s(self._shown) if self._shown else 0.0
+        current_s = self._get_time_s(self._shown) if self._shown else 0.0
         key_s = self._find_key_frame(time_s)
-        is_worth_it = time_s - here_s > _BLIND_SEEK_S if key_s is None else key_s > here_s
+        is_worth_it = time_s - current_s > _BLIND_SEEK_S if key_s is None else key_s > current_s
         if self._may_seek and is_worth_it:
             self._seek(time_s)
             # If it led back, never seek again: without key frames each seek would decode the whole video.
-            self._may_seek &= self._shown is not None and self._get_time_s(self._shown) > here_s
+            self._may_seek &= self._shown is not None and self._get_time_s(self._shown) > current_s
 
     def _find_key_frame(self, time_s: float) -> float | None:
         """Return the time of the key frame before `time_s` in the index, None if the index does not reach so far.

@@ -79,7 +79,7 @@ class VideoDecoder:
     def _ask(self, action: str, location: VideoLocation, **arguments: Any) -> tuple[Json, list[Pixels]]:
         """Send a request and return the reply; retry once if the process dies: it may have been killed from outside."""
         for last_try in (False, True):
-            stream = _Stream(self._start_process(), time.monotonic() + self._timeout_s)
+            stream = _Stream(self._connect(), time.monotonic() + self._timeout_s)
             try:
                 request = {
                     "action": action,
@@ -100,7 +100,7 @@ class VideoDecoder:
                     raise MediaError(f"the decoder crashed twice on this video ({how})") from error
         raise AssertionError("unreachable")
 
-    def _start_process(self) -> socket.socket:
+    def _connect(self) -> socket.socket:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:

@@ -68,7 +68,7 @@ def _parse_row(uri: str, number: int, line: bytes, columns: ColumnRoles) -> Sour
         images = _find_images(uri, values, columns.image)
     except ValueError as error:
         return _make_error_row(uri, number, f"line {number}: {error}")
-    return columns.make_row(uri, number, values, images, what="line")
+    return columns.make_row(uri, number, values, images, unit="line")
 
 
 def _make_error_row(uri: str, number: int, error: str) -> SourceRow:

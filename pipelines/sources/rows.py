@@ -42,13 +42,13 @@ class ColumnRoles:
     in_prompt: frozenset[str] = frozenset()
 
     def make_row(
-        self, source: str, number: object, values: Mapping[str, Any], images: tuple[ImageRef, ...], *, what: str
+        self, source: str, number: object, values: Mapping[str, Any], images: tuple[ImageRef, ...], *, unit: str
     ) -> SourceRow:
-        """Build the row `number` of `source` from its columns; messages call it `what`, e.g. "line"."""
+        """Build the row at `number` of `source`, counted in `unit`s such as "line", from the values of its columns."""
         prompt = to_text(values.get(self.prompt or ""))
         id_ = to_text(values.get(self.id or "")) or f"{source}#{number}"
         # The run's prompt asks about an image, so a row without one needs a prompt of its own.
-        error = "" if images or prompt else f"{what} {number}: no image, and no prompt of its own"
+        error = "" if images or prompt else f"{unit} {number}: no image, and no prompt of its own"
         return SourceRow(id_, images[0].uri if images else source, images, prompt, values, error)
 
     @property

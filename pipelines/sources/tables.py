@@ -62,10 +62,10 @@ def _read_arrow(table: TableShard, file: Any, schema: pa.Schema) -> Iterator[Chu
     at, begin = 0, file.tell()
     for message in _read_messages(file):
         end = file.tell()
-        batch, place = read_batch(message, schema, table.columns_to_read), ByteRange(begin, end - begin)
+        batch, byte_range = read_batch(message, schema, table.columns_to_read), ByteRange(begin, end - begin)
         for first in range(0, len(batch), ROWS_PER_CHUNK):
             numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
-            cells = [CellRef(table.uri, table.image or "", i, place) for i in numbers]
+            cells = [CellRef(table.uri, table.image or "", i, byte_range) for i in numbers]
             yield table.make_chunk(batch.slice(first, len(numbers)), at + first, cells)
         at, begin = at + len(batch), end
 
@@ -84,7 +84,7 @@ def _read_messages(file: Any) -> Iterator[pa.ipc.Message]:
 
 @dataclass(frozen=True)
 class TableShard:
-    """A shard whose columns are known. `image` names the column of images; `holds_uris` if it holds their URIs."""
+    """A shard with known columns. `image` names the column of images; `holds_uris` means URIs instead of bytes."""
 
     uri: str
     columns: ColumnRoles
@@ -114,7 +114,7 @@ class TableShard:
         values = batch.select(sorted(self.columns.text_columns)).to_pylist() or [{}] * len(cells)
         images = self._make_references(batch, cells)
         numbered = enumerate(zip(values, images, strict=True), at)
-        rows = [self.columns.make_row(self.uri, i, *row, what="row") for i, row in numbered]
+        rows = [self.columns.make_row(self.uri, i, *row, unit="row") for i, row in numbered]
         keep = list(self.columns.keep)
         return Chunk(rows, self.names, pa.Table.from_batches([batch.select(keep)]) if keep else None)
 

@@ -44,14 +44,14 @@ class TarLimits:
     max_name_characters: int = 4096
     max_names_characters: int = 96 << 20  # all names together; they stay in memory until the tar is read
     max_unpacked_bytes: int = 1 << 40  # of a tar.gz; unpacking up to there takes an hour
-    max_packing: int = 200  # unpacked bytes per byte of a tar.gz; gzip packs zeros 1,000 times
-    usual_unpacked_bytes: int = 1 << 30  # allowed for any size of the tar.gz
+    max_gzip_ratio: int = 200  # unpacked bytes per byte of a tar.gz; gzip packs zeros 1,000 times
+    always_allowed_bytes: int = 1 << 30  # allowed for any size of the tar.gz
 
     def compute_max_bytes(self, packed_bytes: int) -> int:
         """Return the maximum unpacked size: images barely compress, so a higher ratio indicates a gzip bomb."""
         if packed_bytes < 0:
             return self.max_unpacked_bytes
-        return min(self.max_unpacked_bytes, max(self.usual_unpacked_bytes, self.max_packing * packed_bytes))
+        return min(self.max_unpacked_bytes, max(self.always_allowed_bytes, self.max_gzip_ratio * packed_bytes))
 
 
 def list_tar(
@@ -95,7 +95,7 @@ class _Sample:
     def make_row(self, key: str, number: int, index: _Index, columns: ColumnRoles) -> SourceRow:
         images = tuple(TarRef(index.uri, at, size, f"{key}.{end}", index.is_gzip) for end, at, size in self.images)
         unique_key = f"{key}~{number}" if number > 1 else key
-        row = columns.make_row(index.uri, unique_key, self.values or {}, images, what="key")
+        row = columns.make_row(index.uri, unique_key, self.values or {}, images, unit="key")
         return replace(row, error=self.error) if self.error else row
 
 
@@ -107,9 +107,8 @@ class _Index:
         self._max_bytes = limits.compute_max_bytes(info.num_bytes) if is_gzip else sys.maxsize
         self.names: set[str] = set()  # names of columns
         self._name_characters = 0
-        self.samples: dict[
-            str | tuple[str, int], _Sample
-        ] = {}  # by key, or (key, number) from the second sample of a key on
+        # By key, or (key, number) from the second sample of a key on.
+        self.samples: dict[str | tuple[str, int], _Sample] = {}
         self._repeats: dict[tuple[str, str], int] = {}
         self._extensions: dict[tuple[str, ...], tuple[str, ...]] = {}  # shared tuples, to save memory
         self.others: Counter[str] = Counter()
@@ -227,5 +226,5 @@ class _StrictHeader(tarfile.TarInfo):
         """Parse a header. Raises HeaderError if its size is negative or its extended header too long."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENDED and header.size > _MAX_HEADER_BYTES):
-            raise tarfile.HeaderError(f"a header of {header.size:,} bytes")
+            raise tarfile.HeaderError(f"a header states {header.size:,} bytes")
         return header
