@@ -48,7 +48,7 @@ class Answerer:
             for questions, outcome in zip(asked, self._generate_rows(asked), strict=True)
         ]
         if self._questionnaire.regenerates_flagged:
-            self._regenerate_flagged(asked, answered)
+            self._retry_flagged(asked, answered)
         return [a if isinstance(a, RequestError) else self._questionnaire.columns(a) for a in answered]
 
     def _generate_rows(self, asked: Sequence[Sequence[TaskRequest]]) -> list[list[Completion] | RequestError]:
@@ -94,7 +94,7 @@ class Answerer:
             num_tokens=len(completion.output_ids),
         )
 
-    def _regenerate_flagged(
+    def _retry_flagged(
         self, asked: Sequence[Sequence[TaskRequest]], answered: Sequence[list[Answered] | RequestError]
     ) -> None:
         """Generate flagged answers a second time. Keep the one with fewer flags, with the other as `alternative`."""

@@ -360,7 +360,7 @@ class AnnotateConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = Counter(schema.result(self.questionnaire.schema).names)
+        names = Counter(schema.build_result_schema(self.questionnaire.schema).names)
         if twice := sorted(name for name, count in names.items() if count > 1):
             raise ValueError(f"--tasks: two columns of the output would be named {', '.join(twice)}; rename a task")
         return self

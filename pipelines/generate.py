@@ -59,13 +59,13 @@ class Generate:
     ) -> None:
         register_fast_exit()
         self._questionnaire, self._attempts, self._lock = questionnaire, attempts, SharedExclusiveLock()
-        self._schema = schema.result(questionnaire.schema)
+        self._schema = schema.build_result_schema(questionnaire.schema)
         processor = Processor.from_pretrained(replica.model, replica.revision)
         self._engine = make_engine(replica)
         self._answerer = Answerer(questionnaire, processor, self._engine)
 
     def __call__(self, batch: Batch) -> pa.Table:
-        """Turn columns of prepared rows into a table of `schema.result`, one row each. Thread-safe."""
+        """Turn columns of prepared rows into a table of the result schema, one row each. Thread-safe."""
         rows = PreparedRow.from_columns(batch)
         while True:
             try:

@@ -108,7 +108,7 @@ def _write_in_passes(
 
 
 def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
-    """Yield tables of `schema.result` in the order in which replicas finish them."""
+    """Yield tables of the result schema in the order in which replicas finish them."""
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -154,7 +154,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
             )
         )
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield table.cast(schema.result(questionnaire.schema))
+            yield table.cast(schema.build_result_schema(questionnaire.schema))
 
 
 def _summarize(run: Run, ledger: Ledger, progress: RunProgress, seconds: float) -> Summary:

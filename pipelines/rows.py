@@ -150,7 +150,7 @@ class ResultRow:
 
     @classmethod
     def to_table(cls, rows: Sequence[ResultRow], result_schema: pa.Schema) -> pa.Table:
-        """Encode rows as a table of `result_schema`, which is `schema.result` of the questionnaire's schema."""
+        """Encode rows as a table of `result_schema`, the result schema of the questionnaire's schema."""
         return pa.Table.from_pylist([row._to_columns() for row in rows], result_schema)
 
     def _to_columns(self) -> Columns:

@@ -72,12 +72,12 @@ ITEM = pa.schema([field for field in OUTPUT if field.name not in _ANSWER_COLUMNS
 """Output of a run with tasks, before the columns of each task."""
 
 
-def result(columns: pa.Schema) -> pa.Schema:
+def build_result_schema(columns: pa.Schema) -> pa.Schema:
     """Return the schema of what `Generate` returns: the row number and the output columns except kept ones."""
     return columns.insert(0, MANIFEST.field(ROW))
 
 
-def manifest(kept: pa.Schema) -> pa.Schema:
+def build_manifest_schema(kept: pa.Schema) -> pa.Schema:
     """Return the manifest's schema for a run that keeps these columns."""
     return MANIFEST.append(_make_field(KEPT, pa.struct(list(kept)))) if len(kept) else MANIFEST
 

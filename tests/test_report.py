@@ -201,8 +201,8 @@ def test_media_come_from_tars_and_missing_media_have_a_reason(tmp_path: Path) ->
 
 
 def test_media_that_take_too_long_are_left_out(mixed: Path) -> None:
-    reasons = {row["media"].get("missing", "")[:15] for row in make_report(mixed, media_limit_s=0)["rows"]}
-    assert reasons == {"not read within"}
+    reasons = [row["media"].get("missing", "") for row in make_report(mixed, media_limit_s=0)["rows"]]
+    assert reasons and all("took longer than 0 s" in reason for reason in reasons)
 
 
 def test_a_captioning_run_has_one_task_and_derived_flags(tmp_path: Path) -> None:

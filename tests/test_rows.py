@@ -78,8 +78,8 @@ def test_result_rows_have_the_columns_of_the_output() -> None:
         ResultRow(prepared, answers),
         ResultRow(PreparedRow(4, "b", "u", "Why?", stage="read", error="gone"), questionnaire.empty(), "read", "gone"),
     ]
-    table = ResultRow.to_table(rows, schema.result(questionnaire.schema))
-    assert table.schema == schema.result(schema.OUTPUT)
+    table = ResultRow.to_table(rows, schema.build_result_schema(questionnaire.schema))
+    assert table.schema == schema.build_result_schema(schema.OUTPUT)
     ok, failed = table.to_pylist()
     assert (ok["row"], ok["status"], ok["num_tiles"], ok["num_prompt_tokens"], ok["text"]) == (3, "ok", 2, 7, "x")
     assert (failed["status"], failed["stage"], failed["error"], failed["num_tiles"]) == ("error", "read", "gone", 0)

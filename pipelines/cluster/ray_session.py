@@ -94,7 +94,7 @@ def request_gpus(bundles: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def translate_ray_errors() -> Iterator[None]:
-    """Re-raise an actor's StoreFault unchanged and its other errors as StageFailed with the same message."""
+    """Raise an actor's StoreFault unchanged and its other errors as StageFailed with the same message."""
     import ray
 
     try:

@@ -85,7 +85,7 @@ class ErrorMonitor:
             logger.warning("  %d x %s: %s", reason.count, reason.stage, reason.reason)
 
     def add(self, results: pa.Table) -> None:
-        """Count rows of `schema.result`. Raise EverythingFails if too many of all rows so far are errors."""
+        """Count rows of the result schema. Raise EverythingFails if too many of all rows so far are errors."""
         errors = results.filter(pc.equal(results.column("status"), "error"))
         self._num_rows += len(results)
         self._reasons.add(errors.column("stage").to_pylist(), errors.column("error").to_pylist())

@@ -98,7 +98,7 @@ class RunProgress(Progress):
         self._tokens, self._num_errors = Rate(), 0
 
     def add(self, results: pa.Table) -> None:
-        """Count rows of `schema.result`."""
+        """Count rows of the result schema."""
         self._num_errors += pc.sum(pc.equal(results.column("status"), "error")).as_py() or 0
         self._tokens.add(pc.sum(results.column("num_output_tokens")).as_py() or 0)
         self.advance(len(results))

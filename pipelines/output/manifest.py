@@ -20,7 +20,7 @@ ROWS_PER_FILE = 1 << 17
 
 
 def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) -> None:
-    """Tables of one schema, `schema.manifest` without the row number -> numbered files of ROWS_PER_FILE rows.
+    """Tables of one schema, the manifest schema without the row number -> numbered files of ROWS_PER_FILE rows.
 
     With `first_row` they go behind the rows that are there; a kill leaves those as they were.
     """

@@ -57,7 +57,7 @@ class Sink:
             raise self._fault
 
     def add(self, results: pa.Table) -> pa.Table:
-        """Take rows of `schema.result` and write what is due -> the rows that were new.
+        """Take rows of the result schema and write what is due -> the rows that were new.
 
         A stage that is run again after its process died may hand over rows that it handed over before. Raises
         OSError or LeaseError if rows cannot be written.
@@ -102,7 +102,7 @@ class Sink:
 
 
 def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None) -> FileEntry:
-    """Rows of `schema.result` sorted by row number -> one file of them and the kept columns."""
+    """Rows of the result schema sorted by row number -> one file of them and the kept columns."""
     rows = results.column(schema.ROW).to_numpy()
     table = results.drop_columns([schema.ROW])
     if kept is not None:

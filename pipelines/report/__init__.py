@@ -1,1 +1,1 @@
-"""The result of a run as one HTML page: counted in one pass, some of its rows shown with their media."""
+"""A run's results as one HTML page: statistics from one pass over all rows, and a sample of rows with their media."""

@@ -1,4 +1,4 @@
-"""Derive confidence, flags and correctness for some rows of an output."""
+"""Derive confidence, flags and correctness for a batch of output rows."""
 
 from __future__ import annotations
 
@@ -18,32 +18,38 @@ _YES, _NO = ["yes", "true", "1"], ["no", "false", "0"]
 
 @dataclass(frozen=True)
 class Answers:
-    """Rows of an output: `rows` int64[N] their numbers, `batch` their columns. What is derived is in the same order."""
+    """A batch of output rows. All derived values are in the order of the rows.
+
+    rows: int64[N], their row numbers.
+    batch: their columns.
+    """
 
     columns: OutputColumns
     rows: NDArray[np.int64]
     batch: pa.RecordBatch
 
     def get_column(self, name: str) -> pa.Array:
+        """Return one column of the batch by name."""
         return self.batch.column(name)
 
     @cached_property
     def is_ok(self) -> NDArray[np.bool_]:
+        """bool[N]: the row has the status `ok`."""
         return to_mask(pc.equal(self.get_column("status"), "ok"))
 
     def list_failures(self) -> tuple[list[str], list[str]]:
-        """Return stage and error of each row that is not ok."""
+        """Return the stages and the error messages of the rows that failed."""
         failed = ~self.is_ok
         return self.get_column("stage").filter(failed).to_pylist(), self.get_column("error").filter(failed).to_pylist()
 
     @cached_property
     def confidence(self) -> Mapping[str, NDArray[np.float64]]:
-        """Task -> float64[N]: the probability of the choice, else of a token (geometric mean); NaN: there is none."""
+        """Task -> float64[N]: probability of the choice, else geometric mean over tokens; NaN without an answer."""
         return {task.name: self._compute_confidence(task) for task in self.columns.tasks}
 
     @cached_property
     def flags(self) -> pa.ListArray:
-        """Of "task:flag". A captioning run has no such column: there, what is cut off and what is empty."""
+        """Lists of "task:flag". For a captioning run, which has no such column: truncated and empty captions."""
         if self.columns.has_flags:
             return self.get_column("flags")
         is_cut = to_mask(pc.equal(self.get_column("finish_reason"), "length"))
@@ -55,7 +61,7 @@ class Answers:
 
     @cached_property
     def answer_texts(self) -> Mapping[str, pa.Array]:
-        """Task -> its answers as text, of the tasks whose truth is known."""
+        """Task -> its answers as normalized text, for the tasks with a truth."""
         return {
             task.name: normalize_answers(task.kind, self.get_column(task.value))
             for task in self.columns.tasks
@@ -64,7 +70,7 @@ class Answers:
 
     @cached_property
     def truth_texts(self) -> Mapping[str, pa.Array]:
-        """Task -> what is right, as text; null where nobody says."""
+        """Task -> its truth as normalized text; null where the truth is unknown."""
         return {
             task.name: normalize_answers(task.kind, self.get_column(task.truth))
             for task in self.columns.tasks
@@ -73,7 +79,7 @@ class Answers:
 
     @cached_property
     def is_wrong(self) -> Mapping[str, NDArray[np.bool_]]:
-        """Task -> bool[N]: there is an answer and another truth."""
+        """Task -> bool[N]: the answer and the truth are known and differ."""
         differs = {name: pc.not_equal(self.answer_texts[name], truth) for name, truth in self.truth_texts.items()}
         return {name: to_mask(mask) & self.is_ok for name, mask in differs.items()}
 
@@ -91,17 +97,17 @@ class Answers:
 
 
 def normalize_answers(kind: Kind, values: pa.Array) -> pa.Array:
-    """Answers, or what is right, in one form for both. Raises ValueError for what cannot be an answer of this kind."""
+    """Convert answers or truths to text that can be compared. Raise ValueError if a value does not fit the kind."""
     if kind == "bool":
-        return _to_yes_or_no(values)
+        return _format_yes_no(values)
     if kind == "int":
         return values.cast(pa.int64()).cast(pa.string())
     if pa.types.is_nested(values.type):
-        raise ValueError("--truth compares single values; a task that answers with a list or a record has none")
+        raise ValueError("--truth compares single values; tasks whose answers are lists or records cannot have one")
     return pc.utf8_trim_whitespace(values.cast(pa.string()))
 
 
-def _to_yes_or_no(values: pa.Array) -> pa.Array:
+def _format_yes_no(values: pa.Array) -> pa.Array:
     if pa.types.is_boolean(values.type):
         return pc.if_else(values, "Yes", "No")
     text = pc.utf8_lower(pc.utf8_trim_whitespace(values.cast(pa.string())))
@@ -109,20 +115,20 @@ def _to_yes_or_no(values: pa.Array) -> pa.Array:
 
 
 def to_mask(values: pa.Array) -> NDArray[np.bool_]:
-    """bool[N]; null is False."""
+    """Convert to bool[N], null to False."""
     return np.asarray(pc.fill_null(values, False), np.bool_)
 
 
 def to_floats(values: pa.Array) -> NDArray[np.float64]:
-    """float64[N]; null is NaN."""
+    """Convert to float64[N], null to NaN."""
     return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan), np.float64)
 
 
 def to_ints(values: pa.Array) -> NDArray[np.int64]:
-    """int64 of those that are not null."""
+    """Convert the non-null values to int64."""
     return np.asarray(values.drop_null().cast(pa.int64()), np.int64)
 
 
 def to_keys(kind: Kind, values: pa.Array) -> pa.Array:
-    """What is counted of single answers: as `normalize_answers`, but text as it is."""
+    """Convert single answers to the text to count: as `normalize_answers`, but leave text unchanged."""
     return normalize_answers(kind, values) if kind in ("bool", "int") else values.cast(pa.string())

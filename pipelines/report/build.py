@@ -1,4 +1,4 @@
-"""Build the report of an output: one pass over the rows, then the media of those that are shown."""
+"""Build the report of an output: one pass over all rows, then the media of the rows that the page shows."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
 MAX_ROWS = 5_000
-_MAX_PICTURE_BYTES, _MAX_ROW_BYTES = 12_000_000, 5_000_000  # of a page; the rest of its 20 MB is counts
+_MAX_PICTURE_BYTES, _MAX_ROW_BYTES = 12_000_000, 5_000_000  # per page; the rest of its 20 MB is statistics
 _ROWS_AT_ONCE = 1 << 13
 
 Json = dict[str, Any]
-File = tuple[FileInfo, FileEntry]
+OutputFile = tuple[FileInfo, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: counts of the run, the rows shown and how many of them lack their media."""
+    """The result of a report: row counts of the run, rows shown, and how many of them lack their media."""
 
     rows: int
     ok: int
@@ -63,7 +63,10 @@ class Report:
 
 
 def write_report(options: ReportOptions) -> Report:
-    """Raises ValueError if there is no run or --truth does not fit it, OSError and StoreFault."""
+    """Write the report page of an output and return its figures.
+
+    Raise ValueError if OUTPUT holds no run or --truth does not fit it, OSError or StoreFault if a file cannot be read.
+    """
     started_s = time.monotonic()
     output = store.make_absolute(options.output)
     record = _load_record(output)
@@ -87,7 +90,11 @@ def write_report(options: ReportOptions) -> Report:
 
 
 def resolve_report_uri(options: ReportOptions) -> str:
-    """OUTPUT/report.html; for an OUTPUT in an object store NAME-report.html here, where a browser can open it."""
+    """Return where to write the report: by default OUTPUT/report.html.
+
+    For an OUTPUT in an object store, the default is NAME-report.html in the working directory, where a browser can
+    open it.
+    """
     if options.to is not None:
         return store.make_absolute(options.to)
     output = store.make_absolute(options.output)
@@ -104,20 +111,18 @@ def _load_record(output: str) -> Json:
     return record
 
 
-def _list_files(output: str) -> list[File]:
+def _list_files(output: str) -> list[OutputFile]:
     files = read_entries(store.join(output, "data"))
     if not files:
         raise RunError(f"{output} holds no rows yet")
     every_range = [r for _, entry in files for r in entry.ranges]
     if count(union(every_range)) < count(every_range):
-        raise RunError(
-            f"files in {output} hold the same rows twice: was a jobs.compact of it killed? Then run it again"
-        )
+        raise RunError(f"files in {output} hold the same rows twice; if a jobs.compact of it was killed, run it again")
     return files
 
 
-def _count_rows(files: list[File], columns: OutputColumns, max_rows: int) -> tuple[Json, list[PickedRow]]:
-    """The counts of all rows, and the rows to show."""
+def _count_rows(files: list[OutputFile], columns: OutputColumns, max_rows: int) -> tuple[Json, list[PickedRow]]:
+    """Read all rows once; return their statistics and the rows to show."""
     statistics, sheet = RunStatistics(columns), ContactSheet(max_rows)
     num_rows = sum(count(entry.ranges) for _, entry in files)
     with Progress("rows counted", num_rows) as progress:
@@ -128,7 +133,7 @@ def _count_rows(files: list[File], columns: OutputColumns, max_rows: int) -> tup
     return statistics.to_json(), sheet.list_rows()
 
 
-def _read_answers(files: list[File], columns: OutputColumns) -> Iterator[Answers]:
+def _read_answers(files: list[OutputFile], columns: OutputColumns) -> Iterator[Answers]:
     for info, entry in files:
         rows, at = entry.rows, 0
         with store.open_file(info.uri) as file:
@@ -139,7 +144,7 @@ def _read_answers(files: list[File], columns: OutputColumns) -> Iterator[Answers
 
 
 def _build_rows(output: str, picked: list[PickedRow], columns: OutputColumns, limit_s: float) -> list[Json]:
-    """As JSON, each with its media; all together within the limits of a page."""
+    """Return the rows as JSON, each with its media, all together within the limits of a page."""
     max_bytes = _MAX_PICTURE_BYTES // max(1, len(picked))
     pictures = read_media(output, picked, max_bytes=max_bytes, limit_s=limit_s)
     max_bytes = _MAX_ROW_BYTES // max(1, len(picked))

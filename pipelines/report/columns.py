@@ -1,4 +1,4 @@
-"""Read the meaning of output columns: tasks, answer types, kept columns."""
+"""Interpret the columns of an output: tasks, kinds of answers, kept columns."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ Json = dict[str, Any]
 Kind = Literal["text", "bool", "int", "choices", "list", "record"]
 
 CAPTION = "text"
-"""What the only task of a captioning run is called: its column."""
+"""Name of the only task of a captioning run, after its column."""
 
-_OF_EVERY_ROW = (
+_ROW_COLUMNS = (
     *("id", "uri", "status", "stage", "error", "frame_timestamps_s"),
     *("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens"),
 )
-_OF_A_TASK = ("", "_text", "_finish_reason", "_confidence", "_alternative")
+_TASK_SUFFIXES = ("", "_text", "_finish_reason", "_confidence", "_alternative")
 
 
 @dataclass(frozen=True)
 class TaskColumns:
-    """One question to every item. `value`, `text`, `finish_reason` and `confidence` are names of columns.
+    """The output columns of one task. `value`, `text`, `finish_reason` and `confidence` are column names.
 
-    `confidence` is float32, a mean log-probability, or for bool and choices a struct of the probability of each
-    of `choices`. `truth` is the kept column that holds what is right, if one does. `about` is the task as in run.json.
+    confidence: its column is a float32 mean log-probability or, for bool and choices, a struct with the probability
+        of each of `choices`.
+    truth: name of the kept column that holds the right answer, if any.
+    about: the task as in run.json.
     """
 
     name: str
@@ -43,12 +45,17 @@ class TaskColumns:
 
     @property
     def columns(self) -> list[str]:
+        """Names of the task's columns, without duplicates."""
         return [*dict.fromkeys((self.value, self.text, self.finish_reason, self.confidence))]
 
 
 @dataclass(frozen=True)
 class OutputColumns:
-    """Of one output. `kept` are those of the input that a page can show, `alternatives` those of answers not chosen."""
+    """The columns of one output.
+
+    kept: kept columns of the input that a page can show.
+    alternatives: columns of the answers that were not chosen.
+    """
 
     tasks: tuple[TaskColumns, ...]
     kept: tuple[str, ...]
@@ -58,33 +65,33 @@ class OutputColumns:
 
     @property
     def names(self) -> list[str]:
-        """All that a report reads."""
-        names = [*_OF_EVERY_ROW, *["flags"] * self.has_flags, *["prompt"] * self.has_prompts]
+        """Names of all columns that a report reads."""
+        names = [*_ROW_COLUMNS, *["flags"] * self.has_flags, *["prompt"] * self.has_prompts]
         of_tasks = [name for task in self.tasks for name in (*task.columns, *filter(None, [task.truth]))]
         return [*dict.fromkeys([*names, *of_tasks, *self.alternatives, *self.kept])]
 
 
 def interpret_columns(record: Json, found: pa.Schema, truths: Mapping[str, str]) -> OutputColumns:
-    """The columns of a run by its run.json and the schema of its files; `truths` is {task: kept column}.
+    """Interpret the columns of a run from its run.json and the schema of its files.
 
-    Raises ValueError for a truth that names no task or no column, and for files that are of another run.
+    truths: {task: kept column}. Raise ValueError if one of them does not exist, or if the files do not match run.json.
     """
     abouts = record.get("tasks")
     tasks = (
         [_describe_task(about, found, truths) for about in abouts] if abouts else [_describe_caption(record, truths)]
     )
     if missing := {name for task in tasks for name in task.columns} - set(found.names):
-        raise ValueError(f"the output lacks the columns {sorted(missing)}: is run.json of another run?")
+        raise ValueError(f"the output lacks the columns {sorted(missing)}; is its run.json from another run?")
     if unknown := truths.keys() - {task.name for task in tasks}:
         raise ValueError(f"--truth names {sorted(unknown)}; the tasks are {[task.name for task in tasks]}")
     if unknown := set(truths.values()) - set(found.names):
         raise ValueError(f"--truth names the columns {sorted(unknown)}, which the run did not keep (--keep-columns)")
     if not abouts:
         return OutputColumns(tuple(tasks), _select_kept(found, schema.OUTPUT.names), (), False, True)
-    of_tasks = [f"{task.name}{end}" for task in tasks for end in _OF_A_TASK]
+    of_tasks = [f"{task.name}{end}" for task in tasks for end in _TASK_SUFFIXES]
     alternatives = tuple(name for name in of_tasks if name.endswith("_alternative") and name in found.names)
     return OutputColumns(
-        tuple(tasks), _select_kept(found, [*_OF_EVERY_ROW, "flags", *of_tasks]), alternatives, True, False
+        tuple(tasks), _select_kept(found, [*_ROW_COLUMNS, "flags", *of_tasks]), alternatives, True, False
     )
 
 
@@ -103,7 +110,7 @@ def _describe_task(about: Json, found: pa.Schema, truths: Mapping[str, str]) -> 
 
 
 def _classify(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
-    """By the Arrow type, which says it exactly; text is also what a pattern or a schema without a type gives."""
+    """Return the kind by the Arrow type. Answers to a pattern or to a schema without a type are text too."""
     if pa.types.is_boolean(type_):
         return "bool"
     if pa.types.is_integer(type_):
@@ -116,7 +123,7 @@ def _classify(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
 
 
 def _select_kept(found: pa.Schema, own: Iterable[str]) -> tuple[str, ...]:
-    """Return the columns of the input that can be shown."""
+    """Return the columns that come from the input and can be shown: not binary, not nested."""
     hidden = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
     others = [field for field in found if field.name not in set(own)]
     return tuple(field.name for field in others if not any(is_hidden(field.type) for is_hidden in hidden))

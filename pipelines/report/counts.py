@@ -1,4 +1,4 @@
-"""Counters of bounded memory: frequent keys, histograms, calibration."""
+"""Count values in bounded memory: histograms and calibration."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ Json = dict[str, Any]
 
 
 class Histogram:
-    """Values >= 0 in bins of equal width; larger ones count in the last bin, NaN in none."""
+    """A histogram of values >= 0 in bins of equal width; the last bin includes all larger values, NaN is ignored."""
 
     def __init__(self, num_bins: int, width: float) -> None:
         self._bins, self._width = np.zeros(num_bins, np.int64), width
         self._sum, self._smallest, self._largest = 0, math.inf, -math.inf
 
     def add(self, values: NDArray[Any]) -> None:
+        """Count an array of values."""
         values = values[~np.isnan(values)]
         if not len(values):
             return
@@ -30,17 +31,17 @@ class Histogram:
         self._bins += np.bincount(places, minlength=len(self._bins))
 
     def _widen(self) -> None:
-        """Make room for the largest value."""
+        """Make room for the largest value; a histogram with fixed bins needs none."""
 
     def to_json(self) -> Json | None:
-        """Return None if nothing was added."""
+        """Return the bins, their width, and the mean, minimum and maximum; None if nothing was added."""
         count = int(self._bins.sum())
         numbers = {"width": self._width, "mean": self._sum / max(1, count), "min": self._smallest, "max": self._largest}
         return {"bins": self._bins.tolist(), "start": 0, **numbers} if count else None
 
 
 class Spread(Histogram):
-    """Counts >= 0 in at most 32 bins, as wide as the largest needs: a power of two."""
+    """A histogram of integers >= 0 in 32 bins, whose width, a power of two, grows with the largest value."""
 
     def __init__(self) -> None:
         super().__init__(num_bins=32, width=1)
@@ -52,13 +53,13 @@ class Spread(Histogram):
             self._width *= 2
 
     def to_json(self) -> Json | None:
-        """Return the bins up to that of the largest count, None if nothing was added."""
+        """Return the histogram up to the bin of the largest value; None if nothing was added."""
         found = super().to_json()
         return found and {**found, "bins": found["bins"][: int(self._largest // self._width) + 1]}
 
 
 class Calibration:
-    """Share right by confidence, in ten equal bins (Guo et al. 2017, On Calibration of Modern Neural Networks)."""
+    """Accuracy by confidence in ten equal bins (Guo et al. 2017, On Calibration of Modern Neural Networks)."""
 
     NUM_BINS = 10
 
@@ -67,7 +68,7 @@ class Calibration:
         self._confidence = np.zeros(self.NUM_BINS)
 
     def add(self, confidence: NDArray[np.float64], is_right: NDArray[np.bool_]) -> None:
-        """float64[N] within [0, 1], bool[N]."""
+        """Count answers: `confidence` is float64[N] within [0, 1], `is_right` is bool[N]."""
         places = np.minimum((confidence * self.NUM_BINS).astype(np.int64), self.NUM_BINS - 1)
         self._count += np.bincount(places, minlength=self.NUM_BINS)
         self._right += np.bincount(places[is_right], minlength=self.NUM_BINS)
@@ -75,11 +76,11 @@ class Calibration:
 
     @property
     def expected_error(self) -> float:
-        """Expected calibration error: the mean gap between confidence and share right, weighted by answers."""
+        """Expected calibration error: the mean gap between confidence and accuracy, weighted by answers."""
         return float(np.abs(self._right - self._confidence).sum() / max(1, self._count.sum()))
 
     def to_json(self) -> Json:
-        """Return counts and shares; a bin without answers has neither confidence nor a share right."""
+        """Return the count, mean confidence and accuracy of each bin; the latter two are null if it is empty."""
         bins = zip(self._count.tolist(), self._confidence.tolist(), self._right.tolist(), strict=True)
         return {
             "bins": [

@@ -1,4 +1,4 @@
-"""Render the report as one HTML file that loads nothing and runs no script but its own."""
+"""Render the report as one HTML file that loads nothing and runs only its own script."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u20
 
 
 def render(data: dict[str, Any]) -> bytes:
-    """The page that shows `data`, UTF-8.
+    """Return the page that shows `data`, as UTF-8.
 
-    What strangers wrote is in it only as JSON that holds no markup, and gets onto the page as text. Should one of both
-    fail, the page's policy lets nothing run, load or be sent: scripts and styles are named by their hashes.
+    Untrusted text is in the file only as JSON without markup, and the script inserts it only as text nodes. If either
+    fails, the page's Content Security Policy still blocks running, loading and sending anything: it allows only the
+    hashes of the page's own script and style.
     """
     folder = resources.files("pipelines.report")
     skeleton, style, script = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     page = Template(skeleton).substitute(
         policy=_build_policy(style, script), style=style, script=script, data=encode_for_html(data)
     )
-    # Half of a surrogate pair, as in a file name that is no text, becomes JSON's escape for it.
+    # A lone surrogate, as in a file name that is not valid text, becomes a JSON escape.
     return page.encode("utf-8", "backslashreplace")
 
 
 def encode_for_html(data: Any) -> str:
-    """JSON that ends no element and opens none."""
+    """Encode as JSON that cannot open or close an HTML element."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
 
 

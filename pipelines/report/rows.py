@@ -1,4 +1,4 @@
-"""Serialise rows and run record to bounded JSON for the page, without what no reader should see."""
+"""Serialize rows and the run record to JSON of bounded size for the page, without credentials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COUNTS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
 
 
 def serialize_row(picked: PickedRow, columns: OutputColumns, max_bytes: int) -> Json:
-    """The row, its texts and lists cut until it takes about that many bytes of a page."""
+    """Serialize a row, with texts and lists shortened until it takes at most about `max_bytes` of the page."""
     limit = max_bytes
     while True:
         row = _build_row(picked, columns, partial(simplify, limit=limit))
@@ -34,6 +34,7 @@ def serialize_row(picked: PickedRow, columns: OutputColumns, max_bytes: int) -> 
 
 
 def serialize_run(output: str, record: Json) -> Json:
+    """Serialize the run record: name, options, model, versions, status and duration."""
     config = {name: value for name, value in record.get("config", {}).items() if value not in (None, [], False)}
     config["input"] = [store.redact(uri) for uri in config.get("input", [])[:_MAX_INPUTS]]
     return {
@@ -48,11 +49,12 @@ def serialize_run(output: str, record: Json) -> Json:
 
 
 def get_run_name(output: str) -> str:
+    """Return the last component of OUTPUT's URI."""
     return PurePosixPath(output.rstrip("/")).name or "run"
 
 
 def simplify(value: Any, limit: int) -> Any:
-    """As JSON and its readers have it: no NaN, no numbers beyond 2^53, texts and lists cut at `limit`."""
+    """Convert a value to portable JSON: no NaN, no integer beyond 2^53, texts and lists cut at `limit`."""
     match value:
         case None | bool():
             return value
@@ -106,7 +108,7 @@ def _build_answer(picked: PickedRow, task: TaskColumns, cut: Callable[[Any], Any
 
 
 def _compute_seconds(record: Json) -> float | None:
-    """From the start of the run to the last note of it, whatever lay between."""
+    """Return the seconds from the run's start to the last update of its record, pauses included."""
     try:
         started, updated = (datetime.fromisoformat(record[name]) for name in ("started_at", "updated_at"))
     except (KeyError, ValueError, TypeError):

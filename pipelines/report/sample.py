@@ -1,4 +1,4 @@
-"""Choose the rows that a page shows: some at random and some of each doubtful kind, the same every time."""
+"""Choose the rows that a page shows: some at random, some of each doubtful kind, and the same every time."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pipelines.report.answers import Answers, to_mask
 
 Group = Literal["random", "unsure", "flagged", "wrong", "errors"]
 
-_MAX_STRATA = 64  # kinds of one group that are told apart; further ones count as one
+_MAX_STRATA = 64  # kinds per group; all further kinds count as one
 _SEED = 0x9E3779B97F4A7C15
-_MAX_CHARACTERS = 20_000  # of a text that is kept until the page is written
+_MAX_CHARACTERS = 20_000  # per text in memory until the page is written
 
 Json = dict[str, Any]
 
 
 @dataclass
 class PickedRow:
-    """A row of the page: its number, its columns, what was derived of it, and why it is there."""
+    """A row of the page: its number, its columns, its derived values, and the groups it was picked for."""
 
     row: int
     values: Json
@@ -39,16 +39,17 @@ class PickedRow:
 
 
 class ContactSheet:
-    """Offered all rows in any order, keeps at most `size` for each kind of row; `rows` are those to show."""
+    """Picks at most `size` rows to show from all rows, which may be offered in any order."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._share = max(1, size // 6)  # of each group of doubtful rows; the rest is random
+        self._share = max(1, size // 6)  # rows per group of doubtful rows; the rest is random
         self._random = _Lowest(size)
         self._strata: dict[Group, dict[str, _Lowest]] = {"wrong": {}, "unsure": {}, "flagged": {}, "errors": {}}
 
     def offer(self, answers: Answers) -> None:
-        make = cache(partial(_pick, answers))  # each row once, however many groups keep it
+        """Offer a batch of rows to all groups."""
+        make = cache(partial(_pick, answers))  # builds each row once, even if several groups keep it
         order = hash_row_numbers(answers.rows)
         everything = np.arange(len(answers.rows))
         self._random.offer(everything, np.zeros(len(order)), order, make)
@@ -56,7 +57,7 @@ class ContactSheet:
             self._get_stratum(group, kind).offer(places, scores, order[places], make)
 
     def list_rows(self) -> list[PickedRow]:
-        """By row number, each with its groups."""
+        """Return the picked rows by row number, each with its groups."""
         groups: defaultdict[int, list[Group]] = defaultdict(list)
         found: dict[int, PickedRow] = {}
         for group, strata in self._strata.items():
@@ -82,7 +83,7 @@ Doubtful = tuple[Group, str, NDArray[np.int64], NDArray[np.float64]]
 
 
 def _find_doubtful(answers: Answers) -> Iterator[Doubtful]:
-    """Groups, kinds in them, where their rows are in the batch, and scores of which the lowest are shown first."""
+    """Yield groups of doubtful rows: group, kind, places of the rows in the batch, scores (lowest shown first)."""
     for name, confidence in answers.confidence.items():
         places = np.flatnonzero(~np.isnan(confidence) & answers.is_ok)
         yield "unsure", name, places, confidence[places]
@@ -117,7 +118,7 @@ def _pick(answers: Answers, place: int) -> PickedRow:
 
 
 class _Lowest:
-    """The `size` rows with the lowest (score, order) of all that were offered; in that order."""
+    """Keeps the `size` offered rows with the lowest (score, order), sorted."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -131,7 +132,7 @@ class _Lowest:
         order: NDArray[np.float64],
         make: Callable[[int], PickedRow],
     ) -> None:
-        """Rows at `places` of a batch; only those that stay are made."""
+        """Offer the rows at `places` of a batch; `make` builds only those that are kept."""
         kept = len(self.rows)
         scores, order = np.concatenate((self._scores, scores)), np.concatenate((self._order, order))
         lowest = np.lexsort((order, scores))[: self._size]
@@ -140,9 +141,9 @@ class _Lowest:
 
 
 def hash_row_numbers(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64[N] within [0, 1), of row numbers alone: the same rows are picked however the files are cut.
+    """Hash row numbers to float64[N] in [0, 1), so that the same rows are picked however the files are divided.
 
-    The finalizer of SplitMix64 (Steele et al. 2014, Fast Splittable Pseudorandom Number Generators).
+    Uses the finalizer of SplitMix64 (Steele et al. 2014, Fast Splittable Pseudorandom Number Generators).
     """
     mixed = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(_SEED)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -153,6 +154,6 @@ def hash_row_numbers(rows: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _take_in_turns(strata: list[list[PickedRow]], count: int) -> list[PickedRow]:
-    """The first of each, then the second of each ..., `count` different rows in all."""
+    """Take the first row of each stratum, then the second of each and so on, up to `count` distinct rows."""
     in_turns = filter(None, chain.from_iterable(zip_longest(*strata)))
     return list({picked.row: picked for picked in in_turns}.values())[:count]

@@ -19,16 +19,18 @@ from pipelines.report.counts import Calibration, Histogram, Spread
 
 Json = dict[str, Any]
 
-SHOWN_VALUES = 40  # of an answer, most frequent first
+SHOWN_VALUES = 40  # per task, most frequent first
 _SHOWN_REASONS = 100
 _SHOWN_FIELD_VALUES, _MAX_FIELD_VALUES = 5, 500
-_LOWEST_LOGPROB = -4.0  # of the histogram; a token of 2 %
-_LOGPROB_STEPS = 1000  # in one
+_LOWEST_LOGPROB = -4.0  # of the histogram: a token's probability of 2 %
+_LOGPROB_STEPS = 1000  # per unit of log-probability
 _SUMS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
 _COUNTABLE = (pa.types.is_string, pa.types.is_boolean, pa.types.is_integer)
 
 
 class RunStatistics:
+    """Statistics of a whole run, added up batch by batch."""
+
     def __init__(self, columns: OutputColumns) -> None:
         self._columns = columns
         self._tasks = [_TaskStatistics(task) for task in columns.tasks]
@@ -37,6 +39,7 @@ class RunStatistics:
         self._tokens, self._flags, self._reasons = Spread(), TopCounts(), ReasonCounts()
 
     def add(self, answers: Answers) -> None:
+        """Count a batch of rows."""
         self._rows += len(answers.rows)
         self._reasons.add(*answers.list_failures())
         self._flagged += int(to_mask(pc.greater(pc.list_value_length(answers.flags), 0)).sum())
@@ -48,6 +51,7 @@ class RunStatistics:
             task.add(answers)
 
     def to_json(self) -> Json:
+        """Return the statistics as the page reads them."""
         num_errors = self._reasons.counts.total
         reasons = [asdict(reason) for reason in self._reasons.list_top(_SHOWN_REASONS)]
         return {
@@ -90,7 +94,7 @@ class _TaskStatistics:
             self._truth.add(answers, task.name)
 
     def _add_logprobs(self, logprobs: NDArray[np.float64]) -> None:
-        """Their negatives in steps of a thousandth: a sure model's lie within a tenth, another's within several."""
+        """Count the negated values in steps of 0.001: a confident model's lie within 0.1, others' within several."""
         known = np.clip(logprobs[~np.isnan(logprobs)], _LOWEST_LOGPROB, 0)
         self._surprise.add(np.rint(-_LOGPROB_STEPS * known).astype(np.int64))
 
@@ -133,20 +137,20 @@ def _serialize_logprobs(surprise: Spread) -> Json | None:
 
 
 class _Truth:
-    """Share right and calibration of the rows that have an answer and a truth, and the most frequent mistakes."""
+    """Accuracy and calibration of the rows that have an answer and a truth, and the most frequent mistakes."""
 
     def __init__(self) -> None:
         self._calibration, self._mistakes = Calibration(), TopCounts()
         self._unanswered = 0
 
     def add(self, answers: Answers, name: str) -> None:
-        said, truth, is_wrong = answers.answer_texts[name], answers.truth_texts[name], answers.is_wrong[name]
+        answer, truth, is_wrong = answers.answer_texts[name], answers.truth_texts[name], answers.is_wrong[name]
         is_known = answers.is_ok & to_mask(pc.is_valid(truth))
-        counted = is_known & to_mask(pc.is_valid(said)) & ~np.isnan(answers.confidence[name])
+        counted = is_known & to_mask(pc.is_valid(answer)) & ~np.isnan(answers.confidence[name])
         self._unanswered += int((is_known & ~counted).sum())
         self._calibration.add(answers.confidence[name][counted], ~is_wrong[counted])
         wrong = counted & is_wrong
-        for pair in zip(truth.filter(wrong).to_pylist(), said.filter(wrong).to_pylist(), strict=True):
+        for pair in zip(truth.filter(wrong).to_pylist(), answer.filter(wrong).to_pylist(), strict=True):
             self._mistakes.add_key(tuple(text[:80] for text in pair))
 
     def to_json(self) -> Json:
@@ -155,7 +159,7 @@ class _Truth:
 
 
 class _Fields:
-    """In how many records each field is there, of those that could have it, and its most frequent values."""
+    """For each field of records: how many records have it, of those that could, and its most frequent values."""
 
     def __init__(self) -> None:
         self._present: Counter[str] = Counter()
@@ -166,7 +170,7 @@ class _Fields:
         self._walk("", records.drop_null())
 
     def _walk(self, path: str, values: pa.Array) -> None:
-        """`values` are those that are there."""
+        """Count non-null values at a path, and the fields or items inside them."""
         if pa.types.is_struct(values.type):
             for field, child in zip(values.type, values.flatten(), strict=True):
                 self._count(f"{path}.{field.name}" if path else field.name, child)

@@ -1,4 +1,4 @@
-"""Thumbnails of images and film strips of videos for the page."""
+"""Make thumbnails of images and film strips of videos for the page."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from pipelines.storage import store
 
 Json = dict[str, Any]
 
-MAX_IMAGES = 16  # of a row, further ones are counted
+MAX_IMAGES = 16  # per row; further images are only counted
 _SINGLE_PX, _STRIP_PX = 320, 192  # the longer side
 _QUALITY = 75  # of WebP
 _MIN_PX = 24
 _VIDEO_TIMEOUT_S = 60.0
 _FRAMES_OF_A_FAILED_VIDEO = 4
 
-Shown = tuple[PickedRow, Json]
+RowMedia = tuple[PickedRow, Json]
 
 
-def read_media(output: str, rows: Sequence[PickedRow], *, max_bytes: int, limit_s: float) -> Iterator[Shown]:
-    """Rows by row number, each with its media: {"images": [...], "more": how many others} or {"missing": why}.
+def read_media(output: str, rows: Sequence[PickedRow], *, max_bytes: int, limit_s: float) -> Iterator[RowMedia]:
+    """Yield the rows with their media: {"images": [...], "more": number of further images} or {"missing": reason}.
 
-    An image is {"src": data URI, "width": px, "height": px} and, of a video, "time_s". All of a row take at most
-    `max_bytes` as text. Nothing raises: what cannot be read, or not within `limit_s` in all, is missing.
+    An image is {"src": data URI, "width": px, "height": px}, for a video frame also "time_s". The images of a row take
+    at most `max_bytes` as text. Raises nothing: media that cannot be read, or not within `limit_s` in total, are
+    reported as missing.
     """
     if not rows:
         return
@@ -61,7 +62,7 @@ class _Reader:
         self._deadline_s = time.monotonic() + limit_s
         self._down: set[str] = set()  # stores that failed
 
-    def read(self, rows: Iterable[tuple[PickedRow, list[ImageRef]]]) -> Iterator[Shown]:
+    def read(self, rows: Iterable[tuple[PickedRow, list[ImageRef]]]) -> Iterator[RowMedia]:
         wanted = (((picked, images), self._select_images(picked, images)) for picked, images in rows)
         for (picked, images), pending in Fetcher().fetch_ahead(wanted):
             yield picked, self._read_media(picked, images, pending)
@@ -74,11 +75,11 @@ class _Reader:
         if not images:
             return "this row has no image"
         if picked.values["error"] == GIVEN_UP:
-            return "not opened: it killed the process that read it"
+            return "not opened: reading it killed the process of the job"
         if time.monotonic() > self._deadline_s:
-            return f"not read within the {self._limit_s:g} s that reading media may take"
+            return f"not read: reading the media took longer than {self._limit_s:g} s (--media-limit-s)"
         if {store.get_store_root(image.uri) for image in images} & self._down:
-            return "not read: the store failed before"
+            return "not read: its store failed earlier"
         return ""
 
     def _read_media(self, picked: PickedRow, images: list[ImageRef], pending: PendingImages) -> Json:
@@ -106,7 +107,7 @@ class _Reader:
         return make_thumbnails([decode_image(data) for data in encoded[:MAX_IMAGES]], self._max_bytes, num_images)
 
     def _read_frames(self, picked: PickedRow, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
-        """Those that the model was shown; of a video that failed before, some."""
+        """Return the frames that the model saw; for a video whose row failed, a few uniform ones."""
         video, window = locate_video(images, encoded)
         if times_s := picked.values["frame_timestamps_s"]:
             return self._decoder.decode_frames_at(video, times_s[:MAX_IMAGES])
@@ -114,7 +115,7 @@ class _Reader:
 
 
 def make_thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0) -> Json:
-    """RGB pictures as data URIs of at most `max_bytes` characters in all; those that do not fit are counted."""
+    """Encode RGB images as data URIs of at most `max_bytes` characters in total; count those that do not fit."""
     shown = pictures[:MAX_IMAGES]
     side_px = _SINGLE_PX if len(shown) == 1 else _STRIP_PX
     sources = [source for picture in shown if (source := _make_thumbnail(picture, side_px, max_bytes // len(shown)))]
@@ -122,7 +123,7 @@ def make_thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images:
 
 
 def _make_thumbnail(picture: Image.Image, side_px: int, max_bytes: int) -> Json | None:
-    """None if even the smallest is too large."""
+    """Return the largest thumbnail that fits; None if even the smallest does not."""
     small = picture
     while side_px >= _MIN_PX:
         small = _shrink(small, side_px)
@@ -141,5 +142,5 @@ def _shrink(picture: Image.Image, side_px: int) -> Image.Image:
 
 def _encode_data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=_QUALITY, method=2)  # half the time of the default, a tenth larger
+    picture.save(file, "WEBP", quality=_QUALITY, method=2)  # half the time of the default method, a tenth larger
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -109,8 +109,8 @@ class Listing:
         return pa.table([*table.columns, *kept.columns], [*table.column_names, *(f"kept {n}" for n in types.names)])
 
     def read_tables(self) -> Iterator[pa.Table]:
-        """Yield tables of schema `schema.manifest(kept)` without `row`."""
-        full_schema = schema.manifest(self.kept).remove(0)
+        """Yield tables of schema `schema.build_manifest_schema(kept)` without `row`."""
+        full_schema = schema.build_manifest_schema(self.kept).remove(0)
         for table in self._changes.apply(self._read_stored()):
             columns = [table.column(name) for name in schema.MANIFEST.names[1:]]
             if len(self.kept):

@@ -96,7 +96,7 @@ def strip_query(uri: str) -> str:
 
 @contextmanager
 def _translate_faults() -> Iterator[None]:
-    """Re-raise the exceptions of each store's client as OSError."""
+    """Translate the exceptions of each store's client to OSError."""
     try:
         yield
     except (OSError, StoreError):

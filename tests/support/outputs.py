@@ -12,7 +12,9 @@ from pipelines import schema
 
 def make_results(rows: Sequence[int], errors: Sequence[int] = ()) -> pa.Table:
     """Make result rows with these row numbers; those in `errors` are error rows."""
-    return pa.Table.from_pylist([_make_result(row, row in errors) for row in rows], schema.result(schema.OUTPUT))
+    return pa.Table.from_pylist(
+        [_make_result(row, row in errors) for row in rows], schema.build_result_schema(schema.OUTPUT)
+    )
 
 
 def _make_result(row: int, is_error: bool) -> dict[str, object]:
