@@ -48,7 +48,7 @@ class Fetcher:
         return PendingImages(self, images, self._start(images, is_ahead=True), self._estimate_bytes(images))
 
     def fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
-        """Fetch the images of a row completely and return their bytes. Raises OSError."""
+        """Fetch the images of a row completely and return their bytes. Raise OSError."""
         return self._start(images, is_ahead=False).result()
 
     def _start(self, images: Sequence[ImageRef], *, is_ahead: bool) -> Future[list[bytes]]:
@@ -104,7 +104,7 @@ class PendingImages:
         return self._expected_bytes
 
     def result(self) -> list[bytes]:
-        """Wait and return the bytes of all images, in order. Raises OSError if one of them cannot be read."""
+        """Wait and return the bytes of all images, in order. Raise OSError if one of them cannot be read."""
         try:
             return self._future.result()
         except LongerThanAllowed:  # than its share of the bytes ahead; as its row is due now, all may be read

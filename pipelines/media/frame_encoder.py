@@ -71,7 +71,7 @@ def plan_encoders(config: ImageOptions, *, cpus: float, gpus: float, device: str
 
 
 def describe_encoder(config: ImageOptions) -> dict[str, str | None]:
-    """Return {setting: value} that identifies the encoder of a run, {} without one. Raises ValueError if unusable."""
+    """Return {setting: value} that identifies the encoder of a run, {} without one. Raise ValueError if unusable."""
     if not config.needs_encoder:
         return {}
     if missing := [name for name in ("transformers", "sentencepiece") if importlib.util.find_spec(name) is None]:

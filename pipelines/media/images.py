@@ -55,7 +55,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     kept, as in the original. 16-bit values keep their upper 8 bits, as Pillow does for colour; float pixels range
     from 0 (black) to 1 (white). Threads of one process take turns.
 
-    Raises MediaError for everything else: data that is damaged or not an image, more than `max_pixels` (checked
+    Raise MediaError for everything else: data that is damaged or not an image, more than `max_pixels` (checked
     before decoding), integers beyond 16 bits, floats outside [0, 1].
     """
     if not data:

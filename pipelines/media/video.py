@@ -68,14 +68,14 @@ def sample_frames(
 
     Frame numbers are those of the model card: T = int(fps * duration) frames are divided into `num_frames` equal parts,
     and the middle of each is taken; all T if there are no more. fps and duration are the values that ffmpeg prints, as
-    in the card's code. Raises MediaError if the frames cannot be decoded.
+    in the card's code. Raise MediaError if the frames cannot be decoded.
     """
     with _Video(file) as video:
         return list(video.decode_frames_at(_choose_times(video, sampling, window or Window()), size))
 
 
 def decode_frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
-    """Return the frames that a player shows at these ascending times, in full size. Raises MediaError."""
+    """Return the frames that a player shows at these ascending times, in full size. Raise MediaError."""
     with _Video(file) as video:
         return list(video.decode_frames_at(times_s, None))
 
@@ -86,7 +86,7 @@ def has_video_signature(data: bytes) -> bool:
 
 
 def read_duration_s(file: BinaryIO) -> float:
-    """Return the duration stated in the header, or measured from the packets without one. Raises MediaError."""
+    """Return the duration stated in the header, or measured from the packets without one. Raise MediaError."""
     with _Video(file) as video:
         return video.duration_s
 
@@ -148,7 +148,7 @@ class _Video:
         self._next: VideoFrame | None = None  # decoded already, but later than the wanted time
 
     def _decode_at(self, time_s: float) -> VideoFrame:
-        """Decode up to the frame that a player shows at `time_s`, and return it. Raises MediaError."""
+        """Decode up to the frame that a player shows at `time_s`, and return it. Raise MediaError."""
         self._wanted_from_s = time_s - 2 / self.fps if self._may_skip else -math.inf
         self._seek_if_worthwhile(time_s)
         slack_s = min(_SLACK_S, 0.5 / self.fps)
@@ -163,7 +163,7 @@ class _Video:
         return self._shown
 
     def _get_last(self, time_s: float) -> VideoFrame:
-        """Return the last frame. Raises MediaError if the video ends earlier than a header is usually wrong by."""
+        """Return the last frame. Raise MediaError if the video ends earlier than a header is usually wrong by."""
         if self._shown is None:
             raise MediaError("no frame of the video can be decoded")
         end_s, stated_s = self._get_time_s(self._shown) + 1 / self.fps, self._read_end_s()
@@ -279,7 +279,7 @@ def _open(file: BinaryIO) -> InputContainer:
 
 
 def _find_stream(container: InputContainer) -> VideoStream:
-    """Return the first video stream that is not the cover image of a song. Raises MediaError."""
+    """Return the first video stream that is not the cover image of a song. Raise MediaError."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"

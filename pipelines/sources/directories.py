@@ -38,7 +38,7 @@ def detect_kind(uri: str) -> str:
 
 
 def list_directory(uri: str) -> Iterable[FileInfo]:
-    """Return the files of an INPUT that is a directory. Raises SourceError if the choice is ambiguous."""
+    """Return the files of an INPUT that is a directory. Raise SourceError if the choice is ambiguous."""
     if saved := _find_saved_dataset(uri):
         return saved
     infos = store.list_files(uri)
@@ -97,7 +97,7 @@ def _list_image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) 
 
 
 def _select_shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
-    """Return the shards of a directory without images. Raises SourceError if they are of several kinds."""
+    """Return the shards of a directory without images. Raise SourceError if they are of several kinds."""
     shards = [
         info for info in infos if detect_kind(info.uri) != "file" and not info.uri.rpartition("/")[2].startswith(".")
     ]

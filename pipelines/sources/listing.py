@@ -24,7 +24,7 @@ from pipelines.tasks.questionnaire import Questionnaire
 def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: KnownRows | None = None) -> Listing:
     """List the rows of all inputs except those that are `known`; the caller closes the listing.
 
-    Raises SourceError if the inputs have no rows, if a column does not exist, or if two rows share an id and
+    Raise SourceError if the inputs have no rows, if a column does not exist, or if two rows share an id and
     --on-duplicate-id is "error".
     """
     store.allow_private_addresses(options.allow_private_addresses)
@@ -124,7 +124,7 @@ class Listing:
                 self._build_kept(table)
 
     def resolve_duplicates(self, on_duplicate: OnDuplicate, known: KnownRows) -> None:
-        """Make every id unique and skip the rows that are known. Raises SourceError."""
+        """Make every id unique and skip the rows that are known. Raise SourceError."""
         self._changes = self._ids.resolve_duplicates(self._read_stored, on_duplicate, known)
         self.num_rows -= len(self._changes.skipped)
 

@@ -41,7 +41,7 @@ class PromptBuilder:
         self._num_without_columns = self._num_text_only = 0
 
     def to_table(self, chunk: Chunk) -> pa.Table:
-        """Return the rows with their prompts, in schema MANIFEST without `row`. Raises SourceError."""
+        """Return the rows with their prompts, in schema MANIFEST without `row`. Raise SourceError."""
         if chunk.names:
             for template in self._templates:
                 template.check()
@@ -84,7 +84,7 @@ class PromptBuilder:
         return self._questionnaire.prompt_column is not None and row.prompt is not None
 
     def finish(self) -> None:
-        """Log the number of rows without image. Raises SourceError if no row has a requested column."""
+        """Log the number of rows without image. Raise SourceError if no row has a requested column."""
         if self._num_text_only:
             logger.warning("%d rows have no image and are sent as text only", self._num_text_only)
         requested = self.columns.wanted.union(filter(None, [self.columns.image]))
@@ -126,7 +126,7 @@ class Template:
             )
 
     def fill(self, values: Mapping[str, Any]) -> str:
-        """Replace the names by their values. Raises NoValue if one is null."""
+        """Replace the names by their values. Raise NoValue if one is null."""
         return _TOKEN.sub(lambda match: _format_value(values, match[1]) if match[1] else match[0][0], self.text)
 
 

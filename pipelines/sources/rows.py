@@ -96,7 +96,7 @@ def _build_array(rows: Sequence[SourceRow], name: str) -> pa.Array:
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Parse an object in untrusted JSON. Raises ValueError, also for invalid JSON or UTF-8."""
+    """Parse an object in untrusted JSON. Raise ValueError, also for invalid JSON or UTF-8."""
     text = data.decode("utf-8-sig")
     try:
         values = json.loads(text)

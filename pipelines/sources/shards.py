@@ -25,7 +25,7 @@ _SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
 
 
 def list_chunks(inputs: Iterable[str], columns: ColumnRoles) -> Iterator[Chunk]:
-    """Yield the rows of all inputs, in order. Raises SourceError or OSError if one of them cannot be listed."""
+    """Yield the rows of all inputs, in order. Raise SourceError or OSError if one of them cannot be listed."""
     infos = (info for uri in inputs for info in _expand(uri))
     for is_file, group in groupby(infos, key=lambda info: _check_kind(info) == "file"):
         list_group = _list_files if is_file else _list_shards
@@ -90,7 +90,7 @@ def _expand(uri: str) -> Iterable[FileInfo]:
 
 
 def _check_kind(info: FileInfo) -> str:
-    """Return the kind of a file; "file" means one image or video. Raises SourceError if the kind is not supported."""
+    """Return the kind of a file; "file" means one image or video. Raise SourceError if the kind is not supported."""
     name = store.strip_query(info.uri).lower()
     kind = detect_kind(info.uri)
     if kind != "file" and (not info.is_regular or escape_name(info.uri) != info.uri):

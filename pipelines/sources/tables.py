@@ -94,7 +94,7 @@ class TableShard:
 
     @classmethod
     def from_schema(cls, uri: str, schema: pa.Schema, columns: ColumnRoles) -> TableShard:
-        """Find the columns by role. Raises SourceError if a requested one is missing or ambiguous."""
+        """Find the columns by role. Raise SourceError if a requested one is missing or ambiguous."""
         names = frozenset(schema.names)
         if repeated := sorted(name for name in names if schema.names.count(name) > 1):
             raise SourceError(f"{store.redact(uri)} has several columns named {', '.join(repeated)}; rename them")
@@ -132,7 +132,7 @@ def _to_list(value: Any) -> list[Any]:
 
 
 def _choose_image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
-    """Return the column of images, None for "". Raises SourceError naming the candidates if it is ambiguous."""
+    """Return the column of images, None for "". Raise SourceError naming the candidates if it is ambiguous."""
     if given == "":
         return None
     if given is not None:

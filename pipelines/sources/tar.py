@@ -115,7 +115,7 @@ class _Index:
         self.end = 0
 
     def read(self) -> str | None:
-        """Index the tar; return what is damaged, None if it is whole. Raises SourceError if it cannot be read."""
+        """Index the tar; return what is damaged, None if it is whole. Raise SourceError if it cannot be read."""
         with raise_source_errors(self.uri):
             try:
                 with store.open_file(self.uri, block_bytes=_BLOCK_BYTES) as file:
@@ -202,7 +202,7 @@ class _Index:
 
 
 def _parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
-    """Return the columns of a sidecar. Raises ValueError."""
+    """Return the columns of a sidecar. Raise ValueError."""
     return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else parse_json_object(data)
 
 
@@ -211,7 +211,7 @@ class _StrictHeader(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictHeader:
-        """Read the next header. Raises ReadError for an invalid one."""
+        """Read the next header. Raise ReadError for an invalid one."""
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -223,7 +223,7 @@ class _StrictHeader(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
-        """Parse a header. Raises HeaderError if its size is negative or its extended header too long."""
+        """Parse a header. Raise HeaderError if its size is negative or its extended header too long."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENDED and header.size > _MAX_HEADER_BYTES):
             raise tarfile.HeaderError(f"a header states {header.size:,} bytes")
