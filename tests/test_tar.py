@@ -1,4 +1,4 @@
-"""WebDataset shards: what becomes a row, whatever the order, the duplicates and the damage."""
+"""WebDataset shards become rows, whatever the order of their members, duplicates and damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def list_keys(rows: list[Row]) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tgz", "w:gz")])
-def test_members_of_a_key_are_a_row_in_any_order(tmp_path: Path, name: str, mode: str) -> None:
+def test_members_of_a_key_form_a_row_in_any_order(tmp_path: Path, name: str, mode: str) -> None:
     path = write_tar(
         tmp_path / name,
         [
@@ -49,14 +49,14 @@ def test_members_of_a_key_are_a_row_in_any_order(tmp_path: Path, name: str, mode
     assert {row["uri"] for row in rows} == {str(path)} and not any(row["error"] for row in rows)
 
 
-def test_several_images_of_a_key_are_one_row(tmp_path: Path) -> None:
+def test_several_images_of_a_key_form_one_row(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("k.left.jpg", b"l"), ("other.png", b"o"), ("k.right.jpg", b"r")])
     rows = list_input(path)
     assert list_keys(rows) == ["k", "other"]
     assert fetch_images(rows) == [[b"l", b"r"], [b"o"]]
 
 
-def test_a_repeated_member_is_a_further_row(tmp_path: Path) -> None:
+def test_a_repeated_member_starts_another_row(tmp_path: Path) -> None:
     members = [("k.jpg", b"1"), ("k.json", b'{"n": 1}'), ("x.jpg", b"x"), ("k.jpg", b"2"), ("k.json", b'{"n": 2}')]
     rows = list_input(write_tar(tmp_path / "a.tar", [*members, ("k.jpg", b"3")]), keep_columns=("n",))
     assert list_keys(rows) == ["k", "x", "k~2", "k~3"]
@@ -64,7 +64,7 @@ def test_a_repeated_member_is_a_further_row(tmp_path: Path) -> None:
     assert [row["kept"]["n"] for row in rows] == [1, None, 2, None]
 
 
-def test_no_payload_is_read_and_sidecars_only_if_a_column_is_wanted(tmp_path: Path) -> None:
+def test_listing_reads_no_images_and_sidecars_only_for_columns(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x" * 5000), ("1.json", b"not JSON")])
     assert [row["error"] for row in list_input(path)] == [""]
     [row] = list_input(path, keep_columns=())
@@ -73,13 +73,13 @@ def test_no_payload_is_read_and_sidecars_only_if_a_column_is_wanted(tmp_path: Pa
     assert row["prompt"] == "{a}{" and "1.json cannot be read" in row["error"]
 
 
-def test_other_members_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_members_are_skipped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"3"), ("README", b""), ("._1.jpg", b"junk")])
     assert list_keys(list_input(path)) == ["1"]
     assert "skipped 3 files" in caplog.text
 
 
-def test_a_sample_without_image_needs_a_prompt_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_without_an_image_needs_its_own_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.txt", b"Why?"), ("2.json", b"{}")])
     asked, silent = list_input(path, prompt_column="txt")
     assert (asked["prompt"], asked["error"], asked["has_own_prompt"]) == ("Why?", "", True)
@@ -87,7 +87,7 @@ def test_a_sample_without_image_needs_a_prompt_of_its_own(tmp_path: Path, caplog
     assert "1 rows have no image" in caplog.text
 
 
-def test_names_that_would_escape_are_names_and_links_are_error_rows(tmp_path: Path) -> None:
+def test_unsafe_names_are_only_names_and_links_are_error_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as file:
         for name in ("../../etc/passwd.jpg", "/absolute/1.jpg", "dir/./1.jpg", "n" * 300 + ".jpg"):
@@ -115,7 +115,7 @@ def make_tar(tmp_path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("keep", [512 * 3 * 5, 512 * 3 * 5 + 100, 512 * 3 * 5 + 512])
-def test_a_truncated_tar_gives_what_is_readable_and_one_error_row(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_tar_gives_its_readable_rows_and_one_error_row(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(make_tar(tmp_path)[:keep])
     rows = list_input(path)
@@ -129,8 +129,8 @@ def test_a_truncated_tar_gives_what_is_readable_and_one_error_row(tmp_path: Path
 
 
 @pytest.mark.parametrize("junk", [b"\xff" * 512, b"\0" * 512, b"junk" * 128])
-def test_a_damaged_header_is_not_the_end(tmp_path: Path, junk: bytes) -> None:
-    """tarfile alone takes each of these for the end of the archive."""
+def test_a_damaged_header_is_an_error_row_and_not_the_end_of_the_archive(tmp_path: Path, junk: bytes) -> None:
+    """Python's tarfile would treat each of these as the end of the archive."""
     data = bytearray(make_tar(tmp_path))
     data[512 * 3 * 4 : 512 * 3 * 4 + 512] = junk
     path = tmp_path / "a.tar"
@@ -140,7 +140,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path, junk: bytes) -> None:
     assert "damaged at byte 6,144" in damage["error"]
 
 
-def test_a_truncated_gz_gives_what_is_readable(tmp_path: Path) -> None:
+def test_a_truncated_gz_gives_its_readable_rows(tmp_path: Path) -> None:
     import random
 
     noise = random.Random(0).randbytes
@@ -152,13 +152,13 @@ def test_a_truncated_gz_gives_what_is_readable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar at all", b"<html>" * 1000])
-def test_what_is_no_tar_is_one_error_row(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_no_tar_is_one_error_row(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     [row] = list_input(tmp_path / "a.tar")
     assert "damaged at byte 0" in row["error"]
 
 
-def test_headers_that_lie_about_their_size_are_damage(tmp_path: Path) -> None:
+def test_headers_with_impossible_sizes_count_as_damage(tmp_path: Path) -> None:
     for size in (-1024, 1 << 40):
         info = tarfile.TarInfo("1.jpg")
         info.size, info.type = size, tarfile.GNUTYPE_LONGNAME
@@ -185,7 +185,7 @@ def test_bad_sidecars_are_error_rows(tmp_path: Path) -> None:
     assert all("cannot be read" in row["error"] for row in rows[:4])
 
 
-def test_ids_and_prompts_from_json(tmp_path: Path) -> None:
+def test_ids_and_prompts_come_from_json_sidecars(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.json", b'{"key": 17, "what": "a dog"}')])
     [row] = list_input(path, id_column="key", prompt="Is it {what}?")
     assert (row["id"], row["prompt"]) == ("17", "Is it a dog?")
@@ -193,7 +193,7 @@ def test_ids_and_prompts_from_json(tmp_path: Path) -> None:
         list_input(path, prompt="Is it {colour}?")
 
 
-def test_many_tars_keep_their_order_and_the_limit_holds(tmp_path: Path) -> None:
+def test_many_tars_keep_their_order_also_under_a_limit(tmp_path: Path) -> None:
     for i in range(30):
         write_tar(tmp_path / f"{i:02}.tar", [(f"{j}.jpg", b"x") for j in range(3)])
     rows = list_input(tmp_path / "*.tar")
@@ -215,7 +215,7 @@ _NAMES = st.builds("{}.{}".format, st.sampled_from("abc"), st.sampled_from(["jpg
 
 @settings(max_examples=60, deadline=None)
 @given(names=st.lists(_NAMES, max_size=12), mode=st.sampled_from(["w", "w:gz"]))
-def test_every_image_is_in_one_row_and_every_id_is_there_once(names: list[str], mode: str) -> None:
+def test_every_image_is_in_one_row_and_every_id_is_unique(names: list[str], mode: str) -> None:
     members = [(name, b"{}" if name.endswith("json") else f"{i} {name}".encode()) for i, name in enumerate(names)]
     with tempfile.TemporaryDirectory() as directory:
         path = write_tar(Path(directory) / ("a.tar" if mode == "w" else "a.tgz"), [*members, ("z.jpg", b"last")], mode)

@@ -1,4 +1,4 @@
-"""tasks.yaml: what a task may say, what the run fills in, the columns that come of it, what is wrong with a file."""
+"""tasks.yaml: the options of a task, the run's defaults for them, the output columns, and errors in the file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def parse(*argv: str) -> AnnotateConfig:
     return parse_command_line(annotate.COMMAND, ["in", "out", "--model", "demo", *argv], "annotate")
 
 
-def test_a_file_of_tasks(tasks_file: Path) -> None:
+def test_tasks_override_the_options_of_the_run(tasks_file: Path) -> None:
     config = parse("--tasks", str(tasks_file), "--max-new-tokens", "7", "--stop", "END", "--system-prompt", "Hello.")
     caption, has_red, _, record = config.questionnaire.tasks
     assert (caption.max_new_tokens, caption.temperature, caption.system) == (40, 0.5, "Hello.")
@@ -74,7 +74,7 @@ def test_a_file_of_tasks(tasks_file: Path) -> None:
     assert len({caption.sampling(row, encode).seed for row in "abc"}) == 3
 
 
-def test_tasks_in_a_config_file_and_back(tasks_file: Path, tmp_path: Path) -> None:
+def test_tasks_survive_the_way_through_a_config_file(tasks_file: Path, tmp_path: Path) -> None:
     config = parse("--tasks", str(tasks_file))
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump({"tasks": config.questionnaire.describe()["tasks"]}, sort_keys=False))
@@ -87,7 +87,7 @@ def test_tasks_in_a_config_file_and_back(tasks_file: Path, tmp_path: Path) -> No
     assert json.loads(json.dumps(config.fingerprint_fields()))["tasks"][1]["answer"] == "bool"
 
 
-def test_columns(tasks_file: Path) -> None:
+def test_each_task_adds_its_columns_to_the_output(tasks_file: Path) -> None:
     columns = parse("--tasks", str(tasks_file)).questionnaire.schema
     assert columns.names[: len(schema.ITEM)] == schema.ITEM.names
     assert columns.names[len(schema.ITEM) :] == [
@@ -131,7 +131,7 @@ def test_columns(tasks_file: Path) -> None:
         (": :", "tasks.yaml, line 1, column 1 is not YAML"),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(
+def test_an_invalid_file_is_refused_with_the_reason(
     tmp_path: Path, tasks: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tasks.yaml").write_text(tasks)
@@ -147,7 +147,7 @@ def test_kept_columns_may_not_clash_with_tasks(tasks_file: Path) -> None:
         AnnotateConfig(input=("a",), output="b", model="demo", tasks=tasks, keep_columns=("caption_text",))
 
 
-def test_a_row_without_an_image_is_not_said_to_be_asked(
+def test_a_row_without_an_image_is_not_logged_as_text_only(
     tmp_path: Path, tasks_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "list.jsonl").write_text('{"prompt": "Why?", "kind": "dog"}\n')
@@ -160,13 +160,13 @@ def test_only_free_text_ends_at_a_stop_string(tasks_file: Path) -> None:
     assert [task.stops for task in asked] == [("o",), (), (), ()]
 
 
-def test_an_error_row_has_no_answer_whatever_its_task_is_called() -> None:
+def test_an_error_row_has_no_answer_whatever_the_name_of_its_task() -> None:
     task = {"name": "prompt", "prompt": "How many?", "answer": "int"}
     config = AnnotateConfig(input=("a",), output="b", model="demo", tasks=[task])
     assert config.questionnaire.empty()["prompt"] is None
 
 
-def test_every_task_is_filled_from_the_columns(tmp_path: Path, tasks_file: Path) -> None:
+def test_the_prompt_of_every_task_is_filled_from_columns(tmp_path: Path, tasks_file: Path) -> None:
     lines = [{"image": "1.jpg", "kind": "dog", "prompt": "ignored"}, {"image": "2.jpg"}, {"kind": "cat"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)})

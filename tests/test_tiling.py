@@ -1,4 +1,4 @@
-"""Tiles: bitwise those of the original code, for every size of picture."""
+"""Tiles equal those of the original code bit by bit, for pictures of every size."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def draw_noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def locate_picture(tile_size: int, size: NDArray[np.int32]) -> tuple[slice, slice]:
-    """Rows and columns of a tile that its picture covers."""
+    """Return the rows and columns of a tile that its picture covers."""
     height, width = (int(side) for side in size)
     top, left = (tile_size - height) // 2, (tile_size - width) // 2
     return slice(top, top + height), slice(left, left + width)
 
 
 def normalize(tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What the device makes of tiles: the table inside the picture, zero around it."""
+    """Normalize tiles as the device does: by the table inside the picture, zero around it."""
     values = build_normalization_table()[np.arange(3)[:, None, None], tiles]
     out = np.zeros_like(values)
     for i, size in enumerate(sizes):
@@ -44,7 +44,7 @@ def normalize(tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> NDArray[np.
 
 
 def choose_reference_grid(width: int, height: int, most: int, side: int = 448) -> tuple[int, int]:
-    """The original rule, written out cell by cell and as slowly."""
+    """Choose a grid by the original rule, written out cell by cell."""
     ranked = []
     for rows in range(1, most + 1):
         for cols in range(1, most // rows + 1):
@@ -69,7 +69,7 @@ def choose_reference_grid(width: int, height: int, most: int, side: int = 448) -
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_equals_the_original_in_all_golden_cases(checkpoint: str) -> None:
+def test_tiles_equal_the_originals_in_all_golden_cases(checkpoint: str) -> None:
     data = load_expected(checkpoint)
     assert len(data["preprocessing"]) == 72
     for case in data["preprocessing"]:
@@ -112,7 +112,7 @@ def test_grid_equals_the_original_rule_for_any_tile_size(w: int, h: int, most: i
         ((1000, 300), (1, 3)),
     ],
 )
-def test_grid_of_common_sizes(size: tuple[int, int], grid: tuple[int, int]) -> None:
+def test_common_sizes_have_these_grids(size: tuple[int, int], grid: tuple[int, int]) -> None:
     assert choose_grid(*size, 9) == Grid(*grid)
 
 
@@ -157,7 +157,7 @@ def test_tiles_are_the_resized_crops(width: int, height: int, max_tiles: int, se
         assert (tile[:, inside_rows, inside_cols] == np.asarray(resized).transpose(2, 0, 1)).all()
 
 
-def test_a_cell_sees_nothing_of_its_neighbours() -> None:
+def test_a_tile_contains_nothing_of_its_neighbours() -> None:
     image = Image.new("RGB", (896, 448))
     image.paste((255, 255, 255), (448, 0, 896, 448))
     tiles, _ = tile_image(image.resize((1000, 500), Image.Resampling.NEAREST), 2)
@@ -176,7 +176,7 @@ def test_extreme_shapes_are_tiled(ratio: int, tall: bool, short: int) -> None:
     assert sizes.max() == 448
 
 
-def test_several_images_follow_one_another() -> None:
+def test_the_tiles_of_several_images_are_concatenated() -> None:
     images = [draw_noise(90, 40), draw_noise(20, 30, 1), draw_noise(57, 200, 2)]
     tiles, sizes = tile_images(images, 4, 56)
     alone = [tile_image(image, 4, 56) for image in images]
@@ -184,34 +184,34 @@ def test_several_images_follow_one_another() -> None:
     assert (sizes == np.concatenate([sizes for _, sizes in alone])).all()
 
 
-def test_no_image_is_no_tile() -> None:
+def test_no_images_give_no_tiles() -> None:
     tiles, sizes = tile_images([], 9, 56)
     assert tiles.shape == (0, 3, 56, 56)
     assert sizes.shape == (0, 2)
 
 
 @pytest.mark.parametrize("numbers", [(0, 5, 9, 448), (5, 0, 9, 448), (5, 5, 0, 448), (5, 5, 9, 0)])
-def test_refuses_nothing_to_cut(numbers: tuple[int, int, int, int]) -> None:
+def test_zero_sizes_and_limits_are_refused(numbers: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match=f"{numbers[0]} x {numbers[1]} px into max_tiles={numbers[2]}"):
         choose_grid(*numbers)
 
 
-def test_refuses_an_empty_picture_and_another_mode() -> None:
+def test_empty_pictures_and_other_modes_are_refused() -> None:
     with pytest.raises(ValueError, match="0 x 5 px"):
         tile_image(Image.new("RGB", (0, 5)), 9)
     with pytest.raises(ValueError, match=r"'RGBA'.*convert"):
         tile_image(Image.new("RGBA", (5, 5)), 9)
 
 
-def test_a_full_hd_row_is_small() -> None:
+def test_a_full_hd_row_takes_at_most_5_5_mb() -> None:
     tiles, sizes = tile_image(Image.new("RGB", (1920, 1080)), 9)
     assert tiles.nbytes + sizes.nbytes <= 5.5e6
 
 
-def test_normalization_is_clips() -> None:
+def test_normalization_uses_clips_mean_and_std() -> None:
     table = build_normalization_table()
     assert table.shape == (3, 256)
     assert table.dtype == np.float32
     exact = (np.arange(256) / 255 - np.array(CLIP_MEAN)[:, None]) / np.array(CLIP_STD)[:, None]
     np.testing.assert_allclose(table, exact, atol=1e-6)
-    assert (table != 0).all()  # so a zeroed border is no colour that a pixel can have
+    assert (table != 0).all()  # so no pixel can have the colour of the zero border

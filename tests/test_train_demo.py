@@ -1,4 +1,4 @@
-"""Training the demo model: the tasks of a picture behind one prefix are learnt as if each were alone."""
+"""Training the demo model: tasks of a picture that share a prefix are learnt as if each were alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.network.weights import load_model
 
 
-def test_tasks_behind_one_prefix_are_learnt_as_if_alone() -> None:
+def test_tasks_after_a_shared_prefix_have_the_same_loss_as_alone() -> None:
     model = load_model(DEMO_DIRECTORY, device=torch.device("cpu"), dtype=torch.float32)
     processor = Processor.from_pretrained(DEMO_DIRECTORY)
     examples = [_example(processor, seed, held_out=False, num_draws=3) for seed in range(30)]
@@ -25,7 +25,7 @@ def test_tasks_behind_one_prefix_are_learnt_as_if_alone() -> None:
 
 
 def _compute_losses_alone(model: Ovis, example: Example, task: Task) -> Tensor:
-    """Of each target token: float32[T]"""
+    """Return the loss of each target token: float32[T]."""
     prompt = torch.from_numpy(task.request.input_ids).long()
     input_ids = torch.cat((prompt, task.target_ids[:-1]))
     tiles, sizes = torch.from_numpy(task.request.tiles), torch.from_numpy(task.request.tile_sizes)
@@ -35,7 +35,7 @@ def _compute_losses_alone(model: Ovis, example: Example, task: Task) -> Tensor:
     return F.cross_entropy(logits, task.target_ids, reduction="none")
 
 
-def test_the_learning_rate_of_questions_rises_and_ends_at_nothing() -> None:
+def test_the_learning_rate_of_questions_rises_and_ends_near_zero() -> None:
     rates = [QUESTIONS.learning_rate(step, QUESTIONS.steps) for step in range(QUESTIONS.steps)]
     peak = rates.index(max(rates))
     assert 0 < rates[0] < rates[peak] and rates[peak:] == sorted(rates[peak:], reverse=True) and rates[-1] < 1e-6

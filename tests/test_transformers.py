@@ -1,4 +1,4 @@
-"""Equal to transformers' own Ovis2, given the same pixels and ids and with the norm that it adds to the tower."""
+"""The model equals transformers' Ovis2 for the same pixels and ids, with the norm that it adds to the vision tower."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _generate(peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[in
 
 
 def _make_native_converter(config: dict[str, list[int]]):  # type: ignore[no-untyped-def]
-    """transformers gives the placeholders ids of its own: one for the atom, five for the indicators."""
+    """Return a function that converts a request's placeholders to transformers' ids: one atom and five indicators."""
     indicators = np.array(config["visual_indicator_token_ids"])
 
     def convert(request: Request) -> np.ndarray:
@@ -72,7 +72,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_other_shapes_equal_transformers(tmp_path: Path, shape: str) -> None:
-    """Random models that transformers made and saved."""
+    """The models are random, made and saved by transformers."""
     torch.manual_seed(0)
     peer = transformers.Ovis2ForConditionalGeneration(_make_peer_config(SHAPES[shape])).eval()
     for parameter in peer.parameters():
@@ -123,7 +123,7 @@ def _make_peer_config(changes: dict[str, Any]) -> Any:
 
 
 def _make_random_request(side: int, tokens_per_tile: int) -> Request:
-    """Two images, one of them of three tiles, between random text."""
+    """Make a request with two images, one of them of three tiles, between random text."""
     rng = np.random.default_rng(0)
     grids = [Grid(1, 1), Grid(1, 2)]
     placeholders = [expand_atoms(make_placeholders(grid), tokens_per_tile) for grid in grids]

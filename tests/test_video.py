@@ -1,4 +1,4 @@
-"""Frames of videos: the model card's numbers and moviepy's pixels, every kind of file, and little decoded in vain."""
+"""Frames of videos: the model card's indices, moviepy's pixels, every kind of file, and few frames decoded in vain."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def read_numbers(frames: list[Frame]) -> list[int]:
 
 
 def open_moviepy(path: Path) -> Any:
-    """moviepy's, as `VideoFileClip` opens it."""
+    """Open moviepy's reader as its `VideoFileClip` does."""
     from moviepy.video.io.ffmpeg_reader import FFMPEG_VideoReader
 
     return FFMPEG_VideoReader(str(path), decode_file=False)
 
 
 def choose_card_indices(count: int, num_frames: int) -> list[int]:
-    """As the model card writes it."""
+    """Choose frame indices with the model card's formula."""
     if count <= num_frames:
         return list(range(count))
     stride = count / num_frames
@@ -66,15 +66,15 @@ def test_frames_are_those_of_the_model_cards_code(name: str) -> None:
     for frame, picture in zip(frames, expected, strict=True):
         assert frame.pixels.shape == picture.shape
         difference = np.abs(frame.pixels.astype(int) - picture)
-        if name == "cityCC0.mpg":  # 405 rows: ffmpeg's own versions scale half a row of colour differently
+        if name == "cityCC0.mpg":  # 405 pixel rows: versions of ffmpeg scale half a row of colour differently
             assert difference.mean() < 1
         else:
             assert difference.max() == 0
 
 
 @pytest.mark.parametrize(("width", "height"), [(850, 478), (102, 58), (2, 2)])
-def test_pictures_of_any_size_lie_close_together(tmp_path: Path, width: int, height: int) -> None:
-    """libav pads their rows."""
+def test_frames_of_any_size_are_contiguous(tmp_path: Path, width: int, height: int) -> None:
+    """FFmpeg's libav pads the rows of its frames."""
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (height, width, 3)).astype(np.uint8) for _ in range(5)]
     path = write_video(tmp_path / "odd.mp4", pictures)
@@ -92,7 +92,7 @@ def test_frames_are_upright(tmp_path: Path, rotation: int) -> None:
 
 
 def decode_by_ffmpeg(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """All frames as ffmpeg's own command gives them; moviepy stretches what is turned by 90 degrees."""
+    """Decode all frames with the ffmpeg command, because moviepy stretches videos that are rotated by 90 degrees."""
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(path), "-f", "rawvideo"]
@@ -130,15 +130,15 @@ def test_every_kind_of_file_gives_the_frames_asked_for(tmp_path: Path, name: str
         assert read_numbers(decode_frames_at(file, [0.0, 4.0, 4.04, 7.96])) == [0, 100, 101, 199]
 
 
-def test_mpeg_program_stream_without_a_frame_count(tmp_path: Path) -> None:
+def test_an_mpeg_program_stream_without_a_frame_count_is_sampled(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mpg", 100, codec="mpeg2video")
     frames = sample(path, 12)
     assert len(frames) == 12
-    # Its demuxer guesses the times of frames that share a packet, so ffmpeg is a frame off as well.
+    # Its demuxer guesses the times of frames that share a packet, so ffmpeg itself is a frame off as well.
     assert read_numbers(frames) == pytest.approx([frame.timestamp_s * 25 for frame in frames], abs=1.1)
 
 
-def test_frames_of_a_variable_rate_are_those_a_player_shows(tmp_path: Path) -> None:
+def test_frames_of_a_variable_rate_are_those_that_a_player_shows(tmp_path: Path) -> None:
     times = [i * 0.04 for i in range(20)] + [5 + i * 0.5 for i in range(20)]
     for suffix in ("mp4", "mkv"):
         path = write_video(tmp_path / f"variable.{suffix}", 40, times_s=times)
@@ -153,7 +153,7 @@ def test_short_videos_give_all_their_frames(tmp_path: Path) -> None:
         assert read_numbers(sample(write_video(tmp_path / f"{count}.mp4", count))) == list(range(count))
 
 
-def test_a_rate_asks_for_fewer_frames_never_more(tmp_path: Path) -> None:
+def test_a_rate_can_only_reduce_the_number_of_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "8s.mp4", 200)
     assert len(sample(path, 12, fps=1)) == 8
     assert len(sample(path, 12, fps=0.01)) == 1
@@ -167,7 +167,7 @@ def test_candidates_are_resized(tmp_path: Path) -> None:
     assert read_numbers(frames) == choose_card_indices(100, 5)
 
 
-def test_a_window_behind_the_end_is_refused(tmp_path: Path) -> None:
+def test_a_window_after_the_end_is_refused(tmp_path: Path) -> None:
     path = write_video(tmp_path / "4s.mp4", 100)
     assert read_numbers(sample(path, 12, Window(3.92))) == [98, 99]
     with pytest.raises(MediaError, match=r"starts at 20 s, the video ends at 4 s"):
@@ -201,27 +201,27 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_whole_video_is_refused(tmp_path: Path, name: str) -> None:
+def test_damaged_files_and_other_formats_are_refused(tmp_path: Path, name: str) -> None:
     make, message = BROKEN[name]
     make(tmp_path / name)
     with pytest.raises(MediaError, match=message):
         sample(tmp_path / name)
 
 
-def test_what_is_left_of_a_truncated_video_can_be_asked_for(tmp_path: Path) -> None:
+def test_a_window_in_the_intact_part_of_a_truncated_video_is_read(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mkv", 100)
     cut_in_half(tmp_path / "a.mkv")
     assert read_numbers(sample(tmp_path / "a.mkv", 5, Window(0, 2))) == choose_card_indices(50, 5)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_the_last_frame_stands_while_the_sound_goes_on(tmp_path: Path, suffix: str) -> None:
-    """That is no truncated video: its header says how long the pictures last."""
+def test_the_last_frame_is_repeated_while_the_sound_continues(tmp_path: Path, suffix: str) -> None:
+    """The header gives the length of the picture stream, so the video does not count as truncated."""
     path = join(tmp_path / f"a.{suffix}", write_video(tmp_path / "v.mp4", 50), write_sound(tmp_path / "s.m4a", 8))
     assert read_numbers(sample(path, 4)) == [25, 49, 49, 49]
 
 
-def test_damaged_packets_are_left_out(tmp_path: Path) -> None:
+def test_damaged_packets_are_skipped(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", 100, key_every=10)
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
@@ -229,7 +229,7 @@ def test_damaged_packets_are_left_out(tmp_path: Path) -> None:
     assert len(sample(path, 12)) == 12
 
 
-def test_length_is_that_of_the_header_or_measured(tmp_path: Path) -> None:
+def test_the_length_comes_from_the_header_or_is_measured(tmp_path: Path) -> None:
     for path in (
         write_video(tmp_path / "a.mp4", 100),
         write_video(tmp_path / "a.webm", 100, codec="libvpx", options={"live": "1"}),
@@ -245,8 +245,8 @@ def measure_cpu_s(work: Callable[[], object]) -> float:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_work_grows_with_the_frames_wanted_not_with_the_length(tmp_path: Path, suffix: str) -> None:
-    """A hundred times as long costs not three times as much."""
+def test_work_grows_with_the_frames_sampled_not_with_the_length(tmp_path: Path, suffix: str) -> None:
+    """A video a hundred times as long takes less than three times as long."""
     short = write_video(tmp_path / "short.mp4", 500)
     long = write_repeated(tmp_path / f"long.{suffix}", short, 100)
     assert read_numbers(sample(long, 3)) == [int(500 * 100 * part) % 500 for part in (1 / 6, 1 / 2, 5 / 6)]
@@ -254,8 +254,8 @@ def test_work_grows_with_the_frames_wanted_not_with_the_length(tmp_path: Path, s
     assert often_s < 3 * once_s + 0.05
 
 
-def test_a_few_frames_cost_a_fraction_of_all(tmp_path: Path) -> None:
-    """12 frames of a pan of 30 s beside decoding all 901 to pixels: measured 5.8 times less."""
+def test_sampling_a_few_frames_costs_a_fraction_of_decoding_all(tmp_path: Path) -> None:
+    """Sampling 12 frames of a pan of 30 s took 5.8 times less than decoding all 901 to pixels."""
     import av
 
     photo = next(path for path in find_photographs() if path.name == "china.jpg")
@@ -272,8 +272,7 @@ def test_a_few_frames_cost_a_fraction_of_all(tmp_path: Path) -> None:
     assert measure_cpu_s(decode_all) > 3 * some_s
 
 
-def test_the_shots_of_a_real_clip_are_where_they_are() -> None:
-    """So that what else is tested on it stands on something."""
+def test_the_shots_of_a_real_clip_start_where_other_tests_assume() -> None:
     with find_clip("bikes.mp4").open("rb") as file:
         frames = decode_frames_at(file, [i / 25 for i in range(250)])
     small = np.stack([frame.pixels[::8, ::8] for frame in frames]).astype(int)

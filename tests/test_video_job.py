@@ -1,4 +1,4 @@
-"""The whole job on fifty drawn videos, ten of them broken, killed once: every row is there, once, with its times."""
+"""The whole job on fifty drawn videos, ten of them broken, killed once: every row is written once, with its times."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_arguments(videos: Path, output: Path, *options: str) -> list[str]:
 
 
 @against_the_clock
-def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
+def test_a_killed_job_is_resumed(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     job = Job(["jobs.caption", *make_arguments(videos, output)]).start()
     while job.process.poll() is None and not any(output.glob("data/*.parquet")):
@@ -69,7 +69,7 @@ def test_killed_and_resumed(videos: Path, tmp_path: Path) -> None:
 
 
 def test_frames_are_chosen_by_an_encoder_in_an_actor(videos: Path, tmp_path: Path) -> None:
-    """Which is gone afterwards, as all that the job started."""
+    """The actor exits with the job, as all its processes do."""
     output = tmp_path / "out"
     options = [
         "--frame-selection",
@@ -92,7 +92,7 @@ def test_frames_are_chosen_by_an_encoder_in_an_actor(videos: Path, tmp_path: Pat
     assert "frame-encoder" in changed.stderr
 
 
-def test_an_encoder_that_cannot_be_used_is_refused_before_anything_starts(videos: Path, tmp_path: Path) -> None:
+def test_an_unusable_encoder_is_refused_before_the_run(videos: Path, tmp_path: Path) -> None:
     for encoder, reason in (("demo", "is ovis"), (str(tmp_path / "nowhere"), "no directory")):
         options = ["--frame-selection", "mdp3", "--frame-encoder", encoder]
         finished = run_caption(*make_arguments(videos, tmp_path / "out", *options))

@@ -1,4 +1,4 @@
-"""Videos decoded in a process that can be killed: limits, deaths, leftovers, and memory of very long videos."""
+"""Videos are decoded in a separate process: limits, crashes, cleanup, and the memory of very long videos."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_cpu_s(decoder: VideoDecoder) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_frames_are_those_decoded_here(decoder: VideoDecoder, tmp_path: Path) -> None:
+def test_frames_equal_those_decoded_in_this_process(decoder: VideoDecoder, tmp_path: Path) -> None:
     path = find_clip("bikes.mp4")
     with path.open("rb") as file:
         expected = sample_frames(file, Sampling(6), Window(1, 9))
@@ -68,7 +68,7 @@ def test_frames_are_those_decoded_here(decoder: VideoDecoder, tmp_path: Path) ->
         assert decoder.read_duration_s(place) == 10.0
 
 
-def test_what_cannot_be_read_or_decoded_does_not_end_the_process(decoder: VideoDecoder, tmp_path: Path) -> None:
+def test_the_process_survives_unreadable_and_undecodable_files(decoder: VideoDecoder, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         decoder.sample_frames(VideoLocation(str(tmp_path / "gone.mp4")), Sampling(3))
     first = get_pid(decoder)
@@ -80,7 +80,7 @@ def test_what_cannot_be_read_or_decoded_does_not_end_the_process(decoder: VideoD
     assert get_pid(decoder) == first
 
 
-def test_a_video_that_takes_too_long_is_given_up_and_the_next_one_is_not(decoder: VideoDecoder) -> None:
+def test_a_video_that_takes_too_long_is_an_error_and_the_next_one_is_decoded(decoder: VideoDecoder) -> None:
     decoder._timeout_s = 0.4
     slow = VideoLocation(str(find_clip("bigbuckbunny.mp4")))
     started_s = time.monotonic()
@@ -107,14 +107,14 @@ def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
 
 
 def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not only an interruption: it does so twice."""
+    """It is retried once, in case the process was killed for another reason."""
     monkeypatch.setattr("pipelines.media.video_process.sys.executable", "/bin/false")
     with pytest.raises(MediaError, match=r"crashed twice on this video \(exit code 1\)"):
         decoder.sample_frames(VideoLocation(str(find_clip("carphone_pristine.mp4"))), Sampling(2))
 
 
 def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path: Path) -> None:
-    """Bytes changed and cut out, also in headers: the process lives, and what is wrong is told in words."""
+    """Bytes are changed and removed, also in headers: the process survives, and the error states a reason."""
     chance = random.Random(0)
     kinds = {"a.mp4": "libx264", "a.mkv": "libx264", "a.avi": "mpeg4", "a.ts": "mpeg2video", "a.webm": "libvpx"}
     whole = [write_video(tmp_path / name, 30, codec=codec).read_bytes() for name, codec in kinds.items()]
@@ -134,7 +134,7 @@ def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path:
     assert not [reason for reason in reasons if re.match(r"\w+Error|the decoder died", reason)]
 
 
-def test_it_ends_with_its_parent() -> None:
+def test_the_process_ends_with_its_parent() -> None:
     program = (
         "import os, sys\n"
         "from pipelines.media.video_process import *\n"
@@ -163,8 +163,8 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(("suffix", "fps", "times"), [("mp4", 2, 144), ("mkv", 25, 200)])
-def test_very_long_videos_are_bounded(tmp_path: Path, suffix: str, fps: int, times: int) -> None:
-    """Ten hours, and 100,000 frames: less than 1 GB, and no more time than for a short one of as many frames."""
+def test_very_long_videos_take_bounded_time_and_memory(tmp_path: Path, suffix: str, fps: int, times: int) -> None:
+    """Ten hours or 100,000 frames take less than 1 GB and the time of a short video with as many sampled frames."""
     source = write_video(tmp_path / "source.mp4", 500, fps=fps)
     path = write_repeated(tmp_path / f"long.{suffix}", source, times)
     decoder = VideoDecoder()

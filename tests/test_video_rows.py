@@ -1,4 +1,4 @@
-"""Rows of videos from every kind of input, up to the model's input: no Ray, no torch."""
+"""Videos from every kind of INPUT become rows and the model's input, without Ray and torch."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def prepare_videos(
 
 
 def to_frame_numbers(row: PreparedRow) -> list[int]:
-    """Of the frames in a row of drawn ones, by their times."""
+    """Convert the times of a row's frames to frame numbers of the drawn video."""
     return [round(float(time_s) * 25) for time_s in row.frame_timestamps_s]
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 numbered frames, four seconds."""
+    """Write a video of 100 numbered frames, four seconds."""
     return write_video(tmp_path_factory.mktemp("drawn") / "a.mp4", 100)
 
 
-def test_a_row_is_the_model_cards_video_prompt_with_one_tile_a_frame(tmp_path: Path, drawn: Path) -> None:
+def test_a_row_is_the_model_cards_video_prompt_with_one_tile_per_frame(tmp_path: Path, drawn: Path) -> None:
     (row,) = prepare_videos(tmp_path, drawn, prompt="What happens?")
     pictures = [Image.fromarray(frame) for frame in map(open_frame_reader(drawn), UNIFORM_4)]
     expected = Processor.from_pretrained(MODEL).build_request(
@@ -74,12 +74,12 @@ def open_frame_reader(path: Path) -> Any:
     return lambda index: reader.get_frame(index / 25)
 
 
-def test_more_tiles_a_frame_if_they_are_asked_for(tmp_path: Path, drawn: Path) -> None:
+def test_max_tiles_allows_several_tiles_per_frame(tmp_path: Path, drawn: Path) -> None:
     (row,) = prepare_videos(tmp_path, drawn, max_tiles=4, num_frames=2)
     assert len(row.requests[0].tiles) > 2
 
 
-def test_videos_are_rows_in_directories_beside_images(tmp_path: Path, drawn: Path) -> None:
+def test_videos_and_images_of_a_directory_become_rows(tmp_path: Path, drawn: Path) -> None:
     directory = tmp_path / "media"
     directory.mkdir()
     (directory / "a.MP4").write_bytes(drawn.read_bytes())
@@ -94,7 +94,7 @@ def test_videos_are_rows_in_directories_beside_images(tmp_path: Path, drawn: Pat
 
 
 @pytest.mark.parametrize("name", ["shard.tar", "shard.tar.gz"])
-def test_videos_are_members_of_tars(tmp_path: Path, drawn: Path, name: str) -> None:
+def test_videos_are_read_from_tars(tmp_path: Path, drawn: Path, name: str) -> None:
     sidecar = tmp_path / "a.json"
     sidecar.write_text(json.dumps({"question": "Who?"}))
     with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
@@ -108,7 +108,7 @@ def test_videos_are_members_of_tars(tmp_path: Path, drawn: Path, name: str) -> N
     assert [row.num_images for row in rows] == [4, 4]
 
 
-def test_videos_are_named_or_held_by_parquet(tmp_path: Path, drawn: Path) -> None:
+def test_parquet_holds_videos_as_bytes_or_uris(tmp_path: Path, drawn: Path) -> None:
     data = drawn.read_bytes()
     pq.write_table(pa.table({"clip": [data, b"junk"]}), tmp_path / "bytes.parquet")
     pq.write_table(pa.table({"clip": [{"bytes": data, "path": None}]}), tmp_path / "struct.parquet")
@@ -123,7 +123,7 @@ def test_videos_are_named_or_held_by_parquet(tmp_path: Path, drawn: Path) -> Non
     assert to_frame_numbers(rows[4]) == [56, 68, 81, 93]
 
 
-def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
+def test_windows_are_read_from_the_fragment_of_the_uri(tmp_path: Path, drawn: Path) -> None:
     lines = [
         {"video": f"{drawn}#t=1,2", "prompt": "Describe it."},
         {"uri": f"{drawn}#t=3"},
@@ -143,7 +143,7 @@ def test_windows_are_named_behind_the_uri(tmp_path: Path, drawn: Path) -> None:
     ]
 
 
-def test_a_window_may_be_the_input(tmp_path: Path, drawn: Path) -> None:
+def test_an_input_may_name_a_window(tmp_path: Path, drawn: Path) -> None:
     (row,) = prepare_videos(tmp_path, f"{drawn}#t=1,2")
     assert to_frame_numbers(row) == [28, 34, 40, 46]
     assert row.id == row.uri == f"{drawn}#t=1,2"
@@ -177,7 +177,7 @@ def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
     assert [row.stage for row in rows] == ["", "", "", "", "", "decode", "", "", ""]
 
 
-def test_kept_columns_go_with_each_window(tmp_path: Path, drawn: Path) -> None:
+def test_each_window_has_the_kept_columns(tmp_path: Path, drawn: Path) -> None:
     (tmp_path / "list.jsonl").write_text(
         "\n".join(json.dumps({"video": str(drawn), "id": name, "label": name}) for name in ("one", "two"))
     )
@@ -194,7 +194,7 @@ def test_limit_counts_windows(tmp_path: Path, drawn: Path) -> None:
     assert len(prepare_videos(tmp_path, drawn, window_s=1, limit=3)) == 3
 
 
-def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None:
+def test_failures_are_error_rows_with_their_stage(tmp_path: Path, drawn: Path) -> None:
     write_sound(tmp_path / "sound.mp4")
     lines = [
         {"video": str(tmp_path / "gone.mp4")},
@@ -212,7 +212,7 @@ def test_what_fails_is_a_row_with_its_stage(tmp_path: Path, drawn: Path) -> None
 
 
 def test_a_video_that_is_a_file_is_not_fetched(tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However large it is: only the parts that hold the frames are read."""
+    """Only the parts that hold the frames are read, however large the file is."""
 
     def refuse(uri: str, *bounds: object) -> bytes:
         raise AssertionError(f"{uri} is read whole")
@@ -223,7 +223,7 @@ def test_a_video_that_is_a_file_is_not_fetched(tmp_path: Path, drawn: Path, monk
 
 
 class Counted(PixelEncoder):
-    """Red, green or blue, as the text says; counts what it is asked."""
+    """An encoder that matches frames to the words red, green and blue, and counts its calls."""
 
     def __init__(self) -> None:
         self.num_frames = self.num_texts = 0
@@ -243,7 +243,7 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second each of red, green and blue."""
+    """Write a video with one second each of red, green and blue."""
     pictures = [np.full((64, 64, 3), 255 * np.eye(3, dtype=np.uint8)[i // 25]) for i in range(75)]
     return write_video(tmp_path_factory.mktemp("colours") / "colours.mp4", pictures)
 
@@ -270,8 +270,8 @@ def test_mdp3_without_a_model_shows_every_colour(tmp_path: Path, colours: Path) 
     assert np.floor(row.frame_timestamps_s).tolist() == [0, 1, 2]
 
 
-def test_recent_videos_are_kept_up_to_a_limit(colours: Path) -> None:
-    """And the last one always, so that rows of one video never decode it twice in a row."""
+def test_recent_videos_are_cached_up_to_a_limit(colours: Path) -> None:
+    """The last one always stays in the cache, so that consecutive rows of a video decode it once."""
     config = CaptionConfig(input=("x",), output="y", model=MODEL)
     selector = FrameSelector(config, max_recent_bytes=1)
     place = VideoLocation(str(colours))
@@ -282,12 +282,12 @@ def test_recent_videos_are_kept_up_to_a_limit(colours: Path) -> None:
 
 
 def count_shots(row: Row) -> int:
-    """How many of the six shots of bikes.mp4 are in it."""
+    """Count how many of the six shots of bikes.mp4 the row shows."""
     starts = np.array(SHOT_STARTS)
     return len({int(np.searchsorted(starts, round(float(t) * 25), "right")) for t in row.frame_timestamps_s})
 
 
-def test_six_frames_show_the_shots_of_a_real_clip(tmp_path: Path) -> None:
+def test_six_chosen_frames_show_the_shots_of_a_real_clip(tmp_path: Path) -> None:
     (even,) = prepare_videos(tmp_path / "even", find_clip("bikes.mp4"), num_frames=6)
     (chosen,) = prepare_videos(
         tmp_path / "chosen", find_clip("bikes.mp4"), num_frames=6, frame_selection="mdp3", frame_encoder="pixels"
@@ -296,7 +296,7 @@ def test_six_frames_show_the_shots_of_a_real_clip(tmp_path: Path) -> None:
     assert count_shots(chosen) >= count_shots(even)
 
 
-def test_options_that_cannot_choose_are_refused() -> None:
+def test_options_without_enough_to_choose_from_are_refused() -> None:
     for options in (
         {"frame_selection": "top-k", "frame_encoder": "pixels"},
         {"frame_selection": "top-k", "frame_query": ""},
@@ -307,7 +307,7 @@ def test_options_that_cannot_choose_are_refused() -> None:
 
 
 def test_numbered_frames_survive_the_model_input(tmp_path: Path) -> None:
-    """What the model is shown is what was at those times."""
+    """The model sees the frames at the row's times."""
     path = write_video(
         tmp_path / "large.mp4", (np.kron(draw_number(i), np.ones((2, 2, 1), np.uint8)) for i in range(100))
     )

@@ -1,4 +1,4 @@
-"""How patches become tokens; the rest of the tower is held against the original in test_engine."""
+"""Patches are merged into tokens; test_engine compares the rest of the vision tower with the original."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from ovis_model.network.vision import merge_patches
 
 
-def test_neighbours_become_channels() -> None:
-    """4 x 4 patches numbered in rows, one channel."""
+def test_neighbouring_patches_become_channels() -> None:
+    """The input is 4 x 4 patches numbered row by row, with one channel."""
     merged = merge_patches(torch.arange(16.0).view(1, 16, 1), stride=2)
     assert merged.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
 

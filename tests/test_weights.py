@@ -1,4 +1,4 @@
-"""Loading: both layouts fill the same model, shards and casts work, every tensor at fault is named."""
+"""Loading weights: both layouts fill the same model, shards and casts work, every faulty tensor is named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_both_layouts_fill_the_same_model() -> None:
         assert all(torch.equal(aidc[name], native[name]) for name in aidc)
 
 
-def test_names_are_the_checkpoints_own() -> None:
+def test_parameters_have_the_checkpoints_names() -> None:
     directory = checkpoint_dir("tiny112-untied", "aidc")
     stored = load_file(directory / "model.safetensors")
     model = load_model(directory, device=CPU, dtype=torch.float32)
@@ -45,7 +45,7 @@ def test_bfloat16_is_the_rounded_float32() -> None:
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
 
 
-def test_shards_by_index(tmp_path: Path) -> None:
+def test_shards_are_loaded_by_their_index(tmp_path: Path) -> None:
     directory = _copy_with(tmp_path, "aidc", lambda tensors: None)
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
@@ -58,7 +58,7 @@ def test_shards_by_index(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
+def test_a_tied_checkpoint_may_also_store_its_head(tmp_path: Path) -> None:
     def add_head(tensors: Tensors) -> None:
         tensors["llm.lm_head.weight"] = tensors["llm.model.embed_tokens.weight"].clone()
 
@@ -94,7 +94,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         load_model(directory, device=CPU, dtype=torch.float32)
 
 
-def test_a_torn_file_is_named(tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     directory = _copy_with(tmp_path, "aidc", lambda tensors: None)
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
