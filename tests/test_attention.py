@@ -90,7 +90,7 @@ def test_a_cpu_and_float32_use_torchs_kernel() -> None:
 
 def test_an_unavailable_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVIS_ATTENTION", "vendor")
-    with pytest.raises(ValueError, match="OVIS_ATTENTION=vendor is not to be had here"):
+    with pytest.raises(ValueError, match="OVIS_ATTENTION=vendor is not available here"):
         _find_kernels.__wrapped__(True)
     assert isinstance(_find_kernels.__wrapped__(False), Sdpa)
 

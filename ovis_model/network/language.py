@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder (arXiv:2412.15115), over embeddings of text and visual tokens alike.
+"""The Qwen2.5 decoder (arXiv:2412.15115) for embeddings of text and of visual tokens.
 
 Attribute names are those of AIDC-AI's checkpoints.
 """
@@ -19,11 +19,13 @@ from ovis_model.network.tensor_parallel import ALONE, Shard, ShardedEmbedding, S
 
 
 class Qwen2ForCausalLM(nn.Module):
+    """The decoder with its output matrix."""
+
     def __init__(self, config: LanguageConfig, shard: Shard = ALONE) -> None:
         super().__init__()
         self.shard = shard
         self.model = Qwen2Model(config, shard)
-        # Tied checkpoints have no output matrix of their own: the embedding table is it.
+        # Tied checkpoints use the embedding table as the output matrix.
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -31,7 +33,7 @@ class Qwen2ForCausalLM(nn.Module):
         )
 
     def fuse(self) -> None:
-        """Lay out for inference: see `lay_out` and `FusedRows`."""
+        """Lay out the weights for inference, with `lay_out` and `FusedRows`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data = lay_out(module.weight.data)
@@ -40,12 +42,14 @@ class Qwen2ForCausalLM(nn.Module):
                 module.fuse()
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] -> [..., vocab_size]"""
+        """Compute logits: [..., hidden_size] -> [..., vocab_size]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return self.shard.gather(F.linear(hidden.to(head.weight.dtype), head.weight))
 
 
 class Qwen2Model(nn.Module):
+    """The decoder: embedding table, layers and final norm."""
+
     def __init__(self, config: LanguageConfig, shard: Shard) -> None:
         super().__init__()
         self.config = config
@@ -54,9 +58,10 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
-        """[B, T, hidden_size], int64[B, T] -> [B, T, hidden_size]; `context` takes in what the layers add.
+        """Run the layers and the norm: [B, T, hidden_size], int64[B, T] -> [B, T, hidden_size].
 
-        More than one token a row is a prompt: computed, and given back, in `layers.pass_dtype`.
+        The layers add their keys and values to `context`. Prompts (T > 1) are computed and returned in the dtype of
+        `layers.choose_pass_dtype`.
         """
         if hidden.shape[1] > 1:
             hidden = hidden.to(choose_pass_dtype(hidden.dtype, hidden.device))
@@ -71,7 +76,7 @@ class Qwen2Model(nn.Module):
 
 
 class _Narrowed:
-    """A context in another type than the layers compute in: a prompt attends to what the steps after it see."""
+    """A context in another dtype than the layers, so that a prompt attends to the same values as later decode steps."""
 
     def __init__(self, context: AttentionContext, dtype: torch.dtype) -> None:
         self._context, self._dtype = context, dtype
@@ -85,9 +90,9 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def compute_rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Cosines and sines [B, T, 1, head_dim] of RoPE (arXiv:2104.09864), angles in float32.
+    """Compute the cosines and sines [B, T, 1, head_dim] of RoPE (arXiv:2104.09864), with angles in float32.
 
-    The first half of the sines is negated: see `rotate`.
+    The first half of the sines is negated, as `rotate` needs it.
     """
     angles = position_ids[:, :, None, None].float() * _compute_frequencies(head_dim, theta, position_ids.device)
     cos, sin = angles.cos(), angles.sin()
@@ -101,13 +106,13 @@ def _compute_frequencies(head_dim: int, theta: float, device: torch.device) -> T
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Apply RoPE to [B, T, heads, head_dim]; the two halves of a head are the pairs."""
+    """Apply RoPE to [B, T, heads, head_dim]; a pair has one channel in each half of a head."""
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class LayerWeights(NamedTuple):
-    """Of one layer, in the order of their use; matrices [in, out], as `project` takes them."""
+    """Weights of one layer, in the order of use; matrices are [in, out], as `project` needs them."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -121,7 +126,8 @@ class LayerWeights(NamedTuple):
 class DecoderLayer(nn.Module):
     """Grouped-query attention and a gated MLP.
 
-    One function over plain tensors: calls of modules and their attributes took a third of a decode step on a CPU.
+    The layer is one function over plain tensors, because calls of modules and access to their attributes took a third
+    of a decode step on a CPU.
     """
 
     def __init__(self, config: LanguageConfig, index: int, shard: Shard) -> None:
@@ -136,13 +142,13 @@ class DecoderLayer(nn.Module):
         self._weights: LayerWeights | None = None
 
     def fuse(self) -> None:
-        """See `FusedRows`."""
+        """Fuse the matrices that share an input; see `FusedRows`."""
         self.self_attn.qkv.fuse()
         self.mlp.gate_up.fuse()
         self._weights = self._gather_weights()
 
     def forward(self, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """[B * T, hidden_size] -> [B * T, hidden_size]"""
+        """Run the layer on all tokens of a batch: [B * T, hidden_size] -> [B * T, hidden_size]."""
         weights = self._weights or self._gather_weights()
         tokens = self._attend(weights, tokens, rotary, context).add_(tokens)
         return self._apply_mlp(weights, tokens).add_(tokens)
@@ -200,10 +206,10 @@ class GatedMLP(nn.Module):
 
 
 class FusedRows:
-    """Several linear layers over the same input as one matrix product.
+    """Several linear layers with the same input, computed as one matrix product.
 
-    `fuse` lays their parameters out as parts of one matrix, so that names and state dict stay those of the checkpoint
-    and no weight is held twice; until then, and while training, the matrix is put together for each product.
+    `fuse` lays their parameters out as parts of one matrix: names and state dict stay those of the checkpoint, and no
+    weight is stored twice. Before that, and in training, the matrix is concatenated for each product.
     """
 
     def __init__(self, *parts: nn.Linear) -> None:
@@ -212,7 +218,7 @@ class FusedRows:
         self._bias: Tensor | None = None
 
     def fuse(self) -> None:
-        """On the device and in the type that the parameters have now; moving them later would undo it."""
+        """Fuse the parameters in their present device and dtype; moving them later undoes it."""
         with torch.no_grad():
             weight, self._bias = self._concatenate()
             self._weight = lay_out(weight)
@@ -225,7 +231,7 @@ class FusedRows:
             start = rows.stop
 
     def stack(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out] of all parts, one below the other."""
+        """Return the weight [out, in] and bias [out] of all parts, stacked along the outputs."""
         return self._concatenate() if self._weight is None else (self._weight, self._bias)
 
     def _concatenate(self) -> tuple[Tensor, Tensor | None]:

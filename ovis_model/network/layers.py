@@ -1,4 +1,4 @@
-"""Layers that the vision tower and the decoder share: norms, linear layers, gating."""
+"""Layers that both the vision tower and the decoder use: norms, linear layers, gating."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 WIDENED_VALUES = 1 << 22
-"""Of a matrix that products have in a wider type at once: 16 MB, which malloc keeps and does not give back."""
+"""Values of a matrix that a product casts to float32 at once: 16 MB, a buffer that malloc keeps for reuse."""
 
 
 class RMSNorm(nn.Module):
@@ -21,19 +21,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension: [..., size] -> [..., size] in the dtype of `x`."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 class PatchNorm(RMSNorm):
-    """Of features [N, P, H], in float32 bitwise as `RMSNorm` on features that lie channel by channel.
+    """Root-mean-square norm of features [N, P, H], bitwise equal to the original's in float32.
 
-    The original's lie so, and torch adds up in another order along a dimension that is contiguous: so the squares are
-    laid out like the original's, and nothing else, because products of contiguous features are faster.
+    The original stores features channel by channel, and torch sums in another order along a contiguous dimension. So
+    the squares have the original's layout. Only they do, because products of contiguous features are faster.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension: [N, P, H] -> [N, P, H]."""
         if x.dtype != torch.float32:
             return super().forward(x)
         squares = x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2).copy_(x).square_()
@@ -41,17 +43,17 @@ class PatchNorm(RMSNorm):
 
 
 def apply_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Bitwise as `RMSNorm` of a contiguous x, in one kernel or two."""
+    """Normalize a contiguous `x` bitwise as `RMSNorm` does, in one kernel or two."""
     if x.dtype == weight.dtype == torch.float32:
         return torch.rms_norm(x, weight.shape, weight, eps)
-    # Without a weight, because torch would multiply by it before it casts back.
+    # The weight multiplies afterwards, because torch would apply it before casting back.
     return weight * torch.rms_norm(x, weight.shape, None, eps)
 
 
 def lay_out(weight: Tensor) -> Tensor:
-    """The same matrix [out, in]; on a CPU in float32 stored column by column.
+    """Return the same matrix [out, in], stored column by column if it is float32 on a CPU.
 
-    MKL multiplies the few rows of a decode step by it in as little as half the time, and many rows no slower.
+    MKL then multiplies the few tokens of a decode step in as little as half the time, and many tokens no slower.
     """
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
         return weight.t().contiguous().t()
@@ -59,21 +61,21 @@ def lay_out(weight: Tensor) -> Tensor:
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] in the type of x, whatever that of the weights."""
+    """Multiply `x` [..., in] by `weight` [out, in], in the dtype of `x` whatever the dtype of the weight."""
     if x.dtype == weight.dtype:
         return F.linear(x, weight, bias)
     return _multiply_widened(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
 
 
 def project(tokens: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` of tokens [N, in] and a matrix [in, out], past what `F.linear` does to get there."""
+    """Multiply tokens [N, in] by a matrix [in, out] like `apply_linear`, without the overhead of `F.linear`."""
     if tokens.dtype != matrix.dtype:
         return _multiply_widened(tokens, matrix, bias)
     return torch.mm(tokens, matrix) if bias is None else torch.addmm(bias, tokens, matrix)
 
 
 def _multiply_widened(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """The matrix is cast to the type of the tokens some columns at a time."""
+    """Multiply in the dtype of the tokens; the matrix is cast some columns at a time."""
     size, width = matrix.shape
     out, step = tokens.new_empty(len(tokens), width), max(1, WIDENED_VALUES // size)
     for columns in (slice(start, start + step) for start in range(0, width, step)):
@@ -82,41 +84,45 @@ def _multiply_widened(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Te
 
 
 class Linear(nn.Linear):
-    """Of inputs in the type of the weights or another: see `linear`."""
+    """A linear layer for inputs in any dtype; see `apply_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: [..., in] -> [..., out] in the dtype of `x`."""
         return apply_linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Of inputs in the type of the weights or another."""
+    """A layer norm for inputs in any dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension: [..., size] -> [..., size] in the dtype of `x`."""
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def apply_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU of `gate` times `up`, for SwiGLU (arXiv:2002.05202); without gradients in the memory of `gate`."""
+    """Return SiLU(gate) * up, for SwiGLU (arXiv:2002.05202). Without gradients the result overwrites `gate`."""
     if torch.is_grad_enabled():
         return F.silu(gate) * up
     return F.silu(gate, inplace=True).mul_(up)
 
 
 def choose_pass_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of activations in passes over many tokens (vision, prefill), for weights of `dtype`.
+    """Return the dtype of activations in passes over many tokens (vision, prefill), for weights of `dtype`.
 
-    float32 for bfloat16 on a CPU whose products in bfloat16 are slower: the weights are read once for many tokens, so
-    casting them is nothing beside that. Decode steps, which wait for the weights' bytes, stay in `dtype`.
+    It is float32 for bfloat16 weights on a CPU that multiplies bfloat16 more slowly. Such a pass uses each weight for
+    many tokens, so the cost of casting it is negligible. Decode steps stay in `dtype`, because they are bound by the
+    time to read the weights.
     """
     return torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" and _is_slow_in_bfloat16() else dtype
 
 
 @cache
 def _is_slow_in_bfloat16() -> bool:
-    """By what the CPU is, not by a measurement, so that a machine always gives the same results.
+    """Return whether this CPU multiplies bfloat16 more slowly than float32.
 
-    Fast on x86 are AMX and AMD's AVX512-BF16, at least twice the rate of float32; Intel's AVX512-BF16 has half of it,
-    and without either bfloat16 is emulated. Other architectures are taken to be fast.
+    The CPU's features decide, not a measurement, so that a machine always gives the same results. On x86, AMX and AMD's
+    AVX512-BF16 have at least twice the rate of float32. Intel's AVX512-BF16 has half the rate, and without either,
+    bfloat16 is emulated. Other architectures are assumed to be fast.
     """
     cpu = torch.cpu.get_capabilities()
     is_amd = cpu.get("sse4a", False)  # no other maker has it

@@ -16,14 +16,14 @@ from ovis_model.network.vision import HEAD_CHUNK_TOKENS, VisualTokenizer
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Of red, green and blue in [0, 1]; the `image_mean` of every published checkpoint."""
+"""Mean of red, green and blue in [0, 1]: the `image_mean` of every published checkpoint."""
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Ovis(nn.Module):
-    """Attribute names are those of AIDC-AI's checkpoints.
+    """The Ovis2 network; attribute names are those of AIDC-AI's checkpoints.
 
-    `post_trunk_norm` applies the tower's last norm, as transformers does and the original does not.
+    `post_trunk_norm` applies the tower's last norm. transformers applies it, the original does not.
     """
 
     def __init__(self, config: OvisConfig, *, post_trunk_norm: bool = False, shard: Shard = ALONE) -> None:
@@ -35,36 +35,38 @@ class Ovis(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of all parameters."""
         return self.vte.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of all parameters."""
         return self.vte.weight.dtype
 
     @property
     def pass_dtype(self) -> torch.dtype:
-        """Of activations in vision and prefill: see `layers.pass_dtype`."""
+        """The dtype of activations in vision and prefill; see `layers.choose_pass_dtype`."""
         return choose_pass_dtype(self.dtype, self.device)
 
     def normalize(self, tiles: Tensor, tile_sizes: Tensor) -> Tensor:
-        """uint8[N, 3, S, S], int[N, 2] (height_px, width_px) -> pixels [N, 3, S, S] in `pass_dtype`.
+        """Normalize tiles: uint8[N, 3, S, S], int[N, 2] (height_px, width_px) -> pixels [N, 3, S, S] in `pass_dtype`.
 
-        CLIP's mean and deviation through a table that is bitwise equal to the original path; the border around the
-        picture becomes 0, the mean colour, because the original pads after it normalises.
+        A table applies CLIP's mean and standard deviation, bitwise as the original does. The border around a crop
+        becomes 0, the mean colour, because the original pads after normalization.
         """
         table = torch.from_numpy(build_normalization_table()).to(self.device, self.pass_dtype)
         pixels = torch.empty(tiles.shape, dtype=table.dtype, device=table.device)
         for channel in range(3):
             bytes_ = tiles[:, channel]
             pixels[:, channel] = table[channel].index_select(0, bytes_.int().flatten()).view(bytes_.shape)
-        # A product, because filling by a mask takes a CPU six times as long.
+        # A product: filling by a mask takes six times as long on a CPU.
         return pixels.mul_(_mask_borders(tile_sizes, tiles.shape[-1], table.dtype)[:, None])
 
     def encode_tiles(self, pixels: Tensor) -> Tensor:
-        """Pixels [N, 3, S, S] -> visual embeddings [N, tokens_per_tile, hidden_size] in the model's dtype.
+        """Encode pixels [N, 3, S, S] as visual embeddings [N, tokens_per_tile, hidden_size] in the model's dtype.
 
-        Computed in the dtype of the pixels. The indicators have probability 0 in the original, so their rows of the
-        table are left out.
+        The computation runs in the dtype of the pixels. It skips the indicators' entries of the table, whose
+        probability is 0 in the original.
         """
         return self.shard.distribute(pixels, self._encode_tiles)
 
@@ -76,9 +78,9 @@ class Ovis(nn.Module):
         return embeds.view(*features.shape[:2], table.shape[1])
 
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
-        """int64[T] with placeholders, visual embeddings [n, hidden_size] -> [T, hidden_size].
+        """Embed ids with placeholders: int64[T], visual embeddings [n, hidden_size] -> [T, hidden_size].
 
-        The atoms of `input_ids`, in order, take the rows of `visual`: their numbers must be equal.
+        The n atoms of `input_ids` take the n embeddings of `visual` in order.
         """
         atoms, indicators = input_ids == IMAGE_ATOM_ID, input_ids <= IMAGE_START_ID
         assert int(atoms.sum()) == visual.shape[0], (
@@ -90,12 +92,12 @@ class Ovis(nn.Module):
         return embeds.masked_scatter(indicators[:, None], self.vte(indicator_rows))
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, T, hidden_size], int64[B, T] -> logits [B, T, vocab_size]: for training and for scoring whole texts."""
+        """Compute logits: [B, T, hidden_size], int64[B, T] -> [B, T, vocab_size], in training and to score texts."""
         return self.llm.compute_logits(self.llm.model(inputs_embeds, position_ids, NoContext()))
 
 
 def _mask_borders(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
-    """[N, S, S]: 1 where the centred picture of (height, width) is in its tile, 0 around it."""
+    """Return [N, S, S]: 1 inside the centred crop of (height_px, width_px) of each tile, 0 in the border around it."""
     at = torch.arange(side, device=tile_sizes.device)
     start = (side - tile_sizes) // 2  # [N, 2]
     within = (at >= start[..., None]) & (at < (start + tile_sizes)[..., None])  # [N, 2, S]
@@ -104,12 +106,12 @@ def _mask_borders(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
 
 
 def build_normalization_table() -> NDArray[np.float32]:
-    """float32[3, 256]: row c maps a byte of channel c to its normalised value.
+    """Return float32[3, 256], which maps a byte of each channel to its normalized value.
 
-    Bitwise what the original's `CLIPImageProcessor` computes. The border of a tile is 0 after normalisation,
-    which no byte maps to: set it, do not look it up.
+    The values are bitwise those of the original's `CLIPImageProcessor`. The border of a tile, which is 0 after
+    normalization, cannot come from the table, because no byte maps to 0.
     """
-    # Order and types decide the last bit: a float64 product rounded once, then float32 throughout.
+    # Order and dtypes decide the last bit: a float64 product rounded once, then float32 throughout.
     unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.array(CLIP_MEAN, np.float32)[:, None], np.array(CLIP_STD, np.float32)[:, None]
     table: NDArray[np.float32] = (unit - mean) / std

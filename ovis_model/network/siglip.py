@@ -1,6 +1,6 @@
-"""SigLIP (arXiv:2303.15343) through transformers: encode frames and text as comparable vectors.
+"""Encode frames and text as comparable vectors, with SigLIP (arXiv:2303.15343) from transformers.
 
-Weights from safetensors, no remote code. Pictures come in the size that the checkpoint wants, see `size`.
+The weights are read from safetensors, and no remote code runs. Frames must have the size of the checkpoint, `size`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ IMAGES_PER_BATCH = 32
 
 
 class SiglipEncoder:
-    """One checkpoint on one device. Encodes in float32 on a CPU and bfloat16 on CUDA; lengths are taken in float32."""
+    """One checkpoint on one device: float32 on a CPU, bfloat16 on CUDA.
+
+    `size` is the (width_px, height_px) of frames. Vectors are scaled to unit length in float32.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float]) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -33,7 +36,7 @@ class SiglipEncoder:
     def from_pretrained(
         cls, path_or_id: str, revision: str | None = None, device: Literal["cpu", "cuda"] = "cpu"
     ) -> SiglipEncoder:
-        """Of a directory, hub id or URI. Raises ValueError for what is no SigLIP."""
+        """Load from a directory, hub id or URI. Raise ValueError if the checkpoint is not a SigLIP."""
         from transformers import AutoTokenizer, SiglipModel
 
         directory = fetch_checkpoint(path_or_id, revision)
@@ -46,17 +49,17 @@ class SiglipEncoder:
         return cls(model.to(device).eval(), tokenizer, mean, std)
 
     @torch.inference_mode()
-    def encode_frames(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8[N, H, W, 3] of `size` -> float32[N, d], of unit length."""
-        parts = [pictures[i : i + IMAGES_PER_BATCH] for i in range(0, len(pictures), IMAGES_PER_BATCH)]
+    def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode frames uint8[N, H, W, 3] of `size` as float32[N, d] of unit length."""
+        parts = [frames[i : i + IMAGES_PER_BATCH] for i in range(0, len(frames), IMAGES_PER_BATCH)]
         return np.concatenate([_normalize_vectors(self._encode_batch(part)) for part in parts])
 
     @torch.inference_mode()
     def encode_text(self, text: str) -> NDArray[np.float32]:
-        """float32[d], of unit length. A text longer than the encoder takes is the mean of its parts.
+        """Encode a text as float32[d] of unit length; a text too long for the encoder is the mean of its parts.
 
-        The encoder looks at its last position and was trained on texts padded to their full length, so each part ends
-        with the end mark and is padded.
+        The encoder reads its result at the last position, and was trained on texts padded to the full length. So each
+        part ends with the end mark and is padded.
         """
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         room = self._num_positions - 1
@@ -69,19 +72,19 @@ class SiglipEncoder:
         mean: NDArray[np.float32] = _normalize_vectors(torch.from_numpy(vectors.mean(axis=0, keepdims=True)))[0]
         return mean
 
-    def _encode_batch(self, pictures: NDArray[np.uint8]) -> torch.Tensor:
-        pixels = torch.from_numpy(pictures).to(self._model.device).permute(0, 3, 1, 2).float()  # [N, 3, H, W]
+    def _encode_batch(self, frames: NDArray[np.uint8]) -> torch.Tensor:
+        pixels = torch.from_numpy(frames).to(self._model.device).permute(0, 3, 1, 2).float()  # [N, 3, H, W]
         normalised = ((pixels - self._mean) / self._std).to(self._model.dtype)
         features: torch.Tensor = self._model.get_image_features(normalised).pooler_output
         return features
 
 
 def check_siglip(directory: Path) -> None:
-    """Raises CheckpointError. Looks at the configuration only."""
+    """Raise CheckpointError unless `directory` holds a SigLIP; only its configuration is read."""
     config = directory / "config.json"
     kind = json.loads(config.read_text()).get("model_type") if config.exists() else None
     if kind != "siglip":
-        raise CheckpointError(f"{directory} holds {kind or 'no model'}, not a SigLIP that takes pictures of one size")
+        raise CheckpointError(f"{directory} holds {kind or 'no model'}; give a SigLIP that takes images of one size")
 
 
 def _normalize_vectors(vectors: torch.Tensor) -> NDArray[np.float32]:

@@ -1,11 +1,13 @@
 """Tensor parallelism: the part of the model that a rank holds, and the exchange between ranks.
 
-As in Megatron-LM (arXiv:1909.08053): query, key, value, gate and up projections are cut by output rows, the output and
-down projections by input columns, whose sums are then added over the ranks; the embedding table and the output matrix
-are cut by the vocabulary. Key-value heads that are fewer than the ranks are held by several of them. The vision tower,
-its head and the visual embedding table are whole on every rank, and the tiles of a pass are dealt out instead: the
-head's 65,531 outputs have no common divisor with any number of ranks, a tile needs none of its neighbours, and one
-exchange of 256 embeddings a tile replaces two in each of 24 blocks.
+The cut is that of Megatron-LM (arXiv:1909.08053). Query, key, value, gate and up projections are cut by output rows.
+The output and down projections are cut by input columns, and their results are summed over the ranks. The embedding
+table and the output matrix are cut by the vocabulary. If there are fewer key-value heads than ranks, several ranks hold
+the same head.
+
+Every rank holds the whole vision tower, its head and the visual embedding table; the tiles of a pass are distributed
+instead. The head's 65,531 outputs have no common divisor with any number of ranks, tiles do not depend on each other,
+and one exchange of 256 embeddings per tile replaces two exchanges in each of 24 blocks.
 """
 
 from __future__ import annotations
@@ -24,23 +26,23 @@ from torch import Tensor, nn
 from ovis_model.config import LanguageConfig
 from ovis_model.types import EngineDied
 
-_COLLECTIVE_TIMEOUT = timedelta(hours=1)  # who watches the ranks gives them up long before
+_COLLECTIVE_TIMEOUT = timedelta(hours=1)  # far longer than the owner of the ranks waits for a sign of life
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of `count` equal ones along dimension `dim` of a weight."""
+    """Part `index` of `count` equal parts of a weight along its dimension `dim`."""
 
     dim: int = 0
     index: int = 0
     count: int = 1
 
     def to_whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a part's shape."""
+        """Convert the shape of a part to the shape of the whole weight."""
         return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(part))
 
     def to_slices(self, part: tuple[int, ...]) -> tuple[slice, ...]:
-        """Where in the whole the part of this shape is."""
+        """Return where in the whole weight the part of this shape is."""
         at = self.index * part[self.dim]
         return tuple(slice(at, at + n) if dim == self.dim else slice(None) for dim, n in enumerate(part))
 
@@ -50,9 +52,9 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank `rank` of `size`. With one rank nothing is cut and nothing is exchanged.
+    """Rank `rank` of `size`. A single rank cuts and exchanges nothing.
 
-    `on_exchange` is called whenever this rank is about to wait for the others: a sign of life.
+    `on_exchange` is called each time before this rank waits for the others; it may send a sign of life.
     """
 
     rank: int = 0
@@ -60,30 +62,31 @@ class Shard:
     on_exchange: Callable[[], None] = lambda: None
 
     def make_part(self, dim: int) -> Part:
+        """Return this rank's part of a weight that is cut along `dim`."""
         return Part(dim, self.rank, self.size)
 
     def make_kv_part(self, num_kv_heads: int) -> Part:
-        """Rows of the key or value projection: one head is the least, and neighbouring ranks share it."""
+        """Return this rank's rows of the key or value projection: at least one head, shared by neighbouring ranks."""
         count = min(self.size, num_kv_heads)
         return Part(0, self.rank * count // self.size, count)
 
     def to_local(self, config: LanguageConfig) -> LanguageConfig:
-        """As the key-value cache of this rank sees it."""
+        """Return the configuration with the key-value heads of this rank only, for its cache."""
         return replace(config, num_key_value_heads=max(1, config.num_key_value_heads // self.size))
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """Sum `x` over the ranks, in place."""
         if self.size > 1:
             with self._exchange():
                 dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return the ranks' [..., n] side by side: [..., size * n], bitwise the same everywhere."""
+        """Concatenate the ranks' [..., n] to [..., size * n], bitwise the same on every rank."""
         return x if self.size == 1 else torch.cat(self._collect(x), dim=-1)
 
     def distribute(self, tiles: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Encode [N, ...] -> [N, ...], each rank doing its part of the N; the last one may do some for nothing."""
+        """Encode tiles [N, ...] -> [N, ...] with each rank encoding its share; the last share may include padding."""
         if self.size == 1:
             return encode(tiles)
         share = -(-len(tiles) // self.size)
@@ -92,14 +95,14 @@ class Shard:
         return torch.cat(self._collect(mine))[: len(tiles)]
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Replace `x` by rank 0's, in place: for what each rank computes, and all must agree on."""
+        """Replace `x` by rank 0's value, in place, so that all ranks continue with the same values."""
         if self.size > 1:
             with self._exchange():
                 dist.broadcast(x, src=0)
         return x
 
     def reduce_min(self, value: int) -> int:
-        """Return the smallest of the ranks' values."""
+        """Return the minimum of the ranks' values."""
         smallest = torch.tensor(value)
         if self.size > 1:
             with self._exchange():
@@ -126,10 +129,10 @@ ALONE = Shard()
 
 @contextmanager
 def join_ranks(rank: int, size: int, meeting_point: Path, on_exchange: Callable[[], None]) -> Iterator[Shard]:
-    """This process as a rank, while the context lasts; all ranks are on one machine and see the file `meeting_point`.
+    """Make this process a rank while the context lasts; all ranks run on one machine and meet at `meeting_point`.
 
-    The file must not exist before, so nothing is shared with other groups: no port, no name. Tensors on a CPU travel
-    by gloo, those on a GPU by NCCL, which starts with its first tensor.
+    That file must not exist before, so that groups share no port and no name. CPU tensors are exchanged with gloo and
+    GPU tensors with NCCL, which starts at the first exchange.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
@@ -152,14 +155,14 @@ class ShardedLinear(nn.Linear):
 
 
 class ShardedEmbedding(nn.Embedding):
-    """A rank's rows of an embedding table; looks up any id, with the help of the others."""
+    """A rank's rows of an embedding table; the ranks look up ids together."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, shard: Shard) -> None:
         super().__init__(num_embeddings // shard.size, embedding_dim)
         self.part, self._shard = shard.make_part(0), shard
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64[...] -> [..., embedding_dim]"""
+        """Look up any ids: int64[...] -> [..., embedding_dim]."""
         if self.part.count == 1:
             return super().forward(ids)
         local = ids - self.part.index * self.num_embeddings

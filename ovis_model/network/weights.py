@@ -1,6 +1,6 @@
-"""Load safetensors files into a model, one tensor at a time, in either layout of checkpoint.
+"""Load safetensors files of either layout into a model, one tensor at a time.
 
-Strict: a tensor that is missing, unknown or misshapen stops the load and is named.
+A missing, unknown or misshapen tensor is an error that names the tensor.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ovis_model.network.tensor_parallel import ALONE, WHOLE, Part, Shard, Sharde
 
 
 class WeightsError(ValueError):
-    """The checkpoint's tensors are not those of its configuration."""
+    """The checkpoint's tensors do not match its configuration."""
 
 
 def load_model(
     directory: Path, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False, shard: Shard = ALONE
 ) -> Ovis:
-    """The checkpoint in `directory`, or a rank's part of it, in eval mode. Raises ConfigError or WeightsError.
+    """Load the checkpoint in `directory`, or a rank's part of it, in eval mode. Raise ConfigError or WeightsError.
 
-    The model is laid out empty on `device`; each tensor is read from its mapped file, cast and copied into place, so
-    the largest tensor is all that exists twice.
+    The model is first allocated on `device`. Then each tensor is read from its mapped file, cast and copied into place,
+    so at most one tensor is in memory twice.
     """
     config = OvisConfig.from_directory(directory)
     model = allocate_model(config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard)
@@ -42,7 +42,7 @@ def load_model(
 def allocate_model(
     config: OvisConfig, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False, shard: Shard = ALONE
 ) -> Ovis:
-    """An Ovis in eval mode whose parameters are allocated and not initialised."""
+    """Allocate an Ovis in eval mode on `device`, without initializing its parameters."""
     with torch.device("meta"):
         model = Ovis(config, post_trunk_norm=post_trunk_norm, shard=shard).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
@@ -52,22 +52,23 @@ def allocate_model(
 
 @dataclass(frozen=True)
 class Target:
-    """The parameter, or the rows of one, that takes `part` of a stored tensor."""
+    """The parameter, or some of its rows, that `part` of a stored tensor fills."""
 
     tensor: Tensor
     part: Part = WHOLE
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the whole stored tensor."""
         return self.part.to_whole_shape(self.tensor.shape)
 
     def fill(self, stored: Any) -> None:
-        """Read no more of the stored tensor than is taken."""
+        """Copy the part from `stored`, a safetensors slice; nothing else is read from the file."""
         self.tensor.copy_(stored[self.part.to_slices(self.tensor.shape)])
 
 
 def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
-    """Fill every parameter of `model`. Raise WeightsError that names each tensor at fault."""
+    """Fill every parameter of `model`. Raise WeightsError that names each missing, unknown or misshapen tensor."""
     pending = find_targets(model, layout)
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": []}
     ignored = {_LM_HEAD[layout]} if model.config.language.tie_word_embeddings else set()
@@ -86,7 +87,7 @@ def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
 
 
 def find_targets(model: Ovis, layout: Layout) -> dict[str, Target]:
-    """Return the target of each tensor that the layout stores, by its name there."""
+    """Return {name in the layout: target} for each stored tensor."""
     targets: dict[str, Target] = {}
     for prefix, module in model.named_modules():
         part = module.part if isinstance(module, ShardedLinear | ShardedEmbedding) else WHOLE
@@ -124,7 +125,7 @@ _TO_NATIVE = [
 
 
 def _to_native_names(name: str) -> list[str]:
-    """transformers' name or, where it splits the fused query-key-value matrix, its three names in row order."""
+    """Return transformers' name, or its three names in row order where it splits the query-key-value matrix."""
     for pattern, replacement in _TO_NATIVE:
         name = re.sub(pattern, replacement, name)
     if ".attention.qkv." not in name:
@@ -152,7 +153,7 @@ def _describe(stored: Any) -> str:
 
 
 def _read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Names and safetensors' slices: what is cut out of one is all that is read of it."""
+    """Yield names and safetensors slices; only the part cut out of a slice is read from its file."""
     for path in _list_shards(directory):
         try:
             with safe_open(path, framework="pt", device="cpu") as shard:
@@ -161,7 +162,7 @@ def _read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
         except OSError as error:
             raise WeightsError(f"cannot read {path}: {error}") from error
         except Exception as error:
-            # safetensors' own error type is not exported under a stable name.
+            # safetensors does not export its error type under a stable name.
             if type(error).__name__ != "SafetensorError":
                 raise
             raise WeightsError(f"{path} is not a safetensors file: {error}") from error
@@ -172,9 +173,11 @@ def _list_shards(directory: Path) -> list[Path]:
     if index.exists():
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise WeightsError(f"{index} names a file outside its directory")
+            raise WeightsError(f"{index} names a file outside its directory, which is not allowed")
         return [directory / name for name in names]
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
-        raise WeightsError(f"{directory} has no .safetensors file; other weight formats can hold code and are refused")
+        raise WeightsError(
+            f"{directory} has no .safetensors file; convert the weights, since other formats can contain code"
+        )
     return shards
