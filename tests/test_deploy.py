@@ -1,4 +1,4 @@
-"""The files for clusters: valid to Ray's launcher and to KubeRay, of the pinned versions, with commands that exist."""
+"""The cluster files are valid for Ray's launcher and KubeRay, use the pinned versions, and run existing commands."""
 
 from __future__ import annotations
 
@@ -21,49 +21,50 @@ from tests.support.roots import ROOT
 RAY_VERSION = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 
 
-def load(name: str) -> Any:
+def load_yaml(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text())
 
 
-def test_rays_launcher_takes_cluster_yaml() -> None:
-    validate_config(prepare_config(load("cluster.yaml")))
+def test_rays_launcher_accepts_cluster_yaml() -> None:
+    validate_config(prepare_config(load_yaml("cluster.yaml")))
 
 
-def test_rays_launcher_would_notice_a_wrong_field() -> None:
-    config = load("cluster.yaml")
+def test_rays_launcher_refuses_a_wrong_field() -> None:
+    config = load_yaml("cluster.yaml")
     config["available_node_types"]["gpu"]["resources"]["GPU"] = "four"
     with pytest.raises(jsonschema.ValidationError):
         validate_config(prepare_config(config))
 
 
 def test_workers_are_spot_machines_and_the_head_is_not() -> None:
-    types = load("cluster.yaml")["available_node_types"]
+    types = load_yaml("cluster.yaml")["available_node_types"]
     spot = {name for name, node in types.items() if "InstanceMarketOptions" in node["node_config"]}
     assert spot == {"cpu", "gpu"} == types.keys() - {"head"}
-    assert sum(types[name]["max_workers"] for name in spot) == load("cluster.yaml")["max_workers"]
+    assert sum(types[name]["max_workers"] for name in spot) == load_yaml("cluster.yaml")["max_workers"]
 
 
-def test_kuberay_takes_the_job() -> None:
-    jsonschema.validate(load("deploy/rayjob.yaml"), load("tests/rayjob_schema.yaml"))
+def test_the_job_matches_kuberays_schema() -> None:
+    jsonschema.validate(load_yaml("deploy/rayjob.yaml"), load_yaml("tests/rayjob_schema.yaml"))
 
 
-def test_the_jobs_command_is_one_that_we_take() -> None:
-    words = shlex.split(load("deploy/rayjob.yaml")["spec"]["entrypoint"])
+def test_the_jobs_command_parses_and_plans_on_an_empty_cluster() -> None:
+    words = shlex.split(load_yaml("deploy/rayjob.yaml")["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "jobs.caption"]
     config = parse_command_line(caption.COMMAND, words[3:], "jobs.caption")
     groups = {
-        group["groupName"]: group for group in load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        group["groupName"]: group
+        for group in load_yaml("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     }
     assert config.autoscale and config.num_replicas == groups["gpu"]["maxReplicas"]
-    assert plan_tensor_parallel(config, Hardware(0), SIZES["8B"]) == 1  # before any node is there
+    assert plan_tensor_parallel(config, Hardware(0), SIZES["8B"]) == 1  # no node has started
     assert plan_pools(config, Hardware(0), 1).num_replicas == config.num_replicas
-    undecided = config.model_copy(update={"tensor_parallel": "auto"})
-    with pytest.raises(ResourceError, match="give --tensor-parallel N"):
-        plan_tensor_parallel(undecided, Hardware(0), SIZES["8B"])
+    unspecified = config.model_copy(update={"tensor_parallel": "auto"})
+    with pytest.raises(ResourceError, match="--tensor-parallel N"):
+        plan_tensor_parallel(unspecified, Hardware(0), SIZES["8B"])
 
 
-def test_versions_are_the_pinned_ones() -> None:
-    cluster, job = load("cluster.yaml"), load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]
+def test_images_and_pip_use_the_pinned_versions() -> None:
+    cluster, job = load_yaml("cluster.yaml"), load_yaml("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]
     templates = [job["headGroupSpec"]["template"], *(group["template"] for group in job["workerGroupSpecs"])]
     images = [cluster["docker"]["image"], *(c["image"] for t in templates for c in t["spec"]["containers"])]
     assert {image.rpartition(":")[2] for image in images} == {RAY_VERSION} == {job["rayVersion"]}

@@ -1,4 +1,4 @@
-"""The demo's pictures: one seed one picture, one caption one scene, held-out captions never in training."""
+"""The demo's pictures depend only on their seed, captions are unambiguous, and held-out captions are not trained on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from demo.drawings import (
 
 _OBJECT = rf"a (?:{'|'.join(SIZES)}) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
 _POSITION = r"(?:top left|top right|top|left|centre|right|bottom left|bottom right|bottom)"
-_WHAT = {
+_CONTENT = {
     "one": rf"{_OBJECT} at the {_POSITION}",
     "two": rf"{_OBJECT} (?:left of|above) {_OBJECT}",
     "count": rf"(?:two|three|four|five|six) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})e?s",
@@ -30,19 +30,19 @@ _WHAT = {
 }
 
 
-def _scenes(count: int, held_out: bool = False) -> list[Scene]:
+def draw_scenes(count: int, held_out: bool = False) -> list[Scene]:
     return [make_picture(seed, held_out=held_out)[1] for seed in range(count)]
 
 
-def test_same_seed_same_picture() -> None:
+def test_a_seed_always_draws_the_same_picture() -> None:
     first, again, other = (make_picture(seed, held_out=True) for seed in (7, 7, 8))
     assert first[1] == again[1] != other[1]
     np.testing.assert_array_equal(np.asarray(first[0]), np.asarray(again[0]))
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_split_is_by_caption(held_out: bool) -> None:
-    assert {is_held_out(scene.caption) for scene in _scenes(300, held_out)} == {held_out}
+def test_the_split_is_by_caption(held_out: bool) -> None:
+    assert {is_held_out(scene.caption) for scene in draw_scenes(300, held_out)} == {held_out}
 
 
 def test_a_tenth_of_the_captions_is_held_out() -> None:
@@ -52,26 +52,26 @@ def test_a_tenth_of_the_captions_is_held_out() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_captions_follow_one_grammar(kind: str) -> None:
-    pattern = re.compile(rf"{_WHAT[kind]} on a (?:{'|'.join(BACKGROUNDS)}) background\.", re.IGNORECASE)
-    captions = [scene.caption for scene in _scenes(800) if scene.kind == kind]
+    pattern = re.compile(rf"{_CONTENT[kind]} on a (?:{'|'.join(BACKGROUNDS)}) background\.", re.IGNORECASE)
+    captions = [scene.caption for scene in draw_scenes(800) if scene.kind == kind]
     assert captions and all(pattern.fullmatch(caption) for caption in captions)
 
 
-def test_captions_say_what_is_there() -> None:
-    for scene in _scenes(500):
+def test_captions_name_what_is_drawn() -> None:
+    for scene in draw_scenes(500):
         words = scene.caption.lower()
         assert f"{scene.background} background" in words and scene.number in words
         assert all(thing.shape in words and thing.colour in words for thing in scene.things)
 
 
-def test_one_caption_never_means_two_scenes() -> None:
+def test_scenes_with_equal_captions_are_equal() -> None:
     meanings: dict[str, object] = {}
-    for scene in _scenes(3000):
-        assert meanings.setdefault(scene.caption, _meaning(scene)) == _meaning(scene)
+    for scene in draw_scenes(3000):
+        assert meanings.setdefault(scene.caption, get_meaning(scene)) == get_meaning(scene)
 
 
-def test_relations_are_clear() -> None:
-    for scene in _scenes(500):
+def test_relations_are_unambiguous() -> None:
+    for scene in draw_scenes(500):
         if scene.kind == "two":
             first, second = scene.things
             along, across = abs(second.x - first.x), abs(second.y - first.y)
@@ -80,26 +80,26 @@ def test_relations_are_clear() -> None:
 
 
 def test_objects_neither_touch_nor_leave_the_picture() -> None:
-    for scene in _scenes(500):
-        for i, (x, y, radius) in enumerate(circles := _circles(scene)):
+    for scene in draw_scenes(500):
+        for i, (x, y, radius) in enumerate(circles := get_circles(scene)):
             assert min(x, y, scene.width_px - x, scene.height_px - y) > radius - 1
             assert all(max(abs(x - u), abs(y - v)) > radius + r for u, v, r in circles[:i])
 
 
 @pytest.mark.parametrize(("many_tiles", "sizes"), [(False, ONE_TILE_SIZES_PX), (True, MANY_TILE_SIZES_PX)])
-def test_picture_sizes(many_tiles: bool, sizes: tuple[tuple[int, int], ...]) -> None:
+def test_every_size_is_drawn(many_tiles: bool, sizes: tuple[tuple[int, int], ...]) -> None:
     images = [make_picture(seed, held_out=False, many_tiles=many_tiles)[0] for seed in range(60)]
     assert {image.size for image in images} == set(sizes)
     assert all(image.mode == "RGB" for image in images)
 
 
-def _circles(scene: Scene) -> list[tuple[float, float, float]]:
-    """(x, y, radius) of the objects, in pixels."""
+def get_circles(scene: Scene) -> list[tuple[float, float, float]]:
+    """Return (x, y, radius) of each object, in pixels."""
     width, height = scene.width_px, scene.height_px
     return [(t.x * width, t.y * height, t.scale * min(width, height) / 2) for t in scene.things]
 
 
-def _meaning(scene: Scene) -> object:
+def get_meaning(scene: Scene) -> object:
     things = [(thing.shape, thing.colour) for thing in scene.things]
     sizes = [thing.size for thing in scene.things] if scene.kind != "count" else []
     places = [(round(thing.x * 2), round(thing.y * 2)) for thing in scene.things if scene.kind == "one"]

@@ -1,4 +1,4 @@
-"""The job on real files: a row in is a row out, whatever is in it."""
+"""Whole caption jobs on real files: a row in is a row out, whatever the file holds."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def pictures(tmp_path: Path) -> Path:
     return directory
 
 
-def config(inputs: Path | str, output: Path, **options: object) -> CaptionConfig:
+def make_config(inputs: Path | str, output: Path, **options: object) -> CaptionConfig:
     values = {"model": MODEL, "max_new_tokens": 8, **options}
     return CaptionConfig(input=(str(inputs),), output=str(output), **values)  # type: ignore[arg-type]
 
 
-def test_a_folder_becomes_parquet(pictures: Path, tmp_path: Path) -> None:
-    """As a user runs it, in a Ray of its own that leaves nothing behind."""
+def test_a_folder_of_images_becomes_parquet(pictures: Path, tmp_path: Path) -> None:
+    """The job runs as a user runs it, and starts its own Ray."""
     output = tmp_path / "out"
     finished = run_caption(pictures, output, "--model", MODEL, "--max-new-tokens", 8, "--rows-per-file", 10)
     assert finished.exit_code == 0, finished.stderr
@@ -71,8 +71,8 @@ def test_a_folder_becomes_parquet(pictures: Path, tmp_path: Path) -> None:
     assert record["status"] == "finished" and record["counts"] == {"ok": 24, "error": 0}
 
 
-def test_texts_are_those_of_the_engine_alone(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    run_pipeline(config(pictures, tmp_path / "out"))
+def test_rows_equal_what_the_engine_generates_without_ray(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    run_pipeline(make_config(pictures, tmp_path / "out"))
     rows = read_results(str(tmp_path / "out")).to_pylist()
     processor = Processor.from_pretrained(MODEL)
     for row in rows:
@@ -90,13 +90,13 @@ def test_texts_are_those_of_the_engine_alone(ray_cluster: None, pictures: Path, 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_photographs_are_ok_rows(ray_cluster: None, tmp_path: Path, checkpoint: str) -> None:
-    """All that scikit-learn and scikit-image ship: RGB, grey, RGBA, palette, 16 bits."""
+    """The photographs are all that scikit-learn and scikit-image ship: RGB, grey, RGBA, palette, 16 bits."""
     links = tmp_path / "photographs"
     links.mkdir()
     for i, photograph in enumerate(find_photographs()):
         (links / f"{i:03}{photograph.suffix}").symlink_to(photograph)
     model = str(checkpoint_dir(checkpoint))
-    summary = run_pipeline(config(links, tmp_path / "out", model=model, max_new_tokens=4, max_tiles=4))
+    summary = run_pipeline(make_config(links, tmp_path / "out", model=model, max_new_tokens=4, max_tiles=4))
     rows = read_results(str(tmp_path / "out")).to_pylist()
     assert [row["error"] for row in rows if row["status"] != "ok"] == []
     assert summary.ok == len(find_photographs()) >= 20
@@ -116,7 +116,7 @@ GOOD = ("one-pixel-high.png", "png-named.jpg", "animated.gif", "ünïcödé 图�
 
 @pytest.fixture
 def mixed(pictures: Path) -> Iterator[Path]:
-    """The good pictures among every kind of bad one."""
+    """Add every kind of bad file, and unusual good ones, to the pictures."""
     (pictures / "empty.jpg").touch()
     whole = draw(pictures / "whole.jpg", seed=50).read_bytes()
     (pictures / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
@@ -125,7 +125,7 @@ def mixed(pictures: Path) -> Iterator[Path]:
     (pictures / "flipped.jpg").write_bytes(flipped)
     (pictures / "text.png").write_text("<html>not found</html>")
     (pictures / "missing.png").symlink_to(pictures / "nowhere.png")
-    (pictures / "huge.png").write_bytes(_png_of(20_000, 20_000))
+    (pictures / "huge.png").write_bytes(encode_png_header(20_000, 20_000))
     os.mkfifo(pictures / "pipe.png")
     draw(pictures / os.fsdecode(b"name-\xff.png"), seed=51)
     draw(pictures / GOOD[0], seed=52, width=500, height=1)
@@ -138,12 +138,12 @@ def mixed(pictures: Path) -> Iterator[Path]:
     yield pictures
 
 
-@pytest.mark.parametrize(("config_of", "prefix"), [(config, ""), (make_annotate_config, "caption_")])
-def test_bad_rows_are_error_rows_and_the_others_are_untouched(
-    ray_cluster: None, mixed: Path, tmp_path: Path, config_of: Callable[..., RunConfig], prefix: str
+@pytest.mark.parametrize(("make", "prefix"), [(make_config, ""), (make_annotate_config, "caption_")])
+def test_bad_files_become_error_rows_and_change_no_other_row(
+    ray_cluster: None, mixed: Path, tmp_path: Path, make: Callable[..., RunConfig], prefix: str
 ) -> None:
     text, confidence = f"{prefix}text", "caption_confidence" if prefix else "mean_logprob"
-    summary = run_pipeline(config_of(mixed, tmp_path / "out"))
+    summary = run_pipeline(make(mixed, tmp_path / "out"))
     rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
     assert summary.rows == len(rows) == len(list(mixed.iterdir())) == summary.ok + summary.error
     for name, (stage, reason) in BAD.items():
@@ -157,30 +157,32 @@ def test_bad_rows_are_error_rows_and_the_others_are_untouched(
     for i in range(24):
         name = f"{i:02}.{('jpg', 'png', 'webp')[i % 3]}"
         (good_only / name).symlink_to(mixed / name)
-    run_pipeline(config_of(good_only, tmp_path / "alone"))
+    run_pipeline(make(good_only, tmp_path / "alone"))
     for row in read_results(str(tmp_path / "alone")).to_pylist():
         assert rows[Path(row["id"]).name][text] == row[text]
 
 
-def test_extreme_aspect_ratios_give_rows(ray_cluster: None, tmp_path: Path) -> None:
+def test_extreme_aspect_ratios_are_captioned(ray_cluster: None, tmp_path: Path) -> None:
     directory = tmp_path / "long"
     directory.mkdir()
     for i, (width, height) in enumerate([(10_000, 1), (1, 10_000), (20_000, 2), (3, 2_000), (5_000, 7)]):
         draw(directory / f"{i}.png", i, width, height)
-    assert run_pipeline(config(directory, tmp_path / "out")).rows == 5
+    assert run_pipeline(make_config(directory, tmp_path / "out")).rows == 5
     assert all(row["status"] == "ok" for row in read_results(str(tmp_path / "out")).to_pylist())
 
 
-def test_a_row_that_is_too_long_says_by_how_much(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    run_pipeline(config(pictures / "00.jpg", tmp_path / "out", max_new_tokens=32760))
+def test_a_row_over_the_models_limit_is_an_error_row_with_the_remedy(
+    ray_cluster: None, pictures: Path, tmp_path: Path
+) -> None:
+    run_pipeline(make_config(pictures / "00.jpg", tmp_path / "out", max_new_tokens=32760))
     [row] = read_results(str(tmp_path / "out")).to_pylist()
     assert (row["status"], row["stage"]) == ("error", "tile")
     assert "over the model's limit of 32768" in row["error"] and "--max-new-tokens" in row["error"]
 
 
-def test_a_row_that_the_engine_refuses_is_isolated(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_rows_that_the_engine_refuses_fail_alone(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     engine = FakeEngineFactory(fails_on_tiles=5)
-    run_pipeline(config(pictures, tmp_path / "out"), make_engine=engine)
+    run_pipeline(make_config(pictures, tmp_path / "out"), make_engine=engine)
     rows = read_results(str(tmp_path / "out")).to_pylist()
     failed = [row for row in rows if row["status"] == "error"]
     assert 0 < len(failed) < len(rows) == 24
@@ -188,39 +190,41 @@ def test_a_row_that_the_engine_refuses_is_isolated(ray_cluster: None, pictures: 
     assert {row["num_tiles"] for row in failed} == {5}
 
 
-def test_image_marks_in_a_prompt_do_no_harm(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_special_tokens_in_a_prompt_are_kept_as_text(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     prompt = "What do <image> and <|im_end|> mean in <image>?"
-    summary = run_pipeline(config(pictures / "00.jpg", tmp_path / "out", prompt=prompt))
+    summary = run_pipeline(make_config(pictures / "00.jpg", tmp_path / "out", prompt=prompt))
     assert summary.ok == 1
     assert read_results(str(tmp_path / "out")).column("prompt").to_pylist() == [prompt]
 
 
-def test_sampling_is_the_same_however_rows_are_batched(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     options = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
-    run_pipeline(config(pictures, tmp_path / "all", **options))
-    run_pipeline(config(pictures / "1*.*", tmp_path / "some", **options))
+    run_pipeline(make_config(pictures, tmp_path / "all", **options))
+    run_pipeline(make_config(pictures / "1*.*", tmp_path / "some", **options))
     texts = {row["id"]: row["text"] for row in read_results(str(tmp_path / "all")).to_pylist()}
     some = read_results(str(tmp_path / "some")).to_pylist()
     assert len(some) == 10 and all(texts[row["id"]] == row["text"] for row in some)
-    run_pipeline(config(pictures, tmp_path / "other", **{**options, "seed": 4}))
+    run_pipeline(make_config(pictures, tmp_path / "other", **{**options, "seed": 4}))
     others = {row["id"]: row["text"] for row in read_results(str(tmp_path / "other")).to_pylist()}
     assert others != texts
 
 
-def test_another_run_in_the_same_output_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_an_output_of_other_options_is_refused_unless_overwritten(
+    ray_cluster: None, pictures: Path, tmp_path: Path
+) -> None:
     engine = FakeEngineFactory()
-    run_pipeline(config(pictures, tmp_path / "out"), make_engine=engine)
+    run_pipeline(make_config(pictures, tmp_path / "out"), make_engine=engine)
     with pytest.raises(RunError, match=r"prompt 'Describe the image\.' there, 'Why\?' here"):
-        run_pipeline(config(pictures, tmp_path / "out", prompt="Why?"), make_engine=engine)
+        run_pipeline(make_config(pictures, tmp_path / "out", prompt="Why?"), make_engine=engine)
     assert set(read_results(str(tmp_path / "out")).column("prompt").to_pylist()) == {"Describe the image."}
-    run_pipeline(config(pictures, tmp_path / "out", prompt="Why?", overwrite=True), make_engine=engine)
+    run_pipeline(make_config(pictures, tmp_path / "out", prompt="Why?", overwrite=True), make_engine=engine)
     assert set(read_results(str(tmp_path / "out")).column("prompt").to_pylist()) == {"Why?"}
 
 
-def test_what_does_not_change_the_rows_may_change(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_affect_rows_may_change(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     engine = FakeEngineFactory()
-    run_pipeline(config(pictures, tmp_path / "out"), make_engine=engine)
-    again = run_pipeline(config(pictures, tmp_path / "out", rows_per_file=3, num_replicas=2), make_engine=engine)
+    run_pipeline(make_config(pictures, tmp_path / "out"), make_engine=engine)
+    again = run_pipeline(make_config(pictures, tmp_path / "out", rows_per_file=3, num_replicas=2), make_engine=engine)
     assert again.skipped_done == again.rows == 24
 
 
@@ -235,60 +239,60 @@ def test_foreign_files_in_output_are_refused_and_kept(
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"mine")
     with pytest.raises(RunError, match="holds files of something else"):
-        run_pipeline(config(pictures, tmp_path / "out", overwrite=overwrite))
+        run_pipeline(make_config(pictures, tmp_path / "out", overwrite=overwrite))
     assert foreign.read_bytes() == b"mine"
 
 
 def test_the_input_is_never_removed(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(make_config(pictures, output), make_engine=FakeEngineFactory())
     mine = draw(output / "data" / "mine.jpg", seed=1)
     with pytest.raises(RunError, match="the input is in"):
-        run_pipeline(config(output / "data", output, overwrite=True))
+        run_pipeline(make_config(output / "data", output, overwrite=True))
     with pytest.raises(RunError, match="something else"):
-        run_pipeline(config(pictures, output, overwrite=True))
+        run_pipeline(make_config(pictures, output, overwrite=True))
     assert mine.exists()
 
 
-def test_a_mistyped_input_removes_nothing(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_overwriting_with_a_missing_input_removes_nothing(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(make_config(pictures, output), make_engine=FakeEngineFactory())
     with pytest.raises(SourceError, match="does not exist"):
-        run_pipeline(config(tmp_path / "picz", output, overwrite=True))
+        run_pipeline(make_config(tmp_path / "picz", output, overwrite=True))
     assert len(read_results(str(output))) == 24
 
 
-def test_an_output_that_cannot_be_written_is_bad_usage(pictures: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_refused(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LeaseError, match="cannot use"):
-        run_pipeline(config(pictures, tmp_path / "file"))
+        run_pipeline(make_config(pictures, tmp_path / "file"))
 
 
 def test_an_output_in_use_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    """Before a byte of it is changed."""
+    """The refusal comes before any byte of it is changed."""
     output = tmp_path / "out"
-    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(make_config(pictures, output), make_engine=FakeEngineFactory())
     with Lease(str(output)):
         before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
         with pytest.raises(LeaseError, match="another run writes here"):
-            run_pipeline(config(pictures, output, prompt="Why?", overwrite=True))
+            run_pipeline(make_config(pictures, output, prompt="Why?", overwrite=True))
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_another_type_of_numbers_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
-    """A run on a GPU in bfloat16 does not go on in float32 on a CPU."""
+def test_resuming_in_another_dtype_is_refused(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+    """A run on a GPU in bfloat16 cannot be resumed in float32 on a CPU."""
     output = tmp_path / "out"
-    run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
+    run_pipeline(make_config(pictures, output), make_engine=FakeEngineFactory())
     record = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps({**record, "settled_dtype": "bfloat16"}))
     min((output / "data").iterdir()).unlink()
     with pytest.raises(RunError, match="generated in bfloat16"):
-        run_pipeline(config(pictures, output), make_engine=FakeEngineFactory())
+        run_pipeline(make_config(pictures, output), make_engine=FakeEngineFactory())
 
 
 def test_a_row_that_kills_its_replica_is_an_error_row(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     draw(pictures / "poison.png", seed=60, width=600, height=500)
-    summary = run_pipeline(config(pictures, tmp_path / "out"), make_engine=FakeEngineFactory(dies_on_tiles=10))
+    summary = run_pipeline(make_config(pictures, tmp_path / "out"), make_engine=FakeEngineFactory(dies_on_tiles=10))
     rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
     assert (summary.rows, summary.error) == (25, 1)
     assert (rows["poison.png"]["num_tiles"], rows["poison.png"]["stage"]) == (10, "generate")
@@ -297,12 +301,12 @@ def test_a_row_that_kills_its_replica_is_an_error_row(ray_cluster: None, picture
 
 def test_rows_are_in_the_order_of_the_input(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
     engine = FakeEngineFactory(seconds_per_row=0.01)
-    run_pipeline(config(pictures, tmp_path / "out", rows_per_file=5, num_preprocessors=2), make_engine=engine)
+    run_pipeline(make_config(pictures, tmp_path / "out", rows_per_file=5, num_preprocessors=2), make_engine=engine)
     assert read_results(str(tmp_path / "out")).column("id").to_pylist() == sorted(map(str, pictures.iterdir()))
     assert all(pq.read_metadata(file).num_rows <= 5 for file in (tmp_path / "out" / "data").iterdir())
 
 
-def test_exit_codes(ray_address: str, mixed: Path, tmp_path: Path) -> None:
+def test_exit_codes_of_bad_usage_and_of_many_errors(ray_address: str, mixed: Path, tmp_path: Path) -> None:
     assert run_caption(mixed, tmp_path / "a", "--model", "nowhere/at all").exit_code == 2
     assert run_caption(tmp_path / "nothing", tmp_path / "b", "--model", MODEL).exit_code == 2
     for file in mixed.glob("*.webp"):
@@ -314,8 +318,8 @@ def test_exit_codes(ray_address: str, mixed: Path, tmp_path: Path) -> None:
     assert "The most frequent reasons" in finished.stderr
 
 
-def test_a_running_cluster_is_joined_and_left_running(ray_address: str, pictures: Path, tmp_path: Path) -> None:
-    """As inside `ray job submit`, which sets RAY_ADDRESS."""
+def test_a_job_joins_a_running_cluster_and_leaves_it_running(ray_address: str, pictures: Path, tmp_path: Path) -> None:
+    """`ray job submit` sets RAY_ADDRESS in the same way."""
     options = ["--model", MODEL, "--max-new-tokens", 2]
     finished = run_caption(pictures, tmp_path / "out", *options, ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
@@ -323,7 +327,9 @@ def test_a_running_cluster_is_joined_and_left_running(ray_address: str, pictures
     assert len([node for node in ray.nodes() if node["Alive"]]) == 1
 
 
-def test_a_model_that_does_not_load_is_named(ray_address: str, pictures: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_load_stops_the_job_with_the_reason(
+    ray_address: str, pictures: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(MODEL, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -335,10 +341,10 @@ def test_a_model_that_does_not_load_is_named(ray_address: str, pictures: Path, t
     assert not finished.stdout
 
 
-def test_the_engine_is_busy_while_images_are_prepared(ray_cluster: None, tmp_path: Path) -> None:
-    """100 ms a row against the decoding and tiling of 640 x 480 JPEGs in two CPU actors.
+def test_the_engine_stays_busy_while_images_are_prepared(ray_cluster: None, tmp_path: Path) -> None:
+    """The engine takes 100 ms per row while two CPU actors decode and tile 640 x 480 JPEGs.
 
-    So long a row that the actors keep up on a machine that others load, too.
+    At this rate the actors keep up even on a loaded machine.
     """
     directory = tmp_path / "pictures"
     directory.mkdir()
@@ -347,7 +353,7 @@ def test_the_engine_is_busy_while_images_are_prepared(ray_cluster: None, tmp_pat
         (directory / f"{i:03}.jpg").write_bytes(one.read_bytes())
     log = tmp_path / "busy"
     engine = FakeEngineFactory(seconds_per_row=0.1, busy_log=log)
-    run_pipeline(config(directory, tmp_path / "out", num_preprocessors=2), make_engine=engine)
+    run_pipeline(make_config(directory, tmp_path / "out", num_preprocessors=2), make_engine=engine)
     calls = np.loadtxt(io.StringIO(log.read_text()))
     busy_s, window_s = (calls[:, 1] - calls[:, 0]).sum(), calls[:, 1].max() - calls[:, 0].min()
     assert calls[:, 2].sum() == 64
@@ -355,8 +361,8 @@ def test_the_engine_is_busy_while_images_are_prepared(ray_cluster: None, tmp_pat
     assert busy_s / window_s >= 0.9
 
 
-def _png_of(width: int, height: int) -> bytes:
-    """A PNG whose header promises this size."""
+def encode_png_header(width: int, height: int) -> bytes:
+    """Encode a small PNG whose header claims this size."""
     buffer = io.BytesIO()
     Image.new("1", (8, 8)).save(buffer, "PNG")
     data = bytearray(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""The engine against the original model's own outputs, and the laws that batching must keep. float32 on a CPU."""
+"""The engine equals the original model's outputs, however requests are batched; float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ both_checkpoints = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 
 @both_layouts
 @both_checkpoints
-def test_greedy_ids_are_the_originals_one_by_one_and_in_one_batch(checkpoint: str, layout: Layout) -> None:
+def test_greedy_ids_equal_the_originals_alone_and_in_one_batch(checkpoint: str, layout: Layout) -> None:
     engine, requests = load_engine(checkpoint, layout), make_golden_requests(checkpoint)
     assert [generate_ids(engine, [request])[0] for request in requests] == load_greedy_ids(checkpoint)
     assert generate_ids(engine, requests) == load_greedy_ids(checkpoint)
 
 
 @both_checkpoints
-def test_order_neighbours_and_budgets_change_nothing(checkpoint: str) -> None:
+def test_order_batch_and_budget_do_not_change_the_ids(checkpoint: str) -> None:
     requests, wanted = make_golden_requests(checkpoint), load_greedy_ids(checkpoint)
     rng = random.Random(7)
     for budget in (Budget(kv_tokens=600, slots=3), Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)):
@@ -61,7 +61,7 @@ def test_order_neighbours_and_budgets_change_nothing(checkpoint: str) -> None:
 
 @both_layouts
 @both_checkpoints
-def test_last_logits_are_the_originals(checkpoint: str, layout: Layout) -> None:
+def test_last_logits_equal_the_originals(checkpoint: str, layout: Layout) -> None:
     model = load_engine(checkpoint, layout).model
     for index, request in enumerate(make_golden_requests(checkpoint)):
         wanted = load_expected_arrays(checkpoint)[f"{checkpoint}_{index}_last_logits"]
@@ -70,7 +70,7 @@ def test_last_logits_are_the_originals(checkpoint: str, layout: Layout) -> None:
 
 @both_layouts
 @both_checkpoints
-def test_visual_tokens_are_the_originals(checkpoint: str, layout: Layout) -> None:
+def test_visual_tokens_equal_the_originals(checkpoint: str, layout: Layout) -> None:
     model, arrays = load_engine(checkpoint, layout).model, load_expected_arrays(checkpoint)
     for index, request in enumerate(make_golden_requests(checkpoint)):
         if len(request.tiles):
@@ -82,7 +82,7 @@ def test_visual_tokens_are_the_originals(checkpoint: str, layout: Layout) -> Non
 
 @both_checkpoints
 def test_scoring_in_one_pass_agrees_with_decoding(checkpoint: str) -> None:
-    """Covers cache, mask and positions: the decoded tokens' log-probabilities, computed again without a cache."""
+    """The decoded tokens' log-probabilities are recomputed without a cache, which covers cache, mask and positions."""
     engine, requests = load_engine(checkpoint), make_golden_requests(checkpoint)
     for request, completion in zip(requests, engine.generate(requests, GREEDY), strict=True):
         ids = np.concatenate([request.input_ids, completion.output_ids[:-1]])
@@ -93,7 +93,7 @@ def test_scoring_in_one_pass_agrees_with_decoding(checkpoint: str) -> None:
 
 
 @both_checkpoints
-def test_finish_reasons(checkpoint: str) -> None:
+def test_finish_reasons_follow_the_last_token_and_the_limit(checkpoint: str) -> None:
     engine = load_engine(checkpoint)
     for completion in engine.generate(make_golden_requests(checkpoint), GREEDY):
         ended = completion.output_ids[-1] in engine.config.eos_token_ids
@@ -103,8 +103,8 @@ def test_finish_reasons(checkpoint: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), slots=st.integers(1, 16))
-def test_rows_of_any_kind_enter_and_leave_without_touching_each_other(data: st.DataObject, slots: int) -> None:
-    """Greedy, penalised and sampled rows of any length, in any order, over any number of slots."""
+def test_requests_that_enter_and_leave_generate_what_they_do_alone(data: st.DataObject, slots: int) -> None:
+    """Requests are greedy, penalised and sampled, of any length, in any order, over any number of slots."""
     requests = make_golden_requests("tiny56-tied")
     picked = data.draw(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(sorted(PARAMS))), min_size=1, max_size=24))
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=len(picked), max_size=len(picked)))
@@ -115,11 +115,11 @@ def test_rows_of_any_kind_enter_and_leave_without_touching_each_other(data: st.D
         assert completion.output_ids.tolist() == generate_alone(index, kind)[:length]
 
 
-def test_seeds_matter() -> None:
+def test_another_seed_samples_other_tokens() -> None:
     assert generate_alone(0, "sampled") != generate_alone(0, "other seed")
 
 
-def test_a_stop_string_ends_a_row_and_is_cut() -> None:
+def test_a_stop_string_ends_a_request_and_is_cut() -> None:
     checkpoint = "tiny56-tied"
     directory = str(checkpoint_dir(checkpoint))
     engine, processor = load_engine(checkpoint), Processor.from_pretrained(directory)
@@ -142,8 +142,8 @@ def test_threads_share_the_slots_and_get_their_own_rows() -> None:
     assert engine.stats.sequence_steps > 0.9 * engine.stats.slot_steps
 
 
-def test_slots_are_full_until_the_last_rows() -> None:
-    """Of the steps before fewer rows than slots are left."""
+def test_slots_stay_full_until_few_requests_are_left() -> None:
+    """Only the steps count in which more requests than slots are left."""
     checkpoint, slots = "tiny56-tied", 8
     budget = Budget(kv_tokens=4000, slots=slots)
     engine = EngineCore(load_engine(checkpoint).model, budget=budget, eos_token_ids=())
@@ -159,7 +159,7 @@ def test_slots_are_full_until_the_last_rows() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux' /proc")
-def test_memory_does_not_grow_over_two_thousand_rows() -> None:
+def test_memory_does_not_grow_over_two_thousand_requests() -> None:
     checkpoint = "tiny56-tied"
     engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=16))
     requests = [make_golden_requests(checkpoint)[i % 8] for i in range(100)]
@@ -168,42 +168,42 @@ def test_memory_does_not_grow_over_two_thousand_rows() -> None:
     for _ in range(20):
         engine.generate(requests, params)
         gc.collect()
-        sizes_bytes.append(_resident_bytes())
+        sizes_bytes.append(read_resident_bytes())
     assert max(sizes_bytes[5:]) < max(sizes_bytes[:5]) + 8 * 2**20
     assert not engine.backend.core.scheduler.waiting
 
 
-def _resident_bytes() -> int:
+def read_resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_out_of_memory_halves_the_batch_then_fails_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device reports it above two rows at once, then always."""
+def test_out_of_memory_halves_the_batch_then_fails_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device runs out of memory on batches of more than two requests, later on every batch."""
     checkpoint = "tiny56-tied"
     requests, wanted = make_golden_requests(checkpoint), load_greedy_ids(checkpoint)
     engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
-    step, most_rows = DecodeStep.__init__, 2
+    step, max_rows = DecodeStep.__init__, 2
 
-    def limited(self: DecodeStep, cache: KVCache, lengths: torch.Tensor, longest: int) -> None:
-        if len(lengths) > most_rows:
+    def run_out_of_memory(self: DecodeStep, cache: KVCache, lengths: torch.Tensor, longest: int) -> None:
+        if len(lengths) > max_rows:
             raise torch.OutOfMemoryError("too many rows")
         step(self, cache, lengths, longest)
 
-    monkeypatch.setattr(DecodeStep, "__init__", limited)
+    monkeypatch.setattr(DecodeStep, "__init__", run_out_of_memory)
     assert generate_ids(engine, requests) == wanted
-    most_rows = 0
+    max_rows = 0
     with pytest.raises(RequestError, match="out of device memory on a request of its own"):
         engine.generate(requests, GREEDY)
 
 
-def test_a_request_that_never_fits_says_by_how_much() -> None:
+def test_a_request_over_the_models_limit_is_refused_with_the_excess() -> None:
     engine = load_engine("tiny56-tied")
     request = Request(np.ones(30000, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
     with pytest.raises(RequestError, match=r"30000 prompt \+ 3000 output tokens are 232 over the limit of 32768"):
         engine.generate([request], SamplingParams(max_new_tokens=3000))
 
 
-def test_a_prompt_that_never_fits_into_a_pass_says_by_how_much() -> None:
+def test_a_prompt_over_the_devices_limit_is_refused_with_the_excess() -> None:
     budget = Budget(kv_tokens=4000, prompt_tokens=100)
     engine = OvisEngine.from_model(load_engine("tiny56-tied").model, budget=budget)
     request = Request(np.ones(130, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
@@ -211,20 +211,20 @@ def test_a_prompt_that_never_fits_into_a_pass_says_by_how_much() -> None:
         engine.generate([request], GREEDY)
 
 
-def test_a_prompt_that_the_model_cannot_take_in_is_refused_and_the_engine_goes_on() -> None:
+def test_an_invalid_prompt_is_refused_and_the_engine_keeps_working() -> None:
     engine, request = load_engine("tiny56-tied"), make_golden_requests("tiny56-tied")[0]
-    for ids, told in (
+    for ids, message in (
         (request.input_ids[:0], "request 1: the prompt is empty"),
         (np.array([5, 640], np.int32), "request 1: prompt ids from 5 to 640; the model has 640"),
         (np.array([5, -306], np.int32), "request 1: prompt ids from -306 to 5"),
         (np.array([5, 6], np.int32), r"request 1: 0 placeholders for \d+ visual tokens"),
     ):
-        with pytest.raises(RequestError, match=told):
+        with pytest.raises(RequestError, match=message):
             engine.generate([request, replace(request, input_ids=ids)], GREEDY)
     assert generate_ids(engine, [request]) == load_greedy_ids("tiny56-tied")[:1]
 
 
-def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
+def test_abandoning_fails_only_unfinished_requests() -> None:
     engine, request = EngineCore(load_engine("tiny56-tied").model), make_golden_requests("tiny56-tied")[0]
     rows = engine.enqueue([request] * 3, [replace(GREEDY, max_new_tokens=n) for n in (2, 9, 9)])
     engine.step()
@@ -235,16 +235,16 @@ def test_an_interrupt_fails_the_rows_that_have_not_finished() -> None:
             row.make_completion()
 
 
-def test_no_requests_no_completions() -> None:
+def test_no_requests_give_no_completions() -> None:
     assert load_engine("tiny56-tied").generate([], GREEDY) == []
 
 
-def test_wrong_counts_are_refused() -> None:
+def test_a_wrong_number_of_sampling_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="1 sampling parameters for 8 requests"):
         load_engine("tiny56-tied").generate(make_golden_requests("tiny56-tied"), [GREEDY])
 
 
-def test_bfloat16_generates() -> None:
+def test_a_bfloat16_model_generates_on_a_cpu() -> None:
     directory = str(checkpoint_dir("tiny112-untied"))
     engine = OvisEngine.from_pretrained(directory, device="cpu", dtype="bfloat16")
     completions = engine.generate(make_golden_requests("tiny112-untied"), SamplingParams(max_new_tokens=4))

@@ -1,4 +1,4 @@
-"""The engine loop over a fake core: calls of several threads, faults, interrupts, and the end of its thread."""
+"""The engine loop over a fake core: concurrent calls, faults, interrupts, and the end of its thread."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.support.roots import ROOT
 
 
 class FakeCore:
-    """Finishes a request after `max_new_tokens` steps of the call that `step` makes; refuses prompts that hold a 13."""
+    """A core that finishes a request after `max_new_tokens` steps, and refuses prompts that contain id 13."""
 
     model = SimpleNamespace(device=torch.device("cpu"))
 
     def __init__(self, before_step: Callable[[FakeCore], None] = lambda core: None) -> None:
         self.before_step = before_step
         self.states: list[RequestState] = []
-        self.num_side_by_side: list[int] = []
+        self.batch_sizes: list[int] = []
 
     def agree_on_arrivals(self, num_arrived: int) -> int:
         return num_arrived
@@ -49,7 +49,7 @@ class FakeCore:
     def step(self) -> None:
         self.before_step(self)
         self.states = [state for state in self.states if not state.has_left]
-        self.num_side_by_side.append(len(self.states))
+        self.batch_sizes.append(len(self.states))
         for state in self.states:
             state.append(7, -1.0)
             state.finish_reason = "length" if len(state.output_ids) == state.params.max_new_tokens else None
@@ -59,16 +59,16 @@ class FakeCore:
             state.error = RequestError("interrupted")
 
 
-def engine_over(core: FakeCore) -> OvisEngine:
+def make_engine(core: FakeCore) -> OvisEngine:
     return OvisEngine(SIZES["1B"], LoopThread(core))  # type: ignore[arg-type]
 
 
-def request(*ids: int) -> Request:
+def make_request(*ids: int) -> Request:
     return Request(np.array(ids, np.int32), np.zeros((0, 3, 2, 2), np.uint8), np.zeros((0, 2), np.int32))
 
 
 def generate(engine: OvisEngine, num_tokens: int = 3) -> list[Completion]:
-    return engine.generate([request(1)], SamplingParams(max_new_tokens=num_tokens))
+    return engine.generate([make_request(1)], SamplingParams(max_new_tokens=num_tokens))
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def wait_for_calls(count: int) -> Callable[[FakeCore], None]:
-    """Hold each step until so many requests have arrived once."""
+def wait_for_requests(count: int) -> Callable[[FakeCore], None]:
+    """Return a hook that delays every step until `count` requests have been there at the same time."""
     seen: list[bool] = []
 
     def hold(core: FakeCore) -> None:
@@ -90,17 +90,17 @@ def wait_for_calls(count: int) -> Callable[[FakeCore], None]:
     return hold
 
 
-def test_requests_of_several_threads_run_side_by_side(pool: ThreadPoolExecutor) -> None:
-    core = FakeCore(wait_for_calls(4))
-    engine = engine_over(core)
+def test_requests_of_several_threads_run_in_the_same_steps(pool: ThreadPoolExecutor) -> None:
+    core = FakeCore(wait_for_requests(4))
+    engine = make_engine(core)
     calls = [pool.submit(generate, engine, 500 + n) for n in range(4)]
     assert [len(call.result(60)[0].output_ids) for call in calls] == [500, 501, 502, 503]
-    assert max(core.num_side_by_side) == 4
+    assert max(core.batch_sizes) == 4
 
 
-def test_a_call_ends_when_its_own_requests_do(pool: ThreadPoolExecutor) -> None:
+def test_a_call_returns_when_its_own_requests_finish(pool: ThreadPoolExecutor) -> None:
     core = FakeCore(lambda core: time.sleep(0.001))
-    engine = engine_over(core)
+    engine = make_engine(core)
     long = pool.submit(generate, engine, 10**6)
     assert len(generate(engine, 3)[0].output_ids) == 3
     assert not long.done()
@@ -114,14 +114,14 @@ def test_a_call_ends_when_its_own_requests_do(pool: ThreadPoolExecutor) -> None:
     [((13,), SamplingParams(), RequestError), ((1,), [None], AttributeError)],
     ids=["refused", "no parameters"],
 )
-def test_a_call_that_is_refused_disturbs_no_other(
+def test_a_refused_call_leaves_other_calls_alone(
     pool: ThreadPoolExecutor, ids: tuple[int, ...], params: Any, error: type[Exception]
 ) -> None:
-    engine = engine_over(FakeCore(lambda core: time.sleep(0.001)))
+    engine = make_engine(FakeCore(lambda core: time.sleep(0.001)))
     other = pool.submit(generate, engine, 300)
     for _ in range(10):
         with pytest.raises(error):
-            engine.generate([request(*ids)], params)
+            engine.generate([make_request(*ids)], params)
     assert len(other.result(60)[0].output_ids) == 300
 
 
@@ -130,7 +130,7 @@ def test_a_lost_device_fails_all_callers_now_and_later(pool: ThreadPoolExecutor)
         if len(core.states) >= 3:
             raise EngineDied("a cosmic ray")
 
-    engine = engine_over(FakeCore(fail))
+    engine = make_engine(FakeCore(fail))
     calls: list[Future[list[Completion]]] = [pool.submit(generate, engine, 10**9) for _ in range(3)]
     for call in calls:
         with pytest.raises(EngineDied, match="a cosmic ray"):
@@ -143,8 +143,8 @@ def test_a_lost_device_fails_all_callers_now_and_later(pool: ThreadPoolExecutor)
         generate(engine)
 
 
-def test_an_interrupt_abandons_all_requests_and_leaves_the_engine_whole(pool: ThreadPoolExecutor) -> None:
-    engine = engine_over(FakeCore(lambda core: time.sleep(0.001)))
+def test_an_interrupt_abandons_all_requests_and_the_engine_stays_usable(pool: ThreadPoolExecutor) -> None:
+    engine = make_engine(FakeCore(lambda core: time.sleep(0.001)))
     other = pool.submit(generate, engine, 10**6)
     main = threading.main_thread().ident
     threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
@@ -155,9 +155,9 @@ def test_an_interrupt_abandons_all_requests_and_leaves_the_engine_whole(pool: Th
     assert len(generate(engine)[0].output_ids) == 3
 
 
-def test_a_closed_engine_has_no_thread_and_takes_no_calls() -> None:
-    engine = engine_over(FakeCore())
-    thread = thread_of(engine)
+def test_a_closed_engine_has_no_thread_and_refuses_calls() -> None:
+    engine = make_engine(FakeCore())
+    thread = get_thread(engine)
     assert thread.is_alive()
     engine.close()
     engine.close()
@@ -166,11 +166,11 @@ def test_a_closed_engine_has_no_thread_and_takes_no_calls() -> None:
         generate(engine)
 
 
-def test_an_engine_that_nobody_holds_leaves_no_thread_and_no_model() -> None:
+def test_an_unreferenced_engine_frees_its_thread_and_model() -> None:
     core = FakeCore()
-    with_cycle: list[Any] = [engine_over(core)]
+    with_cycle: list[Any] = [make_engine(core)]
     with_cycle.append(with_cycle)
-    thread, core_reference = thread_of(with_cycle[0]), weakref.ref(core)
+    thread, core_reference = get_thread(with_cycle[0]), weakref.ref(core)
     generate(with_cycle[0])
     del with_cycle, core
     gc.collect()
@@ -180,16 +180,16 @@ def test_an_engine_that_nobody_holds_leaves_no_thread_and_no_model() -> None:
 
 
 def test_an_idle_engine_uses_no_cpu() -> None:
-    engine = engine_over(FakeCore())
+    engine = make_engine(FakeCore())
     generate(engine)
-    begun_s = time.process_time()
+    started_s = time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - begun_s < 0.1
+    assert time.process_time() - started_s < 0.1
     engine.close()
 
 
-def test_python_ends_while_the_engine_works() -> None:
-    """After an interrupt, too: the loop ends with its step, and nothing is aborted."""
+def test_python_exits_cleanly_while_the_engine_works() -> None:
+    """The loop ends after its current step, and the process does not abort."""
     program = (
         "import threading, time\n"
         "from tests.support.engines import GREEDY, load_engine, make_golden_requests\n"
@@ -203,6 +203,6 @@ def test_python_ends_while_the_engine_works() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def thread_of(engine: OvisEngine) -> threading.Thread:
+def get_thread(engine: OvisEngine) -> threading.Thread:
     assert isinstance(engine.backend, LoopThread)
     return engine.backend._thread
