@@ -37,8 +37,8 @@ class Request:
     """One model input.
 
     input_ids: int32[T]; text ids >= 0, placeholders < 0, already expanded: T is the true prompt length.
-    tiles: uint8[N, 3, S, S]; each image part is centred in its tile, and the border around it is ignored.
-    tile_sizes: int32[N, 2]; (height_px, width_px) of the image part inside each tile.
+    tiles: uint8[N, 3, S, S]; each shows one crop of an image, centred; the border around it is ignored.
+    tile_sizes: int32[N, 2]; (height_px, width_px) of the crop inside each tile.
     group: requests of one call with the same group, unless it is None, must have the same images. The engine computes
     once what they share; it raises ValueError if the images differ.
     """

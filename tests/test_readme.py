@@ -1,119 +1,144 @@
-"""What README.md shows exists: commands, options, make targets, files, links and columns."""
+"""README.md tells the truth: its commands run in a directory of one's own, its snippet and its tables are right."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 
+import jobs.caption
+from jobs.demo import draw_pictures
 from pipelines import schema
+from pipelines.config import RunConfig
+from tests.support.markdown import list_blocks, list_code_lines, read_page, read_table
 from tests.support.roots import ROOT
+from tests.support.tars import write_tar
+from tests.support.videos import write_video
 
 README = ROOT / "README.md"
-FOLDERS = ("jobs", "pipelines", "ovis_model", "tests", "docs", ".ci")
-
-JOB = re.compile(r"python -m (jobs\.\w+)([^\n`|;&#>]*)")
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-MAKE = re.compile(r"\bmake (?:[A-Z]+=\S+ )*((?:[a-z]+ ?)+)")
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-FILE = re.compile(rf"(?<![\w/.:*-])(?:(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*+|[\w/-]+\.(?:py|md))(?![\w*<])")
+MODEL = re.compile(r"--model \S+")
 
 
-def test_commands_name_jobs_and_options_that_exist() -> None:
-    for job, arguments in shown_commands():
-        unknown = set(FLAG.findall(arguments)) - options(job)
-        assert not unknown, f"README.md gives {job} the unknown options {sorted(unknown)}"
+def read_readme() -> str:
+    return read_page(README)
 
 
-def test_make_targets_exist() -> None:
-    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    shown = {target for line in code_lines() for targets in MAKE.findall(line) for target in targets.split()}
-    assert {"demo", "test"} <= shown <= known
+def test_it_is_short() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 180 and max(map(len, lines)) <= 110
 
 
-def test_links_lead_somewhere() -> None:
-    for link in LINK.findall(readme()):
-        if "://" not in link:
-            path, _, heading = link.partition("#")
-            target = ROOT / path if path else README
-            assert target.exists(), f"README.md links to {link}, which is not there"
-            assert not heading or heading in anchors(target), f"README.md links to {link}: no such heading"
+def test_its_first_block_is_two_targets_of_make() -> None:
+    first = list_blocks(README, "bash")[0]
+    assert [line.split("#")[0].split() for line in first.splitlines()] == [["make", "demo"], ["make", "test"]]
 
 
 def test_files_named_exist() -> None:
-    named = {name.rstrip("./") for name in FILE.findall(readme())}
-    assert named
-    missing = sorted(name for name in named if not (ROOT / name).exists() and name not in file_names())
-    assert not missing, f"README.md names {missing}"
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir()]
+    named = {line.strip("`") for line in re.findall(rf"`(?:{'|'.join(folders)})/[^`*]+`", read_readme())}
+    tree = re.findall(r"(?<![\w/])([a-z_]+)/(?= )", list_blocks(README, "text")[-1])
+    assert len(tree) > 15
+    known = {path.name for path in ROOT.glob("**/") if ".venv" not in path.parts}
+    assert [name for name in named if not (ROOT / name).exists()] == [] == [name for name in tree if name not in known]
 
 
-def test_output_columns_are_those_of_the_schema() -> None:
-    table = [(name, type_) for name, type_ in column_table() if name != "kept columns"]
-    assert table == [(field.name, type_name(field.type)) for field in schema.OUTPUT]
+def test_columns_are_those_of_the_schema() -> None:
+    rows = [(names, type_) for names, type_, _ in read_table(read_readme(), "column") if names != "kept columns"]
+    table = [(name, type_) for names, type_ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert table == [(field.name, spell_type(field.type)) for field in schema.OUTPUT]
 
 
 @pytest.mark.parametrize(
     ("type_", "name"),
     [(pa.string(), "string"), (pa.float32(), "float32"), (pa.list_(pa.float32()), "list<float32>")],
 )
-def test_type_names_are_those_of_the_table(type_: pa.DataType, name: str) -> None:
-    assert type_name(type_) == name
+def test_types_are_spelled_as_in_the_table(type_: pa.DataType, name: str) -> None:
+    assert spell_type(type_) == name
 
 
-@cache
-def readme() -> str:
-    """The text, with commands that go on after a backslash joined into one line."""
-    return re.sub(r"\\\n\s*", " ", README.read_text())
-
-
-def code_lines() -> list[str]:
-    """Lines of code blocks and code spans, without the comments in them."""
-    parts = re.split(r"^```.*$", readme(), flags=re.MULTILINE)
-    spans = [span for prose in parts[::2] for span in re.findall(r"`([^`]+)`", prose)]
-    return [re.sub(r"#.*", "", line) for code in [*parts[1::2], *spans] for line in code.splitlines()]
-
-
-def shown_commands() -> list[tuple[str, str]]:
-    commands = JOB.findall(readme())
-    assert commands
-    return commands
-
-
-@cache
-def options(job: str) -> set[str]:
-    """Options in the job's own help. Fails if there is no such job."""
-    command = [sys.executable, "-m", job, "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert result.returncode == 0, f"README.md shows {job}: {result.stderr}"
-    return set(FLAG.findall(result.stdout))
-
-
-def anchors(markdown: Path) -> set[str]:
-    """Link targets that the headings of a Markdown file give."""
-    headings = re.findall(r"^#+ +(.+)$", markdown.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-
-
-@cache
-def file_names() -> set[str]:
-    """Names without a folder, as the README's file tree shows them."""
-    return {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*")}
-
-
-def column_table() -> list[tuple[str, str]]:
-    """Column and type, of the rows of the table whose head begins with `column`; a row may name several columns."""
-    table = re.search(r"^\| *column *\|.*\n\|[-| :]+\n((?:\|.*\n)+)", readme(), re.MULTILINE)
-    assert table, "README.md has no table that begins with | column |"
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in table[1].splitlines()]
-    return [(name.strip(" `"), type_) for names, type_ in rows for name in names.split(",")]
-
-
-def type_name(type_: pa.DataType) -> str:
+def spell_type(type_: pa.DataType) -> str:
     if pa.types.is_list(type_):
-        return f"list<{type_name(type_.value_type)}>"
+        return f"list<{spell_type(type_.value_type)}>"
     return {"float": "float32", "double": "float64"}.get(str(type_), str(type_))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has: what `make demo` draws, images, shards, videos and questions of their own."""
+    place = tmp_path_factory.mktemp("clone")
+    truths = draw_pictures(place / "demo_output" / "pictures", count=2, seed=1)
+    shutil.copytree(place / "demo_output" / "pictures", place / "my" / "images")
+    members = [
+        ("a.png", (place / "my" / "images" / "0000.png").read_bytes()),
+        ("a.txt", b"What colour is the background?"),
+    ]
+    (place / "shards").mkdir()
+    write_tar(place / "shards" / "0.tar", members)
+    (place / "my" / "videos").mkdir()
+    write_video(place / "my" / "videos" / "clip.mp4", 50)
+    (place / "tasks.yaml").write_text('tasks: [{name: background, prompt: "Which colour?", answer: bool}]')
+    assert len(truths) == 2
+    return place
+
+
+def run(command: list[str], place: Path, **environment: str) -> str:
+    result = subprocess.run(
+        command,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
+    return result.stdout
+
+
+def test_its_python_runs(clone: Path) -> None:
+    [snippet] = list_blocks(README, "python")
+    printed = run([sys.executable, "-c", snippet], clone)
+    assert f"right  0000.png  {printed}" in list_blocks(README, "text")[0]
+
+
+def test_its_commands_run(clone: Path, ray_address: str) -> None:
+    """With the demo model in place of published weights."""
+    commands = [line for line in list_code_lines(README) if re.match(r"ovis2 \w+ .*(--model|captions)", line)]
+    assert len(commands) == 5
+    for command in commands:
+        arguments = shlex.split(MODEL.sub("--model demo --max-new-tokens 16", command))[1:]
+        run([sys.executable, "-m", "jobs", *arguments], clone, RAY_ADDRESS=ray_address)
+    rows = pd.read_parquet(clone / "captions" / "data")
+    assert len(rows) == 2 and rows["text"].str.endswith(" background.").all()
+    assert pd.read_parquet(clone / "captions-of-shards" / "data")["prompt"].tolist() == [
+        "What colour is the background?"
+    ]
+    assert pd.read_parquet(clone / "captions-of-videos" / "data")["num_images"].tolist() == [12]
+    assert pd.read_parquet(clone / "answers" / "data")["background"].notna().all()
+    assert (clone / "captions" / "report.html").exists()
+
+
+def test_its_command_for_clusters_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the start of the run; tests/test_job_submit.py submits one to a cluster."""
+    [command] = [line for line in list_code_lines(README) if line.startswith("ray job submit --")]
+    submit, _, entrypoint = command.partition(" -- ")
+    assert submit == "ray job submit --working-dir ."
+    python, dash_m, module, *arguments = shlex.split(entrypoint)
+    assert (python, dash_m, module) == ("python", "-m", "jobs.caption")
+    started: list[RunConfig] = []
+
+    def start(config: RunConfig) -> Any:
+        started.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.cli.run_pipeline", start)
+    jobs.caption.main(arguments)
+    assert [config.model for config in started] == ["AIDC-AI/Ovis2-8B"]

@@ -1,1 +1,1 @@
-"""Images and text -> model input, on CPUs: tiles, prompts, key frames. Never loads torch."""
+"""Images and text -> model input, on CPUs: tiles, prompts, keyframes. Never loads torch."""

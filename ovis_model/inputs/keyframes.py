@@ -1,12 +1,12 @@
 """Select frames of a video among candidates: uniform, top-k by relevance, or MDP3.
 
-Knows embeddings only: no pictures, no encoder, no model. MDP3 (arXiv 2501.02885, ICCV 2025; `plugin/mdp3.py` of
-AIDC-AI/Ovis) scores a set S of frames by relevance and by diversity, in segments that follow each other in time:
+Knows embeddings, not images, encoders or models. MDP3 (arXiv:2501.02885, ICCV 2025; `plugin/mdp3.py` of AIDC-AI/Ovis)
+scores a set S of frames by relevance and by diversity. It splits the candidates into consecutive segments:
 
     F(S) = weight * sum of ln r_i over S + ln det K_S     r_i: kernel of query and frame i; K: kernel of frames
 
-Within a segment frames are picked greedily, given the last frame picked before it; dynamic programming over the
-segments shares the k picks among them.
+Within a segment it picks frames greedily, given the last frame picked before the segment. Dynamic programming
+distributes the k picks over the segments.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 ALPHAS = (2.0, 1.0, 0.5, 0.25, 0.125)
-"""Widths of the Gaussians that the kernel adds up: exp(-d^2 / 2a)."""
+"""Widths a of the Gaussians whose sum is the kernel: exp(-d^2 / 2a)."""
 RELEVANCE_WEIGHT = 10.0  # 2 / lambda, with the paper's lambda of 0.2
 
 _MIN_RELEVANCE = 1e-30
-_MIN_VARIANCE = 1e-12  # what a frame adds to the determinant if it equals one that is there
-_UNIT_TOLERANCE = 1e-4  # an embedding is of unit length if its rounding allows it
-_SAME_DISTANCE = 1e-12  # squared; below what float32 can tell apart
+_MIN_VARIANCE = 1e-12  # contribution to the determinant of a frame that equals one already picked
+_UNIT_TOLERANCE = 1e-4  # embeddings this close to unit length differ from it by rounding only
+_SAME_DISTANCE = 1e-12  # squared; float32 cannot distinguish embeddings that are closer
 
 
 class Selection(NamedTuple):
-    """`indices` int64[k] of the frames, ascending; `scores` float64[k + 1]: the best total of 0 to k frames."""
+    """Selected frames: `indices` int64[k], ascending; `scores` float64[k + 1], the best total for 0 to k frames."""
 
     indices: Indices
     scores: Floats
@@ -45,14 +45,14 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What MDP3 leaves open.
+    """Parameters of MDP3.
 
-    segment_size: candidates a segment; 0 or less is one segment, the plugin's own choice.
-    score: "upstream" counts the frame that a segment is conditioned on once more in each segment, as the published
-        code does, which favours picks in many segments and needs kernels that are sums. "conditional" counts it once:
-        the paper's conditional gain, whatever the scale of the kernel.
-    condition_size: how many frames picked before a segment it is conditioned on.
-    mean_kernel: the mean of the Gaussians instead of their sum.
+    segment_size: candidates per segment; 0 or less means one segment, as in the plugin.
+    score: "upstream" counts the frame that a segment is conditioned on again in each segment, as the published code
+        does. This favours picks in many segments, and the kernel must be a sum. "conditional" counts it once: the
+        paper's conditional gain, for a kernel of any scale.
+    condition_size: number of earlier picks that a segment is conditioned on.
+    mean_kernel: use the mean of the Gaussians instead of their sum.
     """
 
     segment_size: int = 32
@@ -71,7 +71,7 @@ class Rules:
             raise ValueError(f"alphas={self.alphas} must be positive widths")
 
     def apply_kernel(self, squared_distances: Floats) -> Floats:
-        """float64, same shape: how alike embeddings at these squared distances are."""
+        """Map squared distances of embeddings to similarities, float64 of the same shape."""
         total = _sum_gaussians(squared_distances, tuple(sorted(self.alphas, reverse=True)))
         return total / len(self.alphas) if self.mean_kernel else total
 
@@ -83,7 +83,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """All candidates: unit embeddings float64[N, d] and weighted log-relevance float64[N]."""
+    """All candidates: unit embeddings float64[N, d], weighted log-relevance float64[N], and the rules."""
 
     embeddings: Floats
     weighted: Floats
@@ -99,16 +99,16 @@ def select_frames(
     relevance: ArrayLike | None = None,
     **rules: Any,
 ) -> Indices:
-    """Indices int64[k] of the frames to show, ascending and distinct; all of them if there are no more than `k`.
+    """Return the indices int64[k] of the selected frames, ascending and distinct; all frames if there are at most `k`.
 
-    frames: float[N, d], embeddings of the candidates in the order of time.
-    query: float[d], the embedding of the text that the frames should match; None asks for diversity alone.
-    relevance: float[N], > 0, instead of `query`: a judgement of each frame; only its ratios count.
-    method: "mdp3", whose `rules` are the fields of `Rules`; "top-k", the k most relevant; "uniform".
+    frames: float[N, d], embeddings of the candidates in temporal order.
+    query: float[d], embedding of the text that the frames should match; None selects by diversity alone.
+    relevance: float[N], > 0, a score per frame that replaces `query`; only ratios of scores matter.
+    method: "mdp3", with the fields of `Rules` as `rules`; "top-k", the k most relevant; or "uniform".
 
-    Embeddings are brought to unit length and everything is computed in float64. A frame that equals one picked
-    already adds nothing: MDP3 takes different ones as long as there are any, and spreads the others over time. Raises
-    ValueError for k below 1, for embeddings that are not finite, and for top-k without relevance.
+    Embeddings are scaled to unit length, and everything is computed in float64. A copy of a picked frame adds nothing:
+    MDP3 prefers different frames while there are any, then spreads the remaining picks over time. Raise ValueError for
+    k below 1, for embeddings that are not finite, and for top-k without query and relevance.
     """
     count = len(np.asarray(frames))
     _check(count, k, method)
@@ -121,12 +121,12 @@ def select_frames(
         return select_mdp3(frames, query, k, relevance=relevance, rules=Rules(**rules)).indices
     known = _compute_log_relevance(_normalize_embeddings(frames, "frame"), query, relevance, Rules(**rules))
     if known is None:
-        raise ValueError("top-k needs a query or relevance; without either use mdp3 or uniform")
+        raise ValueError("top-k needs a query or relevance scores; give one, or use mdp3 or uniform")
     return np.sort(np.argsort(-known, kind="stable")[:k])
 
 
 def select_uniform(count: int, k: int) -> Indices:
-    """int64[min(k, count)]: the middle of each of `k` equal parts of `count` frames (the model card's rule)."""
+    """Return the middle of each of `k` equal parts of `count` frames, int64[min(k, count)] (the model card's rule)."""
     if k >= count:
         return np.arange(count)
     part = count / k
@@ -141,7 +141,7 @@ def select_mdp3(
     relevance: ArrayLike | None = None,
     rules: Rules | None = None,
 ) -> Selection:
-    """MDP3's choice and its scores; arguments as in `select_frames`, with 1 <= k < N."""
+    """Select frames with MDP3 and return their scores too; arguments as in `select_frames`, with 1 <= k < N."""
     rules = rules or Rules()
     embeddings = _normalize_embeddings(frames, "frame")
     _check(len(embeddings), k, "mdp3")
@@ -159,15 +159,15 @@ def select_mdp3(
 
 def _check(count: int, k: int, method: str) -> None:
     if k < 1:
-        raise ValueError(f"k={k} frames cannot be selected; ask for at least 1")
+        raise ValueError(f"cannot select k={k} frames; k must be at least 1")
     if count == 0:
-        raise ValueError("there are no frames to select from")
+        raise ValueError("got no frames to select from; give at least 1")
     if method not in ("uniform", "top-k", "mdp3"):
         raise ValueError(f"method={method!r} must be 'uniform', 'top-k' or 'mdp3'")
 
 
 def _normalize_embeddings(values: ArrayLike, what: str) -> Floats:
-    """float64[N, d] of unit length. Those that are so up to rounding stay as they are; zeros stay zeros."""
+    """Scale to unit length, float64[N, d]; zeros and what is unit up to rounding stay unchanged."""
     rows = np.asarray(values, np.float64)
     if rows.ndim != 2:
         raise ValueError(f"{what} embeddings must have two dimensions, not shape {rows.shape}")
@@ -181,11 +181,11 @@ def _normalize_embeddings(values: ArrayLike, what: str) -> Floats:
 def _compute_log_relevance(
     embeddings: Floats, query: ArrayLike | None, relevance: ArrayLike | None, rules: Rules
 ) -> Floats | None:
-    """float64[N], None if nothing is asked for."""
+    """Return the log-relevance float64[N] of the frames, or None without query and relevance."""
     if relevance is not None:
         given = np.asarray(relevance, np.float64)
         if given.shape != (len(embeddings),) or not np.isfinite(given).all():
-            raise ValueError(f"relevance must be a finite number for each of the {len(embeddings)} frames")
+            raise ValueError(f"relevance must hold one finite number for each of the {len(embeddings)} frames")
     elif query is not None:
         target = _normalize_embeddings(np.asarray(query, np.float64).reshape(1, -1), "query")
         given = rules.apply_kernel(_compute_squared_distances(target, embeddings)[0])
@@ -196,7 +196,7 @@ def _compute_log_relevance(
 
 
 def _compute_squared_distances(a: Floats, b: Floats) -> Floats:
-    """float64[A, B]. By one matrix product: nothing of shape [A, B, d] is ever made."""
+    """Return float64[A, B]. One matrix product avoids an array of shape [A, B, d]."""
     distances: Floats = a @ b.T
     distances *= -2
     distances += np.einsum("nd,nd->n", a, a)[:, None]
@@ -205,7 +205,10 @@ def _compute_squared_distances(a: Floats, b: Floats) -> Floats:
 
 
 def _sum_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> Floats:
-    """`alphas` from wide to narrow. One of half the width is the square of the one before: exp is the dear part."""
+    """Add the Gaussians of `alphas`, from wide to narrow.
+
+    A Gaussian of half the width is the square of the one before, which saves the expensive exp.
+    """
     gaussian = np.exp(squared_distances / (-2 * alphas[0]))
     total = gaussian.copy()
     for wider, alpha in pairwise(alphas):
@@ -220,7 +223,7 @@ def _sum_gaussians(squared_distances: Floats, alphas: tuple[float, ...]) -> Floa
 def _add_segment(
     candidates: _Candidates, segment: Indices, scores: Floats, traces: list[list[int]]
 ) -> tuple[Floats, list[list[int]]]:
-    """One step of the dynamic programming: the best scores and picks of 0 to k frames once `segment` may be used."""
+    """Do one step of the dynamic programming: return the best scores and picks of 0 to k frames including `segment`."""
     k = len(scores) - 1
     starts = [s for s in range(k + 1) if scores[s] > -math.inf]
     given = [tuple(traces[s][max(0, s - candidates.rules.condition_size) :]) for s in starts]
@@ -231,7 +234,7 @@ def _add_segment(
     for row, (start, condition) in enumerate(zip(starts, given, strict=True)):
         stop = min(k, start + max_picks)
         totals[row, start : stop + 1] = scores[start] + gains[distinct.index(condition), : stop + 1 - start]
-    best = np.argmax(totals, axis=0)  # the fewest frames before, among equals
+    best = np.argmax(totals, axis=0)  # ties: the fewest frames before the segment
     new_traces = [
         traces[start] + sorted(picks[distinct.index(condition), : j - start].tolist()) if j >= start else []
         for j, start, condition in ((j, starts[b], given[b]) for j, b in enumerate(best.tolist()))
@@ -242,22 +245,22 @@ def _add_segment(
 def _pick_greedily(
     candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], max_picks: int
 ) -> tuple[Floats, Indices]:
-    """Greedy picks in one segment, for each of the `conditions` (frames picked before it) side by side.
+    """Pick frames of one segment greedily for all C `conditions` (frames picked before it) at once.
 
-    Returns gains float64[C, most + 1], of 0 to `most` picks, and the picks int64[C, most] in their order.
-    The determinant grows with incremental Cholesky: `variances` is what each candidate would add to it.
+    Return gains float64[C, max_picks + 1] for 0 to `max_picks` picks, and the picks int64[C, max_picks] in order. The
+    determinant is updated by incremental Cholesky: `variances` holds the factor that each candidate would add.
     """
     own = candidates.embeddings[segment]
     kernel = candidates.rules.apply_kernel(_compute_squared_distances(own, own))
     np.fill_diagonal(kernel, candidates.rules.peak)
     factors, variances, base = _begin_factors(candidates, segment, conditions, max_picks)
-    value = np.tile(candidates.weighted[segment], (len(conditions), 1))  # of each candidate; -inf once it is picked
+    value = np.tile(candidates.weighted[segment], (len(conditions), 1))  # per candidate; -inf once it is picked
     depth, each = factors.shape[1] - max_picks, np.arange(len(conditions))
     gains, picks = np.zeros((len(conditions), max_picks + 1)), np.zeros((len(conditions), max_picks), np.int64)
     gains[:, 0] = base
     for step in range(max_picks):
         adds = value + np.log(variances)
-        pick = np.argmax(adds, axis=1)  # the first, among equals
+        pick = np.argmax(adds, axis=1)  # ties: the first
         picks[:, step] = pick
         gains[:, step + 1] = gains[:, step] + adds[each, pick]
         at = depth + step
@@ -275,10 +278,10 @@ def _pick_greedily(
 def _begin_factors(
     candidates: _Candidates, segment: Indices, conditions: list[tuple[int, ...]], max_picks: int
 ) -> tuple[Floats, Floats, Floats]:
-    """The start of `_greedy`: rows of the Cholesky factor for the frames picked before.
+    """Begin the Cholesky factors of `_pick_greedily` with the frames picked before the segment.
 
-    Returns factors float64[C, depth + most, M] with the first `depth` rows filled, variances float64[C, M], and the
-    score of those frames float64[C].
+    Return factors float64[C, depth + max_picks, M] with the first `depth` rows filled, variances float64[C, M], and
+    the score float64[C] of those frames.
     """
     depth, peak = max(map(len, conditions)), candidates.rules.peak
     factors = np.zeros((len(conditions), depth + max_picks, len(segment)))
@@ -293,7 +296,7 @@ def _begin_factors(
 
 
 def _compute_condition_rows(candidates: _Candidates, segment: Indices, condition: list[int]) -> tuple[Floats, float]:
-    """Cholesky rows float64[c, M] of the frames in `condition`, and their own score."""
+    """Return the Cholesky rows float64[c, M] of the frames in `condition`, and the score of these frames."""
     embeddings, peak = candidates.embeddings, candidates.rules.peak
     columns = np.concatenate([np.array(condition), segment])
     kernel = candidates.rules.apply_kernel(_compute_squared_distances(embeddings[condition], embeddings[columns]))
@@ -308,9 +311,9 @@ def _compute_condition_rows(candidates: _Candidates, segment: Indices, condition
 
 
 def _spread_repeats(embeddings: Floats, picks: Indices) -> Indices:
-    """`picks`, sorted; those that equal another are replaced by different frames while there are any.
+    """Return `picks` sorted, with copies replaced by different frames while there are any.
 
-    Of those it takes what is farthest in time from all others, and so it does when there are no different ones left.
+    Each replacement is the frame farthest in time from all picks. When no different frame is left, any frame counts.
     """
     alike = np.tril(_compare_pairs(embeddings[picks], embeddings[picks]), -1).any(axis=1)
     kept = picks[~alike].tolist()
@@ -322,5 +325,5 @@ def _spread_repeats(embeddings: Floats, picks: Indices) -> Indices:
 
 
 def _compare_pairs(a: Floats, b: Floats) -> NDArray[np.bool_]:
-    """bool[A, B]."""
+    """Return bool[A, B]: whether two embeddings are equal."""
     return _compute_squared_distances(a, b) < _SAME_DISTANCE

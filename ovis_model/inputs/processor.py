@@ -1,4 +1,4 @@
-"""Build a Request from text and images; detokenize output ids."""
+"""Build requests from text and images; detokenize output ids."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> Processor:
-        """Of a checkpoint in either layout; see `checkpoint.fetch_checkpoint`. Fetches no weights.
+        """Load the processor of a checkpoint in either layout, without its weights.
 
-        Raises ValueError if it cannot be found or is no Ovis2.
+        `checkpoint.fetch_checkpoint` explains the arguments. Raise ValueError if the checkpoint cannot be found or is
+        not an Ovis2.
         """
         directory = fetch_checkpoint(str(path_or_id), revision, weights=False)
         return cls(OvisConfig.from_directory(directory), load_tokenizer(directory))
@@ -37,24 +38,25 @@ class Processor:
     def build_request(
         self, text: str, images: Sequence[Image.Image] = (), max_tiles: int = 9, system_prompt: str | None = None
     ) -> Request:
-        """The model input that asks `text` about `images`, each cut into at most `max_tiles` cells.
+        """Build the request that asks `text` about `images`, each cut into at most `max_tiles` tiles and an overview.
 
-        `text` holds one `<image>` mark per image, or none: then the images come first. Raises ValueError for
-        another number of marks, an empty image or text that is not Unicode.
+        `text` contains one `<image>` mark per image, or none: then the images come first. Raise ValueError for another
+        number of marks, for an empty image and for text that is not Unicode.
         """
-        pictures = [_convert_to_rgb(image) for image in images]
-        ids = self.encode_prompt(text, [image.size for image in pictures], max_tiles, system_prompt)
-        [request] = self.build_requests([ids], pictures, max_tiles)
+        rgb_images = [_convert_to_rgb(image) for image in images]
+        ids = self.encode_prompt(text, [image.size for image in rgb_images], max_tiles, system_prompt)
+        [request] = self.build_requests([ids], rgb_images, max_tiles)
         return request
 
     def build_requests(
-        self, prompts: Sequence[Sequence[int]], pictures: Sequence[Image.Image], max_tiles: int = 9
+        self, prompts: Sequence[Sequence[int]], images: Sequence[Image.Image], max_tiles: int = 9
     ) -> list[Request]:
-        """The second half of `request`: ids from `prompt_ids`, and the RGB pictures whose sizes it was given.
+        """Build one request per prompt about the same RGB `images`.
 
-        The requests are one group, so that an engine encodes their pictures once.
+        `prompts` are ids from `encode_prompt` for the sizes of these images. The requests form one group, so the engine
+        encodes the images once.
         """
-        tiles, sizes = tile_images(pictures, max_tiles, self.config.vision.image_size)
+        tiles, sizes = tile_images(images, max_tiles, self.config.vision.image_size)
         group, per_tile = uuid4(), self.config.vision.tokens_per_tile
         return [Request(expand_atoms(ids, per_tile), tiles, sizes, group) for ids in prompts]
 
@@ -65,21 +67,24 @@ class Processor:
         max_tiles: int = 9,
         system_prompt: str | None = None,
     ) -> list[int]:
-        """Ids of `request` for images of (width_px, height_px) before expansion: one atom per tile."""
+        """Encode the prompt of `build_request` for images of (width_px, height_px); each tile is one atom.
+
+        `build_requests` expands an atom to the placeholders of its visual tokens.
+        """
         tile_size = self.config.vision.image_size
         grids = [choose_grid(width, height, max_tiles, tile_size) for width, height in image_sizes]
         query = text if IMAGE_MARK in text else build_image_query(text, len(grids))
         return self._chat.encode_prompt(query, grids, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of a whole answer: the text and the end of the turn. Raises ValueError for text that is not Unicode."""
+        """Encode a whole answer: the text and the end of the turn. Raise ValueError for text that is not Unicode."""
         return self._chat.encode_answer(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Text of output ids, without special tokens."""
+        """Convert output ids to text, without special tokens."""
         return detokenize(self._tokenizer, ids)
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    # As in the original: colours under transparency are kept. convert() would copy an RGB image.
+    # As in the original, colours under transparency are kept. convert() would copy an image that is already RGB.
     return image if image.mode == "RGB" else image.convert("RGB")

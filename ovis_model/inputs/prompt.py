@@ -24,11 +24,11 @@ DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 CHAIN_OF_THOUGHT = (
     "Provide a step-by-step solution to the problem, and conclude with 'the answer is' followed by the final solution."
 )
-"""Asks for reasoning when appended to a question on a line of its own (the model card's wording)."""
+"""A request for reasoning, to append to a question on a separate line (the model card's wording)."""
 
 
 def build_image_query(text: str, num_images: int) -> str:
-    """`text` asked about `num_images` images, which come first; several are numbered (model card)."""
+    """Put the marks of `num_images` images before `text`; several images are numbered (model card)."""
     if num_images == 0:
         return text
     if num_images == 1:
@@ -37,19 +37,19 @@ def build_image_query(text: str, num_images: int) -> str:
 
 
 def build_video_query(text: str, num_frames: int) -> str:
-    """`text` asked about the `num_frames` frames of a video, which come first."""
+    """Put the marks of the `num_frames` frames of a video before `text`."""
     return f"{IMAGE_MARK}\n" * num_frames + text
 
 
 def remove_marks(text: str) -> str:
-    """`text` with every `<image>` removed, so that it stands for no image. The result holds none."""
-    while IMAGE_MARK in text:  # removing one can join the halves of another
+    """Remove every `<image>` from `text`, so that no part of it is replaced by an image."""
+    while IMAGE_MARK in text:  # removing a mark can join the halves of another
         text = text.replace(IMAGE_MARK, "")
     return text
 
 
 def make_placeholders(grid: Grid) -> list[int]:
-    """Placeholders of one image, atoms not expanded: the overview, then the cells between separators."""
+    """Return the placeholders of one image, one atom per tile: the overview, then the other tiles and separators."""
     ids = [IMAGE_START_ID, IMAGE_ATOM_ID, OVERVIEW_END_ID]
     if grid != (1, 1):
         row = [IMAGE_ATOM_ID, *[COLUMN_SEPARATOR_ID, IMAGE_ATOM_ID] * (grid.cols - 1)]
@@ -58,32 +58,32 @@ def make_placeholders(grid: Grid) -> list[int]:
 
 
 def expand_atoms(ids: Sequence[int], tokens_per_tile: int) -> NDArray[np.int32]:
-    """int32[T]: `ids` with each atom repeated once per visual token of its tile."""
+    """Repeat each atom of `ids` once per visual token of its tile; return int32[T]."""
     compact = np.array(ids, np.int32)
     return np.repeat(compact, np.where(compact == IMAGE_ATOM_ID, tokens_per_tile, 1))
 
 
 class ChatTokenizer:
-    """Encodes prompts so that text can never become a control token, whatever it says."""
+    """An encoder of chat prompts that always encodes text as text, never as control tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """`tokenizer` must know Qwen's `<|im_start|>` and `<|im_end|>`; raises ValueError otherwise."""
+        """Raise ValueError if `tokenizer` lacks Qwen's `<|im_start|>` or `<|im_end|>`."""
         self._start = _find_control_id(tokenizer, "<|im_start|>")
         self._end = _find_control_id(tokenizer, "<|im_end|>")
         self._text = _make_text_tokenizer(tokenizer)
 
     def encode_prompt(self, query: str, grids: Sequence[Grid], system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> list[int]:
-        """Ids of a prompt whose `<image>` marks stand for images cut by `grids`; atoms are not expanded.
+        """Encode a prompt whose `<image>` marks become images cut by `grids`, with one atom per tile.
 
-        A mark in `system_prompt` is text. Raises ValueError if marks and grids differ in number or a text is
-        not Unicode.
+        A mark in `system_prompt` is plain text. Raise ValueError if the numbers of marks and grids differ, or if a text
+        is not Unicode.
         """
         system = [self._start, *self._encode(f"system\n{system_prompt}"), self._end, *self._encode("\n")]
         user = [self._start, *self._encode_query(f"user\n{query}", grids), self._end, *self._encode("\n")]
         return [*system, *user, self._start, *self._encode("assistant\n")]
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of what follows a prompt when `text` is the answer to it."""
+        """Encode the answer `text` to a prompt, including the end of the turn."""
         return [*self._encode(text), self._end]
 
     def _encode_query(self, query: str, grids: Sequence[Grid]) -> list[int]:
@@ -97,33 +97,33 @@ class ChatTokenizer:
     def _encode(self, text: str) -> list[int]:
         if surrogate := re.search("[\ud800-\udfff]", text):
             raise ValueError(
-                f"the text holds {surrogate[0]!r}, half of a surrogate pair, which is no character; "
-                "decode it with errors='replace'"
+                f"the text contains {surrogate[0]!r}, half of a surrogate pair, which is not a character; "
+                "decode the text with errors='replace'"
             )
         ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
         return ids
 
 
 def check_num_marks(num_marks: int, num_images: int) -> None:
-    """Raises ValueError unless each image has its mark."""
+    """Raise ValueError unless there is one mark per image."""
     if num_marks != num_images:
         raise ValueError(
-            f"the text holds {num_marks} {IMAGE_MARK} marks for {num_images} images; write one per image "
-            "or none, which puts the images first; prompt.remove_marks removes them"
+            f"the text contains {num_marks} {IMAGE_MARK} marks for {num_images} images; write one mark per image, "
+            "or none to put the images first (prompt.remove_marks)"
         )
 
 
 def _find_control_id(tokenizer: Tokenizer, token: str) -> int:
     token_id: int | None = tokenizer.token_to_id(token)
     if token_id is None:
-        raise ValueError(f"the tokenizer has no {token}: it is not the one of an Ovis2 checkpoint")
+        raise ValueError(f"the tokenizer lacks {token}; use the tokenizer of an Ovis2 checkpoint")
     return token_id
 
 
 def _make_text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer` without its added tokens.
+    """Copy `tokenizer` without its added tokens.
 
-    Not `encode_special_tokens`: it lets through those not flagged special, such as `<tool_call>`.
+    `encode_special_tokens` is not enough: it keeps added tokens that are not flagged special, such as `<tool_call>`.
     """
     text = Tokenizer(tokenizer.model)  # shares the vocabulary
     text.normalizer = tokenizer.normalizer

@@ -1,4 +1,7 @@
-"""Cut an image into the uint8 tiles that Ovis2 sees."""
+"""Cut an image into uint8 tiles, the input of Ovis2's vision tower.
+
+A crop is a box of the image, shrunk to fit into a tile.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,21 @@ from ovis_model.types import Grid
 TILE_SIZE_PX = 448
 _GOOD_COVERAGE = 0.9  # a grid that keeps more than this share of the pixels needs no more tiles
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in px; right and bottom are outside
+Box = tuple[int, int, int, int]  # left, top, right, bottom in px; right and bottom are exclusive
 
 
 @lru_cache(maxsize=65536)
 def choose_grid(width: int, height: int, max_tiles: int, tile_size: int = TILE_SIZE_PX) -> Grid:
-    """How to cut a `width` x `height` px picture into at most `max_tiles` cells, without the overview.
+    """Choose how to cut an image of `width` x `height` px into at most `max_tiles` tiles, without the overview.
 
-    The fewest cells that keep more than 90 % of the pixels once shrunk into a tile; if no grid does, the one
-    that keeps the most. Source: AIDC-AI/Ovis v2.0, `get_best_grid`. Raises ValueError if a number is below 1.
+    Choose the grid with the fewest tiles whose shrunk crops keep more than 90 % of the pixels. If there is none, choose
+    the grid that keeps the most pixels. Source: AIDC-AI/Ovis v2.0, `get_best_grid`. Raise ValueError if a number is
+    below 1.
     """
     if min(width, height, max_tiles, tile_size) < 1:
         raise ValueError(
             f"cannot cut {width} x {height} px into max_tiles={max_tiles} of tile_size={tile_size} px; "
-            "all four must be at least 1"
+            "each of these numbers must be at least 1"
         )
     coverage = {grid: _compute_coverage(width, height, grid, tile_size) for grid in _list_grids(max_tiles)}
     good = [grid for grid in coverage if coverage[grid] > _GOOD_COVERAGE]
@@ -37,18 +41,18 @@ def choose_grid(width: int, height: int, max_tiles: int, tile_size: int = TILE_S
 
 
 def count_tiles(grid: Grid) -> int:
-    """Tiles of an image cut by `grid`: its cells, with the overview before them if there are several."""
-    cells = grid.rows * grid.cols
-    return cells if cells == 1 else cells + 1
+    """Return the number of tiles of an image cut by `grid`; if there are several, the overview is one more."""
+    count = grid.rows * grid.cols
+    return count if count == 1 else count + 1
 
 
 def tile_image(
     image: Image.Image, max_tiles: int, tile_size: int = TILE_SIZE_PX
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Tiles of one RGB image: the overview, then the cells in row-major order.
+    """Cut one RGB image into its tiles: the overview, then the others in row-major order.
 
-    Returns tiles uint8[N, 3, S, S], the picture centred in each and zeros around it, and sizes int32[N, 2],
-    (height_px, width_px) of the picture in each. Raises ValueError for another mode or an empty image.
+    Return tiles uint8[N, 3, S, S], each with its crop in the centre and zeros around it, and sizes int32[N, 2], the
+    (height_px, width_px) of each crop. Raise ValueError if the image is empty or has another mode.
     """
     return tile_images([image], max_tiles, tile_size)
 
@@ -56,24 +60,24 @@ def tile_image(
 def tile_images(
     images: Sequence[Image.Image], max_tiles: int, tile_size: int = TILE_SIZE_PX
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """`tile_image` of each of several images, one after the other in the same two arrays."""
+    """Cut several images like `tile_image`; their tiles follow each other in the same two arrays."""
     grids = [choose_grid(*_get_size(image), max_tiles, tile_size) for image in images]
     count = sum(count_tiles(grid) for grid in grids)
     tiles = np.zeros((count, 3, tile_size, tile_size), np.uint8)
     sizes = np.empty((count, 2), np.int32)
-    pictures = (p for image, grid in zip(images, grids, strict=True) for p in _make_crops(image, grid, tile_size))
-    for i, picture in enumerate(pictures):
-        sizes[i] = picture.height, picture.width
-        _paste(picture, tiles[i])
+    crops = (crop for image, grid in zip(images, grids, strict=True) for crop in _make_crops(image, grid, tile_size))
+    for i, crop in enumerate(crops):
+        sizes[i] = crop.height, crop.width
+        _paste(crop, tiles[i])
     return tiles, sizes
 
 
 def fit_in_tile(width: int, height: int, tile_size: int = TILE_SIZE_PX) -> tuple[int, int]:
-    """(width_px, height_px) of a crop inside its tile: the longer side fills it.
+    """Fit a crop into its tile; return (width_px, height_px), whose longer side is `tile_size`.
 
-    At least 1 px: beyond `tile_size`:1 the original rounds the shorter side to 0 and crashes.
+    The shorter side is at least 1 px. The original rounds it to 0 beyond an aspect of `tile_size`:1, and crashes.
     """
-    # int(a / b * size) truncates where size * a // b does not (672 x 183); written as in the original.
+    # As in the original: int(a / b * size) truncates where size * a // b does not (672 x 183).
     if width == height:
         return tile_size, tile_size
     if width > height:
@@ -83,7 +87,7 @@ def fit_in_tile(width: int, height: int, tile_size: int = TILE_SIZE_PX) -> tuple
 
 def _get_size(image: Image.Image) -> tuple[int, int]:
     if image.mode != "RGB":
-        raise ValueError(f"cannot tile a picture in mode {image.mode!r}; pass image.convert('RGB')")
+        raise ValueError(f"cannot cut an image in mode {image.mode!r} into tiles; pass image.convert('RGB')")
     return image.size
 
 
@@ -93,24 +97,24 @@ def _list_grids(max_tiles: int) -> list[Grid]:
 
 
 def _compute_coverage(width: int, height: int, grid: Grid, tile_size: int) -> float:
-    # Not sum(): from Python 3.12 on it compensates rounding, and the last bit decides ties.
+    # Not sum(): since Python 3.12 it compensates rounding errors, and the last bit decides ties.
     total: float = 0
-    for left, top, right, bottom in _cut_cells(width, height, grid):
+    for left, top, right, bottom in _cut_boxes(width, height, grid):
         total += _compute_kept_area(right - left, bottom - top, tile_size)
     return total / (width * height)
 
 
 def _compute_kept_area(width: int, height: int, tile_size: int) -> float:
-    """Area of a cell once its longer side is shrunk to `tile_size`; small cells are not enlarged."""
+    """Return the area in px of a crop whose longer side is shrunk to `tile_size`; small crops count unenlarged."""
     long, short = max(width, height), min(width, height)
     return short / long * tile_size * tile_size if long > tile_size else long * short
 
 
-def _cut_cells(width: int, height: int, grid: Grid) -> Iterator[Box]:
-    """Equal cells in row-major order; the last row and column take the remainder.
+def _cut_boxes(width: int, height: int, grid: Grid) -> Iterator[Box]:
+    """Yield equal boxes in row-major order; the last row and column take the remainder.
 
-    A cell can be empty if a side is shorter than the grid, but such a grid is never chosen: it keeps just as
-    much with fewer cells.
+    A box is empty if a side has fewer pixels than the grid has parts. Such a grid is never chosen, because one with
+    fewer tiles keeps as many pixels.
     """
     for top, bottom in _split_evenly(height, grid.rows):
         for left, right in _split_evenly(width, grid.cols):
@@ -125,23 +129,23 @@ def _split_evenly(length: int, parts: int) -> list[tuple[int, int]]:
 def _make_crops(image: Image.Image, grid: Grid, tile_size: int) -> Iterator[Image.Image]:
     if grid != (1, 1):
         yield _shrink(image, tile_size)
-    for box in _cut_cells(image.width, image.height, grid):
-        # Not resize(box=...): its filter would reach across the cell's edge.
+    for box in _cut_boxes(image.width, image.height, grid):
+        # Not resize(box=...): its filter would read pixels outside the box.
         yield _shrink(image.crop(box), tile_size)
 
 
 def _shrink(crop: Image.Image, tile_size: int) -> Image.Image:
     width, height = fit_in_tile(crop.width, crop.height, tile_size)
-    # Width, then height: one call did so until Pillow 13, which takes tall pictures the other way round
-    # (python-pillow/Pillow#9549) and rounds up to a third of their bytes differently.
+    # Width, then height, in two calls: Pillow 13 reverses the order for tall images (python-pillow/Pillow#9549), which
+    # changes the rounding of up to a third of their bytes.
     narrowed = crop.resize((width, crop.height), Image.Resampling.BICUBIC)
     return narrowed.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _paste(picture: Image.Image, tile: NDArray[np.uint8]) -> None:
-    width, height = picture.size
+def _paste(crop: Image.Image, tile: NDArray[np.uint8]) -> None:
+    width, height = crop.size
     top, left = (tile.shape[1] - height) // 2, (tile.shape[2] - width) // 2
-    # One packed copy per channel: a fifth of the time of transposing the interleaved array.
+    # One packed copy per channel takes a fifth of the time of transposing the interleaved array.
     for channel, plane in zip("RGB", tile, strict=True):
-        band = np.frombuffer(picture.tobytes("raw", channel), np.uint8)
+        band = np.frombuffer(crop.tobytes("raw", channel), np.uint8)
         plane[top : top + height, left : left + width] = band.reshape(height, width)

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipelines.errors import MediaError
 
-MAX_PIXELS = 178_956_970  # 0.7 GB in memory; twice Pillow's MAX_IMAGE_PIXELS, where it refuses too
+MAX_PIXELS = 178_956_970  # 0.7 GB in memory; twice Pillow's MAX_IMAGE_PIXELS, beyond which Pillow raises too
 
 # Formats that Pillow decodes without another program: EPS needs Ghostscript. Pillow loads the first five at
 # import; the others make it import all plugins, once. DIB and TGA have no signature, so they come last.

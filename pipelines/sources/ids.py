@@ -101,16 +101,16 @@ class IdIndex:
         return changes
 
     def _compare(self, tables: Tables, known: KnownRows) -> tuple[NDArray[np.bool_], set[str]]:
-        """Return which rows the run has (bool[N]), and which of its ids belong to different images here."""
+        """Return which rows the run has (bool[N]), and which of its ids belong to different images in this listing."""
         hashes, start = _to_numpy(self._hashes), 0
         masks: list[NDArray[np.bool_]] = []
         candidates: set[str] = set()
         for table in tables():
-            here = hashes[start : start + len(table)]
+            in_table = hashes[start : start + len(table)]
             start += len(table)
-            masks.append(known.has_rows(table, here))
-            elsewhere = known.has_ids(here) & ~masks[-1]
-            candidates.update(table.column("id").filter(pa.array(elsewhere)).to_pylist())
+            masks.append(known.has_rows(table, in_table))
+            is_other = known.has_ids(in_table) & ~masks[-1]
+            candidates.update(table.column("id").filter(pa.array(is_other)).to_pylist())
         return np.concatenate(masks), known.find_ids(candidates) if candidates else set()
 
     def _apply(
@@ -158,8 +158,8 @@ def _read_ids(tables: Tables, rows: NDArray[np.int64]) -> Iterator[str]:
     """Yield the ids of `rows`, which are in ascending order."""
     start = 0
     for table in tables() if len(rows) else ():
-        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))]
-        yield from table.column("id").take(here - start).to_pylist()
+        in_table = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))]
+        yield from table.column("id").take(in_table - start).to_pylist()
         start += len(table)
 
 

@@ -1,4 +1,4 @@
-"""Hold a row as listed from a source: id, references to images, prompt and columns; no payload."""
+"""Define the row as listed from a source: id, references to images, prompt and columns; no payload."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_DEPTH = 40  # of JSON; Arrow stores columns nested up to 64 deep
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as listed. `prompt` is the row's own, None if it has none; a row with an `error` becomes an error row."""
+    """A row as listed. `prompt` is its own prompt or None; a row with an `error` becomes an error row."""
 
     id: str
     uri: str

@@ -68,8 +68,8 @@ def list_tar(
 
 
 def _make_rows(index: _Index, columns: ColumnRoles, damage: str | None) -> Iterator[SourceRow]:
-    for place, sample in index.samples.items():
-        key, number = (place, 1) if isinstance(place, str) else place
+    for sample_key, sample in index.samples.items():
+        key, number = (sample_key, 1) if isinstance(sample_key, str) else sample_key
         yield sample.make_row(key, number, index, columns)
     if damage is not None:
         yield SourceRow(f"{index.uri}#byte-{index.end}", index.uri, error=damage)
