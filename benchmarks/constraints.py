@@ -85,17 +85,19 @@ def print_mask_times(name: str, guides: Guides, rows: int) -> None:
     constraint = Constraint("json_schema", json.dumps(SCHEMAS[name]))
     rng, cpu_us, wall_us = np.random.default_rng(0), [], []
     for _ in range(5):
-        answers = [(guides.guide(constraint), list[int]()) for _ in range(rows)]
-        answers[0][0].at([])
+        answers = [(guides.make_guide(constraint), list[int]()) for _ in range(rows)]
+        answers[0][0].advance_to([])
         while answers:
             cpu_s, wall_s = time.process_time(), time.perf_counter()
-            masks = guides.masks(answers).result()
+            masks = guides.compute_masks(answers).result()
             cpu_us.append((time.process_time() - cpu_s) * 1e6 / len(answers))
             wall_us.append((time.perf_counter() - wall_s) * 1e6 / len(answers))
             allowed = np.unpackbits(masks, axis=1, bitorder="little")
             for (_, ids), row in zip(answers, allowed, strict=True):
                 ids.append(int(rng.choice(np.flatnonzero(row))))
-            answers = [(guide, ids) for guide, ids in answers if len(ids) < 100 and not guide.at(ids).is_stopped()]
+            answers = [
+                (guide, ids) for guide, ids in answers if len(ids) < 100 and not guide.advance_to(ids).is_stopped()
+            ]
     print(
         f"masks, {name}: {statistics.mean(cpu_us):.0f} us of CPU per row and step, median "
         f"{statistics.median(cpu_us):.0f}; wall {statistics.mean(wall_us):.0f} with up to {rows} rows"
@@ -144,9 +146,9 @@ def prepare_steps(engine: EngineCore, rows: int, params: SamplingParams) -> Call
 
 def print_compile_times(model: Ovis, tokenizer: Tokenizer, eos: Sequence[int]) -> None:
     size = model.config.language.vocab_size
-    trie_s, _ = measure_seconds(lambda: guides_module._token_trie(tokenizer, size, list(eos)))
-    trie = guides_module._token_trie(tokenizer, size, list(eos))
-    grammar_s, _ = measure_seconds(lambda: guides_module._matcher(LARGE, trie))
+    trie_s, _ = measure_seconds(lambda: guides_module._make_token_trie(tokenizer, size, list(eos)))
+    trie = guides_module._make_token_trie(tokenizer, size, list(eos))
+    grammar_s, _ = measure_seconds(lambda: guides_module._start_matcher(LARGE, trie))
     num_keywords = LARGE.spec.count('":')
     engine = OvisEngine.from_model(model, tokenizer=tokenizer, eos_token_ids=())
     free, held = SamplingParams(max_new_tokens=1), SamplingParams(max_new_tokens=1, constraint=LARGE)

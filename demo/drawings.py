@@ -91,7 +91,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """What is asked about a scene, and the one of `choices` that is true."""
 
     kind: QuestionKind
@@ -110,9 +110,9 @@ def make_picture(
 ) -> tuple[Image.Image, Scene]:
     """The picture and the scene of a seed; None leaves the kind and the number of tiles to the seed."""
     rng = np.random.default_rng([seed, int(held_out)])
-    scene = _any_scene(rng, kind)
+    scene = _sample_scene(rng, kind)
     while is_held_out(scene.caption) is not held_out:
-        scene = _any_scene(rng, kind)
+        scene = _sample_scene(rng, kind)
     is_cut = bool(rng.random() < 0.25) if many_tiles is None else many_tiles
     sizes = MANY_TILE_SIZES_PX if is_cut else ONE_TILE_SIZES_PX
     width_px, height_px = sizes[rng.integers(len(sizes))]
@@ -126,53 +126,53 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     canvas = Image.new("RGB", size, _vary(BACKGROUNDS[scene.background], rng))
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        pen.polygon(_outline(thing, *size), fill=_vary(COLOURS[thing.colour], rng))
+        pen.polygon(_trace_outline(thing, *size), fill=_vary(COLOURS[thing.colour], rng))
     if scene.number:
         _draw_number(pen, scene, _vary(COLOURS[scene.number_colour], rng), *size)
     return _add_noise(canvas.reduce(_SUPERSAMPLING), rng)
 
 
-def questions(scene: Scene, seed: int) -> tuple[Question, ...]:
+def make_questions(scene: Scene, seed: int) -> tuple[SceneQuestion, ...]:
     """Two of each kind: one with the answer Yes, one with No; how many objects, and how many of a sort; two choices.
 
     What is denied or counted as 0 is often nearly there: the colour of one object with the shape of another.
     """
     rng = np.random.default_rng([seed, _QUESTIONS_STREAM])
-    choices = _choice_questions(scene)
+    choices = _list_choice_questions(scene)
     picked = rng.choice(len(choices), size=2, replace=False)
     return (
-        Question("bool", _pick(rng, _true_of(scene, rng)), "Yes", _YES_NO),
-        Question("bool", _pick(rng, _false_of(scene, rng)), "No", _YES_NO),
-        Question("count", "How many objects are there?", str(len(scene.things)), _DIGITS),
-        _count_of_a_sort(scene, rng),
+        SceneQuestion("bool", _pick(rng, _list_true(scene, rng)), "Yes", _YES_NO),
+        SceneQuestion("bool", _pick(rng, _list_false(scene, rng)), "No", _YES_NO),
+        SceneQuestion("count", "How many objects are there?", str(len(scene.things)), _DIGITS),
+        _ask_count(scene, rng),
         *(choices[i] for i in picked),
     )
 
 
-def _true_of(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
+def _list_true(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     background = f"Is the background {scene.background}?"
     if scene.number:
         return "Is there a number?", f"Is the number {scene.number_colour}?", background
     thing = scene.things[rng.integers(len(scene.things))]
-    return *_is_there(thing.colour, thing.shape), background
+    return *_ask_presence(thing.colour, thing.shape), background
 
 
-def _false_of(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
-    colour = _other(rng, COLOURS, {thing.colour for thing in scene.things})
-    shape = _other(rng, SHAPES, {thing.shape for thing in scene.things})
-    absent = (*_is_there(*_absent_sort(scene, rng))[:2], *_is_there(colour, shape)[2:])
-    background = f"Is the background {_other(rng, BACKGROUNDS, {scene.background})}?"
-    about_number = f"Is the number {_other(rng, COLOURS, {scene.number_colour})}?"
+def _list_false(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
+    colour = _pick_other(rng, COLOURS, {thing.colour for thing in scene.things})
+    shape = _pick_other(rng, SHAPES, {thing.shape for thing in scene.things})
+    absent = (*_ask_presence(*_choose_absent_sort(scene, rng))[:2], *_ask_presence(colour, shape)[2:])
+    background = f"Is the background {_pick_other(rng, BACKGROUNDS, {scene.background})}?"
+    about_number = f"Is the number {_pick_other(rng, COLOURS, {scene.number_colour})}?"
     return *absent, background, about_number if scene.number else "Is there a number?"
 
 
-def _is_there(colour: str, shape: str) -> tuple[str, ...]:
+def _ask_presence(colour: str, shape: str) -> tuple[str, ...]:
     """The first one, the hardest, counts twice."""
-    sort = f"Is there {_article(colour)} {shape}?"
-    return sort, sort, f"Is there {_article(colour)} object?", f"Is there a {shape}?"
+    sort = f"Is there {_add_article(colour)} {shape}?"
+    return sort, sort, f"Is there {_add_article(colour)} object?", f"Is there a {shape}?"
 
 
-def _absent_sort(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _choose_absent_sort(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A colour and a shape that no object has both of; half of the time as near as can be."""
     there = {(thing.colour, thing.shape) for thing in scene.things}
     colours = {colour for colour, _ in there} or {scene.number_colour}
@@ -184,45 +184,45 @@ def _absent_sort(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return near[rng.integers(len(near))]
 
 
-def _count_of_a_sort(scene: Scene, rng: np.random.Generator) -> Question:
+def _ask_count(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
     """One time in three of what is not there."""
     if scene.things and rng.random() < 2 / 3:
         thing = scene.things[rng.integers(len(scene.things))]
         colour, shape = thing.colour, thing.shape
     else:
-        colour, shape = _absent_sort(scene, rng)
+        colour, shape = _choose_absent_sort(scene, rng)
     what, number = (
-        (f"{colour} {_plural(shape)}", sum((t.colour, t.shape) == (colour, shape) for t in scene.things)),
+        (f"{colour} {_pluralize(shape)}", sum((t.colour, t.shape) == (colour, shape) for t in scene.things)),
         (f"{colour} objects", sum(t.colour == colour for t in scene.things)),
-        (_plural(shape), sum(t.shape == shape for t in scene.things)),
+        (_pluralize(shape), sum(t.shape == shape for t in scene.things)),
     )[rng.integers(3)]
-    return Question("count", f"How many {what} are there?", str(number), _DIGITS)
+    return SceneQuestion("count", f"How many {what} are there?", str(number), _DIGITS)
 
 
-def _choice_questions(scene: Scene) -> list[Question]:
+def _list_choice_questions(scene: Scene) -> list[SceneQuestion]:
     """All that have one answer."""
     backgrounds, colours = tuple(BACKGROUNDS), tuple(COLOURS)
     asked = [
-        Question("choice", "What is the background?", scene.background, backgrounds),
-        Question("choice", "What colour is the background?", scene.background, backgrounds),
+        SceneQuestion("choice", "What is the background?", scene.background, backgrounds),
+        SceneQuestion("choice", "What colour is the background?", scene.background, backgrounds),
     ]
     if scene.number:
-        return [*asked, Question("choice", "What colour is the number?", scene.number_colour, colours)]
-    asked += [Question("choice", text, colour, colours) for text, colour in _colours_asked(scene)]
-    return asked + [Question("choice", text, shape, SHAPES) for text, shape in _shapes_asked(scene)]
+        return [*asked, SceneQuestion("choice", "What colour is the number?", scene.number_colour, colours)]
+    asked += [SceneQuestion("choice", text, colour, colours) for text, colour in _ask_colours(scene)]
+    return asked + [SceneQuestion("choice", text, shape, SHAPES) for text, shape in _ask_shapes(scene)]
 
 
-def _colours_asked(scene: Scene) -> list[tuple[str, str]]:
+def _ask_colours(scene: Scene) -> list[tuple[str, str]]:
     """(question, answer)"""
-    colours = _with_one_value((thing.shape, thing.colour) for thing in scene.things)
+    colours = _keep_unambiguous((thing.shape, thing.colour) for thing in scene.things)
     if scene.kind == "count":
-        return [(f"What colour are the {_plural(shape)}?", colour) for shape, colour in colours.items()]
+        return [(f"What colour are the {_pluralize(shape)}?", colour) for shape, colour in colours.items()]
     return [(f"What colour is the {shape}?", colour) for shape, colour in colours.items()]
 
 
-def _shapes_asked(scene: Scene) -> list[tuple[str, str]]:
+def _ask_shapes(scene: Scene) -> list[tuple[str, str]]:
     """(question, answer)"""
-    shapes = _with_one_value((thing.colour, thing.shape) for thing in scene.things)
+    shapes = _keep_unambiguous((thing.colour, thing.shape) for thing in scene.things)
     asked = [(f"Which shape is {colour}?", shape) for colour, shape in shapes.items()]
     if scene.kind != "two":
         return [*asked, ("Which shape is it?", scene.things[0].shape)]
@@ -230,7 +230,7 @@ def _shapes_asked(scene: Scene) -> list[tuple[str, str]]:
     return asked + [(f"Which shape is {place}?", t.shape) for place, t in zip(places, scene.things, strict=True)]
 
 
-def _with_one_value(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _keep_unambiguous(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """The keys of `pairs` that never come with another value."""
     values: defaultdict[str, set[str]] = defaultdict(set)
     for key, value in pairs:
@@ -238,73 +238,73 @@ def _with_one_value(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {key: found.pop() for key, found in values.items() if len(found) == 1}
 
 
-def _other(rng: np.random.Generator, options: Iterable[str], present: Iterable[str]) -> str:
+def _pick_other(rng: np.random.Generator, options: Iterable[str], present: Iterable[str]) -> str:
     return _pick(rng, tuple(option for option in options if option not in present))
 
 
-def _article(word: str) -> str:
+def _add_article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def _any_scene(rng: np.random.Generator, kind: Kind | None) -> Scene:
+def _sample_scene(rng: np.random.Generator, kind: Kind | None) -> Scene:
     kind = kind or KINDS[rng.choice(len(KINDS), p=(0.25, 0.35, 0.2, 0.2))]
-    return {"one": _one, "two": _two, "count": _count, "number": _number}[kind](rng)
+    return {"one": _sample_one, "two": _sample_two, "count": _sample_count, "number": _sample_number}[kind](rng)
 
 
-def _one(rng: np.random.Generator) -> Scene:
+def _sample_one(rng: np.random.Generator) -> Scene:
     row, column = (int(i) for i in rng.integers(3, size=2))
-    thing = _thing(rng, _CENTRES[column], _CENTRES[row])
-    return _scene("one", f"{_name(thing)} at the {POSITIONS[row][column]}", rng, (thing,))
+    thing = _sample_thing(rng, _CENTRES[column], _CENTRES[row])
+    return _make_scene("one", f"{_describe(thing)} at the {POSITIONS[row][column]}", rng, (thing,))
 
 
-def _two(rng: np.random.Generator) -> Scene:
+def _sample_two(rng: np.random.Generator) -> Scene:
     relation = _pick(rng, RELATIONS)
     across = float(rng.uniform(0.4, 0.6))
     centres = [(along, across) if relation == "left of" else (across, along) for along in _PAIR_CENTRES]
-    first, second = (_thing(rng, *centre) for centre in centres)
+    first, second = (_sample_thing(rng, *centre) for centre in centres)
     if (first.shape, first.colour) == (second.shape, second.colour):  # that would be "Two red stars"
-        return _two(rng)
-    return _scene("two", f"{_name(first)} {relation} {_name(second).lower()}", rng, (first, second))
+        return _sample_two(rng)
+    return _make_scene("two", f"{_describe(first)} {relation} {_describe(second).lower()}", rng, (first, second))
 
 
-def _count(rng: np.random.Generator) -> Scene:
+def _sample_count(rng: np.random.Generator) -> Scene:
     number = int(rng.integers(2, 2 + len(COUNTS)))
-    like = _thing(rng, 0, 0, size="small")
+    like = _sample_thing(rng, 0, 0, size="small")
     cells = rng.choice(9, size=number, replace=False)
-    things = tuple(_moved(like, rng, _CENTRES[cell % 3], _CENTRES[cell // 3]) for cell in cells)
-    return _scene("count", f"{COUNTS[number - 2]} {like.colour} {_plural(like.shape)}", rng, things)
+    things = tuple(_jitter(like, rng, _CENTRES[cell % 3], _CENTRES[cell // 3]) for cell in cells)
+    return _make_scene("count", f"{COUNTS[number - 2]} {like.colour} {_pluralize(like.shape)}", rng, things)
 
 
-def _number(rng: np.random.Generator) -> Scene:
+def _sample_number(rng: np.random.Generator) -> Scene:
     num_digits = rng.integers(2, 4)
     number = str(rng.integers(10 ** (num_digits - 1), 10**num_digits))
     colour = _pick(rng, tuple(COLOURS))
-    scene = _scene("number", f"The number {number} in {colour}", rng, ())
+    scene = _make_scene("number", f"The number {number} in {colour}", rng, ())
     return replace(scene, number=number, number_colour=colour)
 
 
-def _scene(kind: Kind, what: str, rng: np.random.Generator, things: tuple[Thing, ...]) -> Scene:
+def _make_scene(kind: Kind, what: str, rng: np.random.Generator, things: tuple[Thing, ...]) -> Scene:
     background = _pick(rng, tuple(BACKGROUNDS))
     return Scene(kind, f"{what} on a {background} background.", background, 0, 0, things)
 
 
-def _thing(rng: np.random.Generator, x: float, y: float, size: str | None = None) -> Thing:
+def _sample_thing(rng: np.random.Generator, x: float, y: float, size: str | None = None) -> Thing:
     size = size or _pick(rng, tuple(SIZES))
     scale = float(rng.uniform(*SIZES[size]))
     thing = Thing(_pick(rng, SHAPES), size, _pick(rng, tuple(COLOURS)), 0, 0, scale)
-    return _moved(thing, rng, x, y)
+    return _jitter(thing, rng, x, y)
 
 
-def _moved(thing: Thing, rng: np.random.Generator, x: float, y: float) -> Thing:
+def _jitter(thing: Thing, rng: np.random.Generator, x: float, y: float) -> Thing:
     dx, dy = (float(d) for d in rng.uniform(-_JITTER, _JITTER, size=2))
     return replace(thing, x=x + dx, y=y + dy)
 
 
-def _name(thing: Thing) -> str:
+def _describe(thing: Thing) -> str:
     return f"A {thing.size} {thing.colour} {thing.shape}"
 
 
-def _plural(shape: str) -> str:
+def _pluralize(shape: str) -> str:
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
@@ -327,25 +327,25 @@ def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-def _outline(thing: Thing, width: int, height: int) -> list[tuple[float, float]]:
+def _trace_outline(thing: Thing, width: int, height: int) -> list[tuple[float, float]]:
     """Corners in pixels of a polygon."""
     radius = thing.scale * min(width, height) / 2
     return [(thing.x * width + x * radius, thing.y * height + y * radius) for x, y in _UNIT_OUTLINES[thing.shape]]
 
 
-def _ring(num_corners: int, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
+def _trace_ring(num_corners: int, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
     """Corners around the centre, the first one at the top, with the radii in turn."""
     angles = [2 * math.pi * i / num_corners for i in range(num_corners)]
     lengths = [radii[i % len(radii)] for i in range(num_corners)]
     return [(r * math.sin(a), -r * math.cos(a)) for r, a in zip(lengths, angles, strict=True)]
 
 
-def _hollow(width: float) -> list[tuple[float, float]]:
+def _trace_hollow_circle(width: float) -> list[tuple[float, float]]:
     """A circular line: around the outside, then back around the inside."""
-    return [*_ring(48), (0.0, -1.0), (0.0, width - 1), *reversed(_ring(48, (1 - width,)))]
+    return [*_trace_ring(48), (0.0, -1.0), (0.0, width - 1), *reversed(_trace_ring(48, (1 - width,)))]
 
 
-def _heart() -> list[tuple[float, float]]:
+def _trace_heart() -> list[tuple[float, float]]:
     angles = [2 * math.pi * i / 40 for i in range(40)]
     tops = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
     return [(math.sin(a) ** 3, -(y + 2.5) / 14.5) for a, y in zip(angles, tops, strict=True)]
@@ -353,15 +353,15 @@ def _heart() -> list[tuple[float, float]]:
 
 _ARM = 0.3  # half the width of a cross's arm
 _UNIT_OUTLINES = {
-    "circle": _hollow(0.4),
+    "circle": _trace_hollow_circle(0.4),
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)],
-    "star": _ring(10, (1.05, 0.3)),
+    "star": _trace_ring(10, (1.05, 0.3)),
     "cross": [
         *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
         *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
     ],
-    "heart": _heart(),
+    "heart": _trace_heart(),
 }
 
 

@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from demo.drawings import Kind, Question, Scene, make_picture, questions
+from demo.drawings import Kind, Scene, SceneQuestion, make_picture, make_questions
 from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
@@ -78,7 +78,7 @@ _PLAIN_ADDED_TOKENS = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class Recipe:
     """What is trained.
 
     learning_rate: of the step and the number of steps. first_seed: of the training pictures. num_draws: of questions.
@@ -91,7 +91,7 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Exercise:
     """What is asked about a picture, and what is true. target_ids: int64[T], the last one ends the answer.
 
     kind: "caption" or that of the question. Requests about one picture share its `tiles`.
@@ -105,14 +105,14 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A picture with its tasks, the caption first."""
+    """A picture with its exercises, the caption first."""
 
     scene: Scene
-    tasks: tuple[Task, ...]
+    exercises: tuple[Exercise, ...]
 
     @property
     def num_tiles(self) -> int:
-        return len(self.tasks[0].request.tiles)
+        return len(self.exercises[0].request.tiles)
 
 
 def main() -> None:
@@ -134,47 +134,47 @@ def main() -> None:
         train(args.out_dir, CAPTIONS, args.steps)
 
 
-def train(directory: Path, stage: Stage, num_steps: int | None = None, start_from: Path | None = None) -> None:
+def train(directory: Path, recipe: Recipe, num_steps: int | None = None, start_from: Path | None = None) -> None:
     """Writes `model.safetensors` every EVALUATE_EVERY steps and at the end."""
-    num_steps = num_steps or stage.steps
+    num_steps = num_steps or recipe.steps
     model, optimizer, first_step = _start(directory, start_from)
     processor, started_s = Processor.from_pretrained(directory), time.monotonic()
     for step in range(first_step, num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate(step, num_steps)
-        loss = _train_step(model, optimizer, _examples(processor, step, stage))
+            group["lr"] = recipe.learning_rate(step, num_steps)
+        loss = _train_step(model, optimizer, _make_examples(processor, step, recipe))
         if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == num_steps:
             _save(directory, model, optimizer, step + 1)
             right = evaluate(OvisEngine.from_model(model), processor, range(200))
             print(f"step {step + 1}  {time.monotonic() - started_s:.0f} s  loss {loss:.4f}  {right}", flush=True)
 
 
-def caption_learning_rate(step: int, num_steps: int) -> float:
+def compute_caption_learning_rate(step: int, num_steps: int) -> float:
     """Warm-up and a coarse plateau, then straight down from the fine rate to 0."""
     if step < COARSE_STEPS:
         return COARSE_LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS)
     return FINE_LEARNING_RATE * (num_steps - step) / max(1, num_steps - COARSE_STEPS)
 
 
-def question_learning_rate(step: int, num_steps: int) -> float:
+def compute_question_learning_rate(step: int, num_steps: int) -> float:
     """Warm-up, then straight down to 0."""
     return QUESTION_LEARNING_RATE * min((step + 1) / WARM_UP_STEPS, (num_steps - step) / num_steps)
 
 
-CAPTIONS = Stage(11500, caption_learning_rate, first_seed=1_000_000, num_draws=0)
-QUESTIONS = Stage(2300, question_learning_rate, first_seed=2_000_000, num_draws=2)
+CAPTIONS = Recipe(11500, compute_caption_learning_rate, first_seed=1_000_000, num_draws=0)
+QUESTIONS = Recipe(2300, compute_question_learning_rate, first_seed=2_000_000, num_draws=2)
 
 
 def evaluate(engine: Engine, processor: Processor, seeds: Iterable[int]) -> dict[str, str]:
-    """Share of greedy answers about held-out pictures that are exactly right, by kind of task and by picture."""
-    examples = (_example(processor, seed, held_out=True, num_draws=1) for seed in seeds)
-    tasks = [(example, task) for example in examples for task in example.tasks]
-    completions = engine.generate([task.request for _, task in tasks], SamplingParams(max_new_tokens=32))
+    """Share of greedy answers about held-out pictures that are exactly right, by kind of exercise and by picture."""
+    examples = (_make_example(processor, seed, held_out=True, num_draws=1) for seed in seeds)
+    exercises = [(example, exercise) for example in examples for exercise in example.exercises]
+    completions = engine.generate([exercise.request for _, exercise in exercises], SamplingParams(max_new_tokens=32))
     marks: defaultdict[str, list[bool]] = defaultdict(list)
-    for (example, task), completion in zip(tasks, completions, strict=True):
-        is_right = processor.detokenize(completion.output_ids) == task.answer
+    for (example, exercise), completion in zip(exercises, completions, strict=True):
+        is_right = processor.detokenize(completion.output_ids) == exercise.answer
         tiles = "one tile" if example.num_tiles == 1 else "several tiles"
-        for key in (task.kind, f"{task.kind}, picture of {example.scene.kind}", f"{task.kind}, {tiles}"):
+        for key in (exercise.kind, f"{exercise.kind}, picture of {example.scene.kind}", f"{exercise.kind}, {tiles}"):
             marks[key].append(is_right)
     return {key: f"{sum(right)}/{len(right)}" for key, right in sorted(marks.items())}
 
@@ -184,7 +184,7 @@ def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequenc
     size = attrgetter("num_tiles")
     for _, group in groupby(sorted(examples, key=size), key=size):
         alike = list(group)
-        loss = _loss(model, alike) * len(alike) / len(examples)
+        loss = _compute_loss(model, alike) * len(alike) / len(examples)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,9 +193,9 @@ def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequenc
     return total
 
 
-def _loss(model: Ovis, group: Sequence[Example]) -> Tensor:
+def _compute_loss(model: Ovis, group: Sequence[Example]) -> Tensor:
     """Mean cross-entropy of the target tokens."""
-    rows = [_row(example) for example in group]
+    rows = [_pack_example(example) for example in group]
     input_ids, targets, position_ids, branches = (
         nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
         for parts, value in zip(map(list, zip(*rows, strict=True)), (0, _NO_TARGET, 0, _PADDING), strict=True)
@@ -205,10 +205,10 @@ def _loss(model: Ovis, group: Sequence[Example]) -> Tensor:
     return F.cross_entropy(model.llm.compute_logits(hidden[counted]), targets[counted])
 
 
-class Row(NamedTuple):
-    """All tasks of a picture behind what their prompts have in common, the image; int64[T] each.
+class PackedExample(NamedTuple):
+    """All exercises of a picture behind what their prompts have in common, the image; int64[T] each.
 
-    branches: 0 in the common prefix, then the number of the task, from 1.
+    branches: 0 in the common prefix, then the number of the exercise, from 1.
     """
 
     input_ids: Tensor
@@ -231,36 +231,40 @@ class Branches:
         return attended.transpose(1, 2)
 
 
-def _row(example: Example) -> Row:
-    prompts = [torch.from_numpy(task.request.input_ids).long() for task in example.tasks]
+def _pack_example(example: Example) -> PackedExample:
+    prompts = [torch.from_numpy(exercise.request.input_ids).long() for exercise in example.exercises]
     prefix = prompts[0][: int((prompts[0] < 0).nonzero()[-1]) + 1]
-    parts = [Row(prefix, torch.full_like(prefix, _NO_TARGET), torch.arange(len(prefix)), torch.zeros_like(prefix))]
-    for branch, (task, prompt) in enumerate(zip(example.tasks, prompts, strict=True), start=1):
-        ids = torch.cat((prompt[len(prefix) :], task.target_ids[:-1]))
-        targets = F.pad(task.target_ids, (len(ids) - len(task.target_ids), 0), value=_NO_TARGET)
-        parts.append(Row(ids, targets, len(prefix) + torch.arange(len(ids)), torch.full_like(ids, branch)))
-    return Row(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    parts = [
+        PackedExample(prefix, torch.full_like(prefix, _NO_TARGET), torch.arange(len(prefix)), torch.zeros_like(prefix))
+    ]
+    for branch, (exercise, prompt) in enumerate(zip(example.exercises, prompts, strict=True), start=1):
+        ids = torch.cat((prompt[len(prefix) :], exercise.target_ids[:-1]))
+        targets = F.pad(exercise.target_ids, (len(ids) - len(exercise.target_ids), 0), value=_NO_TARGET)
+        parts.append(PackedExample(ids, targets, len(prefix) + torch.arange(len(ids)), torch.full_like(ids, branch)))
+    return PackedExample(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
     """int64[B, T] -> [B, T, hidden_size]"""
-    requests = [example.tasks[0].request for example in group]
+    requests = [example.exercises[0].request for example in group]
     tiles = torch.from_numpy(np.concatenate([request.tiles for request in requests]))
     sizes = torch.from_numpy(np.concatenate([request.tile_sizes for request in requests]))
     visual = model.encode_tiles(model.normalize(tiles, sizes)).flatten(0, 1)
     return model.embed(input_ids.flatten(), visual).view(*input_ids.shape, -1)
 
 
-def _examples(processor: Processor, step: int, stage: Stage) -> list[Example]:
+def _make_examples(processor: Processor, step: int, recipe: Recipe) -> list[Example]:
     """Every other picture shows two objects: they take longest to learn."""
-    first = stage.first_seed + step * BATCH_SIZE
+    first = recipe.first_seed + step * BATCH_SIZE
     return [
-        _example(processor, seed, held_out=False, num_draws=stage.num_draws, kind="two" if seed % 2 else None)
+        _make_example(processor, seed, held_out=False, num_draws=recipe.num_draws, kind="two" if seed % 2 else None)
         for seed in range(first, first + BATCH_SIZE)
     ]
 
 
-def _example(processor: Processor, seed: int, *, held_out: bool, num_draws: int, kind: Kind | None = None) -> Example:
+def _make_example(
+    processor: Processor, seed: int, *, held_out: bool, num_draws: int, kind: Kind | None = None
+) -> Example:
     """One picture in four has been through a JPEG file."""
     image, scene = make_picture(seed, held_out=held_out, kind=kind)
     if seed // 2 % 4 == 3:
@@ -269,17 +273,17 @@ def _example(processor: Processor, seed: int, *, held_out: bool, num_draws: int,
     asked = [("caption", PROMPT, scene.caption)]
     asked += [(q.kind, q.text, q.answer) for q in _draw_questions(scene, seed, num_draws)]
     requests = processor.build_requests([processor.encode_prompt(text, [image.size]) for _, text, _ in asked], [image])
-    tasks = (
-        Task(kind, request, answer, torch.tensor(processor.encode_answer(answer)))
+    exercises = (
+        Exercise(kind, request, answer, torch.tensor(processor.encode_answer(answer)))
         for (kind, _, answer), request in zip(asked, requests, strict=True)
     )
-    return Example(scene, tuple(tasks))
+    return Example(scene, tuple(exercises))
 
 
-def _draw_questions(scene: Scene, seed: int, num_draws: int) -> Iterator[Question]:
+def _draw_questions(scene: Scene, seed: int, num_draws: int) -> Iterator[SceneQuestion]:
     """Of all draws but the first only those with the answer Yes or No, which take longest to learn."""
     for draw in range(num_draws):
-        for question in questions(scene, seed + draw * _DRAWS_APART):
+        for question in make_questions(scene, seed + draw * _DRAWS_APART):
             if draw == 0 or question.kind == "bool":
                 yield question
 

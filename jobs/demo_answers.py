@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from demo.drawings import make_picture, questions
+from demo.drawings import make_picture, make_questions
 from jobs.command_line import Command, parse_command_line
 from jobs.demo import SEEDS_APART, DemoOptions, run_module
 from pipelines.config import Location, declare_option
@@ -71,7 +71,7 @@ def draw_pictures(output: Path, count: int, seed: int) -> Path:
 def _describe_picture(path: Path, seed: int) -> dict[str, Any]:
     image, scene = make_picture(seed, held_out=True)
     image.save(path)
-    true, false, count, *_ = questions(scene, seed)
+    true, false, count, *_ = make_questions(scene, seed)
     asked = (true, false)[seed % 2]
     return {
         "image": f"pictures/{path.name}",

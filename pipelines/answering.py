@@ -12,7 +12,7 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import cut_at_stop
 from ovis_model.types import Completion, Engine, FinishReason, Request, RequestError, SamplingParams
 from pipelines.rows import PreparedRow
-from pipelines.tasks.answer_types import Answer, Answered, flags_of
+from pipelines.tasks.answer_types import Answer, Answered, find_flags
 from pipelines.tasks.questionnaire import Columns, Questionnaire
 from pipelines.tasks.task import Task
 
@@ -49,7 +49,7 @@ class Answerer:
         ]
         if self._questionnaire.regenerates_flagged:
             self._retry_flagged(asked, answered)
-        return [a if isinstance(a, RequestError) else self._questionnaire.columns(a) for a in answered]
+        return [a if isinstance(a, RequestError) else self._questionnaire.make_columns(a) for a in answered]
 
     def _generate_rows(self, asked: Sequence[Sequence[TaskRequest]]) -> list[list[Completion] | RequestError]:
         """Generate all rows together; if a request is invalid, generate each row separately to isolate it."""
@@ -68,7 +68,7 @@ class Answerer:
         return outcome
 
     def _generate(self, questions: Sequence[TaskRequest]) -> list[Completion] | RequestError:
-        params = [question.task.sampling(question.row_id, self._answer_ids) for question in questions]
+        params = [question.task.make_sampling_params(question.row_id, self._answer_ids) for question in questions]
         return self._try([question.request for question in questions], params)
 
     def _try(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[Completion] | RequestError:
@@ -89,7 +89,7 @@ class Answerer:
             value=value,
             finish_reason=completion.finish_reason,
             confidence=confidence,
-            flags=flags_of(task.answer, text, value, completion.finish_reason),
+            flags=find_flags(task.answer, text, value, completion.finish_reason),
             mean_logprob=completion.mean_logprob,
             num_tokens=len(completion.output_ids),
         )
@@ -126,7 +126,7 @@ class Answerer:
 
     def _change_sampling(self, question: TaskRequest, first: Answered) -> SamplingParams:
         # A different seed: where the first answer was sampled too, the same seed could draw the same tokens.
-        params = question.task.sampling(f"{question.row_id}\0again", self._answer_ids)
+        params = question.task.make_sampling_params(f"{question.row_id}\0again", self._answer_ids)
         longer = _RETRY_TIMES_LONGER if "truncated" in first.flags else 1
         room = self._processor.config.max_length - len(question.request.input_ids)
         return replace(
@@ -143,6 +143,6 @@ def _parse_value(answer: Answer, text: str, finish_reason: FinishReason) -> Any:
     if answer.constraint and finish_reason == "length":
         return None
     try:
-        return answer.value(text)
+        return answer.parse(text)
     except ValueError:
         return None

@@ -36,7 +36,7 @@ def describe_models(config: RunConfig) -> dict[str, str | None]:
 
 
 def _check_task(task: Task, processor: Processor) -> None:
-    params = task.sampling("", processor.encode_answer)
+    params = task.make_sampling_params("", processor.encode_answer)
     for option in task.answer.options:
         if (read := processor.detokenize(processor.encode_answer(option))) != option:
             raise ValueError(f"{task.label}the model's tokenizer reads the choice {option!a} as {read!a}; write it so")

@@ -369,6 +369,6 @@ class AnnotateConfig(RunConfig):
     def questionnaire(self) -> Questionnaire:
         """All tasks, each in its own columns."""
         return Questionnaire(
-            tasks=tuple(task.with_defaults(**self.task_defaults()) for task in self.tasks),
+            tasks=tuple(task.fill_defaults(**self.task_defaults()) for task in self.tasks),
             layout=TaskLayout(with_alternatives=self.regenerate is not None),
         )

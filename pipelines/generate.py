@@ -108,7 +108,9 @@ class Generate:
             self._make_error_row(row, str(outcome)) if isinstance(outcome, RequestError) else ResultRow(row, outcome)
             for row, outcome in zip(prepared, self._answerer.answer(prepared), strict=True)
         ]
-        return results + [ResultRow(row, self._questionnaire.empty(), row.stage, row.error) for row in failed]
+        return results + [
+            ResultRow(row, self._questionnaire.make_empty_columns(), row.stage, row.error) for row in failed
+        ]
 
     def _make_error_row(self, row: PreparedRow, reason: str) -> ResultRow:
-        return ResultRow(row, self._questionnaire.empty(), "generate", reason)
+        return ResultRow(row, self._questionnaire.make_empty_columns(), "generate", reason)

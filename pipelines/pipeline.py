@@ -24,7 +24,7 @@ from pipelines.monitoring.error_reasons import ErrorMonitor
 from pipelines.monitoring.progress import RunProgress
 from pipelines.output.compact import drop_error_rows
 from pipelines.output.lease import Lease
-from pipelines.output.ledger import Ledger, Ranges, count, split
+from pipelines.output.ledger import Ledger, Ranges, count_rows, split_ranges
 from pipelines.output.manifest import KeptColumns
 from pipelines.output.run_record import Run, acquire_lease, open_run
 from pipelines.output.sink import Sink, remove_temporaries
@@ -82,8 +82,8 @@ def _write_missing_rows(
         run.update(status="running", counts=None)
         logger.warning("retrying %d error rows", drop_error_rows(run.output, lease))
     ledger = Ledger.read(run.data_uri)
-    with RunProgress(run.num_rows, count(ledger.done)) as progress:
-        if ledger.missing(run.num_rows):
+    with RunProgress(run.num_rows, count_rows(ledger.done)) as progress:
+        if ledger.find_missing(run.num_rows):
             run.update(status="running")
             with open_ray_session():
                 _write_in_passes(config, run, ledger, lease, progress, make_engine)
@@ -96,15 +96,17 @@ def _write_in_passes(
     kept = KeptColumns(run.output)
     with ErrorMonitor(config.stop_error_rate) as reasons:
         for _ in range(MAX_PASSES):
-            if missing := ledger.missing(run.num_rows):
+            if missing := ledger.find_missing(run.num_rows):
                 with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink:
                     for results in _stream(config, run, missing, make_engine):
                         new = sink.add(results)
                         progress.add(new)
                         reasons.add(new)
     written = Ledger.read(run.data_uri)  # read back from the store, not taken from memory
-    if missing := written.missing(run.num_rows):
-        raise RowsLost(f"{count(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}")
+    if missing := written.find_missing(run.num_rows):
+        raise RowsLost(
+            f"{count_rows(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}"
+        )
 
 
 def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
@@ -112,7 +114,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     import ray
     from ray.data import ActorPoolStrategy
 
-    plan = plan_run(config, count(missing))
+    plan = plan_run(config, count_rows(missing))
     print(plan, file=sys.stderr)
     run.record_dtype(plan.dtype)
     configure_ray_data(BATCH_BYTES)
@@ -120,7 +122,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
     model = config.model, found["revision"]
     replica = Replica(*model, plan.dtype, pools.device, pools.threads_per_replica, pools.tensor_parallel)
     # A unit is only two numbers, so Ray needs no read tasks, which the pools could starve of CPUs.
-    units = [unit._asdict() for unit in split(missing, sizes.rows_per_unit)]
+    units = [unit._asdict() for unit in split_ranges(missing, sizes.rows_per_unit)]
     with (
         translate_ray_errors(),
         run_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,

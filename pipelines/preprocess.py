@@ -145,17 +145,17 @@ class RequestBuilder:
 
     def join_prompts(self, prompt: str) -> str:
         """Return all prompts of a row as one text, to match frames against. `prompt`: as in the manifest."""
-        return remove_marks("\n".join(self._questionnaire.prompts(prompt)))
+        return remove_marks("\n".join(self._questionnaire.split_prompts(prompt)))
 
     def build_image_requests(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Request]:
         """Return the requests of a row with these images, possibly none. Raise ValueError if one is too long."""
-        prompts = self._questionnaire.prompts(prompt)
+        prompts = self._questionnaire.split_prompts(prompt)
         questions = [_remove_stray_marks(text, num_images=len(pictures)) for text in prompts]
         return self._build(questions, pictures, self._images.max_tiles_per_image(len(pictures)))
 
     def build_video_requests(self, prompt: str, frames: Sequence[Frame]) -> list[Request]:
         """Return the requests of a row with the frames of a video. Raise ValueError if one is too long."""
-        questions = [_build_video_prompt(text, len(frames)) for text in self._questionnaire.prompts(prompt)]
+        questions = [_build_video_prompt(text, len(frames)) for text in self._questionnaire.split_prompts(prompt)]
         pictures = [Image.fromarray(frame.pixels) for frame in frames]
         return self._build(questions, pictures, self._images.max_tiles_per_frame)
 

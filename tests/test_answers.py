@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.tasks.answer_types import flags_of, is_repetitive, parse_answer
-from pipelines.tasks.arrow_types import close_objects, shape_of
+from pipelines.tasks.answer_types import find_flags, is_repetitive, parse_answer
+from pipelines.tasks.arrow_types import close_objects, infer_shape
 
 INVOICE = {
     "type": "object",
@@ -47,7 +47,7 @@ INVOICE = {
 )
 def test_an_answer_has_a_type_and_a_value(spec: Any, type_: pa.DataType, text: str, value: Any) -> None:
     answer = parse_answer(spec)
-    assert (answer.type, answer.value(text)) == (type_, value)
+    assert (answer.type, answer.parse(text)) == (type_, value)
     assert parse_answer(answer.spec) == answer
     assert not (answer.options and answer.constraint)
     pa.array([value, None], type_)
@@ -79,7 +79,7 @@ def test_an_answer_has_a_type_and_a_value(spec: Any, type_: pa.DataType, text: s
 )
 def test_a_text_that_is_not_of_the_type_is_refused(spec: Any, text: str) -> None:
     with pytest.raises(ValueError):
-        parse_answer(spec).value(text)
+        parse_answer(spec).parse(text)
 
 
 @pytest.mark.parametrize("part", [{"pattern": "^(?:a+)+$"}, {"patternProperties": {"^(?:a+)+$": {"type": "null"}}}])
@@ -87,8 +87,8 @@ def test_values_are_not_checked_against_patterns(part: Any) -> None:
     """The grammar already enforces them; Python's `re` would take years on these texts and block the replica."""
     text = "a" * 60 + "!"
     either = {"anyOf": [{"type": "integer"}, part], "additionalProperties": {"type": "integer"}}
-    assert json.loads(parse_answer({"json_schema": either}).value(json.dumps({text: 1}))) == {text: 1}
-    assert json.loads(parse_answer({"json_schema": either}).value(json.dumps(text))) == text
+    assert json.loads(parse_answer({"json_schema": either}).parse(json.dumps({text: 1}))) == {text: 1}
+    assert json.loads(parse_answer({"json_schema": either}).parse(json.dumps(text))) == text
 
 
 @pytest.mark.parametrize("spec", ["int", "list[str]", {"int": {"min": -3, "max": 10**18 - 1}}, {"int": {"max": 3}}])
@@ -122,7 +122,7 @@ def test_a_wrong_spec_is_refused_with_what_is_allowed(spec: Any, message: str) -
 
 
 def test_a_record_becomes_a_struct() -> None:
-    shape = shape_of(INVOICE)
+    shape = infer_shape(INVOICE)
     line = pa.struct({"what": pa.string(), "count": pa.int64()})
     assert shape.type == pa.struct(
         {
@@ -140,7 +140,7 @@ def test_a_record_becomes_a_struct() -> None:
 
 def test_a_recursive_schema_ends_in_json_text() -> None:
     tree = {"type": "object", "properties": {"of": {"type": "array", "items": {"$ref": "#"}}}}
-    shape = shape_of(tree)
+    shape = infer_shape(tree)
     assert shape.convert({"of": [{"of": [{"of": []}]}]}) == {"of": [{"of": ['{"of": []}']}]}
     assert shape.type == pa.struct({"of": pa.list_(pa.struct({"of": pa.list_(pa.string())}))})
 
@@ -160,7 +160,7 @@ def test_a_recursive_schema_ends_in_json_text() -> None:
     ],
 )
 def test_values_without_an_arrow_type_become_json_text(schema: Any) -> None:
-    shape = shape_of(schema)
+    shape = infer_shape(schema)
     assert shape.type == pa.string() and json.loads(shape.convert({"a": [1, None]})) == {"a": [1, None]}
 
 
@@ -174,7 +174,7 @@ def test_closing_objects_only_forbids_undeclared_properties() -> None:
     assert close_objects({**INVOICE, "additionalProperties": True})["additionalProperties"] is True
     assert close_objects({"allOf": [INVOICE]}) == {"allOf": [INVOICE]}
     parts = {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}, "required": ["b"]}, {"required": ["a"]}]}
-    assert close_objects(parts) == parts and shape_of(parts).type == pa.string()
+    assert close_objects(parts) == parts and infer_shape(parts).type == pa.string()
 
 
 _VALUES = st.recursive(
@@ -193,7 +193,7 @@ _SCHEMAS = st.recursive(
 
 @given(_SCHEMAS, _VALUES)
 def test_any_value_of_any_schema_fits_its_column_or_is_refused(schema: Any, value: Any) -> None:
-    shape = shape_of(schema)
+    shape = infer_shape(schema)
     try:
         converted = shape.convert(value)
     except ValueError:
@@ -204,11 +204,11 @@ def test_any_value_of_any_schema_fits_its_column_or_is_refused(schema: Any, valu
 def test_flags_report_cut_empty_invalid_and_repetitive_answers() -> None:
     text, yes, tags = parse_answer("text"), parse_answer("bool"), parse_answer("list[str]")
     loop = "the cat and " * 40
-    assert flags_of(text, "A cat.", "A cat.", "stop") == ()
-    assert flags_of(text, loop, loop, "length") == ("truncated", "repetition")
-    assert flags_of(text, " \n", " \n", "stop") == ("empty",)
-    assert flags_of(tags, '["a', None, "length") == ("truncated", "invalid")
-    assert flags_of(yes, "Yes", True, "stop") == ()
+    assert find_flags(text, "A cat.", "A cat.", "stop") == ()
+    assert find_flags(text, loop, loop, "length") == ("truncated", "repetition")
+    assert find_flags(text, " \n", " \n", "stop") == ("empty",)
+    assert find_flags(tags, '["a', None, "length") == ("truncated", "invalid")
+    assert find_flags(yes, "Yes", True, "stop") == ()
 
 
 def test_loops_are_repetitive_and_prose_is_not() -> None:

@@ -234,9 +234,9 @@ def test_python_m_jobs_is_the_command() -> None:
 def test_each_row_has_its_own_repeatable_seed() -> None:
     config = parse("in", "out", "--model", "demo", "--seed", "5")
     [task] = config.questionnaire.tasks
-    seeds = {task.sampling(row_id, lambda _: []).seed for row_id in "abc"}
+    seeds = {task.make_sampling_params(row_id, lambda _: []).seed for row_id in "abc"}
     assert len(seeds) == 3 and all(0 <= seed < 2**63 for seed in seeds if seed is not None)
-    assert task.sampling("a", lambda _: []) == task.sampling("a", lambda _: [])
+    assert task.make_sampling_params("a", lambda _: []) == task.make_sampling_params("a", lambda _: [])
 
 
 def test_the_tile_limit_depends_on_the_number_of_images() -> None:

@@ -18,7 +18,7 @@ from pipelines.output import file_swap
 from pipelines.output.compact import Compacted, compact, compact_run, drop_error_rows
 from pipelines.output.file_swap import exchange_files, finish_exchange
 from pipelines.output.lease import Lease
-from pipelines.output.ledger import Ledger, RowRange, count
+from pipelines.output.ledger import Ledger, RowRange, count_rows
 from pipelines.output.sink import read_results, write_file
 from pipelines.storage import store
 from tests.support.outputs import make_results
@@ -243,5 +243,5 @@ def test_compacting_holds_only_the_rows_of_interleaved_files(tmp_path: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_swap.store, "write_bytes", write)
         compact_with_lease(tmp_path, sum(p.stat().st_size for p in (tmp_path / "data").iterdir()) // 40)
-    assert count(Ledger.read(str(tmp_path / "data")).done) == 5000
+    assert count_rows(Ledger.read(str(tmp_path / "data")).done) == 5000
     assert max(held) < whole / 4

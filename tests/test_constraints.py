@@ -157,7 +157,7 @@ def test_every_supported_schema_is_enforced(data: st.DataObject) -> None:
         check(to_constraint(schema))
     except ValueError:
         return
-    state = guides_module._matcher(to_constraint(schema), guides_module._byte_trie())
+    state = guides_module._start_matcher(to_constraint(schema), guides_module._make_byte_trie())
     rng, favoured = data.draw(st.randoms(use_true_random=True)), data.draw(st.sampled_from(["", "9.0", 'nu,:"}]']))
     answer = bytearray()
     while len(answer) < 80:
@@ -280,7 +280,7 @@ def test_rows_that_restart_after_out_of_memory_repeat_their_answers(
 def test_a_grammar_is_compiled_once_without_blocking_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first decode step of the row waits for the grammar; enqueuing and prefill do not."""
     compiled, started, prefilled = [], threading.Event(), threading.Event()
-    compile_now, hidden_now = guides_module._matcher, ModelRunner.run_spans
+    compile_now, hidden_now = guides_module._start_matcher, ModelRunner.run_spans
 
     def compile_slowly(constraint: Constraint, trie: Any) -> Any:
         started.set()
@@ -293,7 +293,7 @@ def test_a_grammar_is_compiled_once_without_blocking_the_prefill(monkeypatch: py
         prefilled.set()
         return hidden
 
-    monkeypatch.setattr(guides_module, "_matcher", compile_slowly)
+    monkeypatch.setattr(guides_module, "_start_matcher", compile_slowly)
     monkeypatch.setattr(ModelRunner, "run_spans", run_and_signal)
     model = EngineCore(get_engine().model, tokenizer=TOKENIZER)
     rows = model.enqueue([build_request()] * 6, [constrain(DIGIT, seed=seed) for seed in range(6)])
@@ -336,8 +336,8 @@ def test_a_constraint_that_fails_during_generation_fails_only_its_row() -> None:
 def test_a_mask_allows_exactly_the_tokens_whose_text_matches() -> None:
     """The mask is compared with the pattern over the whole vocabulary."""
     guides = Guides(TOKENIZER, 640, get_engine().config.eos_token_ids)
-    guide = guides.guide(Constraint("regex", "[a-h ]{0,4}"))
-    mask = unpack_masks(torch.from_numpy(guides.masks([(guide, [])]).result()), 640)[0]
+    guide = guides.make_guide(Constraint("regex", "[a-h ]{0,4}"))
+    mask = unpack_masks(torch.from_numpy(guides.compute_masks([(guide, [])]).result()), 640)[0]
     texts = [get_processor().detokenize([token]) for token in range(TOKENIZER.get_vocab_size())]
     wanted = [bool(text) and re.fullmatch("[a-h ]{1,4}", text) is not None for text in texts]
     for eos in get_engine().config.eos_token_ids:

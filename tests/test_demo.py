@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo.drawings import KINDS, Kind, Question, QuestionKind, is_held_out, make_picture, questions
+from demo.drawings import KINDS, Kind, QuestionKind, SceneQuestion, is_held_out, make_picture, make_questions
 from jobs import demo
 from ovis_model.checkpoint import DEMO_DIRECTORY
 from ovis_model.engine.engine import OvisEngine
@@ -63,14 +63,14 @@ def test_every_kind_of_picture_is_captioned(kind: Kind) -> None:
 
 
 @cache
-def answer_questions(count: int = 40) -> list[tuple[Question, str]]:
+def answer_questions(count: int = 40) -> list[tuple[SceneQuestion, str]]:
     """Return questions about held-out pictures with the model's greedy answers."""
     asked = []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         image, scene = make_picture(seed, held_out=True)
         asked += [
             (question, get_processor().build_request(question.text, images=[image]))
-            for question in questions(scene, seed)
+            for question in make_questions(scene, seed)
         ]
     completions = get_engine().generate([request for _, request in asked], SamplingParams(max_new_tokens=8))
     texts = (get_processor().detokenize(completion.output_ids) for completion in completions)

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.output.ledger import FileEntry, Ledger, Ranges, RowRange, count, difference, split, to_ranges, union
+from pipelines.output.ledger import (
+    FileEntry,
+    Ledger,
+    Ranges,
+    RowRange,
+    count_rows,
+    merge_ranges,
+    split_ranges,
+    subtract_ranges,
+    to_ranges,
+)
 from pipelines.output.sink import write_file
 from tests.support.outputs import make_results
 
@@ -25,20 +35,20 @@ def list_numbers(ranges: Ranges) -> set[int]:
 def test_equal_sets_of_numbers_give_equal_ranges(numbers: set[int]) -> None:
     ranges = to_ranges(list(numbers) * 2)
     assert list_numbers(ranges) == numbers
-    assert count(ranges) == len(numbers)
+    assert count_rows(ranges) == len(numbers)
     assert all(a.stop < b.start for a, b in pairwise(ranges))
 
 
 @given(NUMBERS, NUMBERS)
 def test_union_and_difference_equal_those_of_sets(a: set[int], b: set[int]) -> None:
-    assert list_numbers(union([*to_ranges(a), *to_ranges(b)])) == a | b
-    assert union([*to_ranges(a), *to_ranges(b)]) == to_ranges(a | b)
-    assert list_numbers(difference(RowRange(0, 61), to_ranges(a))) == set(range(61)) - a
+    assert list_numbers(merge_ranges([*to_ranges(a), *to_ranges(b)])) == a | b
+    assert merge_ranges([*to_ranges(a), *to_ranges(b)]) == to_ranges(a | b)
+    assert list_numbers(subtract_ranges(RowRange(0, 61), to_ranges(a))) == set(range(61)) - a
 
 
 @given(NUMBERS, st.integers(1, 20))
 def test_split_keeps_all_rows_and_cuts_at_multiples(numbers: set[int], size: int) -> None:
-    parts = list(split(to_ranges(numbers), size))
+    parts = list(split_ranges(to_ranges(numbers), size))
     assert list_numbers(tuple(parts)) == numbers
     assert all(start // size == (stop - 1) // size for start, stop in parts)
 
@@ -46,7 +56,7 @@ def test_split_keeps_all_rows_and_cuts_at_multiples(numbers: set[int], size: int
 @given(NUMBERS, NUMBERS)
 def test_new_rows_are_the_rows_that_are_not_done(done: set[int], rows: set[int]) -> None:
     asked = np.array(sorted(rows), np.int64)
-    is_new = Ledger(to_ranges(done)).new_rows(asked)
+    is_new = Ledger(to_ranges(done)).find_new(asked)
     assert set(asked[is_new].tolist()) == rows - done
 
 
@@ -63,7 +73,7 @@ def test_a_ledger_is_read_from_the_footers(tmp_path: Path) -> None:
     ledger = Ledger.read(str(tmp_path))
     assert ledger.done == ((0, 4), (5, 6))
     assert ledger.num_errors == 1
-    assert ledger.missing(8) == ((4, 5), (6, 8))
+    assert ledger.find_missing(8) == ((4, 5), (6, 8))
 
 
 def test_files_that_overlap_are_reported(tmp_path: Path) -> None:

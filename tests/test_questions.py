@@ -11,11 +11,11 @@ from demo.drawings import (
     COLOURS,
     NUM_QUESTIONS,
     SHAPES,
-    Question,
     Scene,
+    SceneQuestion,
     Thing,
     make_picture,
-    questions,
+    make_questions,
 )
 
 
@@ -41,7 +41,7 @@ BACKGROUND_IS = "What is the background?", "What colour is the background?"
 def collect_questions(scene: Scene) -> dict[str, dict[str, str]]:
     """Return {kind: {question: answer}} of all questions asked about the scene."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    for question in (question for seed in range(600) for question in questions(scene, seed)):
+    for question in (question for seed in range(600) for question in make_questions(scene, seed)):
         assert found[question.kind].setdefault(question.text, question.answer) == question.answer
     return found
 
@@ -72,7 +72,7 @@ def test_only_the_number_and_its_colours_are_confirmed() -> None:
 def test_near_misses_are_denied_and_asked_often() -> None:
     denied = select_by_answer(collect_questions(PAIR)["bool"], "No")
     assert {"Is there a red star?", "Is there a blue circle?", "Is there a number?"} <= denied
-    often = Counter(question.text for seed in range(600) for question in questions(PAIR, seed))
+    often = Counter(question.text for seed in range(600) for question in make_questions(PAIR, seed))
     assert often["Is there a red star?"] + often["Is there a blue circle?"] > 80
 
 
@@ -130,7 +130,7 @@ def test_choice_questions_have_one_answer(scene: Scene, expected: dict[str, str]
 
 def test_questions_are_repeatable_and_do_not_change_the_picture() -> None:
     scene = make_picture(3, held_out=True)[1]
-    assert questions(scene, 3) == questions(scene, 3) != questions(scene, 4)
+    assert make_questions(scene, 3) == make_questions(scene, 3) != make_questions(scene, 4)
     assert make_picture(3, held_out=True)[1] == scene
 
 
@@ -144,5 +144,7 @@ def test_questions_are_balanced() -> None:
     assert all(question.answer in question.choices for question in drawn)
 
 
-def _draw_questions(count: int) -> list[Question]:
-    return [question for seed in range(count) for question in questions(make_picture(seed, held_out=True)[1], seed)]
+def _draw_questions(count: int) -> list[SceneQuestion]:
+    return [
+        question for seed in range(count) for question in make_questions(make_picture(seed, held_out=True)[1], seed)
+    ]

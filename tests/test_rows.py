@@ -76,7 +76,12 @@ def test_result_rows_have_the_columns_of_the_output() -> None:
     answers = {"text": "x", "finish_reason": "stop", "mean_logprob": -1.0, "num_output_tokens": 2}
     rows = [
         ResultRow(prepared, answers),
-        ResultRow(PreparedRow(4, "b", "u", "Why?", stage="read", error="gone"), questionnaire.empty(), "read", "gone"),
+        ResultRow(
+            PreparedRow(4, "b", "u", "Why?", stage="read", error="gone"),
+            questionnaire.make_empty_columns(),
+            "read",
+            "gone",
+        ),
     ]
     table = ResultRow.to_table(rows, schema.build_result_schema(questionnaire.schema))
     assert table.schema == schema.build_result_schema(schema.OUTPUT)

@@ -66,12 +66,12 @@ def test_tasks_override_the_options_of_the_run(tasks_file: Path) -> None:
     assert (caption.max_new_tokens, caption.temperature, caption.system) == (40, 0.5, "Hello.")
     assert (has_red.max_new_tokens, has_red.temperature, has_red.system) == (7, 0.0, "Be brief.")
     assert record.answer.spec == {"json_schema": RECORD}
-    params = [task.sampling("row", encode) for task in config.questionnaire.tasks]
+    params = [task.make_sampling_params("row", encode) for task in config.questionnaire.tasks]
     assert [p.stop for p in params] == [("END",), (), (), ()]
     assert params[1].choices == (tuple(b"Yes"), tuple(b"No"))
     assert isinstance(params[2].constraint, Constraint) and params[0].constraint is None
     assert len({p.seed for p in params}) == 4
-    assert len({caption.sampling(row, encode).seed for row in "abc"}) == 3
+    assert len({caption.make_sampling_params(row, encode).seed for row in "abc"}) == 3
 
 
 def test_tasks_survive_the_way_through_a_config_file(tasks_file: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_only_free_text_ends_at_a_stop_string(tasks_file: Path) -> None:
 def test_an_error_row_has_no_answer_whatever_the_name_of_its_task() -> None:
     task = {"name": "prompt", "prompt": "How many?", "answer": "int"}
     config = AnnotateConfig(input=("a",), output="b", model="demo", tasks=[task])
-    assert config.questionnaire.empty()["prompt"] is None
+    assert config.questionnaire.make_empty_columns()["prompt"] is None
 
 
 def test_the_prompt_of_every_task_is_filled_from_columns(tmp_path: Path, tasks_file: Path) -> None:
@@ -171,7 +171,12 @@ def test_the_prompt_of_every_task_is_filled_from_columns(tmp_path: Path, tasks_f
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = parse("--tasks", str(tasks_file)).model_copy(update={"input": (str(tmp_path / "list.jsonl"),)})
     dog, nothing, no_image = list_task_rows(config)
-    assert config.questionnaire.prompts(dog["prompt"]) == ["Describe this dog.", "Is there red?", "Tags?", "Read it."]
+    assert config.questionnaire.split_prompts(dog["prompt"]) == [
+        "Describe this dog.",
+        "Is there red?",
+        "Tags?",
+        "Read it.",
+    ]
     assert (dog["error"], dog["has_own_prompt"]) == ("", False)
     assert nothing["error"] == "task caption: names the column 'kind', which is null in this row"
     assert no_image["error"].endswith("no image, and no prompt of its own")

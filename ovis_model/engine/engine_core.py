@@ -69,7 +69,7 @@ class EngineCore:
             self._checks.check(index, state)
         for state in states:
             if self._guides and state.params.constraint and not state.params.choices:
-                state.guide = self._guides.guide(state.params.constraint)  # compiled while the prompt is computed
+                state.guide = self._guides.make_guide(state.params.constraint)  # compiled while the prompt is computed
         self.scheduler.enqueue(states)
         return states
 
@@ -181,7 +181,7 @@ class EngineCore:
     def _begin_masks(self, states: Sequence[RequestState]) -> Masks | None:
         """Begin to compute the allowed next tokens of the requests with a constraint, while the model runs."""
         answers = [(state.guide, state.output_ids) for state in states if state.guide]
-        return self._guides.masks(answers) if self._guides and answers else None
+        return self._guides.compute_masks(answers) if self._guides and answers else None
 
     def _record(self, states: Sequence[RequestState], choice: Choice) -> None:
         # One copy from the device, as float64, which holds both exactly.

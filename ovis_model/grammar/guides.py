@@ -44,7 +44,9 @@ def check(constraint: Constraint, tokenizer: Tokenizer | None = None) -> None:
 
     With a tokenizer, also check that its tokens can spell the beginning of an answer.
     """
-    matcher = _matcher(constraint, _byte_trie() if tokenizer is None else _token_trie(tokenizer, None, None))
+    matcher = _start_matcher(
+        constraint, _make_byte_trie() if tokenizer is None else _make_token_trie(tokenizer, None, None)
+    )
     matcher.compute_bitmask()
     if matcher.is_error():
         raise ValueError(f"no answer satisfies the {constraint.kind} {shorten(constraint.spec)}")
@@ -59,7 +61,7 @@ class Guide:
         self._num_taken = 0
         self.error = ""
 
-    def at(self, output_ids: Sequence[int]) -> llguidance.LLMatcher:
+    def advance_to(self, output_ids: Sequence[int]) -> llguidance.LLMatcher:
         """Wait for the grammar and return its state after these tokens. Fewer tokens than last time start it again."""
         if self._matcher is None or len(output_ids) < self._num_taken:
             self._matcher, self._num_taken = self._grammar.result().deep_copy(), 0
@@ -82,12 +84,12 @@ class Guides:
         )
         self._lock = Lock()
 
-    def guide(self, constraint: Constraint) -> Guide:
+    def make_guide(self, constraint: Constraint) -> Guide:
         """Return the guide of a new answer. A grammar is compiled once, in the background."""
         with self._lock:
             return Guide(self._grammar(constraint))
 
-    def masks(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> Future[NDArray[np.uint8]]:
+    def compute_masks(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> Future[NDArray[np.uint8]]:
         """Compute masks from guides and each answer's token ids: uint8[answers, bytes], a bit per id, lowest first.
 
         A guide with an `error` allows all tokens.
@@ -96,14 +98,14 @@ class Guides:
 
     @cached_property
     def _trie(self) -> llguidance.LLTokenizer:
-        return _token_trie(self._tokenizer, self.vocab_size, self._eos_token_ids)
+        return _make_token_trie(self._tokenizer, self.vocab_size, self._eos_token_ids)
 
     @cached_property
     def _cores(self) -> llguidance.LLExecutor:
         return llguidance.LLExecutor(_MASK_THREADS)
 
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
-        return _matcher(constraint, self._trie)
+        return _start_matcher(constraint, self._trie)
 
     def _masks(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> NDArray[np.uint8]:
         masks = allocate_token_bitmask(len(answers), self.vocab_size)
@@ -120,14 +122,14 @@ class Guides:
 
 def _state(guide: Guide, output_ids: Sequence[int]) -> llguidance.LLMatcher | None:
     try:
-        state = guide.at(output_ids)
+        state = guide.advance_to(output_ids)
     except ValueError as error:  # of compilation
         guide.error = str(error)
         return None
     return state
 
 
-def _matcher(constraint: Constraint, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
+def _start_matcher(constraint: Constraint, trie: llguidance.LLTokenizer) -> llguidance.LLMatcher:
     """Return the state at the start of an answer. Raise ValueError with what the library refuses."""
     matcher = llguidance.LLMatcher(trie, _grammar(constraint), log_level=0, limits=_LIMITS)
     if matcher.is_error():
@@ -148,7 +150,7 @@ def _grammar(constraint: Constraint) -> str:
     return llguidance.LLMatcher.grammar_from_lark(f"{start.replace('start:', 'ANSWER:', 1)} & {_TEXT}\nstart: ANSWER")
 
 
-def _token_trie(
+def _make_token_trie(
     tokenizer: Tokenizer, vocab_size: int | None, eos_token_ids: list[int] | None
 ) -> llguidance.LLTokenizer:
     """Read the vocabulary. Added tokens of the form <...> are special to the library and always masked."""
@@ -156,7 +158,7 @@ def _token_trie(
 
 
 @cache
-def _byte_trie() -> llguidance.LLTokenizer:
+def _make_byte_trie() -> llguidance.LLTokenizer:
     """Return a vocabulary of bytes, for checks without a checkpoint."""
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
 

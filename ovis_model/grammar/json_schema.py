@@ -48,7 +48,7 @@ def parse_schema(text: str) -> Json:
 def adapt_schema(schema: Json) -> Json:
     """Return the schema for llguidance to compile."""
     adapted = deepcopy(schema)
-    for part in list(walk(adapted)):
+    for part in list(walk_schemas(adapted)):
         _rewrite(part, schema)
     return adapted
 
@@ -59,15 +59,15 @@ def validate_answer(value: Any, schema: str) -> None:
         raise ValueError(error.message)
 
 
-def walk(schema: Any) -> Iterator[Json]:
+def walk_schemas(schema: Any) -> Iterator[Json]:
     """Yield the schema and all schemas in it, except true and false."""
     if isinstance(schema, dict):
         yield schema
         for part in DRAFT202012.subresources_of(schema):
-            yield from walk(part)
+            yield from walk_schemas(part)
 
 
-def resolve(reference: Any, root: Any) -> Any:
+def resolve_reference(reference: Any, root: Any) -> Any:
     """Return what "#/$defs/name" names in the schema `root`; None for anything else."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
@@ -178,7 +178,7 @@ def _constants(part: Any, root: Json) -> dict[str, set[str]]:
     """Return {name: JSON of its possible values} for the required properties of an object that list their values."""
     for _ in range(MAX_DEPTH):  # a reference to itself ends nowhere
         if isinstance(part, dict) and "$ref" in part:
-            part = resolve(part["$ref"], root)
+            part = resolve_reference(part["$ref"], root)
     if not isinstance(part, dict) or part.get("type") != "object":
         return {}
     listed = {name: each for name, each in part.get("properties", {}).items() if isinstance(each, dict)}

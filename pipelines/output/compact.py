@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.errors import RunError
 from pipelines.output.file_swap import exchange_files, finish_exchange
 from pipelines.output.lease import Lease
-from pipelines.output.ledger import FileEntry, Ranges, RowRange, count, read_entries, union
+from pipelines.output.ledger import FileEntry, Ranges, RowRange, count_rows, merge_ranges, read_entries
 from pipelines.output.run_record import acquire_lease
 from pipelines.output.sink import encode_file, read_file
 from pipelines.storage import store
@@ -72,11 +72,14 @@ def compact(output: str, file_bytes: int, lease: Lease) -> Compacted:
     No old file goes before all new ones are there and checked. Raises OSError.
     """
     before = _entries(output)
-    num_rows, num_bytes = sum(count(entry.ranges) for _, entry in before), sum(info.num_bytes for info, _ in before)
+    num_rows, num_bytes = (
+        sum(count_rows(entry.ranges) for _, entry in before),
+        sum(info.num_bytes for info, _ in before),
+    )
     # By what a row takes now: it is compressed, so its length says little.
     rows_per_file = max(1, round(file_bytes * num_rows / max(1, num_bytes)))
     if not _are_compact(before, rows_per_file):
-        wanted = union(r for _, entry in before for r in entry.ranges)
+        wanted = merge_ranges(r for _, entry in before for r in entry.ranges)
         exchange_files(output, _files_of(_in_order(before, rows_per_file), wanted), _names(before), lease)
     after = _entries(output)
     return Compacted(num_rows, len(before), len(after), num_bytes, sum(info.num_bytes for info, _ in after), output)
@@ -84,7 +87,7 @@ def compact(output: str, file_bytes: int, lease: Lease) -> Compacted:
 
 def _are_compact(files: list[Entry], rows_per_file: int) -> bool:
     spans = sorted((entry.ranges[0].start, entry.ranges[-1].stop) for _, entry in files)
-    are_few = len(files) <= -(-sum(count(entry.ranges) for _, entry in files) // rows_per_file)
+    are_few = len(files) <= -(-sum(count_rows(entry.ranges) for _, entry in files) // rows_per_file)
     return are_few and all(left[1] <= right[0] for left, right in pairwise(spans))
 
 
@@ -136,5 +139,5 @@ def _files_of(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, byte
         entry, data = encode_file(table, rows)
         written += entry.ranges
         yield entry.file_name, data
-    assert union(written) == wanted, f"rows {union(written)} instead of {wanted}"
-    assert count(written) == count(wanted), f"{count(written)} rows instead of {count(wanted)}"
+    assert merge_ranges(written) == wanted, f"rows {merge_ranges(written)} instead of {wanted}"
+    assert count_rows(written) == count_rows(wanted), f"{count_rows(written)} rows instead of {count_rows(wanted)}"

@@ -44,7 +44,7 @@ def to_ranges(rows: Iterable[int] | NDArray[np.int64]) -> Ranges:
     return tuple(RowRange(int(a), int(b)) for a, b in zip(starts, stops, strict=True))
 
 
-def union(ranges: Iterable[RowRange]) -> Ranges:
+def merge_ranges(ranges: Iterable[RowRange]) -> Ranges:
     """Ranges in any order, overlapping or not, as one set."""
     merged: list[RowRange] = []
     for start, stop in sorted(ranges):
@@ -55,7 +55,7 @@ def union(ranges: Iterable[RowRange]) -> Ranges:
     return tuple(merged)
 
 
-def difference(whole: RowRange, done: Ranges) -> Ranges:
+def subtract_ranges(whole: RowRange, done: Ranges) -> Ranges:
     """Return what of `whole` is not in `done`."""
     starts = [whole.start, *(stop for _, stop in done)]
     stops = [*(start for start, _ in done), whole.stop]
@@ -63,11 +63,11 @@ def difference(whole: RowRange, done: Ranges) -> Ranges:
     return tuple(gap for gap in gaps if gap.start < gap.stop)
 
 
-def count(ranges: Iterable[RowRange]) -> int:
+def count_rows(ranges: Iterable[RowRange]) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def split(ranges: Ranges, size: int) -> Iterator[RowRange]:
+def split_ranges(ranges: Ranges, size: int) -> Iterator[RowRange]:
     """The same rows in ranges of at most `size`, cut at its multiples so that the cuts do not depend on the gaps."""
     for start, stop in ranges:
         while start < stop:
@@ -116,16 +116,16 @@ class Ledger:
         """From the footers of all files there. Raises ValueError naming a file that is none of ours."""
         entries = [entry for _, entry in read_entries(data_uri)]
         every_range = [r for entry in entries for r in entry.ranges]
-        done = union(every_range)
-        if count(done) < count(every_range):
+        done = merge_ranges(every_range)
+        if count_rows(done) < count_rows(every_range):
             raise ValueError(f"files in {data_uri} hold the same rows twice: did two runs write there at once?")
         return cls(done, sum(entry.num_errors for entry in entries))
 
     def add(self, entry: FileEntry) -> None:
-        self.done = union([*self.done, *entry.ranges])
+        self.done = merge_ranges([*self.done, *entry.ranges])
         self.num_errors += entry.num_errors
 
-    def new_rows(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def find_new(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool[N]: which of the row numbers are not done."""
         if not self.done:
             return np.ones(len(rows), bool)
@@ -134,8 +134,8 @@ class Ledger:
         is_done: NDArray[np.bool_] = (at >= 0) & (rows < stops[at])
         return ~is_done
 
-    def missing(self, num_rows: int) -> Ranges:
-        return difference(RowRange(0, num_rows), self.done)
+    def find_missing(self, num_rows: int) -> Ranges:
+        return subtract_ranges(RowRange(0, num_rows), self.done)
 
 
 def read_entries(data_uri: str) -> list[tuple[store.FileInfo, FileEntry]]:

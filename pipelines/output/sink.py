@@ -66,7 +66,7 @@ class Sink:
             if self._fault is not None:
                 raise self._fault
             rows = results.column(schema.ROW).to_numpy()
-            is_new = self._ledger.new_rows(rows) & ~np.isin(rows, self._waiting_rows())
+            is_new = self._ledger.find_new(rows) & ~np.isin(rows, self._waiting_rows())
             new = results.filter(is_new)
             self._oldest_s = self._oldest_s if self._waiting else time.monotonic()
             self._waiting.append(new)

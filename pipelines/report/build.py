@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import RunError
 from pipelines.monitoring.progress import Progress
-from pipelines.output.ledger import FileEntry, count, read_entries, union
+from pipelines.output.ledger import FileEntry, count_rows, merge_ranges, read_entries
 from pipelines.output.run_record import read_record
 from pipelines.report.answers import Answers
 from pipelines.report.columns import OutputColumns, interpret_columns
@@ -116,7 +116,7 @@ def _list_files(output: str) -> list[OutputFile]:
     if not files:
         raise RunError(f"{output} holds no rows yet")
     every_range = [r for _, entry in files for r in entry.ranges]
-    if count(union(every_range)) < count(every_range):
+    if count_rows(merge_ranges(every_range)) < count_rows(every_range):
         raise RunError(f"files in {output} hold the same rows twice; if a jobs.compact of it was killed, run it again")
     return files
 
@@ -124,7 +124,7 @@ def _list_files(output: str) -> list[OutputFile]:
 def _count_rows(files: list[OutputFile], columns: OutputColumns, max_rows: int) -> tuple[Json, list[PickedRow]]:
     """Read all rows once; return their statistics and the rows to show."""
     statistics, sheet = RunStatistics(columns), ContactSheet(max_rows)
-    num_rows = sum(count(entry.ranges) for _, entry in files)
+    num_rows = sum(count_rows(entry.ranges) for _, entry in files)
     with Progress("rows counted", num_rows) as progress:
         for answers in _read_answers(files, columns):
             statistics.add(answers)

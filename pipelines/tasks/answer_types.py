@@ -6,7 +6,7 @@ bool                        Yes or No                             bool
 int, {int: {min, max}}      a whole number                        int64
 list[str]                   a JSON array of strings               list<string>
 {regex: PATTERN}            what the whole pattern matches        string
-{json_schema: SCHEMA}       JSON that the schema allows           `arrow_types.shape_of` of the schema
+{json_schema: SCHEMA}       JSON that the schema allows           `arrow_types.infer_shape` of the schema
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from ovis_model.grammar.json_schema import parse_schema, validate_answer
 from ovis_model.types import Constraint
-from pipelines.tasks.arrow_types import Shape, close_objects, shape_of
+from pipelines.tasks.arrow_types import Shape, close_objects, infer_shape
 
 MAX_DIGITS = 18  # of an int64, whatever they are
 MAX_ITEMS = 100  # of a list of strings, unless the task says otherwise
@@ -47,7 +47,7 @@ class Answer(Protocol):
     @property
     def constraint(self) -> Constraint | None: ...
 
-    def value(self, text: str) -> Any:
+    def parse(self, text: str) -> Any:
         """Return the value for a column of `type`. Raise ValueError if the text is no such answer."""
         ...
 
@@ -59,7 +59,7 @@ class Text:
     options = ()
     constraint = None
 
-    def value(self, text: str) -> str:
+    def parse(self, text: str) -> str:
         return text
 
 
@@ -77,7 +77,7 @@ class Choices:
     def spec(self) -> Any:
         return {"choices": list(self.options)}
 
-    def value(self, text: str) -> str | bool:
+    def parse(self, text: str) -> str | bool:
         if text not in self.options:
             raise ValueError(f"{text!r} is none of {', '.join(self.options)}")
         return text
@@ -89,8 +89,8 @@ class YesNo(Choices):
     spec = "bool"
     type = pa.bool_()
 
-    def value(self, text: str) -> bool:
-        return super().value(text) == "Yes"
+    def parse(self, text: str) -> bool:
+        return super().parse(text) == "Yes"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Pattern:
     def constraint(self) -> Constraint:
         return Constraint("regex", self.regex)
 
-    def value(self, text: str) -> str:
+    def parse(self, text: str) -> str:
         return text  # the decoding matched it: another engine for patterns may read them in another way
 
 
@@ -134,7 +134,7 @@ class Record:
     def constraint(self) -> Constraint:
         return _constraint_of(self.schema)
 
-    def value(self, text: str) -> Any:
+    def parse(self, text: str) -> Any:
         try:
             value = json.loads(text)
             validate_answer(value, self.schema)
@@ -153,7 +153,7 @@ def _constraint_of(schema: str) -> Constraint:
 
 @lru_cache
 def _shape_of(schema: str) -> Shape:
-    return shape_of(json.loads(schema))
+    return infer_shape(json.loads(schema))
 
 
 def parse_answer(spec: Any) -> Answer:
@@ -256,7 +256,7 @@ class Answered:
     alternative: Answered | None = None
 
 
-def flags_of(answer: Answer, text: str, value: Any, finish_reason: str) -> tuple[str, ...]:
+def find_flags(answer: Answer, text: str, value: Any, finish_reason: str) -> tuple[str, ...]:
     """Return why an answer is suspicious: truncated, repetition, empty, invalid."""
     found = {
         "truncated": finish_reason == "length",

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from referencing.jsonschema import DRAFT202012
 
-from ovis_model.grammar.json_schema import resolve, walk
+from ovis_model.grammar.json_schema import resolve_reference, walk_schemas
 
 _INT64 = range(-(1 << 63), 1 << 63)
 _OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "$ref"}
@@ -27,7 +27,7 @@ class Shape:
     convert: Callable[[Json], Any]
 
 
-def shape_of(schema: Json) -> Shape:
+def infer_shape(schema: Json) -> Shape:
     """Return a struct for an object with `properties`, a list for an array; JSON text where Arrow has no type."""
     return _shape(schema, schema, ())
 
@@ -39,7 +39,7 @@ def close_objects(schema: Json) -> Json:
     name some of the properties of one object each, and so do alternatives next to the properties of an object.
     """
     closed = deepcopy(schema)
-    if not any("allOf" in part for part in walk(closed)):
+    if not any("allOf" in part for part in walk_schemas(closed)):
         _close(closed)
     return closed
 
@@ -61,7 +61,9 @@ def _shape(schema: Json, root: Json, above: tuple[str, ...]) -> Shape:
         return _JSON_TEXT
     if "$ref" in schema:
         reference = schema["$ref"]
-        return _JSON_TEXT if reference in above else _shape(resolve(reference, root), root, (*above, reference))
+        return (
+            _JSON_TEXT if reference in above else _shape(resolve_reference(reference, root), root, (*above, reference))
+        )
     if alternatives := _alternatives(schema):
         others = [part for part in alternatives if part != {"type": "null"}]
         is_one = len(others) == 1 and "properties" not in schema

@@ -35,25 +35,25 @@ class Questionnaire:
     @property
     def schema(self) -> pa.Schema:
         """Columns of the output, without kept columns."""
-        return self.layout.schema(self.tasks)
+        return self.layout.make_schema(self.tasks)
 
     @property
     def regenerates_flagged(self) -> bool:
         """Whether flagged answers are generated once more."""
         return self.layout.with_alternatives
 
-    def prompts(self, stored: str) -> Sequence[str]:
+    def split_prompts(self, stored: str) -> Sequence[str]:
         """Return the prompt of each task from what the manifest stores for a row."""
         return self.layout.split_prompts(stored)
 
-    def columns(self, answers: Sequence[Answered]) -> Columns:
+    def make_columns(self, answers: Sequence[Answered]) -> Columns:
         """Return the values of a row that its answers, one for each task, decide."""
         num_tokens = sum(answer.num_tokens for answer in answers)
-        return {**self.layout.columns(self.tasks, answers), "num_output_tokens": num_tokens}
+        return {**self.layout.make_columns(self.tasks, answers), "num_output_tokens": num_tokens}
 
-    def empty(self) -> Columns:
+    def make_empty_columns(self) -> Columns:
         """Return the values of the same columns for a row that failed."""
-        return {**self.layout.empty(self.tasks), "num_output_tokens": 0}
+        return {**self.layout.make_empty_columns(self.tasks), "num_output_tokens": 0}
 
     def describe(self) -> dict[str, Any]:
         """Return what run.json records in addition to the options: the tasks, unless their layout is flat."""
@@ -69,7 +69,7 @@ class FlatLayout:
     prompt_suffix: str = ""
     with_alternatives = False
 
-    def schema(self, tasks: Sequence[Task]) -> pa.Schema:
+    def make_schema(self, tasks: Sequence[Task]) -> pa.Schema:
         """Return the columns of the output, without kept columns."""
         return schema.OUTPUT
 
@@ -82,12 +82,12 @@ class FlatLayout:
         """Return the prompts of a row from what the manifest stores."""
         return (stored,)
 
-    def columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
+    def make_columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
         """Return the values that the answers to `tasks` decide."""
         [answer] = answers
         return {"text": answer.text, "finish_reason": answer.finish_reason, "mean_logprob": answer.mean_logprob}
 
-    def empty(self, tasks: Sequence[Task]) -> Columns:
+    def make_empty_columns(self, tasks: Sequence[Task]) -> Columns:
         """Return the values of the same columns for a row that failed."""
         return {"text": "", "finish_reason": "", "mean_logprob": float("nan")}
 
@@ -101,7 +101,7 @@ class TaskLayout:
 
     with_alternatives: bool = False
 
-    def schema(self, tasks: Sequence[Task]) -> pa.Schema:
+    def make_schema(self, tasks: Sequence[Task]) -> pa.Schema:
         flags = pa.field(FLAGS, pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False)
         return pa.schema([*schema.ITEM, flags, *(field for task in tasks for field in self._fields(task))])
 
@@ -122,7 +122,7 @@ class TaskLayout:
         prompts: list[str] = json.loads(stored)
         return prompts
 
-    def columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
+    def make_columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
         pairs = list(zip(tasks, answers, strict=True))
         values: dict[str, Any] = {FLAGS: [f"{task.name}:{flag}" for task, answer in pairs for flag in answer.flags]}
         for task, answer in pairs:
@@ -135,7 +135,7 @@ class TaskLayout:
                 values[f"{task.name}_alternative"] = alternative
         return values
 
-    def empty(self, tasks: Sequence[Task]) -> Columns:
+    def make_empty_columns(self, tasks: Sequence[Task]) -> Columns:
         values: dict[str, Any] = {FLAGS: []}
         for task in tasks:
             values |= {task.name: None, f"{task.name}_text": "", f"{task.name}_finish_reason": ""}

@@ -35,7 +35,7 @@ def check_texts(value: Texts) -> Texts:
 
 
 class Task(BaseModel):
-    """A question. What is None is as the run has it: `with_defaults` fills it in."""
+    """A question. What is None is as the run has it: `fill_defaults` fills it in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -53,7 +53,7 @@ class Task(BaseModel):
 
     _check_texts = field_validator("prompt", "system", "stop")(check_texts)
 
-    def with_defaults(self, **defaults: Any) -> Task:
+    def fill_defaults(self, **defaults: Any) -> Task:
         """Return the same task with `defaults` for the fields that it leaves open."""
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
@@ -67,7 +67,7 @@ class Task(BaseModel):
         """Of free text; other answers end where their type says so."""
         return () if self.answer.options or self.answer.constraint else self.stop or ()
 
-    def sampling(self, row_id: str, encode: Encode) -> SamplingParams:
+    def make_sampling_params(self, row_id: str, encode: Encode) -> SamplingParams:
         """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
         key = "\0".join(filter(None, (str(self.seed), row_id, self.name)))
         kind: Answer = self.answer
