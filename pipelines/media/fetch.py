@@ -48,7 +48,7 @@ class Fetcher:
         return PendingImages(self, images, self._start(images, is_ahead=True), self._estimate_bytes(images))
 
     def fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
-        """Fetch the images of a row completely and return their bytes. Raise OSError."""
+        """Fetch the images of a row completely and return their bytes. Raise OSError if one cannot be read."""
         return self._start(images, is_ahead=False).result()
 
     def _start(self, images: Sequence[ImageRef], *, is_ahead: bool) -> Future[list[bytes]]:

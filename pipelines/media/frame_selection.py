@@ -69,7 +69,10 @@ class FrameSelector:
         self._recent = _RecentValues(max_recent_bytes)
 
     def select(self, video: VideoLocation, window: Window, question: str) -> list[Frame]:
-        """Return at most `num_frames` frames in the order of time. Raise MediaError, OSError."""
+        """Return at most `num_frames` frames in the order of time.
+
+        Raise MediaError if they cannot be decoded, OSError if the video cannot be read.
+        """
         key = (*video[:3], hashlib.blake2b(video.data).digest() if video.data else b"", window)
         if self._config.frame_selection == "uniform":
             sampling = Sampling(self._config.num_frames, self._config.fps)

@@ -32,12 +32,12 @@ class LongerThanAllowed(OSError):  # noqa: N818  (the name says what happened)
 
 
 def read_whole_file(uri: str, max_bytes: int) -> bytes:
-    """Read a whole file in one bounded request. Raise LongerThanAllowed."""
+    """Read a whole file in one bounded request. Raise LongerThanAllowed if it has more than `max_bytes`."""
     return check_length(store.read_bytes(uri, 0, max_bytes + 1), max_bytes)
 
 
 def check_length(data: bytes, max_bytes: int) -> bytes:
-    """Return `data` if it has at most `max_bytes`. Raise LongerThanAllowed."""
+    """Return `data` if it has at most `max_bytes`, else raise LongerThanAllowed."""
     if len(data) > max_bytes:
         raise LongerThanAllowed(len(data))
     return data
@@ -58,7 +58,7 @@ class TarGzReader:
         self._file: Any = None
 
     def read(self, uri: str, offset: int, num_bytes: int, member: str) -> bytes:
-        """Return bytes of the unpacked stream, fewer if it ends early. Raise OSError that names `member`."""
+        """Return bytes of the unpacked stream, fewer if it ends early. Raise OSError if it is damaged."""
         if self._uri != uri:
             self._close()
             self._file = gzip.GzipFile(fileobj=store.open_file(uri, block_bytes=_BLOCK_BYTES))
@@ -97,7 +97,7 @@ class ParquetReader:
         self._broken: tuple[_Group | None, int] = (None, 0)  # group and row; later rows fail without another try
 
     def read(self, uri: str, column: str, row: int) -> Any:
-        """Return the cell as a Python value; retry once if reading fails. Raise OSError."""
+        """Return the cell as a Python value; retry once if reading fails. Raise OSError if it fails again."""
         for attempt in range(1, _RETRIES.max_attempts + 1):
             try:
                 self._select_group(uri, column, row)
@@ -164,7 +164,7 @@ class ArrowReader:
         self._cells: Any = None
 
     def read(self, uri: str, offset: int, column: str, row: int) -> Any:
-        """Return a cell of the batch whose message starts at `offset`, as a Python value. Raise OSError."""
+        """Return a cell of the batch whose message starts at `offset`, as a Python value. Raise OSError if it cannot be read."""
         try:
             if self._batch != (uri, offset, column):
                 self._batch, self._cells = None, None

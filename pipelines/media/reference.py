@@ -64,7 +64,7 @@ class FileRef(_Reference):
     num_bytes: int = -1
 
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
-        """Return the bytes of the one image. Raise LongerThanAllowed and other OSErrors."""
+        """Return [bytes of the image]. Raise LongerThanAllowed or another OSError if it cannot be read."""
         return [read_whole_file(self.uri, max_bytes)]
 
     def to_struct(self) -> Struct:
@@ -82,7 +82,7 @@ class TarRef(_Reference):
     is_gzip: bool = False
 
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
-        """Return the bytes of the one image. Raise OSError."""
+        """Return [bytes of the image]. Raise OSError if it cannot be read or the tar has changed."""
         if self.is_gzip:
             data = readers.tar_gz.read(self.uri, self.offset, self.num_bytes, self.member)
         else:
@@ -111,7 +111,7 @@ class CellRef(_Reference):
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
         """Return the images of a cell of bytes, of a struct of bytes or path, or of a list of either.
 
-        Raise LongerThanAllowed and other OSErrors.
+        Raise LongerThanAllowed or another OSError if one cannot be read.
         """
         cell = self._read_cell(readers)
         if not isinstance(cell, list):
@@ -196,7 +196,10 @@ def is_seekable_video(images: Sequence[ImageRef]) -> bool:
 
 
 def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[VideoLocation, Window]:
-    """Return the location of the row's video (its bytes if `encoded`) and the window to sample. Raise MediaError."""
+    """Return the location of the row's video (its bytes if `encoded`) and the window to sample.
+
+    Raise MediaError if the row holds more than the video.
+    """
     if len(images) > 1 or len(encoded) > 1:
         raise MediaError("a row with a video must hold nothing else; split it into one row per video or image")
     if encoded:

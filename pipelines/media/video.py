@@ -75,7 +75,10 @@ def sample_frames(
 
 
 def decode_frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
-    """Return the frames that a player shows at these ascending times, in full size. Raise MediaError."""
+    """Return the frames that a player shows at these ascending times, in full size.
+
+    Raise MediaError if they cannot be decoded.
+    """
     with _Video(file) as video:
         return list(video.decode_frames_at(times_s, None))
 
@@ -86,7 +89,7 @@ def has_video_signature(data: bytes) -> bool:
 
 
 def read_duration_s(file: BinaryIO) -> float:
-    """Return the duration stated in the header, or measured from the packets without one. Raise MediaError."""
+    """Return the duration stated in the header, or measured from the packets. Raise MediaError if it is not a video."""
     with _Video(file) as video:
         return video.duration_s
 
@@ -148,7 +151,10 @@ class _Video:
         self._next: VideoFrame | None = None  # decoded already, but later than the wanted time
 
     def _decode_at(self, time_s: float) -> VideoFrame:
-        """Decode up to the frame that a player shows at `time_s`, and return it. Raise MediaError."""
+        """Decode up to the frame that a player shows at `time_s`, and return it.
+
+        Raise MediaError if there is no such frame.
+        """
         self._wanted_from_s = time_s - 2 / self.fps if self._may_skip else -math.inf
         self._seek_if_worthwhile(time_s)
         slack_s = min(_SLACK_S, 0.5 / self.fps)
@@ -279,7 +285,7 @@ def _open(file: BinaryIO) -> InputContainer:
 
 
 def _find_stream(container: InputContainer) -> VideoStream:
-    """Return the first video stream that is not the cover image of a song. Raise MediaError."""
+    """Return the first video stream that is not the cover image of a song. Raise MediaError without one."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"

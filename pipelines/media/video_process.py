@@ -140,7 +140,7 @@ class _Stream:
         return message
 
     def receive(self, shape: Sequence[int]) -> np.ndarray:
-        """Return uint8 of this shape. Raise TimeoutError and _Ended."""
+        """Return uint8 of this shape. Raise TimeoutError at the deadline, _Ended if the other side closes."""
         array = np.empty(shape, np.uint8)
         view = array.reshape(-1).data
         while view.nbytes:

@@ -88,7 +88,10 @@ class IdIndex:
         self._hashes.extend(_hash_ids(table))
 
     def resolve_duplicates(self, tables: Tables, on_duplicate: OnDuplicate, known: KnownRows) -> Changes:
-        """Return the changes that make every id unique and leave no known row. Raise SourceError."""
+        """Return the changes that make every id unique and leave no known row.
+
+        Raise SourceError if ids repeat and `on_duplicate` is "error".
+        """
         hashes = _to_numpy(self._hashes)
         is_known, taken = self._compare(tables, known) if len(known) else (np.zeros(len(hashes), bool), set())
         suspicious = np.concatenate([_find_repeated(hashes), np.array([*map(_hash, taken)], np.uint64)])

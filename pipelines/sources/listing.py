@@ -124,7 +124,7 @@ class Listing:
                 self._build_kept(table)
 
     def resolve_duplicates(self, on_duplicate: OnDuplicate, known: KnownRows) -> None:
-        """Make every id unique and skip the rows that are known. Raise SourceError."""
+        """Make every id unique and skip known rows. Raise SourceError if ids repeat and `on_duplicate` is "error"."""
         self._changes = self._ids.resolve_duplicates(self._read_stored, on_duplicate, known)
         self.num_rows -= len(self._changes.skipped)
 

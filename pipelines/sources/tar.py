@@ -202,7 +202,7 @@ class _Index:
 
 
 def _parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
-    """Return the columns of a sidecar. Raise ValueError."""
+    """Return the columns of a sidecar. Raise ValueError if it is not JSON or UTF-8 text."""
     return {"txt": data.decode("utf-8-sig").strip()} if name.lower().endswith(".txt") else parse_json_object(data)
 
 
