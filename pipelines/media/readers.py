@@ -164,7 +164,7 @@ class ArrowReader:
         self._cells: Any = None
 
     def read(self, uri: str, offset: int, column: str, row: int) -> Any:
-        """Return a cell of the batch whose message starts at `offset`, as a Python value. Raise OSError if it cannot be read."""
+        """Return a cell of the batch at byte `offset` as a Python value. Raise OSError if it cannot be read."""
         try:
             if self._batch != (uri, offset, column):
                 self._batch, self._cells = None, None

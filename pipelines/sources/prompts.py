@@ -41,7 +41,7 @@ class PromptBuilder:
         self._num_without_columns = self._num_text_only = 0
 
     def to_table(self, chunk: Chunk) -> pa.Table:
-        """Return the rows with their prompts, in schema MANIFEST without `row`. Raise SourceError for a single brace."""
+        """Return the rows with prompts in schema MANIFEST without `row`. Raise SourceError for a single brace."""
         if chunk.names:
             for template in self._templates:
                 template.check()
