@@ -116,7 +116,7 @@ def test_search_finds_answers_ids_and_errors(opened: Any) -> None:
     press(opened, *[Keys.BACKSPACE] * 12, "gone")
     assert list_shown(opened) == ["bad-0", "bad-1", "bad-2"]
     press(opened, " nowhere")
-    assert read_texts(opened, "#cards .none")[0].startswith("None of the rows on this page")
+    assert read_texts(opened, "#cards .none")[0].startswith("No row on this page matches")
 
 
 def test_an_opened_row_shows_all_its_data(opened: Any) -> None:
