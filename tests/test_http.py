@@ -1,4 +1,4 @@
-"""http(s) URLs: what strangers' servers do ends in bytes or in one clear fault, in bounded time, inside no network."""
+"""http(s) URLs yield bytes or one clear fault in bounded time, whatever the server does; private hosts are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read(url: str) -> bytes:
     return store.read_bytes(url, 0, 1000)
 
 
-def listed(*inputs: object, **options: object) -> list[dict[str, Any]]:
+def list_web_input(*inputs: object, **options: object) -> list[dict[str, Any]]:
     return list_input(*inputs, allow_private_addresses=True, **options)
 
 
@@ -66,27 +66,29 @@ def listed(*inputs: object, **options: object) -> list[dict[str, Any]]:
         ("/drip-body", BusyFault, "timeout", 2),
     ],
 )
-def test_faults_are_told_and_tried_again_if_that_may_help(
+def test_faults_are_named_and_retried_if_they_may_pass(
     web: WebServer, path: str, error: type[OSError], message: str, requests: int
 ) -> None:
     started_s = time.monotonic()
     with pytest.raises(error, match=message) as raised:
         read(f"{web.url}{path}?secret=1")
     assert isinstance(raised.value, OSError) and "secret" not in repr(raised.value)
-    assert time.monotonic() - started_s < 60  # PATIENCE_S and the last attempt, on a machine at work
-    least = 1 if message == "timeout" else requests  # how many time-outs fit into PATIENCE_S is up to the machine
-    assert least <= web.requests[path] <= requests + 1
+    assert time.monotonic() - started_s < 60  # PATIENCE_S and the last attempt, on a loaded machine
+    min_requests = (
+        1 if message == "timeout" else requests
+    )  # how many timeouts fit into PATIENCE_S depends on the machine
+    assert min_requests <= web.requests[path] <= requests + 1
 
 
-def test_what_passes_is_waited_for(web: WebServer) -> None:
+def test_temporary_faults_are_waited_out(web: WebServer) -> None:
     started_s = time.monotonic()
     assert read(f"{web.url}/busy").startswith(b"after 429")
-    assert time.monotonic() - started_s >= 1, "as long as the server asked for"
+    assert time.monotonic() - started_s >= 1, "retried before the time that the server asked for"
     assert read(f"{web.url}/unwell").startswith(b"after 503")
     assert read(f"{web.url}/away") == encode_picture(1)[:1000]
 
 
-def test_bytes_are_counted_as_they_come(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_limit_applies_to_received_bytes(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(f"{web.url}/endless") == b"x" * 1000
     monkeypatch.setitem(fsspec.config.conf["http"], "max_file_bytes", 1 << 20)
     with pytest.raises(FinalFault, match="more than the limit"):
@@ -98,17 +100,17 @@ INSIDE_V6 = ["::1", "::ffff:127.0.0.1", "fe80::1", "fd00:ec2::254", "64:ff9b::a9
 
 
 @pytest.mark.parametrize("address", [*INSIDE, *INSIDE_V6])
-def test_private_addresses_are_told_apart(address: str) -> None:
+def test_private_addresses_are_recognised(address: str) -> None:
     assert not http._is_public(address)
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"])
-def test_public_addresses_are_told_apart(address: str) -> None:
+def test_public_addresses_are_recognised(address: str) -> None:
     assert http._is_public(address)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "127.1"])
-def test_private_addresses_are_refused_however_they_are_spelled(web: WebServer, host: str) -> None:
+def test_private_addresses_are_refused_in_every_spelling(web: WebServer, host: str) -> None:
     store.allow_private_addresses(False)
     with pytest.raises(
         OSError, match=r"not a public address; --allow-private|no connection|cannot be requested|URL is invalid"
@@ -117,8 +119,8 @@ def test_private_addresses_are_refused_however_they_are_spelled(web: WebServer, 
     assert not web.requests
 
 
-def test_a_name_is_checked_as_it_is_connected_to(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is public when it is looked at and private when it is used: only the address connected to counts."""
+def test_the_address_that_is_connected_to_is_checked(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name may resolve to a public address when checked and to a private one when used (DNS rebinding)."""
     store.allow_private_addresses(False)
     answers = iter([[("93.184.215.14", 80)], [("127.0.0.1", web.port)]])
 
@@ -132,8 +134,8 @@ def test_a_name_is_checked_as_it_is_connected_to(web: WebServer, monkeypatch: py
     assert not web.requests
 
 
-def test_redirects_into_the_network_are_refused(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server itself is taken for public: the redirect is what is checked."""
+def test_redirects_to_private_addresses_are_refused(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server itself counts as public here, so only the redirect is checked."""
     store.allow_private_addresses(False)
     is_public = http._is_public
     monkeypatch.setattr(http, "_is_public", lambda address: address == "127.0.0.1" or is_public(address))
@@ -142,7 +144,7 @@ def test_redirects_into_the_network_are_refused(web: WebServer, monkeypatch: pyt
     assert web.requests["/metadata"] == 1
 
 
-def test_the_host_header_and_credentials(web: WebServer) -> None:
+def test_credentials_are_sent_to_their_host_only(web: WebServer) -> None:
     read(f"http://user:password@localhost:{web.port}/a.png")
     [headers] = web.headers
     assert headers["Host"] == f"localhost:{web.port}" and headers["Authorization"].startswith("Basic ")
@@ -151,7 +153,9 @@ def test_the_host_header_and_credentials(web: WebServer) -> None:
     assert "Authorization" in web.headers[-2] and "Authorization" not in web.headers[-1]
 
 
-def test_credentials_are_not_told(web: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_credentials_are_neither_reported_nor_logged(
+    web: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     secret = f"http://user:password@127.0.0.1:{web.port}"
     web.files["/bad.parquet"] = b"PAR1 not really"
     for url in (
@@ -160,17 +164,17 @@ def test_credentials_are_not_told(web: WebServer, tmp_path: Path, caplog: pytest
         f"{secret}/a.zip?signature=a",
     ):
         with pytest.raises(SourceError) as error:
-            listed(url)
+            list_web_input(url)
         assert "password" not in str(error.value) and "signature" not in str(error.value)
     web.files["/a.tar"] = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.cls", b"3")]).read_bytes()
-    listed(f"{secret}/a.tar?signature=abc")
+    list_web_input(f"{secret}/a.tar?signature=abc")
     with pytest.raises(SourceError) as error:
-        listed(*[f"{secret}/a.png?signature=abc"] * 2)
+        list_web_input(*[f"{secret}/a.png?signature=abc"] * 2)
     assert "repeat an id" in str(error.value) and "password" not in str(error.value) + caplog.text
     assert "signature" not in str(error.value) + caplog.text
 
 
-def test_urls_as_files_columns_and_shards(web: WebServer, tmp_path: Path) -> None:
+def test_urls_may_be_files_shards_and_values_of_columns(web: WebServer, tmp_path: Path) -> None:
     for i in range(3):
         web.files[f"/{i}.png"] = encode_picture(i)
     members = [(f"{i}.png", encode_picture(i)) for i in range(3)]
@@ -183,25 +187,25 @@ def test_urls_as_files_columns_and_shards(web: WebServer, tmp_path: Path) -> Non
         write_lines(tmp_path / "e.jsonl", *({"image": f"{i}.png"} for i in range(3))),
     ):
         web.files[f"/{path.name}"] = path.read_bytes()
-    rows = listed(
+    rows = list_web_input(
         f"{web.url}/0.png?size=large", *(f"{web.url}/{n}" for n in ("a.tar", "b.tgz", "c.parquet", "d.parquet"))
     )
     assert fetch_images(rows) == [[encode_picture(i)] for i in (0, *(0, 1, 2) * 4)]
     assert rows[0]["images"][0]["num_bytes"] == len(encode_picture(0))
-    assert fetch_images(listed(f"{web.url}/e.jsonl?signature=x")) == [[encode_picture(i)] for i in range(3)]
+    assert fetch_images(list_web_input(f"{web.url}/e.jsonl?signature=x")) == [[encode_picture(i)] for i in range(3)]
 
 
-def test_a_shard_needs_a_server_of_ranges(web: WebServer) -> None:
+def test_a_shard_on_a_server_without_ranges_is_refused(web: WebServer) -> None:
     with pytest.raises(SourceError, match="does not support range requests"):
-        listed(f"{web.url}/no-ranges.tar")
+        list_web_input(f"{web.url}/no-ranges.tar")
 
 
-def test_nothing_is_written_by_http(web: WebServer) -> None:
+def test_writing_over_http_is_refused(web: WebServer) -> None:
     with pytest.raises(OSError, match="choose another OUTPUT"):
         store.write_bytes(f"{web.url}/out", b"x")
 
 
-def test_each_bad_url_is_one_row(web: WebServer, tmp_path: Path) -> None:
+def test_each_bad_url_is_one_error_row(web: WebServer, tmp_path: Path) -> None:
     urls = [
         "http://",
         "http://[",
@@ -214,5 +218,5 @@ def test_each_bad_url_is_one_row(web: WebServer, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"image": url}) for url in [*urls, f"{web.url}/a.png"]))
     fetcher = Fetcher()
-    futures = [fetcher.submit([parse_reference(image) for image in row["images"]]) for row in listed(path)]
+    futures = [fetcher.submit([parse_reference(image) for image in row["images"]]) for row in list_web_input(path)]
     assert [is_refused(future) for future in futures] == [True] * len(urls) + [False]
