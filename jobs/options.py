@@ -17,7 +17,7 @@ _ALLOWED = {
     "COLUMN": "a column name",
     "COLUMN,...": "column names, separated by commas",
     "PATH": "a path or URI",
-    "FILE": "the path of a YAML file",
+    "FILE": "a path of a YAML file",
     "TASK=COLUMN": "TASK=COLUMN, the names of a task and of a kept column",
 }
 _BOUNDS = {"gt": "above {}", "ge": "of at least {}", "le": "at most {}"}
@@ -106,7 +106,7 @@ class Value:
 def list_sections(config: type[Section]) -> list[tuple[str, list[Option]]]:
     """Return (title, options) of each section; a job's own options come after input and model."""
     declaring = [kind for kind in reversed(config.__mro__) if issubclass(kind, Section) and _declares(kind)]
-    if len(declaring) > 2:
+    if declaring[-1] is config and len(declaring) > 2:
         declaring.insert(2, declaring.pop())
     declared = {name: kind for kind in reversed(declaring) for name in _declares(kind)}  # a subclass may declare again
     return [

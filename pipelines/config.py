@@ -2,7 +2,7 @@
 
 A function takes only the section that it needs: a configuration is an instance of each section. An option either
 decides what the rows hold, and is then part of the fingerprint, or only how the run is executed (`decides_rows=False`).
-An option that decides rows and is added later names its version: `json_schema_extra={"since": "0.2"}`.
+An option that decides rows and is added after version 0.1 names its version: `since="0.2"`.
 
 The command line, `--help` and docs/options.md are made from these fields: type, bounds, default and description.
 `unset` says what a default of None or () means. Text in `Annotated` names the value, as in `--id-column COLUMN`.
@@ -27,9 +27,11 @@ Column = Annotated[str, "COLUMN"]
 Location = Annotated[str, "PATH"]
 
 
-def declare_option(default: Any, *, description: str, unset: str = "", decides_rows: bool = True, **bounds: Any) -> Any:
+def declare_option(
+    default: Any, *, description: str, unset: str = "", decides_rows: bool = True, since: str = "", **bounds: Any
+) -> Any:
     """Declare a field that users can set. `unset` describes a default of None or ()."""
-    extra: dict[str, Any] = {"unset": unset, "decides_rows": decides_rows}
+    extra: dict[str, Any] = {"unset": unset, "decides_rows": decides_rows, "since": since}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
@@ -108,7 +110,7 @@ class ImageOptions(Section):
 
     max_tiles: PositiveInt | None = declare_option(
         None,
-        description="maximum number of tiles per image; fewer are faster, more read finer print",
+        description="maximum number of tiles per image; fewer are faster, more show finer print",
         unset="9 for one image per row, 4 for several, 1 per video frame",
     )
     num_frames: PositiveInt = declare_option(12, description="maximum number of frames per video")
@@ -117,7 +119,7 @@ class ImageOptions(Section):
     )
     frame_selection: Literal["uniform", "top-k", "mdp3"] = declare_option(
         "uniform",
-        description="which frames: evenly spread; the best matches of the question; or matches that also differ",
+        description="frames of a video: evenly spread; those that match the question best; or that match it and differ",
     )
     num_candidates: PositiveInt = declare_option(
         128, description="number of evenly spread frames that top-k and mdp3 choose from"

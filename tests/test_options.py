@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 from pydantic import Field
 
+from jobs.options import list_options
+from jobs.options_page import render_page
 from pipelines.config import (
+    AnnotateConfig,
     CaptionConfig,
     ImageOptions,
     ModelOptions,
@@ -22,6 +25,7 @@ from pipelines.config import (
 )
 from pipelines.errors import RunError
 from pipelines.output.run_record import open_run
+from tests.support.roots import ROOT
 
 SECTIONS = (SourceOptions, ModelOptions, ImageOptions, SamplingOptions, ResourceOptions, OutputOptions, ResumeOptions)
 MODEL = {"id": "demo", "revision": None, "weights": "none"}
@@ -48,6 +52,18 @@ def test_every_option_is_in_one_section() -> None:
     names = [name for section in SECTIONS for name in section.model_fields]
     assert len(set(names)) == len(names)
     assert set(names) == set(RunConfig.model_fields)
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "options.md").read_text()
+    assert page == render_page(), "run python -m jobs.options_page > docs/options.md"
+    assert all(option.flag in page for option in list_options(AnnotateConfig))
+
+
+def test_the_page_says_which_options_are_in_the_fingerprint(pictures: Path) -> None:
+    fingerprint = config(CaptionConfig, pictures).fingerprint_fields()
+    options = list_options(CaptionConfig)
+    assert {option.name for option in options if option.decides_rows} == fingerprint.keys()
 
 
 def test_a_stage_needs_its_section_only() -> None:

@@ -139,6 +139,6 @@ def test_its_command_for_clusters_is_understood(monkeypatch: pytest.MonkeyPatch)
         started.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.cli.run_pipeline", start)
+    monkeypatch.setattr("pipelines.pipeline.run_pipeline", start)
     jobs.caption.main(arguments)
     assert [config.model for config in started] == ["AIDC-AI/Ovis2-8B"]
