@@ -308,7 +308,7 @@
     byId("tools").replaceChildren(
       el("div.groups", { role: "group", "aria-label": "Group" }, groups.map((group) => el("button", { type: "button", "data-group": group, "aria-pressed": String(state.group === group), onclick: () => applyFilters({ group, order: group === "unsure" ? "unsure" : "row" }) }, group ? GROUPS[group] : "All", el("small", {}, formatNumber(count(group)))))),
       tasks.length > 1 ? renderSelect("Task", [["", "All tasks"], ...tasks.map((task) => [task.name, task.name])], state.task, (task) => applyFilters({ task, flag: "", value: null })) : "",
-      renderSelect("Value", [["", "Any value"], ...valuesOnPage()], state.value ? JSON.stringify([state.value.task, state.value.value]) : "", (key) => { const pair = key && JSON.parse(key); applyFilters({ value: pair ? { task: pair[0], value: pair[1] } : null }); }),
+      renderSelect("Value", [["", "Any value"], ...listValues()], state.value ? JSON.stringify([state.value.task, state.value.value]) : "", (key) => { const pair = key && JSON.parse(key); applyFilters({ value: pair ? { task: pair[0], value: pair[1] } : null }); }),
       flags.length ? renderSelect("Flag", [["", "Any flag"], ...flags.map((flag) => [flag, flag])], state.flag, (flag) => applyFilters({ flag })) : "",
       renderSelect("Order", [["row", "By row"], ["unsure", "Least confident first"], ["sure", "Most confident first"]], state.order, (order) => applyFilters({ order })),
       search,
@@ -401,7 +401,7 @@
   cards.addEventListener("click", (event) => { const item = event.target.closest(".card"); if (item) openRow(Number(item.dataset.at)); });
   cards.addEventListener("keydown", (event) => {
     const at = [...cards.children].indexOf(event.target);
-    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: countPerRow(), ArrowUp: -inRow() };
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: countPerRow(), ArrowUp: -countPerRow() };
     if (at >= 0 && event.key in steps && cards.children[at + steps[event.key]]) { event.preventDefault(); cards.children[at + steps[event.key]].focus(); }
     if (at >= 0 && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); openRow(at); }
   });
