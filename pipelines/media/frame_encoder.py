@@ -85,7 +85,9 @@ def describe_encoder(config: ImageOptions) -> dict[str, str | None]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--frame-encoder {config.frame_encoder}: {error}") from error
     if kind != "siglip":
-        raise CheckpointError(f"--frame-encoder {config.frame_encoder} is a {kind} model; use a SigLIP or {PIXELS}")
+        raise CheckpointError(
+            f"--frame-encoder {config.frame_encoder} has the model type {kind!r}; use a SigLIP or {PIXELS}"
+        )
     described = describe_checkpoint(config.frame_encoder)
     return {f"frame encoder {name}": described[name] for name in ("revision", "weights")}
 
