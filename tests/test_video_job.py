@@ -93,7 +93,7 @@ def test_frames_are_chosen_by_an_encoder_in_an_actor(videos: Path, tmp_path: Pat
 
 
 def test_an_unusable_encoder_is_refused_before_the_run(videos: Path, tmp_path: Path) -> None:
-    for encoder, reason in (("demo", "model type 'ovis'"), (str(tmp_path / "nowhere"), "no directory")):
+    for encoder, reason in (("demo", "model type 'ovis'"), (str(tmp_path / "nowhere"), "cannot find model")):
         options = ["--frame-selection", "mdp3", "--frame-encoder", encoder]
         finished = run_caption(*make_arguments(videos, tmp_path / "out", *options))
         assert finished.exit_code == 2
