@@ -1,4 +1,4 @@
-"""What all tests share: options, markers and one Ray for the session."""
+"""Shared by all tests: options, markers, an S3 server and one Ray for the session."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Before torch and Ray are imported: threads that wait must not spin on a machine of two cores.
+# Set before torch and Ray are imported. Waiting threads must not spin on a machine of two cores.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
-if "PYTEST_XDIST_WORKER" in os.environ:  # the other processes need the other cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # leave the other cores to the other processes
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# A machine that others use too may take any time over an example. The same examples each time, so that a test fails for
-# what was changed; --hypothesis-profile=search draws new ones.
+# An example may take any time on a shared machine, so there is no deadline. Examples are the same each time, so that
+# only a change of the code makes a test fail; --hypothesis-profile=search draws new ones.
 settings.register_profile("shared machine", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("shared machine")
 
-# What the modules of tests.support assert is explained as in a test.
+# Assertions in tests.support get pytest's detailed messages too.
 pytest.register_assert_rewrite("tests.support")
 
-# A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start there and interrupt.
+# A shell's background jobs ignore SIGINT, and so would the processes that tests start and interrupt there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -42,12 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(slow)
-        if "gpu" in item.keywords and not _has_gpu():
+        if "gpu" in item.keywords and not has_gpu():
             item.add_marker(gpu)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
@@ -55,7 +55,7 @@ def _has_gpu() -> bool:
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """An S3 server, set up as a user would: by the environment, which the processes of `ray_cluster` have too."""
+    """Yield the URL of an S3 server, configured through the environment, which `ray_cluster`'s processes inherit."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -76,7 +76,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str) -> Iterator[Any]:
-    """A file system with an empty `s3://bucket`, removed after the test."""
+    """Yield a file system with an empty `s3://bucket`, which is removed after the test."""
     from tests.support.buckets import create_bucket
 
     with create_bucket() as fs:
@@ -85,7 +85,7 @@ def bucket(endpoint: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(endpoint: str) -> Iterator[None]:
-    """One local Ray for all tests of this process; jobs that run in it join it and leave it running."""
+    """Run one local Ray for all tests of this process; jobs that run in it join it and leave it running."""
     import ray
 
     ray.init(
@@ -102,7 +102,7 @@ def ray_cluster(endpoint: str) -> Iterator[None]:
 
 @pytest.fixture
 def ray_address(ray_cluster: None) -> str:
-    """The Ray of this process, for jobs that run as processes of their own and need not start one."""
+    """Return the address of this process's Ray, so that jobs in separate processes need not start one."""
     import ray
 
     return str(ray.get_runtime_context().gcs_address)

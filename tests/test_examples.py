@@ -27,7 +27,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 
 def run_example(name: str, *arguments: object, ray_address: str | None = None) -> str:
-    """Run a script in a process of its own; return what it prints on stdout."""
+    """Run a script in a separate process and return its stdout."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"RAY_ADDRESS": ray_address} if ray_address else {})}
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -41,7 +41,9 @@ def test_every_example_is_listed_and_tested() -> None:
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(listed) == sorted(set(tested))
 
 
-def test_folder_to_captions(drawn: tuple[Path, dict[str, str]], ray_address: str, tmp_path: Path) -> None:
+def test_caption_folder_prints_captions_and_resumes(
+    drawn: tuple[Path, dict[str, str]], ray_address: str, tmp_path: Path
+) -> None:
     folder, truths = drawn
     first = run_example("caption_folder.py", folder, tmp_path / "out", ray_address=ray_address)
     assert first.startswith(f"{len(truths)} captions, 0 errors, 0 already there")
@@ -51,7 +53,7 @@ def test_folder_to_captions(drawn: tuple[Path, dict[str, str]], ray_address: str
     assert f"{len(truths)} already there" in again
 
 
-def test_webdataset_in_s3(bucket: object, ray_address: str) -> None:
+def test_webdataset_s3_captions_every_member(bucket: object, ray_address: str) -> None:
     printed = run_example("webdataset_s3.py", f"{BUCKET}/prefix", ray_address=ray_address)
     rows = read_results(f"{BUCKET}/prefix/captions").to_pylist()
     assert [row["id"].rpartition("/")[2] for row in rows[:2]] == ["00000.tar#000000", "00000.tar#000001"]
@@ -59,7 +61,9 @@ def test_webdataset_in_s3(bucket: object, ray_address: str) -> None:
     assert sum(row["text"] == row["drawn"] for row in rows) >= 4
 
 
-def test_annotation_by_schema(drawn: tuple[Path, dict[str, str]], ray_address: str, tmp_path: Path) -> None:
+def test_annotate_schema_answers_within_the_schema(
+    drawn: tuple[Path, dict[str, str]], ray_address: str, tmp_path: Path
+) -> None:
     folder, truths = drawn
     run_example("annotate_schema.py", folder, tmp_path / "out", ray_address=ray_address)
     rows = read_results(str(tmp_path / "out")).to_pylist()
@@ -69,12 +73,12 @@ def test_annotation_by_schema(drawn: tuple[Path, dict[str, str]], ray_address: s
         assert f"on a {row['background']} background" in truth
 
 
-def test_engine_without_ray(drawn: tuple[Path, dict[str, str]]) -> None:
+def test_engine_captions_and_ranks_choices_without_ray(drawn: tuple[Path, dict[str, str]]) -> None:
     folder, truths = drawn
     paths = [folder / name for name in truths]
     lines = run_example("engine.py", *paths).splitlines()
     for line, path, truth in zip(lines, paths, truths.values(), strict=True):
-        shown, caption, probabilities = line.split("\t")
-        assert shown == str(path) and caption.endswith(" background.")
+        printed_path, caption, probabilities = line.split("\t")
+        assert printed_path == str(path) and caption.endswith(" background.")
         background = truth.split()[-2]
         assert f"{background} 100%" in probabilities or f"{background} 9" in probabilities

@@ -1,4 +1,4 @@
-"""JSON lines: paths, prompts, ids and bad lines."""
+"""JSON lines become rows: paths, prompts, ids, kept columns and bad lines."""
 
 from __future__ import annotations
 
@@ -58,20 +58,22 @@ def test_bad_lines_are_error_rows_with_their_number(tmp_path: Path) -> None:
     assert "no prompt of its own" in bad[6].error and "longer than" in bad[7].error
 
 
-def test_text_only_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_images_are_text_only_and_counted_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     [row] = list_input(write_lines(tmp_path / "a.jsonl", {"prompt": "What is 2 + 2?"}))
     assert (row["images"], row["error"], row["prompt"]) == ([], "", "What is 2 + 2?")
     assert "1 rows have no image" in caplog.text
 
 
-def test_a_truncated_gz_tells_the_line(tmp_path: Path) -> None:
+def test_a_truncated_gz_ends_in_an_error_row_with_the_line(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl.gz", *({"image": f"{hash(str(i))}.jpg"} for i in range(2000)))
     path.write_bytes(path.read_bytes()[:-2000])
     *readable, damage = list_input(path)
     assert len(readable) > 100 and f"damaged after line {len(readable)}" in damage["error"]
 
 
-def test_templates(tmp_path: Path) -> None:
+def test_a_prompt_template_is_filled_from_each_line(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "a.jsonl",
         {"image": "1", "what": "a cat", "prompt": "Mine {what}"},
@@ -98,8 +100,8 @@ def test_named_columns_must_exist(tmp_path: Path) -> None:
             list_input(path, image_column="pic", **{option: "nowhere"})
 
 
-def test_types_are_those_of_the_whole_input(tmp_path: Path) -> None:
-    """Integers, floats and nulls in files of their own."""
+def test_kept_columns_have_one_type_over_the_whole_input(tmp_path: Path) -> None:
+    """Integers, floats and nulls are in separate files."""
     for name, value in (("1", 1), ("2", None), ("3", 2.5)):
         write_lines(tmp_path / f"{name}.jsonl", {"image": name, "n": value, "l": [name]})
     rows = list_input(tmp_path / "*.jsonl", keep_columns="n,l")
@@ -116,7 +118,7 @@ def test_types_are_those_of_the_whole_input(tmp_path: Path) -> None:
         list_input(tmp_path / "5.jsonl", keep_columns="n")
 
 
-def test_whatever_a_uri_is_only_its_row_fails(tmp_path: Path) -> None:
+def test_a_bad_uri_fails_only_its_row(tmp_path: Path) -> None:
     (tmp_path / "ok.jpg").write_bytes(b"ok")
     os.mkfifo(tmp_path / "pipe")
     uris = ["a\0b", "nosuch://x/y", "http://[bad", "", "pipe", ".", "n" * 5000, "s3://", "ok.jpg"]

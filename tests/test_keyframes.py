@@ -1,4 +1,4 @@
-"""Key frames: the published selector's choices, the laws of the method, and what the published code gets wrong."""
+"""Key frames: the published selector's choices, the laws of the method, and the errors of the published code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ARRAYS = np.load(GOLDEN / "expected.npz")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_equals_the_published_selector(case: dict[str, Any]) -> None:
+def test_picks_and_scores_equal_the_published_selectors(case: dict[str, Any]) -> None:
     frames, query = ARRAYS[f"{case['name']}_F"], ARRAYS[f"{case['name']}_q"]
     rules = Rules(
         segment_size=case["segment_size"], relevance_weight=2 / case["lamda"], condition_size=case["condition_size"]
@@ -37,28 +37,28 @@ def test_equals_the_published_selector(case: dict[str, Any]) -> None:
     assert picked.tolist() == case["indices"]
 
 
-def plain_greedy(frames: Array, query: Array, k: int) -> list[int]:
-    """The objective as written, each determinant from scratch."""
+def select_greedily(frames: Array, query: Array, k: int) -> list[int]:
+    """Select frames greedily by the objective as published, computing each determinant from scratch."""
 
-    def kernel(a: Array, b: Array) -> Array:
+    def compute_kernel(a: Array, b: Array) -> Array:
         squared = ((a[:, None] - b[None]) ** 2).sum(-1)
         return np.sum([np.exp(-squared / (2 * alpha)) for alpha in (1 / 8, 1 / 4, 1 / 2, 1, 2)], axis=0)
 
-    def value(chosen: list[int]) -> float:
-        relevance = 10 * np.log(kernel(query[None], frames[chosen])).sum()
-        return float(relevance + np.linalg.slogdet(kernel(frames[chosen], frames[chosen]))[1])
+    def evaluate(chosen: list[int]) -> float:
+        relevance = 10 * np.log(compute_kernel(query[None], frames[chosen])).sum()
+        return float(relevance + np.linalg.slogdet(compute_kernel(frames[chosen], frames[chosen]))[1])
 
     chosen: list[int] = []
     for _ in range(k):
         others = [i for i in range(len(frames)) if i not in chosen]
-        chosen.append(max(others, key=lambda i: value([*chosen, i])))
+        chosen.append(max(others, key=lambda i: evaluate([*chosen, i])))
     return sorted(chosen)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_one_segment_is_greedy_on_the_objective(seed: int) -> None:
+def test_one_segment_equals_a_greedy_choice_by_the_objective(seed: int) -> None:
     frames, query = make_frames(40, seed=seed)
-    assert select_frames(frames, query, 6, segment_size=-1).tolist() == plain_greedy(frames, query, 6)
+    assert select_frames(frames, query, 6, segment_size=-1).tolist() == select_greedily(frames, query, 6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,7 +75,7 @@ def test_one_segment_is_greedy_on_the_objective(seed: int) -> None:
 def test_picks_are_k_distinct_ascending_frames(
     count: int, k: int, segment_size: int, score: str, condition_size: int, seed: int, with_query: bool, distinct: int
 ) -> None:
-    """Whatever the sizes, also for segments cut short and for frames that repeat."""
+    """This holds for all sizes, also for a shorter last segment and for repeated frames."""
     frames, query = make_frames(count, seed=seed)
     frames = frames[np.arange(count) % distinct]
     picks = select_frames(
@@ -105,7 +105,7 @@ def test_scores_of_fewer_frames_are_prefixes_of_one_run() -> None:
     assert all(fewer < more for fewer, more in itertools.pairwise(one_segment))
 
 
-def test_a_segment_of_all_frames_is_one_segment() -> None:
+def test_a_segment_size_over_all_frames_means_one_segment() -> None:
     frames, query = make_frames(30)
     for size in (30, 31, 1000, 0):
         assert (
@@ -130,8 +130,8 @@ def test_conditional_score_does_not_depend_on_the_kernels_scale(seed: int) -> No
     assert by_sum == by_mean
 
 
-def test_upstream_score_needs_the_sum() -> None:
-    """With the mean it gathers its picks in one segment, which is why the two scores exist."""
+def test_upstream_score_with_the_mean_kernel_covers_fewer_segments() -> None:
+    """With the mean the picks gather in few segments, which is why both scores exist."""
     frames, query = make_frames(128, seed=3)
     segments = [
         {pick // 32 for pick in select_frames(frames, query, 8, mean_kernel=mean).tolist()} for mean in (False, True)
@@ -140,8 +140,8 @@ def test_upstream_score_needs_the_sum() -> None:
     assert len(segments[1]) < 4
 
 
-def test_conditional_score_is_the_objective_given_the_frame_before() -> None:
-    """Two segments, one pick in each: the second pick's share is its gain given the first."""
+def test_conditional_score_is_the_objective_given_the_previous_frame() -> None:
+    """With one pick in each of two segments, the second pick adds its gain given the first."""
     frames, query = make_frames(20)
     rules = Rules(segment_size=10, score="conditional")
     picks, scores = select_mdp3(frames, query, 2, rules=rules)
@@ -160,14 +160,14 @@ def test_a_static_video_gives_frames_spread_over_time(segment_size: int) -> None
         assert np.diff(picks).min() >= 4
 
 
-def test_surplus_picks_do_not_gather_in_one_scene() -> None:
+def test_surplus_picks_are_spread_over_the_scenes() -> None:
     scenes = np.repeat(np.eye(4), 16, axis=0)
     picks = select_frames(scenes, [0.2, 0.1, 0, 0], 8, segment_size=-1)
     assert np.bincount(picks // 16, minlength=4).tolist() == [2, 2, 2, 2]
 
 
-def test_near_duplicates_are_told_apart_in_float64() -> None:
-    """One frame of eight differs from the others by what float32 distances would lose."""
+def test_near_duplicates_are_distinguished_in_float64() -> None:
+    """One frame of eight differs from the others by less than float32 distances resolve."""
     frames = np.tile(normalize(np.ones(1152)), (8, 1))
     frames[5, 0] += 1e-5
     assert 5 in select_frames(frames, None, 2, segment_size=-1)
@@ -184,36 +184,36 @@ def test_an_embedding_that_is_not_finite_is_named(bad: float) -> None:
         select_frames(make_frames(10)[0], np.full(32, bad), 4)
 
 
-def test_length_of_embeddings_does_not_matter() -> None:
+def test_the_norm_of_embeddings_does_not_matter() -> None:
     frames, query = make_frames(40)
     assert select_frames(frames * 40, query * 3, 5).tolist() == select_frames(frames, query, 5).tolist()
 
 
-def test_half_precision_is_taken() -> None:
+def test_half_precision_embeddings_are_accepted() -> None:
     frames, query = make_frames(40)
     assert len(select_frames(frames.astype(np.float16), query.astype(np.float16), 5)) == 5
 
 
 def test_top_k_takes_the_most_relevant() -> None:
     frames, query = make_frames(40)
-    most = sorted(np.argsort(-(frames @ query))[:5].tolist())
-    assert select_frames(frames, query, 5, method="top-k").tolist() == most
+    most_relevant = sorted(np.argsort(-(frames @ query))[:5].tolist())
+    assert select_frames(frames, query, 5, method="top-k").tolist() == most_relevant
     assert select_frames(frames, None, 5, method="top-k", relevance=np.arange(40)).tolist() == [35, 36, 37, 38, 39]
     with pytest.raises(ValueError, match="needs a query"):
         select_frames(frames, None, 5, method="top-k")
 
 
-def test_relevance_may_be_judged_elsewhere() -> None:
+def test_relevance_may_be_given_instead_of_a_query() -> None:
     frames, _ = make_frames(40)
-    judged = np.full(40, 0.01)
-    judged[[7, 8, 30]] = 0.9
-    assert select_frames(frames, None, 3, relevance=judged).tolist() == [7, 8, 30]
+    relevance = np.full(40, 0.01)
+    relevance[[7, 8, 30]] = 0.9
+    assert select_frames(frames, None, 3, relevance=relevance).tolist() == [7, 8, 30]
     with pytest.raises(ValueError, match="each of the 40 frames"):
-        select_frames(frames, None, 3, relevance=judged[:5])
+        select_frames(frames, None, 3, relevance=relevance[:5])
 
 
 def test_uniform_takes_the_middle_of_equal_parts() -> None:
-    """The model card's rule: min(T - 1, int((s i + s (i + 1)) / 2)), s = T / N."""
+    """The model card's rule is min(T - 1, int((s i + s (i + 1)) / 2)) with s = T / N."""
     assert select_uniform(250, 12).tolist() == [10, 31, 52, 72, 93, 114, 135, 156, 177, 197, 218, 239]
     assert select_uniform(12, 12).tolist() == list(range(12))
     assert select_uniform(5, 12).tolist() == list(range(5))
@@ -230,14 +230,14 @@ def test_uniform_takes_the_middle_of_equal_parts() -> None:
         (2, {"alphas": ()}, "alphas="),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(k: int, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(k: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select_frames(np.eye(5), None, k, **options)
     with pytest.raises(ValueError, match="no frames"):
         select_frames(np.zeros((0, 3)), None, 2)
 
 
-def test_memory_is_that_of_a_matrix_of_frames() -> None:
+def test_peak_memory_of_512_frames_is_under_50_mb() -> None:
     frames, query = make_frames(512, 1152)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
