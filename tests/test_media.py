@@ -28,13 +28,13 @@ def draw_scene(width: int = 37, height: int = 23) -> Image.Image:
     return Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8))
 
 
-def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+def encode_image(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
-def decode(data: bytes) -> NDArray[np.uint8]:
+def decode_pixels(data: bytes) -> NDArray[np.uint8]:
     image = decode_image(data)
     assert image.mode == "RGB"
     return np.asarray(image)
@@ -52,7 +52,7 @@ def make_chunk(kind: bytes, body: bytes) -> bytes:
 
 def claim_size(format: str, width: int, height: int) -> bytes:
     """Return a small file whose header claims the given size."""
-    data = bytearray(encode(draw_scene(), format))
+    data = bytearray(encode_image(draw_scene(), format))
     if format == "JPEG":
         at = data.index(b"\xff\xc0") + 5
         data[at : at + 4] = struct.pack(">HH", height, width)
@@ -67,12 +67,12 @@ def claim_size(format: str, width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP", "PPM", "TGA", "DIB"])
 def test_lossless_formats_come_back_exactly(format: str) -> None:
-    assert (decode(encode(draw_scene(), format)) == np.asarray(draw_scene())).all()
+    assert (decode_pixels(encode_image(draw_scene(), format)) == np.asarray(draw_scene())).all()
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF", "JPEG2000", "MPO"])
 def test_lossy_formats_come_close(format: str) -> None:
-    difference = decode(encode(draw_scene(), format, quality=95)).astype(int) - np.asarray(draw_scene())
+    difference = decode_pixels(encode_image(draw_scene(), format, quality=95)).astype(int) - np.asarray(draw_scene())
     assert np.abs(difference).mean() < 4
 
 
@@ -94,7 +94,7 @@ def test_exif_orientation_is_applied_once(format: str, orientation: int) -> None
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "JPEG" else {}
-    picture = decode(encode(draw_scene(), format, exif=exif, **options))
+    picture = decode_pixels(encode_image(draw_scene(), format, exif=exif, **options))
     seen = UPRIGHT[orientation](np.asarray(draw_scene()))
     assert picture.shape == seen.shape
     assert np.abs(picture.astype(int) - seen).mean() < (4 if format == "JPEG" else 1e-9)
@@ -103,17 +103,17 @@ def test_exif_orientation_is_applied_once(format: str, orientation: int) -> None
 def test_exif_after_the_pixels_is_applied() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    data = encode(draw_scene())
+    data = encode_image(draw_scene())
     end = data.index(b"IEND") - 4
     late = data[:end] + make_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[end:]
-    assert (decode(late) == np.rot90(np.asarray(draw_scene()), -1)).all()
+    assert (decode_pixels(late) == np.rot90(np.asarray(draw_scene()), -1)).all()
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_unknown_orientation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    assert (decode(encode(draw_scene(), exif=exif)) == np.asarray(draw_scene())).all()
+    assert (decode_pixels(encode_image(draw_scene(), exif=exif)) == np.asarray(draw_scene())).all()
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -126,20 +126,20 @@ def test_unreadable_exif_is_ignored(format: str) -> None:
         for _ in range(4):
             block[rng.integers(6, len(block))] = rng.integers(256)
         block = block[: rng.integers(6, len(block) + 1)]
-        assert sorted(decode_image(encode(draw_scene(), format, exif=bytes(block))).size) == [23, 37]
+        assert sorted(decode_image(encode_image(draw_scene(), format, exif=bytes(block))).size) == [23, 37]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "PA", "CMYK"])
 def test_every_8_bit_mode_becomes_rgb(mode: str) -> None:
     image = draw_scene().convert("P").convert("PA") if mode == "PA" else draw_scene().convert(mode)
-    assert (decode(encode(image, "TIFF")) == np.asarray(image.convert("RGB"))).all()
+    assert (decode_pixels(encode_image(image, "TIFF")) == np.asarray(image.convert("RGB"))).all()
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
 def test_colour_under_transparency_is_kept(format: str) -> None:
     image = Image.new("RGBA", (8, 8), (200, 100, 50, 0))
     options = {"lossless": True, "exact": True} if format == "WEBP" else {}
-    assert (decode(encode(image, format, **options)) == (200, 100, 50)).all()
+    assert (decode_pixels(encode_image(image, format, **options)) == (200, 100, 50)).all()
 
 
 @pytest.mark.parametrize("transparency", [0, b"\x00\x80"])
@@ -147,15 +147,15 @@ def test_palette_keeps_its_colours(transparency: int | bytes) -> None:
     image = Image.new("P", (8, 8), 0)
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
-    picture = decode(encode(image, transparency=transparency))
+    picture = decode_pixels(encode_image(image, transparency=transparency))
     assert picture[0, 0].tolist() == [10, 20, 30]
     assert picture[0, 1].tolist() == [40, 50, 60]
 
 
 def test_inverted_cmyk_of_adobe_is_corrected() -> None:
-    data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
+    data = encode_image(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
     assert b"Adobe" in data
-    assert np.abs(decode(data).astype(int) - (255, 0, 0)).max() < 4
+    assert np.abs(decode_pixels(data).astype(int) - (255, 0, 0)).max() < 4
 
 
 GREY_16 = np.arange(65536, dtype=np.uint16).reshape(256, 256)
@@ -163,45 +163,47 @@ GREY_16 = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
 def test_16_bit_grey_keeps_its_upper_byte(format: str) -> None:
-    assert (decode(encode(Image.fromarray(GREY_16), format)) == (GREY_16 >> 8)[..., None]).all()
+    assert (decode_pixels(encode_image(Image.fromarray(GREY_16), format)) == (GREY_16 >> 8)[..., None]).all()
 
 
 def test_big_endian_16_bit_grey_keeps_its_upper_byte() -> None:
-    data = encode(Image.frombytes("I;16B", (256, 256), GREY_16.astype(">u2").tobytes()), "TIFF")
+    data = encode_image(Image.frombytes("I;16B", (256, 256), GREY_16.astype(">u2").tobytes()), "TIFF")
     assert Image.open(io.BytesIO(data)).mode == "I;16B"
-    assert (decode(data) == (GREY_16 >> 8)[..., None]).all()
+    assert (decode_pixels(data) == (GREY_16 >> 8)[..., None]).all()
 
 
 def test_32_bit_grey_in_the_16_bit_range_keeps_its_upper_byte() -> None:
-    assert (decode(encode(Image.fromarray(GREY_16.astype(np.int32)), "TIFF")) == (GREY_16 >> 8)[..., None]).all()
+    assert (
+        decode_pixels(encode_image(Image.fromarray(GREY_16.astype(np.int32)), "TIFF")) == (GREY_16 >> 8)[..., None]
+    ).all()
 
 
 @pytest.mark.parametrize("lowest", [-1, 1])
 def test_integers_beyond_16_bits_are_refused(lowest: int) -> None:
     with pytest.raises(MediaError, match=f"from {lowest} to {lowest + 65535} are not within 0 to 65535"):
-        decode_image(encode(Image.fromarray(GREY_16.astype(np.int32) + lowest), "TIFF"))
+        decode_image(encode_image(Image.fromarray(GREY_16.astype(np.int32) + lowest), "TIFF"))
 
 
 def test_floats_from_0_to_1_are_black_to_white() -> None:
     pixels = np.array([[0, 0.5, 1]], np.float32)
-    assert decode(encode(Image.fromarray(pixels), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+    assert decode_pixels(encode_image(Image.fromarray(pixels), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("pixel", [-0.1, 1.5, 255, np.inf, np.nan])
 def test_floats_outside_0_to_1_are_refused(pixel: float) -> None:
     with pytest.raises(MediaError, match="unknown brightness scale"):
-        decode_image(encode(Image.fromarray(np.array([[0, pixel]], np.float32)), "TIFF"))
+        decode_image(encode_image(Image.fromarray(np.array([[0, pixel]], np.float32)), "TIFF"))
 
 
 def test_an_unsupported_mode_is_refused() -> None:
     with pytest.raises(MediaError, match="TIFF in mode LAB"):
-        decode_image(encode(Image.new("LAB", (5, 5)), "TIFF"))
+        decode_image(encode_image(Image.new("LAB", (5, 5)), "TIFF"))
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
 def test_an_animation_gives_its_first_frame(format: str) -> None:
     red, blue = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
-    picture = decode(encode(red, format, save_all=True, append_images=[blue], duration=50))
+    picture = decode_pixels(encode_image(red, format, save_all=True, append_images=[blue], duration=50))
     assert np.abs(picture.astype(int) - (255, 0, 0)).max() < 4
 
 
@@ -214,7 +216,7 @@ def test_a_picture_too_large_is_refused_before_decoding(format: str) -> None:
     assert time.process_time() - start_s < 0.5
 
 
-def test_the_pixel_limit_does_not_depend_on_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_does_not_depend_on_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(MediaError, match="20,000 x 20,000 px are over the limit of 178,956,970 pixels"):
         decode_image(make_png(20_000, 20_000))
@@ -226,9 +228,9 @@ def test_the_limit_itself_is_allowed(spare: int) -> None:
     max_pixels = 37 * 23 + spare
     if spare < 0:
         with pytest.raises(MediaError, match="37 x 23 px are over the limit of 850 pixels"):
-            decode_image(encode(draw_scene()), max_pixels=max_pixels)
+            decode_image(encode_image(draw_scene()), max_pixels=max_pixels)
     else:
-        assert decode_image(encode(draw_scene()), max_pixels=max_pixels).size == (37, 23)
+        assert decode_image(encode_image(draw_scene()), max_pixels=max_pixels).size == (37, 23)
 
 
 def test_a_text_chunk_that_explodes_is_refused() -> None:
@@ -243,7 +245,7 @@ def test_running_out_of_memory_is_a_media_error(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(MediaError, match=r"PNG of .* bytes does not fit into memory"):
-        decode_image(encode(draw_scene()))
+        decode_image(encode_image(draw_scene()))
 
 
 def test_pillows_warnings_are_suppressed() -> None:
@@ -257,7 +259,7 @@ def test_pillows_warnings_are_suppressed() -> None:
 def test_threads_leave_the_warning_filters_unchanged() -> None:
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
-        sizes = {image.size for image in pool.map(decode_image, [encode(draw_scene(), "JPEG")] * 64)}
+        sizes = {image.size for image in pool.map(decode_image, [encode_image(draw_scene(), "JPEG")] * 64)}
     assert sizes == {(37, 23)}
     assert warnings.filters == before
 
@@ -270,10 +272,10 @@ def test_threads_leave_the_warning_filters_unchanged() -> None:
         (b"\n <HTML>", "not an image: the data is an HTML page"),
         (b"%PDF-1.7 and so on", "supported format: the data starts with b'%PDF-1.7"),
         (bytes(1000), "supported format: the data starts with b'"),
-        (encode(draw_scene(), "JPEG")[:-200], "truncated JPEG of"),
-        (encode(draw_scene(), "JPEG")[:20], "truncated, corrupt or unsupported JPEG of 20 bytes"),
-        (encode(draw_scene(), "WEBP")[:-20], "truncated WebP of"),
-        (encode(draw_scene(), "PNG")[:-200], "truncated PNG of"),
+        (encode_image(draw_scene(), "JPEG")[:-200], "truncated JPEG of"),
+        (encode_image(draw_scene(), "JPEG")[:20], "truncated, corrupt or unsupported JPEG of 20 bytes"),
+        (encode_image(draw_scene(), "WEBP")[:-20], "truncated WebP of"),
+        (encode_image(draw_scene(), "PNG")[:-200], "truncated PNG of"),
         (claim_size("BMP", 0, 5), "BMP"),
         (claim_size("PNG", 0, 5), "PNG"),
         (b"P6 0 0 255 ", "netpbm"),
@@ -307,7 +309,7 @@ def test_damaged_files_decode_or_raise_media_error(format: str) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     options = {"exif": exif} if format in ("PNG", "JPEG", "WEBP", "TIFF") else {}
-    whole = encode(draw_scene(), format, **options)
+    whole = encode_image(draw_scene(), format, **options)
     outcomes = {"picture": 0, "error": 0}
     for _ in range(60):
         try:

@@ -66,7 +66,7 @@ def test_a_run_from_s3_to_s3_is_complete_and_a_second_one_does_nothing(ray_addre
     assert rows[1]["text"] == rows[5]["text"] == rows[9]["text"] == rows[13]["text"]
 
 
-def test_videos_are_decoded_without_a_copy(
+def test_videos_are_decoded_directly_from_the_store(
     store: S3FileSystem, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The decoder process gets this process's store settings, and not through its command line."""

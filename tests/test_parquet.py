@@ -93,7 +93,7 @@ def test_kept_columns_keep_their_types(tmp_path: Path) -> None:
     assert table.column("kept").to_pylist() == pa.table(columns).to_pylist()
 
 
-def test_a_file_that_cannot_be_read_is_named_before_anything_starts(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(SourceError, match=r"cannot read .*a\.parquet as Parquet"):
         list_input(tmp_path / "a.parquet")

@@ -30,10 +30,10 @@ MODEL = str(checkpoint_dir("tiny112-untied"))
 
 def prepare_rows(directory: Path, output: Path, **options: object) -> list[PreparedRow]:
     """Return the prepared rows of all images in `directory`."""
-    return run_stage(*make_stage_for(directory, output, **options))
+    return run_stage(*make_preprocess(directory, output, **options))
 
 
-def make_stage_for(directory: Path, output: Path, **options: object) -> tuple[Preprocess, Batch]:
+def make_preprocess(directory: Path, output: Path, **options: object) -> tuple[Preprocess, Batch]:
     config = CaptionConfig(input=(str(directory),), output=str(output), model=MODEL, **options)  # type: ignore[arg-type]
     return make_stage(config)
 
@@ -56,7 +56,7 @@ def test_rows_keep_their_order_and_their_numbers(pictures: Path, tmp_path: Path)
 
 def test_batches_are_bounded_in_bytes(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "BATCH_BYTES", 1_000_000)
-    stage, units = make_stage_for(pictures, tmp_path / "out")
+    stage, units = make_preprocess(pictures, tmp_path / "out")
     sizes = [sum(tiles.nbytes for tiles in batch["tiles"]) for batch in stage(units)]
     assert len(sizes) > 3 and max(sizes) <= 1_000_000
 
@@ -71,7 +71,7 @@ def test_chain_of_thought_and_system_prompt_reach_the_prompt(pictures: Path, tmp
 
 
 def test_a_file_over_the_size_limit_is_an_error_row(pictures: Path, tmp_path: Path) -> None:
-    stage, units = make_stage_for(pictures, tmp_path / "out")
+    stage, units = make_preprocess(pictures, tmp_path / "out")
     stage._fetcher = Fetcher(max_image_bytes=100)
     rows = run_stage(stage, units)
     assert {row.stage for row in rows} == {"read"}
@@ -96,7 +96,7 @@ def test_bytes_fetched_ahead_are_bounded(
         return data
 
     monkeypatch.setattr(store, "read_bytes", count)
-    stage, _ = make_stage_for(tmp_path / "in" / ("*.png" if sizes_are_known else "rows.jsonl"), tmp_path / "out")
+    stage, _ = make_preprocess(tmp_path / "in" / ("*.png" if sizes_are_known else "rows.jsonl"), tmp_path / "out")
     stage._fetcher = Fetcher(max_at_once=10, max_ahead_bytes=1000)
     rows = ManifestRow.from_table(read_rows(str(tmp_path / "out"), RowRange(0, 30)))
     done = 0
@@ -125,8 +125,8 @@ def test_an_unreadable_file_is_an_error_row(pictures: Path, tmp_path: Path) -> N
     script = f"""
 import os
 from pathlib import Path
-from tests.test_preprocess import make_stage_for
-stage, units = make_stage_for(Path({str(pictures)!r}), Path({str(tmp_path / "out")!r}))
+from tests.test_preprocess import make_preprocess
+stage, units = make_preprocess(Path({str(pictures)!r}), Path({str(tmp_path / "out")!r}))
 if os.getuid() == 0:
     os.setuid(65534)
 for batch in stage(units):
@@ -141,7 +141,7 @@ for batch in stage(units):
 
 def test_a_row_that_kills_its_process_is_the_only_error_row(pictures: Path, tmp_path: Path) -> None:
     """Two earlier processes died on the whole unit and two on row 7; Ray started each of them for the same unit."""
-    stage, units = make_stage_for(pictures, tmp_path / "out")
+    stage, units = make_preprocess(pictures, tmp_path / "out")
     for work in ("prepare rows 0 to 40", "prepare rows 0 to 40", "prepare row 7", "prepare row 7"):
         stage._attempts.begin(work)
     rows = [(row.stage, row.error) for row in run_stage(stage, units)]
@@ -150,7 +150,7 @@ def test_a_row_that_kills_its_process_is_the_only_error_row(pictures: Path, tmp_
 
 
 def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Path) -> None:
-    stage, units = make_stage_for(pictures, tmp_path / "out")
+    stage, units = make_preprocess(pictures, tmp_path / "out")
     (pictures / "03.png").unlink()
     (pictures / "04.png").unlink()
     (pictures / "04.png").mkdir()

@@ -35,7 +35,7 @@ def list_added_tokens() -> list[str]:
     return [token["content"] for token in tokens]
 
 
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+def detokenize(tokenizer: Tokenizer, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False)
     return text
 
@@ -82,7 +82,7 @@ def test_control_tokens_in_text_are_text(token: str) -> None:
     by_layout = [CHATS[layout].encode_prompt(f"{IMAGE_MARK}{text}", [Grid(1, 1)], text) for layout in LAYOUTS]
     assert by_layout[0] == by_layout[1]
     assert sum(i >= FIRST_ADDED_ID for i in by_layout[0]) == 5  # <|im_start|> x 3, <|im_end|> x 2
-    readable = decode(TOKENIZERS["native"], [i for i in by_layout[0] if i >= 0])
+    readable = detokenize(TOKENIZERS["native"], [i for i in by_layout[0] if i >= 0])
     assert readable.count(text) == 2
 
 
@@ -106,7 +106,7 @@ def test_ordinary_text_has_the_ids_of_the_whole_prompt(query: str, system: str) 
 def test_a_mark_in_the_system_prompt_is_text() -> None:
     ids = CHATS["aidc"].encode_prompt("hello", [], f"Look at {IMAGE_MARK}")
     assert min(ids) >= 0
-    assert f"Look at {IMAGE_MARK}" in decode(TOKENIZERS["aidc"], ids)
+    assert f"Look at {IMAGE_MARK}" in detokenize(TOKENIZERS["aidc"], ids)
 
 
 @pytest.mark.parametrize(("query", "num_grids"), [("no mark", 1), (f"{IMAGE_MARK} {IMAGE_MARK}", 1), (IMAGE_MARK, 0)])

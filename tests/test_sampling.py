@@ -90,7 +90,7 @@ def test_unseeded_rows_differ_from_run_to_run() -> None:
     assert first != second
 
 
-def test_logprobs_can_be_off() -> None:
+def test_logprobs_can_be_disabled() -> None:
     assert make_sampler([SamplingParams(logprobs=False)])(LOGITS[None])[1].isnan().all()
 
 

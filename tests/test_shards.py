@@ -112,7 +112,7 @@ class DyingEngine(FakeEngine):
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
         factory: Any = self._factory
-        with self._lock:  # several threads call
+        with self._lock:  # several threads call it
             with factory.calls.open("a") as file:
                 file.write("call\n")
             number = len(factory.calls.read_text().splitlines())

@@ -66,7 +66,7 @@ def test_tasks_of_items_that_arrive_at_any_time_do_not_affect_each_other(
         for _ in range(data.draw(st.integers(0, 5))):
             engine.step()
         if data.draw(st.booleans()) and not all(row.has_left for row, _, _ in rows):
-            engine.shrink(torch.OutOfMemoryError("told by the test"))
+            engine.shrink(torch.OutOfMemoryError("raised by the test"))
             engine.scheduler.budget = engine._budget
     while not all(row.has_left for row, _, _ in rows):
         engine.step()
@@ -172,7 +172,7 @@ def test_a_row_that_fails_for_lack_of_memory_frees_its_visual_tokens() -> None:
     first, second = engine.enqueue(requests, [SamplingParams(max_new_tokens=1)] * 2)
     engine.step()
     assert first.has_left and second.item.visual is not None  # its tiles were in the same pass
-    engine.shrink(torch.OutOfMemoryError("told by the test"))
+    engine.shrink(torch.OutOfMemoryError("raised by the test"))
     assert second.error is not None and second.item.visual is None
 
 

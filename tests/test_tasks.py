@@ -40,7 +40,7 @@ tasks:
 RECORD = {"type": "object", "properties": {"what": {"type": "string"}}}
 
 
-def encode(text: str) -> list[int]:
+def tokenize(text: str) -> list[int]:
     return list(text.encode())
 
 
@@ -66,12 +66,12 @@ def test_tasks_override_the_options_of_the_run(tasks_file: Path) -> None:
     assert (caption.max_new_tokens, caption.temperature, caption.system) == (40, 0.5, "Hello.")
     assert (has_red.max_new_tokens, has_red.temperature, has_red.system) == (7, 0.0, "Be brief.")
     assert record.answer.spec == {"json_schema": RECORD}
-    params = [task.make_sampling_params("row", encode) for task in config.questionnaire.tasks]
+    params = [task.make_sampling_params("row", tokenize) for task in config.questionnaire.tasks]
     assert [p.stop for p in params] == [("END",), (), (), ()]
     assert params[1].choices == (tuple(b"Yes"), tuple(b"No"))
     assert isinstance(params[2].constraint, Constraint) and params[0].constraint is None
     assert len({p.seed for p in params}) == 4
-    assert len({caption.make_sampling_params(row, encode).seed for row in "abc"}) == 3
+    assert len({caption.make_sampling_params(row, tokenize).seed for row in "abc"}) == 3
 
 
 def test_tasks_survive_the_way_through_a_config_file(tasks_file: Path, tmp_path: Path) -> None:

@@ -43,11 +43,11 @@ def normalize(tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> NDArray[np.
     return out
 
 
-def choose_reference_grid(width: int, height: int, most: int, side: int = 448) -> tuple[int, int]:
+def choose_reference_grid(width: int, height: int, max_tiles: int, side: int = 448) -> tuple[int, int]:
     """Choose a grid by the original rule, written out cell by cell."""
     ranked = []
-    for rows in range(1, most + 1):
-        for cols in range(1, most // rows + 1):
+    for rows in range(1, max_tiles + 1):
+        for cols in range(1, max_tiles // rows + 1):
             kept = 0.0
             for r in range(rows):
                 for c in range(cols):
@@ -96,8 +96,8 @@ def test_grid_equals_the_original_rule(max_tiles: int) -> None:
 
 @given(sides, sides, st.sampled_from(MAX_TILES), st.sampled_from([56, 112, 448]))
 @settings(max_examples=150, deadline=None)
-def test_grid_equals_the_original_rule_for_any_tile_size(w: int, h: int, most: int, tile_size: int) -> None:
-    assert choose_grid(w, h, most, tile_size) == choose_reference_grid(w, h, most, tile_size)
+def test_grid_equals_the_original_rule_for_any_tile_size(w: int, h: int, max_tiles: int, tile_size: int) -> None:
+    assert choose_grid(w, h, max_tiles, tile_size) == choose_reference_grid(w, h, max_tiles, tile_size)
 
 
 @pytest.mark.parametrize(

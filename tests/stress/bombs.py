@@ -38,13 +38,8 @@ def main() -> None:
         print(BOMBS[name](Path(sys.argv[2])))
         return
     with tempfile.TemporaryDirectory() as directory:
-        make = [
-            sys.executable,
-            "-m",
-            "tests.stress.bombs",
-            name,
-            directory,
-        ]  # a process of its own, so that its memory is not counted
+        # The file is made in a separate process, whose memory is not counted.
+        make = [sys.executable, "-m", "tests.stress.bombs", name, directory]
         path = Path(subprocess.run(make, check=True, capture_output=True, text=True).stdout.strip())
         started_s = time.monotonic()
         outcome = _decode(path) if path.suffix in (".png", ".webp", ".gif", ".jpg") else _read_shard(path)

@@ -147,8 +147,8 @@ def _flatten(row: Json, tasks: Sequence[Json]) -> Json:
     }
     for number, task in enumerate(tasks):
         failed = {**nothing, "": None, "_confidence": None if read_kind(task) in ("bool", "choices") else math.nan}
-        said = failed if is_error else row["answers"][number]
-        flat |= {f"{task['name']}{end}": value for end, value in said.items()}
+        answer = failed if is_error else row["answers"][number]
+        flat |= {f"{task['name']}{end}": value for end, value in answer.items()}
     return flat | {key: value for key, value in row.items() if key not in ("images", "answers")}
 
 

@@ -277,9 +277,9 @@ class Driver:
     def _read_leaders(self) -> list[dict[str, Any]]:
         return [event for event in self.read_events() if "leader" in event]
 
-    def _wait(self, is_so: Callable[[], bool], timeout_s: float = 400) -> None:
+    def _wait(self, condition: Callable[[], bool], timeout_s: float = 400) -> None:
         deadline_s = time.monotonic() + timeout_s
-        while not is_so():
+        while not condition():
             assert self.process.poll() is None, self.finish()
             assert time.monotonic() < deadline_s
             time.sleep(0.1)

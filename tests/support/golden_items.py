@@ -34,8 +34,9 @@ def make_items(checkpoint: str) -> tuple[tuple[Request, ...], ...]:
     processor = Processor.from_pretrained(str(checkpoint_dir(checkpoint)))
     cases = [case for case in load_expected(checkpoint)["generation"] if case["images"]]
     items = []
-    for pictures, most in [*(([draw_picture(p) for p in c["images"]], c["max_partition"]) for c in cases), ([], 1)]:
-        requests = [processor.build_request(text, pictures, most, system) for text, system, _ in TASKS]
+    sets = [([draw_picture(image) for image in case["images"]], case["max_partition"]) for case in cases]
+    for pictures, max_tiles in [*sets, ([], 1)]:
+        requests = [processor.build_request(text, pictures, max_tiles, system) for text, system, _ in TASKS]
         items.append(tuple(replace(request, group=len(items)) for request in requests))
     return tuple(items)
 

@@ -13,6 +13,7 @@ from pipelines.media.reference import FileRef
 
 
 def encode_picture(seed: int) -> bytes:
+    """Return a PNG in one colour; the seed determines its colour and width."""
     buffer = io.BytesIO()
     Image.new("RGB", (60 + 9 * (seed % 8), 50), (seed * 7 % 256, seed * 31 % 256, 90)).save(buffer, "PNG")
     return buffer.getvalue()

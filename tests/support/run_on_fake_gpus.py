@@ -42,12 +42,12 @@ class OnCpus:
 
 
 class _Ranks:
-    def __init__(self, told: OnCpus, replica: Replica) -> None:
-        self._told, self._device = told, threading.Lock()  # one device: calls take turns
+    def __init__(self, options: OnCpus, replica: Replica) -> None:
+        self._options, self._device = options, threading.Lock()  # one device: calls take turns
         self._engine = OvisEngine.from_pretrained(
             replica.model, device="cpu", tensor_parallel=replica.tensor_parallel, num_threads=1
         )
-        self._tell_ranks()
+        self._log_ranks()
 
     @property
     def pids(self) -> list[int]:
@@ -58,38 +58,38 @@ class _Ranks:
         before = self.pids
         self._engine.rebuild()
         if self.pids != before:
-            self._tell_ranks()
+            self._log_ranks()
         return True
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        if any(len(request.tiles) == self._told.poison_tiles for request in requests):
+        if any(len(request.tiles) == self._options.poison_tiles for request in requests):
             pids = self.pids
             threading.Timer(0.1, lambda: os.kill(pids[1], signal.SIGKILL)).start()
             time.sleep(0.5)
         completions = self._engine.generate(requests, params)
         with self._device:
-            time.sleep(self._told.seconds_per_row * len(requests))
-        _log_event(self._told.log, rows=len(requests))
+            time.sleep(self._options.seconds_per_row * len(requests))
+        _log_event(self._options.log, rows=len(requests))
         return completions
 
-    def _tell_ranks(self) -> None:
-        _log_event(self._told.log, leader=os.getpid(), ranks=self.pids, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
+    def _log_ranks(self) -> None:
+        _log_event(self._options.log, leader=os.getpid(), ranks=self.pids, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
 
 
 class _Fake(FakeEngine):
-    def __init__(self, told: OnCpus) -> None:
+    def __init__(self, options: OnCpus) -> None:
         import ray
 
-        super().__init__(FakeEngineFactory(seconds_per_row=told.seconds_per_row))
-        self._told, self._node = told, ray.get_runtime_context().get_node_id()
+        super().__init__(FakeEngineFactory(seconds_per_row=options.seconds_per_row))
+        self._options, self._node = options, ray.get_runtime_context().get_node_id()
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
         completions = super().generate(requests, params)
-        _log_event(self._told.log, rows=len(requests), node=self._node, at_s=time.time())
+        _log_event(self._options.log, rows=len(requests), node=self._node, at_s=time.time())
         return completions
 
 
