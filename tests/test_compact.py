@@ -103,9 +103,9 @@ def test_a_compact_file_is_not_rewritten(tmp_path: Path) -> None:
 
 def test_missing_rows_of_an_unfinished_run_stay_missing(tmp_path: Path) -> None:
     write_rows(tmp_path, [[0, 1, 5], [2, 9], [7]])
-    missing = Ledger.read(str(tmp_path / "data")).missing(12)
+    missing = Ledger.read(str(tmp_path / "data")).find_missing(12)
     compact_with_lease(tmp_path, 1 << 20)
-    assert Ledger.read(str(tmp_path / "data")).missing(12) == missing
+    assert Ledger.read(str(tmp_path / "data")).find_missing(12) == missing
     assert [id_ for id_, _ in read_rows(tmp_path)] == [f"id-{row}" for row in (0, 1, 2, 5, 7, 9)]
 
 
@@ -114,7 +114,7 @@ def test_dropped_error_rows_become_missing(tmp_path: Path) -> None:
     untouched = (tmp_path / "data" / "rows-000000000005-000000000007.parquet").stat().st_ino
     assert drop_with_lease(tmp_path) == 3
     ledger = Ledger.read(str(tmp_path / "data"))
-    assert ledger.missing(7) == (RowRange(1, 2), RowRange(3, 5))
+    assert ledger.find_missing(7) == (RowRange(1, 2), RowRange(3, 5))
     assert ledger.num_errors == 0
     assert (tmp_path / "data" / "rows-000000000005-000000000007.parquet").stat().st_ino == untouched
     assert drop_with_lease(tmp_path) == 0

@@ -238,7 +238,7 @@ def test_foreign_files_in_output_are_refused_and_kept(
     foreign = tmp_path / "out" / place
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"mine")
-    with pytest.raises(RunError, match="holds files of something else"):
+    with pytest.raises(RunError, match="holds files that are not from a run"):
         run_pipeline(make_config(pictures, tmp_path / "out", overwrite=overwrite))
     assert foreign.read_bytes() == b"mine"
 

@@ -1,1 +1,1 @@
-"""The files of OUTPUT: run record, manifest, ledger, lease, data."""
+"""The files of OUTPUT: run record, manifest, ledger, lease and data."""

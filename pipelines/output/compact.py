@@ -1,4 +1,4 @@
-"""Rewrite the files of a run: without error rows, to retry them; or fewer, larger and sorted."""
+"""Rewrite the files of a run: without error rows so that they are retried, or into fewer, larger, sorted files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
 Part = tuple[NDArray[np.int64], pa.Table]
-"""Row numbers and rows."""
+"""Row numbers, and the rows with these numbers."""
 Entry = tuple[FileInfo, FileEntry]
+"""An output file, and what its footer records."""
 
-_MOST_BYTES = 1 << 30  # of a file in memory, whatever it is compressed
+_MAX_BYTES = 1 << 30  # per file in memory, uncompressed
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Compacted:
 
 
 def compact_run(output: str, file_bytes: int) -> Compacted:
-    """`compact` of a run that no driver is writing to. Raises ValueError if there is none or one is; OSError."""
+    """Compact a run that no driver is writing to.
+
+    Raise RunError if OUTPUT holds no run, LeaseError if a driver is writing to it, OSError if its files cannot be used.
+    """
     output = store.make_absolute(output)
     if store.find_file(store.join(output, "run.json")) is None:
         raise RunError(f"{output} holds no run (no run.json)")
@@ -50,16 +54,16 @@ def compact_run(output: str, file_bytes: int) -> Compacted:
 
 
 def drop_error_rows(output: str, lease: Lease) -> int:
-    """Take the error rows out of OUTPUT/data, where they then are missing -> how many."""
-    with_errors = [(info, entry) for info, entry in _entries(output) if entry.num_errors]
+    """Remove the error rows from OUTPUT/data, so that the next run does them again. Return how many there were."""
+    with_errors = [(info, entry) for info, entry in _read_entries(output) if entry.num_errors]
     if with_errors:
-        new = (encode_file(table, rows) for info, _ in with_errors for rows, table in _without_errors(info))
-        exchange_files(output, ((entry.file_name, data) for entry, data in new), _names(with_errors), lease)
+        new = (encode_file(table, rows) for info, _ in with_errors for rows, table in _drop_errors(info))
+        exchange_files(output, ((entry.file_name, data) for entry, data in new), _list_names(with_errors), lease)
     return sum(entry.num_errors for _, entry in with_errors)
 
 
-def _without_errors(info: FileInfo) -> Iterator[Part]:
-    """Nothing if all are."""
+def _drop_errors(info: FileInfo) -> Iterator[Part]:
+    """Yield the file's rows without its error rows, or nothing if all are error rows."""
     rows, table = read_file(info.uri)
     is_good = pc.not_equal(table.column("status"), "error").to_numpy()
     if is_good.any():
@@ -69,19 +73,19 @@ def _without_errors(info: FileInfo) -> Iterator[Part]:
 def compact(output: str, file_bytes: int, lease: Lease) -> Compacted:
     """Rewrite OUTPUT/data as files of about `file_bytes`, sorted by row number.
 
-    No old file goes before all new ones are there and checked. Raises OSError.
+    Old files are removed only when all new files are written and checked. Raise OSError if a file cannot be used.
     """
-    before = _entries(output)
+    before = _read_entries(output)
     num_rows, num_bytes = (
         sum(count_rows(entry.ranges) for _, entry in before),
         sum(info.num_bytes for info, _ in before),
     )
-    # By what a row takes now: it is compressed, so its length says little.
+    # From the compressed bytes per row: the length of a row in memory predicts little.
     rows_per_file = max(1, round(file_bytes * num_rows / max(1, num_bytes)))
     if not _are_compact(before, rows_per_file):
         wanted = merge_ranges(r for _, entry in before for r in entry.ranges)
-        exchange_files(output, _files_of(_in_order(before, rows_per_file), wanted), _names(before), lease)
-    after = _entries(output)
+        exchange_files(output, _encode_files(_read_sorted(before, rows_per_file), wanted), _list_names(before), lease)
+    after = _read_entries(output)
     return Compacted(num_rows, len(before), len(after), num_bytes, sum(info.num_bytes for info, _ in after), output)
 
 
@@ -91,16 +95,19 @@ def _are_compact(files: list[Entry], rows_per_file: int) -> bool:
     return are_few and all(left[1] <= right[0] for left, right in pairwise(spans))
 
 
-def _entries(output: str) -> list[Entry]:
+def _read_entries(output: str) -> list[Entry]:
     return read_entries(store.join(output, "data"))
 
 
-def _names(files: list[Entry]) -> list[str]:
+def _list_names(files: list[Entry]) -> list[str]:
     return [info.uri.rsplit("/", 1)[-1] for info, _ in files]
 
 
-def _in_order(files: list[Entry], rows_per_file: int) -> Iterator[Part]:
-    """All rows, ascending, cut into files. Holds only the files whose ranges interleave, and one to be."""
+def _read_sorted(files: list[Entry], rows_per_file: int) -> Iterator[Part]:
+    """Yield all rows in ascending order, cut into files.
+
+    Only the files whose ranges interleave and one new file are in memory.
+    """
     waiting: list[Part] = []
     by_first_row = sorted(files, key=lambda file: file[1].ranges[0].start)
     for number, (info, _) in enumerate(by_first_row):
@@ -108,36 +115,44 @@ def _in_order(files: list[Entry], rows_per_file: int) -> Iterator[Part]:
         is_last = number + 1 == len(by_first_row)
         next_row = np.inf if is_last else by_first_row[number + 1][1].ranges[0].start
         is_full = sum(len(rows) for rows, _ in waiting) >= rows_per_file
-        if is_last or is_full or sum(table.nbytes for _, table in waiting) >= _MOST_BYTES:
-            yield from _cut(waiting, rows_per_file, next_row, all_of_it=is_last)
+        if is_last or is_full or sum(table.nbytes for _, table in waiting) >= _MAX_BYTES:
+            yield from _cut(waiting, rows_per_file, next_row, is_last=is_last)
 
 
-def _cut(waiting: list[Part], rows_per_file: int, next_row: float, *, all_of_it: bool) -> Iterator[Part]:
-    """Files of the rows before `next_row`, full ones unless it is the end; what remains stays in `waiting`."""
+def _cut(waiting: list[Part], rows_per_file: int, next_row: float, *, is_last: bool) -> Iterator[Part]:
+    """Yield full files of the rows before `next_row`, at the end also the rest; other rows stay in `waiting`."""
     schema, rows = waiting[0][1].schema, np.concatenate([rows for rows, _ in waiting])
     order = np.argsort(rows)
-    rows, table = rows[order], pa.concat_tables([table for _, table in waiting]).cast(_wide(schema)).take(order)
-    most = max(1, min(rows_per_file, len(rows) * _MOST_BYTES // max(1, table.nbytes)))
-    while len(rows) >= most and rows[most - 1] < next_row:
-        yield rows[:most], table.slice(0, most).cast(schema)
-        rows, table = rows[most:], table.slice(most)
-    if all_of_it and len(rows):
+    rows, table = (
+        rows[order],
+        pa.concat_tables([table for _, table in waiting]).cast(_widen_strings(schema)).take(order),
+    )
+    max_rows = max(1, min(rows_per_file, len(rows) * _MAX_BYTES // max(1, table.nbytes)))
+    while len(rows) >= max_rows and rows[max_rows - 1] < next_row:
+        yield rows[:max_rows], table.slice(0, max_rows).cast(schema)
+        rows, table = rows[max_rows:], table.slice(max_rows)
+    if is_last and len(rows):
         yield rows, table.cast(schema)
-    waiting[:] = [] if all_of_it or not len(rows) else [(rows, table.cast(schema))]
+    waiting[:] = [] if is_last or not len(rows) else [(rows, table.cast(schema))]
 
 
-def _wide(schema: pa.Schema) -> pa.Schema:
-    """A column of strings holds 2 GiB at most, and rows of several files are put together in one."""
+def _widen_strings(schema: pa.Schema) -> pa.Schema:
+    """Widen strings to large strings: the rows of several files may exceed the 2 GiB limit of a string column."""
     wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
     return pa.schema([field.with_type(wide.get(field.type, field.type)) for field in schema])
 
 
-def _files_of(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, bytes]]:
-    """Encoded one by one. Raises AssertionError at the end if they do not hold the rows `wanted`, each once."""
+def _encode_files(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of each file, encoded one at a time.
+
+    Raise AssertionError at the end unless the files hold exactly the rows `wanted`, each once.
+    """
     written: list[RowRange] = []
     for rows, table in parts:
         entry, data = encode_file(table, rows)
         written += entry.ranges
         yield entry.file_name, data
-    assert merge_ranges(written) == wanted, f"rows {merge_ranges(written)} instead of {wanted}"
-    assert count_rows(written) == count_rows(wanted), f"{count_rows(written)} rows instead of {count_rows(wanted)}"
+    assert merge_ranges(written) == wanted, f"wrote rows {merge_ranges(written)} instead of {wanted}"
+    assert count_rows(written) == count_rows(wanted), (
+        f"wrote {count_rows(written)} rows instead of {count_rows(wanted)}"
+    )

@@ -1,4 +1,4 @@
-"""OUTPUT/driver.json: allows one driver at a time to write to an OUTPUT."""
+"""The lease in OUTPUT/driver.json, which lets one driver at a time write to an OUTPUT."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RENEW_S, STALE_S = 10.0, 60.0
 
 
 class Lease:
-    """Held while its file says so, as a context. A thread renews the file as a sign of life; one that is stale may be
-    taken over.
+    """A context manager that holds the right to write to OUTPUT.
 
-    Object stores have no exclusive create, so two drivers that start within the same moment both think that they have
-    it, until the first `check`: the one that wrote last keeps it, the other stops before it writes a row.
+    The file names the holder. A thread renews it as a sign of life; another driver may take over a stale lease.
+    Object stores have no exclusive create, so two drivers that start at the same moment may both believe that they
+    hold the lease, until the first `check`: the one that wrote last keeps it, the other stops before it writes a row.
     """
 
     def __init__(self, output: str) -> None:
@@ -33,19 +33,19 @@ class Lease:
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "boot": boot.read_text().strip() if boot.exists() else "",
-            **_process(os.getpid()),
+            **_identify_process(os.getpid()),
         }
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        """Raises LeaseError saying who has it, or that OUTPUT cannot be written."""
+        """Take the lease. Raise LeaseError if another driver holds it or OUTPUT cannot be written."""
         try:
             holder = self._read()
             if holder and not self._is_dead(holder):
                 raise LeaseError(
                     f"another run writes here: process {holder['pid']} on {holder['host']}, last sign of life "
-                    f"{time.time() - holder['at_s']:.0f} s ago. Stop it, or wait {STALE_S:.0f} s if it is gone"
+                    f"{time.time() - holder['at_s']:.0f} s ago; stop it, or wait {STALE_S:.0f} s if it has ended"
                 )
             self._write()
         except OSError as error:
@@ -61,13 +61,13 @@ class Lease:
                 store.remove(self._uri)
 
     def check(self) -> None:
-        """Before anything is written to OUTPUT. Raises LeaseLost."""
+        """Raise LeaseLost if another driver has taken over. Call this before each write to OUTPUT."""
         if not self._is_mine():
-            raise LeaseLost("another run has taken over this OUTPUT; this one stops")
+            raise LeaseLost("another run has taken over this OUTPUT, so this run stops; let the other run finish")
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
-            # A store that does not answer now may answer next time, well before the lease is stale.
+            # A store that fails now may answer at the next attempt, well before the lease is stale.
             with suppress(OSError, StoreFault):
                 if self._is_mine():
                     self._write()
@@ -80,7 +80,7 @@ class Lease:
         if time.time() - holder["at_s"] > STALE_S:
             return True
         is_here = (holder["host"], holder["boot"]) == (self._me["host"], self._me["boot"])
-        return is_here and holder["started"] != _process(holder["pid"])["started"]
+        return is_here and holder["started"] != _identify_process(holder["pid"])["started"]
 
     def _read(self) -> dict[str, Any] | None:
         if store.find_file(self._uri) is None:
@@ -92,13 +92,13 @@ class Lease:
         store.write_bytes(self._uri, json.dumps({**self._me, "at_s": time.time()}).encode())
 
 
-def _process(pid: int) -> dict[str, int | str]:
-    """The process and when it started, in ticks since boot, so that a later one of the same id is not taken for it.
+def _identify_process(pid: int) -> dict[str, int | str]:
+    """Return the process id and the start time in ticks since boot, which tell a process from a later one of its id.
 
-    "" if it has ended, waited for or not, and where there is no /proc.
+    The start time is "" if the process has ended, even as a zombie, and on systems without /proc.
     """
     try:
-        # After the name in brackets, which may hold anything: the state, and 19 fields on the start.
+        # The name in brackets may hold any character. After it come the state and, 19 fields later, the start time.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return {"pid": pid, "started": ""}

@@ -1,6 +1,6 @@
-"""Ledger of finished rows: ranges of row numbers, read from the footers that `sink` writes.
+"""The ledger of finished rows: ranges of row numbers, read from the footers that `sink` writes.
 
-Small whatever the number of rows, and independent of blocks, batches, pool sizes and cluster.
+It stays small for any number of rows and does not depend on blocks, batches, pool sizes or the cluster.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _THREADS = 32
 
 
 class RowRange(NamedTuple):
-    """Row numbers `start` up to but not including `stop`."""
+    """The row numbers `[start, stop)`."""
 
     start: int
     stop: int
 
 
 Ranges = tuple[RowRange, ...]
-"""Sorted, disjoint, not touching: one form for one set."""
+"""Sorted ranges that neither overlap nor touch, so that each set of rows has one form."""
 
 
 def to_ranges(rows: Iterable[int] | NDArray[np.int64]) -> Ranges:
-    """The row numbers, in any order and perhaps repeated, as ranges."""
+    """Return row numbers as ranges. They may be in any order and repeat."""
     numbers = np.unique(np.fromiter(rows, np.int64) if not isinstance(rows, np.ndarray) else rows)
     if not len(numbers):
         return ()
@@ -45,7 +45,7 @@ def to_ranges(rows: Iterable[int] | NDArray[np.int64]) -> Ranges:
 
 
 def merge_ranges(ranges: Iterable[RowRange]) -> Ranges:
-    """Ranges in any order, overlapping or not, as one set."""
+    """Return the rows of all ranges, which may be in any order and overlap."""
     merged: list[RowRange] = []
     for start, stop in sorted(ranges):
         if merged and start <= merged[-1].stop:
@@ -56,7 +56,7 @@ def merge_ranges(ranges: Iterable[RowRange]) -> Ranges:
 
 
 def subtract_ranges(whole: RowRange, done: Ranges) -> Ranges:
-    """Return what of `whole` is not in `done`."""
+    """Return the rows of `whole` that are not in `done`."""
     starts = [whole.start, *(stop for _, stop in done)]
     stops = [*(start for start, _ in done), whole.stop]
     gaps = (RowRange(max(a, whole.start), min(b, whole.stop)) for a, b in zip(starts, stops, strict=True))
@@ -64,11 +64,12 @@ def subtract_ranges(whole: RowRange, done: Ranges) -> Ranges:
 
 
 def count_rows(ranges: Iterable[RowRange]) -> int:
+    """Return the number of rows in ranges; a row in two ranges counts twice."""
     return sum(stop - start for start, stop in ranges)
 
 
 def split_ranges(ranges: Ranges, size: int) -> Iterator[RowRange]:
-    """The same rows in ranges of at most `size`, cut at its multiples so that the cuts do not depend on the gaps."""
+    """Yield the same rows in ranges of at most `size`, cut at multiples of it so that gaps do not move the cuts."""
     for start, stop in ranges:
         while start < stop:
             end = min(stop, (start // size + 1) * size)
@@ -78,16 +79,18 @@ def split_ranges(ranges: Ranges, size: int) -> Iterator[RowRange]:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What an output file says of itself."""
+    """The footer of an output file: which rows it holds and how many of them are error rows."""
 
     ranges: Ranges
     num_errors: int
 
     def to_json(self) -> str:
+        """Return the text that the footer stores."""
         return json.dumps({"ranges": self.ranges, "num_errors": self.num_errors})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> FileEntry:
+        """Parse the text that the footer stores."""
         data = json.loads(text)
         return cls(tuple(RowRange(*pair) for pair in data["ranges"]), data["num_errors"])
 
@@ -98,7 +101,7 @@ class FileEntry:
 
     @property
     def file_name(self) -> str:
-        """The same rows give the same name; a gap in them shows as a hash after the ends."""
+        """The name of a file with these rows: `start` and `stop`, and a hash if rows between them are missing."""
         ends = f"rows-{self.ranges[0].start:012}-{self.ranges[-1].stop:012}"
         digest = hashlib.sha256(repr([tuple(r) for r in self.ranges]).encode()).hexdigest()[:8]
         return f"{ends}{f'-{digest}' if len(self.ranges) > 1 else ''}.parquet"
@@ -113,20 +116,23 @@ class Ledger:
 
     @classmethod
     def read(cls, data_uri: str) -> Ledger:
-        """From the footers of all files there. Raises ValueError naming a file that is none of ours."""
+        """Read the footers of all files. Raise ValueError if a file is not an output file or two files share rows."""
         entries = [entry for _, entry in read_entries(data_uri)]
         every_range = [r for entry in entries for r in entry.ranges]
         done = merge_ranges(every_range)
         if count_rows(done) < count_rows(every_range):
-            raise ValueError(f"files in {data_uri} hold the same rows twice: did two runs write there at once?")
+            raise ValueError(
+                f"files in {data_uri} hold the same rows twice, as if two runs wrote there at once; use another OUTPUT"
+            )
         return cls(done, sum(entry.num_errors for entry in entries))
 
     def add(self, entry: FileEntry) -> None:
+        """Record the rows of a new file as done."""
         self.done = merge_ranges([*self.done, *entry.ranges])
         self.num_errors += entry.num_errors
 
     def find_new(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool[N]: which of the row numbers are not done."""
+        """Return bool[N]: which of the row numbers are not done."""
         if not self.done:
             return np.ones(len(rows), bool)
         starts, stops = np.array(self.done, np.int64).T
@@ -135,11 +141,12 @@ class Ledger:
         return ~is_done
 
     def find_missing(self, num_rows: int) -> Ranges:
+        """Return the rows of a manifest of `num_rows` that are not done."""
         return subtract_ranges(RowRange(0, num_rows), self.done)
 
 
 def read_entries(data_uri: str) -> list[tuple[store.FileInfo, FileEntry]]:
-    """All output files there, sorted by name. Raises ValueError naming a file that is none of ours."""
+    """Read the footers of all output files, sorted by name. Raise ValueError for a file that is not an output file."""
     infos = [info for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(zip(infos, pool.map(lambda info: _read_entry(info.uri), infos), strict=True))
@@ -153,5 +160,5 @@ def _read_entry(uri: str) -> FileEntry:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # this machine cannot read it now, such as with too many files open; damage has no number
+            raise  # e.g. too many open files: a temporary fault of this machine. Damaged files have no errno
         raise ValueError(f"{uri} is not an output file of this tool ({error!r}); move it away and run again") from error

@@ -1,4 +1,4 @@
-"""The frozen input: number, id and place of every row, written once as OUTPUT/manifest and read by range."""
+"""The frozen input: row number, id and uri of every row, written once to OUTPUT/manifest and read by row range."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ ROWS_PER_FILE = 1 << 17
 
 
 def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) -> None:
-    """Tables of one schema, the manifest schema without the row number -> numbered files of ROWS_PER_FILE rows.
+    """Write tables of the manifest schema without row numbers to numbered files of ROWS_PER_FILE rows.
 
-    With `first_row` they go behind the rows that are there; a kill leaves those as they were.
+    With `first_row` they follow the existing rows, which stay intact if the process is killed.
     """
-    for start, table in _files(tables, first_row):
+    for start, table in _cut_files(tables, first_row):
         if start % ROWS_PER_FILE:
-            # The last file's rows up to `start`: behind it may be some of an extension that was killed.
-            begun = store.read_parquet(_file_of(output, start)).slice(0, start % ROWS_PER_FILE)
+            # Keep the last file's rows up to `start`: later ones are from an extension that was killed.
+            begun = store.read_parquet(_locate_file(output, start)).slice(0, start % ROWS_PER_FILE)
             table = pa.concat_tables([begun.drop_columns([ROW]), table])
             start -= start % ROWS_PER_FILE
         numbers = pa.array(range(start, start + len(table)), pa.int64())
         buffer = io.BytesIO()
         numbered = table.add_column(0, MANIFEST.field(ROW), numbers)
         pq.write_table(numbered, buffer, row_group_size=ROWS_PER_GROUP, compression="zstd")
-        store.write_bytes(_file_of(output, start), buffer.getvalue())
+        store.write_bytes(_locate_file(output, start), buffer.getvalue())
 
 
 def read_columns(output: str, num_rows: int, columns: list[str]) -> Iterator[pa.Table]:
-    """These columns of all rows, a table for each file."""
+    """Yield some columns of all rows, one table per file."""
     for start in range(0, num_rows, ROWS_PER_FILE):
-        yield store.read_parquet(_file_of(output, start), columns).slice(0, num_rows - start)
+        yield store.read_parquet(_locate_file(output, start), columns).slice(0, num_rows - start)
 
 
 def read_rows(output: str, rows: RowRange) -> pa.Table:
-    """Schema MANIFEST. `rows` must lie within one row group: cut them at ROWS_PER_GROUP or a divisor of it."""
+    """Return rows in the schema MANIFEST. They must lie in one row group: cut at ROWS_PER_GROUP or a divisor of it."""
     first, last = rows.start // ROWS_PER_GROUP, (rows.stop - 1) // ROWS_PER_GROUP
     assert first == last, f"rows {rows} cross a row group of {ROWS_PER_GROUP}"
     return _read_group(output, first, MANIFEST.names).slice(rows.start - first * ROWS_PER_GROUP, rows.stop - rows.start)
 
 
 def take_rows(output: str, rows: NDArray[np.int64], columns: list[str]) -> pa.Table:
-    """These columns of some rows, in order, by sorted row numbers, at least one."""
+    """Return some columns of the rows with these numbers, which must be sorted and at least one."""
     groups = [
         _read_group(output, group, columns).take(rows[rows // ROWS_PER_GROUP == group] % ROWS_PER_GROUP)
         for group in np.unique(rows // ROWS_PER_GROUP).tolist()
@@ -60,7 +60,7 @@ def take_rows(output: str, rows: NDArray[np.int64], columns: list[str]) -> pa.Ta
 
 
 def sample_images(output: str) -> Iterator[ImageRef]:
-    """Some images, from the first, the middle and the last rows."""
+    """Yield the images of a few rows from the start, the middle and the end."""
     files = store.list_files(store.join(output, "manifest"))
     for number in _spread(len(files)):
         with store.open_file(files[number].uri) as file:
@@ -76,14 +76,15 @@ def _spread(length: int) -> list[int]:
 
 
 class KeptColumns:
-    """The columns of the input that go on into the output; their values are read when the rows are written."""
+    """The columns of the input that the output keeps; their values are read when the rows are written."""
 
     def __init__(self, output: str) -> None:
         self._output = output
 
     @cached_property
     def schema(self) -> pa.Schema:
-        with store.open_file(_file_of(self._output, 0)) as file:
+        """The names and types of the kept columns; empty if there are none."""
+        with store.open_file(_locate_file(self._output, 0)) as file:
             columns = pq.read_schema(file)
         return pa.schema(list(columns.field(KEPT).type) if KEPT in columns.names else [])
 
@@ -94,17 +95,17 @@ class KeptColumns:
 
 def _read_group(output: str, group: int, columns: list[str]) -> pa.Table:
     groups_per_file = ROWS_PER_FILE // ROWS_PER_GROUP
-    with store.open_file(_file_of(output, group * ROWS_PER_GROUP)) as file:
+    with store.open_file(_locate_file(output, group * ROWS_PER_GROUP)) as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         return parquet.read_row_group(group % groups_per_file, columns=columns, use_threads=False)
 
 
-def _file_of(output: str, row: int) -> str:
+def _locate_file(output: str, row: int) -> str:
     return store.join(output, "manifest", f"rows-{row // ROWS_PER_FILE * ROWS_PER_FILE:012}.parquet")
 
 
-def _files(tables: Iterable[pa.Table], first_row: int) -> Iterator[tuple[int, pa.Table]]:
-    """The same rows in tables that end at multiples of ROWS_PER_FILE, with the number of the first row of each."""
+def _cut_files(tables: Iterable[pa.Table], first_row: int) -> Iterator[tuple[int, pa.Table]]:
+    """Yield the rows in tables that end at multiples of ROWS_PER_FILE, each with the number of its first row."""
     waiting: list[pa.Table] = []
     start = first_row
     for table in tables:

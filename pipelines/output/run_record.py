@@ -1,4 +1,4 @@
-"""OUTPUT/run.json: the identity of a run, so that only the same run is resumed in the same OUTPUT."""
+"""OUTPUT/run.json: the identity of a run, so that an OUTPUT resumes only the run that it holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.storage import store
 
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
 _REPLACED = "replaced"
-_LISTED = frozenset({"input", "limit"})  # what an extension may change
+_EXTENDABLE = frozenset({"input", "limit"})  # the options that --extend may change
 
 Json = dict[str, Any]
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose manifest is frozen. `output` is absolute; `num_rows` is that of the manifest."""
+    """A run with a frozen manifest of `num_rows` rows; `output` is an absolute path or URI."""
 
     output: str
     num_rows: int
@@ -40,36 +40,38 @@ class Run:
 
     @property
     def data_uri(self) -> str:
+        """The directory of the output files."""
         return store.join(self.output, "data")
 
     def update(self, **fields: Any) -> None:
-        self.record.update(fields, updated_at=_now())
+        """Set fields of the record and write it."""
+        self.record.update(fields, updated_at=_format_now())
         _write_record(self.output, self.record)
 
     def record_dtype(self, dtype: str) -> None:
-        """Record what `auto` resolved to. Raises RunError if the rows that are done were generated in another type."""
-        settled = self.record.setdefault("settled_dtype", dtype)
-        if settled != dtype:
+        """Record what `auto` resolved to. Raise RunError if the finished rows were generated in another type."""
+        recorded = self.record.setdefault("settled_dtype", dtype)
+        if recorded != dtype:
             raise RunError(
-                f"{self.output} holds rows generated in {settled}, this machine would go on in {dtype}; "
-                f"give --dtype {settled} in a new OUTPUT, or go on where there is a device as before"
+                f"{self.output} holds rows generated in {recorded}, but this machine would use {dtype}; "
+                f"resume on a machine with the same kind of device, or use a new OUTPUT with --dtype {recorded}"
             )
         self.update()
 
 
 def acquire_lease(output: str) -> Lease:
-    """Return the lease to enter before anything in OUTPUT is looked at or changed. Raises RunError."""
+    """Return the lease to enter before reading or changing OUTPUT. Raise RunError if OUTPUT names no directory."""
     uri = store.make_absolute(output)
     if not uri.strip("/") or uri.rstrip("/").endswith(":"):
-        raise RunError(f"{output!r} names no place for an OUTPUT; give a directory or a URI with a path")
+        raise RunError(f"{output!r} cannot be an OUTPUT; give a directory or a URI with a path")
     return Lease(uri)
 
 
 def open_run(config: RunConfig, models: Json) -> Run:
-    """Resume the run that OUTPUT holds, with more rows if it is to be extended, or list the input and start one.
+    """Resume the run in OUTPUT, adding rows with --extend, or list the input and start a new run.
 
-    `models` identifies the model (id, revision, weights). Raises RunError if OUTPUT holds another run or something
-    else or cannot be written, SourceError if the input cannot be listed; nothing has changed then.
+    `models` identifies the model (id, revision, weights). Raise RunError if OUTPUT holds another run or foreign files
+    or cannot be written, SourceError if the input cannot be listed; OUTPUT is unchanged then.
     """
     output = store.make_absolute(config.output)
     identity = {
@@ -82,7 +84,7 @@ def open_run(config: RunConfig, models: Json) -> Run:
         if config.overwrite or record is None:
             record = _start(output, config, identity, replaces=record)
         elif config.extend:
-            _check_same(output, record, identity, defaults, except_for=_LISTED)
+            _check_same(output, record, identity, defaults, except_for=_EXTENDABLE)
             _extend(output, config, identity, record)
         _check_same(output, record, identity, defaults)
         finish_exchange(output)
@@ -98,32 +100,32 @@ def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | N
             _write_record(output, {"status": _REPLACED})
         _remove_ours(output)
         write_manifest(output, listing.read_tables())
-    # Last: a run.json says that the manifest is whole.
+    # Last: run.json means that the manifest is complete.
     record = {
         **identity,
-        "fingerprint": _fingerprint(identity),
+        "fingerprint": _hash_identity(identity),
         "options": config.model_dump(mode="json"),
         **config.questionnaire.describe(),
         "num_rows": listing.num_rows,
-        "versions": {"ovis2-ray": __version__, **{name: _version(name) for name in _VERSIONS_OF}},
+        "versions": {"ovis2-ray": __version__, **{name: _find_version(name) for name in _VERSIONS_OF}},
         "status": "running",
-        "started_at": _now(),
+        "started_at": _format_now(),
     }
     _write_record(output, record)
     return record
 
 
 def _extend(output: str, config: RunConfig, identity: Json, record: Json) -> None:
-    """Append the rows that the run does not have yet; a run.json that counts them comes last."""
+    """Append the rows that the run does not have yet, then write a run.json that counts them."""
     num_rows: int = record["num_rows"]
     known = KnownRows(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
     with list_rows(config, config.questionnaire, known) as listing:
         if listing.num_rows:
-            listing.kept = _same_kept(KeptColumns(output).schema, listing.kept)
+            listing.kept = _check_kept_types(KeptColumns(output).schema, listing.kept)
             write_manifest(output, listing.read_tables(), num_rows)
-    logger.warning("%d rows of the input are new, %d rows were there", listing.num_rows, num_rows)
-    listed = {"at": _now(), "first_row": num_rows, "input": record["config"]["input"]}
-    record.update({**identity, "fingerprint": _fingerprint(identity)})
+    logger.warning("%d rows of the input are new, %d rows were listed before", listing.num_rows, num_rows)
+    listed = {"at": _format_now(), "first_row": num_rows, "input": record["config"]["input"]}
+    record.update({**identity, "fingerprint": _hash_identity(identity)})
     record.update(
         status="running",
         counts=None,
@@ -133,26 +135,26 @@ def _extend(output: str, config: RunConfig, identity: Json, record: Json) -> Non
     _write_record(output, record)
 
 
-def _same_kept(there: pa.Schema, here: pa.Schema) -> pa.Schema:
-    """All files of an output have one schema. Raises RunError."""
-    for old, new in zip(there, here, strict=True):
+def _check_kept_types(existing: pa.Schema, added: pa.Schema) -> pa.Schema:
+    """Return the schema of the existing rows. Raise RunError if it differs from that of the new rows."""
+    for old, new in zip(existing, added, strict=True):
         if new.type != old.type and not pa.types.is_null(new.type):
             raise RunError(
-                f"the kept column {old.name} is {old.type} in the run and would be {new.type} in what is added; make "
-                "it the same in the input, or use another OUTPUT"
+                f"the kept column {old.name} is {old.type} in the run, but {new.type} in the new rows; convert it to "
+                f"{old.type} in the input, or use another OUTPUT"
             )
-    return there
+    return existing
 
 
 def _check_foreign(output: str, inputs: list[str], replaces: Json | None) -> None:
-    """Only what a run.json vouches for is ever removed, and never the input."""
+    """Raise RunError if OUTPUT holds the input or files that no run.json accounts for: they are never removed."""
     for name in ("data", "manifest", PLACE):
         place = store.join(output, name)
         if any(f"{uri}/".startswith(f"{place}/") for uri in inputs):
-            raise RunError(f"the input is in {place}, where the results go; use another OUTPUT")
+            raise RunError(f"the input is in {place}, which the run overwrites; use another OUTPUT")
         foreign = [info.uri for info in store.list_files(place) if replaces is None or not is_ours(info.uri)]
         if foreign and not (name == "manifest" and all(map(is_ours, foreign))):
-            raise RunError(f"{place} holds files of something else, such as {foreign[0]}; use another OUTPUT")
+            raise RunError(f"{place} holds files that are not from a run, such as {foreign[0]}; use another OUTPUT")
 
 
 def _remove_ours(output: str) -> None:
@@ -168,26 +170,26 @@ def _check_same(
 ) -> None:
     """Raise RunError with each difference between the run in OUTPUT and this one.
 
-    An option that the record lacks is one that the version that wrote it did not have: it counts as its default.
+    An option that the record lacks was unknown to the version that wrote it: it counts as its default.
     """
     if record.get("status") == _REPLACED:
-        raise RunError(f"an --overwrite of {output} was interrupted; give --overwrite again")
-    there, here = _flatten(record, defaults), _flatten(identity, defaults)
+        raise RunError(f"an --overwrite of {output} was interrupted; run it again with --overwrite")
+    recorded, current = _flatten(record, defaults), _flatten(identity, defaults)
     differences = [
-        f"{name.replace('_', '-')} {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted((there.keys() | here.keys()) - except_for)
-        if there.get(name) != here.get(name)
+        f"{name.replace('_', '-')} {recorded.get(name)!r} there, {current.get(name)!r} here"
+        for name in sorted((recorded.keys() | current.keys()) - except_for)
+        if recorded.get(name) != current.get(name)
     ]
     if differences:
         raise RunError(
             f"{output} holds a run with other options: {'; '.join(differences)}. "
             "Use another OUTPUT, the same options, or --overwrite"
-            + (", or --extend to add rows" if {d.split()[0] for d in differences} <= _LISTED else "")
+            + (", or --extend to add rows" if {d.split()[0] for d in differences} <= _EXTENDABLE else "")
         )
 
 
 def _flatten(record: Json, defaults: Json) -> Json:
-    """Flatten a run record to {setting: value} for comparison; of a task without what it leaves open."""
+    """Flatten a run record to {setting: value} for comparison, without the settings that a task leaves open."""
     models = {f"model {name}": value for name, value in record["model"].items()}
     settings = {**defaults, **record["config"], **models}
     if tasks := settings.get("tasks"):
@@ -197,7 +199,7 @@ def _flatten(record: Json, defaults: Json) -> Json:
 
 
 def read_record(output: str) -> Json | None:
-    """What OUTPUT/run.json says, None if there is none. Raises RunError and OSError."""
+    """Return the content of OUTPUT/run.json, None if the file does not exist. Raise RunError if it is not JSON."""
     uri = store.join(output, "run.json")
     if store.find_file(uri) is None:
         return None
@@ -209,20 +211,20 @@ def read_record(output: str) -> Json | None:
 
 
 def _write_record(output: str, record: Json) -> None:
-    # ASCII: a path whose bytes are no UTF-8 survives the way there and back.
+    # ASCII, so that a path that is not UTF-8 survives writing and reading.
     store.write_bytes(store.join(output, "run.json"), json.dumps(record, indent=2).encode())
 
 
-def _fingerprint(identity: Json) -> str:
+def _hash_identity(identity: Json) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return None  # a head node needs no torch
+        return None  # e.g. torch on a head node
 
 
-def _now() -> str:
+def _format_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

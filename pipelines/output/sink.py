@@ -1,4 +1,4 @@
-"""Write results to Parquet files atomically, with their row numbers in the footer; read them again."""
+"""Write results atomically to Parquet files with their row numbers in the footer, and read them again."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from pipelines.output.ledger import FOOTER_KEY, FileEntry, Ledger, to_ranges
 from pipelines.output.manifest import KeptColumns
 from pipelines.storage import store
 
-FLUSH_S = 30.0  # so that a killed run loses no more than this of finished work
+FLUSH_S = 30.0  # how much finished work a killed run may lose
 
 
 class Sink:
-    """Collects result rows in the driver and writes them to `data_uri`; `ledger` says which rows are there.
+    """A context manager that collects result rows in the driver and writes them to `data_uri`.
 
-    One writer: results are text, about 1 KB a row, so one process keeps up with thousands of rows a second, and it
-    alone knows what has arrived, when to write and how far the run is. A context: inside it a thread writes rows that
-    have waited for FLUSH_S; on the way out all that wait are written, whatever ends the run.
+    `ledger` records which rows are written. There is one writer: results are text of about 1 KB per row, so one process
+    keeps up with thousands of rows per second, and it alone knows what has arrived, when to write and how far the run
+    is. Inside the context a thread writes rows that have waited for FLUSH_S; on exit all waiting rows are written,
+    whatever ends the run.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Sink:
         self._data_uri, self._ledger, self._lease = data_uri, ledger, lease
         self._rows_per_file, self._kept = rows_per_file, kept
         self._waiting: list[pa.Table] = []
-        self._oldest_s = 0.0  # when the first waiting row came
+        self._oldest_s = 0.0  # when the first waiting row arrived
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._fault: Exception | None = None
@@ -50,23 +51,23 @@ class Sink:
         try:
             self._thread.join()
             self.flush()
-        except KeyboardInterrupt:  # on the way out, when everything has arrived
+        except KeyboardInterrupt:  # during exit, when all rows have arrived
             self.flush()
             raise
         if self._fault is not None and exception[0] is None:
             raise self._fault
 
     def add(self, results: pa.Table) -> pa.Table:
-        """Take rows of the result schema and write what is due -> the rows that were new.
+        """Take rows of the result schema, write those that are due and return those that are new.
 
-        A stage that is run again after its process died may hand over rows that it handed over before. Raises
-        OSError or LeaseError if rows cannot be written.
+        A stage that runs again after its process died may hand over the same rows again. Raise OSError or LeaseError
+        if rows cannot be written.
         """
         with self._lock:
             if self._fault is not None:
                 raise self._fault
             rows = results.column(schema.ROW).to_numpy()
-            is_new = self._ledger.find_new(rows) & ~np.isin(rows, self._waiting_rows())
+            is_new = self._ledger.find_new(rows) & ~np.isin(rows, self._list_waiting_rows())
             new = results.filter(is_new)
             self._oldest_s = self._oldest_s if self._waiting else time.monotonic()
             self._waiting.append(new)
@@ -84,7 +85,7 @@ class Sink:
             while len(table):
                 self._ledger.add(write_file(self._data_uri, table.slice(0, self._rows_per_file), self._kept))
                 table = table.slice(self._rows_per_file)
-                self._waiting = [table]  # one that fails leaves no row written and waiting
+                self._waiting = [table]  # after a failure, no written row is still waiting
             self._waiting.clear()
 
     def _flush_late_rows(self) -> None:
@@ -93,20 +94,20 @@ class Sink:
                 with self._lock:
                     if self._waiting and time.monotonic() - self._oldest_s > FLUSH_S:
                         self.flush()
-            except Exception as fault:  # told to the thread that hands over rows
+            except Exception as fault:  # `add` raises it in the thread that hands over rows
                 self._fault = fault
                 return
 
-    def _waiting_rows(self) -> np.ndarray:
+    def _list_waiting_rows(self) -> np.ndarray:
         return np.concatenate([np.empty(0, np.int64), *(t.column(schema.ROW).to_numpy() for t in self._waiting)])
 
 
 def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None) -> FileEntry:
-    """Rows of the result schema sorted by row number -> one file of them and the kept columns."""
+    """Write rows of the result schema, sorted by row number, and their kept columns to one file."""
     rows = results.column(schema.ROW).to_numpy()
     table = results.drop_columns([schema.ROW])
     if kept is not None:
-        # Read here, not handed through the stages: they keep their types, and the stages stay light.
+        # Read from the manifest: the columns keep their types, and the stages carry less.
         table = pa.table([*table.columns, *kept.read(rows)], schema=pa.schema([*table.schema, *kept.schema]))
     entry, data = encode_file(table, rows)
     store.write_bytes(store.join(data_uri, entry.file_name), data)
@@ -114,7 +115,7 @@ def write_file(data_uri: str, results: pa.Table, kept: KeptColumns | None = None
 
 
 def encode_file(table: pa.Table, rows: NDArray[np.int64]) -> tuple[FileEntry, bytes]:
-    """A table of the output and its ascending row numbers -> a Parquet file whose footer says which rows it holds."""
+    """Encode an output table and its ascending row numbers as a Parquet file whose footer records the numbers."""
     entry = FileEntry(to_ranges(rows), pc.sum(pc.equal(table.column("status"), "error")).as_py() or 0)
     buffer = io.BytesIO()
     marked = table.replace_schema_metadata({FOOTER_KEY: entry.to_json().encode()})
@@ -123,14 +124,14 @@ def encode_file(table: pa.Table, rows: NDArray[np.int64]) -> tuple[FileEntry, by
 
 
 def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
-    """An output file's row numbers, ascending, and its rows."""
+    """Return the row numbers of an output file, ascending, and its rows."""
     table = store.read_parquet(uri)
     entry = FileEntry.from_json(table.schema.metadata[FOOTER_KEY])
     return entry.rows, table.replace_schema_metadata(None)
 
 
 def read_results(output: str) -> pa.Table:
-    """All rows of a run, in the order of the input."""
+    """Return all rows of a run in the order of the input."""
     listed = store.list_files(store.join(output, "data"))
     files = [read_file(info.uri) for info in listed if info.uri.endswith(".parquet")]
     whole = pa.concat_tables([table for _, table in files] or [schema.OUTPUT.empty_table()])
@@ -138,7 +139,7 @@ def read_results(output: str) -> pa.Table:
 
 
 def remove_temporaries(data_uri: str) -> None:
-    """What a killed writer left under a temporary name."""
+    """Remove the temporary files that a killed writer left."""
     for info in store.list_files(data_uri):
         if info.uri.endswith(store.TEMPORARY_SUFFIX):
             store.remove(info.uri)
