@@ -15,5 +15,7 @@ LONGEST = (
     "test_cluster_run",
     "test_object_store",
     "test_store_faults",
+    "test_readme",
+    "test_examples",
     "test_constraints",
 )
