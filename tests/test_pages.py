@@ -30,6 +30,7 @@ from tests.support.roots import ROOT
 
 ARCHITECTURE, CONTRIBUTING = ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"
 PACKAGES = ("jobs", "demo", "benchmarks", "pipelines", "ovis_model")
+PRODUCT = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 COMMAND = re.compile(r"(?:ovis2|python -m jobs)[ .]([a-z_-]+)([^\n`|;&>]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
@@ -80,7 +81,7 @@ def test_every_page_is_in_the_index() -> None:
 def test_the_way_of_an_image_names_what_exists() -> None:
     names = list_names(read_section(ARCHITECTURE, "How one image travels"))
     assert len(names) > 35
-    assert [name for name in names if not is_defined(name)] == []
+    assert [name for name in names if name not in list_callables()] == []
 
 
 @pytest.mark.parametrize("heading", ["Folders", "What happens on failure", "What each layer does not know"])
@@ -178,24 +179,30 @@ def is_defined(name: str) -> bool:
 
 @cache
 def list_definitions() -> frozenset[str]:
-    paths = [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
-    paths += (ROOT / "tests").glob("*.py")
-    return frozenset(name for path in paths for name in find_definitions(ast.parse(path.read_text())))
+    fields = (name for path in PRODUCT for name in find_fields(ast.parse(path.read_text())))
+    tests = (name for path in (ROOT / "tests").glob("*.py") for name in find_callables(ast.parse(path.read_text())))
+    return list_callables().union(fields, tests)
 
 
-def find_definitions(tree: ast.Module) -> Iterator[str]:
+@cache
+def list_callables() -> frozenset[str]:
+    return frozenset(name for path in PRODUCT for name in find_callables(ast.parse(path.read_text())))
+
+
+def find_callables(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+            yield from (f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef))
+        elif isinstance(node, ast.FunctionDef):
+            yield node.name
+
+
+def find_fields(tree: ast.Module) -> Iterator[str]:
+    """Yield the names of variables, fields and keyword arguments."""
     for node in ast.walk(tree):
         match node:
-            case ast.ClassDef():
-                yield node.name
-                for part in node.body:
-                    if isinstance(part, ast.FunctionDef):
-                        yield f"{node.name}.{part.name}"
-            case ast.FunctionDef():
-                yield node.name
-            case ast.Name(id=name, ctx=ast.Store()):
-                yield name
-            case ast.keyword(arg=str(name)):
+            case ast.Name(id=name, ctx=ast.Store()) | ast.keyword(arg=str(name)):
                 yield name
 
 
