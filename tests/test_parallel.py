@@ -179,13 +179,13 @@ def test_two_engines_run_in_parallel() -> None:
     """They use the public entry point and share no fixed name or port."""
     directory = str(checkpoint_dir("tiny112-untied"))
 
-    def one(_: int) -> list[list[int]]:
+    def start_and_generate(_: int) -> list[list[int]]:
         with OvisEngine.from_pretrained(directory, device="cpu", tensor_parallel=2) as engine:
             assert len(get_pids(engine)) == 2
             return generate_ids(engine, make_golden_requests("tiny112-untied"))
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(one, range(2)))
+        found = list(pool.map(start_and_generate, range(2)))
     assert found == [load_greedy_ids("tiny112-untied")] * 2
 
 

@@ -143,12 +143,12 @@ def test_a_temporary_fault_causes_no_error_row(tmp_path: Path, monkeypatch: pyte
     rows = list_input(write(tmp_path / "a.parquet", {"image": values}))
     advance, faults = ParquetReader._advance, iter([False] * 70 + [True] + [False] * 1000)
 
-    def unreliable(self: ParquetReader, row: int) -> None:
+    def advance_or_fail(self: ParquetReader, row: int) -> None:
         if next(faults):
             raise OSError("connection reset")
         advance(self, row)
 
-    monkeypatch.setattr(ParquetReader, "_advance", unreliable)
+    monkeypatch.setattr(ParquetReader, "_advance", advance_or_fail)
     assert fetch_images(rows) == [[value] for value in values]
 
 

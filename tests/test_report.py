@@ -1,4 +1,4 @@
-"""A report counts what an output holds, shows a bounded and repeatable sample of it, and holds no markup of others."""
+"""A report counts the rows of an output, shows a bounded and repeatable sample, and contains no foreign markup."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Json = dict[str, Any]
 
 
 def read_data(page: Path | str) -> Json:
-    """What the page shows."""
+    """Read the data that is embedded in the page."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', Path(page).read_text("utf-8"), re.S)
     assert found
     data: Json = json.loads(found[1])
@@ -60,7 +60,7 @@ def make_report(output: Path, **options: Any) -> Json:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Ten rows in three files: seven answers about pictures, a video, two errors."""
+    """Write ten rows in three files: seven pictures, a video, two error rows."""
     pictures = [write_image(tmp_path / f"{i}.png", size=(64 + i, 48)) for i in range(7)]
     video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
     rows = [
@@ -101,7 +101,7 @@ def test_counts_are_those_of_the_rows(mixed: Path) -> None:
     assert counted["flags"]["top"] == [["caption:truncated", 1], ["record:invalid", 1]]
 
 
-def test_every_kind_of_answer_has_its_distribution(mixed: Path) -> None:
+def test_every_type_of_answer_has_a_distribution(mixed: Path) -> None:
     caption, has_red, count, kind, tags, record = make_report(mixed)["statistics"]["tasks"]
     assert caption["values"]["top"] == [["A circle.", 7], ["A clip.", 1]]
     assert caption["finish"] == {"stop": 7, "length": 1}
@@ -109,7 +109,7 @@ def test_every_kind_of_answer_has_its_distribution(mixed: Path) -> None:
     assert caption["confidence"]["mean"] == pytest.approx((7 * -0.1 - 2) / 8)
     assert has_red["values"]["top"] == [["Yes", 6], ["No", 2]]
     sure = [*(0.95 - i / 20 for i in range(7)), 0.9]
-    assert has_red["confidence"]["mean"] == pytest.approx(np.mean(sure)), "of the answer, yes or no"
+    assert has_red["confidence"]["mean"] == pytest.approx(np.mean(sure)), "confidence in the chosen answer, yes or no"
     assert dict(count["values"]["top"]) == {"0": 3, "1": 2, "2": 3}
     assert kind["choices"] == ["circle", "square", "triangle"]
     assert kind["values"]["top"] == [["circle", 7], ["square", 1]]
@@ -120,7 +120,7 @@ def test_every_kind_of_answer_has_its_distribution(mixed: Path) -> None:
     assert fields == {"colour": (7, 7), "size": (7, 7), "size.width": (7, 7), "parts": (7, 7), "parts[]": (14, 14)}
 
 
-def test_truth_gives_the_share_right_and_calibration(mixed: Path) -> None:
+def test_a_truth_column_gives_accuracy_and_calibration(mixed: Path) -> None:
     data = make_report(mixed, truths={"kind": "truth_kind", "count": "truth_count"})
     kind, count = data["statistics"]["tasks"][3]["truth"], data["statistics"]["tasks"][2]["truth"]
     assert (kind["right"], kind["count"], kind["mistakes"]["top"]) == (6, 7, [[["circle", "square"], 1]])
@@ -145,7 +145,7 @@ def test_calibration_error_is_the_weighted_gap() -> None:
         ({"tags": "truth_kind"}, "list"),
     ],
 )
-def test_a_truth_that_does_not_fit_is_refused(mixed: Path, truth: dict[str, str], message: str) -> None:
+def test_a_truth_that_does_not_match_a_task_is_refused(mixed: Path, truth: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_report(mixed, truths=truth)
 
@@ -157,7 +157,7 @@ def test_rows_show_their_media(mixed: Path) -> None:
     assert rows["bad-123"]["media"] == {"missing": "No such file or directory"}
 
 
-def test_frames_are_those_that_the_model_was_shown(tmp_path: Path) -> None:
+def test_frames_are_those_that_the_model_saw(tmp_path: Path) -> None:
     video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
     clip = {**make_item("clip", make_answers(), images=[video]), "frame_timestamps_s": [0.4, 1.2]}
     (row,) = make_report(write_run(tmp_path / "out", [clip]))["rows"]
@@ -172,7 +172,7 @@ def decode_pixels(source: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
 
 
-def test_members_of_a_tar_and_gone_media_and_no_manifest(tmp_path: Path) -> None:
+def test_media_come_from_tars_and_missing_media_have_a_reason(tmp_path: Path) -> None:
     import tarfile
 
     write_image(tmp_path / "a.png")
@@ -205,14 +205,14 @@ def test_media_that_take_too_long_are_left_out(mixed: Path) -> None:
     assert reasons and all("took longer than 0 s" in reason for reason in reasons)
 
 
-def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None:
+def test_a_captioning_run_has_one_task_and_derived_flags(tmp_path: Path) -> None:
     row = {"id": "a", "uri": "a", "prompt": "What?", "status": "ok", "stage": "", "error": "", "num_images": 1}
     row |= {"num_tiles": 1, "num_prompt_tokens": 9, "num_output_tokens": 3, "frame_timestamps_s": []}
     texts = [("A cat.", "stop"), ("A dog and", "length"), (" ", "stop")]
     rows = [{**row, "text": t, "finish_reason": why, "mean_logprob": -0.5} for t, why in texts]
     failed = {**row, "text": "", "finish_reason": "", "mean_logprob": math.nan, "status": "error", "stage": "read"}
     table = pa.Table.from_pylist([*rows, {**failed, "error": "gone"}], schema.OUTPUT)
-    table = table.append_column("flags", pa.array(["green", "red", None, ""]))  # a kept column that has this name
+    table = table.append_column("flags", pa.array(["green", "red", None, ""]))  # a kept column with this name
     write_rows(str(tmp_path), 0, table)
     write_record(tmp_path, 4, [])
     data = make_report(tmp_path)
@@ -224,7 +224,7 @@ def test_a_captioning_run_has_one_task_and_its_own_flags(tmp_path: Path) -> None
     assert (data["kept"], data["rows"][1]["kept"]) == (["flags"], ["red"])
 
 
-def test_the_sample_has_some_of_every_kind_and_does_not_depend_on_the_files(tmp_path: Path) -> None:
+def test_the_sample_has_rows_of_every_group_and_does_not_depend_on_the_files(tmp_path: Path) -> None:
     rows = []
     for i in range(3000):
         row = make_item(f"r{i}", make_answers(logprob=-5.0 if i == 1234 else -0.1, sure=0.4 if i == 77 else 0.9))
@@ -246,8 +246,8 @@ def test_the_sample_has_some_of_every_kind_and_does_not_depend_on_the_files(tmp_
     assert len(groups["random"]) > 30
 
 
-def test_the_random_sample_is_even() -> None:
-    """Of 10^5 rows in ten parts; 3.3 is the chi-square of 9 degrees of freedom that 95 % exceed, 21.7 that 1 % do."""
+def test_the_random_sample_is_uniform() -> None:
+    """10^5 rows in ten parts; a chi-square with 9 degrees of freedom exceeds 3.3 in 95 % and 21.7 in 1 % of cases."""
     picked = np.argsort(hash_row_numbers(np.arange(100_000)))[:5000]
     counts = np.bincount(picked // 10_000, minlength=10)
     assert 1 < ((counts - 500) ** 2 / 500).sum() < 21.7
@@ -266,7 +266,7 @@ def test_frequent_keys_are_counted_in_bounded_memory() -> None:
     assert frequent - counts.max_missed <= count <= frequent
 
 
-def test_a_spread_keeps_all_values_whatever_their_range() -> None:
+def test_a_spread_counts_all_values_of_any_range() -> None:
     spread, values = Spread(), np.array([0, 1, 5, 31, 32, 1000, 999_999])
     for value in values:
         spread.add(np.array([value]))
@@ -275,7 +275,7 @@ def test_a_spread_keeps_all_values_whatever_their_range() -> None:
     assert (found["min"], found["max"], found["mean"]) == (0, 999_999, pytest.approx(values.mean()))
 
 
-def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
+def test_foreign_text_is_never_markup(tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.png")
     row = make_item(HOSTILE, make_answers(caption=HOSTILE, tags=[HOSTILE]), images=[image], kept=HOSTILE)
     error = make_item(f"{HOSTILE} 2", [], stage="read", error=HOSTILE, kept=HOSTILE)
@@ -285,11 +285,11 @@ def test_nothing_that_others_wrote_is_markup(tmp_path: Path) -> None:
     assert text.count("<script") == 2 and text.count("</script>") == 2 and "onerror='" in text
     assert "<img" not in text and "<!--" not in text and "\u2028" not in text
     data = read_data(page)
-    assert [row["id"] for row in data["rows"]] == [HOSTILE, f"{HOSTILE} 2"], "and nothing is lost"
+    assert [row["id"] for row in data["rows"]] == [HOSTILE, f"{HOSTILE} 2"], "no text is lost"
     assert json.loads(encode_for_html({"a": [HOSTILE]})) == {"a": [HOSTILE]}
 
 
-def test_half_of_a_surrogate_pair_and_control_characters_do_no_harm(tmp_path: Path) -> None:
+def test_lone_surrogates_and_control_characters_are_kept(tmp_path: Path) -> None:
     output = write_run(tmp_path / "out", [make_item("a\x00\x1b[0m\u202e", make_answers())])
     record = json.loads((output / "run.json").read_text())
     record["config"]["input"] = ["pictures/caf\udce9"]
@@ -297,13 +297,15 @@ def test_half_of_a_surrogate_pair_and_control_characters_do_no_harm(tmp_path: Pa
     assert make_report(output)["run"]["config"]["input"] == ["pictures/caf\udce9"]
 
 
-def test_signatures_and_passwords_do_not_get_onto_the_page(tmp_path: Path) -> None:
+def test_signatures_and_passwords_are_not_on_the_page(tmp_path: Path) -> None:
     uri = "https://user:secret@host/a.png?X-Signature=secret"
     output = write_run(tmp_path / "out", [{**make_item(uri, make_answers()), "uri": uri}])
     assert "secret" not in Path(write_report(ReportOptions(str(output))).report).read_text()
 
 
-def test_texts_and_pictures_keep_the_page_within_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_and_many_pictures_keep_the_page_within_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = np.random.default_rng(0).integers(256, size=(250, 250, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     image = FileRef(str(tmp_path / "a.png"))
@@ -322,20 +324,20 @@ def test_pictures_that_do_not_fit_are_counted() -> None:
     assert make_thumbnails(pictures, 100_000)["more"] == 4
 
 
-def test_an_unfinished_run_says_how_many_rows_are_to_come(mixed: Path) -> None:
+def test_an_unfinished_run_reports_its_done_and_total_rows(mixed: Path) -> None:
     sorted((mixed / "data").iterdir())[1].unlink()
     data = make_report(mixed)
     assert (data["statistics"]["rows"], data["run"]["num_rows"]) == (6, 10)
 
 
-def test_where_the_report_goes() -> None:
+def test_the_report_lies_in_a_local_output_or_the_current_directory() -> None:
     assert resolve_report_uri(ReportOptions("/some/run")) == "/some/run/report.html"
     assert resolve_report_uri(ReportOptions("/some/run", to="x.html")) == str(Path.cwd() / "x.html")
     assert resolve_report_uri(ReportOptions("memory://bucket/run")) == str(Path.cwd() / "run-report.html")
     assert resolve_report_uri(ReportOptions("/some/run", to="memory://bucket/x.html")) == "memory://bucket/x.html"
 
 
-def test_an_output_in_a_store_has_a_report_there(mixed: Path, memory_uri: str) -> None:
+def test_a_report_can_be_read_from_and_written_to_a_store(mixed: Path, memory_uri: str) -> None:
     for file in mixed.rglob("*.*"):
         store.write_bytes(f"{memory_uri}/run/{file.relative_to(mixed)}", file.read_bytes())
     there = write_report(ReportOptions(f"{memory_uri}/run", to=f"{memory_uri}/report.html"))
@@ -351,7 +353,7 @@ def memory_uri() -> Iterator[str]:
     fsspec.filesystem("memory").store.clear()
 
 
-def test_command_line(mixed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_sets_rows_truth_and_destination(mixed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [str(mixed), "--rows", "5", "--truth", "kind=truth_kind", "--to", str(mixed / "other.html")]
     assert report.main(arguments) == 0
     result = json.loads(capfd.readouterr().out)
@@ -365,7 +367,7 @@ def test_bad_options_are_refused(mixed: Path, arguments: list[str]) -> None:
     assert refused.value.code == 2
 
 
-def test_no_run_and_no_rows_are_bad_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_output_without_a_run_or_rows_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path)]) == 2
     assert "holds no run" in capfd.readouterr().err
     assert report.main([str(write_run(tmp_path, []))]) == 2
@@ -379,7 +381,7 @@ def test_files_that_hold_the_same_rows_are_refused(mixed: Path, capfd: pytest.Ca
     assert "the same rows twice" in capfd.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore")  # of setuptools
+@pytest.mark.filterwarnings("ignore")  # setuptools warns
 def test_the_page_is_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = pytest.importorskip("setuptools.dist")
     from setuptools.config.pyprojecttoml import apply_configuration
@@ -397,7 +399,7 @@ def test_the_page_is_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_a_million_rows_make_a_small_page_in_bounded_memory(tmp_path: Path) -> None:
-    """Every row with all six kinds of answers; the command's own peak memory, which starts at about 200 MB."""
+    """Every row has all six types of answers; peak memory is the command's, which starts at about 200 MB."""
     num_rows = 1_000_000
     write_large_run(tmp_path, num_rows)
     program = (
@@ -415,7 +417,7 @@ def test_a_million_rows_make_a_small_page_in_bounded_memory(tmp_path: Path) -> N
 
 
 def write_large_run(output: Path, num_rows: int, rows_per_file: int = 50_000) -> None:
-    """All rows show the same picture; their answers differ, and every captions is another."""
+    """Write a run whose rows share one picture and have different answers; no two captions are equal."""
     noise = np.random.default_rng(0).integers(256, size=(600, 800, 3), dtype=np.uint8)
     Image.fromarray(noise).save(output / "a.jpg")
     image = FileRef(str(output / "a.jpg"))

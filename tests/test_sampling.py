@@ -73,14 +73,14 @@ def test_greedy_is_the_argmax_after_the_penalty() -> None:
 def test_the_samples_of_a_row_do_not_depend_on_its_batch() -> None:
     rows = [SamplingParams(temperature=1.0, seed=seed) for seed in range(6)]
 
-    def draws(params: list[SamplingParams]) -> list[list[int]]:
+    def draw(params: list[SamplingParams]) -> list[list[int]]:
         sampler = make_sampler(params)
         steps = [sampler(LOGITS.expand(len(params), -1))[0].tolist() for _ in range(8)]
         return [list(row) for row in zip(*steps, strict=True)]
 
-    together = draws(rows)
-    assert [draws([row])[0] for row in rows] == together
-    assert draws([SamplingParams(), *rows[::-1]])[1:] == together[::-1]
+    together = draw(rows)
+    assert [draw([row])[0] for row in rows] == together
+    assert draw([SamplingParams(), *rows[::-1]])[1:] == together[::-1]
     assert len(set(map(tuple, together))) == 6
 
 

@@ -151,12 +151,12 @@ def test_running_out_of_memory_while_siblings_enter_only_costs_time(monkeypatch:
     engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=4000, slots=8))
     extend = Extend.__init__
 
-    def limited(self: Extend, cache: object, sources: torch.Tensor, *others: object) -> None:
+    def extend_at_most_two(self: Extend, cache: object, sources: torch.Tensor, *others: object) -> None:
         if len(sources) > 2:
             raise torch.OutOfMemoryError("too many rows")
         extend(self, cache, sources, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Extend, "__init__", limited)
+    monkeypatch.setattr(Extend, "__init__", extend_at_most_two)
     params = [replace(make_params(task), choices=TASKS[task][2].choices[:1]) for task in range(len(TASKS))]
     found = engine.generate(make_items(checkpoint)[0], params)
     for task, completion in enumerate(found):
@@ -179,20 +179,22 @@ def test_a_row_that_fails_for_lack_of_memory_frees_its_visual_tokens() -> None:
 def test_siblings_share_their_common_prefix() -> None:
     tiles, sizes = np.zeros((1, 3, 2, 2), np.uint8), np.array([[2, 2]], np.int32)
 
-    def request(*ids: int) -> Request:
+    def make_request(*ids: int) -> Request:
         return Request(np.array(ids, np.int32), tiles.copy(), sizes.copy(), group="one picture")
 
-    same = find_prefixes([request(1, -301, -300, 5, 6), request(1, -301, -300, 5, 7), request(1, -301, -300, 5, 6)])
+    same = find_prefixes(
+        [make_request(1, -301, -300, 5, 6), make_request(1, -301, -300, 5, 7), make_request(1, -301, -300, 5, 6)]
+    )
     assert same[0] is same[1] is same[2] and same[0].length == 4
-    one, other, third = find_prefixes([request(1, -300, 5), request(2, -300, 5), request(1, -300, 5, 9)])
+    one, other, third = find_prefixes([make_request(1, -300, 5), make_request(2, -300, 5), make_request(1, -300, 5, 9)])
     assert one is third and one is not other and one.item is other.item
     assert (one.length, other.length) == (2, 2)
-    whole, _ = find_prefixes([request(1, -300), request(1, -300)])
+    whole, _ = find_prefixes([make_request(1, -300), make_request(1, -300)])
     assert whole.length == 0  # the last token, which is not shared, is a placeholder
     for group in (None, "another"):
-        other = replace(request(1, -300, 5), group=group)
-        assert len({prefix.item for prefix in find_prefixes([request(1, -300, 5), other, request(1)])}) == 2
-    apart = replace(request(1, -300, 5), group=None)
+        other = replace(make_request(1, -300, 5), group=group)
+        assert len({prefix.item for prefix in find_prefixes([make_request(1, -300, 5), other, make_request(1)])}) == 2
+    apart = replace(make_request(1, -300, 5), group=None)
     assert len({prefix.item for prefix in find_prefixes([apart, apart])}) == 2
 
 

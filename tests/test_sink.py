@@ -58,13 +58,13 @@ def test_finished_rows_are_written_even_if_no_more_arrive(data: Path, monkeypatc
 
 
 def test_an_interrupt_during_exit_loses_no_row(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: threading.Thread) -> None:
+    def interrupt(self: threading.Thread) -> None:
         raise KeyboardInterrupt
 
     out = make_sink(data, Ledger(), rows_per_file=1000)
     with pytest.raises(KeyboardInterrupt), out:
         out.add(make_results([0, 1]))
-        monkeypatch.setattr(threading.Thread, "join", interrupted)
+        monkeypatch.setattr(threading.Thread, "join", interrupt)
     assert len(read_results(str(data.parent))) == 2
 
 

@@ -54,13 +54,13 @@ def inject_faults(monkeypatch: pytest.MonkeyPatch, method: str, faults: list[Exc
     original: Callable[..., object] = getattr(MemoryFileSystem, method)
     calls: list[int] = []
 
-    def faulty(*arguments: object, **options: object) -> object:
+    def call_or_fail(*arguments: object, **options: object) -> object:
         calls.append(1)
         if faults:
             raise faults.pop(0)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(MemoryFileSystem, method, faulty)
+    monkeypatch.setattr(MemoryFileSystem, method, call_or_fail)
     monkeypatch.setattr(store, "RETRIES", replace(store.RETRIES, first_pause_s=0.001))
     return calls
 

@@ -115,14 +115,14 @@ def _send_part(handler: Handler) -> None:
 
 
 def _fail_once(status: int, **headers: str) -> Callable[[Handler], None]:
-    def fault(handler: Handler) -> None:
+    def answer(handler: Handler) -> None:
         path = handler.path.partition("?")[0]
         if handler.web.requests[path] == 1:
             handler.answer(status, b"", **headers)
         else:
             handler.answer(200, f"after {status}, {time.monotonic()}".encode())
 
-    return fault
+    return answer
 
 
 def _send_gzip_bomb(handler: Handler) -> None:
