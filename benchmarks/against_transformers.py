@@ -1,4 +1,4 @@
-"""Print all figures of the engine in one call, as a format_table with hardware and commit.
+"""Print all figures of the engine in one call, as a table with hardware and commit.
 
     python -m benchmarks.against_transformers cpu     small models and transformers, float32 (about 10 minutes)
     python -m benchmarks.against_transformers 1B      Ovis2-1B's shape in bfloat16 on a CPU (an hour)

@@ -53,15 +53,15 @@ def draw_equal_scenes(seed: int) -> tuple[np.ndarray, list[Image.Image]]:
 def draw_long_scene(seed: int) -> tuple[np.ndarray, list[Image.Image]]:
     things, images = draw_scenes(seed + 100)
     random = np.random.default_rng(seed)
-    return _lengthen_first([draw_object(things[0], random) for _ in range(72)], images)
+    return _join_long_scene([draw_object(things[0], random) for _ in range(72)], images)
 
 
 def draw_still_scene(seed: int) -> tuple[np.ndarray, list[Image.Image]]:
     things, images = draw_scenes(seed + 100)
-    return _lengthen_first([draw_object(things[0], np.random.default_rng(seed))] * 72, images)
+    return _join_long_scene([draw_object(things[0], np.random.default_rng(seed))] * 72, images)
 
 
-def _lengthen_first(long: list[Image.Image], images: list[Image.Image]) -> tuple[np.ndarray, list[Image.Image]]:
+def _join_long_scene(long: list[Image.Image], images: list[Image.Image]) -> tuple[np.ndarray, list[Image.Image]]:
     others = [image for scene in range(1, 8) for image in images[scene * 16 : scene * 16 + 8]]
     return np.concatenate([np.zeros(72, int), np.repeat(np.arange(1, 8), 8)]), long + others
 

@@ -1,4 +1,4 @@
-"""Measure the CPU time of MDP3 on drawn embeddings of width 1152, one thread, also of the published code if given.
+"""Measure the CPU time of MDP3 on one thread, on drawn embeddings of width 1152, and of the published code if given.
 
     OMP_NUM_THREADS=1 python -m benchmarks.keyframes [PATH/TO/mdp3.py]
 

@@ -74,7 +74,7 @@ def main() -> None:
     model = load_or_build_model(name, torch.device("cpu"), getattr(torch, args.dtype))
     engine = OvisEngine.from_model(model, eos_token_ids=())
     items, params = make_requests(engine.config, args.items, args.max_tiles)
-    sides = {"siblings": items, "separate": [[_ungroup(request) for request in item] for item in items]}
+    sides = {"siblings": items, "separate": [[_remove_group(request) for request in item] for item in items]}
     for side in sides.values():  # warm
         _time_run(engine, side[:1], params)
     rounds = [{side: _time_run(engine, sides[side], params) for side in sides} for _ in range(args.rounds)]
@@ -95,7 +95,7 @@ def make_requests(config: OvisConfig, items: int, max_tiles: int) -> tuple[list[
     """Make the requests of each item, which form one group, and the sampling parameters of each task."""
     processor = Processor(config, load_tokenizer(checkpoint_dir("tiny56-tied")))
     requests: list[list[Request]] = []
-    for image in islice(_alternate_images(), items):
+    for image in islice(_generate_images(), items):
         each = [processor.build_request(prompt, [image], max_tiles) for prompt in TASKS]
         requests.append([replace(request, tiles=each[0].tiles, group=len(requests)) for request in each])
     return requests, [_make_params(answer, processor.encode_answer) for answer in TASKS.values()]
@@ -107,7 +107,7 @@ def _make_params(answer: int | list[str], encode: Callable[[str], list[int]]) ->
     return SamplingParams(choices=tuple(tuple(encode(choice)) for choice in answer))
 
 
-def _alternate_images() -> Iterator[Image.Image]:
+def _generate_images() -> Iterator[Image.Image]:
     for seed in count():
         for path in find_photographs()[seed : seed + 1]:
             with Image.open(path) as photograph:
@@ -115,7 +115,7 @@ def _alternate_images() -> Iterator[Image.Image]:
         yield make_picture(seed, held_out=False)[0]
 
 
-def _ungroup(request: Request) -> Request:
+def _remove_group(request: Request) -> Request:
     """Return the request without its group, so that it has no siblings."""
     return replace(request, group=None)
 

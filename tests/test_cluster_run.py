@@ -72,7 +72,9 @@ def test_every_row_survives_killed_ranks_leaders_and_preprocessors(
     assert [(Path(row["id"]).name, row["stage"]) for row in failed] == [("poison.png", "generate")]
     assert failed[0]["error"] == "the process died 2 times on this row alone"
     rebuilt = [event for event in driver.read_events() if event.get("leader") == first[0]["leader"]]
-    assert len(rebuilt) > 1 and rebuilt[0] == first[0] and rebuilt[0]["ranks"] != rebuilt[1]["ranks"]  # in place
+    assert (
+        len(rebuilt) > 1 and rebuilt[0] == first[0] and rebuilt[0]["ranks"] != rebuilt[1]["ranks"]
+    )  # the leader rebuilt its engine in place
     assert json.loads(out.splitlines()[-1])["rows"] == NUM_ROWS + 1
     four_gpus.assert_nothing_is_left()
 

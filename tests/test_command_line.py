@@ -31,8 +31,10 @@ def parse(*argv: str) -> CaptionConfig:
     return parse_command_line(caption.COMMAND, argv, "ovis2 caption")
 
 
-def errors_of(capsys: pytest.CaptureFixture[str], *argv: str, command: Command[Any] = caption.COMMAND) -> list[str]:
-    """The lines about a usage error, each without "error: "."""
+def read_usage_errors(
+    capsys: pytest.CaptureFixture[str], *argv: str, command: Command[Any] = caption.COMMAND
+) -> list[str]:
+    """Run a command that fails with usage errors and return their lines without "error: "."""
     with pytest.raises(SystemExit) as exit_info:
         parse_command_line(command, argv, f"ovis2 {command.name}")
     assert exit_info.value.code == 2
@@ -99,12 +101,14 @@ def test_flags_override_yaml(tmp_path: Path) -> None:
     ],
 )
 def test_a_usage_error_is_one_line(argv: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    [line] = errors_of(capsys, *argv)
+    [line] = read_usage_errors(capsys, *argv)
     assert all(part in line for part in parts), line
 
 
 def test_several_errors_have_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(errors_of(capsys, "--model", "demo", "--top-p", "2", "--device", "gpu")) == 4  # and INPUT, OUTPUT
+    assert (
+        len(read_usage_errors(capsys, "--model", "demo", "--top-p", "2", "--device", "gpu")) == 4
+    )  # and INPUT, OUTPUT
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_an_error_in_yaml_names_file_line_and_key(
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(yaml.encode("utf-8", "surrogateescape"))
-    line = errors_of(capsys, "in", "out", "--config", str(file))[0]
+    line = read_usage_errors(capsys, "in", "out", "--config", str(file))[0]
     assert line.startswith(str(file)) and all(part in line for part in parts), line
 
 
@@ -136,13 +140,13 @@ def test_an_error_in_yaml_names_file_line_and_key(
 def test_a_wrong_input_in_yaml_is_named(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"model: demo\noutput: out\n{line}\n")
-    assert errors_of(capsys, "--config", str(file))[0].startswith(f"{file}, line 3: input")
+    assert read_usage_errors(capsys, "--config", str(file))[0].startswith(f"{file}, line 3: input")
 
 
 def test_an_error_in_tasks_names_task_and_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text("tasks: [{name: hue, prompt: Hue, temprature: 1}, {prompt: 7, top_k: many}, {name: a, prompt: a}]")
-    lines = errors_of(capsys, *REQUIRED, "--tasks", str(file), command=annotate.COMMAND)
+    lines = read_usage_errors(capsys, *REQUIRED, "--tasks", str(file), command=annotate.COMMAND)
     assert lines == [
         f"{file}, task 'hue': temprature is not a field of a task; did you mean temperature?",
         f"{file}, task 2: name is missing",
@@ -155,21 +159,21 @@ def test_an_error_in_tasks_names_task_and_field(tmp_path: Path, capsys: pytest.C
 def test_a_wrong_value_of_any_option_is_one_plain_line(
     tmp_path: Path, command: Command[Any], option: Option, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By YAML, where a value may have any type: a mapping is none that an option takes."""
+    """The value comes from YAML, where it may have any type; no option accepts a mapping."""
     given = {"input": "in", "output": "out", "model": "demo", "tasks": [{"name": "a", "prompt": "b"}]}
     values = {name: value for name, value in given.items() if name in command.options} | {option.name: {"x": 1}}
     file = tmp_path / "run.yaml"
     file.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
-    if "--config" in help_of(command):
-        [line] = errors_of(capsys, "--config", str(file), command=command)
+    if "--config" in format_help(command):
+        [line] = read_usage_errors(capsys, "--config", str(file), command=command)
         assert line.startswith(f"{file}, line ") and f"{option.name}: got {{'x': 1}}; use {option.allowed}" in line
     elif not option.is_switch and option.allowed != "text" and "number" in option.allowed:
-        [line] = errors_of(capsys, *["out"] * len(command.positionals), option.flag, "x", command=command)
+        [line] = read_usage_errors(capsys, *["out"] * len(command.positionals), option.flag, "x", command=command)
         assert line == f"{option.flag}: got 'x'; use {option.allowed}"
 
 
-def help_of(command: Command[Any]) -> str:
-    """--help, with its lines joined."""
+def format_help(command: Command[Any]) -> str:
+    """Return the --help of a command as one line."""
     from jobs.command_line import build_parser
 
     return " ".join(build_parser(command, f"ovis2 {command.name}").format_help().split())
@@ -177,7 +181,7 @@ def help_of(command: Command[Any]) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_help_shows_every_option_with_its_values_and_default(command: Command[Any]) -> None:
-    text = help_of(command)
+    text = format_help(command)
     for option in list_options(command.kind):
         assert option.description, f"{option.flag} is not described"
         if option.name in command.positionals:

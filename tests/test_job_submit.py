@@ -1,4 +1,4 @@
-"""`ray job submit` works on a cluster made by `ray start`, as the README describes."""
+"""`ray job submit` works on a cluster started with `ray start`, as the README describes."""
 
 from __future__ import annotations
 
