@@ -1,11 +1,11 @@
-# The image of every node, head and workers alike: docker build -t ovis2-ray:2.60.0 .
+# The image of all nodes, head and workers: docker build -t ovis2-ray:2.60.0 .
 #
-# The versions are those of constraints.txt, which the tests run with. torch brings its own CUDA and NCCL libraries: the
-# host needs NVIDIA's driver and container toolkit, nothing else. Code and dependencies are baked in: a runtime
-# environment that installs packages on each node is slow, and without an index it waits for ever.
+# The versions come from constraints.txt, with which the tests run. torch includes its CUDA and NCCL libraries, so the
+# host needs only NVIDIA's driver and container toolkit. The image contains code and dependencies: a runtime environment
+# that installs packages on each node is slow, and without a package index it waits forever.
 FROM python:3.11-slim-bookworm
 
-# wget: KubeRay's probes call it. gcc: Triton compiles a launcher with it when torch asks for one.
+# wget: used by KubeRay's probes. gcc: Triton compiles a launcher with it when torch needs one.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
@@ -14,7 +14,7 @@ RUN apt-get update \
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 
-# Alone and first: its 5 GB stay in a layer that changes with the pins only.
+# Installed separately and first, so that its 5 GB are in a layer that changes only with the pinned versions.
 RUN pip install --no-cache-dir --constraint constraints.txt torch
 
 COPY jobs jobs
