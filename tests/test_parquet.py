@@ -29,10 +29,10 @@ def test_binary_columns_hold_one_image_per_row(tmp_path: Path, type_: pa.DataTyp
 
 
 def test_hugging_face_structs_and_lists_of_them_are_images(tmp_path: Path) -> None:
-    (tmp_path / "beside.jpg").write_bytes(b"beside")
-    one = [{"bytes": b"1", "path": "1.jpg"}, {"bytes": None, "path": "beside.jpg"}, None, {"bytes": None, "path": None}]
+    (tmp_path / "named.jpg").write_bytes(b"named")
+    one = [{"bytes": b"1", "path": "1.jpg"}, {"bytes": None, "path": "named.jpg"}, None, {"bytes": None, "path": None}]
     rows = list_input(write(tmp_path / "a.parquet", {"image": pa.array(one, HF)}))
-    assert fetch_images(rows) == [[b"1"], [b"beside"], [], []]
+    assert fetch_images(rows) == [[b"1"], [b"named"], [], []]
     many = [[{"bytes": b"1", "path": None}, {"bytes": b"2", "path": None}], [], None, [{"bytes": b"3", "path": None}]]
     rows = list_input(write(tmp_path / "b.parquet", {"images": pa.array(many, pa.list_(HF))}))
     assert fetch_images(rows) == [[b"1", b"2"], [], [], [b"3"]]
