@@ -93,7 +93,7 @@ def test_a_replica_never_spans_nodes() -> None:
     two_by_three = Hardware(64, (3, 3), ("L4",))
     pools = plan_pools(make_config(), two_by_three, 2)
     assert (pools.num_replicas, pools.replica_gpus, pools.may_grow, pools.waits_for_gpus) == (2, 2, True, False)
-    assert str(pools) == "2 x the model on 2 GPUs in 2 ranks, more as GPUs join; 48 to prepare images"
+    assert str(pools) == "2 replicas (each: 2 GPUs, 2 ranks); more as GPUs join; 48 preprocessors"
     with pytest.raises(ResourceError, match=r"4 GPUs.* 3;.*--tensor-parallel"):
         plan_pools(make_config(), two_by_three, 4)
     with pytest.raises(ResourceError, match=r"3 replicas of 2 GPUs.* 6 GPUs.* 6,.* 2\b"):

@@ -65,7 +65,7 @@ def test_every_row_survives_killed_ranks_leaders_and_preprocessors(
     kill_a_rank(driver, first[0]["leader"])
     code, out, err = driver.finish()
     assert code == 0, err
-    assert "plan: 2 x the model on 2 GPUs in 2 ranks" in err
+    assert "plan: 2 replicas (each: 2 GPUs, 2 ranks)" in err
     rows = read_results(str(tmp_path / "out")).to_pylist()
     assert [Path(row["id"]).name for row in rows] == sorted(path.name for path in pictures.iterdir())
     failed = [row for row in rows if row["status"] == "error"]
@@ -130,7 +130,7 @@ def test_a_run_survives_a_lost_node_and_uses_a_new_one(pictures: Path, tmp_path:
         joined = cluster.add_node(**gpu_node)
         code, _, err = driver.finish(300)
         assert code == 0, err
-        assert "plan: 2 x the model on 1 GPU, more as GPUs join; 3 to prepare images" in err
+        assert "plan: 2 replicas (each: 1 GPU); more as GPUs join; 3 preprocessors" in err
         batches = [event for event in driver.read_events() if "node" in event]
         assert {event["node"] for event in batches} == {joined.node_id, *(node.node_id for node in cluster.nodes)}
         first_s = min(event["at_s"] for event in batches if event["node"] == joined.node_id)
@@ -183,7 +183,7 @@ def test_an_autoscaler_starts_the_nodes_that_a_run_needs(pictures: Path, tmp_pat
         driver = Driver(head, pictures, tmp_path / "out", max_new_tokens=4, seconds_per_row=0.5, **options)
         code, _, err = driver.finish(300)
         assert code == 0, err
-        assert "plan: 2 x the model on 2 GPUs in 2 ranks, as soon as their GPUs join" in err
+        assert "plan: 2 replicas (each: 2 GPUs, 2 ranks); starting as their GPUs join" in err
         assert len({event["leader"] for event in driver.read_events() if "leader" in event}) == 2
         rows = read_results(str(tmp_path / "out"))
         assert sorted(Path(id).name for id in rows.column("id").to_pylist()) == sorted(

@@ -92,11 +92,12 @@ class Pools:
     waits_for_gpus: bool = False
 
     def __str__(self) -> str:
-        each = "1 GPU" if self.replica_gpus == 1 else f"{self.replica_gpus} GPUs"
-        ranks = f" in {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
-        share = f"on {each}" if self.device == "cuda" else f"with {self.threads_per_replica} threads on CPUs"
-        more = ", more as GPUs join" * self.may_grow + ", as soon as their GPUs join" * self.waits_for_gpus
-        return f"{self.num_replicas} x the model {share}{ranks}{more}; {self.num_preprocessors} to prepare images"
+        on_cpus = f"{_format_count(self.threads_per_replica, 'thread')} on CPUs"
+        share = _format_count(self.replica_gpus, "GPU") if self.device == "cuda" else on_cpus
+        ranks = f", {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
+        more = "; more as GPUs join" * self.may_grow + "; starting as their GPUs join" * self.waits_for_gpus
+        replicas = _format_count(self.num_replicas, "replica")
+        return f"{replicas} (each: {share}{ranks}){more}; {_format_count(self.num_preprocessors, 'preprocessor')}"
 
 
 def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
@@ -217,6 +218,10 @@ def resolve_dtype(config: ResourceOptions, pools: Pools) -> Literal["float32", "
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if pools.device == "cuda" else "float32"
+
+
+def _format_count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _resolve_auto(option: int | Literal["auto"], auto: int) -> int:
