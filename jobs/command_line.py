@@ -73,7 +73,9 @@ def build_parser(command: Command[Any], prog: str) -> Parser:
     )
     arguments = parser.add_argument_group("arguments")
     for name in command.positionals:
-        arguments.add_argument(name.upper(), nargs="?", help=_help(command.options[name].field.description or ""))
+        arguments.add_argument(
+            name.upper(), nargs="?", help=_escape_help(command.options[name].field.description or "")
+        )
     for title, options in list_sections(command.kind):
         group = parser.add_argument_group(title)
         for option in options:
@@ -89,7 +91,7 @@ def build_parser(command: Command[Any], prog: str) -> Parser:
 
 
 def _add_option(group: Any, option: Option) -> None:
-    text = _help(f"{option.description} ({option.default_note})")
+    text = _escape_help(f"{option.description} ({option.default_note})")
     if option.is_switch:
         group.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=text)
     else:
@@ -104,7 +106,7 @@ def _add_further(group: Any, option: Option) -> None:
         group.add_argument(option.flag, action="append", metavar=option.metavar, help=text)
 
 
-def _help(text: str) -> str:
+def _escape_help(text: str) -> str:
     return text.replace("%", "%%")
 
 

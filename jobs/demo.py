@@ -54,6 +54,7 @@ class Comparison:
 
     @property
     def is_right(self) -> bool:
+        """Whether the caption equals the true one."""
         return self.caption == self.truth
 
 
@@ -68,7 +69,7 @@ def run_demo(output: Path, count: int, seed: int) -> int:
     pictures, captions = output / "pictures", output / "captions"
     truths = draw_pictures(pictures, count, seed)
     print(f"drew {count} images into {pictures}; no training image had their captions", flush=True)
-    if exit_code := _caption(pictures, captions):
+    if exit_code := _run_captioning(pictures, captions):
         print(f"error: the captioning job failed with exit code {exit_code}; its messages are above")
         return 1
     _print_comparisons(compare(captions, truths))
@@ -77,7 +78,7 @@ def run_demo(output: Path, count: int, seed: int) -> int:
     return 0
 
 
-def _caption(pictures: Path, captions: Path) -> int:
+def _run_captioning(pictures: Path, captions: Path) -> int:
     return run_module("jobs.caption", str(pictures), str(captions), "--model", "demo", "--overwrite")
 
 

@@ -105,12 +105,14 @@ class Value:
 
 def list_sections(config: type[Section]) -> list[tuple[str, list[Option]]]:
     """Return (title, options) of each section; a job's own options come after input and model."""
-    declaring = [kind for kind in reversed(config.__mro__) if issubclass(kind, Section) and _declares(kind)]
+    declaring = [kind for kind in reversed(config.__mro__) if issubclass(kind, Section) and _list_declared(kind)]
     if declaring[-1] is config and len(declaring) > 2:
         declaring.insert(2, declaring.pop())
-    declared = {name: kind for kind in reversed(declaring) for name in _declares(kind)}  # a subclass may declare again
+    declared = {
+        name: kind for kind in reversed(declaring) for name in _list_declared(kind)
+    }  # a subclass may declare again
     return [
-        (kind.title, [_read_option(config, name) for name in _declares(kind) if declared[name] is kind])
+        (kind.title, [_read_option(config, name) for name in _list_declared(kind) if declared[name] is kind])
         for kind in declaring
         if kind in declared.values()
     ]
@@ -126,7 +128,7 @@ def join_with_or(words: list[str]) -> str:
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _declares(kind: type[Section]) -> list[str]:
+def _list_declared(kind: type[Section]) -> list[str]:
     return [name for name in inspect.get_annotations(kind) if name in kind.model_fields]
 
 

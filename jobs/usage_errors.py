@@ -27,7 +27,7 @@ def describe_errors(
     for part in error.errors():
         name, *inner = part["loc"] or ("",)
         if not name:
-            lines.append(_own_words(part))
+            lines.append(_read_own_words(part))
         elif name == "tasks" and inner:
             file = tasks if isinstance(tasks, str) else label(name)
             lines.append(f"{file}, {_describe_task_error(part, inner, tasks)}")
@@ -48,7 +48,7 @@ def _describe_error(part: Error, option: Option) -> str:
         return f" is missing: {option.field.description}" if option.field.description else " is missing"
     if part["type"] != "value_error":
         return f": got {_quote(given)}; use {option.allowed}"
-    words, values = _own_words(part), given if isinstance(given, list | tuple) else [given]
+    words, values = _read_own_words(part), given if isinstance(given, list | tuple) else [given]
     is_sentence = any(str(value) in words for value in values if value != "")
     return f": {words}" if is_sentence else f": {', '.join(map(_quote, values))} {words}"
 
@@ -68,7 +68,7 @@ def _describe_task_error(part: Error, place: list[Any], tasks: Any) -> str:
     return f"{label}: {field}{_describe_error(part, _TASK_FIELDS[field])}".replace("answer: answer: ", "answer: ")
 
 
-def _own_words(part: Error) -> str:
+def _read_own_words(part: Error) -> str:
     return str(part["ctx"]["error"])
 
 
