@@ -107,6 +107,6 @@ def test_drawn_pictures_are_held_out_and_repeatable(tmp_path: Path) -> None:
 def test_a_failed_job_exits_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "_caption", lambda pictures, captions: 2)
+    monkeypatch.setattr(demo, "_run_captioning", lambda pictures, captions: 2)
     assert demo.run_demo(tmp_path, count=2, seed=1) == 1
     assert "failed with exit code 2" in capsys.readouterr().out
