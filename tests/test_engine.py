@@ -192,7 +192,7 @@ def test_out_of_memory_halves_the_batch_then_fails_the_request(monkeypatch: pyte
     monkeypatch.setattr(DecodeStep, "__init__", run_out_of_memory)
     assert generate_ids(engine, requests) == wanted
     max_rows = 0
-    with pytest.raises(RequestError, match="out of device memory on a request of its own"):
+    with pytest.raises(RequestError, match="out of device memory even for this request alone"):
         engine.generate(requests, GREEDY)
 
 
@@ -207,7 +207,7 @@ def test_a_prompt_over_the_devices_limit_is_refused_with_the_excess() -> None:
     budget = Budget(kv_tokens=4000, prompt_tokens=100)
     engine = OvisEngine.from_model(load_engine("tiny56-tied").model, budget=budget)
     request = Request(np.ones(130, np.int32), np.zeros((0, 3, 56, 56), np.uint8), np.zeros((0, 2), np.int32))
-    with pytest.raises(RequestError, match="130 prompt tokens are 30 over the 100 that the device has memory for"):
+    with pytest.raises(RequestError, match="130 prompt tokens are 30 over the 100 that fit in the device's memory"):
         engine.generate([request], GREEDY)
 
 
@@ -215,8 +215,8 @@ def test_an_invalid_prompt_is_refused_and_the_engine_keeps_working() -> None:
     engine, request = load_engine("tiny56-tied"), make_golden_requests("tiny56-tied")[0]
     for ids, message in (
         (request.input_ids[:0], "request 1: the prompt is empty"),
-        (np.array([5, 640], np.int32), "request 1: prompt ids from 5 to 640; the model has 640"),
-        (np.array([5, -306], np.int32), "request 1: prompt ids from -306 to 5"),
+        (np.array([5, 640], np.int32), "request 1: prompt ids range from 5 to 640; the model has 640"),
+        (np.array([5, -306], np.int32), "request 1: prompt ids range from -306 to 5"),
         (np.array([5, 6], np.int32), r"request 1: 0 placeholders for \d+ visual tokens"),
     ):
         with pytest.raises(RequestError, match=message):

@@ -143,7 +143,7 @@ def test_little_memory_means_smaller_passes() -> None:
 
 
 def test_too_little_memory_is_refused_with_a_remedy() -> None:
-    with pytest.raises(ValueError, match=r"0\.1 GB are free beside the weights, too little .* bfloat16"):
+    with pytest.raises(ValueError, match=r"0\.1 GB are free after loading the weights, too little .* bfloat16"):
         plan_budget(SIZES["8B"], torch.float32, 10**8)
 
 
@@ -154,7 +154,7 @@ def test_halving_a_budget_of_ones_keeps_it() -> None:
 
 def test_the_plan_is_described_in_one_line() -> None:
     line = describe_budget(SIZES["1B"], torch.bfloat16, Budget(kv_tokens=1_000_000))
-    assert "128 rows side by side in 12.29 GB of keys and values (1000000 tokens)" in line and "\n" not in line
+    assert "up to 128 sequences at once in 12.29 GB of keys and values (1000000 tokens)" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("names", [("memory.max", "memory.current")])

@@ -206,7 +206,7 @@ def test_a_group_with_different_images_is_refused_by_name() -> None:
         replace(make_items("tiny56-tied")[-1][0], group=first.group),
     ):
         broken = [replace(request, group="dog.jpg") for request in (first, first, other)]
-        with pytest.raises(ValueError, match=r"request 2 has other images than .* group 'dog.jpg'"):
+        with pytest.raises(ValueError, match=r"request 2 differs in its images from .* group 'dog.jpg'"):
             load_engine("tiny56-tied").generate(broken, CHOICE)
 
 
@@ -222,13 +222,15 @@ def test_bad_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="must be non-empty"):
         SamplingParams(choices=((5,), ()))
     engine, request = load_engine("tiny56-tied"), make_golden_requests("tiny56-tied")[0]
-    with pytest.raises(RequestError, match="request 0: a choice holds token 640; the model has 640"):
+    with pytest.raises(RequestError, match="request 0: a choice contains token 640; the model has 640"):
         engine.generate([request], SamplingParams(choices=((5, 640),)))
     long = SamplingParams(choices=(tuple([5] * 40_000),))
     with pytest.raises(RequestError, match=r"40000 output tokens are .* over the limit of 32768"):
         engine.generate([request], long)
     small = OvisEngine.from_model(engine.model, budget=Budget(kv_tokens=4000, prompt_tokens=100))
-    with pytest.raises(RequestError, match=r"prompt and choice tokens are .* over the 100 that the device has memory"):
+    with pytest.raises(
+        RequestError, match=r"prompt and choice tokens are .* over the 100 that fit in the device's memory"
+    ):
         small.generate([request], SamplingParams(choices=((5,) * 90,)))
     ends = replace(request, input_ids=request.input_ids[: np.flatnonzero(request.input_ids == -300)[-1] + 1])
     with pytest.raises(RequestError, match="the prompt ends within an image"):

@@ -1,1 +1,1 @@
-"""Batched generation over one replica: scheduling, cache, sampling, ranks. Knows token ids, not text or images."""
+"""Batched generation with one replica: scheduling, cache, sampling, ranks. Knows token ids, not text or images."""

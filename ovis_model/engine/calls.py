@@ -1,4 +1,4 @@
-"""Messages between callers and the engine loop, and the futures that callers wait on. Knows no torch."""
+"""Pass messages from callers to the engine loop, and wait for their outcomes. Knows no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What to load. `num_threads`: CPU threads of the whole replica; None for torch's own number."""
+    """What to load. `num_threads`: CPU threads of the whole replica; None uses torch's default."""
 
     directory: Path
     device: Device = "auto"
@@ -31,7 +31,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Call:
-    """Generate completions."""
+    """A message to generate completions."""
 
     number: int
     requests: Sequence[Request]
@@ -40,19 +40,19 @@ class Call:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Generate the largest batch that the device may hold; its outcome is an empty list."""
+    """A message to generate the largest batch that fits on the device; its outcome is an empty list."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Abandon:
-    """Fail all requests so far: their caller was interrupted."""
+    """A message to fail all requests so far, because their caller was interrupted."""
 
 
 @dataclass(frozen=True)
 class Close:
-    """End the loop."""
+    """A message to end the loop."""
 
 
 Message = Call | WarmUp | Abandon | Close
@@ -61,7 +61,10 @@ Outcome = list[Completion] | Exception
 
 @dataclass
 class Stats:
-    """Totals of all work so far. `row_steps` sums the rows of the decode steps, `slot_steps` the available slots."""
+    """Totals of all work so far.
+
+    `sequence_steps` sums the sequences of all decode steps, `slot_steps` the slots that were available to them.
+    """
 
     vision_s: float = 0.0
     prefill_s: float = 0.0
@@ -77,37 +80,42 @@ class Stats:
 
 
 class Calls:
-    """Calls that wait for their outcomes. Any thread may make one, any thread may settle it."""
+    """Calls that wait for their outcomes. Any thread may make a call, and any thread may settle it."""
 
     def __init__(self, send: Callable[[Message], None]) -> None:
-        """`send` hands a message to the loop; it is called by one thread at a time."""
+        """Use `send` to pass a message to the loop; only one thread at a time calls it."""
         self._send = send
         self._lock = threading.Lock()
         self._numbers = count()
         self._futures: dict[int, Future[list[Completion]]] = {}
         self.fault: Exception | None = None
-        self.busy_since_s = 0.0  # of the monotonic clock, while there are calls
+        self.busy_since_s = 0.0  # monotonic clock; valid while calls are waiting
 
     @property
     def is_busy(self) -> bool:
+        """Whether any call waits for its outcome."""
         return bool(self._futures)
 
     def generate(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[Completion]:
-        """Wait for the completions. Raise the exception that the call or the engine ended with."""
+        """Return the completions once they are generated. Raise the exception that ended the call or the engine."""
         return self._make(lambda number: Call(number, requests, params))
 
     def warm_up(self) -> None:
+        """Return once the largest batch has been generated."""
         self._make(WarmUp)
 
     def settle(self, number: int, outcome: Outcome) -> None:
-        """End one call."""
+        """End the call `number` with its outcome; ignore calls that have ended."""
         with self._lock:
             future = self._futures.pop(number, None)
         if future is not None:
             settle(future, outcome)
 
     def fail(self, fault: Exception, clean_up: Callable[[], None] = lambda: None) -> None:
-        """End all calls, now and later, with `fault` or that of an earlier failure; `clean_up` comes before."""
+        """End all present and later calls with `fault`, or with that of an earlier failure.
+
+        `clean_up` runs before the waiting callers continue.
+        """
         with self._lock:
             self.fault = self.fault or fault
             futures = list(self._futures.values())
@@ -134,7 +142,7 @@ class Calls:
 
 
 def settle(future: Future[T], outcome: T | Exception) -> None:
-    """Set the future's exception or result, unless it is done already."""
+    """Set the future's exception or result, unless it is done."""
     if future.done():
         return
     if isinstance(outcome, Exception):

@@ -1,6 +1,6 @@
-"""The public engine: `generate` over a replica in this process, or over several ranks in processes of their own.
+"""The public engine: `generate` with a replica in this process, or with several ranks in child processes.
 
-Knows token ids only, and no torch until a model is loaded into this process.
+Knows token ids, not text, and imports torch only when a model is loaded into this process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class OvisEngine:
-    """One replica of the model. See `types.Engine`.
+    """One replica of the model; implements `types.Engine`.
 
-    It ends with `close`, with this object and with this process, however the process ends.
+    Its device is freed by `close`, with this object, and at the end of this process, however that ends.
     """
 
     def __init__(self, config: OvisConfig, backend: LoopThread | RankPool) -> None:
@@ -48,11 +48,12 @@ class OvisEngine:
         revision: str | None = None,
         num_threads: int | None = None,
     ) -> OvisEngine:
-        """Load "demo", a directory, a hub id or a URI. `auto` is CUDA in bfloat16 if there is one, else CPU in float32.
+        """Load "demo", a directory, a hub id or a URI.
 
-        With `tensor_parallel` the model is shared by that many processes of this machine, and none of it is in this
-        one; rank i takes the ith of the CUDA devices that this process may use. `num_threads` limits the CPU threads of
-        all ranks together. Raise CheckpointError, ConfigError, WeightsError or another ValueError that says what to do.
+        `auto` means bfloat16 on CUDA if a device is available, else float32 on a CPU. With `tensor_parallel` above 1,
+        that many processes of this machine share the model, and this process holds none of it. Rank i uses the ith CUDA
+        device available to this process. `num_threads` limits the CPU threads of all ranks together. Raise
+        CheckpointError, ConfigError, WeightsError or another ValueError that says what to do.
         """
         directory = fetch_checkpoint(path_or_id, revision)
         options = EngineOptions(
@@ -73,10 +74,11 @@ class OvisEngine:
         make_step_runner: Callable[[], StepRunner] | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ) -> OvisEngine:
-        """Generate with a model that is loaded already.
+        """Make an engine from a loaded model.
 
-        `tokenizer` is for stop strings and constraints. By default `budget` is what the device has memory for, decode
-        steps are CUDA graphs on CUDA and eager on a CPU, and answers end at the checkpoint's end-of-text ids.
+        `tokenizer` is needed for stop strings and constraints. By default, `budget` is planned from the device's free
+        memory, decode steps run as CUDA graphs on CUDA and eagerly on a CPU, and answers end at the checkpoint's
+        end-of-text ids.
         """
         from ovis_model.engine.engine_core import EngineCore
         from ovis_model.engine.engine_loop import LoopThread
@@ -92,48 +94,50 @@ class OvisEngine:
 
     @property
     def model(self) -> Ovis:
-        """The network. Raise AttributeError if the processes of ranks hold it."""
+        """The network. Raise AttributeError if rank processes hold it."""
         if isinstance(self.backend, RankPool):
-            raise AttributeError("the model is in the processes of its ranks; load it with tensor_parallel=1")
+            raise AttributeError("the rank processes hold the model; load it with tensor_parallel=1 to access it")
         return self.backend.core.model
 
     @property
     def stats(self) -> Stats:
-        """Totals until now, as a copy; of rank 0 if there are several."""
+        """A copy of the totals so far; those of rank 0 if there are several ranks."""
         return replace(self.backend.stats)
 
     def describe(self) -> str:
-        """Return one line about the device and what the engine may hold at once."""
+        """Describe the device and the engine's limits in one line."""
         return self.backend.describe()
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Return completions in the order of `requests`; `params` are for all of them or one for each.
+        """Return completions in the order of `requests`; `params` are one for all requests, or one for each.
 
-        For requests of one `group`, vision runs once, and so does what their prompts begin with. In float32 the tokens
-        of a request are those that it gets alone. Several threads may call at once: their requests run side by side, so
-        that the last ones of a call do not leave slots empty. Raise RequestError if a request can never be generated,
-        EngineDied when the device is lost. A KeyboardInterrupt fails all requests that have not finished.
+        For requests of one `group`, the vision tower and the shared beginning of the prompts run once. In float32 a
+        request gets the same tokens as if it ran alone. Several threads may call at once. Their requests run together,
+        so that the last requests of a call do not leave slots empty. Raise RequestError if a request can never be
+        generated, EngineDied if the device is lost. A KeyboardInterrupt fails all requests that have not finished.
         """
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
         if len(each) != len(requests):
-            raise ValueError(f"{len(each)} sampling parameters for {len(requests)} requests; give one, or one for each")
+            raise ValueError(
+                f"got {len(each)} sampling parameters for {len(requests)} requests; give one for all, or one for each"
+            )
         return self.backend.calls.generate(requests, each) if requests else []
 
     def warm_up(self) -> None:
-        """Generate the largest batch once, so that memory runs out now if it ever does; then reset `stats`."""
+        """Generate the largest batch once and reset `stats`. If memory is too small, it runs out here and not later."""
         self.backend.calls.warm_up()
 
     def rebuild(self) -> bool:
-        """Start new ranks if the old ones are gone; return False if a new process of the caller is needed instead.
+        """Start new ranks if the old ones are gone; return False if the caller's process must be replaced instead.
 
-        Raise EngineDied if the new ranks die as well, else as `from_pretrained`.
+        Raise EngineDied if the new ranks die as well, or the errors of `from_pretrained`.
         """
         return self.backend.rebuild()
 
     def close(self) -> None:
-        """Free the device. Calls raise EngineDied from then on."""
+        """Free the device. Later calls raise EngineDied."""
         self._close()
 
     def __enter__(self) -> OvisEngine:

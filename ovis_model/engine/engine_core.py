@@ -1,6 +1,6 @@
-"""Continuous batching: a finished request leaves and the next one enters at the next step.
+"""Continuous batching: when a request finishes, a waiting request takes its slot at the next step.
 
-Knows token ids only: no prompts, no images. Knows no threads: one caller enqueues and steps.
+Knows token ids, not text or images. Knows no threads: a single caller enqueues and steps.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ovis_model.network.weights import load_model
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, EngineDied, Request, RequestError, SamplingParams
 
-# The CUDA libraries' faults come as plain RuntimeErrors.
+# Faults in CUDA libraries are raised as plain RuntimeErrors.
 _DEVICE_FAULT = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS")
 
 
 class EngineCore:
-    """One model, or a rank's part of one, with the requests that wait and run."""
+    """One model, or a rank's part of it, with its waiting and running requests."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class EngineCore:
         make_step_runner: Callable[[], StepRunner] | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ) -> None:
-        """See `OvisEngine.from_model`."""
+        """Take the arguments of `OvisEngine.from_model`."""
         config = model.config
         self.model, self.stats = model, Stats()
         self._budget = budget or plan_for_device(config, model.dtype, model.device, model.shard)
@@ -58,12 +58,12 @@ class EngineCore:
         self.runner = ModelRunner(model, make_step_runner or default)
 
     def describe(self) -> str:
-        """Return one line about what the engine may hold at once."""
+        """Describe the device and the engine's limits in one line."""
         budget = describe_budget(self.model.config, self.model.dtype, self.scheduler.budget, self.model.pass_dtype)
         return f"{self.model.device.type}: {budget}"
 
     def enqueue(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[RequestState]:
-        """Let requests wait for the next steps. Raise RequestError or ValueError, and add none, if one is refused."""
+        """Add requests to the queue. Raise RequestError or ValueError, and add none, if one of them is refused."""
         states = make_states(requests, params)
         for index, state in enumerate(states):
             self._checks.check(index, state)
@@ -74,9 +74,9 @@ class EngineCore:
         return states
 
     def step(self) -> None:
-        """Replace requests that have left, then generate one token of each. Raise EngineDied if the device is lost.
+        """Replace finished requests, then generate one token of each. Raise EngineDied if the device is lost.
 
-        If the device is out of memory after all, the running requests restart with half the budget.
+        If the device runs out of memory, the running requests restart with half the budget.
         """
         try:
             self._step()
@@ -90,7 +90,7 @@ class EngineCore:
             raise EngineDied(str(error)) from error
 
     def abandon(self) -> None:
-        """Fail all requests that run or wait, but not those that finished in the last step."""
+        """Fail all running and waiting requests, but not those that finished in the last step."""
         for state in (*self.scheduler.running, *self.scheduler.waiting):
             if not state.has_left:
                 state.error = RequestError("interrupted")
@@ -98,9 +98,9 @@ class EngineCore:
         self.runner.release_cache()
 
     def warm_up(self) -> None:
-        """Generate for the maximum of rows, tiles and prompt tokens at once, then for one row less per step.
+        """Generate with the maximum of sequences, tiles and prompt tokens, then with one sequence less per step.
 
-        So memory runs out here if it ever does, and all buckets of rows are captured.
+        If memory is too small, it runs out here and not later. On CUDA this captures the graphs of all batch sizes.
         """
         vision, slots = self.model.config.vision, self._budget.slots
         tile = np.zeros((1, 3, vision.image_size, vision.image_size), np.uint8)
@@ -115,7 +115,7 @@ class EngineCore:
         self.stats = Stats()
 
     def agree_on_arrivals(self, num_arrived: int) -> int:
-        """Return rank 0's `num_arrived`, after comparing the ranks' counts of work."""
+        """Return rank 0's `num_arrived`; assert that all ranks have done the same work."""
         if self.model.shard.size == 1:
             return num_arrived
         work = [self.stats.tiles, self.stats.prompt_tokens, self.stats.steps, self.stats.sequence_steps]
@@ -124,13 +124,13 @@ class EngineCore:
         return int(num_agreed)
 
     def shrink(self, error: torch.OutOfMemoryError) -> None:
-        """Restart the running requests with half the budget; fail the next one if it is out of memory alone."""
+        """Restart the running requests with half the budget; fail a request that does not even fit alone."""
         self.scheduler.restart_all()
         if self.scheduler.budget.slots > 1:
             self.scheduler.budget = halve(self.scheduler.budget)
         else:
             failed = self.scheduler.waiting.popleft()
-            failed.error = RequestError(f"out of device memory on a request of its own: {error}")
+            failed.error = RequestError(f"out of device memory even for this request alone: {error}")
             self.scheduler.drop_embeddings([failed.item])
             self.scheduler.budget = self._budget
         self.runner.release_cache()
@@ -148,7 +148,7 @@ class EngineCore:
         self.stats.slot_steps += self.scheduler.slots
 
     def _replace_left(self) -> None:
-        """Let waiting requests into free slots; some may finish at once, by their first token or their choices."""
+        """Admit waiting requests to free slots; some may finish at once, by their first token or their choices."""
         while True:
             admitted = self.scheduler.admit()
             self.runner.move(self.scheduler.retire())
@@ -162,7 +162,7 @@ class EngineCore:
         self.runner.move(self.scheduler.retire())
 
     def _prefill(self, admitted: list[RequestState]) -> None:
-        """Put prompts into their slots and generate the first token of each request, or its choice."""
+        """Compute the prompts into their slots; generate each request's first token, or answer with its choice."""
         whole, rest = self.scheduler.split_prompts(admitted)
         budget = self.scheduler.budget
         items = self.scheduler.select_items_to_encode(span.state.item for span in whole)
@@ -179,12 +179,12 @@ class EngineCore:
         self.scheduler.drop_embeddings({state.item for state in admitted})
 
     def _begin_masks(self, states: Sequence[RequestState]) -> Masks | None:
-        """Begin to compute the allowed next tokens of the requests with a constraint, while the model runs."""
+        """Begin to compute the allowed next tokens of constrained requests, while the model runs."""
         answers = [(state.guide, state.output_ids) for state in states if state.guide]
         return self._guides.compute_masks(answers) if self._guides and answers else None
 
     def _record(self, states: Sequence[RequestState], choice: Choice) -> None:
-        # One copy from the device, as float64, which holds both exactly.
+        # One copy from the device, as float64, which represents ids and float32 exactly.
         ids, logprobs = torch.stack([part.double() for part in choice]).tolist()
         for state, token_id, logprob in zip(states, ids, logprobs, strict=True):
             state.append(int(token_id), logprob)
@@ -197,12 +197,13 @@ class EngineCore:
         started_s = perf_counter()
         yield
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize()  # tokens are awaited anyway; vision alone would end before its kernels do
+            # Without this, the vision time would end before its kernels do. The other times wait for tokens anyway.
+            torch.cuda.synchronize()
         setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
 
 
 def load_core(options: EngineOptions, shard: Shard = ALONE) -> EngineCore:
-    """Load the checkpoint; on CUDA also warm up. Raise ConfigError, WeightsError or another ValueError."""
+    """Load the checkpoint and, on CUDA, warm up. Raise ConfigError, WeightsError or another ValueError."""
     device = _resolve_device(options.device, shard)
     if options.num_threads or shard.size > 1:
         torch.set_num_threads(max(1, (options.num_threads or torch.get_num_threads()) // shard.size))
@@ -214,13 +215,13 @@ def load_core(options: EngineOptions, shard: Shard = ALONE) -> EngineCore:
         shard=shard,
     )
     core = EngineCore(model, tokenizer=load_tokenizer(options.directory))
-    if device.type == "cuda":  # on a CPU there is nothing to capture, and it would take minutes
+    if device.type == "cuda":  # a CPU has no graphs to capture, and a warm-up would take minutes
         core.warm_up()
     return core
 
 
 def _resolve_device(name: Device, shard: Shard) -> torch.device:
-    """Return the device, one of its own for each rank. Raise ValueError if it does not exist."""
+    """Return the device of this rank; on CUDA each rank has a separate one. Raise ValueError if it does not exist."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device; use device='cpu' or check the driver")
     if name == "cpu" or not torch.cuda.is_available():
@@ -235,7 +236,7 @@ def _resolve_device(name: Device, shard: Shard) -> torch.device:
 
 
 def _resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """Return the type of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU."""
+    """Return the dtype of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,4 +1,4 @@
-"""The one loop that steps an engine: in a thread, or as the main thread of each rank."""
+"""Run the loop that steps an engine: in a thread of this process, or in the main thread of each rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _RunningCall:
     num_left: int = 0
 
     def is_done(self) -> bool:
-        """Return whether no request is left to generate; each is looked at once after it has left."""
+        """Return whether all requests have finished or failed; each is checked only once after that."""
         while self.num_left < len(self.states) and self.states[self.num_left].has_left:
             self.num_left += 1
         return self.num_left == len(self.states)
@@ -37,7 +37,7 @@ class _RunningCall:
 
 
 class EngineLoop:
-    """Takes in messages and steps. Requests of several calls run side by side."""
+    """A loop that processes messages and steps the engine. Requests of several calls run together."""
 
     def __init__(
         self, core: EngineCore, messages: SimpleQueue[Message], deliver: Callable[[int, Outcome], None]
@@ -47,13 +47,13 @@ class EngineLoop:
         self._num_received = 0
 
     def run(self) -> None:
-        """Return at a `Close` message. Raise the first fault of the engine."""
+        """Step until a `Close` message arrives. Raise the first fault of the engine."""
         while self._process_arrived():
             self._core.step()
             self._deliver_done()
 
     def _process_arrived(self) -> bool:
-        """Take in the messages that have arrived; return False at a `Close`."""
+        """Process the messages that have arrived; return False at a `Close`."""
         for message in self._receive_messages():
             if isinstance(message, Close):
                 return False
@@ -61,8 +61,8 @@ class EngineLoop:
         return True
 
     def _receive_messages(self) -> list[Message]:
-        """Return the messages that rank 0 has now; wait for one if there is no work."""
-        # All ranks are without work at once, so that none of them waits for the others.
+        """Return the messages that have arrived at rank 0; wait for one if there is no work."""
+        # All ranks run out of work at the same step, so no rank waits here while another needs it.
         messages = [] if self._running else [self._messages.get()]
         num_arrived = self._num_received + len(messages) + self._messages.qsize()
         num_missing = self._core.agree_on_arrivals(num_arrived) - self._num_received - len(messages)
@@ -81,7 +81,7 @@ class EngineLoop:
                 try:
                     states = self._core.enqueue(message.requests, message.params)
                     self._running.append(_RunningCall(message.number, states))
-                except Exception as error:  # whatever a caller hands in concerns no other caller
+                except Exception as error:  # an invalid call must not affect other callers
                     self._deliver(message.number, error)
 
     def _deliver_done(self) -> None:
@@ -91,7 +91,7 @@ class EngineLoop:
 
 
 class LoopThread:
-    """An engine in this process: its loop in a daemon thread, which waits without using the CPU."""
+    """An engine in this process, whose loop is a daemon thread that waits without using the CPU."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
@@ -103,27 +103,29 @@ class LoopThread:
 
     @property
     def stats(self) -> Stats:
+        """Totals so far, which the loop updates."""
         return self.core.stats
 
     def describe(self) -> str:
+        """Describe the device and the engine's limits in one line."""
         return self.core.describe()
 
     def rebuild(self) -> bool:
-        """Return False: a lost device stays lost to this process."""
+        """Return False, because this process can never use a lost device again."""
         return False
 
     def close(self) -> None:
-        """End the thread after its present step. Calls raise EngineDied from then on."""
+        """End the thread after the current step. Later calls raise EngineDied."""
         self._messages.put(Close())
-        if self._thread is not threading.current_thread():  # a garbage collection may run anywhere
+        if self._thread is not threading.current_thread():  # garbage collection may call this in any thread
             self._thread.join()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # MKL has a number for each thread
+        torch.set_num_threads(self._num_threads)  # MKL has a separate setting for each thread
         if self.core.model.device.type == "cuda":
-            torch.cuda.set_device(self.core.model.device)  # threads begin with the first device
+            torch.cuda.set_device(self.core.model.device)  # a new thread uses the first device
         try:
             EngineLoop(self.core, self._messages, self.calls.settle).run()
-        except Exception as fault:  # the state of all requests is unknown now
+        except Exception as fault:  # the state of all requests is unknown after a fault
             self.calls.fail(fault)
         self.calls.fail(EngineDied("the engine is closed"))

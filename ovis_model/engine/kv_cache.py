@@ -1,4 +1,4 @@
-"""Keys and values of running requests, one slot each, and how new tokens attend to them."""
+"""Keep keys and values of running requests, one slot each, and let new tokens attend to them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from ovis_model.network.attention import choose_kernels
 
 
 class KVCache:
-    """keys, values: [layers, slots, capacity, kv_heads, head_dim]. Rows in use are the first slots, without a gap."""
+    """Keys and values, each [layers, slots, capacity, kv_heads, head_dim].
+
+    The slots in use are the first ones, without a gap.
+    """
 
     def __init__(
         self, config: LanguageConfig, *, slots: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
-        # Zeros: a mask makes the weight of an unused place 0, and 0 times the NaN of stray memory is NaN.
+        # Zeros: a mask gives unused positions the weight 0, but 0 times NaN in uninitialized memory is NaN.
         self.keys, self.values = (_allocate_zeros(shape, device, dtype) for _ in range(2))
         self.slots, self.capacity = slots, capacity
         self.attention_reads_lengths = choose_kernels(self.keys).reads_lengths
@@ -31,19 +34,20 @@ class KVCache:
 
 
 def _allocate_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On a CPU only the pages that rows come to use take memory."""
+    """Allocate zeros; on a CPU, pages take memory only once sequences use them."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class Prefill:
-    """Prompts, padded on the right, into the slots `slots` (int64[B]) of a cache."""
+    """The context of prompts, padded on the right, which are stored in `slots` (int64[B]) of a cache."""
 
     def __init__(self, cache: KVCache, slots: Tensor) -> None:
         self._cache, self._slots = cache, slots
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store keys and values; let each token see its prompt up to itself."""
         length = key.shape[1]
         self._cache.keys[layer, self._slots, :length] = key
         self._cache.values[layer, self._slots, :length] = value
@@ -51,10 +55,11 @@ class Prefill:
 
 
 class Extend:
-    """New tokens, `width` a row with padding on the right, after the first `starts[b]` ones of slot `sources[b]`.
+    """The context of `width` new tokens per sequence, which follow the first `starts[b]` tokens of slot `sources[b]`.
 
-    Rows may share a source; no start is over `longest`. With `targets` (all int64[B]) what is in the source and the new
-    tokens go to slot `targets[b]`, which may be the source itself; without, nobody keeps the new ones.
+    New tokens are padded on the right. Sequences may share a source, and no start is above `longest`. With `targets`,
+    the source's tokens and the new ones are stored in slot `targets[b]`, which may be the source itself; without, the
+    new tokens are not kept. `sources`, `starts` and `targets` are int64[B].
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Extend:
         self._at = rows[:, None], starts[:, None] + places
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Copy the source's keys and values, add the new ones, and let each token see those up to itself."""
         self._put(self._keys, self._cache.keys[layer], key)
         self._put(self._values, self._cache.values[layer], value)
         return choose_kernels(query).attend_extended(query, self._keys, self._values, self._lengths)
@@ -76,12 +82,15 @@ class Extend:
         held[:, : self._longest] = store[self._sources, : self._longest]
         held[self._at] = new
         if self._targets is not None:
-            length = min(held.shape[1], store.shape[1])  # what is beyond is padding
+            length = min(held.shape[1], store.shape[1])  # the rest is padding
             store[self._targets, :length] = held[:, :length]
 
 
 class DecodeStep:
-    """One more token for each of the first B slots, which hold `lengths` (int64[B]) <= `longest` tokens so far."""
+    """The context of one new token per sequence, in the first B slots.
+
+    The slots hold `lengths` (int64[B]) tokens, each at most `longest`.
+    """
 
     def __init__(self, cache: KVCache, lengths: Tensor, longest: int) -> None:
         rows, seen = len(lengths), longest + 1
@@ -90,11 +99,12 @@ class DecodeStep:
         self._lengths = (lengths + 1).int()
         places = torch.arange(seen, device=lengths.device)
         unseen = (places > lengths[:, None])[:, None, None]
-        # Added to the scores. A kernel that is given bools makes this of them, again in every layer.
+        # Added to the scores. From a mask of bools, the kernel would compute this again in every layer.
         self._mask = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=unseen.device)
         self._mask.masked_fill_(unseen, -math.inf)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store the new key and value of each sequence; let its query see the whole sequence."""
         keys, values = self._keys[layer], self._values[layer]
         keys.index_put_(self._at, key)
         values.index_put_(self._at, value)
@@ -102,5 +112,5 @@ class DecodeStep:
 
 
 def compute_bytes_per_token(config: LanguageConfig, dtype: torch.dtype) -> int:
-    """Of keys and values, over all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The network with its cache: computes what the scheduler has decided. Knows no queue."""
+"""Run the network on its cache, as the scheduler has decided. Knows no queue."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.types import SamplingParams
 
 Masks = Future[NDArray[np.uint8]]
-"""The allowed next tokens of the requests that have a constraint, while they are being computed: see `Guides.masks`."""
+"""A future of the allowed next tokens of constrained requests; see `Guides.masks`."""
 
 
 class ModelRunner:
-    """Vision passes, prefill and decode steps over one cache. Call its methods under inference mode."""
+    """Vision passes, prefill and decode steps with one cache. Its methods must be called in inference mode."""
 
     def __init__(self, model: Ovis, make_step_runner: Callable[[], StepRunner]) -> None:
         self.model = model
         self._make_step_runner = make_step_runner
         self._stepper: BatchStepper | None = None
-        self._decoding: list[RequestState] = []  # the requests of the last decode step, for which `_sampler` is made
+        self._decoding: list[RequestState] = []  # the requests of the last decode step, for which `_sampler` was made
         self._sampler: Sampler | None = None
 
     def allocate(self, slots: int, capacity: int) -> None:
-        """Allocate an empty cache in place of the present one."""
+        """Replace the cache by an empty one of another size."""
         self.release_cache()
         config = self.model.shard.to_local(self.model.config.language)
         cache = KVCache(config, slots=slots, capacity=capacity, device=self.model.device, dtype=self.model.dtype)
         self._stepper = BatchStepper(self.model, cache, self._make_step_runner())
 
     def release_cache(self) -> None:
+        """Free the cache and what was captured for it."""
         self._stepper = self._sampler = None
         self._decoding = []
 
@@ -55,7 +56,10 @@ class ModelRunner:
             self.stepper.cache.move(move.source, move.target, move.length)
 
     def encode(self, items: Sequence[Item], max_tiles: int) -> None:
-        """Compute the visual embeddings [tokens, hidden_size] of items, in passes of up to `max_tiles` of all tiles."""
+        """Compute the visual embeddings [tokens, hidden_size] of items, in passes of up to `max_tiles` tiles.
+
+        A pass may hold tiles of several items.
+        """
         tiles = [tile for item in items for tile in item.tiles]
         sizes = [size for item in items for size in item.tile_sizes]
         chunks = (slice(start, start + max_tiles) for start in range(0, len(tiles), max_tiles))
@@ -68,7 +72,7 @@ class ModelRunner:
             item.visual = visual
 
     def prefill(self, group: list[Span], masks: Masks | None) -> Choice | None:
-        """Run the spans, which keep their tokens; return the first token of each request that has no choices."""
+        """Run the spans and keep their tokens; return the first token of each request without choices."""
         hidden = self.run_spans(group)
         last = [(index, len(span.ids) - 1) for index, span in enumerate(group) if not span.state.params.choices]
         if not last:
@@ -90,7 +94,7 @@ class ModelRunner:
         return choice
 
     def run_spans(self, group: list[Span]) -> Tensor:
-        """Return hidden states [B, T, hidden_size] of the spans, the longest first, padded on the right."""
+        """Run the decoder on spans, the longest first; return [B, T, hidden_size], padded on the right."""
         starts = self.to_tensor([span.start for span in group])
         parts = torch.split(self._embed(group), [len(span.ids) for span in group])
         embeds = pad_sequence(list(parts), batch_first=True)
@@ -99,11 +103,11 @@ class ModelRunner:
         return hidden
 
     def compute_logits(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-        """Return logits [n, vocab_size] at n (row, time) places of hidden states [B, T, hidden_size]."""
+        """Return logits [n, vocab_size] at n (row, time) positions of hidden states [B, T, hidden_size]."""
         return self.model.llm.compute_logits(hidden[self.to_tensor(places).unbind(1)])
 
     def broadcast_choice(self, choice: Choice) -> Choice:
-        """Replace the ids by those of rank 0, so that all ranks go on with the same tokens."""
+        """Replace the ids by those of rank 0, so that all ranks continue with the same tokens."""
         return Choice(self.model.shard.broadcast(choice.ids), choice.logprobs)
 
     def to_tensor(self, values: Sequence[int] | Sequence[tuple[int, int]] | NDArray[np.int32]) -> Tensor:
@@ -112,16 +116,17 @@ class ModelRunner:
 
     @property
     def stepper(self) -> BatchStepper:
-        assert self._stepper is not None, "there is no cache"
+        """The decode steps over the allocated cache."""
+        assert self._stepper is not None, "the cache is not allocated"
         return self._stepper
 
     def _embed(self, group: list[Span]) -> Tensor:
-        """Return embeddings [all tokens, hidden_size] of the spans; only whole prompts hold placeholders."""
+        """Return the embeddings [all tokens, hidden_size] of the spans; only whole prompts contain placeholders."""
         visual = [_make_empty_embeddings(self.model), *(span.state.item.visual for span in group if not span.start)]
         return self.model.embed(self.to_tensor(np.concatenate([span.ids for span in group])), torch.cat(visual))
 
     def _make_context(self, group: list[Span], starts: Tensor, width: int) -> AttentionContext:
-        """Return what the tokens of `group` attend to; either all of its spans have a target or none."""
+        """Return the context of the tokens of `group`; either all of its spans have a target or none has."""
         cache, longest = self.stepper.cache, max(span.start for span in group)
         targets = self.to_tensor([span.target for span in group if span.target is not None])
         if len(targets) and not longest:
@@ -146,7 +151,7 @@ def _make_sampler(model: Ovis, states: Sequence[RequestState]) -> Sampler:
 
 
 def answer_choices(runner: ModelRunner, prompts: Sequence[Span], budget: Budget) -> None:
-    """Finish the requests that have choices: score each after the prompt, which is in the request's slot."""
+    """Finish the requests with choices: score each choice after the prompt, which is in the request's slot."""
     choice_of = {span: choice for prompt in prompts for span, choice in _make_choice_spans(prompt)}
     logliks: dict[Span, float] = {}
     for group in pack_passes(choice_of, budget.prefill_tokens):
@@ -159,15 +164,15 @@ def answer_choices(runner: ModelRunner, prompts: Sequence[Span], budget: Budget)
 
 
 def _make_choice_spans(prompt: Span) -> Iterator[tuple[Span, tuple[int, ...]]]:
-    """Yield each choice of a request, with the tokens after which its own are predicted."""
+    """Yield each choice of a request with the span of tokens that predict it."""
     ids, slot = prompt.state.request.input_ids, prompt.target
-    assert slot is not None, "a prompt is in no slot"
+    assert slot is not None, "a prompt has no slot"
     for choice in prompt.state.params.choices:
         yield Span(prompt.state, np.array([ids[-1], *choice[:-1]], np.int32), len(ids) - 1, slot), choice
 
 
 def _score(runner: ModelRunner, group: list[Span], choices: Sequence[Sequence[int]], budget: Budget) -> list[float]:
-    """Return natural-log likelihoods of `choices`, whose tokens but the last end the spans of `group`."""
+    """Return the natural-log likelihoods of `choices`; each span ends with all tokens of its choice but the last."""
     hidden = runner.run_spans(group)
     places = [(index, place) for index, choice in enumerate(choices) for place in range(len(choice))]
     ids, losses = list(chain.from_iterable(choices)), []
@@ -179,7 +184,7 @@ def _score(runner: ModelRunner, group: list[Span], choices: Sequence[Sequence[in
 
 
 def _draw(runner: ModelRunner, logliks: dict[RequestState, list[float]]) -> list[int]:
-    """Return the choice that each request takes, by its own random stream if it has a temperature."""
+    """Return the index of each request's choice: the most probable, or a draw from its random stream."""
     if not logliks:
         return []
     params = [SamplingParams(temperature=state.params.temperature, logprobs=False) for state in logliks]

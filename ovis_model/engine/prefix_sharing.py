@@ -1,4 +1,4 @@
-"""Find what requests of one call share: the images of a group and the beginning of its prompts.
+"""Find what requests of one call share: the images of a group, and the beginning of its prompts.
 
 Knows ids, not tensors.
 """
@@ -17,21 +17,24 @@ from ovis_model.types import Request
 
 @dataclass(eq=False)
 class Item:
-    """The images of some requests. `visual` holds their embeddings from the vision pass until no request needs them."""
+    """The images of one or more requests.
+
+    `visual` holds their embeddings, from the vision pass until no waiting request needs them.
+    """
 
     tiles: NDArray[np.uint8]
     tile_sizes: NDArray[np.int32]
     visual: Any = None
 
     def has_images_of(self, request: Request) -> bool:
-        """Compare contents, at no cost if the arrays are the same objects."""
+        """Return whether the contents are equal; free of cost if the arrays are the same objects."""
         pairs = ((self.tiles, request.tiles), (self.tile_sizes, request.tile_sizes))
         return all(own is other or np.array_equal(own, other) for own, other in pairs)
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The first `length` ids of some prompts about `item`, all of its placeholders among them; 0 if they share none."""
+    """The first `length` ids of one or more prompts about `item`, including all placeholders; 0 if none are shared."""
 
     item: Item
     length: int
@@ -40,9 +43,9 @@ class Prefix:
 def find_prefixes(requests: Sequence[Request]) -> list[Prefix]:
     """Return the prefix of each request; siblings, the requests of one `group`, get the same object.
 
-    Siblings that differ before their last placeholder, such as by the system prompt, share the item only. The last id
-    of a prompt is never shared, because the next token is predicted from it. Raise ValueError if the requests of a
-    group have different images.
+    Siblings that differ before their last placeholder, e.g. in the system prompt, share only the item. The last id of a
+    prompt is never shared, because the next token is predicted from it. Raise ValueError if the requests of a group
+    have different images.
     """
     members: dict[tuple[Item, bytes], list[int]] = {}
     for index, item in enumerate(_group_items(requests)):
@@ -61,7 +64,10 @@ def _group_items(requests: Sequence[Request]) -> Iterator[Item]:
         if request.group is not None:
             item = items.setdefault(request.group, item)
         if not item.has_images_of(request):
-            raise ValueError(f"request {index} has other images than the first request of its group {request.group!r}")
+            raise ValueError(
+                f"request {index} differs in its images from the first request of its group {request.group!r}; "
+                "give it another group or None"
+            )
         yield item
 
 

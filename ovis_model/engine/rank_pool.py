@@ -2,11 +2,11 @@
 
     owner (no torch)  --calls-->  every rank           one private socket each: no port, no name
                       <--outcomes, signs of life--
-    rank 0            --how many of the messages to take in now-->  the others, before each step
+    rank 0            --how many messages to process now-->  the other ranks, before each step
     ranks             <--parts of tensors-->  each other: gloo or NCCL
 
-Every rank runs the whole engine loop by itself, so that whatever the loop does holds for its ranks too. The schedule is
-a function of the messages, of the steps at which they are taken in, and of the tokens: rank 0 decides both for all, and
+Every rank runs the whole engine loop, so all ranks do what a single process does. The schedule depends only on the
+messages, on the steps at which they are processed, and on the tokens. Rank 0 decides the latter two for all ranks, and
 the ranks compare their counts of work before each step.
 """
 
@@ -31,15 +31,15 @@ from ovis_model.engine.calls import Calls, EngineOptions, Message, Outcome, Stat
 from ovis_model.sizing import check_tensor_parallel
 from ovis_model.types import EngineDied
 
-LOAD_S = 3600.0  # a large checkpoint from a slow disk; a rank that dies while it loads is noticed at once
+LOAD_S = 3600.0  # enough for a large checkpoint on a slow disk; the death of a loading rank is noticed at once
 HANG_S = {"cuda": 30.0, "cpu": 600.0}
-"""Maximum time without a sign of life from a working rank. It gives one before each exchange between ranks: the longest
-time without is a pass over 16 tiles, a second on a GPU and minutes on a core."""
+"""Maximum time without a sign of life from a working rank, per device. A rank sends one before each exchange between
+ranks. The longest time between two is a pass over 16 tiles: a second on a GPU, minutes on one CPU core."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """What rank `rank` of `size` needs to know; all of them meet at a file that does not exist yet."""
+    """Options of rank `rank` of `size`; all ranks meet at the file `meeting_point`, which does not exist yet."""
 
     engine: EngineOptions
     size: int
@@ -49,7 +49,7 @@ class RankOptions:
 
 @dataclass(frozen=True)
 class Ready:
-    """From a rank: the model is loaded, on a device of this type."""
+    """A rank's report that the model is loaded, with its type of device and a description."""
 
     device: str
     description: str
@@ -57,7 +57,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """From rank 0: the outcome of a call."""
+    """Rank 0's report of the outcome of a call."""
 
     number: int
     outcome: Outcome
@@ -69,13 +69,13 @@ Report = Ready | Done | Exception | None
 
 
 class RankPool:
-    """`size` processes of this machine that share one model. This process holds no part of it.
+    """`size` processes of this machine that share one model; this process holds no part of it.
 
-    Whatever kills a rank, the others are ended with it, every call raises EngineDied, and `rebuild` starts new ones.
+    If a rank dies for any reason, all ranks are ended, every call raises EngineDied, and `rebuild` starts new ranks.
     """
 
     def __init__(self, options: EngineOptions, config: OvisConfig, size: int, *, hang_s: float | None = None) -> None:
-        """Raise ConfigError, WeightsError or another ValueError that says what to do; EngineDied."""
+        """Start the ranks. Raise EngineDied, ConfigError, WeightsError or another ValueError that says what to do."""
         check_tensor_parallel(config.language, size)
         self._options, self._size, self._hang_s = options, size, hang_s
         self._lock = threading.Lock()
@@ -83,18 +83,21 @@ class RankPool:
 
     @property
     def calls(self) -> Calls:
+        """The calls of the present ranks."""
         return self._ranks.calls
 
     @property
     def stats(self) -> Stats:
+        """Rank 0's totals at its last outcome."""
         return self._ranks.stats
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the ranks, in order."""
+        """Process ids of the ranks, in order."""
         return [child.pid for child in self._ranks.children]
 
     def describe(self) -> str:
+        """Describe the ranks, their device and limits in one line."""
         return f"{len(self.pids)} ranks, each on {self._ranks.ready[0].description}"
 
     def rebuild(self) -> bool:
@@ -105,12 +108,12 @@ class RankPool:
         return True
 
     def close(self) -> None:
-        """End the ranks; their devices are free when this returns."""
+        """End the ranks; their devices are free afterwards."""
         self._ranks.close()
 
 
 class _Ranks:
-    """One set of rank processes, from their start to the first fault among them, which ends them all."""
+    """One set of rank processes, from their start to the first fault, which ends all of them."""
 
     def __init__(self, options: EngineOptions, size: int, hang_s: float | None) -> None:
         self._hang_s = hang_s
@@ -148,7 +151,7 @@ class _Ranks:
         self._links[-1].send(options)
 
     def _send(self, message: Message) -> None:
-        """Send to all ranks in one order; the watcher deals with ranks that are gone."""
+        """Send to all ranks in the same order; the watcher handles ranks that are gone."""
         data = ForkingPickler.dumps(message)
         for link in self._links:
             with suppress(OSError):
@@ -175,7 +178,7 @@ class _Ranks:
             case Ready():
                 self.ready.append(report)
                 if len(self.ready) == len(self._links):
-                    if report.device == "cpu":  # gloo has met; NCCL comes back to the meeting point
+                    if report.device == "cpu":  # gloo is connected; NCCL uses the meeting point again later
                         self._meeting.cleanup()
                     self._all_ready.set_result(None)
             case Done():
@@ -187,10 +190,13 @@ class _Ranks:
         silent_s = time.monotonic() - max(self.calls.busy_since_s, min(self._alive_s))
         if self.calls.is_busy and silent_s > (self._hang_s or HANG_S[self.ready[0].device]):
             rank = self._alive_s.index(min(self._alive_s))
-            raise EngineDied(f"rank {rank} of {len(self._links)} gave no sign of life for {silent_s:.0f} s")
+            raise EngineDied(f"rank {rank} of {len(self._links)} sent no sign of life for {silent_s:.0f} s")
 
     def _find_cause(self, reported: Exception) -> EngineDied:
-        """Return the death of a rank that was killed: those that lost it report that and exit, perhaps earlier."""
+        """Return the kill of a rank as the cause, if there was one.
+
+        The ranks that lost it report that loss and exit, perhaps earlier.
+        """
         time.sleep(0.2)
         codes = [child.poll() for child in self.children]
         for rank, code in enumerate(codes):
@@ -198,10 +204,10 @@ class _Ranks:
                 return EngineDied(f"rank {rank} of {len(codes)} was killed by {signal.Signals(-code).name}")
         if isinstance(reported, EngineDied):
             return reported
-        return EngineDied(f"a rank of {len(codes)} ended without a word; exit codes {codes}")
+        return EngineDied(f"a rank of {len(codes)} ended without a report; exit codes {codes}")
 
     def _end(self, fault: Exception) -> None:
-        """Kill all ranks and wait for them; calls raise `fault`, or that of an earlier end."""
+        """Kill all ranks and wait for them; calls raise `fault`, or the fault of an earlier end."""
         self.calls.fail(fault, self._kill)
         settle(self._all_ready, self.calls.fault)
 

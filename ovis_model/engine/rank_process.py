@@ -1,6 +1,6 @@
-"""One rank of a tensor-parallel replica: `python -m ovis_model.engine.rank_process FD PARENT`, started by `rank_pool`.
+"""Run one rank of a tensor-parallel replica: the engine loop with a part of the model, in step with the other ranks.
 
-The whole engine loop over a part of the model, in step with the other ranks.
+`rank_pool` starts it as `python -m ovis_model.engine.rank_process FD PARENT`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _SIGN_OF_LIFE_EVERY_S = 0.5
 
 
 def main(fd: int, parent: int) -> None:
+    """Receive RankOptions from the socket `fd` and run the rank until its owner closes it or dies."""
     link = Connection(fd)
     options: RankOptions = link.recv()
     end_with_parent(parent, lambda: shutil.rmtree(options.meeting_point.parent, ignore_errors=True))
@@ -41,29 +42,30 @@ def main(fd: int, parent: int) -> None:
     except Exception as error:
         if not isinstance(error, EngineDied | ValueError):
             traceback.print_exc()
-            # The owner may not know its type, and not every exception survives the way there.
+            # The owner may not know the type, and not every exception can be pickled.
             error = RuntimeError(f"rank {options.rank}: {type(error).__name__}: {error}")
         with suppress(OSError):
             link.send(error)
         sys.stderr.flush()
-        # A communicator whose peer is gone may wait for it on the way out.
+        # A normal exit may block in a communicator that waits for a lost peer.
         os._exit(1)
 
 
 class Pulse:
-    """Sends signs of life to the owner, no more than it needs."""
+    """Signs of life to the owner, limited to one per `_SIGN_OF_LIFE_EVERY_S`."""
 
     def __init__(self, link: Connection) -> None:
         self._link, self._last_s = link, time.monotonic()
 
     def beat(self) -> None:
+        """Send a sign of life if the last one is old enough."""
         if time.monotonic() - self._last_s > _SIGN_OF_LIFE_EVERY_S:
             self._link.send(None)
             self._last_s = time.monotonic()
 
 
 def _receive(link: Connection, messages: SimpleQueue[Message]) -> None:
-    """Receive until the owner is gone."""
+    """Queue the owner's messages until it is gone."""
     with suppress(EOFError, OSError):
         while True:
             messages.put(link.recv())

@@ -1,4 +1,4 @@
-"""Requests on their way to completions: what is refused, what is generated, what ends it. Knows no tensors."""
+"""Turn requests into completions: check them, keep what is generated, decide when it ends. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ovis_model.types import (
 
 @dataclass(eq=False)
 class RequestState:
-    """A request and what has been generated for it. `guide` knows which tokens its constraint allows next."""
+    """A request and what has been generated for it. `guide` computes which tokens its constraint allows next."""
 
     request: Request
     params: SamplingParams
@@ -44,43 +44,48 @@ class RequestState:
 
     @property
     def has_left(self) -> bool:
-        """Whether it has finished or failed, and so no longer needs its slot."""
+        """Whether the request has finished or failed, so that it no longer needs its slot."""
         return self.finish_reason is not None or self.error is not None
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Length of the prompt with expanded placeholders."""
         return len(self.request.input_ids)
 
     @property
     def item(self) -> Item:
+        """The images of the request."""
         return self.prefix.item
 
     @property
     def max_new_tokens(self) -> int:
+        """Maximum number of output tokens: the longest choice, if there are choices."""
         return max(map(len, self.params.choices), default=self.params.max_new_tokens)
 
     @property
     def max_cached(self) -> int:
-        """Maximum number of tokens in the cache: the last token and those of choices are never put there."""
+        """Maximum number of tokens in the cache; the last token and the tokens of choices are never cached."""
         return self.num_prompt_tokens + (0 if self.params.choices else self.params.max_new_tokens - 1)
 
     @property
     def num_cached(self) -> int:
-        """Tokens in the cache before the newest is put there."""
+        """Number of tokens in the cache before the newest one is added."""
         return self.num_prompt_tokens + len(self.output_ids) - 1
 
     def append(self, token_id: int, logprob: float) -> None:
+        """Add a generated token and its log-probability."""
         self.output_ids.append(token_id)
         self.logprob_sum += logprob
 
     def choose(self, index: int, logliks: NDArray[np.float64]) -> None:
-        """Answer with choice number `index`, given the log-likelihoods [C] of all choices."""
+        """Finish with choice `index`, given the log-likelihoods float64[C] of all choices."""
         likelihoods = np.exp(logliks - logliks.max())
         self.choice_probs = (likelihoods / likelihoods.sum()).astype(np.float32)
         self.output_ids, self.logprob_sum = list(self.params.choices[index]), float(logliks[index])
         self.finish_reason = "stop"
 
     def restart(self) -> None:
+        """Drop what has been generated, so that the request generates the same again."""
         self.stream = RandomStream(self.params.seed)
         self.output_ids, self.logprob_sum = [], 0.0
 
@@ -94,7 +99,7 @@ class RequestState:
 
 
 def make_states(requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[RequestState]:
-    """Return the initial state of each request of one call. Raise ValueError for a broken `group`."""
+    """Return the initial state of each request of a call. Raise ValueError if images differ within a `group`."""
     return [
         RequestState(request, own, RandomStream(own.seed), prefix)
         for request, own, prefix in zip(requests, params, find_prefixes(requests), strict=True)
@@ -103,7 +108,7 @@ def make_states(requests: Sequence[Request], params: Sequence[SamplingParams]) -
 
 @dataclass(frozen=True)
 class RequestChecks:
-    """The limits of a model and of its device: a request beyond them would fail the others in its pass as well."""
+    """Limits of a model and of its device. A request beyond them would also fail the other requests in its pass."""
 
     config: OvisConfig
     max_tokens: int  # of prompt and output
@@ -111,21 +116,24 @@ class RequestChecks:
     has_tokenizer: bool
 
     def check(self, index: int, state: RequestState) -> None:
-        """Raise RequestError naming `index` for a request that can never be generated, ValueError without tokenizer."""
+        """Raise RequestError that names `index` if the request can never be generated.
+
+        Raise ValueError if it needs a tokenizer that is missing.
+        """
         faults = chain(
             self._find_prompt_faults(state.request), self._find_length_faults(state), self._find_choice_faults(state)
         )
         if fault := next(faults, None):
             raise RequestError(f"request {index}: {fault}")
         if (state.params.stop or state.params.constraint) and not self.has_tokenizer:
-            raise ValueError("stop strings and constraints need a tokenizer: give OvisEngine one")
+            raise ValueError("stop strings and constraints need a tokenizer; pass tokenizer=... to OvisEngine")
 
     def _find_prompt_faults(self, request: Request) -> Iterator[str]:
         ids, vocab_size = request.input_ids, self.config.language.vocab_size
         if not len(ids):
             yield "the prompt is empty"
         if ids.max() >= vocab_size or ids.min() < IMAGE_END_ID:
-            yield f"prompt ids from {ids.min()} to {ids.max()}; the model has {vocab_size}"
+            yield f"prompt ids range from {ids.min()} to {ids.max()}; the model has {vocab_size} ids"
         found, wanted = int((ids == IMAGE_ATOM_ID).sum()), len(request.tiles) * self.config.vision.tokens_per_tile
         if found != wanted:
             yield f"{found} placeholders for {wanted} visual tokens"
@@ -138,25 +146,25 @@ class RequestChecks:
         tokens, what = (prompt + output, "prompt and choice") if state.params.choices else (prompt, "prompt")
         limit = self.max_prompt_tokens
         if (excess := tokens - limit) > 0:
-            yield f"{tokens} {what} tokens are {excess} over the {limit} that the device has memory for"
+            yield f"{tokens} {what} tokens are {excess} over the {limit} that fit in the device's memory"
 
     def _find_choice_faults(self, state: RequestState) -> Iterator[str]:
         largest, vocab_size = max(map(max, state.params.choices), default=0), self.config.language.vocab_size
         if largest >= vocab_size:
-            yield f"a choice holds token {largest}; the model has {vocab_size}"
+            yield f"a choice contains token {largest}; the model has {vocab_size} ids"
         if state.params.choices and state.request.input_ids[-1] == IMAGE_ATOM_ID:
-            yield "the prompt ends within an image; choices must follow a text"
+            yield "the prompt ends within an image; choices must follow text"
 
 
 @dataclass(frozen=True)
 class StopRule:
-    """Ends an answer at an end-of-text id, at a stop string or at its maximum length."""
+    """The rule that ends an answer: at an end-of-text id, at a stop string or at its maximum length."""
 
     eos_token_ids: Sequence[int]
     tokenizer: Tokenizer | None
 
     def find_finish_reason(self, state: RequestState) -> FinishReason | None:
-        """Return why the newest token is the last one, or None if it is not."""
+        """Return why the newest token ends the answer, or None if it does not."""
         if state.output_ids[-1] in self.eos_token_ids or self._has_stop_string(state):
             return "stop"
         return "length" if len(state.output_ids) == state.params.max_new_tokens else None
@@ -165,6 +173,6 @@ class StopRule:
         stops = state.params.stop
         if not stops or self.tokenizer is None:
             return False
-        # A character takes up to four byte tokens: only the tail can newly hold a stop string.
+        # A character takes up to four byte tokens, so only this tail can contain a new stop string.
         text = detokenize(self.tokenizer, state.output_ids[-4 * (max(map(len, stops)) + 1) :])
         return cut_at_stop(text, stops) != text

@@ -1,4 +1,4 @@
-"""Sample the next token of each request by its own parameters and its own random stream."""
+"""Sample the next token of each request with its own parameters and random stream."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from torch import Tensor
 
 from ovis_model.types import SamplingParams
 
-# int64[256]: the eight bits of each byte as eight bytes, so that one look-up unpacks a byte.
+# int64[256]: the eight bits of each byte as eight bytes, so that one lookup unpacks a byte.
 _BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.int64)
 
 
 class RandomStream:
-    """A row's own random keys, one a step; None draws a seed."""
+    """The random keys of one request, one per step; None as seed draws a seed."""
 
     def __init__(self, seed: int | None) -> None:
         self._seed = secrets.randbits(63) if seed is None else seed
         self._step = 0
 
     def draw_key(self) -> int:
-        """63 bits that depend on the seed and the step only."""
+        """Return the next key: 63 bits that depend only on the seed and the step."""
         digest = hashlib.blake2b(f"{self._seed} {self._step}".encode(), digest_size=8).digest()
         self._step += 1
         return int.from_bytes(digest) >> 1
 
 
 class Choice(NamedTuple):
-    """The next token of each row: ids int64[B] and their log-probabilities float32[B] under the unmodified logits."""
+    """The next token of each request: ids int64[B] and log-probabilities float32[B] under the unmodified logits."""
 
     ids: Tensor
     logprobs: Tensor
 
 
 def choose_greedily(logits: Tensor) -> Choice:
-    """[B, vocab] -> the largest of each row."""
+    """Choose the token with the largest logit: [B, vocab_size] -> Choice."""
     raw = logits.float()
     ids = raw.argmax(-1)
     return Choice(ids, _gather_logprobs(raw, ids))
@@ -53,12 +53,12 @@ def _gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 class Sampler:
-    """For rows that are generated side by side; made anew when one of them leaves or enters.
+    """A sampler for the requests of one batch; a new one is made whenever a request enters or leaves.
 
-    Order of operations as in transformers: what a constraint forbids, repetition penalty, temperature, top-k, top-p.
-    A sampled row takes the token with the largest score plus Gumbel noise, where the noise of a token is a hash of it
-    and of the row's key: so neighbours cannot change a sample, and the last bits of a logit do only where two tokens
-    all but tie.
+    The order of operations is that of transformers: constraint, repetition penalty, temperature, top-k, top-p. A sample
+    is the token with the largest score plus Gumbel noise. The noise of a token is a hash of the token and of the
+    request's key. So the other requests of a batch cannot change a sample, and the last bits of a logit can only if two
+    tokens almost tie.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Sampler:
         device: torch.device,
         output_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`output_ids`: what each row has generated before, for the penalty."""
+        """Take the tokens that each request has generated so far as `output_ids`, for the penalty."""
         self._params, self._streams = params, streams
         self._sampled = [row for row, p in enumerate(params) if p.temperature > 0]
         self._constrained = torch.tensor(
@@ -85,11 +85,14 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Chooses as `choose_greedily`."""
+        """Whether all requests choose as `choose_greedily`."""
         return not self._sampled and self._seen is None and not len(self._constrained)
 
     def __call__(self, logits: Tensor, masks: Future[NDArray[np.uint8]] | None = None) -> Choice:
-        """[B, vocab] -> a token for each row; `masks`, as of `constraints.Guides`, of those that have a constraint."""
+        """Choose a token per request: [B, vocab_size] -> Choice.
+
+        `masks` are those of `Guides.masks`, for the requests with a constraint.
+        """
         raw = logits.float()
         scores = self._apply_penalty(raw if masks is None else self._apply_masks(raw, masks.result()))
         ids = scores.argmax(-1)
@@ -124,7 +127,7 @@ class Sampler:
 
 
 def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Zero what top-k and then top-p leave out of descending probabilities [B, vocab]."""
+    """Zero what top-k and then top-p exclude from descending probabilities [B, vocab_size]."""
     vocab_size = sorted_p.shape[1]
     top_k = _make_column([p.top_k or vocab_size for p in params], sorted_p.device)
     rank = torch.arange(vocab_size, device=sorted_p.device)
@@ -135,16 +138,16 @@ def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def unpack_masks(masks: Tensor, vocab_size: int) -> Tensor:
-    """uint8[B, bytes], the lowest bit first -> bool[B, vocab_size]"""
+    """Unpack bits, the lowest first: uint8[B, bytes] -> bool[B, vocab_size]."""
     bits = torch.from_numpy(_BITS_OF_BYTE).to(masks.device).index_select(0, masks.flatten().int())
     return bits.view(torch.bool).view(len(masks), -1)[:, :vocab_size]
 
 
 def make_gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
-    """float64[B, vocab] of the standard Gumbel distribution, from int64[B] keys.
+    """Make noise float64[B, vocab_size] of the standard Gumbel distribution, from keys int64[B].
 
-    The uniform number behind each is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
-    2014) of the key and the token: integers, so it is the same on every device.
+    It is computed from uniform numbers: SplitMix64 of key and token (Steele, Lea, Flood: Fast Splittable Pseudorandom
+    Number Generators, 2014). Those are integers, so they are the same on every device.
     """
     x = keys[:, None] + torch.arange(1, vocab_size + 1, device=keys.device) * _to_signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _to_signed(0xBF58476D1CE4E5B9)
@@ -154,7 +157,7 @@ def make_gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """To the right without the sign, which torch would repeat."""
+    """Shift right and fill with zeros; torch's shift would repeat the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

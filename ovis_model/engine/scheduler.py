@@ -1,6 +1,6 @@
-"""Decide which requests hold a slot of the cache, which wait, and what runs next.
+"""Decide which requests have a slot of the cache, which wait, and what runs next.
 
-Knows lengths and budgets, not tensors: nothing here touches the device.
+Knows lengths and budgets, not tensors; it never accesses the device.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from ovis_model.types import MAX_CONCURRENT_SEQUENCES
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Maximum that the device may hold at once, so that the largest pass fits by construction."""
+    """Limits for what the device processes at once, so that the largest pass fits by construction."""
 
     kv_tokens: int  # slots x capacity of the cache
     slots: int = MAX_CONCURRENT_SEQUENCES  # requests that decode at once
-    slot_tokens: int = 0  # minimum capacity of a slot, where unused memory has no other use
-    prefill_tokens: int = 8192  # per pass of several requests, padding and `CACHED_PER_TOKEN` included
-    prompt_tokens: int = 32768  # of one request, which may be a pass of its own
+    slot_tokens: int = 0  # minimum capacity of a slot, used where spare memory has no other use
+    prefill_tokens: int = 8192  # per pass of several requests, including padding and `CACHED_PER_TOKEN`
+    prompt_tokens: int = 32768  # of one request, which may be the only one of a pass
     vision_tiles: int = 16  # per pass; a tile of a published size takes about 0.1 GB in the visual head
 
 
 CACHED_PER_TOKEN = 24
-"""Cached tokens that count as one new token in a pass that extends them: the pass copies their keys and values, layer
-by layer, which takes no more memory than that in any published size (`tests/test_memory.py`)."""
+"""Number of cached tokens that count as one new token in a pass that extends them. The pass copies their keys and
+values layer by layer, which takes at most the memory of one new token in all published sizes
+(`tests/test_memory.py`)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Tokens `ids` of a request to compute at once; they follow the first `start` tokens of slot `source`.
+    """Tokens `ids` of a request to compute at once, after the first `start` tokens of slot `source`.
 
-    They and the tokens that they follow are kept in slot `target`, if it is given.
+    If `target` is given, both are kept in that slot.
     """
 
     state: RequestState
@@ -59,7 +60,7 @@ class Move:
 
 
 class Scheduler:
-    """Slot i belongs to `running[i]`: the slots in use are the first ones, without a gap."""
+    """The queue and the slots. Slot i belongs to `running[i]`, so the first slots are in use, without a gap."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -69,17 +70,17 @@ class Scheduler:
         self._held: list[Prefix] = []  # what each slot in use begins with
 
     def enqueue(self, states: Iterable[RequestState]) -> None:
-        """Append to the waiting requests, siblings next to each other so that they enter together."""
+        """Append requests to the queue, with siblings next to each other so that they enter together."""
         siblings: dict[Item, list[RequestState]] = {}
         for state in states:
             siblings.setdefault(state.item, []).append(state)
         self.waiting.extend(chain.from_iterable(siblings.values()))
 
     def plan_cache(self) -> bool:
-        """Size the cache for the waiting requests; return whether it must be allocated anew.
+        """Size the cache for the waiting requests; return whether it must be reallocated.
 
-        The size changes only while nothing runs. All slots get room for twice the longest waiting request, so that
-        most requests to come fit too; there are fewer slots if memory is short. A request that needs more enters when
+        The size changes only while nothing runs. All slots have room for twice the longest waiting request, so that
+        most later requests fit too; if memory is short, there are fewer slots. A request that needs more waits until
         all others have left. A single slot is only as long as the next request and its siblings need.
         """
         if self.running or not self.waiting:
@@ -112,7 +113,7 @@ class Scheduler:
         return admitted
 
     def _enter_after_sibling(self, state: RequestState, free: list[int]) -> bool:
-        """Keep what the slot begins with: it may be the last one that does so."""
+        """Give the request the slot of a sibling that has left, which may be the last slot with their prefix."""
         for slot in free:
             if slot < len(self._held) and self._held[slot] is state.prefix:
                 self.running[slot] = state
@@ -132,9 +133,9 @@ class Scheduler:
         return moves
 
     def split_prompts(self, admitted: Iterable[RequestState]) -> tuple[list[Span], list[Span]]:
-        """Return whole prompts to compute, then the rests of prompts whose prefix is in a slot by then.
+        """Return whole prompts to compute, then the rests of prompts whose prefix will be in a slot.
 
-        Call it when all moves are done. A prefix may be that of a whole prompt.
+        Call it after all moves. The prefix of a rest may come from one of the whole prompts.
         """
         slots = {state: slot for slot, state in enumerate(self.running)}
         held = {prefix: slot for slot, prefix in enumerate(self._held)}
@@ -151,12 +152,15 @@ class Scheduler:
 
     @property
     def is_next_sibling_of_left(self) -> bool:
-        """Whether only requests that have left hold the next one's prefix: it should enter before a step loses that."""
+        """Whether only slots of requests that have left hold the next request's prefix.
+
+        That request should enter before a step reuses these slots.
+        """
         kept = {prefix for state, prefix in zip(self.running, self._held, strict=True) if not state.has_left}
         return bool(self.waiting) and self.waiting[0].prefix in set(self._held) - kept
 
     def select_items_to_encode(self, entering: Iterable[Item]) -> list[Item]:
-        """Return the items without embeddings that enter, and those next in line until the vision passes are full."""
+        """Return the entering items that lack embeddings, and the next waiting ones that fill up the vision passes."""
         items = dict.fromkeys(item for item in entering if item.visual is None)
         num_tiles, max_tiles = sum(len(item.tiles) for item in items), self.budget.vision_tiles
         wanted = -(-num_tiles // max_tiles) * max_tiles
@@ -175,7 +179,7 @@ class Scheduler:
                 item.visual = None
 
     def restart_all(self) -> None:
-        """Let running requests wait again, in their order, before all others."""
+        """Move the running requests back to the front of the queue, in order."""
         for state in reversed(self.running):
             if not state.has_left:
                 state.restart()
@@ -186,9 +190,9 @@ class Scheduler:
 
 
 def pack_passes(spans: Iterable[Span], max_tokens: int) -> Iterator[list[Span]]:
-    """Yield spans of like length, longest first; a pass has at most `max_tokens` or is one span.
+    """Yield groups of spans of similar length, longest first; a group has at most `max_tokens` tokens or one span.
 
-    Padding is at most a fifth or 32 tokens, which cost less than one more pass.
+    A span is padded by at most a fifth or 32 tokens, which costs less than one more pass.
     """
     group: list[Span] = []
     for span in sorted(spans, key=lambda span: -len(span.ids)):
