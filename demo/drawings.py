@@ -5,8 +5,8 @@
     Four green triangles on a grey background.                     two to six equal objects
     The number 385 in purple on a white background.                two or three digits
 
-What a caption may say is split once and for all by its hash: held-out captions, a tenth of them, are never
-trained on. `questions` asks about a scene what has one true answer of a word or a digit. A number is no object.
+The hash of a caption decides whether it is held out: a tenth of all captions is never trained on. `make_questions`
+asks about a scene; each question has one true answer of a word or a digit, and a number does not count as an object.
 Knows nothing of models: Pillow and numpy only.
 """
 
@@ -43,23 +43,23 @@ COUNTS = ("Two", "Three", "Four", "Five", "Six")
 RELATIONS = ("left of", "above")
 
 ONE_TILE_SIZES_PX = ((84, 84), (84, 63), (63, 84))
-"""(width, height); they fit into one 84 px tile."""
+"""(width, height) of images that fit into one 84 px tile."""
 MANY_TILE_SIZES_PX = ((126, 84), (84, 126), (168, 168), (168, 126), (126, 168), (252, 168))
-"""(width, height); Ovis2's rule cuts them into 2, 4 or 6 cells beside the overview."""
+"""(width, height) of images that Ovis2's rule cuts into 2, 4 or 6 tiles in addition to the overview."""
 
 Colour = tuple[int, int, int]
 Kind = Literal["one", "two", "count", "number"]
 KINDS: tuple[Kind, ...] = ("one", "two", "count", "number")
 QuestionKind = Literal["bool", "count", "choice"]
 NUM_QUESTIONS = 6
-"""How many `questions` asks about each scene."""
+"""Number of questions that `make_questions` asks about each scene."""
 
-_CENTRES = (0.21, 0.5, 0.79)  # of the three columns and rows, as shares of the width and height
+_CENTRES = (0.21, 0.5, 0.79)  # centres of the three columns and rows, as shares of the width and height
 _PAIR_CENTRES = (0.27, 0.73)
 _JITTER = 0.02
-_SUPERSAMPLING = 3  # edges are drawn this much larger and averaged
+_SUPERSAMPLING = 3  # scenes are drawn this much larger and averaged, which smooths edges
 _HELD_OUT_OF_256 = 26
-_QUESTIONS_STREAM = 2  # beside 0 and 1, the streams of the pictures
+_QUESTIONS_STREAM = 2  # 0 and 1 are the random streams of the images
 _YES_NO = ("Yes", "No")
 _DIGITS = tuple(str(i) for i in range(len(COUNTS) + 2))
 
@@ -78,7 +78,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen. `things` is empty for a number, `number` is empty for things."""
+    """What an image shows: either `things` or a `number`; the other one is empty."""
 
     kind: Kind
     caption: str
@@ -92,7 +92,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """What is asked about a scene, and the one of `choices` that is true."""
+    """A question about a scene; `answer` is the only true one of `choices`."""
 
     kind: QuestionKind
     text: str
@@ -101,14 +101,14 @@ class SceneQuestion:
 
 
 def is_held_out(caption: str) -> bool:
-    """Whether training never sees a picture with this caption."""
+    """Return whether images with this caption are kept out of training."""
     return hashlib.sha256(caption.encode()).digest()[0] < _HELD_OUT_OF_256
 
 
 def make_picture(
     seed: int, *, held_out: bool, kind: Kind | None = None, many_tiles: bool | None = None
 ) -> tuple[Image.Image, Scene]:
-    """The picture and the scene of a seed; None leaves the kind and the number of tiles to the seed."""
+    """Return the image and the scene of a seed, which also chooses the kind and the tiles if they are None."""
     rng = np.random.default_rng([seed, int(held_out)])
     scene = _sample_scene(rng, kind)
     while is_held_out(scene.caption) is not held_out:
@@ -121,7 +121,7 @@ def make_picture(
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """RGB image of the scene's size; colours and pixels vary a little with `rng`."""
+    """Return an RGB image of the scene's size; `rng` varies colours and pixels slightly."""
     size = (scene.width_px * _SUPERSAMPLING, scene.height_px * _SUPERSAMPLING)
     canvas = Image.new("RGB", size, _vary(BACKGROUNDS[scene.background], rng))
     pen = ImageDraw.Draw(canvas)
@@ -133,9 +133,9 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def make_questions(scene: Scene, seed: int) -> tuple[SceneQuestion, ...]:
-    """Two of each kind: one with the answer Yes, one with No; how many objects, and how many of a sort; two choices.
+    """Return NUM_QUESTIONS questions: one with the answer Yes, one with No, two counts and two choices.
 
-    What is denied or counted as 0 is often nearly there: the colour of one object with the shape of another.
+    The object that is absent or counted as 0 often nearly exists: the colour of one object, the shape of another.
     """
     rng = np.random.default_rng([seed, _QUESTIONS_STREAM])
     choices = _list_choice_questions(scene)
@@ -167,25 +167,25 @@ def _list_false(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def _ask_presence(colour: str, shape: str) -> tuple[str, ...]:
-    """The first one, the hardest, counts twice."""
+    """Return questions about an object; the first and hardest one is listed twice, so that it is drawn more often."""
     sort = f"Is there {_add_article(colour)} {shape}?"
     return sort, sort, f"Is there {_add_article(colour)} object?", f"Is there a {shape}?"
 
 
 def _choose_absent_sort(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A colour and a shape that no object has both of; half of the time as near as can be."""
+    """Return a colour and a shape that no object combines; half of the time they come as close as possible."""
     there = {(thing.colour, thing.shape) for thing in scene.things}
     colours = {colour for colour, _ in there} or {scene.number_colour}
     shapes = {shape for _, shape in there}
     absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in there]
     nearest = max((c in colours) + (s in shapes) for c, s in absent)
-    least = nearest if rng.random() < 0.5 else min(nearest, 1)
-    near = [(c, s) for c, s in absent if (c in colours) + (s in shapes) >= least]
+    min_shared = nearest if rng.random() < 0.5 else min(nearest, 1)
+    near = [(c, s) for c, s in absent if (c in colours) + (s in shapes) >= min_shared]
     return near[rng.integers(len(near))]
 
 
 def _ask_count(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
-    """One time in three of what is not there."""
+    """Return a question about a count; in one of three cases about objects that are absent."""
     if scene.things and rng.random() < 2 / 3:
         thing = scene.things[rng.integers(len(scene.things))]
         colour, shape = thing.colour, thing.shape
@@ -200,7 +200,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
 
 
 def _list_choice_questions(scene: Scene) -> list[SceneQuestion]:
-    """All that have one answer."""
+    """Return every question about the scene that has exactly one right answer."""
     backgrounds, colours = tuple(BACKGROUNDS), tuple(COLOURS)
     asked = [
         SceneQuestion("choice", "What is the background?", scene.background, backgrounds),
@@ -213,7 +213,7 @@ def _list_choice_questions(scene: Scene) -> list[SceneQuestion]:
 
 
 def _ask_colours(scene: Scene) -> list[tuple[str, str]]:
-    """(question, answer)"""
+    """Return (question, answer) for each shape that has one colour."""
     colours = _keep_unambiguous((thing.shape, thing.colour) for thing in scene.things)
     if scene.kind == "count":
         return [(f"What colour are the {_pluralize(shape)}?", colour) for shape, colour in colours.items()]
@@ -221,7 +221,7 @@ def _ask_colours(scene: Scene) -> list[tuple[str, str]]:
 
 
 def _ask_shapes(scene: Scene) -> list[tuple[str, str]]:
-    """(question, answer)"""
+    """Return (question, answer) for each colour that has one shape, and for places."""
     shapes = _keep_unambiguous((thing.colour, thing.shape) for thing in scene.things)
     asked = [(f"Which shape is {colour}?", shape) for colour, shape in shapes.items()]
     if scene.kind != "two":
@@ -231,7 +231,7 @@ def _ask_shapes(scene: Scene) -> list[tuple[str, str]]:
 
 
 def _keep_unambiguous(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The keys of `pairs` that never come with another value."""
+    """Return {key: value} for the keys of `pairs` that occur with one value only."""
     values: defaultdict[str, set[str]] = defaultdict(set)
     for key, value in pairs:
         values[key].add(value)
@@ -262,7 +262,7 @@ def _sample_two(rng: np.random.Generator) -> Scene:
     across = float(rng.uniform(0.4, 0.6))
     centres = [(along, across) if relation == "left of" else (across, along) for along in _PAIR_CENTRES]
     first, second = (_sample_thing(rng, *centre) for centre in centres)
-    if (first.shape, first.colour) == (second.shape, second.colour):  # that would be "Two red stars"
+    if (first.shape, first.colour) == (second.shape, second.colour):  # its caption would be "Two red stars"
         return _sample_two(rng)
     return _make_scene("two", f"{_describe(first)} {relation} {_describe(second).lower()}", rng, (first, second))
 
@@ -318,7 +318,7 @@ def _vary(colour: Colour, rng: np.random.Generator) -> Colour:
 
 
 def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Half of the pictures get up to +-6 of 255 on every value, as a camera would."""
+    """Add noise of up to +-6 of 255 to half of the images, as a camera would."""
     if rng.random() >= 0.5:
         return image
     amplitude = int(rng.integers(1, 7))
@@ -328,20 +328,20 @@ def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _trace_outline(thing: Thing, width: int, height: int) -> list[tuple[float, float]]:
-    """Corners in pixels of a polygon."""
+    """Return the corners of the object's polygon in pixels."""
     radius = thing.scale * min(width, height) / 2
     return [(thing.x * width + x * radius, thing.y * height + y * radius) for x, y in _UNIT_OUTLINES[thing.shape]]
 
 
 def _trace_ring(num_corners: int, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
-    """Corners around the centre, the first one at the top, with the radii in turn."""
+    """Return corners around the centre, clockwise from the top; they use the radii in turn."""
     angles = [2 * math.pi * i / num_corners for i in range(num_corners)]
     lengths = [radii[i % len(radii)] for i in range(num_corners)]
     return [(r * math.sin(a), -r * math.cos(a)) for r, a in zip(lengths, angles, strict=True)]
 
 
 def _trace_hollow_circle(width: float) -> list[tuple[float, float]]:
-    """A circular line: around the outside, then back around the inside."""
+    """Return a ring as one polygon: around the outside, then back around the inside."""
     return [*_trace_ring(48), (0.0, -1.0), (0.0, width - 1), *reversed(_trace_ring(48, (1 - width,)))]
 
 

@@ -1,20 +1,20 @@
 """Train the demo checkpoint: an Ovis2 of 1.8 million parameters that captions `demo.drawings` and answers questions.
 
-    python -m demo.train CAPTIONS_DIR                                 from nothing: captions
-    python -m demo.train OUT_DIR --start-from CAPTIONS_DIR            from those: captions and questions
-    python -m demo.train ovis_model/demo --evaluate 1000              measures a checkpoint
+    python -m demo.train CAPTIONS_DIR                                 train captions from scratch
+    python -m demo.train OUT_DIR --start-from CAPTIONS_DIR            continue with captions and questions
+    python -m demo.train ovis_model/demo --evaluate 1000              measure a checkpoint
 
-Tokenizer, configuration and weights are made here; pictures and prompts reach the model exactly as the jobs feed
-them. The tower sees a picture once, whatever is asked about it. Interrupted, the same command goes on from
-OUT_DIR/state.pt. One core: about 75 minutes, then 35.
+Makes the tokenizer, the configuration and the weights; images and prompts reach the model exactly as the jobs feed
+them. The vision tower encodes an image once for all questions about it. After an interruption the same command resumes
+from OUT_DIR/state.pt. The two steps take about 75 and 35 minutes on one core.
 
-The checkpoint in ovis_model/demo comes from these 11,500 steps of captions, but the recipe was tuned while it ran: up
-to step 9000 the drawings were harder to tell apart (filled circles, blunt stars, sizes closer together), and pairs
-were not yet every other picture up to step 7500. Those weights, in bfloat16, were the start of these 2,300 steps of
-captions and questions (about 32 CPU minutes), which were tuned as well: the learning rate fell from 3e-4 to reach 0 at
-step 3000 (up to step 500) or 4000 (up to 1250), then from 4e-4 at step 3250 (up to 1500), 2500 (up to 2000) or 2300;
-questions were drawn once up to step 1250 and three times up to 1500. The recipe as it stands has not been run from
-nothing.
+The checkpoint in ovis_model/demo was trained for these 11,500 steps of captions, but the recipe was tuned during the
+run. Up to step 9000 the drawings were harder to distinguish (filled circles, blunt stars, more similar sizes); up to
+step 7500 fewer than half of the images showed pairs. The resulting weights, in bfloat16, were the start of these 2,300
+steps of captions and questions (about 32 CPU minutes), also tuned during the run. The learning rate fell from 3e-4
+towards 0 at step 3000 (until step 500) or 4000 (until 1250), then from 4e-4 towards 0 at step 3250 (until 1500), 2500
+(until 2000) or 2300. Questions were drawn once until step 1250 and three times until 1500. The present recipe has not
+been run from scratch.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ PROMPT = "Describe the image."
 TURNS = ("system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n")
 VOCAB_SIZE = 512
 BATCH_SIZE = 32
-# At 1e-3 it learns the grammar and never looks at the picture. From step 3000 on 1.5e-4 brought the loss down in 150
-# steps where 4.3e-4 and more left it or raised it.
+# At 1e-3 the model learns the grammar and ignores the image. From step 3000 on, 1.5e-4 lowered the loss within 150
+# steps; 4.3e-4 and more kept or raised it.
 COARSE_LEARNING_RATE, COARSE_STEPS, WARM_UP_STEPS = 5e-4, 3000, 100
 FINE_LEARNING_RATE = 2e-4
 QUESTION_LEARNING_RATE = 4e-4
 EVALUATE_EVERY = 250
-TEST_SEED = 50_000_000  # of the pictures of --evaluate: those of `jobs.demo --seed 50`
+TEST_SEED = 50_000_000  # first seed of --evaluate, so that it draws the images of `jobs.demo --seed 50`
 _NO_TARGET = -1
 _PADDING = -1
 _DRAWS_APART = 1_000_000_000
@@ -79,9 +79,11 @@ _PLAIN_ADDED_TOKENS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained.
+    """How to train.
 
-    learning_rate: of the step and the number of steps. first_seed: of the training pictures. num_draws: of questions.
+    learning_rate: maps the step and the number of steps to the rate.
+    first_seed: the seed of the first training image.
+    num_draws: how often questions are drawn per image.
     """
 
     steps: int
@@ -92,9 +94,11 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Exercise:
-    """What is asked about a picture, and what is true. target_ids: int64[T], the last one ends the answer.
+    """A request about an image and its true answer.
 
-    kind: "caption" or that of the question. Requests about one picture share its `tiles`.
+    kind: "caption" or the kind of the question.
+    request: shares its `tiles` with the other requests about the image.
+    target_ids: int64[T], the ids of the answer; the last one ends it.
     """
 
     kind: str
@@ -105,22 +109,26 @@ class Exercise:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A picture with its exercises, the caption first."""
+    """An image with its exercises, the caption first."""
 
     scene: Scene
     exercises: tuple[Exercise, ...]
 
     @property
     def num_tiles(self) -> int:
+        """Number of tiles of the image, overview included."""
         return len(self.exercises[0].request.tiles)
 
 
 def main() -> None:
+    """Train or evaluate as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--start-from", type=Path, metavar="DIR", help="a checkpoint of captions, to learn to answer")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="DIR", help="checkpoint trained on captions; continue with questions"
+    )
     parser.add_argument("--steps", type=int, help=f"default {CAPTIONS.steps}, with --start-from {QUESTIONS.steps}")
-    parser.add_argument("--evaluate", type=int, metavar="COUNT", help="only measure OUT_DIR on held-out pictures")
+    parser.add_argument("--evaluate", type=int, metavar="COUNT", help="only measure OUT_DIR on COUNT held-out images")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.evaluate:
@@ -135,7 +143,7 @@ def main() -> None:
 
 
 def train(directory: Path, recipe: Recipe, num_steps: int | None = None, start_from: Path | None = None) -> None:
-    """Writes `model.safetensors` every EVALUATE_EVERY steps and at the end."""
+    """Train for `num_steps`; write `model.safetensors` and evaluate every EVALUATE_EVERY steps and at the end."""
     num_steps = num_steps or recipe.steps
     model, optimizer, first_step = _start(directory, start_from)
     processor, started_s = Processor.from_pretrained(directory), time.monotonic()
@@ -150,14 +158,14 @@ def train(directory: Path, recipe: Recipe, num_steps: int | None = None, start_f
 
 
 def compute_caption_learning_rate(step: int, num_steps: int) -> float:
-    """Warm-up and a coarse plateau, then straight down from the fine rate to 0."""
+    """Return the rate of a step: a warm-up and a plateau, then a linear decrease from the fine rate to 0."""
     if step < COARSE_STEPS:
         return COARSE_LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS)
     return FINE_LEARNING_RATE * (num_steps - step) / max(1, num_steps - COARSE_STEPS)
 
 
 def compute_question_learning_rate(step: int, num_steps: int) -> float:
-    """Warm-up, then straight down to 0."""
+    """Return the rate of a step: a warm-up, then a linear decrease to 0."""
     return QUESTION_LEARNING_RATE * min((step + 1) / WARM_UP_STEPS, (num_steps - step) / num_steps)
 
 
@@ -166,7 +174,7 @@ QUESTIONS = Recipe(2300, compute_question_learning_rate, first_seed=2_000_000, n
 
 
 def evaluate(engine: Engine, processor: Processor, seeds: Iterable[int]) -> dict[str, str]:
-    """Share of greedy answers about held-out pictures that are exactly right, by kind of exercise and by picture."""
+    """Return {group: "right/all"}: exactly right greedy answers about held-out images, by exercise and by image."""
     examples = (_make_example(processor, seed, held_out=True, num_draws=1) for seed in seeds)
     exercises = [(example, exercise) for example in examples for exercise in example.exercises]
     completions = engine.generate([exercise.request for _, exercise in exercises], SamplingParams(max_new_tokens=32))
@@ -194,7 +202,7 @@ def _train_step(model: Ovis, optimizer: torch.optim.Optimizer, examples: Sequenc
 
 
 def _compute_loss(model: Ovis, group: Sequence[Example]) -> Tensor:
-    """Mean cross-entropy of the target tokens."""
+    """Return the mean cross-entropy of the target tokens."""
     rows = [_pack_example(example) for example in group]
     input_ids, targets, position_ids, branches = (
         nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
@@ -206,7 +214,7 @@ def _compute_loss(model: Ovis, group: Sequence[Example]) -> Tensor:
 
 
 class PackedExample(NamedTuple):
-    """All exercises of a picture behind what their prompts have in common, the image; int64[T] each.
+    """All exercises of an image in one row: the common prefix of their prompts, then each exercise; int64[T] each.
 
     branches: 0 in the common prefix, then the number of the exercise, from 1.
     """
@@ -218,14 +226,15 @@ class PackedExample(NamedTuple):
 
 
 class Branches:
-    """The `AttentionContext` of such rows: a token sees those before it in the prefix and in its own branch."""
+    """The `AttentionContext` of packed rows: a token attends to the prefix and to earlier tokens of its branch."""
 
     def __init__(self, branches: Tensor) -> None:
-        """branches: int64[B, T]"""
+        """Build the mask of `branches`, int64[B, T]."""
         to, at = branches[:, :, None], branches[:, None, :]
         self._mask = ((at == to) | (at == 0)).tril()[:, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the attended values, [B, T, heads, head_dim] like the arguments."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, heads, T, head_dim]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self._mask, enable_gqa=True)
         return attended.transpose(1, 2)
@@ -245,7 +254,7 @@ def _pack_example(example: Example) -> PackedExample:
 
 
 def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
-    """int64[B, T] -> [B, T, hidden_size]"""
+    """Return the embeddings of int64[B, T] with the visual tokens in place, [B, T, hidden_size]."""
     requests = [example.exercises[0].request for example in group]
     tiles = torch.from_numpy(np.concatenate([request.tiles for request in requests]))
     sizes = torch.from_numpy(np.concatenate([request.tile_sizes for request in requests]))
@@ -254,7 +263,7 @@ def _embed(model: Ovis, group: Sequence[Example], input_ids: Tensor) -> Tensor:
 
 
 def _make_examples(processor: Processor, step: int, recipe: Recipe) -> list[Example]:
-    """Every other picture shows two objects: they take longest to learn."""
+    """Draw the examples of a step. Every other image shows two objects, which take longest to learn."""
     first = recipe.first_seed + step * BATCH_SIZE
     return [
         _make_example(processor, seed, held_out=False, num_draws=recipe.num_draws, kind="two" if seed % 2 else None)
@@ -265,7 +274,7 @@ def _make_examples(processor: Processor, step: int, recipe: Recipe) -> list[Exam
 def _make_example(
     processor: Processor, seed: int, *, held_out: bool, num_draws: int, kind: Kind | None = None
 ) -> Example:
-    """One picture in four has been through a JPEG file."""
+    """Draw the example of a seed. One image in four is compressed as JPEG."""
     image, scene = make_picture(seed, held_out=held_out, kind=kind)
     if seed // 2 % 4 == 3:
         image.save(file := BytesIO(), "JPEG", quality=90)
@@ -281,7 +290,7 @@ def _make_example(
 
 
 def _draw_questions(scene: Scene, seed: int, num_draws: int) -> Iterator[SceneQuestion]:
-    """Of all draws but the first only those with the answer Yes or No, which take longest to learn."""
+    """Yield all questions of the first draw, and of later draws those with Yes or No, which take longest to learn."""
     for draw in range(num_draws):
         for question in make_questions(scene, seed + draw * _DRAWS_APART):
             if draw == 0 or question.kind == "bool":
@@ -306,7 +315,7 @@ def _start(directory: Path, start_from: Path | None) -> tuple[Ovis, torch.optim.
 
 
 def _initialize(model: Ovis) -> None:
-    """PyTorch's defaults but for the tables and a head whose words are told apart in bfloat16 from the start."""
+    """Initialize tables and visual head so that visual words differ in bfloat16 at once; keep other defaults."""
     nn.init.normal_(model.vte.weight, std=0.1)
     nn.init.normal_(model.llm.model.embed_tokens.weight, std=0.1)
     nn.init.normal_(model.visual_tokenizer.backbone.preprocessor.pos_embed, std=0.2)
@@ -316,7 +325,7 @@ def _initialize(model: Ovis) -> None:
 
 
 def _save(directory: Path, model: Ovis, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The state of the training in float32, and the checkpoint in bfloat16 as the published ones."""
+    """Write the training state in float32 and the checkpoint in bfloat16, like the published ones."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     torch.save(state, directory / "state.partial")
     (directory / "state.partial").replace(directory / "state.pt")
@@ -325,7 +334,7 @@ def _save(directory: Path, model: Ovis, optimizer: torch.optim.Optimizer, step: 
 
 
 def copy_tokenizer_and_config(source: Path, directory: Path) -> None:
-    """Those that the weights in `source` were trained with: made anew, tokens would mean other words."""
+    """Copy the files that the weights in `source` were trained with; in a new tokenizer ids would mean other words."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
         shutil.copy(source / name, directory / name)
@@ -344,7 +353,7 @@ def write_tokenizer_and_config(directory: Path) -> None:
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE with Qwen2's word pattern, in which every word of a caption or of the prompt is one token."""
+    """Return a byte-level BPE with Qwen2's word pattern; each word of a caption or of the prompt is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
