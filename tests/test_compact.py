@@ -170,7 +170,7 @@ def test_a_badly_written_file_replaces_nothing(tmp_path: Path, monkeypatch: pyte
     write_rows(tmp_path, [[0], [1]])
     real = store.write_bytes
     monkeypatch.setattr(file_swap.store, "write_bytes", lambda uri, data: real(uri, data[:-1]))
-    with pytest.raises(OSError, match="does not hold what was written"):
+    with pytest.raises(OSError, match="differs from what was written"):
         compact_with_lease(tmp_path, 1 << 20)
     monkeypatch.undo()
     finish_exchange(str(tmp_path))
@@ -207,13 +207,13 @@ def test_a_driver_without_its_lease_exchanges_nothing(tmp_path: Path, monkeypatc
 def test_new_files_that_vanish_replace_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path, [[0], [1], [2]])
     monkeypatch.setattr(Lease, "check", lambda lease: finish_exchange(str(tmp_path)))
-    with pytest.raises(OSError, match="nothing was exchanged"):
+    with pytest.raises(OSError, match="is unchanged"):
         compact_with_lease(tmp_path, 1 << 20)
     assert len(read_rows(tmp_path)) == 3
 
 
 def test_files_are_also_limited_by_their_size_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compact_module, "_MOST_BYTES", 20_000)
+    monkeypatch.setattr(compact_module, "_MAX_BYTES", 20_000)
     write_rows(tmp_path, scatter_rows(500, 40))
     before = read_rows(tmp_path)
     compact_with_lease(tmp_path, 1 << 30)

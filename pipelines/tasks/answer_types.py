@@ -1,12 +1,12 @@
-"""Answer types of tasks: their constraint on generation, their column type, and parsing a text to a value.
+"""The answer types of tasks: their constraint on generation, their column type, and how a text becomes a value.
 
-text                        anything                              string
+text                        any text                              string
 bool                        Yes or No                             bool
-{choices: [a, b]}           one of them                           string
+{choices: [a, b]}           one of the choices                    string
 int, {int: {min, max}}      a whole number                        int64
 list[str]                   a JSON array of strings               list<string>
-{regex: PATTERN}            what the whole pattern matches        string
-{json_schema: SCHEMA}       JSON that the schema allows           `arrow_types.infer_shape` of the schema
+{regex: PATTERN}            text that the whole pattern matches   string
+{json_schema: SCHEMA}       JSON that satisfies the schema        the type of `arrow_types.infer_shape`
 """
 
 from __future__ import annotations
@@ -24,98 +24,120 @@ from ovis_model.grammar.json_schema import parse_schema, validate_answer
 from ovis_model.types import Constraint
 from pipelines.tasks.arrow_types import Shape, close_objects, infer_shape
 
-MAX_DIGITS = 18  # of an int64, whatever they are
-MAX_ITEMS = 100  # of a list of strings, unless the task says otherwise
-MAX_STRING_LENGTH = 200  # of each of them: a tag or a line, and an end to a loop
-_REPETITIVE = 2.4  # times that zlib shortens a text in a loop: Whisper's threshold (arXiv:2212.04356, section 4.5)
+MAX_DIGITS = 18  # any number of 18 digits fits an int64
+MAX_ITEMS = 100  # default limit of a list of strings
+MAX_STRING_LENGTH = 200  # characters per item: enough for a tag or a line, and it ends a loop
+_REPETITIVE = 2.4  # zlib compression ratio of a looping text: Whisper's threshold (arXiv:2212.04356, section 4.5)
 
 
 class Answer(Protocol):
-    """A type of answers. `options` are scored instead of decoded; `constraint` limits what is decoded."""
+    """An answer type. `options` are scored, other answers are generated within `constraint`."""
 
     @property
     def spec(self) -> Any:
-        """The type as written in a file of tasks."""
+        """The type as written in a tasks file."""
         ...
 
     @property
-    def type(self) -> pa.DataType: ...
+    def type(self) -> pa.DataType:
+        """The type of the column."""
+        ...
 
     @property
-    def options(self) -> tuple[str, ...]: ...
+    def options(self) -> tuple[str, ...]:
+        """The texts to score; empty if the answer is generated."""
+        ...
 
     @property
-    def constraint(self) -> Constraint | None: ...
+    def constraint(self) -> Constraint | None:
+        """The grammar of generated text; None for free text."""
+        ...
 
     def parse(self, text: str) -> Any:
-        """Return the value for a column of `type`. Raise ValueError if the text is no such answer."""
+        """Return the value for a column of `type`. Raise ValueError if the text is not a valid answer."""
         ...
 
 
 @dataclass(frozen=True)
 class Text:
+    """Free text."""
+
     spec = "text"
     type = pa.string()
     options = ()
     constraint = None
 
     def parse(self, text: str) -> str:
+        """Return the text unchanged."""
         return text
 
 
 @dataclass(frozen=True)
 class Choices:
+    """One of several given texts."""
+
     options: tuple[str, ...]
     type = pa.string()
     constraint = None
 
     def __post_init__(self) -> None:
         if len(self.options) < 2 or len(set(self.options)) < len(self.options) or "" in self.options:
-            raise ValueError(f"choices {list(self.options)} must be two or more texts, each once and none empty")
+            raise ValueError(f"choices {list(self.options)} must be two or more different, non-empty texts")
 
     @property
     def spec(self) -> Any:
+        """The type as written in a tasks file."""
         return {"choices": list(self.options)}
 
     def parse(self, text: str) -> str | bool:
+        """Return the text. Raise ValueError if it is not one of the options."""
         if text not in self.options:
-            raise ValueError(f"{text!r} is none of {', '.join(self.options)}")
+            raise ValueError(f"{text!r} is not one of {', '.join(self.options)}")
         return text
 
 
 @dataclass(frozen=True)
 class YesNo(Choices):
+    """Yes or No, as a boolean."""
+
     options: tuple[str, ...] = ("Yes", "No")
     spec = "bool"
     type = pa.bool_()
 
     def parse(self, text: str) -> bool:
+        """Return True for Yes and False for No. Raise ValueError for any other text."""
         return super().parse(text) == "Yes"
 
 
 @dataclass(frozen=True)
 class Pattern:
+    """Text that a whole regular expression matches."""
+
     regex: str
     type = pa.string()
     options = ()
 
     @property
     def spec(self) -> Any:
+        """The type as written in a tasks file."""
         return {"regex": self.regex}
 
     @property
     def constraint(self) -> Constraint:
+        """The regular expression as a constraint."""
         return Constraint("regex", self.regex)
 
     def parse(self, text: str) -> str:
-        return text  # the decoding matched it: another engine for patterns may read them in another way
+        """Return the text unchecked: generation matched it, and another engine may read the pattern differently."""
+        return text
 
 
 @dataclass(frozen=True)
 class Record:
-    """JSON that satisfies a `schema` (JSON text); `given` is the spec if the schema was made from another one.
+    """JSON that satisfies `schema`, which is JSON text.
 
-    Objects with `properties` hold no others unless the schema speaks of them.
+    `given` is the spec as JSON text if the schema was derived from a spec of another kind. Objects with `properties`
+    allow no others, unless the schema has keywords about them.
     """
 
     schema: str
@@ -124,40 +146,44 @@ class Record:
 
     @property
     def spec(self) -> Any:
+        """The type as written in a tasks file."""
         return json.loads(self.given) if self.given else {"json_schema": json.loads(self.schema)}
 
     @property
     def type(self) -> pa.DataType:
-        return _shape_of(self.schema).type
+        """The Arrow type of the schema."""
+        return _infer_shape(self.schema).type
 
     @property
     def constraint(self) -> Constraint:
-        return _constraint_of(self.schema)
+        """The schema with closed objects as a constraint."""
+        return _make_constraint(self.schema)
 
     def parse(self, text: str) -> Any:
+        """Return the column value of a JSON text. Raise ValueError if the schema forbids it or it is not JSON."""
         try:
             value = json.loads(text)
             validate_answer(value, self.schema)
-            return _shape_of(self.schema).convert(value)
+            return _infer_shape(self.schema).convert(value)
         except RecursionError as error:
-            raise ValueError("nested too deeply") from error
+            raise ValueError("the answer is nested too deeply") from error
 
 
-@lru_cache  # every row asks for it
-def _constraint_of(schema: str) -> Constraint:
+@lru_cache  # called for every row
+def _make_constraint(schema: str) -> Constraint:
     try:
         return Constraint("json_schema", json.dumps(close_objects(parse_schema(schema))))
     except ValueError:
-        return Constraint("json_schema", schema)  # `guides.check` reports it, before a run starts
+        return Constraint("json_schema", schema)  # `guides.check` reports the fault before a run starts
 
 
 @lru_cache
-def _shape_of(schema: str) -> Shape:
+def _infer_shape(schema: str) -> Shape:
     return infer_shape(json.loads(schema))
 
 
 def parse_answer(spec: Any) -> Answer:
-    """Return the type that a file of tasks names. Raise ValueError."""
+    """Return the answer type that a spec of a tasks file describes. Raise ValueError if it describes none."""
     if isinstance(spec, Text | Choices | Pattern | Record):
         return spec
     if isinstance(spec, str) and spec in _PLAIN:
@@ -172,27 +198,29 @@ def parse_answer(spec: Any) -> Answer:
     )
 
 
-def _choices(options: Any) -> Choices:
+def _parse_choices(options: Any) -> Choices:
     if not isinstance(options, list | tuple):
-        raise ValueError(f"choices: {options!r} is no list")
+        raise ValueError(f"choices: {options!r} is not a list")
     if strange := [option for option in options if not isinstance(option, str)]:
-        raise ValueError(f"choices: {strange[0]!r} is no text; YAML reads words such as yes, no and 1 so: quote it")
+        raise ValueError(
+            f"choices: {strange[0]!r} is not text; quote it: YAML reads words such as yes, no and 1 as other types"
+        )
     return Choices(tuple(options))
 
 
-def _int(bounds: Any) -> Record:
+def _parse_int(bounds: Any) -> Record:
     widest = {"min": 1 - 10**MAX_DIGITS, "max": 10**MAX_DIGITS - 1}
-    given = widest | _options(bounds, "int", widest)
+    given = widest | _parse_bounds(bounds, "int", widest)
     low, high = given["min"], given["max"]
     if not widest["min"] <= low <= high <= widest["max"]:
-        raise ValueError(f"int from {low} to {high}: min may not be over max, nor have more than {MAX_DIGITS} digits")
+        raise ValueError(f"int from {low} to {high}: min must be at most max, both of at most {MAX_DIGITS} digits")
     schema = {"type": "integer", "minimum": low, "maximum": high}
     return Record(json.dumps(schema), json.dumps("int" if given == widest else {"int": given}))
 
 
-def _strings(bounds: Any) -> Record:
+def _parse_strings(bounds: Any) -> Record:
     default = {"max_items": MAX_ITEMS}
-    given = default | _options(bounds, "list[str]", default)
+    given = default | _parse_bounds(bounds, "list[str]", default)
     if given["max_items"] < 1:
         raise ValueError(f"max_items={given['max_items']} must be at least 1")
     items = {"type": "string", "minLength": 1, "maxLength": MAX_STRING_LENGTH}
@@ -200,50 +228,52 @@ def _strings(bounds: Any) -> Record:
     return Record(json.dumps(schema), json.dumps("list[str]" if given == default else {"list[str]": given}))
 
 
-def _options(given: Any, kind: str, names: Mapping[str, int]) -> dict[str, int]:
+def _parse_bounds(given: Any, kind: str, names: Mapping[str, int]) -> dict[str, int]:
     if not isinstance(given, Mapping) or not given.keys() <= names.keys():
-        raise ValueError(f"{kind}: {given!r} must name {' and '.join(names)} only")
+        raise ValueError(f"{kind}: {given!r} must be a mapping with only {' and '.join(names)}")
     if strange := [value for value in given.values() if type(value) is not int]:
-        raise ValueError(f"{kind}: {strange[0]!r} is no whole number")
+        raise ValueError(f"{kind}: {strange[0]!r} is not a whole number")
     return dict(given)
 
 
-def _regex(pattern: Any) -> Pattern:
+def _parse_regex(pattern: Any) -> Pattern:
     if not isinstance(pattern, str) or not pattern:
-        raise ValueError(f"regex: {pattern!r} is no pattern")
+        raise ValueError(f"regex: {pattern!r} is not a pattern; give a non-empty text")
     return Pattern(pattern)
 
 
-def _json_schema(schema: Any) -> Record:
+def _parse_json_schema(schema: Any) -> Record:
     if not isinstance(schema, Mapping | bool):
-        raise ValueError(f"json_schema: {schema!r} is neither a schema nor a file that holds one")
+        raise ValueError(f"json_schema: {schema!r} is neither a schema nor the path of a file that holds one")
     try:
         text = json.dumps(schema)
     except TypeError as error:
         raise ValueError(f"json_schema: {error}; {_QUOTE}") from error
     if json.loads(text) != schema:
-        raise ValueError(f"json_schema: {schema!r} holds names that are no texts, or what JSON lacks; {_QUOTE}")
+        raise ValueError(
+            f"json_schema: {schema!r} holds names that are not text, or values that JSON does not have; {_QUOTE}"
+        )
     return Record(text)
 
 
-_QUOTE = "YAML reads words such as yes, no, 1 and 2030-12-31 as other than text: quote them"
+_QUOTE = "YAML reads words such as yes, no, 1 and 2030-12-31 as other types: quote them"
 
 
-_PLAIN: dict[str, Answer] = {"text": Text(), "bool": YesNo(), "int": _int({}), "list[str]": _strings({})}
+_PLAIN: dict[str, Answer] = {"text": Text(), "bool": YesNo(), "int": _parse_int({}), "list[str]": _parse_strings({})}
 _WITH_ARGUMENT: dict[str, Callable[[Any], Answer]] = {
-    "choices": _choices,
-    "int": _int,
-    "list[str]": _strings,
-    "regex": _regex,
-    "json_schema": _json_schema,
+    "choices": _parse_choices,
+    "int": _parse_int,
+    "list[str]": _parse_strings,
+    "regex": _parse_regex,
+    "json_schema": _parse_json_schema,
 }
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A task's answer. `confidence` is the mean log-probability, or the probability of each option.
+    """A task's answer. `confidence` is the mean log-probability of its tokens, or the probability of each option.
 
-    `alternative` is the answer that was not chosen, if the task was asked twice.
+    `alternative` is the answer that was not chosen, if the task was generated twice.
     """
 
     text: str
@@ -257,10 +287,10 @@ class Answered:
 
 
 def find_flags(answer: Answer, text: str, value: Any, finish_reason: str) -> tuple[str, ...]:
-    """Return why an answer is suspicious: truncated, repetition, empty, invalid."""
+    """Return the flags of a suspicious answer: truncated, repetition, empty or invalid."""
     found = {
         "truncated": finish_reason == "length",
-        "repetition": not answer.options and is_repetitive("\n".join(_texts(text if value is None else value))),
+        "repetition": not answer.options and is_repetitive("\n".join(_find_strings(text if value is None else value))),
         "empty": not text.strip(),
         "invalid": value is None,
     }
@@ -268,15 +298,15 @@ def find_flags(answer: Answer, text: str, value: Any, finish_reason: str) -> tup
 
 
 def is_repetitive(text: str) -> bool:
-    """Return whether a text compresses as only loops do; a short text never does."""
+    """Return whether a text compresses so well that it must be a loop; a short text never does."""
     data = text.encode()
     return len(data) > _REPETITIVE * len(zlib.compress(data))
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the strings in a value, without the names of fields, which repeat by themselves."""
+def _find_strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a value, without field names, which repeat in any list of records."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
+            yield from _find_strings(item)

@@ -1,4 +1,4 @@
-"""The tasks of a run and the output columns that their answers decide."""
+"""The tasks of a run and the output columns that hold their answers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipelines.tasks.task import Task
 FLAGS = "flags"
 
 Columns = Mapping[str, Any]
-"""Column name -> value, of one row."""
+"""{column: value} of one row."""
 
 
 @dataclass(frozen=True)
 class Questionnaire:
-    """The tasks of a run, with nothing left open, and their layout.
+    """The tasks of a run with all defaults filled in, and the layout of their columns.
 
-    `prompt_column`: the column of the rows' own prompts, "" for that of their format, None if rows bring none.
-    `has_default_prompt`: the user has not said what to ask, so videos may be asked something else.
+    `prompt_column`: the input column with a prompt per row, "" for the format's own one, None if rows have no prompts.
+    `has_default_prompt`: whether the user gave no prompt, so that videos may get another default.
     """
 
     tasks: tuple[Task, ...]
@@ -34,29 +34,29 @@ class Questionnaire:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of the output, without kept columns."""
+        """The columns of the output without kept columns."""
         return self.layout.make_schema(self.tasks)
 
     @property
     def regenerates_flagged(self) -> bool:
-        """Whether flagged answers are generated once more."""
+        """Whether flagged answers are generated a second time."""
         return self.layout.with_alternatives
 
     def split_prompts(self, stored: str) -> Sequence[str]:
-        """Return the prompt of each task from what the manifest stores for a row."""
+        """Return one prompt per task from the text that the manifest stores for a row."""
         return self.layout.split_prompts(stored)
 
     def make_columns(self, answers: Sequence[Answered]) -> Columns:
-        """Return the values of a row that its answers, one for each task, decide."""
+        """Return the columns of a row for its answers, one per task."""
         num_tokens = sum(answer.num_tokens for answer in answers)
         return {**self.layout.make_columns(self.tasks, answers), "num_output_tokens": num_tokens}
 
     def make_empty_columns(self) -> Columns:
-        """Return the values of the same columns for a row that failed."""
+        """Return the same columns for an error row."""
         return {**self.layout.make_empty_columns(self.tasks), "num_output_tokens": 0}
 
     def describe(self) -> dict[str, Any]:
-        """Return what run.json records in addition to the options: the tasks, unless their layout is flat."""
+        """Return what run.json records in addition to the options: the tasks of an annotation, nothing for captions."""
         if isinstance(self.layout, FlatLayout):
             return {}
         return {"tasks": [task.model_dump(mode="json") for task in self.tasks]}
@@ -64,48 +64,49 @@ class Questionnaire:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """One task without a name: its answer is the row's `text`. `prompt_suffix` ends every prompt."""
+    """The columns of one task without a name: the answer is `text`. Every prompt gets `prompt_suffix`."""
 
     prompt_suffix: str = ""
     with_alternatives = False
 
     def make_schema(self, tasks: Sequence[Task]) -> pa.Schema:
-        """Return the columns of the output, without kept columns."""
+        """Return the columns of the output without kept columns."""
         return schema.OUTPUT
 
     def join_prompts(self, prompts: Sequence[str]) -> str:
-        """Return what the manifest stores for a row that is asked these prompts."""
+        """Return the text that the manifest stores for a row with these prompts."""
         [prompt] = prompts
         return prompt + self.prompt_suffix
 
     def split_prompts(self, stored: str) -> Sequence[str]:
-        """Return the prompts of a row from what the manifest stores."""
+        """Return the prompts of a row from the text that the manifest stores."""
         return (stored,)
 
     def make_columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
-        """Return the values that the answers to `tasks` decide."""
+        """Return the columns that the answers to `tasks` fill."""
         [answer] = answers
         return {"text": answer.text, "finish_reason": answer.finish_reason, "mean_logprob": answer.mean_logprob}
 
     def make_empty_columns(self, tasks: Sequence[Task]) -> Columns:
-        """Return the values of the same columns for a row that failed."""
+        """Return the same columns for an error row."""
         return {"text": "", "finish_reason": "", "mean_logprob": float("nan")}
 
 
 @dataclass(frozen=True)
 class TaskLayout:
-    """As `FlatLayout`, but for several tasks: after `flags`, columns of its own for each.
+    """The columns of several tasks: `flags`, then for each task the value, its text, finish reason and confidence.
 
-    They are the value, its text, finish reason and confidence, and the alternative if flagged answers have one.
+    With `with_alternatives`, each task also has a column for the answer that was not chosen.
     """
 
     with_alternatives: bool = False
 
     def make_schema(self, tasks: Sequence[Task]) -> pa.Schema:
+        """Return the columns of the output without kept columns."""
         flags = pa.field(FLAGS, pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False)
-        return pa.schema([*schema.ITEM, flags, *(field for task in tasks for field in self._fields(task))])
+        return pa.schema([*schema.ITEM, flags, *(field for task in tasks for field in self._list_fields(task))])
 
-    def _fields(self, task: Task) -> Iterator[pa.Field]:
+    def _list_fields(self, task: Task) -> Iterator[pa.Field]:
         yield pa.field(task.name, task.answer.type)
         yield pa.field(f"{task.name}_text", pa.string(), nullable=False)
         yield pa.field(f"{task.name}_finish_reason", pa.string(), nullable=False)
@@ -116,13 +117,16 @@ class TaskLayout:
             yield pa.field(f"{task.name}_alternative", _ALTERNATIVE)
 
     def join_prompts(self, prompts: Sequence[str]) -> str:
+        """Return the prompts as a JSON array, which the manifest stores."""
         return json.dumps(prompts, ensure_ascii=False)
 
     def split_prompts(self, stored: str) -> Sequence[str]:
+        """Return the prompts of a row from the JSON array that the manifest stores."""
         prompts: list[str] = json.loads(stored)
         return prompts
 
     def make_columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
+        """Return the columns that the answers to `tasks` fill."""
         pairs = list(zip(tasks, answers, strict=True))
         values: dict[str, Any] = {FLAGS: [f"{task.name}:{flag}" for task, answer in pairs for flag in answer.flags]}
         for task, answer in pairs:
@@ -136,6 +140,7 @@ class TaskLayout:
         return values
 
     def make_empty_columns(self, tasks: Sequence[Task]) -> Columns:
+        """Return the same columns for an error row: null, empty or NaN."""
         values: dict[str, Any] = {FLAGS: []}
         for task in tasks:
             values |= {task.name: None, f"{task.name}_text": "", f"{task.name}_finish_reason": ""}

@@ -18,7 +18,7 @@ _SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_pena
 
 Texts = TypeVar("Texts", str, tuple[str, ...], None)
 Encode = Callable[[str], Sequence[int]]
-"""A whole answer as token ids, the end of the turn included."""
+"""Encode a whole answer as token ids, including the end of the turn."""
 
 
 def check_texts(value: Texts) -> Texts:
@@ -35,7 +35,7 @@ def check_texts(value: Texts) -> Texts:
 
 
 class Task(BaseModel):
-    """A question. What is None is as the run has it: `fill_defaults` fills it in."""
+    """One question. A field that is None takes the value of the run's option, see `fill_defaults`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -54,42 +54,48 @@ class Task(BaseModel):
     _check_texts = field_validator("prompt", "system", "stop")(check_texts)
 
     def fill_defaults(self, **defaults: Any) -> Task:
-        """Return the same task with `defaults` for the fields that it leaves open."""
+        """Return the task with `defaults` in the fields that are None."""
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property
     def label(self) -> str:
-        """What begins a message about one task of several: `task NAME: `, or nothing."""
+        """The prefix of messages about this task: `task NAME: `, or "" if the task has no name."""
         return f"task {self.name}: " if self.name else ""
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Of free text; other answers end where their type says so."""
+        """The stop strings of free text; answers of other types end where their type requires."""
         return () if self.answer.options or self.answer.constraint else self.stop or ()
 
     def make_sampling_params(self, row_id: str, encode: Encode) -> SamplingParams:
-        """Every row draws from a stream of its own, whatever runs beside it and however often it is resumed."""
+        """Return the sampling parameters of a row, whose seed depends only on the task's seed, the row id and the name.
+
+        So a row gets the same answer in any batch and after any number of resumes.
+        """
         key = "\0".join(filter(None, (str(self.seed), row_id, self.name)))
         kind: Answer = self.answer
         return SamplingParams(
             **self.model_dump(include=_SAMPLING),
             stop=self.stops,
-            seed=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1,  # torch takes signed ones
+            seed=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1,  # torch seeds are signed
             choices=tuple(tuple(encode(option)) for option in kind.options),
             constraint=kind.constraint,
         )
 
 
 def read_tasks(path: str) -> list[dict[str, Any]]:
-    """The tasks of a YAML file, unchecked; a `json_schema` may name a file beside it. Raises ValueError, OSError."""
+    """Read the tasks of a YAML file without validating them; a `json_schema` may name a file relative to it.
+
+    Raise ValueError if the file or a schema is malformed, OSError if it cannot be read.
+    """
     values = read_yaml(path)
     tasks = values.get("tasks") if isinstance(values, dict) else values
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ValueError(f"{path} must hold `tasks:` and a list of them, each with a name and a prompt")
-    return [_with_schema(task, Path(path).parent) for task in tasks]
+    return [_load_schema(task, Path(path).parent) for task in tasks]
 
 
-def _with_schema(task: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _load_schema(task: dict[str, Any], directory: Path) -> dict[str, Any]:
     answer = task.get("answer")
     if not isinstance(answer, dict) or not isinstance(answer.get("json_schema"), str):
         return task
