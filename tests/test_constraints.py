@@ -322,14 +322,14 @@ def test_a_constraint_that_fails_during_generation_fails_only_its_row() -> None:
     rows = model.enqueue([build_request()] * 5, params)
     while not all(row.has_left for row in rows):
         model.step()
-    with pytest.raises(RequestError, match="cannot go on within its constraint"):
+    with pytest.raises(RequestError, match="cannot be continued within its constraint"):
         generate_answers([constrain(nothing)])
     free = generate_answers([FREE])[0].output_ids.tolist()
     assert [rows[place].make_completion().output_ids.tolist() for place in (0, 4)] == [free, free]
     assert 0 <= int(detokenize(rows[3].make_completion())) <= 9
     with pytest.raises(RequestError, match="begins neither"):
         rows[1].make_completion()
-    with pytest.raises(RequestError, match="cannot go on within its constraint"):
+    with pytest.raises(RequestError, match="cannot be continued within its constraint"):
         rows[2].make_completion()
 
 

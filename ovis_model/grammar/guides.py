@@ -115,7 +115,7 @@ class Guides:
             fill_next_token_bitmask_par(self._cores, sound, masks)
         for state, place in sound:
             if state.is_error():
-                answers[place][0].error = f"the answer cannot go on within its constraint: {state.stop_reason()}"
+                answers[place][0].error = f"the answer cannot be continued within its constraint: {state.stop_reason()}"
                 masks[place] = -1
         return masks.view(np.uint8)
 
