@@ -40,12 +40,12 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.demo_answers") -> int:
     """Run the job -> its exit code."""
     options = parse_command_line(COMMAND, argv, prog)
-    return run_demo(Path(options.output), options.count, options.seed)
+    return run_demo_answers(Path(options.output), options.count, options.seed)
 
 
-def run_demo(output: Path, count: int, seed: int) -> int:
+def run_demo_answers(output: Path, count: int, seed: int) -> int:
     """Draw, annotate and report -> the exit code: 0, or that of the job that failed."""
-    listed, answers = draw_pictures(output, count, seed), output / "answers"
+    listed, answers = draw_questioned_images(output, count, seed), output / "answers"
     options = ["--tasks", str(TASKS), "--model", "demo", "--keep-columns", ",".join(TRUTHS.values()), "--overwrite"]
     truths = [part for task, column in TRUTHS.items() for part in ("--truth", f"{task}={column}")]
     exit_code = run_module("jobs.annotate", str(listed), str(answers), *options)
@@ -58,7 +58,7 @@ def run_demo(output: Path, count: int, seed: int) -> int:
     return exit_code
 
 
-def draw_pictures(output: Path, count: int, seed: int) -> Path:
+def draw_questioned_images(output: Path, count: int, seed: int) -> Path:
     """Draw images -> a JSON lines file of image, a yes-or-no question and the truth."""
     pictures = output / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def spell_type(type_: pa.DataType) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a reader has: what `make demo` draws, images, shards, videos and questions of their own."""
+    """Make what a reader has: the images of `make demo`, and images, shards, videos and questions of their own."""
     place = tmp_path_factory.mktemp("clone")
     truths = draw_pictures(place / "demo_output" / "pictures", count=2, seed=1)
     shutil.copytree(place / "demo_output" / "pictures", place / "my" / "images")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.structure import begins_with_verb, measure
+from benchmarks.structure import begins_with_verb, find_language, measure
 from tests.support.roots import ROOT
 
 STAGE = '''"""A stage."""
@@ -93,10 +93,33 @@ def test_other_words_are_not_counted_as_verbs(text: str) -> None:
 
 
 def test_the_command_ends_with_json() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.structure"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert json.loads(run.stdout.splitlines()[-1])["product: lines"] > 10_000
+    figures = json.loads(run_structure().splitlines()[-1])
+    assert figures["product: lines"] > 10_000
+
+
+def test_the_language_of_this_project_stays_plain() -> None:
+    figures = json.loads(run_structure().splitlines()[-1])
+    assert read_percent(figures["function docstrings that begin with a verb"]) >= 90
+    assert read_percent(figures["function names that begin with a verb"]) >= 80
+    assert figures["names with most_"] == figures["public names defined in more than one module"] == 0
+    assert figures["doc lines over 110 characters"] == 0
+
+
+def test_the_list_names_what_falls_short(tmp_path: Path) -> None:
+    lines = list(find_language(write_checkout(tmp_path, CHECKOUT)))
+    assert any(line.endswith("characters") for line in lines)
+    assert any(" docstring " in line for line in lines) and any(" name " in line for line in lines)
+
+
+def run_structure() -> str:
+    """Return what the command prints about this project."""
+    command = [sys.executable, "-m", "benchmarks.structure"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def read_percent(figure: str) -> float:
+    """Return 54.3 for "54.3% (360 of 663)"."""
+    return float(figure.partition("%")[0])
 
 
 def test_a_root_without_the_packages_is_refused(tmp_path: Path) -> None:
