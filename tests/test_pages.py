@@ -131,13 +131,13 @@ def test_every_term_of_the_glossary_has_one_meaning() -> None:
 
 
 def test_hooks_run_pinned_tools(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("import os\n")
+    (tmp_path / "a.py").write_text('"""A module."""\n\nimport os\n')
     for hook in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]:
         python, *arguments = hook["entry"].split()
         assert python == ".venv/bin/python"
         result = subprocess.run([sys.executable, *arguments, str(tmp_path / "a.py")], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-    assert (tmp_path / "a.py").read_text() == ""  # the unused import is gone
+    assert (tmp_path / "a.py").read_text() == '"""A module."""\n'  # the unused import is gone
     assert "ruff==" in (ROOT / "constraints.txt").read_text()
 
 
