@@ -1,0 +1,62 @@
+"""Score HallusionBench: yes or no, summarized per answer, per figure and per question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.evaluation.scores import Answers, Item, Rules, Scores, distinct, mean, to_text
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+_THOUSANDS = re.compile(r"\d,\d")
+_MAX_PERIODS = int(re.UNICODE)  # VLMEvalKit passes the flag where `sub` takes a count
+
+Row = dict[str, Any]
+
+
+def score_hallusion(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+    """Score each item as [extracted answer, 0 or 1]; an answer that is neither yes nor no is Unknown and wrong."""
+    found = {str(item["index"]): read_yes_no(to_text(answers[str(item["index"])])) for item in items}
+    rows = {str(item["index"]): [found[str(item["index"])], int(found[str(item["index"])] == item["answer"])] for item in items}
+    table = [_summarize("Overall", items, rows)]
+    for column in ("category", "l2-category"):
+        for name in distinct(item.get(column) for item in items):
+            table.append(_summarize(name, [item for item in items if item.get(column) == name], rows))
+    return Scores(rows, table, unread=[index for index, answer in found.items() if answer == "Unknown"])
+
+
+def read_yes_no(answer: str) -> str:
+    """Return Yes or No if exactly one of the words occurs, else Unknown."""
+    words = _remove_punctuation(answer.lower()).split()
+    if ("yes" in words) == ("no" in words):
+        return "Unknown"
+    return "Yes" if "yes" in words else "No"
+
+
+def _remove_punctuation(text: str) -> str:
+    """Apply VQA's rule: a mark next to a blank vanishes, one between letters becomes a blank."""
+    cleaned = text
+    for mark in _PUNCTUATION:
+        vanishes = f"{mark} " in text or f" {mark}" in text or _THOUSANDS.search(text)
+        cleaned = cleaned.replace(mark, "" if vanishes else " ")
+    return _PERIOD.sub("", cleaned, _MAX_PERIODS)
+
+
+def _summarize(name: str, items: Sequence[Item], rows: dict[str, Any]) -> Row:
+    """Return percentages: of right answers, of figures and of questions with right answers only."""
+    hits = {str(item["index"]): rows[str(item["index"])][1] for item in items}
+    figures: dict[tuple[Any, ...], list[int]] = {}
+    questions: dict[tuple[Any, ...], list[int]] = {}
+    for item in items:
+        _, _, _, set_id, figure, question, *_ = str(item["index"]).split("_")
+        hit = hits[str(item["index"])]
+        figures.setdefault((item["l2-category"], set_id, figure), []).append(hit)
+        questions.setdefault((item["l2-category"], set_id, question), []).append(hit)
+    return {
+        "split": name,
+        "aAcc": mean(hits.values()) * 100,
+        "fAcc": mean(map(all, figures.values())) * 100,
+        "qAcc": mean(map(all, questions.values())) * 100,
+    }

@@ -1,0 +1,47 @@
+"""Score OCRBench: one of the accepted texts must occur in the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.evaluation.scores import Answers, Item, Rules, Scores, parse_list, parse_literal, to_text
+
+FORMULAS = "Handwritten Mathematical Expression Recognition"
+_RECOGNITION = (
+    "Regular Text Recognition",
+    "Irregular Text Recognition",
+    "Artistic Text Recognition",
+    "Handwriting Recognition",
+    "Digit String Recognition",
+    "Non-Semantic Text Recognition",
+)
+_OTHERS = ("Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction", FORMULAS)
+
+
+def score_ocr(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+    """Score each item 0 or 1. Raises ValueError for accepted answers that are no list, or an unknown category.
+
+    VLMEvalKit takes a plain text for the list of its characters; `rules.kit_artefacts` does so too.
+    """
+    if unknown := sorted({str(item["category"]) for item in items}.difference(_RECOGNITION, _OTHERS)):
+        raise ValueError(f"OCRBench has no category {unknown[0]!r}; it has {', '.join((*_RECOGNITION, *_OTHERS))}")
+    rows = {str(item["index"]): int(_is_right(item, to_text(answers[str(item["index"])]), rules)) for item in items}
+    points = {name: 0 for name in ("Text Recognition", *_OTHERS)}
+    for item in items:
+        points["Text Recognition" if item["category"] in _RECOGNITION else item["category"]] += rows[str(item["index"])]
+    total = sum(points.values())
+    return Scores(rows, {**points, "Final Score": total, "Final Score Norm": total / 10})
+
+
+def _is_right(item: Item, answer: str, rules: Rules) -> bool:
+    accepted = (parse_literal if rules.kit_artefacts else parse_list)(item["answer"])
+    normalize = _join_formula if item["category"] == FORMULAS else _normalize
+    return any(normalize(text) in normalize(answer) for text in accepted)
+
+
+def _normalize(text: str) -> str:
+    return text.lower().strip().replace("\n", " ")
+
+
+def _join_formula(text: str) -> str:
+    return text.strip().replace("\n", " ").replace(" ", "")
