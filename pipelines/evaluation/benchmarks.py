@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from pipelines.evaluation.choices import score_choices, score_mmmu, score_mmt, score_rotations
 from pipelines.evaluation.hallusion import score_hallusion
@@ -20,9 +18,7 @@ from pipelines.evaluation.video_mme import score_video_mme
 Scorer = Callable[[Sequence[Item], Answers, Rules], Scores]
 
 SCORERS: dict[str, Scorer] = {
-    **dict.fromkeys(
-        ["MMBench_DEV_EN", "MMBench_DEV_CN", "MMBench_DEV_EN_V11", "MMBench_DEV_CN_V11"], score_rotations
-    ),
+    **dict.fromkeys(["MMBench_DEV_EN", "MMBench_DEV_CN", "MMBench_DEV_EN_V11", "MMBench_DEV_CN_V11"], score_rotations),
     **dict.fromkeys(["MMStar", "AI2D_TEST", "RealWorldQA", "BLINK", "Q-Bench1_VAL", "A-Bench_VAL"], score_choices),
     "MMMU_DEV_VAL": score_mmmu,
     **dict.fromkeys(["MMT-Bench_VAL", "MMT-Bench_VAL_MI"], score_mmt),

@@ -118,7 +118,7 @@ def _check_rotations(groups: Mapping[int, list[Item]]) -> None:
 def summarize(items: Sequence[Item], rows: Mapping[str, int]) -> list[Row]:
     """Return one line per split: the mean over all, per l2-category and per category, in alphabetical order."""
     splits = _get_splits(items)
-    table = [{"split": split, "Overall": _mean_hits(items, rows, split=split)} for split in splits]
+    table: list[Row] = [{"split": split, "Overall": _mean_hits(items, rows, split=split)} for split in splits]
     for column in ("l2-category", "category"):
         for name in sorted(distinct(item.get(column) for item in items)):
             for line in table:

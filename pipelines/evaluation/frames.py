@@ -21,7 +21,11 @@ def take_per_second(num_frames: int, video_fps: float, fps: float) -> list[int]:
 
 
 def split_in_segments(
-    last_frame: int, count: int, video_fps: float = 1.0, bounds_s: tuple[float, float] | None = None, first_frame: int = 0
+    last_frame: int,
+    count: int,
+    video_fps: float = 1.0,
+    bounds_s: tuple[float, float] | None = None,
+    first_frame: int = 0,
 ) -> list[int]:
     """Return the middle of each of `count` equal parts of the video or of `bounds_s` in it (MVBench)."""
     start_s, end_s = bounds_s or (-_UNBOUNDED_S, _UNBOUNDED_S)

@@ -19,7 +19,10 @@ Row = dict[str, Any]
 def score_hallusion(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
     """Score each item as [extracted answer, 0 or 1]; an answer that is neither yes nor no is Unknown and wrong."""
     found = {str(item["index"]): read_yes_no(to_text(answers[str(item["index"])])) for item in items}
-    rows = {str(item["index"]): [found[str(item["index"])], int(found[str(item["index"])] == item["answer"])] for item in items}
+    rows = {
+        str(item["index"]): [found[str(item["index"])], int(found[str(item["index"])] == item["answer"])]
+        for item in items
+    }
     table = [_summarize("Overall", items, rows)]
     for column in ("category", "l2-category"):
         for name in distinct(item.get(column) for item in items):

@@ -26,7 +26,7 @@ def score_ocr(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
     if unknown := sorted({str(item["category"]) for item in items}.difference(_RECOGNITION, _OTHERS)):
         raise ValueError(f"OCRBench has no category {unknown[0]!r}; it has {', '.join((*_RECOGNITION, *_OTHERS))}")
     rows = {str(item["index"]): int(_is_right(item, to_text(answers[str(item["index"])]), rules)) for item in items}
-    points = {name: 0 for name in ("Text Recognition", *_OTHERS)}
+    points = dict.fromkeys(("Text Recognition", *_OTHERS), 0)
     for item in items:
         points["Text Recognition" if item["category"] in _RECOGNITION else item["category"]] += rows[str(item["index"])]
     total = sum(points.values())

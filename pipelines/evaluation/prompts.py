@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT, IMAGE_MARK
@@ -109,7 +109,9 @@ def ask_video_mme(item: Item, num_frames: int, subtitles: str | None = None) -> 
     shown = "" if subtitles is None else f"This video's subtitles are listed below:\n{subtitles}\n"
     candidates = "\n".join(map(str, parse_list(item["candidates"])))
     frames = "These are the frames of a video. "
-    return _join_frames(num_frames, f"{frames}{shown}{_VIDEO_MME}", f"Question: {item['question']}\n{candidates}\nAnswer:")
+    return _join_frames(
+        num_frames, f"{frames}{shown}{_VIDEO_MME}", f"Question: {item['question']}\n{candidates}\nAnswer:"
+    )
 
 
 def ask_mvbench(item: Item, num_frames: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipelines.evaluation.scores import Answers, Item, Rules, Scores, parse_list
 
@@ -73,3 +74,20 @@ def _shorten(label: str) -> str:
     for word in ("Sentence ", "Option ", "Caption "):
         label = label.replace(word, "")
     return label
+
+
+def summarize_temp_compass(counts: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Return the table over all parts: {"dimension. task": [sum of scores, items]} -> a line each, per either, overall.
+
+    `acc` is in percent, rounded to two digits.
+    """
+    totals: dict[str, list[float]] = {}
+    for name, (success, overall) in counts.items():
+        for group in (*name.split(". "), "overall"):
+            total = totals.setdefault(group, [0.0, 0.0])
+            total[0] += success
+            total[1] += overall
+    return [
+        {"dim.task_type": name, "success": success, "overall": overall, "acc": round(success / overall * 100, 2)}
+        for name, (success, overall) in [*counts.items(), *totals.items()]
+    ]
