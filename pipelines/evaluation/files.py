@@ -12,7 +12,25 @@ from pipelines.evaluation.scores import Answers, Item, is_missing
 _IMAGES = ("image",)
 _REQUIRED = ("index", "question")
 _MISSING_TEXTS = frozenset(
-    "#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null".split()
+    [
+        "#N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    ]
 ) | {"", "#N/A N/A"}
 """What pandas reads as missing: so it is with answers that went through a spreadsheet."""
 
