@@ -13,7 +13,9 @@ _IMAGES = ("image",)
 _REQUIRED = ("index", "question")
 _MISSING_TEXTS = frozenset(
     [
+        "",
         "#N/A",
+        "#N/A N/A",
         "#NA",
         "-1.#IND",
         "-1.#QNAN",
@@ -31,7 +33,7 @@ _MISSING_TEXTS = frozenset(
         "nan",
         "null",
     ]
-) | {"", "#N/A N/A"}
+)
 """What pandas reads as missing: so it is with answers that went through a spreadsheet."""
 
 
