@@ -21,7 +21,7 @@ Config = TypeVar("Config", bound=Section)
 
 @dataclass(frozen=True)
 class Command(Generic[Config]):
-    """A job's command line. `examples` are arguments, `notes` end --help."""
+    """A job's command line. `examples` are arguments, `notes` end --help, `places` are fields given by place."""
 
     name: str
     kind: type[Config]
@@ -29,6 +29,7 @@ class Command(Generic[Config]):
     usage: str
     examples: tuple[str, ...] = ()
     notes: str = ""
+    places: tuple[str, ...] = ("input", "output")
 
     @cached_property
     def options(self) -> dict[str, Option]:
@@ -37,8 +38,8 @@ class Command(Generic[Config]):
 
     @property
     def positionals(self) -> list[str]:
-        """The fields that are given by place: INPUT and OUTPUT, if the job requires them."""
-        return [name for name in ("input", "output") if name in self.options and self.options[name].is_required]
+        """The fields that are given by place, if the job requires them."""
+        return [name for name in self.places if name in self.options and self.options[name].is_required]
 
 
 def parse_command_line(command: Command[Config], argv: Sequence[str] | None, prog: str) -> Config:
@@ -120,6 +121,8 @@ def _merge(file: ConfigFile, flags: dict[str, Any], paths: list[str], positional
     values = {**file.values, **flags}
     if isinstance(file.values.get("input"), str):
         values["input"] = flags.get("input", [file.values["input"]])
+    if len(paths) <= len(positionals) and positionals != ["input", "output"]:
+        return {**values, **dict(zip(positionals, paths, strict=False))}
     if len(paths) > len(positionals) or (len(paths) == 1 < len(positionals) and not values.get("input")):
         raise ValueError(_describe_paths(paths, positionals))
     if len(paths) == 2:
@@ -129,7 +132,8 @@ def _merge(file: ConfigFile, flags: dict[str, Any], paths: list[str], positional
 
 def _describe_paths(paths: list[str], positionals: list[str]) -> str:
     given = ", ".join(map(repr, paths[:3])) + ", ..." * (len(paths) > 3)
-    wanted = " and ".join(map(str.upper, positionals)) or "no argument without a flag"
+    *firsts, last = map(str.upper, positionals or ["no argument without a flag"])
+    wanted = " and ".join([*[", ".join(firsts)] * bool(firsts), last])
     more = "; quote a glob, or give further inputs with --input" if len(paths) > 2 and "input" in positionals else ""
     return f"got {len(paths)} path{'s' * (len(paths) > 1)}, {given}; give {wanted}{more}"
 

@@ -18,6 +18,7 @@ _ALLOWED = {
     "COLUMN,...": "column names, separated by commas",
     "PATH": "a path or URI",
     "FILE": "a path of a YAML file",
+    "LOCAL_FILE": "a local path",
     "TASK=COLUMN": "TASK=COLUMN, the names of a task and of a kept column",
 }
 _BOUNDS = {"gt": "above {}", "ge": "of at least {}", "le": "at most {}"}

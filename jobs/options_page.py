@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jobs import compact, demo, report
+from jobs import compact, demo, evaluate, report
 from jobs.cli import EXIT_CODES
 from jobs.command_line import Command
 from jobs.options import Option, join_with_or, list_sections
@@ -59,29 +59,32 @@ def _render_parts() -> Iterator[str]:
     for name, kind in kinds.items():
         yield f"### {kind.title} (only {name})\n"
         yield _render_options(dict(list_sections(kind))[kind.title])
-    others: list[Command[Any]] = [report.COMMAND, compact.COMMAND, demo.COMMAND]
+    others: list[Command[Any]] = [evaluate.COMMAND, report.COMMAND, compact.COMMAND, demo.COMMAND]
     for command in others:
         yield f"## {command.name}\n\n{command.description}\n"
-        yield _render_options(command.options.values(), tells_effect=False)
+        yield _render_options(command.options.values(), command.positionals, tells_effect=False)
     yield "`demo-answers` has the same options; its default for `--output` is `demo_answers`.\n"
     yield "## Exit codes\n\n| code | meaning |\n|---|---|"
     yield from (f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
     yield ""
 
 
-def _render_options(options: Iterable[Option], tells_effect: bool = True) -> str:
-    """Return one list item per option; `tells_effect` marks those that decide rows."""
-    return "\n".join(_render_option(option, tells_effect and option.decides_rows) for option in options) + "\n"
+def _render_options(
+    options: Iterable[Option], places: Sequence[str] = ("input", "output"), *, tells_effect: bool = True
+) -> str:
+    """Return one list item per option; those in `places` have no flags, `tells_effect` marks those that decide rows."""
+    items = [_render_option(option, places, tells_effect and option.decides_rows) for option in options]
+    return "\n".join(items) + "\n"
 
 
-def _render_option(option: Option, decides_rows: bool) -> str:
+def _render_option(option: Option, places: Sequence[str], decides_rows: bool) -> str:
     facts = [_render_value(option), _render_default(option), *["*rows*"] * decides_rows]
-    text = f"{_render_name(option)} ({'; '.join(facts)}): {option.description}"
+    text = f"{_render_name(option, places)} ({'; '.join(facts)}): {option.description}"
     return textwrap.fill(text, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _render_name(option: Option) -> str:
-    if not option.is_required or option.name not in ("input", "output"):
+def _render_name(option: Option, places: Sequence[str]) -> str:
+    if not option.is_required or option.name not in places:
         return f"`{option.flag}`"
     return f"`{option.name.upper()}`" + ", `--input`" * option.is_repeatable
 

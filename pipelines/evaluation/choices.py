@@ -81,11 +81,11 @@ def score_rotations(items: Sequence[Item], answers: Answers, rules: Rules) -> Sc
     """
     groups: dict[int, list[Item]] = {}
     for item in items:
-        groups.setdefault(int(item["index"]) % _ROTATION, []).append(item)
+        groups.setdefault(_get_group(item), []).append(item)
     if not rules.kit_artefacts:
         _check_rotations(groups)
     found = {str(item["index"]): read_option(item, answers[str(item["index"])], rules) for item in items}
-    mains = [item for item in items if int(item["index"]) < _ROTATION]
+    mains = [item for item in items if int(item["index"]) == _get_group(item)]
     rows = {
         str(main["index"]): int(all(found[str(item["index"])] == item["answer"] for item in groups[int(main["index"])]))
         for main in mains
@@ -103,6 +103,10 @@ def _close_question(item: Item) -> Item:
     closed = {**item, "A": item["answer"], "B": "Other Answers"} if is_open else dict(item)
     is_letter = isinstance(item["answer"], str) and len(item["answer"]) == 1 and item["answer"].isupper()
     return {**closed, "answer": item["answer"] if is_letter else "A"}
+
+
+def _get_group(item: Item) -> int:
+    return int(item.get("g_index", int(item["index"]) % _ROTATION))
 
 
 def _check_rotations(groups: Mapping[int, list[Item]]) -> None:

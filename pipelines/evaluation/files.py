@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation.scores import Answers, Item, is_missing
+from pipelines.evaluation.tsv import TsvRow, read_rows
 
-_IMAGES = ("image",)
+MAX_INDEX_CHARACTERS = 64  # a cell of the column `image` with at most so many is the index of another row
 _REQUIRED = ("index", "question")
-_MISSING_TEXTS = frozenset(
-    [
-        "",
-        "#N/A",
-        "#N/A N/A",
-        "#NA",
-        "-1.#IND",
-        "-1.#QNAN",
-        "-NaN",
-        "-nan",
-        "1.#IND",
-        "1.#QNAN",
-        "<NA>",
-        "N/A",
-        "NA",
-        "NULL",
-        "NaN",
-        "None",
-        "n/a",
-        "nan",
-        "null",
-    ]
-)
+_COLUMNS = {"index", "prediction"}
+_MISSING_TEXTS = {
+    *("", "#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "-NaN", "-nan"),
+    *("-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN"),
+}
 """What pandas reads as missing: so it is with answers that went through a spreadsheet."""
 
 
 def read_items(path: str) -> list[Item]:
-    """Return the rows of a benchmark's TSV file without its images; a missing value is NaN.
+    """Return the rows of a benchmark's TSV file; in place of an image they hold "image", a missing value is NaN.
 
     The types of columns are pandas': a column of numbers with gaps holds floats, "None" and "NA" are missing. Raises
-    ValueError if it cannot be read or lacks a column.
+    ValueError if it cannot be read, lacks a column or has no rows.
     """
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, sep="\t", usecols=lambda name: name not in _IMAGES)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+        table = pd.read_csv(_copy_without_images(path), sep="\t")
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path} as a TSV file: {error}") from error
     if missing := [name for name in _REQUIRED if name not in table]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table))}")
+        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns: {', '.join(map(str, table))}")
     if not len(table):
         raise ValueError(f"{path} has no rows")
     items: list[Item] = table.to_dict(orient="records")
+    if len({str(item["index"]) for item in items}) < len(items):
+        raise ValueError(f"{path} has rows with the same index; each needs its own")
     return items
+
+
+def _copy_without_images(path: str) -> io.StringIO:
+    """Return the file with a short text for each image, so that the rest of a large file fits in memory."""
+    copy = io.StringIO(newline="")
+    writer = csv.writer(copy, delimiter="\t", lineterminator="\n")
+    rows = read_rows(path)
+    names = list(next(rows, TsvRow([], 0, 0)).cells)
+    place = names.index("image") if "image" in names else None
+    writer.writerow(names)
+    for row in rows:
+        cells = list(row.cells)
+        if place is not None and len(cells) > place and len(cells[place]) > MAX_INDEX_CHARACTERS:
+            cells[place] = "image"
+        writer.writerow(cells)
+    copy.seek(0)
+    return copy
 
 
 def read_predictions(path: str) -> Answers:
@@ -63,16 +67,27 @@ def read_predictions(path: str) -> Answers:
     An answer that pandas takes for missing ("", "None", "nan" ...) is None. Raises ValueError.
     """
     rows = _read_rows(Path(path))
-    if lacking := [i for i, row in enumerate(rows, 1) if "index" not in row or "prediction" not in row]:
+    if lacking := [i for i, row in enumerate(rows, 1) if not isinstance(row, dict) or not row.keys() >= _COLUMNS]:
         raise ValueError(f"row {lacking[0]} of {path} has no index or no prediction")
-    return {str(row["index"]): _clean(row["prediction"]) for row in rows}
+    answers = {str(row["index"]): _clean(row["prediction"]) for row in rows}
+    if len(answers) < len(rows):
+        raise ValueError(f"{path} has several predictions for the same index")
+    return answers
 
 
-def check_complete(items: Iterable[Item], answers: Answers, path: str) -> None:
-    """Raise ValueError unless there is an answer, if a missing one, for each item."""
-    indices = [str(item["index"]) for item in items]
-    if lacking := [index for index in indices if index not in answers]:
-        raise ValueError(f"{path} has no row for {len(lacking)} of {len(indices)} items, such as {lacking[0]}")
+def select_answered(items: Sequence[Item], answers: Answers, path: str) -> list[Item]:
+    """Return the items without those that have neither an image nor an answer: VLMEvalKit leaves them out.
+
+    Raises ValueError if another item has no answer.
+    """
+    answered = [item for item in items if str(item["index"]) in answers]
+    lacking = [item for item in items if str(item["index"]) not in answers and not is_missing(item.get("image", ""))]
+    if lacking:
+        raise ValueError(
+            f"{path} has no row for {len(lacking)} of {len(items)} items, such as {lacking[0]['index']}; a row with "
+            "an empty prediction counts as wrong"
+        )
+    return answered
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ class Style:
 
 
 ImagePrompt = Callable[[Item, Style], str]
+VideoPrompt = Callable[[Item, int], str]
+"""An item and the number of frames -> the query, with a mark per frame."""
 
 
 def ask_choice(item: Item, style: Style) -> str:

@@ -39,12 +39,14 @@ class Scores:
     table: the summary, shaped as VLMEvalKit reports it.
     unread: indices of answers in which no rule found an option or a value; they are wrong.
     artefacts: index -> why VLMEvalKit counts the item as right although it is not.
+    doubtful: index -> why the answer was probably misread; it is scored as VLMEvalKit scores it.
     """
 
     rows: dict[str, Any]
     table: Any
     unread: Sequence[str] = ()
     artefacts: Mapping[str, str] = field(default_factory=dict)
+    doubtful: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_missing(value: Any) -> bool:
@@ -72,7 +74,7 @@ def parse_literal(text: Any) -> Any:
     """Return the value of a Python literal in a benchmark's file. Raises ValueError; nothing is evaluated."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"{str(text)[:80]!r} is not a Python literal") from error
 
 

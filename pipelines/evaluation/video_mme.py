@@ -79,9 +79,9 @@ _LEAD_INS = (
 
 
 def score_video_mme(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
-    """Score each item 0 or 1. `artefacts` are the right ones whose letter was read inside a word."""
+    """Score each item 0 or 1. `doubtful` are those whose letter was read inside a word."""
     rows: dict[str, int] = {}
-    unread, artefacts = [], {}
+    unread, doubtful = [], {}
     for item in items:
         index, answer = str(item["index"]), to_text(answers[str(item["index"])])
         letter = read_letter(answer) or find_option(answer, _read_options(item), rules.version)
@@ -89,8 +89,8 @@ def score_video_mme(items: Sequence[Item], answers: Answers, rules: Rules) -> Sc
         if letter is None:
             unread.append(index)
         elif not re.search(rf"\b{letter}\b", answer):
-            artefacts[index] = f"the letter {letter} was read inside a word"
-    return Scores(rows, _summarize(items, rows), unread, artefacts)
+            doubtful[index] = f"the letter {letter} was read inside a word"
+    return Scores(rows, _summarize(items, rows), unread, doubtful=doubtful)
 
 
 def read_letter(answer: str) -> str | None:
