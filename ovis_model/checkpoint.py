@@ -49,6 +49,11 @@ def fetch_checkpoint(path_or_id: str, revision: str | None = None, *, weights: b
     )
 
 
+def is_hub_id(path_or_id: str) -> bool:
+    """Return whether `path_or_id` names a repository of the Hugging Face hub."""
+    return not Path(path_or_id).expanduser().is_dir() and _HUB_ID.fullmatch(path_or_id) is not None
+
+
 def resolve_local_path(path_or_id: str) -> str:
     """Make the path of a local directory absolute; return anything else unchanged.
 
@@ -80,7 +85,7 @@ def describe_checkpoint(path_or_id: str, revision: str | None = None) -> dict[st
 
 
 def _list_weight_versions(uri: str) -> list[tuple[str, str]]:
-    fs, root = _open_file_system(uri)
+    fs, root = open_file_system(uri)
     files = [info for info in fs.ls(root, detail=True) if info["name"].endswith(".safetensors")]
     return sorted((PurePosixPath(info["name"]).name, _get_version(info)) for info in files)
 
@@ -135,7 +140,7 @@ def _has_weights(directory: Path) -> bool:
 
 
 def _fetch_uri(uri: str, *, weights: bool) -> Path:
-    fs, root = _open_file_system(uri)
+    fs, root = open_file_system(uri)
     cache = Path(os.environ.get("OVIS2_CACHE", "~/.cache/ovis2")).expanduser()
     target = cache / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:24]
     target.mkdir(parents=True, exist_ok=True)
@@ -177,7 +182,8 @@ def _get_version(info: dict[str, Any]) -> str:
     return json.dumps([info.get("ETag") or info.get("mtime") or info.get("LastModified"), info["size"]], default=str)
 
 
-def _open_file_system(uri: str) -> tuple[Any, str]:
+def open_file_system(uri: str) -> tuple[Any, str]:
+    """Return the file system of a checkpoint's URI and its path there. Raise CheckpointError."""
     import fsspec
 
     try:

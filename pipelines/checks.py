@@ -8,6 +8,7 @@ from ovis_model.checkpoint import describe_checkpoint, resolve_local_path
 from ovis_model.grammar.guides import check
 from ovis_model.inputs.processor import Processor
 from ovis_model.sizing import check_tensor_parallel
+from ovis_model.weight_files import check_weight_files
 from pipelines.config import RunConfig
 from pipelines.media.frame_encoder import describe_encoder
 from pipelines.tasks.task import Task
@@ -23,6 +24,7 @@ def resolve_model_paths(config: Config) -> Config:
 
 def check_model(config: RunConfig) -> None:
     """Check the model and the options as far as possible without loading weights. Raise ValueError."""
+    check_weight_files(config.model, config.revision)
     processor = Processor.from_pretrained(config.model, config.revision)
     if config.tensor_parallel != "auto":
         check_tensor_parallel(processor.config.language, config.tensor_parallel)
