@@ -12,7 +12,7 @@ from typing import Annotated
 from jobs.cli import OK, run_job
 from jobs.command_line import Command, parse_command_line
 from pipelines.config import Section, declare_option
-from pipelines.evaluation.scores import Rules, RuleVersion
+from pipelines.evaluation.scores import RuleVersion, ScoringRules
 
 
 class ScoreFlags(Section):
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.evaluate
     flags = parse_command_line(COMMAND, arguments[1:] if arguments[:1] == ["score"] else arguments, prog)
     from pipelines.evaluation.score import score_file
 
-    rules = Rules(flags.rules, flags.kit_artefacts)
+    rules = ScoringRules(flags.rules, flags.kit_artefacts)
     files = (flags.benchmark, flags.data, flags.predictions, flags.scores)
     return run_job(lambda: score_file(*files, rules), is_resumable=False)
 

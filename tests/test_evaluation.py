@@ -23,9 +23,9 @@ from pipelines.evaluation.frames import select_subtitles, split_in_segments, spr
 from pipelines.evaluation.graded import summarize_mmbench_video, summarize_mmvet
 from pipelines.evaluation.mlvu import summarize_mlvu
 from pipelines.evaluation.prompts import cut_reasoning, place_images
-from pipelines.evaluation.scores import Item, Rules, RuleVersion, Scores
+from pipelines.evaluation.scores import Item, RuleVersion, Scores, ScoringRules
 from pipelines.evaluation.temp_compass import summarize_temp_compass
-from pipelines.evaluation.tsv import read_rows
+from pipelines.evaluation.tsv import stream_rows
 from tests.support.roots import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "eval"
@@ -47,7 +47,7 @@ def read_set(name: str) -> list[Item]:
     return read_items(str(GOLDEN / f"{name}.tsv"))
 
 
-def score(name: str, rules: Rules) -> Scores:
+def score(name: str, rules: ScoringRules) -> Scores:
     scorer = DATASETS[name].scorer
     assert scorer
     return scorer(read_set(name), read_predictions(str(GOLDEN / f"{name}.predictions.jsonl")), rules)
@@ -81,7 +81,7 @@ def key_lines(table: list[Json]) -> dict[str, Json]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_rows_and_tables_are_those_of_vlmevalkit(name: str, version: RuleVersion) -> None:
     rows, table = read_expected(name, version)
-    found = score(name, Rules(version, kit_artefacts=True))
+    found = score(name, ScoringRules(version, kit_artefacts=True))
     assert found.rows == rows
     assert is_equal(found.table, table)
 
@@ -91,14 +91,14 @@ def test_rows_and_tables_are_those_of_vlmevalkit(name: str, version: RuleVersion
 def test_by_default_exactly_the_artefacts_are_wrong(name: str, version: RuleVersion) -> None:
     artefacts = load(f"{name}.expected").get("artefacts", {})
     rows, table = read_expected(name, version)
-    found = score(name, Rules(version))
+    found = score(name, ScoringRules(version))
     assert found.artefacts == artefacts
     assert found.rows == rows | dict.fromkeys(artefacts, 0.0)
     assert is_equal(found.table, table) == (not artefacts)
 
 
 def test_without_artefacts_the_table_counts_the_rows() -> None:
-    found = score("MVBench", Rules())
+    found = score("MVBench", ScoringRules())
     assert found.table["overall"][:2] == [sum(found.rows.values()), len(found.rows)]
 
 
@@ -116,13 +116,13 @@ def test_image_prompts_are_those_of_vlmevalkit(name: str) -> None:
                 placed = place_images(text, num_images, numbered=dataset.has_numbered_images)
                 assert placed.query == prompt["query"]
                 assert name_images(row["index"], placed.images, num_images) == prompt["images"]
-                assert dataset.max_tiles_per_image(len(placed.images), Rules()) == prompt["max_partition"]
+                assert dataset.max_tiles_per_image(len(placed.images), ScoringRules()) == prompt["max_partition"]
 
 
 @cache
 def read_images(name: str) -> dict[str, str]:
     """Return {index: cell} of the column of images."""
-    header, *rows = [row.cells for row in read_rows(GOLDEN / f"{name}.tsv")]
+    header, *rows = [row.cells for row in stream_rows(GOLDEN / f"{name}.tsv")]
     return {cells[header.index("index")]: cells[header.index("image")] for cells in rows}
 
 
@@ -174,22 +174,22 @@ def test_summaries_of_judged_answers_are_those_of_vlmevalkit() -> None:
     assert is_equal(summarize_mmvet(data["MMVet"]["rows"]), data["MMVet"]["table"])
     assert is_equal(summarize_mmvet(data["MMVet"]["rows"], by_combination=True), data["MMVet"]["fine"])
     assert summarize_mmbench_video(data["MMBench-Video"]["rows"]) == data["MMBench-Video"]["table"]
-    assert summarize_mlvu(data["MLVU"]["correct_and_count_or_sum"], Rules()) == data["MLVU"]["table"]
+    assert summarize_mlvu(data["MLVU"]["correct_and_count_or_sum"], ScoringRules()) == data["MLVU"]["table"]
     found = summarize_temp_compass(data["TempCompass"]["correct_and_count"])
     assert is_equal(found, data["TempCompass"]["table"])
 
 
 def test_the_mean_of_mlvu_left_out_a_task_in_2025() -> None:
     counts = {"plotQA": [3, 4], "order": [0, 4]}
-    means = {version: summarize_mlvu(counts, Rules(version))[-1]["acc"] for version in VERSIONS}
+    means = {version: summarize_mlvu(counts, ScoringRules(version))[-1]["acc"] for version in VERSIONS}
     assert means == {"2026-08": 37.5, "2025-02": 75.0}
 
 
 def test_several_images_had_more_tiles_in_2025() -> None:
     dataset = DATASETS["MMMU_DEV_VAL"]
-    tiles = [[dataset.max_tiles_per_image(n, Rules(version)) for n in (1, 2, 5, 20)] for version in VERSIONS]
+    tiles = [[dataset.max_tiles_per_image(n, ScoringRules(version)) for n in (1, 2, 5, 20)] for version in VERSIONS]
     assert tiles == [[9, 6, 2, 1], [9, 9, 9, 9]]
-    assert DATASETS["MTVQA_TEST"].max_tiles_per_image(3, Rules()) == 12
+    assert DATASETS["MTVQA_TEST"].max_tiles_per_image(3, ScoringRules()) == 12
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_the_table_has_the_published_benchmarks() -> None:
 
 @every_set
 def test_each_table_has_a_number_to_compare(name: str) -> None:
-    found = DATASETS[name].headline(score(name, Rules()).table, Rules())
+    found = DATASETS[name].headline(score(name, ScoringRules()).table, ScoringRules())
     assert found is not None and 0 <= found <= 100
 
 
@@ -362,7 +362,7 @@ def test_literals_are_parsed_and_never_evaluated(tmp_path: Path, capsys: pytest.
 def test_rows_of_a_tsv_are_where_they_say(tmp_path: Path) -> None:
     file = tmp_path / "a.tsv"
     file.write_bytes('\ufeffindex\tquestion\n1\t"two\nlines ""quoted"""\n\n2\tä\r\n3\t\n'.encode())
-    rows = list(read_rows(file))
+    rows = list(stream_rows(file))
     wanted = [["index", "question"], ["1", 'two\nlines "quoted"'], ["2", "ä"], ["3", ""]]
     assert [row.cells for row in rows] == wanted
     content = file.read_bytes()

@@ -16,7 +16,7 @@ from pipelines.evaluation.mtvqa import score_mtvqa
 from pipelines.evaluation.mvbench import score_mvbench
 from pipelines.evaluation.ocr import score_ocr
 from pipelines.evaluation.prompts import ImagePrompt, VideoPrompt
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, mean
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average
 from pipelines.evaluation.temp_compass import score_temp_compass, summarize_temp_compass
 from pipelines.evaluation.video_mme import score_video_mme
 
@@ -25,7 +25,7 @@ SIZES: tuple[Size, ...] = ("1B", "2B", "4B", "8B", "16B", "34B")
 Judge: TypeAlias = Literal["no", "optional", "needed"]
 """Whether a score needs a judge model: optional means that one could read answers that the rules cannot."""
 
-Scorer: TypeAlias = Callable[[Sequence[Item], Answers, Rules], Scores]
+Scorer: TypeAlias = Callable[[Sequence[Item], Answers, ScoringRules], Scores]
 Frames: TypeAlias = Literal["evenly", "segments"]
 
 _SINGLE, _FINE_PRINT, _FRAME = 9, 12, 1  # tiles
@@ -48,13 +48,13 @@ class Dataset:
     ask: ImagePrompt | None = None
     ask_about_video: VideoPrompt | None = None
     scorer: Scorer | None = None
-    headline: Callable[[Any, Rules], float | None] = lambda _table, _rules: None
+    headline: Callable[[Any, ScoringRules], float | None] = lambda _table, _rules: None
     max_tiles: int = _SINGLE
     reasons: frozenset[Size] = frozenset()
     frames: Frames | None = None
     has_numbered_images: bool = False
 
-    def max_tiles_per_image(self, num_images: int, rules: Rules) -> int:
+    def max_tiles_per_image(self, num_images: int, rules: ScoringRules) -> int:
         """Return the maximum number of tiles for each of an item's images; the rule for several is of 2025-06."""
         if num_images > 1 and rules.version != "2025-02":
             return max(1, _MULTI // num_images) if self.max_tiles == _SINGLE else self.max_tiles
@@ -92,34 +92,34 @@ class Benchmark:
         return self.published[SIZES.index(size)]
 
 
-def _percent(value: float) -> float:
+def _to_percent(value: float) -> float:
     return 100 * value
 
 
-def _of_split(split: str | None = None) -> Callable[[Any, Rules], float | None]:
+def _read_split(split: str | None = None) -> Callable[[Any, ScoringRules], float | None]:
     """Return what reads the accuracy of a split, or of the only one, from a table of choices."""
 
-    def read(table: Any, _rules: Rules) -> float | None:
+    def read(table: Any, _rules: ScoringRules) -> float | None:
         lines = [line for line in table if split in (None, line["split"])]
-        return _percent(lines[0]["Overall"]) if len(lines) == 1 else None
+        return _to_percent(lines[0]["Overall"]) if len(lines) == 1 else None
 
     return read
 
 
-def _read_hallusion(table: Any, _rules: Rules) -> float:
-    return mean([table[0]["aAcc"], table[0]["fAcc"], table[0]["qAcc"]])
+def _read_hallusion(table: Any, _rules: ScoringRules) -> float:
+    return average([table[0]["aAcc"], table[0]["fAcc"], table[0]["qAcc"]])
 
 
-def _read_mlvu(table: Any, rules: Rules) -> float | None:
+def _read_mlvu(table: Any, rules: ScoringRules) -> float | None:
     lines = {line["task"]: line["acc"] for line in summarize_mlvu(table, rules)}
     return lines.get("M-Avg")
 
 
-def _read_temp_compass(table: Any, _rules: Rules) -> float:
+def _read_temp_compass(table: Any, _rules: ScoringRules) -> float:
     return float(summarize_temp_compass(table)[-1]["acc"])
 
 
-def _read_mvbench(table: Any, _rules: Rules) -> float:
+def _read_mvbench(table: Any, _rules: ScoringRules) -> float:
     return float(table["overall"][2].rstrip("%"))
 
 
@@ -128,9 +128,9 @@ def _vary(base: Dataset, name: str, *md5: str, **fields: Any) -> Dataset:
 
 
 _LARGE: frozenset[Size] = frozenset(["8B", "16B", "34B"])
-_CHOICE = Dataset("", (), None, ask=prompts.ask_choice, scorer=score_choices, headline=_of_split())
+_CHOICE = Dataset("", (), None, ask=prompts.ask_choice, scorer=score_choices, headline=_read_split())
 _CIRCULAR = replace(_CHOICE, scorer=score_rotations)
-_MMT = replace(_CHOICE, scorer=score_mmt, headline=_of_split("ALL"), num_rows=3127)
+_MMT = replace(_CHOICE, scorer=score_mmt, headline=_read_split("ALL"), num_rows=3127)
 _PLAIN = Dataset("", (), None, ask=prompts.ask_plainly)
 _FINE = replace(_PLAIN, max_tiles=_FINE_PRINT)
 _VIDEO = Dataset("", (), None, max_tiles=_FRAME, frames="evenly")
@@ -170,7 +170,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 "585e8ad75e73f75dcad265dfd0417d64",
                 num_rows=1050,
                 scorer=score_mmmu,
-                headline=_of_split("validation"),
+                headline=_read_split("validation"),
                 reasons=_LARGE,
                 has_numbered_images=True,
             ),
@@ -320,7 +320,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 num_rows=2700,
                 ask_about_video=prompts.ask_video_mme,
                 scorer=score_video_mme,
-                headline=lambda table, _: _percent(float(table["overall"]["overall"])),
+                headline=lambda table, _: _to_percent(float(table["overall"]["overall"])),
             ),
         ),
         "optional",

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.evaluation.options import find_option, get_options
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, distinct, is_missing, mean, to_text
+from pipelines.evaluation.scores import (
+    Answers,
+    Item,
+    Scores,
+    ScoringRules,
+    average,
+    is_missing,
+    list_distinct,
+    read_as_text,
+)
 
 Row = dict[str, Any]
 
@@ -55,25 +64,25 @@ _MMT_NAMES = {
 }
 
 
-def score_choices(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_choices(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each question by itself: 1 if the option that the answer names is the right one, else 0."""
     found = {str(item["index"]): read_option(item, answers[str(item["index"])], rules) for item in items}
     rows = {str(item["index"]): int(found[str(item["index"])] == item["answer"]) for item in items}
     return Scores(rows, summarize(items, rows), unread=[index for index, letter in found.items() if letter is None])
 
 
-def score_mmmu(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_mmmu(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score MMMU; a question without options becomes a choice between its answer and "Other Answers"."""
     return score_choices([_close_question(item) for item in items], answers, rules)
 
 
-def score_mmt(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_mmt(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score MMT-Bench, whose summary also has a line over all splits and means of categories."""
     scores = score_choices(items, answers, rules)
     return Scores(scores.rows, _summarize_mmt(items, scores.rows), scores.unread)
 
 
-def score_rotations(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_rotations(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score MMBench: a question counts as right if the answer to each of its rotations is.
 
     Raises ValueError if rotations are missing, unless artefacts of VLMEvalKit are asked for, which then scores those
@@ -93,9 +102,9 @@ def score_rotations(items: Sequence[Item], answers: Answers, rules: Rules) -> Sc
     return Scores(rows, summarize(mains, rows), unread=[index for index, letter in found.items() if letter is None])
 
 
-def read_option(item: Item, answer: str | None, rules: Rules) -> str | None:
+def read_option(item: Item, answer: str | None, rules: ScoringRules) -> str | None:
     """Return the letter that the answer to `item` names, None if the rules find none."""
-    return find_option(to_text(answer), get_options(item), rules.version)
+    return find_option(read_as_text(answer), get_options(item), rules.version)
 
 
 def _close_question(item: Item) -> Item:
@@ -122,11 +131,11 @@ def _check_rotations(groups: Mapping[int, list[Item]]) -> None:
 def summarize(items: Sequence[Item], rows: Mapping[str, int]) -> list[Row]:
     """Return one line per split: the mean over all, per l2-category and per category, in alphabetical order."""
     splits = _get_splits(items)
-    table: list[Row] = [{"split": split, "Overall": _mean_hits(items, rows, split=split)} for split in splits]
+    table: list[Row] = [{"split": split, "Overall": _average_hits(items, rows, split=split)} for split in splits]
     for column in ("l2-category", "category"):
-        for name in sorted(distinct(item.get(column) for item in items)):
+        for name in sorted(list_distinct(item.get(column) for item in items)):
             for line in table:
-                hits = _mean_hits(items, rows, **{column: name}, split=line["split"])
+                hits = _average_hits(items, rows, **{column: name}, split=line["split"])
                 line[_MMBENCH_NAMES.get(name, name)] = hits
     return table
 
@@ -134,25 +143,25 @@ def summarize(items: Sequence[Item], rows: Mapping[str, int]) -> list[Row]:
 def _summarize_mmt(items: Sequence[Item], rows: Mapping[str, int]) -> list[Row]:
     table = []
     for split in [*_get_splits(items), None]:
-        line: Row = {"split": split or "ALL", "Overall": _mean_hits(items, rows, split=split)}
+        line: Row = {"split": split or "ALL", "Overall": _average_hits(items, rows, split=split)}
         of_category = {
-            name: _mean_hits(items, rows, category=name, split=split)
-            for name in sorted(distinct(item["category"] for item in items))
+            name: _average_hits(items, rows, category=name, split=split)
+            for name in sorted(list_distinct(item["category"] for item in items))
         }
         for ability, short in _MMT_NAMES.items():
-            names = distinct(item["category"] for item in items if item["l2-category"] == ability)
-            line[short] = mean(of_category[name] for name in names)
+            names = list_distinct(item["category"] for item in items if item["l2-category"] == ability)
+            line[short] = average(of_category[name] for name in names)
         table.append({**line, **of_category})
     return table
 
 
 def _get_splits(items: Sequence[Item]) -> list[str]:
-    return sorted(distinct(item.get("split", "none") for item in items))
+    return sorted(list_distinct(item.get("split", "none") for item in items))
 
 
-def _mean_hits(items: Sequence[Item], rows: Mapping[str, int], *, split: str | None, **columns: str) -> float:
+def _average_hits(items: Sequence[Item], rows: Mapping[str, int], *, split: str | None, **columns: str) -> float:
     """Return the mean score of the items of a split (None: of all) that hold these values."""
-    return mean(
+    return average(
         rows[str(item["index"])]
         for item in items
         if split in (None, item.get("split", "none")) and all(item.get(name) == is_ for name, is_ in columns.items())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation.scores import Answers, Item, is_missing
-from pipelines.evaluation.tsv import TsvRow, read_rows
+from pipelines.evaluation.tsv import TsvRow, stream_rows
 
 MAX_INDEX_CHARACTERS = 64  # a cell of the column `image` with at most so many is the index of another row
 _REQUIRED = ("index", "question")
@@ -48,7 +48,7 @@ def _copy_without_images(path: str) -> io.StringIO:
     """Return the file with a short text for each image, so that the rest of a large file fits in memory."""
     copy = io.StringIO(newline="")
     writer = csv.writer(copy, delimiter="\t", lineterminator="\n")
-    rows = read_rows(path)
+    rows = stream_rows(path)
     names = list(next(rows, TsvRow([], 0, 0)).cells)
     place = names.index("image") if "image" in names else None
     writer.writerow(names)

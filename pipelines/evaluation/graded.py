@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import Item, distinct, mean, parse_list
+from pipelines.evaluation.scores import Item, average, list_distinct, parse_list
 
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 _ABILITIES = {
@@ -45,9 +45,9 @@ def summarize_mmvet(items: Sequence[Item], *, by_combination: bool = False) -> l
         combination = str(item["category"]).replace(",", "_")
         for name in (*(name for name in _CAPABILITIES if name in item["category"]), combination, "Overall"):
             grades.setdefault(name, []).append(float(item["score"]))
-    combinations = distinct(str(item["category"]).replace(",", "_") for item in items)
+    combinations = list_distinct(str(item["category"]).replace(",", "_") for item in items)
     names = [*(combinations if by_combination else _CAPABILITIES), "Overall"]
-    return [{"Category": name, "tot": len(grades[name]), "acc": mean(grades[name]) * 100} for name in names]
+    return [{"Category": name, "tot": len(grades[name]), "acc": average(grades[name]) * 100} for name in names]
 
 
 def summarize_mmbench_video(items: Sequence[Item]) -> dict[str, dict[str, str]]:
@@ -66,4 +66,4 @@ def summarize_mmbench_video(items: Sequence[Item]) -> dict[str, dict[str, str]]:
 
 def _format_mean(graded: Sequence[tuple[frozenset[str], float]], members: frozenset[str], which: str) -> str:
     grades = [grade for dimensions, grade in graded if dimensions & members]
-    return f"{mean(max(g, 0) for g in grades) if which == 'all' else mean(g for g in grades if g >= 0):.2f}"
+    return f"{average(max(g, 0) for g in grades) if which == 'all' else average(g for g in grades if g >= 0):.2f}"

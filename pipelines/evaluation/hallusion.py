@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, distinct, mean, to_text
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, list_distinct, read_as_text
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
@@ -16,16 +16,16 @@ _MAX_PERIODS = int(re.UNICODE)  # VLMEvalKit passes the flag where `sub` takes a
 Row = dict[str, Any]
 
 
-def score_hallusion(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_hallusion(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item as [extracted answer, 0 or 1]; an answer that is neither yes nor no is Unknown and wrong."""
-    found = {str(item["index"]): read_yes_no(to_text(answers[str(item["index"])])) for item in items}
+    found = {str(item["index"]): read_yes_no(read_as_text(answers[str(item["index"])])) for item in items}
     rows = {
         str(item["index"]): [found[str(item["index"])], int(found[str(item["index"])] == item["answer"])]
         for item in items
     }
     table = [_summarize("Overall", items, rows)]
     for column in ("category", "l2-category"):
-        for name in distinct(item.get(column) for item in items):
+        for name in list_distinct(item.get(column) for item in items):
             table.append(_summarize(name, [item for item in items if item.get(column) == name], rows))
     return Scores(rows, table, unread=[index for index, answer in found.items() if answer == "Unknown"])
 
@@ -59,7 +59,7 @@ def _summarize(name: str, items: Sequence[Item], rows: dict[str, Any]) -> Row:
         questions.setdefault((item["l2-category"], set_id, question), []).append(hit)
     return {
         "split": name,
-        "aAcc": mean(hits.values()) * 100,
-        "fAcc": mean(map(all, figures.values())) * 100,
-        "qAcc": mean(map(all, questions.values())) * 100,
+        "aAcc": average(hits.values()) * 100,
+        "fAcc": average(map(all, figures.values())) * 100,
+        "qAcc": average(map(all, questions.values())) * 100,
     }

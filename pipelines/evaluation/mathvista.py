@@ -6,24 +6,33 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.evaluation.options import find_option, letter_options
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, is_missing, parse_list, parse_literal, to_text
+from pipelines.evaluation.options import assign_letters, find_option
+from pipelines.evaluation.scores import (
+    Answers,
+    Item,
+    Scores,
+    ScoringRules,
+    is_missing,
+    parse_list,
+    parse_literal,
+    read_as_text,
+)
 
 _NUMBERS: dict[str, Callable[[str], float]] = {"integer": int, "float": float}
 
 
-def score_mathvista(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_mathvista(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item as [what was read, 0 or 1]; what is not read needs a judge and is wrong without one.
 
     Answers of other types (lists, free text) are never right, in VLMEvalKit neither.
     """
-    rows = {str(item["index"]): _score(item, to_text(answers[str(item["index"])]), rules) for item in items}
+    rows = {str(item["index"]): _score(item, read_as_text(answers[str(item["index"])]), rules) for item in items}
     return Scores(rows, _summarize(items, rows), unread=[index for index, (read, _) in rows.items() if read is None])
 
 
-def _score(item: Item, answer: str, rules: Rules) -> list[Any]:
+def _score(item: Item, answer: str, rules: ScoringRules) -> list[Any]:
     if item["question_type"] == "multi_choice":
-        options = letter_options(parse_list(item["choices"]))
+        options = assign_letters(parse_list(item["choices"]))
         letter = find_option(answer, options, rules.version)
         # Read twice, as VLMEvalKit does: what was read is looked for among the options once more.
         is_right = letter is not None and find_option(letter, options, rules.version) == item["answer_option"]

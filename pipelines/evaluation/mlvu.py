@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.evaluation.mvbench import find_answered_option, find_key
-from pipelines.evaluation.scores import FAILED, Answers, Item, Rules, Scores
+from pipelines.evaluation.scores import FAILED, Answers, Item, Scores, ScoringRules
 
 CHOICE_TASKS = ("plotQA", "needle", "ego", "count", "anomaly_reco", "topic_reasoning", "order")
 OPEN_TASKS = ("sub_scene", "summary")
 _EMPTY = "-"  # VLMEvalKit stops at an empty answer
 
 
-def score_mlvu(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_mlvu(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1, a failed request -1; the table holds [sum of scores, items] per task."""
     rows: dict[str, int] = {}
     unread = []
@@ -31,7 +31,7 @@ def score_mlvu(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
     return Scores(rows, table, unread)
 
 
-def _is_right(item: Item, answer: str, rules: Rules) -> bool | None:
+def _is_right(item: Item, answer: str, rules: ScoringRules) -> bool | None:
     """Return whether the answer is right, None if it names no option."""
     key, options = find_key(item)
     before, bracket, _ = answer.partition(")")
@@ -39,13 +39,13 @@ def _is_right(item: Item, answer: str, rules: Rules) -> bool | None:
     return True if letter == key else find_answered_option(item, answer, options, rules)
 
 
-def summarize_mlvu(counts: Mapping[str, Sequence[int]], rules: Rules) -> list[dict[str, Any]]:
+def summarize_mlvu(counts: Mapping[str, Sequence[int]], rules: ScoringRules) -> list[dict[str, Any]]:
     """Return the table over both halves: {task: [sum of scores, items]} -> a line per task, then M-Avg and G-Avg.
 
     M-Avg is in percent over all items, without the task `order` in the rules of 2025-02; G-Avg is the mean grade, 2 to
     10.
     """
-    table = [_line(task, *counts[task], digits=1, scale=100) for task in counts]
+    table = [_make_line(task, *counts[task], digits=1, scale=100) for task in counts]
     left_out = {"order"} if rules.version == "2025-02" else set()
     for name, tasks, digits, scale in (
         ("M-Avg", [task for task in CHOICE_TASKS if task not in left_out], 1, 100),
@@ -54,9 +54,9 @@ def summarize_mlvu(counts: Mapping[str, Sequence[int]], rules: Rules) -> list[di
         present = [counts[task] for task in tasks if task in counts]
         if present:
             total = [sum(column) for column in zip(*present, strict=True)]
-            table.append(_line(name, total[0], total[1], digits=digits, scale=scale))
+            table.append(_make_line(name, total[0], total[1], digits=digits, scale=scale))
     return table
 
 
-def _line(task: str, success: int, overall: int, *, digits: int, scale: int) -> dict[str, Any]:
+def _make_line(task: str, success: int, overall: int, *, digits: int, scale: int) -> dict[str, Any]:
     return {"task": task, "success": success, "overall": overall, "acc": round(success / overall * scale, digits)}

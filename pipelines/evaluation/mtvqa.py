@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, distinct, mean, to_text
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, list_distinct, read_as_text
 
 
-def score_mtvqa(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_mtvqa(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1, without regard to case and full stops."""
     rows = {
-        str(item["index"]): int(_normalize(str(item["answer"])) in _normalize(to_text(answers[str(item["index"])])))
+        str(item["index"]): int(
+            _normalize(str(item["answer"])) in _normalize(read_as_text(answers[str(item["index"])]))
+        )
         for item in items
     }
     table = {
-        language: mean(rows[str(item["index"])] for item in items if item["category"] == language) * 100
-        for language in distinct(item["category"] for item in items)
+        language: average(rows[str(item["index"])] for item in items if item["category"] == language) * 100
+        for language in list_distinct(item["category"] for item in items)
     }
-    return Scores(rows, {**table, "Average": mean(rows.values()) * 100})
+    return Scores(rows, {**table, "Average": average(rows.values()) * 100})
 
 
 def _normalize(text: str) -> str:

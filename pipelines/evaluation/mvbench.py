@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.options import find_option, letter_options
-from pipelines.evaluation.scores import FAILED, Answers, Item, Rules, Scores, parse_list
+from pipelines.evaluation.options import assign_letters, find_option
+from pipelines.evaluation.scores import FAILED, Answers, Item, Scores, ScoringRules, parse_list
 
 _IS_SUBSTRING = 'a substring of "(x)" counts as right'
 _IS_EMPTY = "empty prediction: row without score, counted as right in the table"
 _IS_FAILED = "score -1, counted as right in the table"
 
 
-def score_mvbench(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_mvbench(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0.0 or 1.0.
 
     VLMEvalKit counts empty answers, failed requests and single brackets as right. They are wrong here, unless
@@ -35,18 +35,18 @@ def score_mvbench(items: Sequence[Item], answers: Answers, rules: Rules) -> Scor
 
 def find_key(item: Item) -> tuple[str, dict[str, Any]]:
     """Return the letter of the right candidate, the last one that equals the answer, and all options."""
-    options = letter_options(parse_list(item["candidates"]))
+    options = assign_letters(parse_list(item["candidates"]))
     letters = [letter for letter, text in options.items() if text == item["answer"]]
     return (letters[-1] if letters else "@"), options  # "@" comes before "A": what VLMEvalKit makes of no candidate
 
 
-def find_answered_option(item: Item, answer: str, options: dict[str, Any], rules: Rules) -> bool | None:
+def find_answered_option(item: Item, answer: str, options: dict[str, Any], rules: ScoringRules) -> bool | None:
     """Return whether the option that the answer names is the right one, None if no option is found."""
     letter = find_option(answer, options, rules.version)
-    return None if letter is None else letter == _first_key(item, options)
+    return None if letter is None else letter == _find_kit_key(item, options)
 
 
-def _first_key(item: Item, options: dict[str, Any]) -> Any:
+def _find_kit_key(item: Item, options: dict[str, Any]) -> Any:
     """Return what VLMEvalKit compares letters with: each candidate that equals the answer replaces it by its letter."""
     key = item["answer"]
     for letter, text in options.items():
@@ -55,7 +55,7 @@ def _first_key(item: Item, options: dict[str, Any]) -> Any:
     return key
 
 
-def _score(item: Item, answer: str | None, rules: Rules) -> tuple[float | None, bool, str]:
+def _score(item: Item, answer: str | None, rules: ScoringRules) -> tuple[float | None, bool, str]:
     """Return VLMEvalKit's score, whether an option was found, and why the score is an artefact ("" if it is not)."""
     if answer is None:
         return None, False, _IS_EMPTY

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, parse_list, parse_literal, to_text
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, parse_list, parse_literal, read_as_text
 
 FORMULAS = "Handwritten Mathematical Expression Recognition"
 _RECOGNITION = (
@@ -18,14 +18,16 @@ _RECOGNITION = (
 _OTHERS = ("Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction", FORMULAS)
 
 
-def score_ocr(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_ocr(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1. Raises ValueError for accepted answers that are no list, or an unknown category.
 
     VLMEvalKit takes a plain text for the list of its characters; `rules.kit_artefacts` does so too.
     """
     if unknown := sorted({str(item["category"]) for item in items}.difference(_RECOGNITION, _OTHERS)):
         raise ValueError(f"OCRBench has no category {unknown[0]!r}; it has {', '.join((*_RECOGNITION, *_OTHERS))}")
-    rows = {str(item["index"]): int(_is_right(item, to_text(answers[str(item["index"])]), rules)) for item in items}
+    rows = {
+        str(item["index"]): int(_is_right(item, read_as_text(answers[str(item["index"])]), rules)) for item in items
+    }
     points = dict.fromkeys(("Text Recognition", *_OTHERS), 0)
     for item in items:
         points["Text Recognition" if item["category"] in _RECOGNITION else item["category"]] += rows[str(item["index"])]
@@ -33,7 +35,7 @@ def score_ocr(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
     return Scores(rows, {**points, "Final Score": total, "Final Score Norm": total / 10})
 
 
-def _is_right(item: Item, answer: str, rules: Rules) -> bool:
+def _is_right(item: Item, answer: str, rules: ScoringRules) -> bool:
     accepted = (parse_literal if rules.kit_artefacts else parse_list)(item["answer"])
     normalize = _join_formula if item["category"] == FORMULAS else _normalize
     return any(normalize(text) in normalize(answer) for text in accepted)

@@ -31,7 +31,7 @@ def get_options(item: Item) -> dict[str, Any]:
     return {letter: item[letter] for letter in string.ascii_uppercase if not is_missing(item.get(letter))}
 
 
-def letter_options(texts: list[Any]) -> dict[str, Any]:
+def assign_letters(texts: list[Any]) -> dict[str, Any]:
     """Return the options A, B, C ... of a list of texts."""
     return {chr(ord("A") + number): text for number, text in enumerate(texts)}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT, IMAGE_MARK
-from pipelines.evaluation.options import get_options, letter_options
+from pipelines.evaluation.options import assign_letters, get_options
 from pipelines.evaluation.scores import Item, is_missing, parse_list
 
 DIRECT = "Answer with the option's letter from the given choices directly."
@@ -150,7 +150,7 @@ def ask_temp_compass(item: Item, num_frames: int) -> str:
 
 
 def _list_options(item: Item) -> str:
-    options = letter_options(parse_list(item["candidates"]))
+    options = assign_letters(parse_list(item["candidates"]))
     lines = [f"({letter}) {text}" for letter, text in options.items()]
     return "\n".join([f"Question: {item['question']}", "Options:", *lines])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.evaluation.benchmarks import Dataset, get_dataset
 from pipelines.evaluation.files import read_items, read_predictions, select_answered
-from pipelines.evaluation.scores import Answers, Rules, Scores, is_missing
+from pipelines.evaluation.scores import Answers, Scores, ScoringRules, is_missing
 
 _MAX_EXAMPLES = 5
 _MAX_EXAMPLE_CHARACTERS = 200
@@ -32,7 +32,7 @@ class ScoreReport:
     output: str
 
 
-def score_file(name: str, data: str, predictions: str, output: str, rules: Rules) -> ScoreReport:
+def score_file(name: str, data: str, predictions: str, output: str, rules: ScoringRules) -> ScoreReport:
     """Score predictions, write `rows`, `table` and what to look at to `output`, and return the counts.
 
     Raises ValueError if the benchmark needs a judge, or a file cannot be used.
@@ -60,7 +60,7 @@ def score_file(name: str, data: str, predictions: str, output: str, rules: Rules
     )
 
 
-def _score(dataset: Dataset, items: Any, answers: Answers, rules: Rules) -> Scores:
+def _score(dataset: Dataset, items: Any, answers: Answers, rules: ScoringRules) -> Scores:
     """Apply the scorer. Raises ValueError that names the benchmark if its file lacks a column."""
     assert dataset.scorer is not None
     try:
@@ -69,7 +69,7 @@ def _score(dataset: Dataset, items: Any, answers: Answers, rules: Rules) -> Scor
         raise ValueError(f"the file of {dataset.name} has no column {error.args[0]}") from error
 
 
-def describe_scores(dataset: Dataset, scores: Scores, answers: Answers, rules: Rules) -> dict[str, Any]:
+def describe_scores(dataset: Dataset, scores: Scores, answers: Answers, rules: ScoringRules) -> dict[str, Any]:
     """Return scores as JSON values, with examples of the answers that no rule could read."""
     return {
         "benchmark": dataset.name,

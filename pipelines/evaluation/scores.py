@@ -20,7 +20,7 @@ FAILED = "Failed to obtain answer via API"
 
 
 @dataclass(frozen=True)
-class Rules:
+class ScoringRules:
     """How answers are scored.
 
     version: the rules of VLMEvalKit at that time; option matching and MLVU's mean changed in between.
@@ -54,18 +54,18 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def to_text(answer: str | None) -> str:
+def read_as_text(answer: str | None) -> str:
     """Return the answer as VLMEvalKit sees it: a missing one is the text "nan"."""
     return "nan" if answer is None else answer
 
 
-def mean(values: Iterable[float]) -> float:
+def average(values: Iterable[float]) -> float:
     """Return the mean, NaN of nothing."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def distinct(values: Iterable[Any]) -> list[Any]:
+def list_distinct(values: Iterable[Any]) -> list[Any]:
     """Return each value once, in the order of their first occurrence, missing ones left out."""
     return list(dict.fromkeys(value for value in values if not is_missing(value)))
 

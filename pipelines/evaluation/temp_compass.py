@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, parse_list
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, parse_list
 
 _EMPTY = "-"  # VLMEvalKit stops at an empty answer
 _LETTERS = ("A", "B", "C", "D")
 
 
-def score_temp_compass(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_temp_compass(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1; the table holds [sum of scores, items] per dimension and type of task."""
     read = {str(item["index"]): _score(item, answers[str(item["index"])] or _EMPTY) for item in items}
     rows = {index: int(score or False) for index, score in read.items()}

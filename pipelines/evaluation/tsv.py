@@ -20,7 +20,7 @@ class TsvRow:
     stop: int
 
 
-def read_rows(path: str | Path) -> Iterator[TsvRow]:
+def stream_rows(path: str | Path) -> Iterator[TsvRow]:
     """Yield the rows of a TSV file, its header first; blank lines are skipped.
 
     Raises ValueError if the file is not UTF-8 or has a row of more than MAX_ROW_BYTES, OSError if it cannot be read.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.evaluation.options import find_option, get_options
-from pipelines.evaluation.scores import Answers, Item, Rules, Scores, mean, to_text
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, read_as_text
 
 DURATIONS = ("short", "medium", "long")
 DOMAINS = (
@@ -78,12 +78,12 @@ _LEAD_INS = (
 )
 
 
-def score_video_mme(items: Sequence[Item], answers: Answers, rules: Rules) -> Scores:
+def score_video_mme(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1. `doubtful` are those whose letter was read inside a word."""
     rows: dict[str, int] = {}
     unread, doubtful = [], {}
     for item in items:
-        index, answer = str(item["index"]), to_text(answers[str(item["index"])])
+        index, answer = str(item["index"]), read_as_text(answers[str(item["index"])])
         letter = read_letter(answer) or find_option(answer, _read_options(item), rules.version)
         rows[index] = int(letter == item["answer"])
         if letter is None:
@@ -129,4 +129,4 @@ def _summarize(items: Sequence[Item], rows: dict[str, int]) -> dict[str, Any]:
 
 
 def _format_mean(items: Sequence[Item], rows: dict[str, int]) -> str:
-    return f"{mean(rows[str(item['index'])] for item in items):.3f}"
+    return f"{average(rows[str(item['index'])] for item in items):.3f}"
