@@ -143,7 +143,7 @@ def test_constrained_answers_are_those_of_one_rank(two_ranks: OvisEngine) -> Non
     wanted = [completion.output_ids.tolist() for completion in one_rank.generate(requests, params)]
     assert [completion.output_ids.tolist() for completion in two_ranks.generate(requests, params)] == wanted
     never = replace(digits, constraint=Constraint("json_schema", '{"$ref": "#"}'))
-    with pytest.raises(RequestError, match="cannot go on"):
+    with pytest.raises(RequestError, match="cannot be continued"):
         two_ranks.generate(requests, [never, *params[1:]])
     assert [completion.output_ids.tolist() for completion in two_ranks.generate(requests, params)] == wanted
 
