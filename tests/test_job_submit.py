@@ -40,7 +40,9 @@ def test_a_stopped_job_resumes_when_it_is_submitted_again(head: RayHead, picture
     while not any((tmp_path / "out").glob("data/*.parquet")):  # until the first rows are written
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)
-    assert client.stop_job(tmp_path.name)  # the call of `ray job stop`, without the seconds that the command takes to start
+    assert client.stop_job(
+        tmp_path.name
+    )  # the call of `ray job stop`, without the seconds that the command takes to start
     log, _ = job.communicate(timeout=400)
     # The driver's own messages may miss the three seconds that it gets, because the ranks occupy the cores.
     assert "2 ranks" in log and "was stopped" in log
