@@ -11,6 +11,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #define PRECISION_BITS 22
 #define LANES 32
@@ -98,30 +101,51 @@ static inline __attribute__((always_inline)) void weigh(
     }
 }
 
-/* Turn a block of 8 x 8 bytes, rows `in_stride` and `out_stride` bytes apart. */
+#if defined(__SSE2__)
+#define BLOCK 16
+/* Turn a block of BLOCK x BLOCK bytes: each round interleaves rows that are half a block apart. */
 static inline void turn_block(uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride) {
-    uint64_t rows[8], swapped;
-    for (int y = 0; y < 8; y++) memcpy(&rows[y], in + y * in_stride, 8);
-    for (int half = 4, shift = 32; half; half /= 2, shift /= 2) { /* swap quarters, their quarters, theirs */
+    __m128i rows[BLOCK], next[BLOCK];
+    for (int y = 0; y < BLOCK; y++) rows[y] = _mm_loadu_si128((const __m128i *)(in + y * in_stride));
+    for (int round = 0; round < 4; round++) {
+        for (int y = 0; y < BLOCK / 2; y++) {
+            next[2 * y] = _mm_unpacklo_epi8(rows[y], rows[y + BLOCK / 2]);
+            next[2 * y + 1] = _mm_unpackhi_epi8(rows[y], rows[y + BLOCK / 2]);
+        }
+        memcpy(rows, next, sizeof(rows));
+    }
+    for (int y = 0; y < BLOCK; y++) _mm_storeu_si128((__m128i *)(out + y * out_stride), rows[y]);
+}
+#else
+#define BLOCK 8
+/* Turn a block of BLOCK x BLOCK bytes: swap its quarters, then theirs, then theirs. */
+static inline void turn_block(uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride) {
+    uint64_t rows[BLOCK], swapped;
+    for (int y = 0; y < BLOCK; y++) memcpy(&rows[y], in + y * in_stride, BLOCK);
+    for (int half = 4, shift = 32; half; half /= 2, shift /= 2) {
         const uint64_t mask = half == 4 ? 0x00000000FFFFFFFF : half == 2 ? 0x0000FFFF0000FFFF : 0x00FF00FF00FF00FF;
-        for (int y = 0; y < 8; y++) {
+        for (int y = 0; y < BLOCK; y++) {
             if (y & half) continue;
             swapped = ((rows[y] >> shift) ^ rows[y + half]) & mask;
             rows[y] ^= swapped << shift;
             rows[y + half] ^= swapped;
         }
     }
-    for (int y = 0; y < 8; y++) memcpy(out + y * out_stride, &rows[y], 8);
+    for (int y = 0; y < BLOCK; y++) memcpy(out + y * out_stride, &rows[y], BLOCK);
 }
+#endif
 
 /* Turn `height` x `width` bytes: out[x][y] = in[y][x]. */
-static void turn(uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride, int width, int height) {
-    const int whole_height = height / 8 * 8, whole_width = width / 8 * 8;
-    for (int x = 0; x < whole_width; x += 8)
-        for (int y = 0; y < whole_height; y += 8)
+static void turn(
+    uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride, int width, int height
+) {
+    const int whole_height = height / BLOCK * BLOCK, whole_width = width / BLOCK * BLOCK;
+    for (int x = 0; x < whole_width; x += BLOCK)
+        for (int y = 0; y < whole_height; y += BLOCK)
             turn_block(out + x * out_stride + y, out_stride, in + y * in_stride + x, in_stride);
     for (int x = 0; x < width; x++)
-        for (int y = x < whole_width ? whole_height : 0; y < height; y++) out[x * out_stride + y] = in[y * in_stride + x];
+        for (int y = x < whole_width ? whole_height : 0; y < height; y++)
+            out[x * out_stride + y] = in[y * in_stride + x];
 }
 
 /* Weigh columns: in[in_width][LANES] -> out[out_width][LANES]. */
