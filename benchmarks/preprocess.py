@@ -1,11 +1,13 @@
-"""Compare the CPU time of tiling an image with the original's float path: `python -m benchmarks.preprocess`.
+"""Compare the CPU time from JPEG bytes to tiles of three paths: `python -m benchmarks.preprocess`.
 
-Both alternate in one process and thread on the same decoded images; medians are reported. The original passes each crop
-to transformers' CLIP processor (resize, rescale, normalise, all in float32) and pads the result with zeros.
+All start with the same decoder and end with bitwise equal pixels. They are the original's (transformers' CLIP processor
+for each crop: resize, rescale, normalize, all in float32; then zero padding), Pillow's resize, and the compiled one.
+They alternate in one process and thread; medians are reported.
 """
 
 from __future__ import annotations
 
+import io
 import statistics
 import time
 from collections.abc import Callable
@@ -17,11 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ovis_model.inputs.tiling import choose_grid, fit_in_tile, tile_image
+from ovis_model.inputs.resample import load_resampler, resize_crops_with_pillow
+from ovis_model.inputs.tiling import choose_grid, fit_in_tile, list_crops, tile_image
 from ovis_model.network.ovis import build_normalization_table
+from pipelines.media.images import decode_image
 
 SIDE_PX, MAX_TILES, ROUNDS = 448, 9, 15
-SIZES = ((640, 480), (1280, 720), (1920, 1080))
+SIZES = ((640, 480), (1280, 720), (1920, 1080), (4000, 3000))
 
 
 def draw_photo(width: int, height: int) -> Image.Image:
@@ -31,6 +35,12 @@ def draw_photo(width: int, height: int) -> Image.Image:
     shapes = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
     grain = rng.normal(0, 8, shapes.shape)
     return Image.fromarray((shapes + grain).clip(0, 255).astype(np.uint8))
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def tile_like_original(image: Image.Image, processor: CLIPImageProcessorPil) -> torch.Tensor:
@@ -72,9 +82,11 @@ def measure_cpu_ms(step: Callable[[], object]) -> float:
     return (time.process_time() - start_s) * 1e3
 
 
-def resize_crops(image: Image.Image) -> list[Image.Image]:
-    """Resize the crops with Pillow, the cost that both paths share."""
-    return [crop.resize(fit_in_tile(*crop.size, SIDE_PX), Image.Resampling.BICUBIC) for crop in _crop_tiles(image)]
+def tile_with_pillow(image: Image.Image) -> NDArray[np.uint8]:
+    crops = list_crops(image, MAX_TILES, SIDE_PX)
+    tiles = np.zeros((len(crops), 3, SIDE_PX, SIDE_PX), np.uint8)
+    resize_crops_with_pillow(image, crops, tiles)
+    return tiles
 
 
 def measure_median_ms(*steps: Callable[[], object]) -> list[float]:
@@ -84,23 +96,28 @@ def measure_median_ms(*steps: Callable[[], object]) -> list[float]:
 
 
 def measure_image_size(width: int, height: int, processor: CLIPImageProcessorPil) -> str:
-    image = draw_photo(width, height)
+    jpeg = encode_jpeg(draw_photo(width, height))
+    image = decode_image(jpeg)
+    tiles, _ = tile_image(image, MAX_TILES, SIDE_PX)
     assert (tile_like_original(image, processor).numpy() == tile_and_normalize(image)).all(), "not bitwise equal"
-    tiles, sizes = tile_image(image, MAX_TILES, SIDE_PX)
-    theirs, ours, resize = measure_median_ms(
-        lambda: tile_like_original(image, processor),
-        lambda: tile_image(image, MAX_TILES, SIDE_PX),
-        lambda: resize_crops(image),
+    assert (tile_with_pillow(image) == tiles).all(), "not bitwise equal"
+    decode, original, pillow, compiled = measure_median_ms(
+        lambda: decode_image(jpeg),
+        lambda: tile_like_original(decode_image(jpeg), processor),
+        lambda: tile_with_pillow(decode_image(jpeg)),
+        lambda: tile_image(decode_image(jpeg), MAX_TILES, SIDE_PX),
     )
-    numbers = f"{theirs:13.1f} {ours:9.1f} {resize:17.1f} {theirs / ours:7.2f} {tiles.nbytes + sizes.nbytes:15,}"
-    return f"{f'{width} x {height}':12} {len(tiles):5} {numbers}"
+    times = f"{decode:9.1f} {original:11.1f} {pillow:9.1f} {compiled:11.1f} {compiled / pillow:18.2f}"
+    return f"{f'{width} x {height}':12} {len(tiles):5} {times} {tiles.nbytes:14,}"
 
 
 def main() -> None:
     torch.set_num_threads(1)
     processor = CLIPImageProcessorPil(do_center_crop=False)
-    print(f"CPU time per image, median of {ROUNDS}, max_tiles={MAX_TILES}, Pillow {PIL.__version__}")
-    print("size         tiles   original ms   ours ms   resize alone ms   ratio   bytes per row")
+    if load_resampler() is None:
+        print("the last column of times is Pillow's too")
+    print(f"CPU ms from JPEG to tiles, median of {ROUNDS}, max_tiles={MAX_TILES}, Pillow {PIL.__version__}")
+    print("size         tiles    decode    original    Pillow    compiled    compiled/Pillow    bytes a row")
     for width, height in SIZES:
         print(measure_image_size(width, height, processor))
 

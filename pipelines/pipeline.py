@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from ovis_model.inputs.resample import load_resampler
 from pipelines import schema
 from pipelines.checks import check_model, describe_models, resolve_model_paths
 from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
@@ -116,6 +117,7 @@ def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFac
 
     plan = plan_run(config, count_rows(missing))
     print(plan, file=sys.stderr)
+    load_resampler()  # for its warning: users see the driver's log, not that of the actors
     run.record_dtype(plan.dtype)
     configure_ray_data(BATCH_BYTES)
     pools, sizes, questionnaire, found = plan.pools, plan.sizes, config.questionnaire, run.record["model"]

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ovis_model.inputs.processor import Processor
+from ovis_model.inputs.resample import load_resampler
 from ovis_model.types import SamplingParams
 from pipelines import schema
 from pipelines.config import CaptionConfig, RunConfig
@@ -63,6 +64,7 @@ def test_a_folder_of_images_becomes_parquet(pictures: Path, tmp_path: Path) -> N
     assert summary["output"] == str(output)
     assert summary["seconds"] > 0 and summary["rows_per_s"] > 0 and summary["output_tokens_per_s"] > 0
     assert "24/24 rows" in finished.stderr and "ETA" in finished.stderr
+    assert finished.stderr.count("Pillow resizes the images") == (load_resampler() is None)
     files = sorted((output / "data").iterdir())
     assert len(files) >= 3 and all(pq.read_schema(file).equals(schema.OUTPUT) for file in files)
     for table in (pd.read_parquet(output / "data"), pyarrow.dataset.dataset(output / "data").to_table().to_pandas()):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ovis_model.inputs.resample import Crop, resize_crops
 from ovis_model.types import Grid
 
 TILE_SIZE_PX = 448
@@ -61,15 +62,28 @@ def tile_images(
     images: Sequence[Image.Image], max_tiles: int, tile_size: int = TILE_SIZE_PX
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Cut several images like `tile_image`; their tiles follow each other in the same two arrays."""
-    grids = [choose_grid(*_get_size(image), max_tiles, tile_size) for image in images]
-    count = sum(count_tiles(grid) for grid in grids)
-    tiles = np.zeros((count, 3, tile_size, tile_size), np.uint8)
-    sizes = np.empty((count, 2), np.int32)
-    crops = (crop for image, grid in zip(images, grids, strict=True) for crop in _make_crops(image, grid, tile_size))
-    for i, crop in enumerate(crops):
-        sizes[i] = crop.height, crop.width
-        _paste(crop, tiles[i])
+    cuts = [list_crops(image, max_tiles, tile_size) for image in images]
+    crops = [crop for cut in cuts for crop in cut]
+    tiles = np.zeros((len(crops), 3, tile_size, tile_size), np.uint8)
+    sizes = np.array([(crop.height, crop.width) for crop in crops], np.int32).reshape(-1, 2)
+    start = 0
+    for image, cut in zip(images, cuts, strict=True):
+        resize_crops(image, cut, tiles[start : start + len(cut)])
+        start += len(cut)
     return tiles, sizes
+
+
+def list_crops(image: Image.Image, max_tiles: int, tile_size: int) -> list[Crop]:
+    """Return the crops of an RGB image: the overview, if there are several tiles, then the others in row-major order.
+
+    Raise ValueError if the image is empty or has another mode.
+    """
+    width, height = _get_size(image)
+    grid = choose_grid(width, height, max_tiles, tile_size)
+    boxes = list(_cut_boxes(width, height, grid))
+    if grid != (1, 1):
+        boxes = [(0, 0, width, height), *boxes]
+    return [Crop(*box, *fit_in_tile(box[2] - box[0], box[3] - box[1], tile_size)) for box in boxes]
 
 
 def fit_in_tile(width: int, height: int, tile_size: int = TILE_SIZE_PX) -> tuple[int, int]:
@@ -124,28 +138,3 @@ def _cut_boxes(width: int, height: int, grid: Grid) -> Iterator[Box]:
 def _split_evenly(length: int, parts: int) -> list[tuple[int, int]]:
     step = length // parts
     return [(i * step, length if i == parts - 1 else (i + 1) * step) for i in range(parts)]
-
-
-def _make_crops(image: Image.Image, grid: Grid, tile_size: int) -> Iterator[Image.Image]:
-    if grid != (1, 1):
-        yield _shrink(image, tile_size)
-    for box in _cut_boxes(image.width, image.height, grid):
-        # Not resize(box=...): its filter would read pixels outside the box.
-        yield _shrink(image.crop(box), tile_size)
-
-
-def _shrink(crop: Image.Image, tile_size: int) -> Image.Image:
-    width, height = fit_in_tile(crop.width, crop.height, tile_size)
-    # Width, then height, in two calls: Pillow 13 reverses the order for tall images (python-pillow/Pillow#9549), which
-    # changes the rounding of up to a third of their bytes.
-    narrowed = crop.resize((width, crop.height), Image.Resampling.BICUBIC)
-    return narrowed.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _paste(crop: Image.Image, tile: NDArray[np.uint8]) -> None:
-    width, height = crop.size
-    top, left = (tile.shape[1] - height) // 2, (tile.shape[2] - width) // 2
-    # One packed copy per channel takes a fifth of the time of transposing the interleaved array.
-    for channel, plane in zip("RGB", tile, strict=True):
-        band = np.frombuffer(crop.tobytes("raw", channel), np.uint8)
-        plane[top : top + height, left : left + width] = band.reshape(height, width)

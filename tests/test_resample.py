@@ -1,0 +1,277 @@
+"""The compiled resampler equals Pillow in every bit; where it is missing or differs, Pillow resizes, and says so."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from ovis_model.inputs import resample
+from ovis_model.inputs.tiling import list_crops, tile_image
+from tests.support.golden_data import CHECKPOINTS, draw_picture, load_expected
+from tests.support.photographs import find_photographs
+from tests.support.resampler_builds import NAME, build_resampler, load_build
+from tests.support.roots import ROOT
+
+TILE_SIZES = (56, 112, 448)
+MAX_SIDES_PX = ((60, 60), (1800, 1800), (30, 1500), (1500, 30), (1, 3000), (3000, 1))
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    finished, files = build_resampler(tmp_path_factory.mktemp("build"))
+    assert len(files) == 1, finished.stderr
+    return load_build(files[0])
+
+
+@pytest.fixture
+def compiled(built: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Install the build of this checkout in this process."""
+    install(built, monkeypatch)
+    assert resample.load_resampler() is built
+    yield built
+    resample.load_resampler.cache_clear()
+
+
+def install(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, NAME, build)
+    resample.load_resampler.cache_clear()
+
+
+def tile_with_pillow(image: Image.Image, max_tiles: int, tile_size: int) -> NDArray[np.uint8]:
+    crops = list_crops(image, max_tiles, tile_size)
+    tiles = np.zeros((len(crops), 3, tile_size, tile_size), np.uint8)
+    resample.resize_crops_with_pillow(image, crops, tiles)
+    return tiles
+
+
+def draw_random(rng: np.random.Generator) -> Image.Image:
+    """Draw noise, black and white noise, or a gradient, often thin, small or of one colour in an axis."""
+    width, height = (int(rng.integers(1, side, endpoint=True)) for side in MAX_SIDES_PX[rng.integers(6)])
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    kind = rng.integers(4)
+    if kind == 0:
+        pixels = np.where(pixels < 128, 0, 255).astype(np.uint8)
+    elif kind == 1:
+        pixels[:] = np.linspace(0, 255, width).astype(np.uint8)[:, None]
+    return Image.fromarray(pixels)
+
+
+def assert_equal_to_pillow(images: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for i in range(images):
+        image, max_tiles, tile_size = draw_random(rng), int(rng.integers(1, 12)), int(rng.choice(TILE_SIZES))
+        tiles = tile_image(image, max_tiles, tile_size)[0]
+        expected = tile_with_pillow(image, max_tiles, tile_size)
+        assert np.array_equal(tiles, expected), f"{i}: {image.size}, {max_tiles=}, {tile_size=}"
+
+
+@needs_compiler
+def test_random_images_equal_pillows(compiled: ModuleType) -> None:
+    assert_equal_to_pillow(150, seed=0)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_thousands_of_random_images_equal_pillows(compiled: ModuleType) -> None:
+    assert_equal_to_pillow(2000, seed=1)
+
+
+@needs_compiler
+def test_photographs_equal_pillows(compiled: ModuleType) -> None:
+    assert len(find_photographs()) >= 20
+    for path in find_photographs():
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        assert np.array_equal(tile_image(image, 9)[0], tile_with_pillow(image, 9, 448)), path.name
+
+
+@needs_compiler
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_golden_pictures_equal_pillows(compiled: ModuleType, checkpoint: str) -> None:
+    """Pillow's tiles of these pictures equal the original's: see test_tiling.py."""
+    data = load_expected(checkpoint)
+    for case in data["preprocessing"]:
+        image, sizes = draw_picture(case).convert("RGB"), (case["max_partition"], data["image_size"])
+        assert np.array_equal(tile_image(image, *sizes)[0], tile_with_pillow(image, *sizes)), case
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
+def test_strips_may_have_any_height(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    image = draw_random(np.random.default_rng(0)).resize((333, 200))
+    expected = tile_image(image, 9, 56)[0]
+    monkeypatch.setattr(resample, "_ROWS_PER_STRIP", rows)
+    assert np.array_equal(tile_image(image, 9, 56)[0], expected)
+
+
+@needs_compiler
+def test_images_beyond_the_compiled_limit_are_resized_by_pillow(compiled: ModuleType) -> None:
+    width = compiled.MAX_SIDE_PX + 1
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, width, 3), np.uint8))
+    assert np.array_equal(tile_image(image, 2, 56)[0], tile_with_pillow(image, 2, 56))
+    with pytest.raises(ValueError, match=str(width)):
+        call(compiled, width=width, height=1)
+
+
+def call(
+    compiled: ModuleType,
+    box: tuple[int, ...] = (0, 0, 6, 4, 8, 5),
+    strips: object = (bytes(24),) * 3,
+    *,
+    width: int = 6,
+    height: int = 4,
+    tile_size: int = 8,
+    tiles_bytes: int = 192,
+) -> bytes:
+    tiles = bytearray(b"\xff" * tiles_bytes)
+    compiled.resize_crops([strips], width, height, [box], tiles, tile_size)
+    return bytes(tiles)
+
+
+@needs_compiler
+def test_only_the_crops_are_written(built: ModuleType) -> None:
+    for plane in np.frombuffer(call(built), np.uint8).reshape(3, 8, 8):
+        assert (plane[1:6] == 0).all()
+        assert (plane[[0, 6, 7]] == 255).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "box",
+    [
+        (-1, 0, 6, 4, 8, 8),
+        (0, -1, 6, 4, 8, 8),
+        (0, 0, 7, 4, 8, 8),
+        (0, 0, 6, 5, 8, 8),
+        (3, 0, 3, 4, 8, 8),
+        (0, 4, 6, 3, 8, 8),
+        (0, 0, 6, 4, 9, 8),
+        (0, 0, 6, 4, 8, 9),
+        (0, 0, 6, 4, 0, 8),
+        (0, 0, 6, 4, 8, -(2**31)),
+        (-(2**31), 0, 2**31 - 1, 4, 8, 8),
+    ],
+)
+def test_a_box_outside_its_image_or_tile_is_refused(built: ModuleType, box: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="crop 0 is empty, or outside an image of 6 x 4 px or a tile of 8 px"):
+        call(built, box)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": 0},
+        {"height": -1},
+        {"height": 5},
+        {"height": 3},
+        {"width": 5},
+        {"tile_size": 0},
+        {"tile_size": 9},
+        {"tile_size": 2**31 - 1},
+        {"tiles_bytes": 191},
+        {"tiles_bytes": 384},
+        {"strips": (bytes(24), bytes(24), bytes(18))},
+        {"strips": (b"", b"", b"")},
+        {"strips": (bytes(30),) * 3},
+    ],
+)
+def test_planes_and_tiles_of_another_size_are_refused(built: ModuleType, wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"sides must be|do not fill|not whole rows|strips end|crop 0"):
+        call(built, **wrong)  # type: ignore[arg-type]
+
+
+@needs_compiler
+def test_wrong_types_are_refused(built: ModuleType) -> None:
+    for arguments in ({"box": (0, 0, 6, 4, 8)}, {"box": [0, 0, 6, 4, 8, 8]}, {"strips": "ab"}, {"strips": (1, 2, 3)}):
+        with pytest.raises(TypeError):
+            call(built, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        built.resize_crops(None, 6, 4, [(0, 0, 6, 4, 8, 8)], bytearray(192), 8)
+
+
+@needs_compiler
+def test_threads_and_a_forked_process_give_the_same_tiles(compiled: ModuleType) -> None:
+    images = [draw_random(np.random.default_rng(seed)) for seed in range(12)]
+    expected = [digest(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(digest, images)) == expected
+    with multiprocessing.get_context("fork").Pool(1) as processes:
+        assert processes.map(digest, images) == expected
+
+
+def digest(image: Image.Image) -> int:
+    return hash(tile_image(image, 9, 112)[0].tobytes())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("PRECISION_BITS 22", "PRECISION_BITS 21", "differs from Pillow"),
+        ('"OiiO!w*i"', '"OiiO!w*ii"', "is of another version"),
+    ],
+)
+def test_a_build_that_is_unusable_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, old: str, new: str, reason: str
+) -> None:
+    _, files = build_resampler(tmp_path, lambda source: source.replace(old, new))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        install(load_build(files[0]), patch)
+        assert resample.load_resampler() is resample.load_resampler() is None
+    resample.load_resampler.cache_clear()
+    [record] = caplog.records
+    assert reason in record.getMessage()
+
+
+def test_a_build_of_another_system_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / f"{NAME}.abi3.so").write_bytes(b"of another system")
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.syspath_prepend(str(tmp_path))
+        patch.delitem(sys.modules, NAME, raising=False)
+        resample.load_resampler.cache_clear()
+        assert resample.load_resampler() is None
+    resample.load_resampler.cache_clear()
+    [record] = caplog.records
+    assert "cannot be loaded" in record.getMessage()
+
+
+def test_without_a_compiler_the_package_is_built_without_the_resampler(tmp_path: Path) -> None:
+    finished, files = build_resampler(tmp_path, CC=str(tmp_path / "no-compiler"))
+    assert (finished.returncode, files) == (0, []), finished.stderr
+
+
+def test_without_the_resampler_pillow_resizes_and_one_line_says_so() -> None:
+    program = (
+        "import logging, sys, numpy\n"
+        f"sys.modules[{NAME!r}] = None\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "from PIL import Image\n"
+        "from ovis_model.inputs.tiling import tile_image\n"
+        "image = Image.fromarray(numpy.arange(7500, dtype=numpy.uint8).reshape(50, 50, 3))\n"
+        "print(tile_image(image, 4, 28)[0].sum(), tile_image(image, 4, 28)[0].sum())\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    image = Image.fromarray(np.arange(7500, dtype=np.uint8).reshape(50, 50, 3))
+    assert finished.stdout.split() == [str(tile_with_pillow(image, 4, 28).sum())] * 2
+    [line] = finished.stderr.splitlines()
+    assert "Pillow resizes the images" in line and "install a C compiler" in line
