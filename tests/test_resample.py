@@ -32,9 +32,13 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    finished, files = build_resampler(tmp_path_factory.mktemp("build"))
+def remove_x86_code(source: str) -> str:
+    return source.replace("#define HAS_X86", "")
+
+
+@pytest.fixture(scope="module", params=[str, remove_x86_code], ids=["this processor", "any processor"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    finished, files = build_resampler(tmp_path_factory.mktemp("build"), request.param)
     assert len(files) == 1, finished.stderr
     return load_build(files[0])
 

@@ -2,7 +2,7 @@
  *
  * Pillow (src/libImaging/Resample.c) multiplies pixels by fixed-point weights of 22 bits, sums in 32 bits and rounds after
  * each pass. Integer sums do not depend on their order, so a pass may run along any axis: here each computes LANES pixels
- * at once, which compilers turn into vector code. The image arrives in strips of rows, each of which is read once for all
+ * at once, in AVX2 or in what the compiler makes of plain C. The image arrives in strips of rows, each of which is read once for all
  * crops. The first pass runs over LANES rows turned by 90 degrees, the second over LANES columns of its result.
  */
 #define Py_LIMITED_API 0x030B0000
@@ -12,38 +12,34 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__GNUC__) && defined(__x86_64__)
+#define HAS_X86
+#include <immintrin.h>
 #endif
 
 #define PRECISION_BITS 22
 #define LANES 32
 #define MAX_SIDE_PX 65536 /* no number below overflows with it, and a turned strip takes at most 6 MB */
 
-/* Choosing code by the processor at load time needs GCC and the loader of glibc. */
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
-#define FAST __attribute__((target_clones("avx2", "sse4.1", "default")))
-#else
-#define FAST
-#endif
+#define HALF_BITS 11
 
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
-#elif defined(_MSC_VER)
-#define INLINE static __forceinline
+#if defined(_MSC_VER)
 #define restrict __restrict
-#else
-#define INLINE static inline
 #endif
 
 typedef struct {
     int first, count; /* the input pixels that an output pixel is made of */
 } Span;
 
+/* Two weights, each (high << HALF_BITS) + low, for processors that multiply and add pairs of 16-bit numbers. */
 typedef struct {
-    int size;        /* weights reserved per output pixel */
-    Span *spans;     /* one per output pixel */
-    int32_t *values; /* fixed-point weights, `size` per output pixel */
+    int16_t high[2], low[2];
+} Pair;
+
+typedef struct {
+    int size;    /* pairs reserved per output pixel */
+    Span *spans; /* one per output pixel */
+    Pair *pairs; /* `size` per output pixel */
 } Weights;
 
 static double bicubic(double x) {
@@ -56,7 +52,7 @@ static double bicubic(double x) {
 
 static void free_weights(Weights *weights) {
     free(weights->spans);
-    free(weights->values);
+    free(weights->pairs);
 }
 
 /* Return 0 if memory is short. The order of operations decides the last bit: it is Pillow's. */
@@ -67,11 +63,11 @@ static int compute_weights(Weights *weights, int in_size, int out_size) {
     const double inverse = 1.0 / stretch;
     double *row;
 
-    weights->size = (int)ceil(support) * 2 + 1;
+    weights->size = (int)ceil(support) + 1;
     weights->spans = malloc(sizeof(Span) * out_size);
-    weights->values = calloc((size_t)out_size * weights->size, sizeof(int32_t));
-    row = malloc(sizeof(double) * weights->size);
-    if (!weights->spans || !weights->values || !row) {
+    weights->pairs = calloc((size_t)out_size * weights->size, sizeof(Pair));
+    row = malloc(sizeof(double) * 2 * weights->size);
+    if (!weights->spans || !weights->pairs || !row) {
         free(row);
         return 0;
     }
@@ -86,8 +82,11 @@ static int compute_weights(Weights *weights, int in_size, int out_size) {
             sum += row[k];
         }
         for (int k = 0; k < end - first; k++) {
-            const double weight = (sum != 0.0 ? row[k] / sum : row[k]) * (1 << PRECISION_BITS);
-            weights->values[(size_t)i * weights->size + k] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
+            const double exact = (sum != 0.0 ? row[k] / sum : row[k]) * (1 << PRECISION_BITS);
+            const int32_t weight = (int32_t)(exact < 0 ? exact - 0.5 : exact + 0.5);
+            Pair *pair = &weights->pairs[(size_t)i * weights->size + k / 2];
+            pair->low[k % 2] = (int16_t)(weight & ((1 << HALF_BITS) - 1));
+            pair->high[k % 2] = (int16_t)((weight - pair->low[k % 2]) / (1 << HALF_BITS));
         }
         weights->spans[i] = (Span){first, end - first};
     }
@@ -96,27 +95,67 @@ static int compute_weights(Weights *weights, int in_size, int out_size) {
 }
 
 /* Sum `count` weighted vectors of LANES pixels, `stride` bytes apart. */
-INLINE void weigh(
-    uint8_t *restrict out, const uint8_t *restrict in, size_t stride, const int32_t *restrict weights, int count
-) {
+typedef void Weigh(uint8_t *out, const uint8_t *in, size_t stride, const Pair *pairs, int count);
+
+static void weigh_plain(uint8_t *out, const uint8_t *in, size_t stride, const Pair *pairs, int count) {
     int32_t sums[LANES];
     for (int lane = 0; lane < LANES; lane++) sums[lane] = 1 << (PRECISION_BITS - 1);
     for (int k = 0; k < count; k++) {
-        const uint8_t *restrict pixels = in + k * stride;
-        const int32_t weight = weights[k];
+        const uint8_t *pixels = in + k * stride;
+        const int32_t weight = pairs[k / 2].high[k % 2] * (1 << HALF_BITS) + pairs[k / 2].low[k % 2];
         for (int lane = 0; lane < LANES; lane++) sums[lane] += weight * pixels[lane];
     }
     for (int lane = 0; lane < LANES; lane++) {
-        int32_t value = sums[lane] >> PRECISION_BITS;
-        value = value < 0 ? 0 : value;
-        out[lane] = (uint8_t)(value > 255 ? 255 : value);
+        const int32_t value = sums[lane] >> PRECISION_BITS;
+        out[lane] = (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
     }
 }
 
-#if defined(__SSE2__)
+#if defined(HAS_X86)
+/* A vector holds the pixels of even or odd lanes, since 8 bits become 16 without a shuffle that way. */
+__attribute__((target("avx2"))) static void weigh_avx2(
+    uint8_t *out, const uint8_t *in, size_t stride, const Pair *pairs, int count
+) {
+    const __m256i byte = _mm256_set1_epi16(0xFF), zero = _mm256_setzero_si256();
+    __m256i high[4] = {zero, zero, zero, zero}, low[4] = {zero, zero, zero, zero}, values[4];
+
+    for (int k = 0; k < count; k += 2, in += 2 * stride, pairs++) {
+        const __m256i a = _mm256_loadu_si256((const __m256i *)in);
+        const __m256i b = k + 1 < count ? _mm256_loadu_si256((const __m256i *)(in + stride)) : zero;
+        const __m256i even_a = _mm256_and_si256(a, byte), odd_a = _mm256_srli_epi16(a, 8);
+        const __m256i even_b = _mm256_and_si256(b, byte), odd_b = _mm256_srli_epi16(b, 8);
+        int32_t halves[2];
+        memcpy(halves, pairs, sizeof(halves));
+        values[0] = _mm256_unpacklo_epi16(even_a, even_b);
+        values[1] = _mm256_unpackhi_epi16(even_a, even_b);
+        values[2] = _mm256_unpacklo_epi16(odd_a, odd_b);
+        values[3] = _mm256_unpackhi_epi16(odd_a, odd_b);
+        for (int i = 0; i < 4; i++) {
+            high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(values[i], _mm256_set1_epi32(halves[0])));
+            low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(values[i], _mm256_set1_epi32(halves[1])));
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(high[i], HALF_BITS), low[i]);
+        const __m256i half = _mm256_set1_epi32(1 << (PRECISION_BITS - 1));
+        values[i] = _mm256_srai_epi32(_mm256_add_epi32(sum, half), PRECISION_BITS);
+    }
+    for (int i = 0; i < 4; i += 2) {
+        const __m256i words = _mm256_packs_epi32(values[i], values[i + 1]);
+        values[i] = _mm256_min_epi16(_mm256_max_epi16(words, zero), byte);
+    }
+    _mm256_storeu_si256((__m256i *)out, _mm256_or_si256(values[0], _mm256_slli_epi16(values[2], 8)));
+}
+
+static Weigh *choose_weigh(void) { return __builtin_cpu_supports("avx2") ? weigh_avx2 : weigh_plain; }
+#else
+static Weigh *choose_weigh(void) { return weigh_plain; }
+#endif
+
+#if defined(HAS_X86)
 #define BLOCK 16
 /* Turn a block of BLOCK x BLOCK bytes: each round interleaves rows that are half a block apart. */
-INLINE void turn_block(uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride) {
+static inline void turn_block(uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride) {
     __m128i rows[BLOCK], next[BLOCK];
     for (int y = 0; y < BLOCK; y++) rows[y] = _mm_loadu_si128((const __m128i *)(in + y * in_stride));
     for (int round = 0; round < 4; round++) {
@@ -131,7 +170,7 @@ INLINE void turn_block(uint8_t *restrict out, size_t out_stride, const uint8_t *
 #else
 #define BLOCK 8
 /* Turn a block of BLOCK x BLOCK bytes: swap its quarters, then theirs, then theirs. */
-INLINE void turn_block(uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride) {
+static inline void turn_block(uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t in_stride) {
     uint64_t rows[BLOCK], swapped;
     for (int y = 0; y < BLOCK; y++) memcpy(&rows[y], in + y * in_stride, BLOCK);
     for (int half = 4, shift = 32; half; half /= 2, shift /= 2) {
@@ -161,30 +200,29 @@ static void turn(
 }
 
 /* Weigh columns: in[in_width][LANES] -> out[out_width][LANES]. */
-FAST static void resize_columns(
-    uint8_t *restrict out, const uint8_t *restrict in, int out_width, const Weights *weights
-) {
+static void resize_columns(uint8_t *out, const uint8_t *in, int out_width, const Weights *weights) {
+    Weigh *weigh = choose_weigh();
     for (int x = 0; x < out_width; x++) {
         const Span span = weights->spans[x];
         weigh(out + (size_t)x * LANES, in + (size_t)span.first * LANES, LANES,
-              weights->values + (size_t)x * weights->size, span.count);
+              weights->pairs + (size_t)x * weights->size, span.count);
     }
 }
 
 /* Weigh rows of `stride` bytes, a multiple of LANES: in[in_height][stride] -> out rows `out_stride` bytes apart. */
-FAST static void resize_rows(
-    uint8_t *restrict out, size_t out_stride, const uint8_t *restrict in, size_t stride, int width, int out_height,
-    const Weights *weights
+static void resize_rows(
+    uint8_t *out, size_t out_stride, const uint8_t *in, size_t stride, int width, int out_height, const Weights *weights
 ) {
+    Weigh *weigh = choose_weigh();
     uint8_t last[LANES];
     for (int y = 0; y < out_height; y++) {
         const Span span = weights->spans[y];
-        const int32_t *values = weights->values + (size_t)y * weights->size;
+        const Pair *pairs = weights->pairs + (size_t)y * weights->size;
         const uint8_t *first = in + span.first * stride;
         int x = 0;
-        for (; x + LANES <= width; x += LANES) weigh(out + y * out_stride + x, first + x, stride, values, span.count);
+        for (; x + LANES <= width; x += LANES) weigh(out + y * out_stride + x, first + x, stride, pairs, span.count);
         if (x < width) {
-            weigh(last, first + x, stride, values, span.count);
+            weigh(last, first + x, stride, pairs, span.count);
             memcpy(out + y * out_stride + x, last, width - x);
         }
     }
