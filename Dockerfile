@@ -5,7 +5,7 @@
 # that installs packages on each node is slow, and without a package index it waits forever.
 FROM python:3.11-slim-bookworm
 
-# wget: used by KubeRay's probes. gcc: Triton compiles a launcher with it when torch needs one.
+# wget: used by KubeRay's probes. gcc: compiles the resampler below, and Triton's launcher when torch needs one.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \

@@ -57,5 +57,5 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 clean:
-	rm -rf .venv build demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build _ovis_resample.* demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find jobs demo benchmarks pipelines ovis_model examples tests -name __pycache__ -prune -exec rm -rf {} +
