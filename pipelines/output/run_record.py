@@ -95,7 +95,7 @@ def open_run(config: RunConfig, models: Json) -> Run:
 
 def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | None) -> Json:
     _check_foreign(output, identity["config"]["input"], replaces)
-    with list_rows(config, config.questionnaire) as listing:
+    with list_rows(config, config.questionnaire, output=output) as listing:
         if replaces is not None:
             _write_record(output, {"status": _REPLACED})
         _remove_ours(output)
@@ -119,7 +119,7 @@ def _extend(output: str, config: RunConfig, identity: Json, record: Json) -> Non
     """Append the rows that the run does not have yet, then write a run.json that counts them."""
     num_rows: int = record["num_rows"]
     known = KnownRows(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
-    with list_rows(config, config.questionnaire, known) as listing:
+    with list_rows(config, config.questionnaire, known, output=output) as listing:
         if listing.num_rows:
             listing.kept = _check_kept_types(KeptColumns(output).schema, listing.kept)
             write_manifest(output, listing.read_tables(), num_rows)

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from pipelines.errors import SourceError
-from pipelines.media.reference import VIDEO_SUFFIXES
+from pipelines.sources.kinds import IMAGE_SUFFIXES, detect_kind
+from pipelines.sources.selection import read_marker, select_files
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
-KINDS = {
-    ".tar": "tar",
-    ".tar.gz": "tgz",
-    ".tgz": "tgz",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-}
-_IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
-IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split()) | VIDEO_SUFFIXES
-"""Suffixes of images, and of videos, whose frames become images."""
 _METADATA = "metadata.jsonl"
 _UNREAD_METADATA = ("metadata.csv", "metadata.parquet")
 
 logger = logging.getLogger(__name__)
 
 
-def detect_kind(uri: str) -> str:
-    """Return the kind of shard that the name indicates, or "file"."""
-    name = store.strip_query(uri).lower()
-    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "file")
+def list_directory(uri: str, output: str | None = None) -> Iterable[FileInfo]:
+    """Return the files of an INPUT that is a directory. Raise SourceError if the choice is ambiguous.
 
-
-def list_directory(uri: str) -> Iterable[FileInfo]:
-    """Return the files of an INPUT that is a directory. Raise SourceError if the choice is ambiguous."""
+    Hidden files and the files of runs are left out; `output` is the OUTPUT of this run.
+    """
     if saved := _find_saved_dataset(uri):
         return saved
-    infos = store.list_files(uri)
+    infos = select_files(uri, store.list_files(uri), output)
     images = [info for info in infos if PurePosixPath(info.uri).suffix.lower() in IMAGE_SUFFIXES]
     if any(info.uri.rpartition("/")[2] in (_METADATA, *_UNREAD_METADATA) for info in infos) and images:
         return _list_image_folder(uri, infos, images)
@@ -53,25 +38,13 @@ def list_directory(uri: str) -> Iterable[FileInfo]:
 
 def _find_saved_dataset(uri: str) -> list[FileInfo]:
     """Return the shards that `Dataset.save_to_disk` wrote, of all splits of a `DatasetDict`; [] if `uri` is neither."""
-    splits = _read_marker(uri, "dataset_dict.json").get("splits")
+    splits = read_marker(uri, "dataset_dict.json").get("splits")
     if isinstance(splits, list):
         return [info for split in splits for info in _find_saved_dataset(store.join(uri, str(split)))]
-    files = _read_marker(uri, "state.json").get("_data_files")
+    files = read_marker(uri, "state.json").get("_data_files")
     if not isinstance(files, list):
         return []
     return [_find_shard(store.join(uri, str(file["filename"]))) for file in files]
-
-
-def _read_marker(uri: str, name: str) -> dict[str, object]:
-    """Return the JSON object in a marker file; {} if the file is missing or holds something else."""
-    marker = store.join(uri, name)
-    if store.find_file(marker) is None:
-        return {}
-    try:
-        values = json.loads(store.read_bytes(marker, 0, 16 << 20))
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _find_shard(uri: str) -> FileInfo:
@@ -98,9 +71,7 @@ def _list_image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) 
 
 def _select_shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
     """Return the shards of a directory without images. Raise SourceError if they are of several kinds."""
-    shards = [
-        info for info in infos if detect_kind(info.uri) != "file" and not info.uri.rpartition("/")[2].startswith(".")
-    ]
+    shards = [info for info in infos if detect_kind(info.uri) != "file"]
     kinds = sorted({detect_kind(info.uri) for info in shards})
     if len(kinds) > 1:
         raise SourceError(

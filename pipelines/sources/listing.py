@@ -11,8 +11,8 @@ import pyarrow as pa
 from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import SourceError
-from pipelines.sources.directories import IMAGE_SUFFIXES
 from pipelines.sources.ids import Changes, IdIndex, KnownRows, OnDuplicate
+from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.sources.prompts import PromptBuilder
 from pipelines.sources.rows import Chunk
 from pipelines.sources.shards import list_chunks
@@ -21,8 +21,12 @@ from pipelines.storage import store
 from pipelines.tasks.questionnaire import Questionnaire
 
 
-def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: KnownRows | None = None) -> Listing:
+def list_rows(
+    options: SourceOptions, questionnaire: Questionnaire, known: KnownRows | None = None, *, output: str | None = None
+) -> Listing:
     """List the rows of all inputs except those that are `known`; the caller closes the listing.
+
+    Files of `output`, the OUTPUT of this run, are not listed.
 
     Raise SourceError if the inputs have no rows, if a column does not exist, or if two rows share an id and
     --on-duplicate-id is "error".
@@ -31,7 +35,7 @@ def list_rows(options: SourceOptions, questionnaire: Questionnaire, known: Known
     with ExitStack() as unless_listed:
         listing = unless_listed.enter_context(Listing(options.keep_columns))
         try:
-            _list_into(listing, options, questionnaire)
+            _list_into(listing, options, questionnaire, output)
             listing.resolve_duplicates(options.on_duplicate_id, known or KnownRows())
         except OSError as error:
             raise SourceError(f"cannot list {_name_inputs(options)}: {error}") from error
@@ -43,10 +47,10 @@ def _name_inputs(options: SourceOptions) -> str:
     return ", ".join(map(store.redact, options.input))
 
 
-def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire) -> None:
+def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire, output: str | None) -> None:
     prompts = PromptBuilder(options, questionnaire)
     # Limited before cutting, as each row becomes at least one window, and again after it.
-    rows = _limit_rows(list_chunks(options.input, prompts.columns), options.limit)
+    rows = _limit_rows(list_chunks(options.input, prompts.columns, output), options.limit)
     for chunk in _limit_rows(apply_windows(rows, options.window_s), options.limit):
         listing.add(prompts.to_table(chunk), chunk.kept)
     if not listing.num_rows:

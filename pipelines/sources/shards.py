@@ -10,9 +10,11 @@ from itertools import chain, groupby, islice
 
 from pipelines.errors import SourceError
 from pipelines.media.reference import FileRef
-from pipelines.sources.directories import KINDS, detect_kind, list_directory
+from pipelines.sources.directories import list_directory
 from pipelines.sources.jsonl import list_jsonl
+from pipelines.sources.kinds import KINDS, detect_kind
 from pipelines.sources.rows import Chunk, ColumnRoles, SourceRow, escape_name, group_into_chunks
+from pipelines.sources.selection import GLOB_CHARACTERS, select_files
 from pipelines.sources.tables import list_arrow, list_parquet
 from pipelines.sources.tar import list_tar
 from pipelines.sources.videos import strip_window
@@ -20,13 +22,15 @@ from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
 _MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".feather", ".lance")
-_GLOB_CHARACTERS = frozenset("*?[")
 _SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
 
 
-def list_chunks(inputs: Iterable[str], columns: ColumnRoles) -> Iterator[Chunk]:
-    """Yield the rows of all inputs, in order. Raise SourceError or OSError if one of them cannot be listed."""
-    infos = (info for uri in inputs for info in _expand(uri))
+def list_chunks(inputs: Iterable[str], columns: ColumnRoles, output: str | None = None) -> Iterator[Chunk]:
+    """Yield the rows of all inputs, in order, without the files of `output`, which is the OUTPUT of this run.
+
+    Raise SourceError or OSError if an input cannot be listed.
+    """
+    infos = (info for uri in inputs for info in _expand(uri, output))
     for is_file, group in groupby(infos, key=lambda info: _check_kind(info) == "file"):
         list_group = _list_files if is_file else _list_shards
         yield from list_group(group, columns)
@@ -75,18 +79,22 @@ def _list_shard(shard: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
             return list_tar(shard, columns, is_gzip=kind == "tgz")
 
 
-def _expand(uri: str) -> Iterable[FileInfo]:
+def _expand(uri: str, output: str | None) -> Iterable[FileInfo]:
     if info := store.find_file(uri):
         return [info]
     if (video := strip_window(uri)) != uri and (info := store.find_file(video)):
         return [replace(info, uri=f"{info.uri}{uri[len(video) :]}")]
     if store.is_directory(uri):
-        return list_directory(uri)
-    if not _GLOB_CHARACTERS & set(uri):
+        return list_directory(uri, output)
+    if not GLOB_CHARACTERS & set(uri):
         raise SourceError(f"input {store.redact(uri)!r} does not exist")
     if not (infos := store.glob_files(uri)):
         raise SourceError(f"no files match {store.redact(uri)!r}")
-    return infos
+    if not (selected := select_files(uri, infos, output, is_glob=True)):
+        raise SourceError(
+            f"all {len(infos)} files that match {store.redact(uri)!r} are hidden or belong to a run; name them exactly"
+        )
+    return selected
 
 
 def _check_kind(info: FileInfo) -> str:

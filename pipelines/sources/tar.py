@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipelines.media.reference import TarRef
-from pipelines.sources.directories import IMAGE_SUFFIXES, log_skipped
+from pipelines.sources.directories import log_skipped
+from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.sources.rows import (
     Chunk,
     ColumnRoles,

@@ -5,6 +5,8 @@ A fault of one file raises OSError; a fault of the store that persists through a
 
 from __future__ import annotations
 
+import bisect
+import logging
 import os
 import re
 import stat
@@ -20,6 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from pipelines.errors import FinalFault, StoreError, StoreFault
 from pipelines.storage.retries import Retries, is_final
@@ -37,6 +40,7 @@ _MAPPED_BLOCK_BYTES = 4 << 20
 
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,18 @@ def make_absolute(uri: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
+def normalize(uri: str) -> str:
+    """Return a URI as listings spell it: a local path absolute, any other with its store's own prefix."""
+    fs, path = open_store(uri)
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def resolve_links(uri: str) -> str:
+    """Return a local path with its links followed, any other URI normalized."""
+    fs, path = open_store(uri)
+    return os.path.realpath(path) if isinstance(fs, LocalFileSystem) else normalize(uri)
+
+
 def get_store_root(uri: str) -> str:
     """Return the protocol and the bucket or host of `uri`, such as `s3://bucket`; "" for local files."""
     return "/".join(uri.split("/")[:3]) if "://" in uri else ""
@@ -140,14 +156,43 @@ def list_files(uri: str) -> list[FileInfo]:
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path), key=lambda info: info.uri)
     found: dict[str, dict[str, Any]] = _retry(fs, lambda: fs.find(path, detail=True))
-    return [_describe(fs, name, found[name]) for name in sorted(found)]
+    return _describe_files(fs, found)
 
 
 def glob_files(uri: str) -> list[FileInfo]:
     """Return the files that match a pattern, without directories, sorted by name. Raise OSError."""
     fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        return _glob_local(path)
     found: dict[str, dict[str, Any]] = _retry(fs, lambda: fs.glob(path, detail=True))
-    return [_describe(fs, name, found[name]) for name in sorted(found) if found[name]["type"] != "directory"]
+    return _describe_files(fs, {name: info for name, info in found.items() if info["type"] != "directory"})
+
+
+def _glob_local(pattern: str) -> list[FileInfo]:
+    """Return the local files that match; links to directories are followed, as in `list_files`."""
+    parts = pattern.split("/")
+    first = next(i for i, part in enumerate(parts) if set("*?[") & set(part))
+    max_depth = None if "**" in pattern else len(parts) - first
+    matches = re.compile(glob_translate(pattern)).match
+    infos = _walk("/".join(parts[:first]) or "/", max_depth)
+    return sorted((info for info in infos if matches(info.uri)), key=lambda info: info.uri)
+
+
+def _describe_files(fs: Any, found: dict[str, dict[str, Any]]) -> list[FileInfo]:
+    """Describe the objects of a store, sorted by name, without the empty ones that stand for directories."""
+    names = sorted(found)
+    return [
+        _describe(fs, name, found[name])
+        for name in names
+        if found[name].get("size") or not _is_placeholder(name, names)
+    ]
+
+
+def _is_placeholder(name: str, names: list[str]) -> bool:
+    """Return whether an empty object stands for a directory, as consoles and Hadoop make them."""
+    following = bisect.bisect_left(names, f"{name}/")
+    is_prefix = following < len(names) and names[following].startswith(f"{name}/")
+    return is_prefix or name.endswith(("/", "_$folder$"))
 
 
 def find_file(uri: str) -> FileInfo | None:
@@ -316,15 +361,26 @@ def _describe(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
     return FileInfo(fs.unstrip_protocol(name), -1 if size is None else int(size))
 
 
-def _walk(directory: str) -> Iterator[FileInfo]:
-    """Yield all files below a directory.
+def _walk(directory: str, max_depth: int | None = None) -> Iterator[FileInfo]:
+    """Yield all files below a directory, at most `max_depth` levels down; log the directories that are met again.
 
     fsspec's own walk does not follow links to directories, and silently skips directories without permission.
     """
-    seen = {os.path.realpath(directory)}
+    seen, again = {os.path.realpath(directory)}, list[str]()
     for parent, directories, names in os.walk(directory, followlinks=True, onerror=_raise_unless_missing):
-        directories[:] = [name for name in directories if _is_new(f"{parent}/{name}", seen)]
-        yield from (_describe_local(f"{parent}/{name}") for name in names)
+        place = parent.rstrip("/")
+        yield from (_describe_local(f"{place}/{name}") for name in names)
+        if max_depth is not None and place.count("/") - directory.rstrip("/").count("/") + 1 >= max_depth:
+            directories.clear()
+        # Directories before links to them, and by name, so that each listing finds a directory at the same place.
+        directories.sort(key=lambda name: (Path(place, name).is_symlink(), name))
+        is_new = {name: _is_new(f"{place}/{name}", seen) for name in directories}
+        again += [f"{place}/{name}" for name in directories if not is_new[name]]
+        directories[:] = [name for name in directories if is_new[name]]
+    if again:
+        logger.warning(
+            "%s: skipped %d links to directories that are listed already, such as %s", directory, len(again), again[0]
+        )
 
 
 def _is_new(directory: str, seen: set[str]) -> bool:
