@@ -208,7 +208,11 @@ def locate_video(images: Sequence[ImageRef], encoded: Sequence[bytes]) -> tuple[
 
 
 def resolve_path(path: str, base_uri: str) -> str:
-    """Resolve a `path` in the file `base_uri`: keep a URI or absolute path, else join it to the file's folder."""
-    if "://" in path or path.startswith("/"):
+    """Resolve a `path` in the file `base_uri`: keep a URI or absolute path, else join it to the file's folder.
+
+    In a store, `.` and `..` are resolved, as it knows neither. A path above the bucket is kept; it cannot be opened.
+    """
+    if path.startswith("/"):
         return path
-    return f"{base_uri.rpartition('/')[0]}/{path}"
+    uri = path if "://" in path else f"{store.strip_query(base_uri).rpartition('/')[0]}/{path}"
+    return store.resolve_dots(uri) or uri

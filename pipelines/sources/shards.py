@@ -30,7 +30,7 @@ def list_chunks(inputs: Iterable[str], columns: ColumnRoles, output: str | None 
 
     Raise SourceError or OSError if an input cannot be listed.
     """
-    infos = (info for uri in inputs for info in _expand(uri, output))
+    infos = (info for uri in inputs for info in _expand(store.resolve_dots(uri) or uri, output))
     for is_file, group in groupby(infos, key=lambda info: _check_kind(info) == "file"):
         list_group = _list_files if is_file else _list_shards
         yield from list_group(group, columns)

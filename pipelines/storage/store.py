@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
@@ -57,6 +58,10 @@ def open_store(uri: str) -> tuple[Any, str]:
     if "://" not in uri:
         return _get_local(), LocalFileSystem._strip_protocol(uri)
     protocol = uri.split("://", 1)[0]
+    if protocol in ("file", "local"):
+        return _get_local(), _decode_local(uri)
+    if protocol not in _WEB and _leaves_store_root(uri):
+        raise StoreError(f"{redact(uri)} leads above its bucket; give a path inside the bucket")
     try:
         # Not fsspec's url_to_fs: it parses `::` in a name as a chain of file systems.
         kind = _load_file_system(protocol)
@@ -66,6 +71,39 @@ def open_store(uri: str) -> tuple[Any, str]:
         raise StoreError(f"{redact(uri)}: {error}{install}") from error
     except ValueError as error:
         raise StoreError(f"{redact(uri)}: {error}") from error
+
+
+def _decode_local(uri: str) -> str:
+    """Return the path of a file:// URI; a file whose name really contains the escapes is preferred."""
+    path = uri.partition("://")[2]
+    if path.startswith("localhost/"):
+        path = path.removeprefix("localhost")
+    if "%" in path and not os.path.lexists(path):
+        path = unquote(path, errors="surrogateescape")
+    return LocalFileSystem._strip_protocol(path)  # type: ignore[no-any-return]
+
+
+def _leaves_store_root(uri: str) -> bool:
+    """Return whether `..` leads above the bucket, where a proxy could take it for a path in another bucket."""
+    return "/.." in uri and resolve_dots(uri) is None
+
+
+def resolve_dots(uri: str) -> str | None:
+    """Resolve `.` and `..` in the path of a store's URI, as a file system does; None if they lead above the bucket.
+
+    A local path or URL is unchanged: the system or the client resolves it.
+    """
+    if "://" not in uri or "/." not in uri or uri.startswith(("file:", "local:", "http:", "https:")):
+        return uri
+    root, path = get_store_root(uri), list[str]()
+    for part in uri[len(root) + 1 :].split("/"):
+        if part == ".." and not path:
+            return None
+        if part == "..":
+            path.pop()
+        elif part != ".":
+            path.append(part)
+    return "/".join([root, *path])
 
 
 @cache
