@@ -122,7 +122,10 @@ def _merge(file: ConfigFile, flags: dict[str, Any], paths: list[str], positional
     if isinstance(file.values.get("input"), str):
         values["input"] = flags.get("input", [file.values["input"]])
     if len(paths) <= len(positionals) and positionals != ["input", "output"]:
-        return {**values, **dict(zip(positionals, paths, strict=False))}
+        placed: dict[str, Any] = dict(zip(positionals, paths, strict=False))
+        if "input" in placed:
+            placed["input"] = [placed["input"], *flags.get("input", [])]
+        return {**values, **placed}
     if len(paths) > len(positionals) or (len(paths) == 1 < len(positionals) and not values.get("input")):
         raise ValueError(_describe_paths(paths, positionals))
     if len(paths) == 2:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-from jobs.cli import OK, run_job
+from jobs.cli import OK, RUN_NOTES, TOO_MANY_ERRORS, run_job
 from jobs.command_line import Command, parse_command_line
 from pipelines.config import Section, declare_option
+from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.scores import RuleVersion, ScoringRules
 
 
@@ -39,10 +40,27 @@ class ScoreFlags(Section):
 
 COMMAND = Command(
     "evaluate",
+    EvaluateConfig,
+    "Ask the questions of benchmarks and score the answers as VLMEvalKit does, without a judge model.",
+    "BENCHMARK INPUT OUTPUT --model MODEL",
+    ("MMStar MMStar.tsv scores --model AIDC-AI/Ovis2-8B", "MMStar,AI2D_TEST files scores --model AIDC-AI/Ovis2-8B"),
+    "\n".join(
+        [
+            "other commands:",
+            "  --list   show the benchmarks",
+            "  score BENCHMARK DATA PREDICTIONS SCORES   score answers that exist; see score --help",
+            "",
+            RUN_NOTES,
+        ]
+    ),
+    places=("benchmark", "input", "output"),
+)
+SCORE = Command(
+    "evaluate score",
     ScoreFlags,
-    "Score answers to a benchmark of the Ovis2 release as VLMEvalKit does, without a judge model.",
-    "score BENCHMARK DATA PREDICTIONS SCORES",
-    ("--list", "score MMStar MMStar.tsv predictions.jsonl scores.json --rules 2025-02"),
+    "Score answers to a benchmark of the Ovis2 release as VLMEvalKit does, without a model.",
+    "BENCHMARK DATA PREDICTIONS SCORES",
+    ("MMStar MMStar.tsv predictions.jsonl scores.json --rules 2025-02",),
     places=("benchmark", "data", "predictions", "scores"),
 )
 
@@ -52,7 +70,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.evaluate
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--list"]:
         return _list_benchmarks()
-    flags = parse_command_line(COMMAND, arguments[1:] if arguments[:1] == ["score"] else arguments, prog)
+    if arguments[:1] == ["score"]:
+        return _score(arguments[1:], f"{prog} score")
+    config = parse_command_line(COMMAND, arguments, prog)
+    from pipelines.evaluation.run import run_evaluation  # loads Ray, which --help and usage errors do without
+
+    max_rate = config.max_error_rate
+    return run_job(
+        lambda: run_evaluation(config), lambda run: TOO_MANY_ERRORS if run.error > max_rate * run.rows else OK
+    )
+
+
+def _score(argv: Sequence[str], prog: str) -> int:
+    flags = parse_command_line(SCORE, argv, prog)
     from pipelines.evaluation.score import score_file
 
     rules = ScoringRules(flags.rules, flags.kit_artefacts)

@@ -11,6 +11,7 @@ from jobs.cli import EXIT_CODES
 from jobs.command_line import Command
 from jobs.options import Option, join_with_or, list_sections
 from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
+from pipelines.evaluation.config import EvaluateConfig
 
 _WIDTH = 110
 _HEAD = """\
@@ -22,8 +23,9 @@ _HEAD = """\
 `--option VALUE` or `--option=VALUE`, before or after INPUT and OUTPUT. `--no-overwrite` turns off the switch
 `--overwrite`.
 
-The options of `caption` and `annotate` may also be in a YAML file, given with `--config run.yaml`. The names
-are the same, with `-` or `_`; an option that is repeatable is a list. Flags take precedence over the file:
+The options of `caption`, `annotate` and `evaluate` may also be in a YAML file, given with `--config
+run.yaml`. The names are the same, with `-` or `_`; an option that is repeatable is a list. Flags take
+precedence over the file:
 
 ```yaml
 input: [photos, "s3://bucket/shards/*.tar"]
@@ -51,15 +53,19 @@ def render_page() -> str:
 
 def _render_parts() -> Iterator[str]:
     yield _HEAD
-    yield "## caption and annotate\n"
+    yield "## caption, annotate and evaluate\n"
     for title, options in list_sections(RunConfig):
         yield f"### {title}\n"
         yield _render_options(options)
-    kinds: dict[str, type[RunConfig]] = {"caption": CaptionConfig, "annotate": AnnotateConfig}
+    kinds: dict[str, type[RunConfig]] = {
+        "caption": CaptionConfig,
+        "annotate": AnnotateConfig,
+        "evaluate": EvaluateConfig,
+    }
     for name, kind in kinds.items():
         yield f"### {kind.title} (only {name})\n"
         yield _render_options(dict(list_sections(kind))[kind.title])
-    others: list[Command[Any]] = [evaluate.COMMAND, report.COMMAND, compact.COMMAND, demo.COMMAND]
+    others: list[Command[Any]] = [evaluate.SCORE, report.COMMAND, compact.COMMAND, demo.COMMAND]
     for command in others:
         yield f"## {command.name}\n\n{command.description}\n"
         yield _render_options(command.options.values(), command.positionals, tells_effect=False)

@@ -160,7 +160,13 @@ def test_a_wrong_value_of_any_option_is_one_plain_line(
     tmp_path: Path, command: Command[Any], option: Option, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The value comes from YAML, where it may have any type; no option accepts a mapping."""
-    given = {"input": "in", "output": "out", "model": "demo", "tasks": [{"name": "a", "prompt": "b"}]}
+    given = {
+        "benchmark": "MMStar",
+        "input": "in",
+        "output": "out",
+        "model": "demo",
+        "tasks": [{"name": "a", "prompt": "b"}],
+    }
     values = {name: value for name, value in given.items() if name in command.options} | {option.name: {"x": 1}}
     file = tmp_path / "run.yaml"
     file.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))

@@ -69,7 +69,7 @@ def read_predictions(path: str) -> Answers:
     rows = _read_rows(Path(path))
     if lacking := [i for i, row in enumerate(rows, 1) if not isinstance(row, dict) or not row.keys() >= _COLUMNS]:
         raise ValueError(f"row {lacking[0]} of {path} has no index or no prediction")
-    answers = {str(row["index"]): _clean(row["prediction"]) for row in rows}
+    answers = {str(row["index"]): clean_answer(row["prediction"]) for row in rows}
     if len(answers) < len(rows):
         raise ValueError(f"{path} has several predictions for the same index")
     return answers
@@ -109,5 +109,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _clean(answer: Any) -> str | None:
+def clean_answer(answer: Any) -> str | None:
+    """Return the answer as a spreadsheet gives it back: None if pandas takes it for missing."""
     return None if is_missing(answer) or str(answer) in _MISSING_TEXTS else str(answer)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.benchmarks import Dataset, get_dataset
+from pipelines.evaluation.benchmarks import Dataset, Scorer, get_dataset
 from pipelines.evaluation.files import read_items, read_predictions, select_answered
-from pipelines.evaluation.scores import Answers, Scores, ScoringRules, is_missing
+from pipelines.evaluation.scores import Answers, Item, ScoringRules, is_missing
 
 _MAX_EXAMPLES = 5
 _MAX_EXAMPLE_CHARACTERS = 200
@@ -38,39 +39,35 @@ def score_file(name: str, data: str, predictions: str, output: str, rules: Scori
     Raises ValueError if the benchmark needs a judge, or a file cannot be used.
     """
     dataset = get_dataset(name)
-    if dataset.scorer is None:
-        raise ValueError(f"answers to {name} need a judge model and cannot be scored by rules")
-    warn_about_md5(dataset, data)
+    check_scorable(dataset)
+    compute_md5(dataset, data)
     answers = read_predictions(predictions)
     items = select_answered(read_items(data), answers, predictions)
-    if all(is_missing(item.get("answer")) for item in items):
-        raise ValueError(f"{data} holds no right answers; only the organisers of {name} can score it")
-    scores = _score(dataset, items, answers, rules)
-    content = describe_scores(dataset, scores, answers, rules)
+    content = describe_scores(dataset, items, answers, rules)
     Path(output).write_text(dump_json(content) + "\n", "utf-8")
-    return ScoreReport(
-        name,
-        rules.version,
-        len(items),
-        content["score"],
-        len(scores.unread),
-        len(scores.doubtful),
-        len(scores.artefacts),
-        output,
-    )
+    counts = content["unread"]["count"], len(content["doubtful"]), len(content["artefacts"])
+    return ScoreReport(name, rules.version, len(items), content["score"], *counts, output)
 
 
-def _score(dataset: Dataset, items: Any, answers: Answers, rules: ScoringRules) -> Scores:
-    """Apply the scorer. Raises ValueError that names the benchmark if its file lacks a column."""
-    assert dataset.scorer is not None
+def check_scorable(dataset: Dataset) -> Scorer:
+    """Return the scorer. Raises ValueError if each answer needs a judge."""
+    if dataset.scorer is None:
+        raise ValueError(f"answers to {dataset.name} need a judge model and cannot be scored by rules")
+    return dataset.scorer
+
+
+def describe_scores(dataset: Dataset, items: Sequence[Item], answers: Answers, rules: ScoringRules) -> dict[str, Any]:
+    """Score answers and return the scores as JSON values, with examples of the answers that no rule could read.
+
+    Raises ValueError if the benchmark needs a judge, or its file lacks a column or the right answers.
+    """
+    scorer = check_scorable(dataset)
+    if all(is_missing(item.get("answer")) for item in items):
+        raise ValueError(f"the file holds no right answers; only the organisers of {dataset.name} can score it")
     try:
-        return dataset.scorer(items, answers, rules)
+        scores = scorer(items, answers, rules)
     except KeyError as error:
         raise ValueError(f"the file of {dataset.name} has no column {error.args[0]}") from error
-
-
-def describe_scores(dataset: Dataset, scores: Scores, answers: Answers, rules: ScoringRules) -> dict[str, Any]:
-    """Return scores as JSON values, with examples of the answers that no rule could read."""
     return {
         "benchmark": dataset.name,
         "judge": "none",
@@ -108,7 +105,7 @@ def _replace_nan(value: Any) -> Any:
             return value.item() if hasattr(value, "item") else value
 
 
-def warn_about_md5(dataset: Dataset, path: str) -> str:
+def compute_md5(dataset: Dataset, path: str) -> str:
     """Return the file's md5, and warn if it is not one that the benchmark is known by. Raises ValueError."""
     try:
         with Path(path).open("rb") as file:

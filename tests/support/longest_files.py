@@ -8,6 +8,7 @@ LONGEST = (
     "test_video_job",
     "test_job_submit",
     "test_annotate",
+    "test_evaluate_run",
     "test_chaos",
     "test_conservation",
     "test_shards",

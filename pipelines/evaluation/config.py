@@ -1,0 +1,80 @@
+"""Options of an evaluation: those of any run over rows, the benchmarks, and whose prompts and rules are used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import PositiveInt, model_validator
+
+from pipelines.config import Location, RunConfig, declare_option
+from pipelines.evaluation.benchmarks import Dataset, Size, get_dataset
+from pipelines.evaluation.scores import RuleVersion, ScoringRules
+from pipelines.tasks.questionnaire import FlatLayout, Questionnaire
+from pipelines.tasks.task import Task
+
+IMAGES, PROMPT = "images of the item", "prompt of the item"
+"""Columns of the file of items, besides those of the benchmark."""
+
+_FIXED = ("image_column", "id_column", "window_s")  # the benchmark decides them
+_MAX_NEW_TOKENS = 1024  # VLMEvalKit's, for all sizes
+
+
+class EvaluateConfig(RunConfig):
+    """Benchmarks whose items are asked as VLMEvalKit's Ovis2 class asks them."""
+
+    title = "benchmark"
+
+    benchmark: Annotated[str, "NAME,..."] = declare_option(
+        ..., description="names of the benchmarks' files in VLMEvalKit, separated by commas, such as MMStar,AI2D_TEST"
+    )
+    input: tuple[Location, ...] = declare_option(
+        ..., min_length=1, description="the benchmark's TSV file, or a directory that holds NAME.tsv for each"
+    )
+    image_root: Location | None = declare_option(
+        None,
+        description="directory of the images, for a file that names them in image_path",
+        unset="the directory of the TSV file",
+        decides_rows=False,
+    )
+    size: Size | None = declare_option(
+        None, description="size whose prompts are used and whose published values are shown", unset="the model's own"
+    )
+    rules: RuleVersion = declare_option(
+        "2026-08", description="VLMEvalKit's rules of that time, for tiles of several images and for reading answers"
+    )
+    kit_artefacts: bool = declare_option(
+        False, description="also count as right what VLMEvalKit counts for a wrong reason", decides_rows=False
+    )
+    max_new_tokens: PositiveInt = declare_option(_MAX_NEW_TOKENS, description="maximum length of an answer, in tokens")
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """The benchmarks in the order given. Raises ValueError for an unknown one."""
+        return [get_dataset(name.strip()) for name in self.benchmark.split(",")]
+
+    @property
+    def scoring(self) -> ScoringRules:
+        """How answers are scored."""
+        return ScoringRules(self.rules, self.kit_artefacts)
+
+    @property
+    def questionnaire(self) -> Questionnaire:
+        """One task without a name; every row has its own prompt."""
+        task = Task.model_construct(name="", prompt="-", **self.task_defaults())
+        return Questionnaire(tasks=(task,), layout=FlatLayout(), prompt_column=PROMPT)
+
+    def max_tiles_per_image(self, num_images: int) -> int:
+        """Return the benchmark's maximum number of tiles, unless --max-tiles is given."""
+        return self.max_tiles or self.datasets[0].max_tiles_per_image(num_images, self.scoring)
+
+    @model_validator(mode="after")
+    def _check_benchmarks(self) -> Self:
+        names = [dataset.name for dataset in self.datasets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"BENCHMARK names one twice: {self.benchmark}")
+        for dataset in self.datasets:
+            if dataset.ask is None:
+                raise ValueError(f"{dataset.name} is about videos, which can only be scored: see evaluate score")
+        if given := [name for name in _FIXED if getattr(self, name) is not None]:
+            raise ValueError(f"--{given[0].replace('_', '-')} does not apply to a benchmark; leave it out")
+        return self

@@ -1,0 +1,146 @@
+"""Run benchmarks through the pipeline, one after the other, and write their scores and predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovis_model.checkpoint import fetch_checkpoint
+from ovis_model.config import SIZES as SHAPES
+from ovis_model.config import OvisConfig
+from pipelines.checks import resolve_model_paths
+from pipelines.evaluation.benchmarks import SIZES, Dataset, Size
+from pipelines.evaluation.config import IMAGES, EvaluateConfig
+from pipelines.evaluation.files import read_items
+from pipelines.evaluation.items import select_illustrated, write_items
+from pipelines.evaluation.predictions import EMPTY, Prediction, write_predictions
+from pipelines.evaluation.prompts import cut_reasoning
+from pipelines.evaluation.score import compute_md5, dump_json
+from pipelines.evaluation.scores import Item
+from pipelines.evaluation.summary import Result, render_html, render_markdown, summarize_result
+from pipelines.generate import EngineFactory, load_engine
+from pipelines.output.run_record import acquire_lease
+from pipelines.output.sink import read_results
+from pipelines.pipeline import run_pipeline
+from pipelines.storage import store
+
+_KEPT = ("answer", "category", "l2-category")
+
+
+@dataclass(frozen=True)
+class ItemFile:
+    """The items of a benchmark, and the Parquet file that holds them for the pipeline."""
+
+    dataset: Dataset
+    items: Sequence[Item]
+    uri: str
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Counts over all benchmarks, and the score of each, None where a judge is needed."""
+
+    rows: int
+    ok: int
+    error: int
+    seconds: float
+    scores: dict[str, float | None]
+    output: str
+
+
+def run_evaluation(config: EvaluateConfig, *, make_engine: EngineFactory = load_engine) -> EvaluationReport:
+    """Ask the items that are missing in OUTPUT, score all benchmarks, and write predictions and tables.
+
+    Raises ValueError for mistakes of usage, before any replica starts, and what `run_pipeline` raises.
+    """
+    config = resolve_model_paths(config)
+    size = config.size or find_size(config.model, config.revision)
+    with acquire_lease(config.output):
+        files = [_prepare(config, dataset, size) for dataset in config.datasets]
+    results, seconds = [], 0.0
+    for file in files:
+        run = _make_run_config(config, file)
+        seconds += run_pipeline(run, make_engine=make_engine).seconds
+        results.append(_score(config, file, run.output, size))
+    _write_summary(config.output, results)
+    num_errors = sum(result.num_errors for result in results)
+    rows = sum(result.num_rows for result in results)
+    scores = {result.dataset.name: result.score for result in results}
+    return EvaluationReport(rows, rows - num_errors, num_errors, round(seconds, 3), scores, config.output)
+
+
+def find_size(model: str, revision: str | None) -> Size:
+    """Return the published size that has the shape of this model. Raises ValueError if none has."""
+    language = OvisConfig.from_directory(fetch_checkpoint(model, revision, weights=False)).language
+    for size in SIZES:
+        known = SHAPES[size].language
+        if (known.num_hidden_layers, known.hidden_size) == (language.num_hidden_layers, language.hidden_size):
+            return size
+    raise ValueError(f"{model} has the shape of no published size; give --size {'|'.join(SIZES)} to choose its prompts")
+
+
+def find_data(inputs: tuple[str, ...], dataset: Dataset, *, is_only: bool) -> str:
+    """Return the TSV file of a benchmark: NAME.tsv, in a directory, or the only file. Raises ValueError."""
+    for path in map(Path, inputs):
+        if path.is_dir() and (path / f"{dataset.name}.tsv").exists():
+            return str(path / f"{dataset.name}.tsv")
+        if path.stem == dataset.name or (is_only and len(inputs) == 1 and not path.is_dir()):
+            return str(path)
+    raise ValueError(f"no {dataset.name}.tsv in {', '.join(inputs)}; name the file so, or give its directory")
+
+
+def _prepare(config: EvaluateConfig, dataset: Dataset, size: Size) -> ItemFile:
+    """Write the file of items, or use that of an earlier run. Raises ValueError if that is of other data."""
+    data = find_data(config.input, dataset, is_only=len(config.datasets) == 1)
+    identity = {"md5": compute_md5(dataset, data), "size": size, "rules": config.rules, "limit": config.limit}
+    items = select_illustrated(read_items(data), data)[: config.limit]
+    uri = store.join(store.make_absolute(config.output), "items", f"{dataset.name}.parquet")
+    note = store.join(store.make_absolute(config.output), "items", f"{dataset.name}.json")
+    if store.find_file(note) is None or config.overwrite:
+        root = store.make_absolute(config.image_root or str(Path(data).parent))
+        write_items(dataset, items, data, root, size, uri)
+        store.write_bytes(note, json.dumps(identity).encode())
+    elif (found := json.loads(store.read_bytes(note))) != identity:
+        raise ValueError(f"{config.output} holds {dataset.name} with {found}, not {identity}; use --overwrite")
+    return ItemFile(dataset, items, uri)
+
+
+def _make_run_config(config: EvaluateConfig, file: ItemFile) -> EvaluateConfig:
+    """Return the options of the run over one benchmark, which is a run like any other, in a folder of OUTPUT."""
+    kept = config.keep_columns or tuple(name for name in _KEPT if name in file.items[0])
+    return config.model_copy(
+        update={
+            "benchmark": file.dataset.name,
+            "input": (file.uri,),
+            "output": store.join(config.output, "runs", file.dataset.name),
+            "id_column": "index",
+            "image_column": IMAGES,
+            "keep_columns": kept,
+            "limit": None,
+        }
+    )
+
+
+def _score(config: EvaluateConfig, file: ItemFile, output: str, size: Size) -> Result:
+    predictions = _read_predictions(output)
+    answered = [item for item in file.items if str(item["index"]) in predictions]
+    write_predictions(config.output, file.dataset, answered, predictions)
+    return summarize_result(file.dataset, answered, predictions, config.scoring, size)
+
+
+def _read_predictions(output: str) -> Mapping[str, Prediction]:
+    """Return {index: prediction} of a run; an error row and an empty answer count as an answer that is wrong."""
+    table = read_results(output).select(["id", "prompt", "text", "status", "error"]).to_pylist()
+    return {row["id"]: Prediction(cut_reasoning(row["prompt"], row["text"]) or EMPTY, row["error"]) for row in table}
+
+
+def _write_summary(output: str, results: list[Result]) -> None:
+    contents = {
+        "scores.json": dump_json({result.dataset.name: result.to_json() for result in results}) + "\n",
+        "scores.md": render_markdown(results),
+        "scores.html": render_html(results),
+    }
+    for name, text in contents.items():
+        store.write_bytes(store.join(store.make_absolute(output), name), text.encode())

@@ -1,0 +1,139 @@
+"""Summarize a benchmark in a line: score, published value, difference, standard error, and what went wrong."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluation.benchmarks import BENCHMARKS, Dataset, Size
+from pipelines.evaluation.files import clean_answer
+from pipelines.evaluation.predictions import Prediction
+from pipelines.evaluation.score import describe_scores
+from pipelines.evaluation.scores import Item, ScoringRules
+
+_NUM_RESAMPLES = 1000
+_HEADS = ("benchmark", "score", "published", "difference", "standard error", "rows", "error rows", "unread", "note")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of a benchmark. `content` is None if it was not scored; `note` then says why."""
+
+    dataset: Dataset
+    size: Size
+    rules: ScoringRules
+    num_rows: int
+    errors: Mapping[str, str]
+    content: dict[str, Any] | None
+    note: str = ""
+
+    @property
+    def num_errors(self) -> int:
+        """Number of error rows; they count as wrong."""
+        return len(self.errors)
+
+    @property
+    def score(self) -> float | None:
+        """The number that is published for the benchmark."""
+        return self.content["score"] if self.content else None
+
+    @property
+    def published(self) -> str:
+        """The value published for the model's size."""
+        return next(b.get_published(self.size) for b in BENCHMARKS if self.dataset in b.datasets)
+
+    @property
+    def difference(self) -> float | None:
+        """The score minus the published value."""
+        return None if self.score is None else self.score - float(self.published.partition(" ")[0])
+
+    @property
+    def standard_error(self) -> float | None:
+        """The standard error of the mean score of a row, in percent, by bootstrap."""
+        return None if self.content is None else bootstrap_error(self.content["rows"].values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON values."""
+        return {
+            "size": self.size,
+            "published": self.published,
+            "difference": self.difference,
+            "standard_error": self.standard_error,
+            "num_rows": self.num_rows,
+            "error_rows": self.errors,
+            "note": self.note,
+            **(self.content or {"benchmark": self.dataset.name, "score": None}),
+        }
+
+    def list_cells(self) -> list[str]:
+        """Return the line of the table, as `_HEADS`."""
+        unread = str(self.content["unread"]["count"]) if self.content else ""
+        numbers = [_format(self.score), self.published, _format(self.difference, "+"), _format(self.standard_error)]
+        return [self.dataset.name, *numbers, f"{self.num_rows}", f"{self.num_errors}", unread, self.note]
+
+
+def summarize_result(
+    dataset: Dataset, items: Sequence[Item], predictions: Mapping[str, Prediction], rules: ScoringRules, size: Size
+) -> Result:
+    """Score the answers of a benchmark, if rules can."""
+    errors = {index: prediction.error for index, prediction in predictions.items() if prediction.error}
+    try:
+        answers = {index: clean_answer(prediction.text) for index, prediction in predictions.items()}
+        content = describe_scores(dataset, items, answers, rules)
+        note = "artefacts counted" if rules.kit_artefacts else ""
+    except ValueError as error:
+        content, note = None, f"exported, not scored: {error}"
+    return Result(dataset, size, rules, len(items), errors, content, note)
+
+
+def bootstrap_error(scores: Any) -> float:
+    """Return the standard deviation of the mean over resamples, in percent; the last of a list is its score."""
+    values = np.array([score[-1] if isinstance(score, list) else score or 0 for score in scores], float)
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(_NUM_RESAMPLES)]
+    return float(np.std(means) * 100)
+
+
+def render_markdown(results: Sequence[Result]) -> str:
+    """Return the table, and examples of answers that no rule could read."""
+    lines = [_HEADS, ["---"] * len(_HEADS), *(result.list_cells() for result in results)]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return f"{_describe(results)}\n\n{table}\n\n" + "\n".join(_list_unread(results)) + "\n"
+
+
+def render_html(results: Sequence[Result]) -> str:
+    """Return the same as one page that loads nothing."""
+    rows = [f"<tr><td>{'</td><td>'.join(map(html.escape, result.list_cells()))}</td></tr>" for result in results]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Scores</title>'
+        "<style>body{font:15px system-ui;margin:2rem}td,th{padding:.3rem .8rem;text-align:left;"
+        "border-bottom:1px solid #ccc}</style>"
+        f"<h1>Scores</h1><p>{html.escape(_describe(results))}</p>"
+        f"<table><tr><th>{'</th><th>'.join(_HEADS)}</th></tr>{''.join(rows)}</table>"
+        f"<ul>{''.join(f'<li>{html.escape(line[2:])}</li>' for line in _list_unread(results))}</ul></html>\n"
+    )
+
+
+def _describe(results: Sequence[Result]) -> str:
+    first = results[0]
+    return (
+        f"Scored by VLMEvalKit's rules of {first.rules.version} without a judge, with prompts and published values of "
+        f"Ovis2-{first.size}. Error rows count as wrong."
+    )
+
+
+def _list_unread(results: Sequence[Result]) -> list[str]:
+    return [
+        f"- {result.dataset.name}, index {example['index']}: no rule could read {example['prediction']!r}"
+        for result in results
+        if result.content
+        for example in result.content["unread"]["examples"]
+    ]
+
+
+def _format(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.1f}"

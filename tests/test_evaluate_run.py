@@ -1,0 +1,258 @@
+"""Benchmarks go through the pipeline: prompts and images arrive, error rows are wrong, exports score the same."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs import evaluate
+from pipelines.evaluation.benchmarks import DATASETS, SIZES
+from pipelines.evaluation.config import IMAGES, PROMPT, EvaluateConfig
+from pipelines.evaluation.files import read_items
+from pipelines.evaluation.items import select_illustrated, write_items
+from pipelines.evaluation.predictions import Prediction, write_predictions
+from pipelines.evaluation.run import EvaluationReport, find_data, find_size, run_evaluation
+from pipelines.evaluation.summary import bootstrap_error
+from pipelines.output.sink import read_results
+from tests.support.fake_engine import FakeEngineFactory
+from tests.support.roots import ROOT
+
+GOLDEN = ROOT / "tests" / "golden" / "eval"
+PROMPTS: dict[str, Any] = json.loads((GOLDEN / "prompts.json").read_text())["image"]
+
+Row = dict[str, str]
+
+
+def encode_image(width: int = 30, height: int = 20) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "orange").save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def make_question(index: int, **fields: str) -> Row:
+    question = {"index": f"{index}", "question": "Which?", "A": "a dog", "B": "a cat", "answer": "B"}
+    return {**question, "image": encode_image(), **fields}
+
+
+def write_tsv(path: Path, *rows: Row) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def list_items(name: str, data: Path, size: Any = "1B") -> list[dict[str, Any]]:
+    """Return the rows of the file of items."""
+    target = str(data.parent / "items" / "items.parquet")
+    items = select_illustrated(read_items(str(data)), str(data))
+    write_items(DATASETS[name], items, str(data), str(data.parent), size, target)
+    rows: list[dict[str, Any]] = pq.read_table(target).to_pylist()
+    return rows
+
+
+def copy_golden(name: str, directory: Path) -> Path:
+    target = directory / f"{name}.tsv"
+    target.write_bytes((GOLDEN / f"{name}.tsv").read_bytes())
+    return target
+
+
+def make_config(tmp_path: Path, **options: Any) -> EvaluateConfig:
+    given = {"benchmark": "MMStar", "input": (str(tmp_path / "in"),), "output": str(tmp_path / "out"), "size": "1B"}
+    return EvaluateConfig(model="demo", **{**given, **options})
+
+
+def run(config: EvaluateConfig) -> EvaluationReport:
+    return run_evaluation(config, make_engine=FakeEngineFactory())
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_items_hold_the_prompts_and_images_of_vlmevalkit(name: str, tmp_path: Path) -> None:
+    data = copy_golden(name, tmp_path)
+    for size in SIZES if name in ("MMMU_DEV_VAL", "HallusionBench") else ["8B"]:
+        rows = {row["index"]: row for row in list_items(name, data, size)}
+        for wanted in PROMPTS[name]:
+            [prompt] = [prompt for prompt in wanted["prompts"] if size in prompt["sizes"]]
+            found = rows[wanted["index"]]
+            assert found[PROMPT] == prompt["query"]
+            assert len(found[IMAGES]) == len(prompt["images"]) == found[PROMPT].count("<image>")
+            assert all(Image.open(io.BytesIO(image["bytes"])).size == (6, 6) for image in found[IMAGES])
+
+
+def test_rotations_share_the_image_of_their_question(tmp_path: Path) -> None:
+    data = write_tsv(
+        tmp_path / "a.tsv", make_question(1000002, image="2"), make_question(2, image=encode_image(50, 10))
+    )
+    first, second = list_items("MMBench_DEV_EN", data)
+    assert first[IMAGES] == second[IMAGES] and Image.open(io.BytesIO(first[IMAGES][0]["bytes"])).size == (50, 10)
+
+
+def test_marks_in_a_question_are_plain_text(tmp_path: Path) -> None:
+    [row] = list_items("MMStar", write_tsv(tmp_path / "a.tsv", make_question(1, question="What is <image>?")))
+    assert row[PROMPT].startswith("<image>\nWhat is ?\nA. a dog")
+
+
+def test_images_may_be_files(tmp_path: Path) -> None:
+    rows = [
+        {name: value for name, value in {**make_question(i), "image_path": path}.items() if name != "image"}
+        for i, path in enumerate(["a.png", "['a.png', 'b/c.png']"])
+    ]
+    found = list_items("MMStar", write_tsv(tmp_path / "a.tsv", *rows))
+    wanted = [[f"{tmp_path}/a.png"], [f"{tmp_path}/a.png", f"{tmp_path}/b/c.png"]]
+    assert [[image["path"] for image in row[IMAGES]] for row in found] == wanted
+    for path in ("/etc/passwd", "../secret.png", "s3://bucket/a.png"):
+        data = write_tsv(tmp_path / "b.tsv", {**rows[0], "image_path": path})
+        with pytest.raises(ValueError, match="leads out of"):
+            list_items("MMStar", data)
+
+
+def test_two_benchmarks_are_scored_exported_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fake engine answers with a number of tiles, which is no letter: every answer is unread and wrong."""
+    (tmp_path / "in").mkdir()
+    names = ["MMStar", "MMBench_DEV_EN_V11"]
+    data = {name: copy_golden(name, tmp_path / "in") for name in names}
+    config = make_config(tmp_path, benchmark=", ".join(names))
+    report = run(config)
+    assert (report.rows, report.error, report.scores) == (128, 0, dict.fromkeys(names, 0.0))
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    for name in names:
+        check_export(tmp_path / "out" / "predictions" / f"Ovis2_{name}", data[name], scores[name])
+    assert scores["MMStar"]["unread"]["count"] == 60 and scores["MMStar"]["published"] == "52.1"
+    assert scores["MMStar"]["difference"] == -52.1 and scores["MMStar"]["standard_error"] == 0.0
+    assert "| MMStar | 0.0 | 52.1 | -52.1 |" in (tmp_path / "out" / "scores.md").read_text()
+    assert "<td>-52.1</td>" in (tmp_path / "out" / "scores.html").read_text()
+    first = read_results(str(tmp_path / "out" / "runs" / "MMStar"))
+    assert first.column_names[-2:] == ["answer", "category"]
+    again = run(config)
+    assert again.scores == report.scores and json.loads((tmp_path / "out" / "scores.json").read_text()) == scores
+    assert read_results(str(tmp_path / "out" / "runs" / "MMStar")).equals(first)
+    with pytest.raises(ValueError, match="--overwrite"):
+        run(make_config(tmp_path, size="8B"))
+    assert capsys.readouterr().err.count("60/60 rows") <= 1
+
+
+def check_export(stem: Path, data: Path, scores: dict[str, Any]) -> None:
+    """Both files hold the benchmark's columns but the image, and score the same."""
+    wanted = pd.read_csv(data, sep="\t").drop(columns="image")
+    for found in (pd.read_csv(f"{stem}.tsv", sep="\t"), pd.read_excel(f"{stem}.xlsx")):
+        assert list(found) == [*wanted, "prediction"]
+        pd.testing.assert_frame_equal(found.drop(columns="prediction"), wanted, check_dtype=False)
+    for suffix in ("tsv", "xlsx"):
+        target = stem.with_suffix(".json")
+        assert evaluate.main(["score", scores["benchmark"], str(data), f"{stem}.{suffix}", str(target)]) == 0
+        found = json.loads(target.read_text())
+        assert (found["rows"], found["table"]) == (scores["rows"], scores["table"])
+
+
+def test_an_error_row_is_wrong_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An option with the text of the error would be found in it; nothing else may be."""
+    rows = [
+        make_question(0, B="-"),
+        make_question(1, image="x" * 99),
+        make_question(2, image=encode_image()[:-40]),
+        make_question(3, image=""),
+        make_question(4, image="0"),
+        make_question(5, question=""),
+    ]
+    write_tsv(tmp_path / "in" / "MMStar.tsv", *rows)
+    report = run(make_config(tmp_path))
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["MMStar"]
+    assert (report.rows, report.error) == (5, 2)
+    assert scores["error_rows"].keys() == {"1", "2"} and all(scores["error_rows"].values())
+    assert scores["rows"] == dict.fromkeys("01245", 0)
+    assert "1 rows of" in caplog.text and "have no image" in caplog.text
+
+
+def test_benchmarks_that_need_a_judge_are_exported(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "in" / "MMVet.tsv", *({**make_question(i), "category": "ocr,math"} for i in range(3)))
+    report = run(make_config(tmp_path, benchmark="MMVet", limit=2))
+    assert report.rows == 2
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["MMVet"]
+    assert report.scores == {"MMVet": None} and scores["note"].startswith("exported, not scored")
+    assert (tmp_path / "out" / "predictions" / "Ovis2_MMVet.xlsx").exists()
+
+
+def test_the_command_asks_the_demo_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = write_tsv(tmp_path / "a.tsv", make_question(1), make_question(2))
+    arguments = ["MMStar", str(data), str(tmp_path / "out"), "--model", "demo", "--size", "8B", "--device", "cpu"]
+    assert evaluate.main(arguments) == 0
+    report = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert report["rows"] == report["ok"] == 2 and report["scores"]["MMStar"] is not None
+    [prompt, _] = read_results(str(tmp_path / "out" / "runs" / "MMStar")).column("prompt").to_pylist()
+    assert prompt.startswith("<image>\nWhich?\nA. a dog\nB. a cat\nProvide a step-by-step solution")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an unknown benchmark": (lambda tmp: make_config(tmp, benchmark="MMStarr"), "did you mean MMStar"),
+    "a video benchmark": (lambda tmp: make_config(tmp, benchmark="MVBench"), "about videos"),
+    "a benchmark twice": (lambda tmp: make_config(tmp, benchmark="MMStar,MMStar"), "twice"),
+    "another column of images": (lambda tmp: make_config(tmp, image_column="x"), "--image-column does not apply"),
+    "no such file": (lambda tmp: run(make_config(tmp, input=(str(tmp),))), "no MMStar.tsv in"),
+    "no such data": (lambda tmp: run(make_config(tmp, input=("nowhere.tsv",))), "nowhere.tsv"),
+    "no published size": (lambda tmp: find_size("demo", None), "give --size"),
+    "no image": (lambda tmp: list_items("MMStar", write_tsv(tmp / "a.tsv", make_question(1, image=""))), "no row has"),
+    "no image of another": (
+        lambda tmp: list_items("MMStar", write_tsv(tmp / "a.tsv", make_question(1, image="7"))),
+        "of index 7, which has none",
+    ),
+    "a number without image": (
+        lambda tmp: list_items("MMMU_DEV_VAL", write_tsv(tmp / "a.tsv", make_question(1, question="See <image 2>"))),
+        "index 1: the question names <image 2>",
+    ),
+    "a list that is none": (
+        lambda tmp: list_items("MMStar", write_tsv(tmp / "a.tsv", make_question(1, image="[" + "x" * 99))),
+        "is not a Python literal",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_asked_is_refused(case: str, tmp_path: Path) -> None:
+    refused, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        refused(tmp_path)
+
+
+def test_the_only_file_may_have_any_name(tmp_path: Path) -> None:
+    dataset = DATASETS["MMStar"]
+    assert find_data(("mine.tsv",), dataset, is_only=True) == "mine.tsv"
+    assert find_data(("a/AI2D_TEST.tsv", "b/MMStar.tsv"), dataset, is_only=False) == "b/MMStar.tsv"
+    with pytest.raises(ValueError, match=r"no MMStar\.tsv"):
+        find_data(("mine.tsv",), dataset, is_only=False)
+
+
+def test_tiles_are_those_of_the_benchmark(tmp_path: Path) -> None:
+    tiles = [make_config(tmp_path, benchmark=name).max_tiles_per_image(2) for name in ("MMStar", "MTVQA_TEST")]
+    assert tiles == [6, 12]
+    assert make_config(tmp_path, rules="2025-02").max_tiles_per_image(2) == 9
+    assert make_config(tmp_path, max_tiles=3).max_tiles_per_image(2) == 3
+    assert make_config(tmp_path).max_new_tokens == 1024
+
+
+def test_a_spreadsheet_keeps_texts_as_they_are(tmp_path: Path) -> None:
+    texts = ["=1+1", "a\tb\nc", "007", " x ", "\x01ring"]
+    items = [{"index": i, "question": "Which?", "A": float("nan")} for i in range(len(texts))]
+    predictions = {f"{i}": Prediction(text) for i, text in enumerate(texts)}
+    write_predictions(str(tmp_path), DATASETS["MMStar"], items, predictions)
+    stem = tmp_path / "predictions" / "Ovis2_MMStar"
+    sheet = pd.read_excel(f"{stem}.xlsx", dtype=str)
+    assert sheet["prediction"].to_list() == [*texts[:-1], "ring"] and sheet["A"].isna().all()
+    table = pd.read_csv(f"{stem}.tsv", sep="\t", dtype=str)
+    assert table["prediction"].to_list() == texts
+
+
+def test_the_standard_error_is_that_of_a_mean() -> None:
+    scores = [1] * 300 + [0] * 700
+    assert bootstrap_error(scores) == pytest.approx(100 * (0.3 * 0.7 / 1000) ** 0.5, rel=0.1)
+    assert bootstrap_error([["Yes", 1], ["No", 1]]) == 0
