@@ -23,6 +23,7 @@ from pipelines.tasks.task import Task, check_texts, read_tasks
 SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES, FRAME_MAX_TILES = 9, 4, 1  # the model card's
 PIXELS = "pixels"  # the frame encoder that needs no model
 
+GroupBy = Literal["basename", "file"]
 Column = Annotated[str, "COLUMN"]
 Location = Annotated[str, "PATH"]
 
@@ -66,6 +67,11 @@ class SourceOptions(Section):
     )
     on_duplicate_id: Literal["error", "suffix", "skip"] = declare_option(
         "error", description="if an id occurs again: refuse the input, rename the row to ID~2, or skip the row"
+    )
+    group_by: GroupBy = declare_option(
+        "basename",
+        since="0.2",
+        description="rows of a tar: one per name up to its first dot, as in WebDataset, or one per image file",
     )
     window_s: float | None = declare_option(
         None, gt=0, description="cut longer videos into windows of this many seconds, one row each", unset="no windows"

@@ -22,6 +22,7 @@ from pipelines.config import (
     RunConfig,
     SamplingOptions,
     SourceOptions,
+    read_extra,
 )
 from pipelines.errors import RunError
 from pipelines.output.run_record import open_run
@@ -63,7 +64,8 @@ def test_the_page_of_options_is_up_to_date() -> None:
 def test_the_page_says_which_options_are_in_the_fingerprint(pictures: Path) -> None:
     fingerprint = config(CaptionConfig, pictures).fingerprint_fields()
     options = list_options(CaptionConfig)
-    assert {option.name for option in options if option.decides_rows} == fingerprint.keys()
+    added = {name for name in CaptionConfig.model_fields if read_extra(CaptionConfig, name).get("since")}
+    assert {option.name for option in options if option.decides_rows} == fingerprint.keys() | added
 
 
 def test_a_stage_needs_its_section_only() -> None:

@@ -107,6 +107,7 @@ def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | N
         "options": config.model_dump(mode="json"),
         **config.questionnaire.describe(),
         "num_rows": listing.num_rows,
+        "num_keys_with_several_images": listing.groups.num_keys,
         "versions": {"ovis2-ray": __version__, **{name: _find_version(name) for name in _VERSIONS_OF}},
         "status": "running",
         "started_at": _format_now(),
@@ -130,6 +131,7 @@ def _extend(output: str, config: RunConfig, identity: Json, record: Json) -> Non
         status="running",
         counts=None,
         num_rows=num_rows + listing.num_rows,
+        num_keys_with_several_images=listing.groups.num_keys,
         extended=[*record.get("extended", []), listed],
     )
     _write_record(output, record)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import SourceError
+from pipelines.media.reference import TarRef
 from pipelines.sources.ids import Changes, IdIndex, KnownRows, OnDuplicate
 from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.sources.prompts import PromptBuilder
@@ -19,6 +22,8 @@ from pipelines.sources.shards import list_chunks
 from pipelines.sources.videos import apply_windows
 from pipelines.storage import store
 from pipelines.tasks.questionnaire import Questionnaire
+
+logger = logging.getLogger(__name__)
 
 
 def list_rows(
@@ -49,16 +54,19 @@ def _name_inputs(options: SourceOptions) -> str:
 
 def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire, output: str | None) -> None:
     prompts = PromptBuilder(options, questionnaire)
+    groups = listing.groups
     # Limited before cutting, as each row becomes at least one window, and again after it.
-    rows = _limit_rows(list_chunks(options.input, prompts.columns, output), options.limit)
+    rows = _limit_rows(list_chunks(options, prompts.columns, output), options.limit)
     for chunk in _limit_rows(apply_windows(rows, options.window_s), options.limit):
         listing.add(prompts.to_table(chunk), chunk.kept)
+        groups.count(chunk)
     if not listing.num_rows:
         raise SourceError(
             f"no rows in {_name_inputs(options)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "for shards (.tar .parquet .jsonl) in a directory use a glob such as DIRECTORY/*.tar"
         )
     prompts.finish()
+    groups.log()
     listing.check_kept()
 
 
@@ -72,11 +80,37 @@ def _limit_rows(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
                 return
 
 
+@dataclass
+class KeyGroups:
+    """Counts the keys in tars with several images: views of one sample, or names that merely contain dots."""
+
+    num_keys: int = 0
+    num_images: int = 0
+
+    def count(self, chunk: Chunk) -> None:
+        """Add the rows of a chunk."""
+        for row in chunk.rows:
+            if len(row.images) > 1 and isinstance(row.images[0], TarRef):
+                self.num_keys += 1
+                self.num_images += len(row.images)
+
+    def log(self) -> None:
+        """Log the counts, with the option for names that contain dots."""
+        if self.num_keys:
+            logger.warning(
+                "%d keys in tars have several images each, %d in total: a key ends at the first dot of the name. "
+                "For one row per image use --group-by file",
+                self.num_keys,
+                self.num_images,
+            )
+
+
 class Listing:
     """All rows, in order, as a context manager. `kept` has the type of each kept column over the whole input."""
 
     def __init__(self, keep: Sequence[str]) -> None:
         self.num_rows = 0
+        self.groups = KeyGroups()
         self.kept = pa.schema([pa.field(name, pa.null()) for name in keep])
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the listing)
         self._lengths: list[int] = []

@@ -46,7 +46,7 @@ class Scope:
         is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
         parts = name.split("/")
         named = self._find_named(len(parts))
-        return any(_is_hidden_name(part, is_image) for i, part in enumerate(parts) if i not in named)
+        return any(_is_hidden_name(part, is_image=is_image) for i, part in enumerate(parts) if i not in named)
 
     def _find_named(self, num_parts: int) -> set[int]:
         """Return the places of the components that the glob spells out, at least their first character."""
@@ -56,7 +56,12 @@ class Scope:
         return {place for place, pattern in places.items() if not pattern.startswith(("*", "?"))}
 
 
-def _is_hidden_name(part: str, is_image: bool) -> bool:
+def is_hidden_path(name: str) -> bool:
+    """Return whether a component of a tar member's name is hidden."""
+    return _SUSPECT.search(name) is not None and any(_is_hidden_name(part, is_image=True) for part in name.split("/"))
+
+
+def _is_hidden_name(part: str, *, is_image: bool) -> bool:
     """Return whether a name is hidden; the `_` of Spark and Delta does not apply to images or to `_column=value`."""
     if part.startswith("."):
         return part not in (".", "..")

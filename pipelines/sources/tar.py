@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import re
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from pipelines.config import GroupBy
 from pipelines.media.reference import TarRef
 from pipelines.sources.directories import log_skipped
 from pipelines.sources.kinds import IMAGE_SUFFIXES
@@ -25,15 +27,23 @@ from pipelines.sources.rows import (
     parse_json_object,
     raise_source_errors,
 )
+from pipelines.sources.selection import is_hidden_path
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
 _MAX_HEADER_BYTES = 1 << 20  # long names and extended headers are read whole
 _BLOCK_BYTES = 1 << 20  # shorter members cost no extra request, longer ones are skipped
 
-_KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # as WebDataset: up to the first dot of the base name
+_KEYS: dict[GroupBy, re.Pattern[str]] = {
+    "basename": re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL),  # as WebDataset: up to the first dot
+    "file": re.compile(r"((?:.*/)?[^/.][^/]*)\.([^/.]+)", re.DOTALL),  # up to the last dot
+}
+_GZIP = b"\x1f\x8b"
+_OTHER_FORMATS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 _DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,19 @@ class TarLimits:
 
 
 def list_tar(
-    info: FileInfo, columns: ColumnRoles, *, is_gzip: bool, limits: TarLimits | None = None
+    info: FileInfo,
+    columns: ColumnRoles,
+    *,
+    is_gzip: bool,
+    group_by: GroupBy = "basename",
+    limits: TarLimits | None = None,
 ) -> Iterator[Chunk]:
     """List rows in the order in which their keys first appear; if the tar is damaged, the last row is an error row.
 
-    Images are not read, and sidecars (.json, .txt) only if a column is wanted.
+    Images are not read, and sidecars (.json, .txt) only if a column is wanted. `is_gzip` is what the name indicates;
+    the content decides.
     """
-    index = _Index(info, is_gzip, columns.wanted, limits or TarLimits())
+    index = _Index(info, is_gzip, columns.wanted, group_by, limits or TarLimits())
     damage = index.read()
     log_skipped(info.uri, index.others)
     return group_into_chunks(_make_rows(index, columns, damage), columns.keep, frozenset(index.names))
@@ -71,6 +87,8 @@ def list_tar(
 def _make_rows(index: _Index, columns: ColumnRoles, damage: str | None) -> Iterator[SourceRow]:
     for sample_key, sample in index.samples.items():
         key, number = (sample_key, 1) if isinstance(sample_key, str) else sample_key
+        if number > 1 and index.group_by == "file":  # images of one stem share its sidecars
+            sample = replace(sample, values=sample.values or index.samples[key].values)
         yield sample.make_row(key, number, index, columns)
     if damage is not None:
         yield SourceRow(f"{index.uri}#byte-{index.end}", index.uri, error=damage)
@@ -103,9 +121,11 @@ class _Sample:
 class _Index:
     """Index of the headers of a tar and the `wanted` columns of its sidecars; `end` is the bytes read so far."""
 
-    def __init__(self, info: FileInfo, is_gzip: bool, wanted: frozenset[str], limits: TarLimits) -> None:
-        self.uri, self.is_gzip, self._wanted, self._limits = info.uri, is_gzip, wanted, limits
-        self._max_bytes = limits.compute_max_bytes(info.num_bytes) if is_gzip else sys.maxsize
+    def __init__(
+        self, info: FileInfo, is_gzip: bool, wanted: frozenset[str], group_by: GroupBy, limits: TarLimits
+    ) -> None:
+        self.uri, self.is_gzip, self.wanted, self.group_by = info.uri, is_gzip, wanted, group_by
+        self._num_bytes, self._limits, self._max_bytes = info.num_bytes, limits, sys.maxsize
         self.names: set[str] = set()  # names of columns
         self._name_characters = 0
         # By key, or (key, number) from the second sample of a key on.
@@ -120,10 +140,26 @@ class _Index:
         with raise_source_errors(self.uri):
             try:
                 with store.open_file(self.uri, block_bytes=_BLOCK_BYTES) as file:
+                    self._detect_gzip(file)
                     self._read_members(gzip.GzipFile(fileobj=file) if self.is_gzip else file)
             except _DAMAGE as error:
                 return f"the tar is damaged at byte {self.end:,} of its unpacked form; the rest is not read: {error}"
         return None
+
+    def _detect_gzip(self, file: Any) -> None:
+        """Set `is_gzip` by content, and log a name that is wrong. Raise ReadError for another compression."""
+        start = file.read(tarfile.BLOCKSIZE)
+        file.seek(0)
+        for magic, name in _OTHER_FORMATS.items():
+            if start.startswith(magic):
+                raise tarfile.ReadError(f"it is a {name} file; convert it to .tar or .tar.gz")
+        is_gzip = start.startswith(_GZIP) or (self.is_gzip and start[257:262] != b"ustar")
+        if is_gzip != self.is_gzip:
+            names = ("a tar.gz", "a plain tar") if is_gzip else ("a plain tar", "a tar.gz")
+            logger.warning("%s is %s, not %s as its name says; it is read as such", store.redact(self.uri), *names)
+        self.is_gzip = is_gzip
+        if is_gzip:
+            self._max_bytes = self._limits.compute_max_bytes(self._num_bytes)
 
     def _read_members(self, file: Any) -> None:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictHeader) as tar:
@@ -156,15 +192,16 @@ class _Index:
         if member.isdir():
             return
         name = escape_name(member.name)
-        match = _KEY.fullmatch(name)
+        match = None if is_hidden_path(name) else _KEYS[self.group_by].fullmatch(name)
         suffix = PurePosixPath(name).suffix.lower()
         if match is None or suffix not in IMAGE_SUFFIXES | {".json", ".txt"}:
             self.others[suffix or "no suffix"] += 1
             return
-        sample = self._get_sample(match[1], sys.intern(match[2].lower()))
+        is_single = self.group_by == "file" and suffix in IMAGE_SUFFIXES
+        sample = self._get_sample(match[1], "image" if is_single else sys.intern(match[2].lower()))
         if suffix in IMAGE_SUFFIXES:
             self._add_image(sample, member, name, sys.intern(match[2]))
-        elif self._wanted:
+        elif self.wanted:
             self._add_sidecar(sample, tar, member, name)
 
     def _get_sample(self, key: str, extension: str) -> _Sample:
@@ -198,7 +235,7 @@ class _Index:
             sample.error = f"{name} cannot be read: {error}"
         else:
             self.names |= values.keys()
-            wanted = {key: value for key, value in values.items() if key in self._wanted}
+            wanted = {key: value for key, value in values.items() if key in self.wanted}
             sample.values = {**(sample.values or {}), **wanted}
 
 

@@ -55,6 +55,8 @@ class FileInfo:
 
 def open_store(uri: str) -> tuple[Any, str]:
     """Return the file system of `uri` and its path there; a local path becomes absolute. Raise StoreError."""
+    if uri.startswith("pipe:") and not os.path.lexists(uri):
+        raise StoreError("commands (pipe:) are not run; give the URL that the command reads, such as s3://bucket/a.tar")
     if "://" not in uri:
         return _get_local(), LocalFileSystem._strip_protocol(uri)
     protocol = uri.split("://", 1)[0]
