@@ -12,6 +12,7 @@ from pipelines.media.reference import (
     CellRef,
     FileRef,
     ImageRef,
+    InlineRef,
     TarRef,
     Window,
     is_seekable_video,
@@ -32,6 +33,8 @@ STORED: list[tuple[ImageRef, tuple[Any, ...]]] = [
     (TarRef("/a.tgz", 512, 5, "1.jpg", is_gzip=True), ("tgz", "/a.tgz", 512, 5, "1.jpg", -1, 0.0, INFINITY)),
     (CellRef("/a.parquet", "image", 7), ("parquet", "/a.parquet", -1, -1, "image", 7, 0.0, INFINITY)),
     (CellRef("/a.arrow", "image", 7, ByteRange(64, 900)), ("arrow", "/a.arrow", 64, 900, "image", 7, 0.0, INFINITY)),
+    (InlineRef("/a.jsonl", 64, 900), ("json", "/a.jsonl", 64, 900, "", -1, 0.0, INFINITY)),
+    (InlineRef("/a.jsonl.gz", 64, 900, True), ("json.gz", "/a.jsonl.gz", 64, 900, "", -1, 0.0, INFINITY)),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Read images from containers in order: tar.gz, Parquet, Arrow streams."""
+"""Read images from containers in order: gzip, Parquet, Arrow streams."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class Readers:
     """The files that a Fetcher keeps open between images, for use by one thread."""
 
     def __init__(self) -> None:
-        self.tar_gz, self.parquet, self.arrow = TarGzReader(), ParquetReader(), ArrowReader()
+        self.gzip, self.parquet, self.arrow = GzipReader(), ParquetReader(), ArrowReader()
 
 
-class TarGzReader:
-    """One tar.gz, unpacked up to the last image read; an earlier image needs unpacking from the start again."""
+class GzipReader:
+    """One file in gzip, unpacked up to the last image read; an earlier image needs unpacking from the start again."""
 
     def __init__(self) -> None:
         self._uri = ""
         self._file: Any = None
 
-    def read(self, uri: str, offset: int, num_bytes: int, member: str) -> bytes:
+    def read(self, uri: str, offset: int, num_bytes: int, name: str) -> bytes:
         """Return bytes of the unpacked stream, fewer if it ends early. Raise OSError if it is damaged."""
         if self._uri != uri:
             self._close()
@@ -71,7 +71,7 @@ class TarGzReader:
             self._close()
             if isinstance(error, OSError):
                 raise
-            raise OSError(f"{store.redact(uri)} is damaged before the end of {member}: {error}") from error
+            raise OSError(f"{store.redact(uri)} is damaged before the end of {name}: {error}") from error
 
     def _close(self) -> None:
         if self._file is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipelines.errors import MediaError
+from pipelines.media.inline import decode_inline
 from pipelines.media.readers import Readers, check_length, read_whole_file
 from pipelines.storage import store
 
@@ -84,7 +86,7 @@ class TarRef(_Reference):
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
         """Return [bytes of the image]. Raise OSError if it cannot be read or the tar has changed."""
         if self.is_gzip:
-            data = readers.tar_gz.read(self.uri, self.offset, self.num_bytes, self.member)
+            data = readers.gzip.read(self.uri, self.offset, self.num_bytes, self.member)
         else:
             data = store.read_bytes(self.uri, self.offset, self.offset + self.num_bytes)
         if len(data) != self.num_bytes:
@@ -140,7 +142,37 @@ class CellRef(_Reference):
         return self._make_struct(kind, **batch._asdict(), member=self.column, row=self.row)
 
 
-ImageRef = FileRef | TarRef | CellRef
+@dataclass(frozen=True, slots=True)
+class InlineRef(_Reference):
+    """A JSON string that holds an image as text: `num_bytes` from `offset`, counted in the unpacked form of a .gz."""
+
+    offset: int
+    num_bytes: int
+    is_gzip: bool = False
+
+    def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
+        """Return [bytes of the image]. Raise LongerThanAllowed or another OSError if it cannot be read."""
+        if self.is_gzip:
+            data = readers.gzip.read(self.uri, self.offset, self.num_bytes, f"the image at byte {self.offset:,}")
+        else:
+            data = store.read_bytes(self.uri, self.offset, self.offset + self.num_bytes)
+        return [decode_inline(self._parse(data), max_bytes)]
+
+    def _parse(self, data: bytes) -> str:
+        try:
+            text = json.loads(data, strict=False)
+        except ValueError:
+            text = None
+        if not isinstance(text, str) or len(data) != self.num_bytes:
+            raise OSError(f"{store.redact(self.uri)} has changed since it was listed")
+        return text
+
+    def to_struct(self) -> Struct:
+        """Convert the reference to an item of the manifest's column `images`."""
+        return self._make_struct("json.gz" if self.is_gzip else "json", offset=self.offset, num_bytes=self.num_bytes)
+
+
+ImageRef = FileRef | TarRef | CellRef | InlineRef
 
 
 def parse_reference(struct: Mapping[str, Any]) -> ImageRef:
@@ -152,6 +184,8 @@ def parse_reference(struct: Mapping[str, Any]) -> ImageRef:
             return FileRef(uri, num_bytes, window=window)
         case "tar" | "tgz" as kind:
             return TarRef(uri, offset, num_bytes, member, kind == "tgz", window=window)
+        case "json" | "json.gz" as kind:
+            return InlineRef(uri, offset, num_bytes, kind == "json.gz", window=window)
         case "parquet":
             return CellRef(uri, member, struct["row"], window=window)
         case "arrow":
@@ -167,12 +201,12 @@ def get_listed_bytes(image: ImageRef) -> int:
 
 def is_sequential(image: ImageRef) -> bool:
     """Return whether reading the image also reads what precedes it, so that one thread must read all of them."""
-    return isinstance(image, CellRef) or (isinstance(image, TarRef) and image.is_gzip)
+    return isinstance(image, CellRef) or (isinstance(image, TarRef | InlineRef) and image.is_gzip)
 
 
 def is_video(image: ImageRef) -> bool:
     """Return whether the name is that of a video. Media without a name are recognized by content when read."""
-    if isinstance(image, CellRef):
+    if isinstance(image, CellRef | InlineRef):
         return False
     name = image.member if isinstance(image, TarRef) else store.strip_query(image.uri)
     return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
@@ -182,7 +216,7 @@ def locate(image: ImageRef) -> tuple[str, int]:
     """Return (URI, offset in bytes) of the image; the offset is -1 for a whole file."""
     if isinstance(image, CellRef):
         return image.uri, image.batch.offset if image.batch else -1
-    return image.uri, image.offset if isinstance(image, TarRef) else -1
+    return image.uri, image.offset if isinstance(image, TarRef | InlineRef) else -1
 
 
 def can_read_image(image: ImageRef) -> bool:

@@ -72,6 +72,8 @@ def _list_image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) 
 def _select_shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
     """Return the shards of a directory without images. Raise SourceError if they are of several kinds."""
     shards = [info for info in infos if detect_kind(info.uri) != "file"]
+    if any(detect_kind(info.uri) != "json" for info in shards):  # a .json next to other shards describes them
+        shards = [info for info in shards if detect_kind(info.uri) != "json"]
     kinds = sorted({detect_kind(info.uri) for info in shards})
     if len(kinds) > 1:
         raise SourceError(

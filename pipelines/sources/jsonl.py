@@ -1,4 +1,4 @@
-"""List JSON lines: each line is an object that names its images and holds columns."""
+"""List JSON lines and arrays of objects: each object names or holds its images, a prompt and columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from pipelines.media.reference import FileRef, resolve_path
+from pipelines.errors import SourceError
+from pipelines.media.reference import InlineRef
+from pipelines.sources.conversations import (
+    OTHER_COUNT,
+    UNUSED_TURNS,
+    Conversation,
+    find_conversation,
+    is_turns,
+    unwrap_request,
+)
+from pipelines.sources.json_elements import Element, Read, split_file
+from pipelines.sources.json_images import ImageFinder, get_images, hide_inline, make_reference
 from pipelines.sources.rows import (
     Chunk,
     ColumnRoles,
@@ -20,65 +31,95 @@ from pipelines.sources.rows import (
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
-_IMAGE_FIELDS = ("image", "video", "uri", "file_name")
-_BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
+_BLOCK_BYTES = 8 << 20
+_MAX_KEPT_BYTES = 4096  # of a row's values that need not be examined
 
 
 def list_jsonl(info: FileInfo, columns: ColumnRoles, *, max_line_bytes: int = 16 << 20) -> Iterator[Chunk]:
-    """List one row per non-blank line; an invalid line becomes an error row with its line number (from 1)."""
-    columns = replace(columns, id=columns.id or "id", prompt=columns.prompt or "prompt")
+    """List one row per line that is not blank, or per element of an array; an invalid one becomes an error row."""
+    parser = _RowParser(info.uri, columns)
     with raise_source_errors(info.uri):
-        yield from group_into_chunks(_read_rows(info.uri, columns, max_line_bytes), columns.keep)
+        yield from group_into_chunks(_read_rows(info.uri, parser, max_line_bytes), columns.keep)
 
 
-def _read_rows(uri: str, columns: ColumnRoles, max_line_bytes: int) -> Iterator[SourceRow]:
-    number = 0
+def _read_rows(uri: str, parser: _RowParser, max_line_bytes: int) -> Iterator[SourceRow]:
+    number, unit = 0, "line"
     try:
         with store.open_file(uri, block_bytes=_BLOCK_BYTES) as file:
-            for number, line in enumerate(_split_lines(file, uri, max_line_bytes), 1):
-                if len(line) > max_line_bytes and line.strip():
-                    yield _make_error_row(uri, number, f"line {number}: longer than {max_line_bytes:,} bytes")
-                elif line.strip():
-                    yield _parse_row(uri, number, line, columns)
+            for element in split_file(uri, _get_read(uri, file), max_line_bytes):
+                number, unit = element.number, element.unit
+                yield parser.parse(element)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        yield _make_error_row(
-            uri, number + 1, f"the file is damaged after line {number}; the rest is not read: {error}"
-        )
+        text = f"the file is damaged after {unit} {number}; the rest is not read: {error}"
+        yield SourceRow(f"{uri}#{number + 1}", uri, error=text)
 
 
-def _split_lines(file: Any, uri: str, max_line_bytes: int) -> Iterator[bytes]:
-    """Yield lines; a line longer than `max_line_bytes` is cut up to one block after that limit."""
+def _get_read(uri: str, file: Any) -> Read:
     # read1 returns what was unpacked before the damage instead of losing it.
-    read = gzip.GzipFile(fileobj=file).read1 if store.strip_query(uri).lower().endswith(".gz") else file.read
-    unfinished = bytearray()
-    while block := read(_READ_BYTES):
-        first, *others = block.split(b"\n")
-        if len(unfinished) <= max_line_bytes:
-            unfinished += first
-        for line in others:
-            yield bytes(unfinished)
-            unfinished = bytearray(line)
-    if unfinished:
-        yield bytes(unfinished)
+    read: Read = gzip.GzipFile(fileobj=file).read1 if store.strip_query(uri).lower().endswith(".gz") else file.read
+    return read
 
 
-def _parse_row(uri: str, number: int, line: bytes, columns: ColumnRoles) -> SourceRow:
-    try:
-        values = parse_json_object(line)
-        images = _find_images(uri, values, columns.image)
-    except ValueError as error:
-        return _make_error_row(uri, number, f"line {number}: {error}")
-    return columns.make_row(uri, number, values, images, unit="line")
+class _RowParser:
+    """Turns the elements of one file into rows."""
+
+    def __init__(self, uri: str, columns: ColumnRoles) -> None:
+        self._uri, self._has_given_prompt = uri, columns.prompt is not None
+        self._prompt = columns.prompt or "prompt"
+        self._columns = replace(columns, id=columns.id or "id", prompt=self._prompt)
+        self._wanted = self._columns.wanted
+        self._finder = ImageFinder(uri)
+
+    def parse(self, element: Element) -> SourceRow:
+        """Return the row of an element, an error row if it is invalid. Raise SourceError if its images are unclear."""
+        try:
+            if element.error:
+                raise ValueError(element.error)
+            return self._parse_object(element, unwrap_request(parse_json_object(element.data)))
+        except SourceError:
+            raise
+        except ValueError as error:
+            text = f"{element.unit} {element.number}: {error}"
+            return SourceRow(f"{self._uri}#{element.number}", self._uri, error=text)
+
+    def _parse_object(self, element: Element, values: dict[str, Any]) -> SourceRow:
+        conversation = find_conversation(values, self._prompt)
+        images = tuple([make_reference(self._uri, image, element) for image in self._get_images(values, conversation)])
+        if not images and self._columns.image != "":
+            self._check_text_only(values, conversation)
+        if conversation is not None:
+            values = {**values, self._prompt: self._choose_prompt(values, conversation)}
+        data = element.data
+        # A chunk of rows has no memory for images as text, in whatever field.
+        if len(data) > _MAX_KEPT_BYTES or b"data:" in data or InlineRef in map(type, images):
+            values = {name: hide_inline(value) if name in self._wanted else None for name, value in values.items()}
+        row = self._columns.make_row(self._uri, element.number, values, images, unit=element.unit)
+        return row if conversation is None else replace(row, notes=_describe(conversation, len(images)))
+
+    def _get_images(self, values: dict[str, Any], conversation: Conversation | None) -> list[Any]:
+        column = self._columns.image
+        if conversation is not None and conversation.media and (column is None or is_turns(values.get(column))):
+            return list(conversation.media)
+        return get_images(self._uri, values, column)
+
+    def _check_text_only(self, values: dict[str, Any], conversation: Conversation | None) -> None:
+        """Raise SourceError or ValueError if a row without images names some in another way."""
+        if conversation is not None and conversation.has_later_media:
+            raise ValueError("only a later turn of the conversation has an image; only the user's first turn is used")
+        if self._columns.image is None:
+            self._finder.check_text_only(values)
+        if conversation is not None and conversation.num_marks:
+            raise ValueError(f"the text marks {conversation.num_marks} images, but the row has none")
+
+    def _choose_prompt(self, values: dict[str, Any], conversation: Conversation) -> Any:
+        """Return the row's own prompt: a given column that is empty means the run's prompt."""
+        own = values.get(self._prompt)
+        if is_turns(own) or (not own and not self._has_given_prompt):
+            return conversation.text
+        return own
 
 
-def _make_error_row(uri: str, number: int, error: str) -> SourceRow:
-    return SourceRow(f"{uri}#{number}", uri, error=error)
-
-
-def _find_images(uri: str, values: dict[str, Any], column: str | None) -> tuple[FileRef, ...]:
-    given = [values[name] for name in (_IMAGE_FIELDS if column is None else [column]) if values.get(name)]
-    paths = given[0] if given and isinstance(given[0], list) else given[:1]
-    for path in paths:
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"an image must be a path or URI, not {str(path)[:80]!r}")
-    return tuple(FileRef(resolve_path(path, uri)) for path in paths)
+def _describe(conversation: Conversation, num_images: int) -> tuple[str, ...]:
+    """Return what to count in the log about a row."""
+    unused = (UNUSED_TURNS,) if conversation.has_other_turns else ()
+    return (*unused, OTHER_COUNT) if conversation.num_marks not in (0, num_images) else unused

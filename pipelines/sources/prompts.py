@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class PromptBuilder:
         )
         self._names: set[str] = set()
         self._num_without_columns = self._num_text_only = 0
+        self._notes: Counter[str] = Counter()
 
     def to_table(self, chunk: Chunk) -> pa.Table:
         """Return the rows with prompts in schema MANIFEST without `row`. Raise SourceError for a single brace."""
@@ -49,6 +51,7 @@ class PromptBuilder:
         else:
             self._num_without_columns += sum(not row.error for row in chunk.rows)
         self._num_text_only += sum(not row.images and self._has_own_prompt(row) and not row.error for row in chunk.rows)
+        self._notes.update(note for row in chunk.rows for note in row.notes)
         chosen = [self._choose_prompts(row, has_columns=bool(chunk.names)) for row in chunk.rows]
         columns = {
             "id": [row.id for row in chunk.rows],
@@ -84,9 +87,11 @@ class PromptBuilder:
         return self._questionnaire.prompt_column is not None and row.prompt is not None
 
     def finish(self) -> None:
-        """Log the number of rows without image. Raise SourceError if no row has a requested column."""
+        """Log the numbers of rows without image and with notes. Raise SourceError if no row has a requested column."""
         if self._num_text_only:
             logger.warning("%d rows have no image and are sent as text only", self._num_text_only)
+        for note, count in self._notes.items():
+            logger.warning("%d rows %s", count, note)
         requested = self.columns.wanted.union(filter(None, [self.columns.image]))
         wanted = requested if self._names else requested - self.columns.in_prompt
         if unknown := sorted(wanted - self._names):

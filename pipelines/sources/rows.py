@@ -21,7 +21,10 @@ MAX_DEPTH = 40  # of JSON; Arrow stores columns nested up to 64 deep
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as listed. `prompt` is its own prompt or None; a row with an `error` becomes an error row."""
+    """A row as listed. `prompt` is its own prompt or None; a row with an `error` becomes an error row.
+
+    notes: what the log counts rows by, such as "have turns that are not used".
+    """
 
     id: str
     uri: str
@@ -29,6 +32,7 @@ class SourceRow:
     prompt: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _build_array(rows: Sequence[SourceRow], name: str) -> pa.Array:
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
     """Parse an object in untrusted JSON. Raise ValueError, also for invalid JSON or UTF-8."""
-    text = data.decode("utf-8-sig")
+    text = data.decode().removeprefix("\ufeff")  # the codec utf-8-sig is slower
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -108,7 +112,7 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
         raise ValueError("not a JSON object")
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_nested_deeper(values, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    if "\\ud" in text.lower():
+    if "\\u" in text and "\\ud" in text.lower():
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair cannot be stored
     return values
 

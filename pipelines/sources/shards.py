@@ -23,7 +23,7 @@ from pipelines.sources.videos import strip_window
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 
-_MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".json", ".ndjson", ".feather", ".lance")
+_MANY_ROWS = (".zip", ".7z", ".bz2", ".xz", ".zst", ".csv", ".tsv", ".feather", ".lance")
 _SHARDS_AT_ONCE, _CHUNKS_AHEAD = 16, 2
 
 
@@ -77,7 +77,7 @@ def _list_shard(shard: FileInfo, columns: ColumnRoles, group_by: GroupBy) -> Ite
             return list_parquet(shard, columns)
         case "arrow":
             return list_arrow(shard, columns)
-        case "jsonl":
+        case "jsonl" | "json":
             return list_jsonl(shard, columns)
         case kind:
             return list_tar(shard, columns, is_gzip=kind == "tgz", group_by=group_by)
