@@ -15,6 +15,7 @@ from pipelines.config import SourceOptions
 from pipelines.errors import SourceError
 from pipelines.media.reference import TarRef
 from pipelines.sources.ids import Changes, IdIndex, KnownRows, OnDuplicate
+from pipelines.sources.kept_columns import convert_column, find_stored_type
 from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.sources.prompts import PromptBuilder
 from pipelines.sources.rows import Chunk
@@ -156,7 +157,8 @@ class Listing:
             yield pa.table(columns, schema=full_schema)
 
     def check_kept(self) -> None:
-        """Raise SourceError if values of a kept column do not fit its type over the whole input."""
+        """Choose the types to store. Raise SourceError if values of a kept column do not fit its type."""
+        self.kept = pa.schema([(field.name, find_stored_type(field.type)) for field in self.kept])
         if len(self.kept):
             for table in self._read_stored():
                 self._build_kept(table)
@@ -168,7 +170,8 @@ class Listing:
 
     def _build_kept(self, table: pa.Table) -> pa.Array:
         try:
-            return schema.pack_struct([table.column(f"kept {f.name}") for f in self.kept], self.kept)
+            columns = [convert_column(f.name, table.column(f"kept {f.name}"), f.type) for f in self.kept]
+            return schema.pack_struct(columns, self.kept)
         except pa.ArrowException as error:
             raise SourceError(
                 f"a kept column does not fit one type over the whole input ({error}); its columns: "

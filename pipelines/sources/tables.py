@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import SourceError
 from pipelines.media.reference import ByteRange, CellRef, FileRef, ImageRef, resolve_path
+from pipelines.sources.kept_columns import normalize_column
 from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, ColumnRoles, raise_source_errors
 from pipelines.storage import store
 from pipelines.storage.arrow_ipc import read_batch, read_schema
@@ -115,8 +116,11 @@ class TableShard:
         images = self._make_references(batch, cells)
         numbered = enumerate(zip(values, images, strict=True), at)
         rows = [self.columns.make_row(self.uri, i, *row, unit="row") for i, row in numbered]
-        keep = list(self.columns.keep)
-        return Chunk(rows, self.names, pa.Table.from_batches([batch.select(keep)]) if keep else None)
+        return Chunk(rows, self.names, self._keep_columns(batch))
+
+    def _keep_columns(self, batch: pa.RecordBatch) -> pa.Table | None:
+        keep = {name: pa.chunked_array([batch.column(name)]) for name in self.columns.keep}
+        return pa.table({name: normalize_column(name, column) for name, column in keep.items()}) if keep else None
 
     def _make_references(self, batch: pa.RecordBatch, cells: Sequence[CellRef]) -> Sequence[tuple[ImageRef, ...]]:
         if self.image is None:
