@@ -168,3 +168,15 @@ def test_no_row_with_an_image_is_text_only(objects: list[dict[str, Any]], is_arr
         for values, row in zip(lines, rows, strict=True):
             names_image = any(text in json.dumps(values) for text in ("1.png", "1.jpg", "base64", PACKED))
             assert row["images"] or row["error"] or not names_image
+
+
+def test_paths_in_a_store_are_looked_up_for_the_first_rows_of_each_field(bucket: Any, tmp_path: Path) -> None:
+    bucket.pipe_file("bucket/sub/1.png", PNG)
+    missing = [{"prompt": "Why?", "other": f"{number}.png"} for number in range(200)]
+    path = write_lines(tmp_path / "a.jsonl", *missing, {"prompt": "Why?", "shot": "sub/1.png"})
+    bucket.put_file(str(path), "bucket/a.jsonl")
+    with pytest.raises(SourceError, match="the field 'shot' holds an image"):
+        list_input("s3://bucket/a.jsonl")
+    write_lines(path, *missing)
+    bucket.put_file(str(path), "bucket/a.jsonl")
+    assert len(list_input("s3://bucket/a.jsonl")) == 200

@@ -29,7 +29,13 @@ def is_inline(text: str) -> bool:
         return True
     if len(text) < _MIN_CHARACTERS or (start := _START.match(text)) is None:
         return False
-    return _SIGNATURE.match(_decode_base64(start[1])) is not None and _BASE64.fullmatch(text) is not None
+    return _SIGNATURE.match(_decode_base64(start[1])) is not None and _may_be_base64(text)
+
+
+def _may_be_base64(text: str) -> bool:
+    """Return whether a text is base64, or long and damaged only after its start, so that it is never shown."""
+    match = _BASE64.match(text)
+    return match is not None and (match.end() == len(text) or (match.end() >= _MIN_CHARACTERS and "." not in text))
 
 
 def decode_inline(text: str, max_bytes: int) -> bytes:

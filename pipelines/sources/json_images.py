@@ -52,7 +52,8 @@ def make_reference(uri: str, image: Any, element: Element) -> ImageRef:
         is_gzip = store.strip_query(uri).lower().endswith(".gz")
         return InlineRef(uri, element.offset + at, num_bytes, is_gzip)
     if not isinstance(text, str) or not text or len(text) > _MAX_PATH_CHARACTERS:
-        raise ValueError(f"an image must be a path, a URI or the image in base64, not {shorten_inline(str(image))!r}")
+        shown = shorten_inline(str(hide_inline(image)))
+        raise ValueError(f"an image must be a path, a URI or the image in base64, not {shown!r}")
     return FileRef(resolve_path(text, uri))
 
 
@@ -90,10 +91,10 @@ class ImageFinder:
         """Raise SourceError if a field names an image: a `data:` URI, a URL, or an existing file, by its suffix."""
         for name, text in _walk_strings(values):
             if is_inline(text) or (_has_media_suffix(text) and self._is_file(name, text)):
+                field, shown = shorten_inline(name), shorten_inline(store.redact(text))
                 raise SourceError(
-                    f"{store.redact(self._uri)}: the field {name!r} holds an image "
-                    f"({shorten_inline(store.redact(text))}); choose it with --image-column {name}, or send rows as "
-                    "text only with --image-column ''"
+                    f"{store.redact(self._uri)}: the field {field!r} holds an image ({shown}); choose it with "
+                    f"--image-column {field}, or send rows as text only with --image-column ''"
                 )
 
     def _is_file(self, name: str, text: str) -> bool:
