@@ -102,6 +102,18 @@ def test_without_artefacts_the_table_counts_the_rows() -> None:
     assert found.table["overall"][:2] == [sum(found.rows.values()), len(found.rows)]
 
 
+@pytest.mark.parametrize("name", ["MVBench", "MLVU_MCQ"])
+@pytest.mark.parametrize(("mark", "is_failed"), [("", False), (".", True), (". Sorry.", True)])
+def test_only_the_whole_sentence_means_a_failed_request(name: str, mark: str, is_failed: bool) -> None:
+    """Without its full stop the video benchmarks read it as an answer, which is wrong."""
+    scorer, [item, *_] = DATASETS[name].scorer, read_set(name)
+    assert scorer
+    answers = {str(item["index"]): f"Failed to obtain answer via API{mark}"}
+    assert scorer([item], answers, ScoringRules(kit_artefacts=True)).rows == {
+        str(item["index"]): -1 if is_failed else 0
+    }
+
+
 @pytest.mark.parametrize("name", load("prompts")["image"])
 def test_image_prompts_are_those_of_vlmevalkit(name: str) -> None:
     dataset = DATASETS[name]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.evaluation.mvbench import find_answered_option, find_key
-from pipelines.evaluation.scores import FAILED, Answers, Item, Scores, ScoringRules
+from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules
 
 CHOICE_TASKS = ("plotQA", "needle", "ego", "count", "anomaly_reco", "topic_reasoning", "order")
 OPEN_TASKS = ("sub_scene", "summary")
@@ -20,7 +20,7 @@ def score_mlvu(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> 
     for item in items:
         index = str(item["index"])
         is_right = _is_right(item, answers[index] or _EMPTY, rules)
-        rows[index] = -1 if FAILED in (answers[index] or "") else int(is_right or False)
+        rows[index] = -1 if FAILED_SENTENCE in (answers[index] or "") else int(is_right or False)
         if is_right is None:
             unread.append(index)
     table: dict[str, list[int]] = {}

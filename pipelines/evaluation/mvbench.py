@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.evaluation.options import assign_letters, find_option
-from pipelines.evaluation.scores import FAILED, Answers, Item, Scores, ScoringRules, parse_list
+from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules, parse_list
 
 _IS_SUBSTRING = 'a substring of "(x)" counts as right'
 _IS_EMPTY = "empty prediction: row without score, counted as right in the table"
@@ -59,7 +59,7 @@ def _score(item: Item, answer: str | None, rules: ScoringRules) -> tuple[float |
     """Return VLMEvalKit's score, whether an option was found, and why the score is an artefact ("" if it is not)."""
     if answer is None:
         return None, False, _IS_EMPTY
-    if FAILED in answer:
+    if FAILED_SENTENCE in answer:
         return -1.0, False, _IS_FAILED
     key, options = find_key(item)
     word = answer.lower().strip().split(" ")[0]

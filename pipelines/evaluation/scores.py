@@ -18,6 +18,9 @@ Answers: TypeAlias = Mapping[str, str | None]
 FAILED = "Failed to obtain answer via API"
 """The text with which VLMEvalKit marks a request that failed."""
 
+FAILED_SENTENCE = f"{FAILED}."
+"""The text that its video benchmarks look for."""
+
 
 @dataclass(frozen=True)
 class ScoringRules:
