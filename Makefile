@@ -1,4 +1,5 @@
 # make demo    caption drawn images with the demo model, on a laptop's CPU
+# make eval-demo  score the demo model on tiny drawn benchmarks, in a few minutes
 # make test    run the tests
 # make check   check format, lint, types and import rules
 # make setup   install the command ovis2 and what it needs into .venv; the other targets do so too
@@ -18,11 +19,18 @@ PIP := $(RUN) pip install --quiet --disable-pip-version-check --constraint const
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 
-.PHONY: demo test check setup clean
+.PHONY: demo eval-demo test check setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(RUNTIME)
 	@$(RUN) jobs.demo
+
+eval-demo: $(RUNTIME)
+	@$(PIP) --editable '.[eval]'
+	@$(RUN) demo.benchmarks demo_evaluation/files
+	@$(RUN) jobs.evaluate MMStar,MMBench_DEV_EN,MMMU_DEV_VAL,HallusionBench,OCRBench,MTVQA_TEST,MathVista_MINI,MMVet \
+		demo_evaluation/files demo_evaluation/scores --model demo --size 1B --max-new-tokens 64
+	@cat demo_evaluation/scores/scores.md
 
 test: $(DEV)
 	@$(RUN) pytest $(SHARED_OUT) --durations 25

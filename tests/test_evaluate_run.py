@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import csv
 import io
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from demo.benchmarks import FAMILIES, write_benchmarks
 from jobs import evaluate
 from pipelines.evaluation.benchmarks import DATASETS, SIZES
 from pipelines.evaluation.config import IMAGES, PROMPT, EvaluateConfig
@@ -22,6 +24,7 @@ from pipelines.evaluation.files import read_items
 from pipelines.evaluation.items import select_illustrated, write_items
 from pipelines.evaluation.predictions import Prediction, write_predictions
 from pipelines.evaluation.run import EvaluationReport, find_data, find_size, run_evaluation
+from pipelines.evaluation.scores import Item, ScoringRules
 from pipelines.evaluation.summary import bootstrap_error
 from pipelines.output.sink import read_results
 from tests.support.fake_engine import FakeEngineFactory
@@ -222,6 +225,24 @@ def test_what_cannot_be_asked_is_refused(case: str, tmp_path: Path) -> None:
     refused, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_right_answers_to_the_demo_benchmarks_score_100(name: str, tmp_path: Path) -> None:
+    write_benchmarks(tmp_path)
+    rows = list_items(name, tmp_path / f"{name}.tsv")
+    assert len(rows) >= 6 and all(row[IMAGES] and row[PROMPT] for row in rows)
+    items, dataset = read_items(str(tmp_path / f"{name}.tsv")), DATASETS[name]
+    answers = {str(item["index"]): find_right_answer(item) for item in items}
+    if dataset.scorer and name != "OCRBench":
+        assert dataset.headline(dataset.scorer(items, answers, ScoringRules()).table, ScoringRules()) == 100
+    elif dataset.scorer:  # its score counts 1,000 items
+        assert dataset.scorer(items, answers, ScoringRules()).table["Final Score"] == len(items)
+
+
+def find_right_answer(item: Item) -> str:
+    answer = str(item["answer"])
+    return str(ast.literal_eval(answer)[0]) if answer.startswith("[") else answer
 
 
 def test_the_only_file_may_have_any_name(tmp_path: Path) -> None:

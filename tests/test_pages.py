@@ -35,7 +35,7 @@ PRODUCT = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 COMMAND = re.compile(r"(?:ovis2|python -m jobs)[ .]([a-z_-]+)([^\n`|;&>]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 MODULE = re.compile(r"python -m ((?:benchmarks|demo|tests)\.[\w.]+)")
-MAKE = re.compile(r"^(?:.*&& )?make (?:[A-Z]+=\S+ )*([a-z ]+)")
+MAKE = re.compile(r"^(?:.*&& )?make (?:[A-Z]+=\S+ )*([a-z -]+)")
 IDENTIFIER = re.compile(r"[A-Za-z_][\w.]*")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -68,7 +68,7 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 @pages
 def test_make_targets_exist(page: Path) -> None:
-    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     shown = {target for line in list_code_lines(page) for found in MAKE.findall(line) for target in found.split()}
     assert shown <= known
 
