@@ -36,7 +36,13 @@ def remove_x86_code(source: str) -> str:
     return source.replace("#define HAS_X86", "")
 
 
-@pytest.fixture(scope="module", params=[str, remove_x86_code], ids=["this processor", "any processor"])
+def remove_vnni(source: str) -> str:
+    return source.replace("has_vnni() ?", "0 ?")
+
+
+@pytest.fixture(
+    scope="module", params=[str, remove_vnni, remove_x86_code], ids=["this processor", "without VNNI", "any processor"]
+)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     finished, files = build_resampler(tmp_path_factory.mktemp("build"), request.param)
     assert len(files) == 1, finished.stderr

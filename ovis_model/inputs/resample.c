@@ -2,7 +2,7 @@
  *
  * Pillow (src/libImaging/Resample.c) multiplies pixels by fixed-point weights of 22 bits, sums in 32 bits and rounds after
  * each pass. Integer sums do not depend on their order, so a pass may run along any axis: here each computes LANES pixels
- * at once, in AVX2 or in what the compiler makes of plain C. The image arrives in strips of rows, each of which is read once for all
+ * at once, in AVX2, in AVX-512 VNNI or in what the compiler makes of plain C. The image arrives in strips of rows, each of which is read once for all
  * crops. The first pass runs over LANES rows turned by 90 degrees, the second over LANES columns of its result.
  */
 #define Py_LIMITED_API 0x030B0000
@@ -112,9 +112,23 @@ static void weigh_plain(uint8_t *out, const uint8_t *in, size_t stride, const Pa
 }
 
 #if defined(HAS_X86)
+#define AVX2 __attribute__((target("avx2")))
+#define VNNI __attribute__((target("avx2,avx512vnni,avx512vl")))
+
+/* Add to each 32-bit sum the two products of 16-bit numbers in its place. */
+typedef __m256i AddProducts(__m256i sums, __m256i a, __m256i b);
+
+AVX2 static inline __m256i add_products_avx2(__m256i sums, __m256i a, __m256i b) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+}
+
+VNNI static inline __m256i add_products_vnni(__m256i sums, __m256i a, __m256i b) {
+    return _mm256_dpwssd_epi32(sums, a, b);
+}
+
 /* A vector holds the pixels of even or odd lanes, since 8 bits become 16 without a shuffle that way. */
-__attribute__((target("avx2"))) static void weigh_avx2(
-    uint8_t *out, const uint8_t *in, size_t stride, const Pair *pairs, int count
+AVX2 static inline __attribute__((always_inline)) void weigh_x86(
+    uint8_t *out, const uint8_t *in, size_t stride, const Pair *pairs, int count, AddProducts *add_products
 ) {
     const __m256i byte = _mm256_set1_epi16(0xFF), zero = _mm256_setzero_si256();
     __m256i high[4] = {zero, zero, zero, zero}, low[4] = {zero, zero, zero, zero}, values[4];
@@ -131,8 +145,8 @@ __attribute__((target("avx2"))) static void weigh_avx2(
         values[2] = _mm256_unpacklo_epi16(odd_a, odd_b);
         values[3] = _mm256_unpackhi_epi16(odd_a, odd_b);
         for (int i = 0; i < 4; i++) {
-            high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(values[i], _mm256_set1_epi32(halves[0])));
-            low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(values[i], _mm256_set1_epi32(halves[1])));
+            high[i] = add_products(high[i], values[i], _mm256_set1_epi32(halves[0]));
+            low[i] = add_products(low[i], values[i], _mm256_set1_epi32(halves[1]));
         }
     }
     for (int i = 0; i < 4; i++) {
@@ -147,7 +161,20 @@ __attribute__((target("avx2"))) static void weigh_avx2(
     _mm256_storeu_si256((__m256i *)out, _mm256_or_si256(values[0], _mm256_slli_epi16(values[2], 8)));
 }
 
-static Weigh *choose_weigh(void) { return __builtin_cpu_supports("avx2") ? weigh_avx2 : weigh_plain; }
+AVX2 static void weigh_avx2(uint8_t *out, const uint8_t *in, size_t stride, const Pair *pairs, int count) {
+    weigh_x86(out, in, stride, pairs, count, add_products_avx2);
+}
+
+VNNI static void weigh_vnni(uint8_t *out, const uint8_t *in, size_t stride, const Pair *pairs, int count) {
+    weigh_x86(out, in, stride, pairs, count, add_products_vnni);
+}
+
+static int has_vnni(void) { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"); }
+
+static Weigh *choose_weigh(void) {
+    if (!__builtin_cpu_supports("avx2")) return weigh_plain;
+    return has_vnni() ? weigh_vnni : weigh_avx2;
+}
 #else
 static Weigh *choose_weigh(void) { return weigh_plain; }
 #endif
