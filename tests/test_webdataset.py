@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,3 +145,53 @@ def test_hidden_members_are_no_rows(tmp_path: Path) -> None:
     members = dict.fromkeys(("./a.png", "._a.png", ".cache/b.png", "__MACOSX/c.png", "_d.png", "_d.json"), b"{}")
     pack(tmp_path / "a.tar", members)
     assert [row["id"].partition("#")[2] for row in list_input(tmp_path / "a.tar")] == ["./a", "_d"]
+
+
+def write_img2dataset(root: Path) -> None:
+    """Write two shards as img2dataset does; the second table lacks a key."""
+    for shard, keys in (("00000", ("000000000", "000000001")), ("00001", ("000010000", "000010001"))):
+        pack(root / f"{shard}.tar", {f"{key}.jpg": key.encode() for key in keys})
+        listed = keys[:1] if shard == "00001" else keys[::-1]
+        table = {"key": listed, "caption": [f"of {key}" for key in listed], "width": [len(key) for key in listed]}
+        pq.write_table(pa.table(table), root / f"{shard}.parquet")
+        (root / f"{shard}_stats.json").write_text("{}")
+
+
+def test_tables_next_to_tars_give_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_img2dataset(tmp_path)
+    for uri in (tmp_path, tmp_path / "*.tar", tmp_path / "{00000..00001}.tar"):
+        caplog.clear()
+        rows = list_input(uri, keep_columns=("caption", "width"), prompt_column="caption", id_column="key")
+        assert [row["id"] for row in rows[:3]] == ["000000000", "000000001", "000010000"]
+        assert [row["prompt"] for row in rows] == [
+            "of 000000000",
+            "of 000000001",
+            "of 000010000",
+            "Describe the image.",
+        ]
+        assert [row["kept"]["width"] for row in rows] == [9, 9, 9, None]
+        assert "00001.parquet has no row for 1 keys" in caplog.text
+    assert len(list_input(tmp_path)) == 4
+
+
+def test_a_sidecar_has_precedence_over_the_table(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", {"1.jpg": b"1", "1.json": b'{"caption": "mine"}', "2.jpg": b"2"})
+    pq.write_table(pa.table({"key": ["1", "2"], "caption": ["a", "b"]}), tmp_path / "a.parquet")
+    assert [row["kept"]["caption"] for row in list_input(tmp_path, keep_columns=("caption",))] == ["mine", "b"]
+
+
+def test_a_table_without_keys_is_none_of_the_tar(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", {"1.jpg": b"1"})
+    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="caption"):
+        list_input(tmp_path / "a.tar", keep_columns=("caption",))
+
+
+def test_packed_and_plain_tars_are_one_input(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", {"1.jpg": b"1"})
+    for name in ("b.tar.gz", "c.tgz"):
+        (tmp_path / name).write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    assert fetch_images(list_input(tmp_path)) == [[b"1"]] * 3
+    pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "d.parquet")
+    with pytest.raises(SourceError, match=r"several kinds \(parquet, tar\)"):
+        list_input(tmp_path)

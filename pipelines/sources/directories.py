@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from pipelines.errors import SourceError
+from pipelines.sources.companions import get_stem
 from pipelines.sources.kinds import IMAGE_SUFFIXES, detect_kind
 from pipelines.sources.selection import read_marker, select_files
 from pipelines.storage import store
@@ -74,13 +75,23 @@ def _select_shards(uri: str, infos: list[FileInfo]) -> list[FileInfo]:
     shards = [info for info in infos if detect_kind(info.uri) != "file"]
     if any(detect_kind(info.uri) != "json" for info in shards):  # a .json next to other shards describes them
         shards = [info for info in shards if detect_kind(info.uri) != "json"]
-    kinds = sorted({detect_kind(info.uri) for info in shards})
+    shards = _remove_companions(uri, shards)
+    kinds = sorted({detect_kind(info.uri).replace("tgz", "tar") for info in shards})
     if len(kinds) > 1:
         raise SourceError(
             f"{store.redact(uri)} holds no images but shards of several kinds ({', '.join(kinds)}); choose one kind "
             f"with a glob such as {uri.rstrip('/')}/**/*.{kinds[0]}"
         )
     return shards
+
+
+def _remove_companions(uri: str, shards: list[FileInfo]) -> list[FileInfo]:
+    """Leave out the Parquet files with the name of a tar next to them; log how many there are."""
+    stems = {get_stem(info.uri) for info in shards}
+    others = [i for i in shards if detect_kind(i.uri) != "parquet" or i.uri.removesuffix(".parquet") not in stems]
+    if count := len(shards) - len(others):
+        logger.warning("%s: %d Parquet files with the name of a tar give columns, not rows", store.redact(uri), count)
+    return others
 
 
 def log_skipped(uri: str, others: Counter[str]) -> None:

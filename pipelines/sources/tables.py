@@ -30,7 +30,7 @@ def list_parquet(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
 
 def _read_parquet(uri: str, parquet: pq.ParquetFile, columns: ColumnRoles) -> Iterator[Chunk]:
     table = TableShard.from_schema(uri, parquet.schema_arrow, columns)
-    _check_ratio(uri, parquet.metadata, {*table.columns_to_read, table.image})
+    check_ratio(uri, parquet.metadata, {*table.columns_to_read, table.image})
     at = 0
     for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.columns_to_read, use_threads=False):
         batch.validate(full=True)  # invalid UTF-8 would otherwise be found at the end of the run
@@ -39,7 +39,7 @@ def _read_parquet(uri: str, parquet: pq.ParquetFile, columns: ColumnRoles) -> It
         at += len(batch)
 
 
-def _check_ratio(uri: str, metadata: pq.FileMetaData, names: set[str | None]) -> None:
+def check_ratio(uri: str, metadata: pq.FileMetaData, names: set[str | None]) -> None:
     """Raise SourceError for a column that would unpack to more than 200 times its size."""
     for group in range(metadata.num_row_groups):
         for column in map(metadata.row_group(group).column, range(metadata.num_columns)):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from pipelines.config import GroupBy
 from pipelines.media.reference import TarRef
+from pipelines.sources.companions import Companion
 from pipelines.sources.directories import log_skipped
 from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.sources.rows import (
@@ -81,6 +82,8 @@ def list_tar(
     index = _Index(info, is_gzip, columns.wanted, group_by, limits or TarLimits())
     damage = index.read()
     log_skipped(info.uri, index.others)
+    if companion := Companion.find(info.uri, columns.wanted):
+        index.join(companion)
     return group_into_chunks(_make_rows(index, columns, damage), columns.keep, frozenset(index.names))
 
 
@@ -145,6 +148,21 @@ class _Index:
             except _DAMAGE as error:
                 return f"the tar is damaged at byte {self.end:,} of its unpacked form; the rest is not read: {error}"
         return None
+
+    def join(self, companion: Companion) -> None:
+        """Add the columns of a table next to the tar; a sidecar in the tar has precedence. Log the missing keys."""
+        self.names |= companion.names
+        without_row = {key for key in self.samples if isinstance(key, str)}
+        for key, values in companion.read_rows() if companion.wanted else ():
+            if sample := self.samples.get(key):
+                sample.values = {**values, **(sample.values or {})}
+                without_row.discard(key)
+        if companion.wanted and without_row:
+            logger.warning(
+                "%s has no row for %d keys of the tar; their columns are null",
+                store.redact(companion.uri),
+                len(without_row),
+            )
 
     def _detect_gzip(self, file: Any) -> None:
         """Set `is_gzip` by content, and log a name that is wrong. Raise ReadError for another compression."""
