@@ -15,7 +15,15 @@ from typing import TypeVar
 from jobs.command_line import Command, parse_command_line
 from jobs.usage import BAD_USAGE
 from pipelines.config import RunConfig
-from pipelines.errors import EverythingFails, LeaseLost, RowsLost, StageFailed, StoreFault
+from pipelines.errors import (
+    ClusterChanged,
+    EverythingFails,
+    LeaseLost,
+    LibraryError,
+    RowsLost,
+    StageFailed,
+    StoreFault,
+)
 
 OK, FAILED, TOO_MANY_ERRORS = 0, 1, 3
 EXIT_CODES = {
@@ -25,6 +33,8 @@ EXIT_CODES = {
     TOO_MANY_ERRORS: "all rows are written, but a larger share than --max-error-rate are errors",
 }
 RUN_NOTES = "\n".join(["exit codes:", *(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())])
+
+_OUR_PACKAGES = ("__main__", "jobs", "pipelines", "ovis_model")
 
 Config = TypeVar("Config", bound=RunConfig)
 Report = TypeVar("Report")
@@ -40,9 +50,8 @@ def run_job(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    advice = ". Finished rows are saved; run the same command without --overwrite to resume" if is_resumable else ""
     try:
-        with _stdout_to_stderr():
+        with _stdout_to_stderr(), _translate_library_errors():
             report = job()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,10 +59,10 @@ def run_job(
     except (StageFailed, EverythingFails) as error:
         cause = f"{error.__cause__}\n\n" if isinstance(error, StageFailed) else ""
         message = f"{cause}error: {error}"
-    except (OSError, StoreFault, RowsLost, LeaseLost) as error:
-        message = f"error: {error}{advice}"
-    except KeyboardInterrupt:
-        message = f"stopped{advice}"
+    except (OSError, StoreFault, RowsLost, LeaseLost, ClusterChanged, LibraryError) as error:
+        message = f"error: {error}{_advise(error) if is_resumable else ''}"
+    except KeyboardInterrupt as interrupt:
+        message = f"stopped{_advise(interrupt) if is_resumable else ''}"
     else:
         print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
         return exit_code(report)
@@ -68,6 +77,27 @@ def run_rows(command: Command[Config], argv: Sequence[str] | None, prog: str) ->
 
     max_rate = config.max_error_rate
     return run_job(lambda: run_pipeline(config), lambda run: TOO_MANY_ERRORS if run.error > max_rate * run.rows else OK)
+
+
+def _advise(error: BaseException) -> str:
+    """Return what to do next: the note that the pipeline added to the exception, by default to resume."""
+    resume = "Finished rows are saved; run the same command without --overwrite to resume"
+    return f". {next(iter(getattr(error, '__notes__', ())), resume)}"
+
+
+@contextmanager
+def _translate_library_errors() -> Iterator[None]:
+    """Raise LibraryError for an exception that a library defines; one of Python or of ours is unchanged."""
+    try:
+        yield
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if package in (*sys.stdlib_module_names, *_OUR_PACKAGES):
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), "no message")
+        translated = LibraryError(f"{package}: {type(error).__name__}: {first_line}")
+        translated.__notes__ = getattr(error, "__notes__", [])
+        raise translated from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ The command line, `--help` and docs/options.md are made from these fields: type,
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -294,23 +295,30 @@ class RunConfig(
         Include an option that was added after version 0.1 only if it differs from its default, so that the fingerprint
         of an older run stays the same.
         """
-        added = {name for name in _deciding_options(type(self)) if read_extra(type(self), name).get("since")}
-        unset = {name for name in added if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_dump(mode="json", include=_deciding_options(type(self)) - unset)
+        return self.model_dump(mode="json", include=_deciding_options(type(self)) - _find_later_defaults(self))
 
-    @classmethod
-    def fingerprint_defaults(cls) -> dict[str, Any]:
+    def fingerprint_defaults(self) -> dict[str, Any]:
         """Return the default of each option that decides rows, as a JSON value, for records that lack the option."""
-        names = {name for name in _deciding_options(cls) if not cls.model_fields[name].is_required()}
-        defaults = {name: cls.model_fields[name].default for name in names}
-        return cls.model_construct(**defaults).model_dump(mode="json", include=names, warnings=False)
+        return _dump_defaults(type(self), _deciding_options(type(self)))
 
 
 def _deciding_options(config: type[Section]) -> set[str]:
     return {name for name in config.model_fields if read_extra(config, name).get("decides_rows", True)}
 
 
-def read_extra(config: type[Section], name: str) -> dict[str, Any]:
+def _dump_defaults(kind: type[BaseModel], names: Iterable[str]) -> dict[str, Any]:
+    defaults = {name: kind.model_fields[name].default for name in names if not kind.model_fields[name].is_required()}
+    return kind.model_construct(**defaults).model_dump(mode="json", include=set(defaults), warnings=False)
+
+
+def _find_later_defaults(model: BaseModel) -> set[str]:
+    """Return the fields that were added after version 0.1 and have their default."""
+    fields = type(model).model_fields
+    later = {name for name in fields if read_extra(type(model), name).get("since")}
+    return {name for name in later if getattr(model, name) == fields[name].default}
+
+
+def read_extra(config: type[BaseModel], name: str) -> dict[str, Any]:
     """Return what an option declares besides its type: `decides_rows`, `unset`, `since`."""
     extra = config.model_fields[name].json_schema_extra
     return extra if isinstance(extra, dict) else {}
@@ -372,6 +380,16 @@ class AnnotateConfig(RunConfig):
         if twice := sorted(name for name, count in names.items() if count > 1):
             raise ValueError(f"--tasks: two columns of the output would be named {', '.join(twice)}; rename a task")
         return self
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return the options that decide what the rows hold; a task's fields follow the same rule as options."""
+        tasks = [task.model_dump(mode="json", exclude=_find_later_defaults(task)) for task in self.tasks]
+        return {**super().fingerprint_fields(), "tasks": tasks}
+
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        """Return also, as `task`, the defaults of a task's fields."""
+        kind = type(self.tasks[0])
+        return {**super().fingerprint_defaults(), "task": _dump_defaults(kind, kind.model_fields)}
 
     @property
     def questionnaire(self) -> Questionnaire:

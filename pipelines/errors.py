@@ -20,6 +20,8 @@
       EverythingFails too many rows are errors
       StageFailed     an actor raised an error that no single row caused
       RowsLost        rows of the manifest are missing from the output
+      LibraryError    a library raised an exception that no other entry covers
+      ClusterChanged  after nodes were lost, the cluster no longer fits the run
 
 The model's exceptions (`CheckpointError`, `RequestError`, `EngineDied` ...) are in `ovis_model`.
 """
@@ -101,3 +103,11 @@ class StageFailed(RuntimeError):  # noqa: N818
 
 class RowsLost(RuntimeError):  # noqa: N818  (the name says what happened)
     """Rows of the manifest are missing from the output: a bug, or a fault of the store."""
+
+
+class ClusterChanged(RuntimeError):  # noqa: N818  (the name says what happened)
+    """After nodes were lost, the cluster no longer fits the run; the message gives the reason."""
+
+
+class LibraryError(RuntimeError):
+    """A library raised an exception of its own; the message has its type and first line."""

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster.ray_session import configure_ray_data, open_ray_session, request_gpus, translate_ray_errors
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.config import RunConfig
-from pipelines.errors import LeaseLost, RowsLost, StoreFault
+from pipelines.errors import ClusterChanged, LeaseLost, ResourceError, RowsLost, RunError, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.media.frame_encoder import run_encoders
 from pipelines.monitoring.error_reasons import ErrorMonitor
@@ -27,9 +27,9 @@ from pipelines.output.compact import drop_error_rows
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, Ranges, count_rows, split_ranges
 from pipelines.output.manifest import KeptColumns
-from pipelines.output.run_record import Run, acquire_lease, open_run
+from pipelines.output.run_record import Run, acquire_lease, check_dtype, note_unchanged, prepare_run
 from pipelines.output.sink import Sink, remove_temporaries
-from pipelines.plan import plan_run
+from pipelines.plan import Plan, plan_run
 from pipelines.preprocess import Preprocess
 
 MAX_PASSES = 3  # the second retries rows that were lost with a node; rows missing after the third indicate a bug
@@ -54,17 +54,18 @@ class Summary:
 def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine) -> Summary:
     """Write the rows that are missing in `config.output` and return the counts.
 
-    Raise ValueError for mistakes of usage, before any replica starts. Raise StageFailed, StoreFault,
-    EverythingFails or RowsLost if the run has to stop.
+    Raise ValueError for mistakes of usage; OUTPUT is unchanged then. Raise StageFailed, StoreFault,
+    EverythingFails, ClusterChanged or RowsLost if the run has to stop.
     """
     started_s = time.monotonic()
-    config = resolve_model_paths(config)
-    check_model(config)
-    models = describe_models(config)
-    with acquire_lease(config.output) as lease:
-        run = open_run(config, models)
+    with note_unchanged():
+        config = resolve_model_paths(config)
+        check_model(config)
+        models = describe_models(config)
+    with acquire_lease(config.output) as lease, ExitStack() as session:
+        run, ledger, plan = _start_run(config, models, lease, session)
         try:
-            ledger, progress = _write_missing_rows(config, run, lease, make_engine)
+            ledger, progress = _write_missing_rows(config, run, ledger, plan, lease, make_engine)
         except BaseException:
             with suppress(OSError, StoreFault, LeaseLost):
                 lease.check()
@@ -75,31 +76,52 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
     return _summarize(run, ledger, progress, time.monotonic() - started_s)
 
 
+def _start_run(
+    config: RunConfig, models: dict[str, str | None], lease: Lease, session: ExitStack
+) -> tuple[Run, Ledger, Plan | None]:
+    """Change OUTPUT only after all checks, those of the cluster too. Start Ray only if rows are missing."""
+    with note_unchanged():
+        prepared = prepare_run(config, models)
+    with prepared:
+        num_rows = count_rows(prepared.missing) + config.retry_errors * prepared.ledger.num_errors
+        if not num_rows:
+            return prepared.start(lease), prepared.ledger, None
+        with note_unchanged():
+            session.enter_context(open_ray_session())
+            plan = plan_run(config, num_rows)
+            check_dtype(prepared.output, prepared.record, plan.dtype)
+        return prepared.start(lease, settled_dtype=plan.dtype, status="running", counts=None), prepared.ledger, plan
+
+
 def _write_missing_rows(
-    config: RunConfig, run: Run, lease: Lease, make_engine: EngineFactory
+    config: RunConfig, run: Run, ledger: Ledger, plan: Plan | None, lease: Lease, make_engine: EngineFactory
 ) -> tuple[Ledger, RunProgress]:
     remove_temporaries(run.data_uri)
     if config.retry_errors:
-        run.update(status="running", counts=None)
         logger.warning("retrying %d error rows", drop_error_rows(run.output, lease))
-    ledger = Ledger.read(run.data_uri)
+        ledger = Ledger.read(run.data_uri)
     with RunProgress(run.num_rows, count_rows(ledger.done)) as progress:
-        if ledger.find_missing(run.num_rows):
-            run.update(status="running")
-            with open_ray_session():
-                _write_in_passes(config, run, ledger, lease, progress, make_engine)
+        if plan is not None:
+            _write_in_passes(config, run, ledger, plan, lease, progress, make_engine)
     return ledger, progress
 
 
 def _write_in_passes(
-    config: RunConfig, run: Run, ledger: Ledger, lease: Lease, progress: RunProgress, make_engine: EngineFactory
+    config: RunConfig,
+    run: Run,
+    ledger: Ledger,
+    plan: Plan,
+    lease: Lease,
+    progress: RunProgress,
+    make_engine: EngineFactory,
 ) -> None:
     kept = KeptColumns(run.output)
     with ErrorMonitor(config.stop_error_rate) as reasons:
-        for _ in range(MAX_PASSES):
+        for number in range(MAX_PASSES):
             if missing := ledger.find_missing(run.num_rows):
+                plan = _plan_again(config, run, missing) if number else plan
                 with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink:
-                    for results in _stream(config, run, missing, make_engine):
+                    for results in _stream(config, run, plan, missing, make_engine):
                         new = sink.add(results)
                         progress.add(new)
                         reasons.add(new)
@@ -110,15 +132,23 @@ def _write_in_passes(
         )
 
 
-def _stream(config: RunConfig, run: Run, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
+def _plan_again(config: RunConfig, run: Run, missing: Ranges) -> Plan:
+    """Plan the rows that were lost with a node. Raise ClusterChanged if the remaining nodes do not fit the run."""
+    try:
+        plan = plan_run(config, count_rows(missing))
+        check_dtype(run.output, run.record, plan.dtype)
+    except (ResourceError, RunError) as error:
+        raise ClusterChanged(f"{count_rows(missing)} rows were lost with a node, and {error}") from error
+    return plan
+
+
+def _stream(config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
     """Yield tables of the result schema in the order in which replicas finish them."""
     import ray
     from ray.data import ActorPoolStrategy
 
-    plan = plan_run(config, count_rows(missing))
     print(plan, file=sys.stderr)
     load_resampler()  # for its warning: users see the driver's log, not that of the actors
-    run.record_dtype(plan.dtype)
     configure_ray_data(BATCH_BYTES)
     pools, sizes, questionnaire, found = plan.pools, plan.sizes, config.questionnaire, run.record["model"]
     model = config.model, found["revision"]

@@ -16,7 +16,7 @@ from pipelines.errors import LeaseLost
 from pipelines.output import compact as compact_module
 from pipelines.output import file_swap
 from pipelines.output.compact import Compacted, compact, compact_run, drop_error_rows
-from pipelines.output.file_swap import exchange_files, finish_exchange
+from pipelines.output.file_swap import commit_exchange, finish_exchange
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, RowRange, count_rows
 from pipelines.output.sink import read_results, write_file
@@ -183,7 +183,9 @@ def test_an_exchange_replaces_equal_names_and_removes_only_our_files(tmp_path: P
     (tmp_path / "data").mkdir()
     for name in (a, b, "notes.txt"):
         (tmp_path / "data" / name).write_bytes(b"old")
-    exchange_files(str(tmp_path), [(a, b"new"), (c, b"new")], [a, b, "../x", "notes.txt"], write_lease(tmp_path))
+    new, old = [(f"data/{a}", b"new"), (f"data/{c}", b"new")], [f"data/{a}", f"data/{b}", "../x", "data/notes.txt"]
+    commit_exchange(str(tmp_path), new, old, write_lease(tmp_path))
+    finish_exchange(str(tmp_path))
     contents = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     assert contents == {a: b"new", c: b"new", "notes.txt": b"old"}  # whatever the note of an exchange names
 

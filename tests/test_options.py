@@ -26,6 +26,7 @@ from pipelines.config import (
 )
 from pipelines.errors import RunError
 from pipelines.output.run_record import open_run
+from pipelines.tasks.task import Task
 from tests.support.roots import ROOT
 
 SECTIONS = (SourceOptions, ModelOptions, ImageOptions, SamplingOptions, ResourceOptions, OutputOptions, ResumeOptions)
@@ -36,6 +37,18 @@ class LaterConfig(CaptionConfig):
     """The options of a version to come: `sharpen` changes what rows hold."""
 
     sharpen: float = Field(0.0, json_schema_extra={"since": "9.9"})
+
+
+class LaterTask(Task):
+    """The fields of a task of a version to come."""
+
+    sharpen: float = Field(0.5, json_schema_extra={"since": "9.9"})
+
+
+class LaterAnnotateConfig(AnnotateConfig):
+    """A job whose tasks have more fields."""
+
+    tasks: tuple[LaterTask, ...]
 
 
 @pytest.fixture
@@ -110,3 +123,29 @@ def test_a_later_option_of_a_record_is_not_ignored(pictures: Path) -> None:
     open_run(config(LaterConfig, pictures, sharpen=1), MODEL)
     with pytest.raises(RunError, match=r"sharpen 1\.0 there, None here"):
         open_run(config(CaptionConfig, pictures), MODEL)
+
+
+def annotate(kind: type[AnnotateConfig], pictures: Path, **fields: object) -> AnnotateConfig:
+    tasks = ({"name": "round", "prompt": "Is it round?", "answer": "bool", **fields},)
+    return kind(input=(str(pictures),), output=str(pictures.parent / "out"), model="demo", tasks=tasks)  # type: ignore[arg-type]
+
+
+def test_a_later_field_of_a_task_counts_as_its_default(pictures: Path) -> None:
+    begun = open_run(annotate(AnnotateConfig, pictures), MODEL)
+    assert open_run(annotate(LaterAnnotateConfig, pictures), MODEL).record == begun.record
+    assert (
+        annotate(LaterAnnotateConfig, pictures).fingerprint_fields()
+        == annotate(AnnotateConfig, pictures).fingerprint_fields()
+    )
+    with pytest.raises(RunError, match=r"'sharpen': 0\.5.*'sharpen': 1\.0"):
+        open_run(annotate(LaterAnnotateConfig, pictures, sharpen=1), MODEL)
+
+
+def test_a_task_of_a_record_without_fields_of_today_is_resumed_at_their_defaults(pictures: Path) -> None:
+    run = open_run(annotate(AnnotateConfig, pictures), MODEL)
+    record = json.loads((Path(run.output) / "run.json").read_text())
+    record["config"]["tasks"] = [{name: record["config"]["tasks"][0][name] for name in ("name", "prompt", "answer")}]
+    (Path(run.output) / "run.json").write_text(json.dumps(record))
+    assert open_run(annotate(AnnotateConfig, pictures), MODEL).num_rows == 1
+    with pytest.raises(RunError, match=r"'seed': 7"):
+        open_run(annotate(AnnotateConfig, pictures, seed=7), MODEL)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.errors import RunError
-from pipelines.output.file_swap import exchange_files, finish_exchange
+from pipelines.output.file_swap import commit_exchange, finish_exchange
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import FileEntry, Ranges, RowRange, count_rows, merge_ranges, read_entries
 from pipelines.output.run_record import acquire_lease
@@ -58,7 +58,8 @@ def drop_error_rows(output: str, lease: Lease) -> int:
     with_errors = [(info, entry) for info, entry in _read_entries(output) if entry.num_errors]
     if with_errors:
         new = (encode_file(table, rows) for info, _ in with_errors for rows, table in _drop_errors(info))
-        exchange_files(output, ((entry.file_name, data) for entry, data in new), _list_names(with_errors), lease)
+        commit_exchange(output, ((_locate(entry), data) for entry, data in new), _list_paths(with_errors), lease)
+        finish_exchange(output)
     return sum(entry.num_errors for _, entry in with_errors)
 
 
@@ -84,7 +85,8 @@ def compact(output: str, file_bytes: int, lease: Lease) -> Compacted:
     rows_per_file = max(1, round(file_bytes * num_rows / max(1, num_bytes)))
     if not _are_compact(before, rows_per_file):
         wanted = merge_ranges(r for _, entry in before for r in entry.ranges)
-        exchange_files(output, _encode_files(_read_sorted(before, rows_per_file), wanted), _list_names(before), lease)
+        commit_exchange(output, _encode_files(_read_sorted(before, rows_per_file), wanted), _list_paths(before), lease)
+        finish_exchange(output)
     after = _read_entries(output)
     return Compacted(num_rows, len(before), len(after), num_bytes, sum(info.num_bytes for info, _ in after), output)
 
@@ -99,8 +101,12 @@ def _read_entries(output: str) -> list[Entry]:
     return read_entries(store.join(output, "data"))
 
 
-def _list_names(files: list[Entry]) -> list[str]:
-    return [info.uri.rsplit("/", 1)[-1] for info, _ in files]
+def _list_paths(files: list[Entry]) -> list[str]:
+    return [f"data/{info.uri.rsplit('/', 1)[-1]}" for info, _ in files]
+
+
+def _locate(entry: FileEntry) -> str:
+    return f"data/{entry.file_name}"
 
 
 def _read_sorted(files: list[Entry], rows_per_file: int) -> Iterator[Part]:
@@ -143,7 +149,7 @@ def _widen_strings(schema: pa.Schema) -> pa.Schema:
 
 
 def _encode_files(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each file, encoded one at a time.
+    """Yield the path in OUTPUT and the content of each file, encoded one at a time.
 
     Raise AssertionError at the end unless the files hold exactly the rows `wanted`, each once.
     """
@@ -151,7 +157,7 @@ def _encode_files(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, 
     for rows, table in parts:
         entry, data = encode_file(table, rows)
         written += entry.ranges
-        yield entry.file_name, data
+        yield _locate(entry), data
     assert merge_ranges(written) == wanted, f"wrote rows {merge_ranges(written)} instead of {wanted}"
     assert count_rows(written) == count_rows(wanted), (
         f"wrote {count_rows(written)} rows instead of {count_rows(wanted)}"

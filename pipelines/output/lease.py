@@ -27,7 +27,8 @@ class Lease:
     """
 
     def __init__(self, output: str) -> None:
-        self._uri = store.join(output, "driver.json")
+        self._output, self._uri = output, store.join(output, "driver.json")
+        self._created: list[str] = []  # directories that did not exist, innermost first
         boot = Path("/proc/sys/kernel/random/boot_id")  # process ids are comparable within one boot of a kernel
         self._me = {
             "token": uuid.uuid4().hex,
@@ -47,8 +48,10 @@ class Lease:
                     f"another run writes here: process {holder['pid']} on {holder['host']}, last sign of life "
                     f"{time.time() - holder['at_s']:.0f} s ago; stop it, or wait {STALE_S:.0f} s if it has ended"
                 )
+            self._created = store.create_directory(self._output)
             self._write()
         except OSError as error:
+            self._remove_created()
             raise LeaseError(f"cannot use {self._uri.rpartition('/')[0]} as OUTPUT: {error}") from error
         self._thread.start()
         return self
@@ -59,6 +62,12 @@ class Lease:
         with suppress(OSError, StoreFault):
             if self._is_mine():
                 store.remove(self._uri)
+                self._remove_created()
+
+    def _remove_created(self) -> None:
+        """Remove the directories that this lease created, unless something was written to them."""
+        for directory in self._created:
+            store.remove_if_empty(directory)
 
     def check(self) -> None:
         """Raise LeaseLost if another driver has taken over. Call this before each write to OUTPUT."""
@@ -85,8 +94,10 @@ class Lease:
     def _read(self) -> dict[str, Any] | None:
         if store.find_file(self._uri) is None:
             return None
-        holder: dict[str, Any] = json.loads(store.read_bytes(self._uri))
-        return holder
+        with suppress(json.JSONDecodeError):  # half a file of a driver whose machine failed names nobody
+            holder: dict[str, Any] = json.loads(store.read_bytes(self._uri))
+            return holder
+        return None
 
     def _write(self) -> None:
         store.write_bytes(self._uri, json.dumps({**self._me, "at_s": time.time()}).encode())

@@ -20,13 +20,20 @@ ROWS_PER_FILE = 1 << 17
 
 
 def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) -> None:
-    """Write tables of the manifest schema without row numbers to numbered files of ROWS_PER_FILE rows.
+    """Write a manifest to OUTPUT without a run record; a run writes it with `commit_exchange`."""
+    for path, data in encode_manifest(output, tables, first_row):
+        store.write_bytes(store.join(output, path), data)
 
-    With `first_row` they follow the existing rows, which stay intact if the process is killed.
+
+def encode_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) -> Iterator[tuple[str, bytes]]:
+    """Encode tables of the manifest schema without row numbers as numbered files of ROWS_PER_FILE rows.
+
+    Yield the path in OUTPUT and the content of each file. With `first_row` the rows follow the existing ones, and the
+    first file also holds the existing rows of the file that it replaces.
     """
     for start, table in _cut_files(tables, first_row):
         if start % ROWS_PER_FILE:
-            # Keep the last file's rows up to `start`: later ones are from an extension that was killed.
+            # Keep the last file's rows up to `start`: version 0.1 left later ones when an extension was killed.
             begun = store.read_parquet(_locate_file(output, start)).slice(0, start % ROWS_PER_FILE)
             table = pa.concat_tables([begun.drop_columns([ROW]), table])
             start -= start % ROWS_PER_FILE
@@ -34,7 +41,7 @@ def write_manifest(output: str, tables: Iterable[pa.Table], first_row: int = 0) 
         buffer = io.BytesIO()
         numbered = table.add_column(0, MANIFEST.field(ROW), numbers)
         pq.write_table(numbered, buffer, row_group_size=ROWS_PER_GROUP, compression="zstd")
-        store.write_bytes(_locate_file(output, start), buffer.getvalue())
+        yield _name_file(start), buffer.getvalue()
 
 
 def read_columns(output: str, num_rows: int, columns: list[str]) -> Iterator[pa.Table]:
@@ -101,7 +108,11 @@ def _read_group(output: str, group: int, columns: list[str]) -> pa.Table:
 
 
 def _locate_file(output: str, row: int) -> str:
-    return store.join(output, "manifest", f"rows-{row // ROWS_PER_FILE * ROWS_PER_FILE:012}.parquet")
+    return store.join(output, _name_file(row))
+
+
+def _name_file(row: int) -> str:
+    return f"manifest/rows-{row // ROWS_PER_FILE * ROWS_PER_FILE:012}.parquet"
 
 
 def _cut_files(tables: Iterable[pa.Table], first_row: int) -> Iterator[tuple[int, pa.Table]]:

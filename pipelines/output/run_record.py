@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,10 +17,11 @@ import pyarrow as pa
 from pipelines import __version__
 from pipelines.config import RunConfig
 from pipelines.errors import RunError
-from pipelines.output.file_swap import PLACE, finish_exchange, forget_exchange, is_ours
+from pipelines.output.file_swap import PLACE, RECORD, commit_exchange, finish_exchange, is_ours, locate_record
 from pipelines.output.lease import Lease
-from pipelines.output.manifest import KeptColumns, read_columns, write_manifest
-from pipelines.sources import KnownRows, list_rows
+from pipelines.output.ledger import Ledger, Ranges
+from pipelines.output.manifest import KeptColumns, encode_manifest, read_columns
+from pipelines.sources import KnownRows, Listing, list_rows
 from pipelines.storage import store
 
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
@@ -46,17 +49,56 @@ class Run:
     def update(self, **fields: Any) -> None:
         """Set fields of the record and write it."""
         self.record.update(fields, updated_at=_format_now())
-        _write_record(self.output, self.record)
+        store.write_bytes(store.join(self.output, RECORD), _encode_record(self.record))
 
-    def record_dtype(self, dtype: str) -> None:
-        """Record what `auto` resolved to. Raise RunError if the finished rows were generated in another type."""
-        recorded = self.record.setdefault("settled_dtype", dtype)
-        if recorded != dtype:
-            raise RunError(
-                f"{self.output} holds rows generated in {recorded}, but this machine would use {dtype}; "
-                f"resume on a machine with the same kind of device, or use a new OUTPUT with --dtype {recorded}"
-            )
-        self.update()
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that is checked and listed, as a context manager; OUTPUT is unchanged until `start`.
+
+    ledger: the rows that OUTPUT holds and the run keeps.
+    listing: the rows to add to the manifest, from row number `first_row`; None to resume.
+    replaced: paths in OUTPUT of the files that the run removes.
+    """
+
+    output: str
+    record: Json
+    ledger: Ledger
+    listing: Listing | None = None
+    first_row: int = 0
+    replaced: tuple[str, ...] = ()
+
+    def __enter__(self) -> PreparedRun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.listing is not None:
+            self.listing.__exit__()
+
+    @property
+    def missing(self) -> Ranges:
+        """The rows that OUTPUT does not hold."""
+        return self.ledger.find_missing(self.record["num_rows"])
+
+    def start(self, lease: Lease, **fields: Any) -> Run:
+        """Write the record with these `fields`, and the manifest if it has new rows. Raise OSError or LeaseLost.
+
+        The new files replace those of an earlier run together. An exception before that leaves OUTPUT as it was.
+        """
+        run = Run(self.output, self.record["num_rows"], {**self.record, **fields})
+        if self.listing is None:
+            if fields:
+                run.update()
+            return run
+        with note_unchanged(), _refuse_unusable(self.output):
+            commit_exchange(self.output, self._encode_files(self.listing, run.record), self.replaced, lease)
+        finish_exchange(self.output)
+        return run
+
+    def _encode_files(self, listing: Listing, record: Json) -> Iterator[tuple[str, bytes]]:
+        if listing.num_rows:
+            yield from encode_manifest(self.output, listing.read_tables(), self.first_row)
+        yield RECORD, _encode_record(record)  # last: run.json means that the manifest is complete
 
 
 def acquire_lease(output: str) -> Lease:
@@ -68,39 +110,56 @@ def acquire_lease(output: str) -> Lease:
 
 
 def open_run(config: RunConfig, models: Json) -> Run:
-    """Resume the run in OUTPUT, adding rows with --extend, or list the input and start a new run.
+    """Prepare and start a run in one step, without plans for its rows."""
+    with acquire_lease(config.output) as lease, prepare_run(config, models) as prepared:
+        return prepared.start(lease)
+
+
+def prepare_run(config: RunConfig, models: Json) -> PreparedRun:
+    """Check that OUTPUT accepts this run, and list the input unless the run is resumed. Needs the lease.
 
     `models` identifies the model (id, revision, weights). Raise RunError if OUTPUT holds another run or foreign files
-    or cannot be written, SourceError if the input cannot be listed; OUTPUT is unchanged then.
+    or cannot be read, SourceError if the input cannot be listed.
     """
     output = store.make_absolute(config.output)
     identity = {
         "config": {**config.fingerprint_fields(), "input": [store.make_absolute(uri) for uri in config.input]},
         "model": models,
     }
-    defaults = config.fingerprint_defaults()
-    try:
+    with _refuse_unusable(output):
         record = read_record(output)
         if config.overwrite or record is None:
-            record = _start(output, config, identity, replaces=record)
-        elif config.extend:
-            _check_same(output, record, identity, defaults, except_for=_EXTENDABLE)
-            _extend(output, config, identity, record)
-        _check_same(output, record, identity, defaults)
-        finish_exchange(output)
+            return _prepare_new(output, config, identity, replaces=record)
+        _check_same(output, record, identity, config, except_for=_EXTENDABLE if config.extend else frozenset())
+        finish_exchange(output)  # this run accepts the exchange that an earlier process committed
+        ledger = Ledger.read(store.join(output, "data"))
+        if config.extend:
+            return _prepare_extension(output, config, identity, record, ledger)
+        return PreparedRun(output, record, ledger)
+
+
+@contextmanager
+def note_unchanged() -> Iterator[None]:
+    """Add to any exception the note that OUTPUT is unchanged, which replaces the advice to resume."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note("OUTPUT is unchanged; run the same command again")
+        raise
+
+
+@contextmanager
+def _refuse_unusable(output: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunError(f"cannot use {output} as OUTPUT: {error}") from error
-    return Run(output, record["num_rows"], record)
 
 
-def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | None) -> Json:
+def _prepare_new(output: str, config: RunConfig, identity: Json, *, replaces: Json | None) -> PreparedRun:
     _check_foreign(output, identity["config"]["input"], replaces)
-    with list_rows(config, config.questionnaire, output=output) as listing:
-        if replaces is not None:
-            _write_record(output, {"status": _REPLACED})
-        _remove_ours(output)
-        write_manifest(output, listing.read_tables())
-    # Last: run.json means that the manifest is complete.
+    listing = list_rows(config, config.questionnaire, output=output)
+    finish_exchange(output)
     record = {
         **identity,
         "fingerprint": _hash_identity(identity),
@@ -112,29 +171,40 @@ def _start(output: str, config: RunConfig, identity: Json, *, replaces: Json | N
         "status": "running",
         "started_at": _format_now(),
     }
-    _write_record(output, record)
-    return record
+    return PreparedRun(output, record, Ledger(), listing, replaced=tuple(_list_ours(output)))
 
 
-def _extend(output: str, config: RunConfig, identity: Json, record: Json) -> None:
-    """Append the rows that the run does not have yet, then write a run.json that counts them."""
+def _prepare_extension(output: str, config: RunConfig, identity: Json, record: Json, ledger: Ledger) -> PreparedRun:
+    """List the rows that the run does not have yet, for a run.json that counts them."""
     num_rows: int = record["num_rows"]
     known = KnownRows(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
-    with list_rows(config, config.questionnaire, known, output=output) as listing:
+    with ExitStack() as unless_accepted:
+        listing = unless_accepted.enter_context(list_rows(config, config.questionnaire, known, output=output))
         if listing.num_rows:
             listing.kept = _check_kept_types(KeptColumns(output).schema, listing.kept)
-            write_manifest(output, listing.read_tables(), num_rows)
+        unless_accepted.pop_all()
     logger.warning("%d rows of the input are new, %d rows were listed before", listing.num_rows, num_rows)
     listed = {"at": _format_now(), "first_row": num_rows, "input": record["config"]["input"]}
-    record.update({**identity, "fingerprint": _hash_identity(identity)})
-    record.update(
-        status="running",
-        counts=None,
-        num_rows=num_rows + listing.num_rows,
-        num_keys_with_several_images=listing.groups.num_keys,
-        extended=[*record.get("extended", []), listed],
-    )
-    _write_record(output, record)
+    extended = {
+        **record,
+        **identity,
+        "fingerprint": _hash_identity(identity),
+        "status": "running",
+        "counts": None,
+        "num_rows": num_rows + listing.num_rows,
+        "num_keys_with_several_images": listing.groups.num_keys,
+        "extended": [*record.get("extended", []), listed],
+    }
+    return PreparedRun(output, extended, ledger, listing, num_rows)
+
+
+def check_dtype(output: str, record: Json, dtype: str) -> None:
+    """Raise RunError if the finished rows were generated in another type than `dtype`."""
+    if (recorded := record.get("settled_dtype", dtype)) != dtype:
+        raise RunError(
+            f"{output} holds rows generated in {recorded}, but this machine would use {dtype}; "
+            f"resume on a machine with the same kind of device, or use a new OUTPUT with --dtype {recorded}"
+        )
 
 
 def _check_kept_types(existing: pa.Schema, added: pa.Schema) -> pa.Schema:
@@ -155,20 +225,20 @@ def _check_foreign(output: str, inputs: list[str], replaces: Json | None) -> Non
         if any(f"{uri}/".startswith(f"{place}/") for uri in inputs):
             raise RunError(f"the input is in {place}, which the run overwrites; use another OUTPUT")
         foreign = [info.uri for info in store.list_files(place) if replaces is None or not is_ours(info.uri)]
-        if foreign and not (name == "manifest" and all(map(is_ours, foreign))):
+        if foreign and (name == "data" or not all(map(is_ours, foreign))):  # the others are left by a killed start
             raise RunError(f"{place} holds files that are not from a run, such as {foreign[0]}; use another OUTPUT")
 
 
-def _remove_ours(output: str) -> None:
-    forget_exchange(output)
+def _list_ours(output: str) -> Iterator[str]:
+    """Yield the paths in OUTPUT of the manifest and the data of an earlier run."""
     for name in ("data", "manifest"):
         for info in store.list_files(store.join(output, name)):
             if is_ours(info.uri):
-                store.remove(info.uri)
+                yield f"{name}/{info.uri.rsplit('/', 1)[-1]}"
 
 
 def _check_same(
-    output: str, record: Json, identity: Json, defaults: Json, except_for: frozenset[str] = frozenset()
+    output: str, record: Json, identity: Json, config: RunConfig, except_for: frozenset[str] = frozenset()
 ) -> None:
     """Raise RunError with each difference between the run in OUTPUT and this one.
 
@@ -176,6 +246,9 @@ def _check_same(
     """
     if record.get("status") == _REPLACED:
         raise RunError(f"an --overwrite of {output} was interrupted; run it again with --overwrite")
+    if lacking := {"config", "model", "num_rows"} - record.keys():
+        raise RunError(f"run.json in {output} lacks {', '.join(sorted(lacking))}; use another OUTPUT, or --overwrite")
+    defaults = config.fingerprint_defaults()
     recorded, current = _flatten(record, defaults), _flatten(identity, defaults)
     differences = [
         f"{name.replace('_', '-')} {recorded.get(name)!r} there, {current.get(name)!r} here"
@@ -194,27 +267,30 @@ def _flatten(record: Json, defaults: Json) -> Json:
     """Flatten a run record to {setting: value} for comparison, without the settings that a task leaves open."""
     models = {f"model {name}": value for name, value in record["model"].items()}
     settings = {**defaults, **record["config"], **models}
-    if tasks := settings.get("tasks"):
+    of_task = settings.pop("task", {})
+    if tasks := [{**of_task, **task} for task in settings.get("tasks", [])]:
         settings["tasks"] = [task["name"] for task in tasks]
         settings |= {f"task {t['name']}": {k: v for k, v in t.items() if v is not None and k != "name"} for t in tasks}
     return settings
 
 
 def read_record(output: str) -> Json | None:
-    """Return the content of OUTPUT/run.json, None if the file does not exist. Raise RunError if it is not JSON."""
-    uri = store.join(output, "run.json")
+    """Return the content of run.json, None if the file does not exist. Raise RunError if it is not a run record."""
+    uri = locate_record(output)
     if store.find_file(uri) is None:
         return None
     try:
         record: Json = json.loads(store.read_bytes(uri))
     except json.JSONDecodeError as error:
         raise RunError(f"{uri} is not JSON ({error}); use another OUTPUT") from error
+    if not isinstance(record, dict):
+        raise RunError(f"{uri} is not the record of a run; use another OUTPUT")
     return record
 
 
-def _write_record(output: str, record: Json) -> None:
+def _encode_record(record: Json) -> bytes:
     # ASCII, so that a path that is not UTF-8 survives writing and reading.
-    store.write_bytes(store.join(output, "run.json"), json.dumps(record, indent=2).encode())
+    return json.dumps(record, indent=2).encode()
 
 
 def _hash_identity(identity: Json) -> str:

@@ -380,6 +380,7 @@ def move(source: str, target: str) -> None:
     """
     fs, path = open_store(source)
     if isinstance(fs, LocalFileSystem):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(path).replace(target)
         return
     target_path = open_store(target)[1]
@@ -392,6 +393,27 @@ def remove(uri: str) -> None:
     fs, path = open_store(uri)
     with suppress(FileNotFoundError):
         _retry(fs, lambda: fs.rm_file(path))
+
+
+def create_directory(uri: str) -> list[str]:
+    """Create a local directory; return it and the parents that did not exist, innermost first. Raise OSError.
+
+    A store has no directories: return an empty list.
+    """
+    fs, path = open_store(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return []
+    created = [str(directory) for directory in (Path(path), *Path(path).parents) if not directory.exists()]
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return created
+
+
+def remove_if_empty(uri: str) -> None:
+    """Remove a local directory if it is empty."""
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        with suppress(OSError):
+            Path(path).rmdir()
 
 
 def _describe(fs: Any, name: str, info: dict[str, Any]) -> FileInfo:
