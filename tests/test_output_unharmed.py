@@ -180,7 +180,7 @@ def test_an_exception_while_listing_changes_nothing(
         finish_old_run(pictures, place)
     before, directories = read_output(place), list_directories(place)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise error("planted")
 
     def fail_midway(listing: Listing) -> Iterator[pa.Table]:
