@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import StoreFault
 from pipelines.storage import store
-from pipelines.storage.arrow_ipc import read_batch, read_schema
+from pipelines.storage.arrow_ipc import read_batch, read_schema, select_columns
 from pipelines.storage.retries import Retries, is_final
 
 _RETRIES = Retries(max_attempts=2)  # per cell: damage looks like a fault of the store, which itself retries more
@@ -179,4 +179,4 @@ def _read_column(uri: str, offset: int, column: str) -> Any:
     with store.map_file(uri) as file:
         schema = read_schema(file)
         file.seek(offset)
-        return read_batch(pa.ipc.read_message(file), schema, [column]).column(0)
+        return select_columns(read_batch(pa.ipc.read_message(file), schema), [column]).column(0)

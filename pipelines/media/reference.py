@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipelines.errors import MediaError
-from pipelines.media.inline import decode_inline
+from pipelines.media.inline import decode_inline, is_inline
 from pipelines.media.readers import Readers, check_length, read_whole_file
 from pipelines.storage import store
 
@@ -111,7 +111,7 @@ class CellRef(_Reference):
     batch: ByteRange | None = None
 
     def read(self, readers: Readers, max_bytes: int) -> list[bytes]:
-        """Return the images of a cell of bytes, of a struct of bytes or path, or of a list of either.
+        """Return the images of a cell of bytes, of text (inline or a path), of a struct of both, or of a list of these.
 
         Raise LongerThanAllowed or another OSError if one cannot be read.
         """
@@ -131,10 +131,17 @@ class CellRef(_Reference):
         return readers.arrow.read(self.uri, self.batch.offset, self.column, self.row)
 
     def _extract_image(self, value: Any, max_bytes: int) -> bytes | None:
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None and isinstance(value, dict) and value.get("path"):
-            return read_whole_file(resolve_path(value["path"], self.uri), max_bytes)
-        return None if data is None else check_length(data, max_bytes)
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(data, str):
+            data, path = (None, data) if value is data else (decode_inline(data, max_bytes), None)
+        if data is None and path:
+            return self._read_path(path, max_bytes)
+        return None if data is None else check_length(getattr(data, "bytes", data), max_bytes)  # a UUID is bytes too
+
+    def _read_path(self, path: str, max_bytes: int) -> bytes:
+        if is_inline(path):
+            return decode_inline(path, max_bytes)
+        return read_whole_file(resolve_path(path, self.uri), max_bytes)
 
     def to_struct(self) -> Struct:
         """Convert the reference to an item of the manifest's column `images`."""

@@ -58,17 +58,29 @@ def _list_into(listing: Listing, options: SourceOptions, questionnaire: Question
     groups = listing.groups
     # Limited before cutting, as each row becomes at least one window, and again after it.
     rows = _limit_rows(list_chunks(options, prompts.columns, output), options.limit)
+    num_unreadable, error = 0, ""
     for chunk in _limit_rows(apply_windows(rows, options.window_s), options.limit):
         listing.add(prompts.to_table(chunk), chunk.kept)
+        if chunk.unreadable:
+            num_unreadable, error = num_unreadable + len(chunk.rows), error or chunk.rows[0].error
         groups.count(chunk)
     if not listing.num_rows:
         raise SourceError(
             f"no rows in {_name_inputs(options)}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}; "
             "for shards (.tar .parquet .jsonl) in a directory use a glob such as DIRECTORY/*.tar"
         )
+    _check_readable(listing.num_rows, num_unreadable, error)
     prompts.finish()
     groups.log()
     listing.check_kept()
+
+
+def _check_readable(num_rows: int, num_unreadable: int, error: str) -> None:
+    """Log how many shards cannot be read. Raise SourceError, with the first `error`, if no other row was listed."""
+    if num_unreadable == num_rows:
+        raise SourceError(error if num_rows == 1 else f"none of the {num_rows} shards can be read. The first: {error}")
+    if num_unreadable:
+        logger.warning("%d shards cannot be read; each is one error row. The first: %s", num_unreadable, error)
 
 
 def _limit_rows(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -68,15 +68,19 @@ class ColumnRoles:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one source, the names of its columns, and a table of the kept columns (as long as `rows`)."""
+    """Some rows of one source, the names of its columns, and a table of the kept columns (as long as `rows`).
+
+    `unreadable` chunks hold the error row of a shard of which no row could be listed.
+    """
 
     rows: Sequence[SourceRow]
     names: frozenset[str] = frozenset()
     kept: pa.Table | None = None
+    unreadable: bool = False
 
     def take(self, count: int) -> Chunk:
         """Return the first `count` rows."""
-        return Chunk(self.rows[:count], self.names, None if self.kept is None else self.kept.slice(0, count))
+        return replace(self, rows=self.rows[:count], kept=None if self.kept is None else self.kept.slice(0, count))
 
 
 def group_into_chunks(

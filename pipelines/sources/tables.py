@@ -3,29 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import SourceError
+from pipelines.media.inline import is_inline
 from pipelines.media.reference import ByteRange, CellRef, FileRef, ImageRef, resolve_path
+from pipelines.sources.image_columns import choose_image_columns
+from pipelines.sources.image_types import find_content, is_fixed_size, is_struct
 from pipelines.sources.kept_columns import normalize_column
-from pipelines.sources.rows import ROWS_PER_CHUNK, Chunk, ColumnRoles, raise_source_errors
+from pipelines.sources.rows import (
+    ROWS_PER_CHUNK,
+    Chunk,
+    ColumnRoles,
+    SourceRow,
+    group_into_chunks,
+    raise_source_errors,
+)
 from pipelines.storage import store
-from pipelines.storage.arrow_ipc import read_batch, read_schema
+from pipelines.storage.arrow_ipc import read_batch, read_schema, select_columns
 from pipelines.storage.store import FileInfo
 
-_URI_COLUMNS = "image images uri image_uri url image_url path image_path file_name video video_url video_path"
+_ENCRYPTED = b"PARE"  # a file with an encrypted footer starts so
 _SAFE_BYTES = 64 << 20  # a column of a row group may unpack to this much at any ratio
 
 
 def list_parquet(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
-    """List the rows of a Parquet file; the column of images is only read if it holds URIs."""
-    with raise_source_errors(info.uri, " as Parquet"), store.open_file(info.uri) as file:
+    """List the rows of a Parquet file; the column of images is only read if it holds URIs.
+
+    A file that is damaged or not Parquet is one error row, after the rows that precede the damage.
+    """
+    yield from _end_at_damage(info.uri, " as Parquet", columns, _open_parquet(info, columns))
+
+
+def _open_parquet(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
+    with store.open_file(info.uri) as file:
+        if file.read(len(_ENCRYPTED)) == _ENCRYPTED:
+            raise pa.ArrowInvalid("it is encrypted; decrypt it first")
         parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
-        yield from _read_parquet(info.uri, parquet, columns)
+        if parquet.metadata.num_rows:
+            yield from _read_parquet(info.uri, parquet, columns)
+
+
+def _end_at_damage(uri: str, form: str, columns: ColumnRoles, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks; end with an error row if the file is damaged. Raise SourceError if it cannot be accessed."""
+    at = 0
+    try:
+        with raise_source_errors(uri, form):
+            for chunk in chunks:
+                yield chunk
+                at += len(chunk.rows)
+    except SourceError as error:
+        if not _is_damage(error.__cause__):
+            raise
+        rest = f"; from row {at} on no row is listed" if at else ""
+        row = SourceRow(f"{uri}#{at}" if at else uri, uri, error=f"{error}{rest}")
+        yield from (replace(chunk, unreadable=not at) for chunk in group_into_chunks([row], columns.keep))
+
+
+def _is_damage(error: BaseException | None) -> bool:
+    """Return whether the content is at fault; errors of a store or of the system have a type or number of their own."""
+    if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
+        return type(error) is OSError and error.errno is None
+    return error is not None
 
 
 def _read_parquet(uri: str, parquet: pq.ParquetFile, columns: ColumnRoles) -> Iterator[Chunk]:
@@ -52,18 +95,29 @@ def check_ratio(uri: str, metadata: pq.FileMetaData, names: set[str | None]) -> 
 
 
 def list_arrow(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
-    """List the rows of an Arrow stream. A local file is mapped, a remote one read whole: streams have no index."""
-    with raise_source_errors(info.uri, " as an Arrow stream"), store.map_file(info.uri) as file:
+    """List the rows of an Arrow stream. A local file is mapped, a remote one read whole: streams have no index.
+
+    A file that is damaged or not a stream is one error row, after the rows that precede the damage.
+    """
+    yield from _end_at_damage(info.uri, " as an Arrow stream", columns, _open_arrow(info, columns))
+
+
+def _open_arrow(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
+    with store.map_file(info.uri) as file:
         schema = read_schema(file)
-        table = TableShard.from_schema(info.uri, schema, columns)
-        yield from _read_arrow(table, file, schema)
+        yield from _read_arrow(info.uri, file, schema, columns)
 
 
-def _read_arrow(table: TableShard, file: Any, schema: pa.Schema) -> Iterator[Chunk]:
-    at, begin = 0, file.tell()
+def _read_arrow(uri: str, file: Any, schema: pa.Schema, columns: ColumnRoles) -> Iterator[Chunk]:
+    at, begin, table = 0, file.tell(), None
     for message in _read_messages(file):
         end = file.tell()
-        batch, byte_range = read_batch(message, schema, table.columns_to_read), ByteRange(begin, end - begin)
+        batch, byte_range = read_batch(message, schema), ByteRange(begin, end - begin)
+        if not len(batch):
+            begin = end
+            continue
+        table = table or TableShard.from_schema(uri, schema, columns)  # a shard without rows may lack the columns
+        batch = select_columns(batch, table.columns_to_read)
         for first in range(0, len(batch), ROWS_PER_CHUNK):
             numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
             cells = [CellRef(table.uri, table.image or "", i, byte_range) for i in numbers]
@@ -103,7 +157,7 @@ class TableShard:
             braces = " (in prompts, write {{ and }} for braces)" if columns.in_prompt - names else ""
             raise SourceError(f"{store.redact(uri)} has no column {', '.join(missing)}{braces}; {_describe(schema)}")
         image = _choose_image_column(uri, schema, columns.image)
-        return cls(uri, columns, names, image, image is not None and _has_uris(schema.field(image).type))
+        return cls(uri, columns, names, image, image is not None and find_content(schema.field(image).type) == "uris")
 
     @property
     def columns_to_read(self) -> list[str]:
@@ -127,26 +181,40 @@ class TableShard:
             return [()] * len(cells)
         if not self.holds_uris:
             return [(cell,) for cell in cells]
-        values = map(_to_list, batch.column(self.image).to_pylist())
-        return [tuple(FileRef(resolve_path(path, self.uri)) for path in paths if path) for paths in values]
+        values = batch.column(self.image).to_pylist()
+        return [self._refer(value, cell) for value, cell in zip(values, cells, strict=True)]
+
+    def _refer(self, value: Any, cell: CellRef) -> tuple[ImageRef, ...]:
+        """Refer to the files that a cell names, or to the cell itself if it holds an image as text."""
+        paths = [path for path in map(_get_path, value if isinstance(value, list) else [value]) if path]
+        if any(map(is_inline, paths)):
+            return (cell,)
+        return tuple(FileRef(resolve_path(path, self.uri)) for path in paths)
 
 
-def _to_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _get_path(value: Any) -> str | None:
+    path: str | None = value.get("path") if isinstance(value, dict) else value
+    return path
 
 
 def _choose_image_column(uri: str, schema: pa.Schema, given: str | None) -> str | None:
     """Return the column of images, None for "". Raise SourceError naming the candidates if it is ambiguous."""
     if given == "":
         return None
+    contents = {field.name: find_content(field.type) for field in schema}
     if given is not None:
-        if given in schema.names and (_has_bytes(schema.field(given).type) or _has_uris(schema.field(given).type)):
-            return given
+        if contents[given] is not None:
+            return given if contents[given] != "nothing" else None
         raise SourceError(f"{store.redact(uri)}: column {given!r} holds neither bytes nor URIs; {_describe(schema)}")
-    holders = [field.name for field in schema if _has_bytes(field.type)]
-    candidates: list[str] = holders or [
-        f.name for f in schema if f.name.lower() in _URI_COLUMNS.split() and _has_uris(f.type)
-    ]
+    fixed = [field.name for field in schema if is_fixed_size(field.type)]
+    candidates: list[str] = (
+        [name for name, content in contents.items() if content == "bytes" and name not in fixed]
+        or choose_image_columns({name: content == "uris" for name, content in contents.items()})
+        or [name for name in contents if contents[name] == "uris" and is_struct(schema.field(name).type)]
+        or fixed
+    )
+    if not candidates and choose_image_columns({name: content == "nothing" for name, content in contents.items()}):
+        return None  # a shard in which no row has an image
     if len(candidates) != 1:
         found = f"{', '.join(candidates)} may all hold" if candidates else "no column seems to hold"
         raise SourceError(
@@ -158,27 +226,3 @@ def _choose_image_column(uri: str, schema: pa.Schema, given: str | None) -> str 
 
 def _describe(schema: pa.Schema) -> str:
     return "it has " + ", ".join(f"{field.name} ({field.type})" for field in schema)
-
-
-def _has_bytes(type_: pa.DataType) -> bool:
-    """Return whether the type is bytes, Hugging Face's struct of bytes and path, or a list of either."""
-    item = _get_item_type(type_)
-    if pa.types.is_struct(item):
-        return item.get_field_index("bytes") >= 0 and _is_binary(item.field("bytes").type)
-    return _is_binary(item)
-
-
-def _has_uris(type_: pa.DataType) -> bool:
-    item = _get_item_type(type_)
-    if pa.types.is_dictionary(item):
-        item = item.value_type
-    return bool(pa.types.is_string(item) or pa.types.is_large_string(item) or pa.types.is_string_view(item))
-
-
-def _get_item_type(type_: pa.DataType) -> pa.DataType:
-    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-    return type_.value_type if is_list else type_
-
-
-def _is_binary(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))

@@ -21,11 +21,16 @@ def read_schema(file: Any) -> pa.Schema:
     return schema
 
 
-def read_batch(message: pa.ipc.Message, schema: pa.Schema, names: list[str]) -> pa.RecordBatch:
+def read_batch(message: pa.ipc.Message, schema: pa.Schema) -> pa.RecordBatch:
+    """Read a batch; before use, `select_columns` must validate the columns."""
+    return pa.ipc.read_record_batch(_check_type(message, "record batch"), schema)
+
+
+def select_columns(batch: pa.RecordBatch, names: list[str]) -> pa.RecordBatch:
     """Return the columns `names`, validated: an offset beyond a damaged batch's end would crash the process."""
-    batch = pa.ipc.read_record_batch(_check_type(message, "record batch"), schema).select(names)
-    batch.validate(full=True)
-    return batch
+    selected = batch.select(names)
+    selected.validate(full=True)
+    return selected
 
 
 def _check_type(message: pa.ipc.Message, type_: str) -> pa.ipc.Message:
