@@ -27,10 +27,10 @@ from pipelines.errors import (
 
 OK, FAILED, TOO_MANY_ERRORS = 0, 1, 3
 EXIT_CODES = {
-    OK: "done: all rows are written",
-    FAILED: "failed or stopped; finished rows are saved, and the same command resumes",
-    BAD_USAGE: "bad usage; the message says what to change, and nothing was started",
-    TOO_MANY_ERRORS: "all rows are written, but a larger share than --max-error-rate are errors",
+    OK: "every row is written",
+    FAILED: "the run failed or was stopped; the same command without --overwrite resumes it",
+    BAD_USAGE: "wrong usage; the message says what to change, and nothing was started",
+    TOO_MANY_ERRORS: "every row is written, but more than --max-error-rate of them are errors",
 }
 RUN_NOTES = "\n".join(["exit codes:", *(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())])
 

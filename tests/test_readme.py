@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 import jobs.caption
+from jobs.cli import EXIT_CODES
 from jobs.demo import draw_pictures
 from pipelines import schema
 from pipelines.config import RunConfig
@@ -55,6 +56,11 @@ def test_columns_are_those_of_the_schema() -> None:
     rows = [(names, type_) for names, type_, _ in read_table(read_readme(), "column") if names != "kept columns"]
     table = [(name, type_) for names, type_ in rows for name in re.findall(r"`(\w+)`", names)]
     assert table == [(field.name, spell_type(field.type)) for field in schema.OUTPUT]
+
+
+def test_exit_codes_have_the_wording_of_help() -> None:
+    table = {int(code): meaning.replace("`", "") for code, meaning in read_table(read_readme(), "exit code")}
+    assert table == EXIT_CODES
 
 
 @pytest.mark.parametrize(
@@ -112,16 +118,14 @@ def test_its_python_runs(clone: Path) -> None:
 def test_its_commands_run(clone: Path, ray_address: str) -> None:
     """With the demo model in place of published weights."""
     commands = [line for line in list_code_lines(README) if re.match(r"ovis2 \w+ .*(--model|captions)", line)]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         arguments = shlex.split(MODEL.sub("--model demo --max-new-tokens 16", command))[1:]
         run([sys.executable, "-m", "jobs", *arguments], clone, RAY_ADDRESS=ray_address)
     rows = pd.read_parquet(clone / "captions" / "data")
     assert len(rows) == 2 and rows["text"].str.endswith(" background.").all()
-    assert pd.read_parquet(clone / "captions-of-shards" / "data")["prompt"].tolist() == [
-        "What colour is the background?"
-    ]
-    assert pd.read_parquet(clone / "captions-of-videos" / "data")["num_images"].tolist() == [12]
+    assert pd.read_parquet(clone / "tar-captions" / "data")["prompt"].tolist() == ["What colour is the background?"]
+    assert pd.read_parquet(clone / "video-captions" / "data")["num_images"].tolist() == [12]
     assert pd.read_parquet(clone / "answers" / "data")["background"].notna().all()
     assert (clone / "captions" / "report.html").exists()
 
