@@ -95,13 +95,25 @@ def test_a_dataset_with_a_missing_file_is_refused(dataset: datasets.Dataset, tmp
         list_input(tmp_path / "d")
 
 
-@pytest.mark.parametrize("keep", [10, 600, -4, -8, 0])
-def test_a_truncated_arrow_stream_is_refused(dataset: datasets.Dataset, tmp_path: Path, keep: int) -> None:
+@pytest.mark.parametrize("keep", [10, 600, 0])
+def test_an_arrow_stream_without_rows_is_refused(dataset: datasets.Dataset, tmp_path: Path, keep: int) -> None:
+    with pytest.raises(SourceError, match="as an Arrow stream"):
+        list_input(truncate_stream(dataset, tmp_path, keep))
+
+
+@pytest.mark.parametrize("keep", [-4, -8])
+def test_a_truncated_arrow_stream_ends_with_an_error_row(dataset: datasets.Dataset, tmp_path: Path, keep: int) -> None:
+    *rows, last = list_input(truncate_stream(dataset, tmp_path, keep))
+    assert len(rows) == len(dataset) and not any(row["error"] for row in rows)
+    assert "as an Arrow stream" in last["error"] and not last["images"]
+
+
+def truncate_stream(dataset: datasets.Dataset, tmp_path: Path, keep: int) -> Path:
+    """Save the dataset and keep the first bytes of its file, all but the last ones if `keep` is negative."""
     dataset.save_to_disk(tmp_path / "d")
     [path] = (tmp_path / "d").glob("*.arrow")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(SourceError, match="as an Arrow stream"):
-        list_input(path)
+    return path
 
 
 def test_an_arrow_file_of_several_batches_is_read(tmp_path: Path) -> None:
