@@ -19,6 +19,7 @@ from filelock import FileLock
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
 
+WEIGHT_INDEX = "model.safetensors.index.json"
 _TEXT_FILES = ("*.json", "merges.txt", "vocab.txt", "spiece.model")
 _WEIGHT_FILES = ("*.safetensors",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -133,10 +134,26 @@ def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
 
 
 def _has_weights(directory: Path) -> bool:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        return any(directory.glob("*.safetensors"))
-    return all((directory / name).exists() for name in json.loads(index.read_text())["weight_map"].values())
+    names = set(read_weight_index(directory).values())
+    return all((directory / name).exists() for name in names) if names else any(directory.glob("*.safetensors"))
+
+
+def read_weight_index(directory: Path) -> dict[str, str]:
+    """Return {tensor: file} of the checkpoint's index, empty if there is none.
+
+    Raise CheckpointError if it is not an index, or names a file outside `directory`.
+    """
+    path = directory / WEIGHT_INDEX
+    if not path.exists():
+        return {}
+    try:
+        index: dict[str, str] = dict(json.loads(path.read_text("utf-8"))["weight_map"])
+        outside = [name for name in index.values() if PurePosixPath(name).name != name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not an index of weight files ({error}); download it again") from error
+    if outside:
+        raise CheckpointError(f"{path} names a file outside its directory: {outside[0]}")
+    return index
 
 
 def _fetch_uri(uri: str, *, weights: bool) -> Path:

@@ -8,9 +8,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ovis_model.checkpoint import CheckpointError, fetch_checkpoint, is_hub_id, open_file_system
+from ovis_model.checkpoint import (
+    WEIGHT_INDEX,
+    CheckpointError,
+    fetch_checkpoint,
+    is_hub_id,
+    open_file_system,
+    read_weight_index,
+)
 
-INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -25,7 +31,7 @@ def check_weight_files(path_or_id: str, revision: str | None = None) -> None:
     """
     directory = fetch_checkpoint(path_or_id, revision, weights=False)
     files = _open_weight_files(path_or_id, directory)
-    index = _read_index(directory)
+    index = read_weight_index(directory)
     names = set(index.values()) or files.names
     if not names:
         raise CheckpointError(
@@ -33,14 +39,14 @@ def check_weight_files(path_or_id: str, revision: str | None = None) -> None:
         )
     if missing := sorted(names - files.names):
         raise CheckpointError(
-            f"{path_or_id} lacks {len(missing)} of the {len(names)} files that {INDEX} names, such as {missing[0]}; "
-            "download the checkpoint again"
+            f"{path_or_id} lacks {len(missing)} of the {len(names)} files that {WEIGHT_INDEX} names, such as "
+            f"{missing[0]}; download the checkpoint again"
         )
     stored = {name: files.read_tensor_names(name) for name in sorted(names)}
     if lost := [tensor for tensor, name in index.items() if tensor not in stored[name]]:
         raise CheckpointError(
-            f"{path_or_id}/{index[lost[0]]} lacks {len(lost)} tensors that {INDEX} expects in it, such as {lost[0]}; "
-            "download the checkpoint again"
+            f"{path_or_id}/{index[lost[0]]} lacks {len(lost)} tensors that {WEIGHT_INDEX} expects in it, such as "
+            f"{lost[0]}; download the checkpoint again"
         )
 
 
@@ -50,21 +56,6 @@ def _open_weight_files(path_or_id: str, directory: Path) -> _WeightFiles:
     if is_hub_id(path_or_id) and not any(directory.glob(f"*{_SUFFIX}")):  # not downloaded yet
         return _WeightFiles(path_or_id, *open_file_system(f"hf://{path_or_id}@{directory.name}"))
     return _WeightFiles(path_or_id, *open_file_system(str(directory.absolute())))
-
-
-def _read_index(directory: Path) -> dict[str, str]:
-    """Return {tensor: file} of the checkpoint's index, empty if there is none. Raise CheckpointError."""
-    path = directory / INDEX
-    if not path.exists():
-        return {}
-    try:
-        index: dict[str, str] = dict(json.loads(path.read_text("utf-8"))["weight_map"])
-        outside = [name for name in index.values() if PurePosixPath(name).name != name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not an index of weight files ({error}); download it again") from error
-    if outside:
-        raise CheckpointError(f"{path} names a file outside its directory: {outside[0]}")
-    return index
 
 
 @dataclass(frozen=True)

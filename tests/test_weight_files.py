@@ -11,8 +11,8 @@ import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ovis_model.checkpoint import CheckpointError
-from ovis_model.weight_files import INDEX, check_weight_files
+from ovis_model.checkpoint import WEIGHT_INDEX, CheckpointError
+from ovis_model.weight_files import check_weight_files
 from pipelines.checks import check_model
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
 from tests.support.rows import make_config
@@ -30,7 +30,7 @@ def sharded(tmp_path: Path) -> Path:
     index = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
     for shard in set(index.values()):
         save_file({name: tensors[name] for name in tensors if index[name] == shard}, directory / shard)
-    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+    (directory / WEIGHT_INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
     return directory
 
 
@@ -39,9 +39,9 @@ def truncate(file: Path, num_bytes: int) -> None:
 
 
 def edit_index(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:
-    index = json.loads((directory / INDEX).read_text())
+    index = json.loads((directory / WEIGHT_INDEX).read_text())
     edit(index["weight_map"])
-    (directory / INDEX).write_text(json.dumps(index))
+    (directory / WEIGHT_INDEX).write_text(json.dumps(index))
 
 
 SECOND = "model-00002-of-00002.safetensors"
@@ -61,7 +61,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit_index(d, lambda index: index.update({"llm.extra": "../" + SECOND})),
         "outside its directory",
     ),
-    "an index of another form": (lambda d: (d / INDEX).write_text("[]"), "not an index"),
+    "an index of another form": (lambda d: (d / WEIGHT_INDEX).write_text("[]"), "not an index"),
 }
 
 
@@ -99,7 +99,7 @@ def test_every_checkpoint_here_passes() -> None:
 
 
 def test_no_weights_names_the_formats_that_are_refused(sharded: Path) -> None:
-    for file in [*sharded.glob("*.safetensors"), sharded / INDEX]:
+    for file in [*sharded.glob("*.safetensors"), sharded / WEIGHT_INDEX]:
         file.unlink()
     with pytest.raises(CheckpointError, match=r"no \.safetensors file; download"):
         check_weight_files(str(sharded))

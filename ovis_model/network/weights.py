@@ -5,7 +5,6 @@ A missing, unknown or misshapen tensor is an error that names the tensor.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ovis_model.checkpoint import CheckpointError, read_weight_index
 from ovis_model.config import Layout, OvisConfig
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, WHOLE, Part, Shard, ShardedEmbedding, ShardedLinear
@@ -169,13 +169,11 @@ def _read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _list_shards(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise WeightsError(f"{index} names a file outside its directory, which is not allowed")
-        return [directory / name for name in names]
-    shards = sorted(directory.glob("*.safetensors"))
+    try:
+        names = set(read_weight_index(directory).values())
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+    shards = sorted(directory / name for name in names) or sorted(directory.glob("*.safetensors"))
     if not shards:
         raise WeightsError(
             f"{directory} has no .safetensors file; convert the weights, since other formats can contain code"
