@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pipelines.evaluation.options import find_option, get_options
 from pipelines.evaluation.scores import (
     Answers,
     Item,
+    Line,
     Scores,
     ScoringRules,
     average,
+    get_index,
     is_missing,
     list_distinct,
+    read_answers,
     read_as_text,
 )
-
-Row = dict[str, Any]
 
 _ROTATION = 1_000_000  # rotation k of question g has the index g + k * 1e6
 _MMBENCH_NAMES = {
@@ -66,8 +66,8 @@ _MMT_NAMES = {
 
 def score_choices(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each question by itself: 1 if the option that the answer names is the right one, else 0."""
-    found = {str(item["index"]): read_option(item, answers[str(item["index"])], rules) for item in items}
-    rows = {str(item["index"]): int(found[str(item["index"])] == item["answer"]) for item in items}
+    found = read_answers(items, answers, lambda item, answer: read_option(item, answer, rules))
+    rows = {get_index(item): int(found[get_index(item)] == item["answer"]) for item in items}
     return Scores(rows, summarize(items, rows), unread=[index for index, letter in found.items() if letter is None])
 
 
@@ -93,10 +93,10 @@ def score_rotations(items: Sequence[Item], answers: Answers, rules: ScoringRules
         groups.setdefault(_get_group(item), []).append(item)
     if not rules.kit_artefacts:
         _check_rotations(groups)
-    found = {str(item["index"]): read_option(item, answers[str(item["index"])], rules) for item in items}
+    found = read_answers(items, answers, lambda item, answer: read_option(item, answer, rules))
     mains = [item for item in items if int(item["index"]) == _get_group(item)]
     rows = {
-        str(main["index"]): int(all(found[str(item["index"])] == item["answer"] for item in groups[int(main["index"])]))
+        get_index(main): int(all(found[get_index(item)] == item["answer"] for item in groups[int(main["index"])]))
         for main in mains
     }
     return Scores(rows, summarize(mains, rows), unread=[index for index, letter in found.items() if letter is None])
@@ -128,10 +128,10 @@ def _check_rotations(groups: Mapping[int, list[Item]]) -> None:
             )
 
 
-def summarize(items: Sequence[Item], rows: Mapping[str, int]) -> list[Row]:
+def summarize(items: Sequence[Item], rows: Mapping[str, int]) -> list[Line]:
     """Return one line per split: the mean over all, per l2-category and per category, in alphabetical order."""
     splits = _get_splits(items)
-    table: list[Row] = [{"split": split, "Overall": _average_hits(items, rows, split=split)} for split in splits]
+    table: list[Line] = [{"split": split, "Overall": _average_hits(items, rows, split=split)} for split in splits]
     for column in ("l2-category", "category"):
         for name in sorted(list_distinct(item.get(column) for item in items)):
             for line in table:
@@ -140,10 +140,10 @@ def summarize(items: Sequence[Item], rows: Mapping[str, int]) -> list[Row]:
     return table
 
 
-def _summarize_mmt(items: Sequence[Item], rows: Mapping[str, int]) -> list[Row]:
+def _summarize_mmt(items: Sequence[Item], rows: Mapping[str, int]) -> list[Line]:
     table = []
     for split in [*_get_splits(items), None]:
-        line: Row = {"split": split or "ALL", "Overall": _average_hits(items, rows, split=split)}
+        line: Line = {"split": split or "ALL", "Overall": _average_hits(items, rows, split=split)}
         of_category = {
             name: _average_hits(items, rows, category=name, split=split)
             for name in sorted(list_distinct(item["category"] for item in items))
@@ -162,7 +162,7 @@ def _get_splits(items: Sequence[Item]) -> list[str]:
 def _average_hits(items: Sequence[Item], rows: Mapping[str, int], *, split: str | None, **columns: str) -> float:
     """Return the mean score of the items of a split (None: of all) that hold these values."""
     return average(
-        rows[str(item["index"])]
+        rows[get_index(item)]
         for item in items
         if split in (None, item.get("split", "none")) and all(item.get(name) == is_ for name, is_ in columns.items())
     )

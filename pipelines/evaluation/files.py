@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.scores import Answers, Item, is_missing
+from pipelines.evaluation.scores import Answers, Item, get_index, is_missing
 from pipelines.evaluation.tsv import TsvRow, stream_rows
 
 MAX_INDEX_CHARACTERS = 64  # a cell of the column `image` with at most so many is the index of another row
@@ -39,7 +39,7 @@ def read_items(path: str) -> list[Item]:
     if not len(table):
         raise ValueError(f"{path} has no rows")
     items: list[Item] = table.to_dict(orient="records")
-    if len({str(item["index"]) for item in items}) < len(items):
+    if len({get_index(item) for item in items}) < len(items):
         raise ValueError(f"{path} has rows with the same index; each needs its own")
     return items
 
@@ -80,8 +80,8 @@ def select_answered(items: Sequence[Item], answers: Answers, path: str) -> list[
 
     Raises ValueError if another item has no answer.
     """
-    answered = [item for item in items if str(item["index"]) in answers]
-    lacking = [item for item in items if str(item["index"]) not in answers and not is_missing(item.get("image", ""))]
+    answered = [item for item in items if get_index(item) in answers]
+    lacking = [item for item in items if get_index(item) not in answers and not is_missing(item.get("image", ""))]
     if lacking:
         raise ValueError(
             f"{path} has no row for {len(lacking)} of {len(items)} items, such as {lacking[0]['index']}; a row with "

@@ -6,23 +6,29 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, list_distinct, read_as_text
+from pipelines.evaluation.scores import (
+    Answers,
+    Item,
+    Line,
+    Scores,
+    ScoringRules,
+    average,
+    get_index,
+    list_distinct,
+    read_answers,
+    read_as_text,
+)
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
 _THOUSANDS = re.compile(r"\d,\d")
 _MAX_PERIODS = int(re.UNICODE)  # VLMEvalKit passes the flag where `sub` takes a count
 
-Row = dict[str, Any]
-
 
 def score_hallusion(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item as [extracted answer, 0 or 1]; an answer that is neither yes nor no is Unknown and wrong."""
-    found = {str(item["index"]): read_yes_no(read_as_text(answers[str(item["index"])])) for item in items}
-    rows = {
-        str(item["index"]): [found[str(item["index"])], int(found[str(item["index"])] == item["answer"])]
-        for item in items
-    }
+    found = read_answers(items, answers, lambda _, answer: read_yes_no(read_as_text(answer)))
+    rows = {get_index(item): [found[get_index(item)], int(found[get_index(item)] == item["answer"])] for item in items}
     table = [_summarize("Overall", items, rows)]
     for column in ("category", "l2-category"):
         for name in list_distinct(item.get(column) for item in items):
@@ -47,14 +53,14 @@ def _remove_punctuation(text: str) -> str:
     return _PERIOD.sub("", cleaned, _MAX_PERIODS)
 
 
-def _summarize(name: str, items: Sequence[Item], rows: dict[str, Any]) -> Row:
+def _summarize(name: str, items: Sequence[Item], rows: dict[str, Any]) -> Line:
     """Return percentages: of right answers, of figures and of questions with right answers only."""
-    hits = {str(item["index"]): rows[str(item["index"])][1] for item in items}
+    hits = {get_index(item): rows[get_index(item)][1] for item in items}
     figures: dict[tuple[Any, ...], list[int]] = {}
     questions: dict[tuple[Any, ...], list[int]] = {}
     for item in items:
-        _, _, _, set_id, figure, question, *_ = str(item["index"]).split("_")
-        hit = hits[str(item["index"])]
+        _, _, _, set_id, figure, question, *_ = get_index(item).split("_")
+        hit = hits[get_index(item)]
         figures.setdefault((item["l2-category"], set_id, figure), []).append(hit)
         questions.setdefault((item["l2-category"], set_id, question), []).append(hit)
     return {

@@ -19,7 +19,7 @@ from pipelines.evaluation.benchmarks import Dataset, Size
 from pipelines.evaluation.config import IMAGES, PROMPT
 from pipelines.evaluation.files import MAX_INDEX_CHARACTERS
 from pipelines.evaluation.prompts import place_images
-from pipelines.evaluation.scores import Item, is_missing, parse_list
+from pipelines.evaluation.scores import Item, get_index, is_missing, parse_list
 from pipelines.evaluation.tsv import MAX_ROW_BYTES, stream_rows
 from pipelines.storage import store
 
@@ -86,7 +86,7 @@ class ImageCells:
         """Return the images of an item that has some. Raises ValueError for a reference that leads nowhere."""
         if "image" not in item:
             return [self._refer_to(path) for path in _split_list(str(item["image_path"]))]
-        return [_decode(text) for text in _split_list(self._read_image(str(item["index"])))]
+        return [_decode(text) for text in _split_list(self._read_image(get_index(item)))]
 
     def _read_image(self, index: str) -> str:
         cell = self._read_cell(index)

@@ -12,9 +12,11 @@ from pipelines.evaluation.scores import (
     Item,
     Scores,
     ScoringRules,
+    get_index,
     is_missing,
     parse_list,
     parse_literal,
+    read_answers,
     read_as_text,
 )
 
@@ -26,7 +28,7 @@ def score_mathvista(items: Sequence[Item], answers: Answers, rules: ScoringRules
 
     Answers of other types (lists, free text) are never right, in VLMEvalKit neither.
     """
-    rows = {str(item["index"]): _score(item, read_as_text(answers[str(item["index"])]), rules) for item in items}
+    rows = read_answers(items, answers, lambda item, answer: _score(item, read_as_text(answer), rules))
     return Scores(rows, _summarize(items, rows), unread=[index for index, (read, _) in rows.items() if read is None])
 
 
@@ -57,7 +59,7 @@ def _summarize(items: Sequence[Item], rows: dict[str, list[Any]]) -> list[dict[s
     """Return a line per skill and task in the order of their first occurrence, after one over all."""
     total, num_read, hits = Counter[str](), Counter[str](), Counter[str]()
     for item in items:
-        read, score = rows[str(item["index"])]
+        read, score = rows[get_index(item)]
         for name in ("Overall", *_get_skills(item), item["task"]):
             total[name] += 1
             num_read[name] += read is not None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.evaluation.mvbench import find_answered_option, find_key
-from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules
+from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules, read_answers, sum_scores
 
 CHOICE_TASKS = ("plotQA", "needle", "ego", "count", "anomaly_reco", "topic_reasoning", "order")
 OPEN_TASKS = ("sub_scene", "summary")
@@ -15,20 +15,11 @@ _EMPTY = "-"  # VLMEvalKit stops at an empty answer
 
 def score_mlvu(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1, a failed request -1; the table holds [sum of scores, items] per task."""
-    rows: dict[str, int] = {}
-    unread = []
-    for item in items:
-        index = str(item["index"])
-        is_right = _is_right(item, answers[index] or _EMPTY, rules)
-        rows[index] = -1 if FAILED_SENTENCE in (answers[index] or "") else int(is_right or False)
-        if is_right is None:
-            unread.append(index)
-    table: dict[str, list[int]] = {}
-    for item in items:
-        line = table.setdefault(item["task_type"], [0, 0])
-        line[0] += rows[str(item["index"])]
-        line[1] += 1
-    return Scores(rows, table, unread)
+    read = read_answers(items, answers, lambda item, answer: _is_right(item, answer or _EMPTY, rules))
+    failed = read_answers(items, answers, lambda _, answer: FAILED_SENTENCE in (answer or ""))
+    rows = {index: -1 if failed[index] else int(is_right or False) for index, is_right in read.items()}
+    table = sum_scores(items, rows, lambda item: str(item["task_type"]))
+    return Scores(rows, table, unread=[index for index, is_right in read.items() if is_right is None])
 
 
 def _is_right(item: Item, answer: str, rules: ScoringRules) -> bool | None:

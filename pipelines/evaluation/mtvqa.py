@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, list_distinct, read_as_text
+from pipelines.evaluation.scores import (
+    Answers,
+    Item,
+    Scores,
+    ScoringRules,
+    average,
+    get_index,
+    list_distinct,
+    read_answers,
+    read_as_text,
+)
 
 
 def score_mtvqa(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1, without regard to case and full stops."""
-    rows = {
-        str(item["index"]): int(
-            _normalize(str(item["answer"])) in _normalize(read_as_text(answers[str(item["index"])]))
-        )
-        for item in items
-    }
+    rows = read_answers(items, answers, lambda item, answer: int(_is_right(item, read_as_text(answer))))
     table = {
-        language: average(rows[str(item["index"])] for item in items if item["category"] == language) * 100
+        language: average(rows[get_index(item)] for item in items if item["category"] == language) * 100
         for language in list_distinct(item["category"] for item in items)
     }
     return Scores(rows, {**table, "Average": average(rows.values()) * 100})
+
+
+def _is_right(item: Item, answer: str) -> bool:
+    return _normalize(str(item["answer"])) in _normalize(answer)
 
 
 def _normalize(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.evaluation.options import assign_letters, find_option
-from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules, parse_list
+from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules, get_index, parse_list
 
 _IS_SUBSTRING = 'a substring of "(x)" counts as right'
 _IS_EMPTY = "empty prediction: row without score, counted as right in the table"
@@ -23,7 +23,7 @@ def score_mvbench(items: Sequence[Item], answers: Answers, rules: ScoringRules) 
     rows: dict[str, float | None] = {}
     unread, artefacts = [], {}
     for item in items:
-        index, answer = str(item["index"]), answers[str(item["index"])]
+        index, answer = get_index(item), answers[get_index(item)]
         score, is_read, artefact = _score(item, answer, rules)
         rows[index] = score if rules.kit_artefacts or not artefact else 0.0
         if artefact:
@@ -76,6 +76,6 @@ def _summarize(items: Sequence[Item], rows: dict[str, float | None]) -> dict[str
     for item in items:
         for name in (item["task_type"], "overall"):
             total[name] += 1
-            right[name] += rows[str(item["index"])] != 0
+            right[name] += rows[get_index(item)] != 0
     names = [name for name in total if name != "overall"]
     return {name: [right[name], total[name], f"{right[name] / total[name] * 100:.2f}%"] for name in [*names, "overall"]}

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, parse_list, parse_literal, read_as_text
+from pipelines.evaluation.scores import (
+    Answers,
+    Item,
+    Scores,
+    ScoringRules,
+    get_index,
+    parse_list,
+    parse_literal,
+    read_answers,
+    read_as_text,
+)
 
 FORMULAS = "Handwritten Mathematical Expression Recognition"
 _RECOGNITION = (
@@ -25,12 +35,10 @@ def score_ocr(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> S
     """
     if unknown := sorted({str(item["category"]) for item in items}.difference(_RECOGNITION, _OTHERS)):
         raise ValueError(f"OCRBench has no category {unknown[0]!r}; it has {', '.join((*_RECOGNITION, *_OTHERS))}")
-    rows = {
-        str(item["index"]): int(_is_right(item, read_as_text(answers[str(item["index"])]), rules)) for item in items
-    }
+    rows = read_answers(items, answers, lambda item, answer: int(_is_right(item, read_as_text(answer), rules)))
     points = dict.fromkeys(("Text Recognition", *_OTHERS), 0)
     for item in items:
-        points["Text Recognition" if item["category"] in _RECOGNITION else item["category"]] += rows[str(item["index"])]
+        points["Text Recognition" if item["category"] in _RECOGNITION else item["category"]] += rows[get_index(item)]
     total = sum(points.values())
     return Scores(rows, {**points, "Final Score": total, "Final Score Norm": total / 10})
 

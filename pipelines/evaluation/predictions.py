@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.evaluation.benchmarks import Dataset
-from pipelines.evaluation.scores import Item, is_missing
+from pipelines.evaluation.scores import Item, get_index, is_missing
 from pipelines.storage import store
 
 EMPTY = "-"
@@ -33,7 +33,7 @@ def write_predictions(
 ) -> None:
     """Write OUTPUT/predictions/Ovis2_NAME.xlsx and .tsv; a cell of xlsx holds 32,767 characters without controls."""
     names = [*(name for name in items[0] if name != "image"), "prediction"]
-    lines = [[*(_fill(item[name]) for name in names[:-1]), predictions[str(item["index"])].text] for item in items]
+    lines = [[*(_fill(item[name]) for name in names[:-1]), predictions[get_index(item)].text] for item in items]
     target = store.join(store.make_absolute(output), "predictions", f"Ovis2_{dataset.name}")
     store.write_bytes(f"{target}.tsv", _write_tsv([names, *lines]))
     store.write_bytes(f"{target}.xlsx", _write_xlsx([names, *lines]))

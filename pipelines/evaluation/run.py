@@ -18,7 +18,7 @@ from pipelines.evaluation.items import select_illustrated, write_items
 from pipelines.evaluation.predictions import EMPTY, Prediction, write_predictions
 from pipelines.evaluation.prompts import cut_reasoning
 from pipelines.evaluation.score import compute_md5, dump_json
-from pipelines.evaluation.scores import Item
+from pipelines.evaluation.scores import Item, get_index
 from pipelines.evaluation.summary import Result, render_html, render_markdown, summarize_result
 from pipelines.generate import EngineFactory, load_engine
 from pipelines.output.run_record import acquire_lease
@@ -125,7 +125,7 @@ def _make_run_config(config: EvaluateConfig, file: ItemFile) -> EvaluateConfig:
 
 def _score(config: EvaluateConfig, file: ItemFile, output: str, size: Size) -> Result:
     predictions = _read_predictions(output)
-    answered = [item for item in file.items if str(item["index"]) in predictions]
+    answered = [item for item in file.items if get_index(item) in predictions]
     write_predictions(config.output, file.dataset, answered, predictions)
     return summarize_result(file.dataset, answered, predictions, config.scoring, size)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
+
+T = TypeVar("T")
 
 RuleVersion: TypeAlias = Literal["2025-02", "2026-08"]
 Item: TypeAlias = Mapping[str, Any]
@@ -14,6 +16,9 @@ Item: TypeAlias = Mapping[str, Any]
 
 Answers: TypeAlias = Mapping[str, str | None]
 """Index of an item -> the model's answer, None where it is missing."""
+
+Line: TypeAlias = dict[str, Any]
+"""A line of a summary table, by column."""
 
 FAILED = "Failed to obtain answer via API"
 """The text with which VLMEvalKit marks a request that failed."""
@@ -60,6 +65,26 @@ def is_missing(value: Any) -> bool:
 def read_as_text(answer: str | None) -> str:
     """Return the answer as VLMEvalKit sees it: a missing one is the text "nan"."""
     return "nan" if answer is None else answer
+
+
+def get_index(item: Item) -> str:
+    """Return the index of an item as text: the key of its answer and of its score."""
+    return str(item["index"])
+
+
+def read_answers(items: Iterable[Item], answers: Answers, read: Callable[[Item, str | None], T]) -> dict[str, T]:
+    """Return {index: what `read` finds in the answer to an item}."""
+    return {get_index(item): read(item, answers[get_index(item)]) for item in items}
+
+
+def sum_scores(items: Iterable[Item], rows: Mapping[str, int], group: Callable[[Item], str]) -> dict[str, list[int]]:
+    """Return {group: [sum of scores, number of items]}, in the order of their first occurrence."""
+    table: dict[str, list[int]] = {}
+    for item in items:
+        line = table.setdefault(group(item), [0, 0])
+        line[0] += rows[get_index(item)]
+        line[1] += 1
+    return table
 
 
 def average(values: Iterable[float]) -> float:

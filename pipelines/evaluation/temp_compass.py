@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, parse_list
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, parse_list, read_answers, sum_scores
 
 _EMPTY = "-"  # VLMEvalKit stops at an empty answer
 _LETTERS = ("A", "B", "C", "D")
@@ -13,13 +13,9 @@ _LETTERS = ("A", "B", "C", "D")
 
 def score_temp_compass(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each item 0 or 1; the table holds [sum of scores, items] per dimension and type of task."""
-    read = {str(item["index"]): _score(item, answers[str(item["index"])] or _EMPTY) for item in items}
+    read = read_answers(items, answers, lambda item, answer: _score(item, answer or _EMPTY))
     rows = {index: int(score or False) for index, score in read.items()}
-    table: dict[str, list[int]] = {}
-    for item in items:
-        line = table.setdefault(f"{item['dim']}. {item['task_type']}", [0, 0])
-        line[0] += rows[str(item["index"])]
-        line[1] += 1
+    table = sum_scores(items, rows, lambda item: f"{item['dim']}. {item['task_type']}")
     return Scores(rows, table, unread=[index for index, score in read.items() if score is None])
 
 

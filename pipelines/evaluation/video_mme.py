@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.evaluation.options import find_option, get_options
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, read_as_text
+from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, get_index, read_as_text
 
 DURATIONS = ("short", "medium", "long")
 DOMAINS = (
@@ -83,7 +83,7 @@ def score_video_mme(items: Sequence[Item], answers: Answers, rules: ScoringRules
     rows: dict[str, int] = {}
     unread, doubtful = [], {}
     for item in items:
-        index, answer = str(item["index"]), read_as_text(answers[str(item["index"])])
+        index, answer = get_index(item), read_as_text(answers[get_index(item)])
         letter = read_letter(answer) or find_option(answer, _read_options(item), rules.version)
         rows[index] = int(letter == item["answer"])
         if letter is None:
@@ -129,4 +129,4 @@ def _summarize(items: Sequence[Item], rows: dict[str, int]) -> dict[str, Any]:
 
 
 def _format_mean(items: Sequence[Item], rows: dict[str, int]) -> str:
-    return f"{average(rows[str(item['index'])] for item in items):.3f}"
+    return f"{average(rows[get_index(item)] for item in items):.3f}"
