@@ -391,7 +391,7 @@ DATASETS: dict[str, Dataset] = {dataset.name: dataset for benchmark in BENCHMARK
 
 
 def get_dataset(name: str) -> Dataset:
-    """Return the dataset of this name. Raises ValueError with the names that exist."""
+    """Return the dataset of this name. Raise ValueError with the names that exist."""
     if name in DATASETS:
         return DATASETS[name]
     lower = {known.lower(): known for known in (*DATASETS, *(benchmark.name for benchmark in BENCHMARKS))}

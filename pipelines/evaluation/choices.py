@@ -85,7 +85,7 @@ def score_mmt(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> S
 def score_rotations(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score MMBench: a question counts as right if the answer to each of its rotations is.
 
-    Raises ValueError if rotations are missing, unless artefacts of VLMEvalKit are asked for, which then scores those
+    Raise ValueError if rotations are missing, unless artefacts of VLMEvalKit are asked for, which then scores those
     that are present.
     """
     groups: dict[int, list[Item]] = {}

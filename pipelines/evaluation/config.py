@@ -49,7 +49,7 @@ class EvaluateConfig(RunConfig):
 
     @property
     def datasets(self) -> list[Dataset]:
-        """The benchmarks in the order given. Raises ValueError for an unknown one."""
+        """The benchmarks in the order given. Raise ValueError for an unknown one."""
         return [get_dataset(name.strip()) for name in self.benchmark.split(",")]
 
     @property

@@ -64,7 +64,7 @@ def _copy_without_images(path: str) -> io.StringIO:
 def read_predictions(path: str) -> Answers:
     """Return {index: answer} of a JSON lines, TSV or xlsx file with the columns index and prediction.
 
-    An answer that pandas takes for missing ("", "None", "nan" ...) is None. Raises ValueError.
+    An answer that pandas takes for missing ("", "None", "nan" ...) is None. Raise ValueError.
     """
     rows = _read_rows(Path(path))
     if lacking := [i for i, row in enumerate(rows, 1) if not isinstance(row, dict) or not row.keys() >= _COLUMNS]:
@@ -78,7 +78,7 @@ def read_predictions(path: str) -> Answers:
 def select_answered(items: Sequence[Item], answers: Answers, path: str) -> list[Item]:
     """Return the items without those that have neither an image nor an answer: VLMEvalKit leaves them out.
 
-    Raises ValueError if another item has no answer.
+    Raise ValueError if another item has no answer.
     """
     answered = [item for item in items if get_index(item) in answers]
     lacking = [item for item in items if get_index(item) not in answers and not is_missing(item.get("image", ""))]

@@ -37,7 +37,7 @@ def split_in_segments(
 def select_subtitles(path: str, frames: Sequence[int], video_fps: float) -> str:
     """Return the text of the first subtitle during each frame, a line each; a frame without one adds none.
 
-    Needs the extra `eval`. Raises ValueError if the file cannot be read.
+    Needs the extra `eval`. Raise ValueError if the file cannot be read.
     """
     try:
         import pysubs2

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_items(dataset: Dataset, items: Sequence[Item], data: str, image_root: str, size: Size, uri: str) -> None:
-    """Write items to the Parquet file `uri`. Raises ValueError for a reference to an image that leads nowhere.
+    """Write items to the Parquet file `uri`. Raise ValueError for a reference to an image that leads nowhere.
 
     An image that cannot be decoded stays as it is: its row becomes an error row.
     """
@@ -45,7 +45,7 @@ def write_items(dataset: Dataset, items: Sequence[Item], data: str, image_root: 
 
 
 def select_illustrated(items: Sequence[Item], data: str) -> list[Item]:
-    """Return the items that have an image, and log how many have none. Raises ValueError if none has.
+    """Return the items that have an image, and log how many have none. Raise ValueError if none has.
 
     Where the file has both columns, `image` decides.
     """
@@ -83,7 +83,7 @@ class ImageCells:
         self._names = self._read_cells("")
 
     def read(self, item: Item) -> list[Image]:
-        """Return the images of an item that has some. Raises ValueError for a reference that leads nowhere."""
+        """Return the images of an item that has some. Raise ValueError for a reference that leads nowhere."""
         if "image" not in item:
             return [self._refer_to(path) for path in _split_list(str(item["image_path"]))]
         return [_decode(text) for text in _split_list(self._read_image(get_index(item)))]

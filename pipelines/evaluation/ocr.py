@@ -29,7 +29,7 @@ _OTHERS = ("Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extrac
 
 
 def score_ocr(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
-    """Score each item 0 or 1. Raises ValueError for accepted answers that are no list, or an unknown category.
+    """Score each item 0 or 1. Raise ValueError for accepted answers that are no list, or an unknown category.
 
     VLMEvalKit takes a plain text for the list of its characters; `rules.kit_artefacts` does so too.
     """

@@ -50,7 +50,7 @@ def _write_tsv(lines: Iterable[Sequence[Any]]) -> bytes:
 
 
 def _write_xlsx(lines: Iterable[Sequence[Any]]) -> bytes:
-    """Write a sheet; text stays text, also if it begins with "=". Raises ValueError without the extra `eval`."""
+    """Write a sheet; text stays text, also if it begins with "=". Raise ValueError without the extra `eval`."""
     try:
         from openpyxl import Workbook
         from openpyxl.cell import WriteOnlyCell

@@ -86,7 +86,7 @@ def ask_mtvqa(item: Item, style: Style) -> str:
 def place_images(text: str, num_images: int, *, numbered: bool = False) -> Prompt:
     """Return the query with the images first; if `numbered`, each where `<image k>` is in the text (MMMU).
 
-    Raises ValueError for a number that no image has.
+    Raise ValueError for a number that no image has.
     """
     if numbered and _NUMBERED_MARK.search(text):
         return _place_numbered(text, num_images)

@@ -53,7 +53,7 @@ class EvaluationReport:
 def run_evaluation(config: EvaluateConfig, *, make_engine: EngineFactory = load_engine) -> EvaluationReport:
     """Ask the items that are missing in OUTPUT, score all benchmarks, and write predictions and tables.
 
-    Raises ValueError for mistakes of usage, before any replica starts, and what `run_pipeline` raises.
+    Raise ValueError for mistakes of usage, before any replica starts, and what `run_pipeline` raises.
     """
     config = resolve_model_paths(config)
     size = config.size or find_size(config.model, config.revision)
@@ -72,7 +72,7 @@ def run_evaluation(config: EvaluateConfig, *, make_engine: EngineFactory = load_
 
 
 def find_size(model: str, revision: str | None) -> Size:
-    """Return the published size that has the shape of this model. Raises ValueError if none has."""
+    """Return the published size that has the shape of this model. Raise ValueError if none has."""
     language = OvisConfig.from_directory(fetch_checkpoint(model, revision, weights=False)).language
     for size in SIZES:
         known = SHAPES[size].language
@@ -82,7 +82,7 @@ def find_size(model: str, revision: str | None) -> Size:
 
 
 def find_data(inputs: tuple[str, ...], dataset: Dataset, *, is_only: bool) -> str:
-    """Return the TSV file of a benchmark: NAME.tsv, in a directory, or the only file. Raises ValueError."""
+    """Return the TSV file of a benchmark: NAME.tsv, in a directory, or the only file. Raise ValueError."""
     for path in map(Path, inputs):
         if path.is_dir() and (path / f"{dataset.name}.tsv").exists():
             return str(path / f"{dataset.name}.tsv")
@@ -92,7 +92,7 @@ def find_data(inputs: tuple[str, ...], dataset: Dataset, *, is_only: bool) -> st
 
 
 def _prepare(config: EvaluateConfig, dataset: Dataset, size: Size) -> ItemFile:
-    """Write the file of items, or use that of an earlier run. Raises ValueError if that is of other data."""
+    """Write the file of items, or use that of an earlier run. Raise ValueError if that is of other data."""
     data = find_data(config.input, dataset, is_only=len(config.datasets) == 1)
     identity = {"md5": compute_md5(dataset, data), "size": size, "rules": config.rules, "limit": config.limit}
     items = select_illustrated(read_items(data), data)[: config.limit]

@@ -36,7 +36,7 @@ class ScoreReport:
 def score_file(name: str, data: str, predictions: str, output: str, rules: ScoringRules) -> ScoreReport:
     """Score predictions, write `rows`, `table` and what to look at to `output`, and return the counts.
 
-    Raises ValueError if the benchmark needs a judge, or a file cannot be used.
+    Raise ValueError if the benchmark needs a judge, or a file cannot be used.
     """
     dataset = get_dataset(name)
     check_scorable(dataset)
@@ -50,7 +50,7 @@ def score_file(name: str, data: str, predictions: str, output: str, rules: Scori
 
 
 def check_scorable(dataset: Dataset) -> Scorer:
-    """Return the scorer. Raises ValueError if each answer needs a judge."""
+    """Return the scorer. Raise ValueError if each answer needs a judge."""
     if dataset.scorer is None:
         raise ValueError(f"answers to {dataset.name} need a judge model and cannot be scored by rules")
     return dataset.scorer
@@ -59,7 +59,7 @@ def check_scorable(dataset: Dataset) -> Scorer:
 def describe_scores(dataset: Dataset, items: Sequence[Item], answers: Answers, rules: ScoringRules) -> dict[str, Any]:
     """Score answers and return the scores as JSON values, with examples of the answers that no rule could read.
 
-    Raises ValueError if the benchmark needs a judge, or its file lacks a column or the right answers.
+    Raise ValueError if the benchmark needs a judge, or its file lacks a column or the right answers.
     """
     scorer = check_scorable(dataset)
     if all(is_missing(item.get("answer")) for item in items):
@@ -106,7 +106,7 @@ def _replace_nan(value: Any) -> Any:
 
 
 def compute_md5(dataset: Dataset, path: str) -> str:
-    """Return the file's md5, and warn if it is not one that the benchmark is known by. Raises ValueError."""
+    """Return the file's md5, and warn if it is not one that the benchmark is known by. Raise ValueError."""
     try:
         with Path(path).open("rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()

@@ -99,7 +99,7 @@ def list_distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def parse_literal(text: Any) -> Any:
-    """Return the value of a Python literal in a benchmark's file. Raises ValueError; nothing is evaluated."""
+    """Return the value of a Python literal in a benchmark's file. Raise ValueError; nothing is evaluated."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
@@ -107,7 +107,7 @@ def parse_literal(text: Any) -> Any:
 
 
 def parse_list(text: Any) -> list[Any]:
-    """Return a list that is written as a Python literal. Raises ValueError for anything else."""
+    """Return a list that is written as a Python literal. Raise ValueError for anything else."""
     value = parse_literal(text)
     if not isinstance(value, list | tuple):
         raise ValueError(f"{str(text)[:80]!r} is not a list")

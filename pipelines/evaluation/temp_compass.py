@@ -20,7 +20,7 @@ def score_temp_compass(items: Sequence[Item], answers: Answers, rules: ScoringRu
 
 
 def _score(item: Item, answer: str) -> bool | None:
-    """Return whether the answer is right, None if the rules read nothing in it. Raises ValueError."""
+    """Return whether the answer is right, None if the rules read nothing in it. Raise ValueError."""
     match item["task_type"]:
         case "yes_no":
             return _score_yes_no(str(item["answer"]), answer)

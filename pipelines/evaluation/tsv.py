@@ -23,7 +23,7 @@ class TsvRow:
 def stream_rows(path: str | Path) -> Iterator[TsvRow]:
     """Yield the rows of a TSV file, its header first; blank lines are skipped.
 
-    Raises ValueError if the file is not UTF-8 or has a row of more than MAX_ROW_BYTES, OSError if it cannot be read.
+    Raise ValueError if the file is not UTF-8 or has a row of more than MAX_ROW_BYTES, OSError if it cannot be read.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     with Path(path).open("rb") as file:

@@ -10,7 +10,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, count
 from typing import NamedTuple
 
 from pipelines.errors import SourceError
@@ -99,7 +99,7 @@ def split_array(read: Read, max_bytes: int) -> Iterator[Element]:
     window = _Window(read)
     window.skip_separators()
     window.advance(window.at + 1)  # [
-    for number in range(1 << 62):
+    for number in count():
         mark = window.skip_separators()
         offset = window.offset
         if mark != "" and mark != "]":
