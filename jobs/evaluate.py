@@ -13,7 +13,7 @@ from jobs.cli import OK, RUN_NOTES, TOO_MANY_ERRORS, run_job
 from jobs.command_line import Command, parse_command_line
 from pipelines.config import Section, declare_option
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.scores import RuleVersion, ScoringRules
+from pipelines.evaluation.scoring.scores import RuleVersion, ScoringRules
 
 
 class ScoreFlags(Section):

@@ -24,7 +24,7 @@ from pipelines.evaluation.files import read_items
 from pipelines.evaluation.items import select_illustrated, write_items
 from pipelines.evaluation.predictions import Prediction, write_predictions
 from pipelines.evaluation.run import EvaluationReport, find_data, find_size, run_evaluation
-from pipelines.evaluation.scores import Item, ScoringRules
+from pipelines.evaluation.scoring.scores import Item, ScoringRules
 from pipelines.evaluation.summary import bootstrap_error
 from pipelines.output.sink import read_results
 from tests.support.fake_engine import FakeEngineFactory

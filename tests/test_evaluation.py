@@ -20,11 +20,11 @@ from jobs import evaluate
 from pipelines.evaluation.benchmarks import BENCHMARKS, DATASETS, SIZES, get_dataset
 from pipelines.evaluation.files import read_items, read_predictions
 from pipelines.evaluation.frames import select_subtitles, split_in_segments, spread_evenly, take_per_second
-from pipelines.evaluation.graded import summarize_mmbench_video, summarize_mmvet
-from pipelines.evaluation.mlvu import summarize_mlvu
 from pipelines.evaluation.prompts import cut_reasoning, place_images
-from pipelines.evaluation.scores import Item, RuleVersion, Scores, ScoringRules
-from pipelines.evaluation.temp_compass import summarize_temp_compass
+from pipelines.evaluation.scoring.graded import summarize_mmbench_video, summarize_mmvet
+from pipelines.evaluation.scoring.mlvu import summarize_mlvu
+from pipelines.evaluation.scoring.scores import Item, RuleVersion, Scores, ScoringRules
+from pipelines.evaluation.scoring.temp_compass import summarize_temp_compass
 from pipelines.evaluation.tsv import stream_rows
 from tests.support.roots import ROOT
 

@@ -8,17 +8,17 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
 from pipelines.evaluation import prompts
-from pipelines.evaluation.choices import score_choices, score_mmmu, score_mmt, score_rotations
-from pipelines.evaluation.hallusion import score_hallusion
-from pipelines.evaluation.mathvista import score_mathvista
-from pipelines.evaluation.mlvu import score_mlvu, summarize_mlvu
-from pipelines.evaluation.mtvqa import score_mtvqa
-from pipelines.evaluation.mvbench import score_mvbench
-from pipelines.evaluation.ocr import score_ocr
 from pipelines.evaluation.prompts import ImagePrompt, VideoPrompt
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average
-from pipelines.evaluation.temp_compass import score_temp_compass, summarize_temp_compass
-from pipelines.evaluation.video_mme import score_video_mme
+from pipelines.evaluation.scoring.choices import score_choices, score_mmmu, score_mmt, score_rotations
+from pipelines.evaluation.scoring.hallusion import score_hallusion
+from pipelines.evaluation.scoring.mathvista import score_mathvista
+from pipelines.evaluation.scoring.mlvu import score_mlvu, summarize_mlvu
+from pipelines.evaluation.scoring.mtvqa import score_mtvqa
+from pipelines.evaluation.scoring.mvbench import score_mvbench
+from pipelines.evaluation.scoring.ocr import score_ocr
+from pipelines.evaluation.scoring.scores import Answers, Item, Scores, ScoringRules, average
+from pipelines.evaluation.scoring.temp_compass import score_temp_compass, summarize_temp_compass
+from pipelines.evaluation.scoring.video_mme import score_video_mme
 
 Size: TypeAlias = Literal["1B", "2B", "4B", "8B", "16B", "34B"]
 SIZES: tuple[Size, ...] = ("1B", "2B", "4B", "8B", "16B", "34B")

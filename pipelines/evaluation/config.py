@@ -8,7 +8,7 @@ from pydantic import PositiveInt, model_validator
 
 from pipelines.config import Location, RunConfig, declare_option
 from pipelines.evaluation.benchmarks import Dataset, Size, get_dataset
-from pipelines.evaluation.scores import RuleVersion, ScoringRules
+from pipelines.evaluation.scoring.scores import RuleVersion, ScoringRules
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire
 from pipelines.tasks.task import Task
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.scores import Answers, Item, get_index, is_missing
+from pipelines.evaluation.scoring.scores import Answers, Item, get_index, is_missing
 from pipelines.evaluation.tsv import TsvRow, stream_rows
 
 MAX_INDEX_CHARACTERS = 64  # a cell of the column `image` with at most so many is the index of another row

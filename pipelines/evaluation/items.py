@@ -19,7 +19,7 @@ from pipelines.evaluation.benchmarks import Dataset, Size
 from pipelines.evaluation.config import IMAGES, PROMPT
 from pipelines.evaluation.files import MAX_INDEX_CHARACTERS
 from pipelines.evaluation.prompts import place_images
-from pipelines.evaluation.scores import Item, get_index, is_missing, parse_list
+from pipelines.evaluation.scoring.scores import Item, get_index, is_missing, parse_list
 from pipelines.evaluation.tsv import MAX_ROW_BYTES, stream_rows
 from pipelines.storage import store
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.evaluation.benchmarks import Dataset
-from pipelines.evaluation.scores import Item, get_index, is_missing
+from pipelines.evaluation.scoring.scores import Item, get_index, is_missing
 from pipelines.storage import store
 
 EMPTY = "-"

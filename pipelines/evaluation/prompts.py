@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT, IMAGE_MARK
-from pipelines.evaluation.options import assign_letters, get_options
-from pipelines.evaluation.scores import Item, is_missing, parse_list
+from pipelines.evaluation.scoring.options import assign_letters, get_options
+from pipelines.evaluation.scoring.scores import Item, is_missing, parse_list
 
 DIRECT = "Answer with the option's letter from the given choices directly."
 _SHORT = "Answer the question using a single word or phrase."

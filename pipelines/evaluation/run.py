@@ -18,7 +18,7 @@ from pipelines.evaluation.items import select_illustrated, write_items
 from pipelines.evaluation.predictions import EMPTY, Prediction, write_predictions
 from pipelines.evaluation.prompts import cut_reasoning
 from pipelines.evaluation.score import compute_md5, dump_json
-from pipelines.evaluation.scores import Item, get_index
+from pipelines.evaluation.scoring.scores import Item, get_index
 from pipelines.evaluation.summary import Result, render_html, render_markdown, summarize_result
 from pipelines.generate import EngineFactory, load_engine
 from pipelines.output.run_record import acquire_lease

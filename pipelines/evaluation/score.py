@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.evaluation.benchmarks import Dataset, Scorer, get_dataset
 from pipelines.evaluation.files import read_items, read_predictions, select_answered
-from pipelines.evaluation.scores import Answers, Item, ScoringRules, is_missing
+from pipelines.evaluation.scoring.scores import Answers, Item, ScoringRules, is_missing
 
 _MAX_EXAMPLES = 5
 _MAX_EXAMPLE_CHARACTERS = 200

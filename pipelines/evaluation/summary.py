@@ -13,7 +13,7 @@ from pipelines.evaluation.benchmarks import BENCHMARKS, Dataset, Size
 from pipelines.evaluation.files import clean_answer
 from pipelines.evaluation.predictions import Prediction
 from pipelines.evaluation.score import describe_scores
-from pipelines.evaluation.scores import Item, ScoringRules
+from pipelines.evaluation.scoring.scores import Item, ScoringRules
 
 _NUM_RESAMPLES = 1000
 _HEADS = ("benchmark", "score", "published", "difference", "standard error", "rows", "error rows", "unread", "note")

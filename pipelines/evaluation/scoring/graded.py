@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import Item, average, list_distinct, parse_list
+from pipelines.evaluation.scoring.scores import Item, average, list_distinct, parse_list
 
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 _ABILITIES = {

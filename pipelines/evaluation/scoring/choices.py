@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipelines.evaluation.options import find_option, get_options
-from pipelines.evaluation.scores import (
+from pipelines.evaluation.scoring.options import find_option, get_options
+from pipelines.evaluation.scoring.scores import (
     Answers,
     Item,
     Line,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import (
+from pipelines.evaluation.scoring.scores import (
     Answers,
     Item,
     Line,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.evaluation.scores import (
+from pipelines.evaluation.scoring.scores import (
     Answers,
     Item,
     Scores,

@@ -7,7 +7,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.evaluation.scores import FAILED, Item, RuleVersion, is_missing
+from pipelines.evaluation.scoring.scores import FAILED, Item, RuleVersion, is_missing
 
 Options = Mapping[str, Any]
 """Letter -> text of the option."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, parse_list, read_answers, sum_scores
+from pipelines.evaluation.scoring.scores import (
+    Answers,
+    Item,
+    Scores,
+    ScoringRules,
+    parse_list,
+    read_answers,
+    sum_scores,
+)
 
 _EMPTY = "-"  # VLMEvalKit stops at an empty answer
 _LETTERS = ("A", "B", "C", "D")

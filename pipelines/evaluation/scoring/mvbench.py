@@ -6,8 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.options import assign_letters, find_option
-from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules, get_index, parse_list
+from pipelines.evaluation.scoring.options import assign_letters, find_option
+from pipelines.evaluation.scoring.scores import (
+    FAILED_SENTENCE,
+    Answers,
+    Item,
+    Scores,
+    ScoringRules,
+    get_index,
+    parse_list,
+)
 
 _IS_SUBSTRING = 'a substring of "(x)" counts as right'
 _IS_EMPTY = "empty prediction: row without score, counted as right in the table"

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.evaluation.mvbench import find_answered_option, find_key
-from pipelines.evaluation.scores import FAILED_SENTENCE, Answers, Item, Scores, ScoringRules, read_answers, sum_scores
+from pipelines.evaluation.scoring.mvbench import find_answered_option, find_key
+from pipelines.evaluation.scoring.scores import (
+    FAILED_SENTENCE,
+    Answers,
+    Item,
+    Scores,
+    ScoringRules,
+    read_answers,
+    sum_scores,
+)
 
 CHOICE_TASKS = ("plotQA", "needle", "ego", "count", "anomaly_reco", "topic_reasoning", "order")
 OPEN_TASKS = ("sub_scene", "summary")

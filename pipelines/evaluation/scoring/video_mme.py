@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.options import find_option, get_options
-from pipelines.evaluation.scores import Answers, Item, Scores, ScoringRules, average, get_index, read_as_text
+from pipelines.evaluation.scoring.options import find_option, get_options
+from pipelines.evaluation.scoring.scores import Answers, Item, Scores, ScoringRules, average, get_index, read_as_text
 
 DURATIONS = ("short", "medium", "long")
 DOMAINS = (

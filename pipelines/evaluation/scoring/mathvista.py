@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.evaluation.options import assign_letters, find_option
-from pipelines.evaluation.scores import (
+from pipelines.evaluation.scoring.options import assign_letters, find_option
+from pipelines.evaluation.scoring.scores import (
     Answers,
     Item,
     Scores,
