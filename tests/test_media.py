@@ -17,27 +17,10 @@ from PIL import Image
 
 from pipelines.errors import MediaError
 from pipelines.media.images import MAX_PIXELS, decode_image
+from tests.support.scenes import decode_pixels, draw_scene, encode_image
 
 ORIENTATION = 0x0112
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
-
-
-def draw_scene(width: int = 37, height: int = 23) -> Image.Image:
-    """Draw a smooth picture, which lossy formats reproduce closely, with a different colour at each corner."""
-    y, x = np.mgrid[0 : 1 : complex(height), 0 : 1 : complex(width)]
-    return Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8))
-
-
-def encode_image(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def decode_pixels(data: bytes) -> NDArray[np.uint8]:
-    image = decode_image(data)
-    assert image.mode == "RGB"
-    return np.asarray(image)
 
 
 def make_png(width: int, height: int, *chunks: bytes) -> bytes:
@@ -270,10 +253,10 @@ def test_threads_leave_the_warning_filters_unchanged() -> None:
         (b"", "not an image: the data is empty"),
         (b"<!DOCTYPE html><html></html>", "not an image: the data is an HTML page"),
         (b"\n <HTML>", "not an image: the data is an HTML page"),
-        (b"%PDF-1.7 and so on", "supported format: the data starts with b'%PDF-1.7"),
-        (bytes(1000), "supported format: the data starts with b'"),
+        (b"%PDF-1.7 and so on", "unsupported format PDF"),
+        (bytes(1000), "not an image in a known format: the data starts with b'"),
         (encode_image(draw_scene(), "JPEG")[:-200], "truncated JPEG of"),
-        (encode_image(draw_scene(), "JPEG")[:20], "truncated, corrupt or unsupported JPEG of 20 bytes"),
+        (encode_image(draw_scene(), "JPEG")[:20], "truncated or corrupt JPEG of 20 bytes"),
         (encode_image(draw_scene(), "WEBP")[:-20], "truncated WebP of"),
         (encode_image(draw_scene(), "PNG")[:-200], "truncated PNG of"),
         (claim_size("BMP", 0, 5), "BMP"),

@@ -194,3 +194,19 @@ def test_the_page_follows_the_dark_or_light_scheme(driver: Any, output: Path, da
     )
     background, ink = map(int, driver.execute_script(colours))
     assert (background < 60 and ink > 200) if dark else (background > 200 and ink < 60)
+
+
+def test_the_fifteen_most_frequent_reasons_are_shown_and_the_others_folded(driver: Any, tmp_path: Path) -> None:
+    names = [f"{a}{b}" for a in "abcde" for b in "vwxyz"]
+    rows = [
+        make_item(f"bad-{name}-{i}", [], stage="decode", error=f"unsupported format {name}")
+        for place, name in enumerate(names)
+        for i in range(2 if place < 15 else 1)
+    ]
+    output = write_run(tmp_path / "out", rows, tasks=TASKS)
+    browser.open_page(driver, write_report(ReportOptions(str(output), truths={})).report)
+    assert len(read_texts(driver, "#errors .panel > .bars > *")) == 15
+    assert read_texts(driver, "#errors details summary") == ["10 more reasons"]
+    click(driver, "#errors summary")
+    click(driver, "#errors details .bars button", "decode: unsupported format ez")
+    assert list_shown(driver) == ["bad-ez-0"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,26 +10,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from pipelines.errors import MediaError
+from pipelines.media.image_formats.avif import merge_property_boxes
+from pipelines.media.image_formats.bitmaps import decode_bitfields, read_bitfields_size
+from pipelines.media.image_formats.faults import explain_fault
+from pipelines.media.image_formats.fresh_memory import fill_new_memory
+from pipelines.media.image_formats.names import name_format
 
 MAX_PIXELS = 178_956_970  # 0.7 GB in memory; twice Pillow's MAX_IMAGE_PIXELS, beyond which Pillow raises too
 
 # Formats that Pillow decodes without another program: EPS needs Ghostscript. Pillow loads the first five at
 # import; the others make it import all plugins, once. DIB and TGA have no signature, so they come last.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "DIB", "TGA")
-_SIGNATURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG",
-    "GIF": rb"GIF8",
-    "BMP": rb"BM",
-    "WebP": rb"RIFF....WEBP",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
-    "AVIF": rb"....ftypavi[fs]",
-    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "netpbm": rb"P[1-6]\s",
-}
 # Modes that convert("RGB") supports.
 _MODES = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 _TRANSPOSES = {
@@ -42,6 +35,7 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BAND_PX = 256  # lines compared at once
 _WARNINGS_LOCK = threading.Lock()
 
 
@@ -67,16 +61,52 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _decode_upright(data: bytes, max_pixels: int) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image = _open(data, max_pixels)
     if min(image.size) < 1:
         raise MediaError(f"empty image: {image.width} x {image.height} px")
     check_num_pixels(*image.size, max_pixels)
     if image.format == "WEBP" and getattr(image, "is_animated", False):
         check_num_pixels(*image.size, max_pixels // 8)  # the decoder holds the canvas several times
-    image.load()
+    image = _load(image, data, max_pixels)
     transpose = _read_transpose(image, data)
     rgb = _convert_to_rgb(image)
     return rgb if transpose is None else rgb.transpose(transpose)
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header. Raise any exception if that fails."""
+    if name_format(data) == "AVIF":
+        data = merge_property_boxes(data)
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except OSError:
+        if not (size := read_bitfields_size(data)):
+            raise
+        check_num_pixels(*size, max_pixels)
+        return decode_bitfields(data)
+
+
+def _load(image: Image.Image, data: bytes, max_pixels: int) -> Image.Image:
+    """Decode the pixels. Raise MediaError if a TIFF leaves some of them undefined, so that they differ in each try.
+
+    libtiff does so without an error, e.g. where a strip of JPEG has fewer lines than the header says.
+    """
+    if not any(tile[0] == "libtiff" for tile in getattr(image, "tile", ())):
+        image.load()
+        return image
+    with fill_new_memory(0x55):
+        image.load()
+    again = _open(data, max_pixels)
+    with fill_new_memory(0xAA):
+        again.load()
+    if not _are_equal(image, again):
+        raise MediaError(f"corrupt TIFF of {len(data):,} bytes: some of its pixels are not in the file")
+    return image
+
+
+def _are_equal(one: Image.Image, other: Image.Image) -> bool:
+    bands = [(0, top, one.width, min(top + _BAND_PX, one.height)) for top in range(0, one.height, _BAND_PX)]
+    return all(one.crop(band).tobytes() == other.crop(band).tobytes() for band in bands)
 
 
 def _raise_media_errors(step: Callable[[], T], data: bytes) -> T:
@@ -87,33 +117,7 @@ def _raise_media_errors(step: Callable[[], T], data: bytes) -> T:
     except Exception as error:
         # Every exception: on corrupt data Pillow's plugins raise almost any type (OSError, SyntaxError,
         # struct.error, zlib.error, IndexError, MemoryError ...), and none of them may stop the run.
-        raise MediaError(_explain(error, data)) from error
-
-
-def _explain(error: Exception, data: bytes) -> str:
-    name = next((name for name, start in _SIGNATURES.items() if re.match(start, data, re.DOTALL)), None)
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too large: {str(error).partition(', could')[0]}"
-    if isinstance(error, MemoryError):
-        return f"too large: {name or 'the image'} of {len(data):,} bytes does not fit into memory"
-    if isinstance(error, UnidentifiedImageError):
-        if name is None:
-            return _explain_unknown(data)
-        return f"truncated, corrupt or unsupported {name} of {len(data):,} bytes: its header cannot be read"
-    detail = " ".join(str(error).split()) or type(error).__name__
-    return f"{_classify_fault(error, data)} {name or 'image'} of {len(data):,} bytes: {detail}"
-
-
-def _classify_fault(error: Exception, data: bytes) -> str:
-    is_short_riff = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") > len(data) - 8
-    is_short = any(hint in str(error).lower() for hint in ("truncated", "eof", "only got"))
-    return "truncated" if is_short or is_short_riff or isinstance(error, EOFError) else "corrupt"
-
-
-def _explain_unknown(data: bytes) -> str:
-    if re.match(rb"\s*<(!doctype html|html)", data, re.IGNORECASE):
-        return "not an image: the data is an HTML page"
-    return f"not an image in a supported format: the data starts with {data[:16]!r}"
+        raise MediaError(explain_fault(error, data)) from error
 
 
 def check_num_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

@@ -16,14 +16,19 @@ from pipelines.monitoring.top_counts import MAX_KEY_CHARACTERS, TopCounts
 _MIN_ROWS = 500  # before the error rate counts: seconds of work, and no small input is ever stopped early
 _MAX_EXAMPLES = 10_000
 _SEPARATOR = ": "
-_NUMBER = re.compile(r"\d[\d,._]*")
+# Numbers, and quoted text or bytes: what differs between rows with the same reason.
+_VARIABLE = re.compile(r"""(?<!\w)b?'(?:[^'\\]|\\.)*'(?!\w)|(?<!\w)b?"(?:[^"\\]|\\.)*"(?!\w)|\d[\d,._]*""")
 
 logger = logging.getLogger(__name__)
 
 
 def normalize_reason(stage: str, error: str) -> str:
-    """Return the key of an error row's group: reasons that differ only in their numbers share a group."""
-    return _NUMBER.sub("0", f"{stage}{_SEPARATOR}{error}")[:MAX_KEY_CHARACTERS]
+    """Return the key of an error row's group: reasons that differ only in numbers or quoted text share a group."""
+    return _VARIABLE.sub(_generalize, f"{stage}{_SEPARATOR}{error}")[:MAX_KEY_CHARACTERS]
+
+
+def _generalize(match: re.Match[str]) -> str:
+    return "0" if match[0][0].isdigit() else "'...'"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@
   const state = { group: "", task: "", flag: "", value: null, reason: "", text: "", order: "row" };
   let shown = []; // the rows that match the filters, in order
   let opened = -1; // index in `shown` of the open row
+  const SHOWN_REASONS = 15; // of errors; the others are folded
   const AT_ONCE = 300; // cards; the next ones are added when the last of them come into view
 
   // ---- Elements. All untrusted text enters the page here, as text nodes.
@@ -208,13 +209,19 @@
       renderTruth(task));
   }
 
+  function renderReasons(lines, rest) {
+    const [shown, folded] = [lines.slice(0, SHOWN_REASONS), lines.slice(SHOWN_REASONS)];
+    const note = rest ? el("p.note", {}, `${formatNumber(rest)} rows with other reasons`) : "";
+    return el("div.panel", {}, el("div.bars.long", {}, shown), folded.length ? el("details.more", {}, el("summary", {}, `${formatNumber(folded.length)} more reasons`), el("div.bars.long", {}, folded)) : "", note);
+  }
+
   function renderSummary() {
     byId("tasks").append(el("h2", {}, run.has_tasks ? "Tasks" : "Answers"), el(tasks.length === 1 ? "div.panels.one" : "div.panels", {}, tasks.map(renderPanel)));
     const { top, rest, total } = { total: statistics.error, ...statistics.reasons };
     if (!top.length) return;
     const most = top[0].count;
     const lines = top.map((reason) => renderBar(`${reason.stage}: ${reason.reason}`, reason.count, most, statistics.error, { key: `reason\u0000${reason.key}`, go: () => applyFilters({ reason: state.reason === reason.key ? "" : reason.key }, true) }, "bad"));
-    byId("errors").append(el("h2", {}, "Errors", el("small", {}, `${formatNumber(total)} rows by stage and reason`)), el("div.panel", {}, el("div.bars.long", {}, lines), rest ? el("p.note", {}, `${formatNumber(rest)} with other reasons`) : ""));
+    byId("errors").append(el("h2", {}, "Errors", el("small", {}, `${formatNumber(total)} rows by stage and reason`)), renderReasons(lines, rest));
   }
 
   // ---- The contact sheet

@@ -1,0 +1,1 @@
+"""What Pillow alone does not know of image files: names by content, more layouts, more formats."""
