@@ -16,6 +16,8 @@ SHARED_OUT := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Run tools with the interpreter, not as scripts: the first line of a script cannot hold a path with spaces.
 RUN := .venv/bin/python -m
 PIP := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt
+EVAL_DEMO := MMStar,MMBench_DEV_EN,MMMU_DEV_VAL,HallusionBench,OCRBench,MTVQA_TEST,MathVista_MINI,MMVet,$\
+	Video-MME,MVBench,MLVU_MCQ,TempCompass_MCQ
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 
@@ -28,8 +30,8 @@ demo: $(RUNTIME)
 eval-demo: $(RUNTIME)
 	@$(PIP) --editable '.[eval]'
 	@$(RUN) demo.benchmarks demo_evaluation/files
-	@$(RUN) jobs.evaluate MMStar,MMBench_DEV_EN,MMMU_DEV_VAL,HallusionBench,OCRBench,MTVQA_TEST,MathVista_MINI,MMVet \
-		demo_evaluation/files demo_evaluation/scores --model demo --size 1B --max-new-tokens 64
+	@$(RUN) jobs.evaluate $(EVAL_DEMO) demo_evaluation/files demo_evaluation/scores --model demo --size 1B \
+		--num-frames 8 --max-new-tokens 64
 	@cat demo_evaluation/scores/scores.md
 
 test: $(DEV)

@@ -1,4 +1,4 @@
-"""Write tiny benchmarks of drawn images, one per family of scores: `python -m demo.benchmarks DIRECTORY`.
+"""Write tiny benchmarks of drawn images and videos, one per family of scores: `python -m demo.benchmarks DIRECTORY`.
 
 They are files as VLMEvalKit has them, so that `ovis2 evaluate` can be tried with the demo model (`make eval-demo`).
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from demo.drawings import Scene, SceneQuestion, make_picture, make_questions
+from demo.video_benchmarks import MAKE_VIDEO_ROWS, MakeVideoRows, write_subtitles, write_video
 
 NUM_SCENES = 6
 _FIRST_SEED = 7_000_000
@@ -26,10 +27,14 @@ Picture = tuple[int, Scene, str]
 
 
 def write_benchmarks(directory: Path) -> None:
-    """Write NAME.tsv for each family."""
+    """Write NAME.tsv for each family, and the folders `video` and `subtitle`."""
     directory.mkdir(parents=True, exist_ok=True)
     pictures = [_draw(_FIRST_SEED + i) for i in range(NUM_SCENES)]
-    for name, make_rows in FAMILIES.items():
+    for picture in pictures:
+        name = _name_video(picture)
+        write_video(directory / "video" / f"{name}.mp4", _decode(picture[2]))
+        write_subtitles(directory / "subtitle" / f"{name}.srt", picture[1].caption)
+    for name, make_rows in {**FAMILIES, **VIDEO_FAMILIES}.items():
         found = [row for picture in pictures for row in make_rows(picture)]
         rows = [{"index": row.pop("id", number), **row} for number, row in enumerate(found)]
         with (directory / f"{name}.tsv").open("w", newline="", encoding="utf-8") as file:
@@ -47,6 +52,24 @@ def _encode(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _decode(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def _name_video(picture: Picture) -> str:
+    return f"drawing-{picture[0] - _FIRST_SEED}"
+
+
+def _ask_about_video(make_rows: MakeVideoRows) -> Callable[[Picture], Iterator[Row]]:
+    """Return what makes the rows of a benchmark about videos from a drawing."""
+
+    def make(picture: Picture) -> Iterator[Row]:
+        question = _list_questions(picture, "choice")[0]
+        return make_rows(_name_video(picture), question, _fit(question.choices[:4], question))
+
+    return make
 
 
 def _ask_choices(picture: Picture) -> Iterator[Row]:
@@ -129,6 +152,7 @@ FAMILIES: dict[str, Callable[[Picture], Iterator[Row]]] = {
     "MathVista_MINI": _ask_mathematics,
     "MMVet": _ask_freely,
 }
+VIDEO_FAMILIES = {name: _ask_about_video(make_rows) for name, make_rows in MAKE_VIDEO_ROWS.items()}
 
 
 if __name__ == "__main__":

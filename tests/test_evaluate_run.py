@@ -198,7 +198,6 @@ def test_the_command_asks_the_demo_model(tmp_path: Path, capfd: pytest.CaptureFi
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown benchmark": (lambda tmp: make_config(tmp, benchmark="MMStarr"), "did you mean MMStar"),
-    "a video benchmark": (lambda tmp: make_config(tmp, benchmark="MVBench"), "about videos"),
     "a benchmark twice": (lambda tmp: make_config(tmp, benchmark="MMStar,MMStar"), "twice"),
     "another column of images": (lambda tmp: make_config(tmp, image_column="x"), "--image-column does not apply"),
     "no such file": (lambda tmp: run(make_config(tmp, input=(str(tmp),))), "no MMStar.tsv in"),

@@ -8,6 +8,7 @@ from pydantic import PositiveInt, model_validator
 
 from pipelines.config import Location, RunConfig, declare_option
 from pipelines.evaluation.benchmarks import Dataset, Size, get_dataset
+from pipelines.evaluation.frames import FrameRule
 from pipelines.evaluation.scoring.scores import RuleVersion, ScoringRules
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire
 from pipelines.tasks.task import Task
@@ -32,7 +33,7 @@ class EvaluateConfig(RunConfig):
     )
     image_root: Location | None = declare_option(
         None,
-        description="directory of the images, for a file that names them in image_path",
+        description="directory of the images that image_path names, or of videos and subtitles",
         unset="the directory of the TSV file",
         decides_rows=False,
     )
@@ -42,6 +43,11 @@ class EvaluateConfig(RunConfig):
     rules: RuleVersion = declare_option(
         "2026-08", description="VLMEvalKit's rules of that time, for tiles of several images and for reading answers"
     )
+    num_frames: PositiveInt = declare_option(64, description="number of frames per video; VLMEvalKit has 8 and 64")
+    fps: float | None = declare_option(
+        None, gt=0, description="frames per second of video; VLMEvalKit has 1 and 0.5", unset="--num-frames"
+    )
+    subtitles: bool = declare_option(False, description="show subtitles with the frames, in Video-MME")
     kit_artefacts: bool = declare_option(
         False, description="also count as right what VLMEvalKit counts for a wrong reason", decides_rows=False
     )
@@ -51,6 +57,11 @@ class EvaluateConfig(RunConfig):
     def datasets(self) -> list[Dataset]:
         """The benchmarks in the order given. Raise ValueError for an unknown one."""
         return [get_dataset(name.strip()) for name in self.benchmark.split(",")]
+
+    @property
+    def frame_rule(self) -> FrameRule:
+        """How many frames of a video are shown."""
+        return FrameRule(self.num_frames, self.fps)
 
     @property
     def scoring(self) -> ScoringRules:
@@ -73,8 +84,13 @@ class EvaluateConfig(RunConfig):
         if len(set(names)) < len(names):
             raise ValueError(f"BENCHMARK names one twice: {self.benchmark}")
         for dataset in self.datasets:
-            if dataset.ask is None:
-                raise ValueError(f"{dataset.name} is about videos, which can only be scored: see evaluate score")
+            self._check_videos(dataset)
         if given := [name for name in _FIXED if getattr(self, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')} does not apply to a benchmark; leave it out")
         return self
+
+    def _check_videos(self, dataset: Dataset) -> None:
+        if self.subtitles and not dataset.has_subtitles:
+            raise ValueError(f"{dataset.name} is asked without subtitles; leave out --subtitles")
+        if self.fps is not None and dataset.frames == "bounded":
+            raise ValueError(f"{dataset.name} is asked with a number of frames; leave out --fps, or take MVBench_MP4")

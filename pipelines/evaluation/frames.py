@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _UNBOUNDED_S = 100_000.0
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """How many frames a video is shown as: `num_frames`, or `fps` per second if it is given."""
+
+    num_frames: int
+    fps: float | None = None
 
 
 def spread_evenly(num_frames: int, count: int) -> list[int]:
@@ -34,19 +43,19 @@ def split_in_segments(
     return [int(start + length / 2 + round(length * number)) for number in range(count)]
 
 
-def select_subtitles(path: str, frames: Sequence[int], video_fps: float) -> str:
+def select_subtitles(text: str, frames: Sequence[int], video_fps: float) -> str:
     """Return the text of the first subtitle during each frame, a line each; a frame without one adds none.
 
-    Needs the extra `eval`. Raise ValueError if the file cannot be read.
+    text: the content of an SRT file. Needs the extra `eval`. Raise ValueError if it cannot be read.
     """
     try:
         import pysubs2
     except ImportError as error:
         raise ValueError(f"{error}; subtitles need pip install 'ovis2-ray[eval]'") from error
     try:
-        subtitles = pysubs2.load(path, encoding="utf-8")
-    except (OSError, ValueError, pysubs2.exceptions.Pysubs2Error) as error:
-        raise ValueError(f"cannot read the subtitles {path}: {error}") from error
+        subtitles = pysubs2.SSAFile.from_string(text)
+    except (ValueError, pysubs2.exceptions.Pysubs2Error) as error:
+        raise ValueError(f"these are no subtitles: {error}") from error
     times_ms = [pysubs2.make_time(frames=frame, fps=video_fps) for frame in frames]
     texts = [_find_text(subtitles, time_ms) for time_ms in times_ms]
     return "\n".join(text for text in texts if text.strip())

@@ -18,9 +18,10 @@ from ovis_model.inputs.prompt import remove_marks
 from pipelines.evaluation.benchmarks import Dataset, Size
 from pipelines.evaluation.config import IMAGES, PROMPT
 from pipelines.evaluation.files import MAX_INDEX_CHARACTERS
-from pipelines.evaluation.prompts import place_images
+from pipelines.evaluation.prompts import ask_video_mme, place_images
 from pipelines.evaluation.scoring.scores import Item, get_index, is_missing, parse_list
 from pipelines.evaluation.tsv import MAX_ROW_BYTES, stream_rows
+from pipelines.evaluation.videos import Frames, read_subtitles
 from pipelines.storage import store
 
 Image = dict[str, Any]
@@ -44,6 +45,33 @@ def write_items(dataset: Dataset, items: Sequence[Item], data: str, image_root: 
         )
 
 
+def write_video_items(
+    dataset: Dataset, items: Sequence[Item], frames: Mapping[str, Frames], subtitles_root: str | None, uri: str
+) -> None:
+    """Write items about videos to the Parquet file `uri`, with the frames of each: index -> frames.
+
+    subtitles_root: where `subtitle_path` leads from; None to show no subtitles. Raise ValueError if one is unreadable.
+    """
+    rows = (_make_video_row(dataset, item, frames[get_index(item)], subtitles_root) for item in items)
+    _write_parquet(uri, _make_schema(items[0]), rows)
+
+
+def _make_video_row(dataset: Dataset, item: Item, frames: Frames, subtitles_root: str | None) -> dict[str, Any]:
+    assert dataset.ask_about_video is not None
+    plain = {name: remove_marks(value) if isinstance(value, str) else value for name, value in item.items()}
+    count = len(frames.uris)
+    if subtitles_root is None:
+        query = dataset.ask_about_video(plain, count)
+    else:
+        query = ask_video_mme(plain, count, read_subtitles(item, frames, subtitles_root))
+    images: list[Image] = [{"bytes": None, "path": frame} for frame in frames.uris]
+    return {**_keep_columns(item), PROMPT: query, IMAGES: images}
+
+
+def _keep_columns(item: Item) -> dict[str, str | None]:
+    return {str(name): None if is_missing(value) else str(value) for name, value in item.items()}
+
+
 def select_illustrated(items: Sequence[Item], data: str) -> list[Item]:
     """Return the items that have an image, and log how many have none. Raise ValueError if none has.
 
@@ -65,8 +93,7 @@ def _make_row(dataset: Dataset, item: Item, images: list[Image], size: Size) -> 
         placed = place_images(text, len(images), numbered=dataset.has_numbered_images)
     except ValueError as error:
         raise ValueError(f"{dataset.name}, index {item['index']}: {error}") from error
-    columns = {str(name): None if is_missing(value) else str(value) for name, value in item.items()}
-    return {**columns, PROMPT: placed.query, IMAGES: [images[place] for place in placed.images]}
+    return {**_keep_columns(item), PROMPT: placed.query, IMAGES: [images[place] for place in placed.images]}
 
 
 def _make_schema(item: Item) -> pa.Schema:

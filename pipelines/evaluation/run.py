@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import SIZES as SHAPES
@@ -14,28 +16,45 @@ from pipelines.checks import resolve_model_paths
 from pipelines.evaluation.benchmarks import SIZES, Dataset, Size
 from pipelines.evaluation.config import IMAGES, EvaluateConfig
 from pipelines.evaluation.files import read_items
-from pipelines.evaluation.items import select_illustrated, write_items
+from pipelines.evaluation.items import select_illustrated, write_items, write_video_items
 from pipelines.evaluation.predictions import EMPTY, Prediction, write_predictions
 from pipelines.evaluation.prompts import cut_reasoning
 from pipelines.evaluation.score import compute_md5, dump_json
 from pipelines.evaluation.scoring.scores import Item, get_index
 from pipelines.evaluation.summary import Result, render_html, render_markdown, summarize_result
+from pipelines.evaluation.videos import Frames, UnreadableVideo, extract_frames, find_clip
 from pipelines.generate import EngineFactory, load_engine
 from pipelines.output.run_record import acquire_lease
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
 from pipelines.storage import store
 
-_KEPT = ("answer", "category", "l2-category")
+_KEPT = ("answer", "category", "l2-category", "task_type", "domain", "duration", "dim")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ItemFile:
-    """The items of a benchmark, and the Parquet file that holds them for the pipeline."""
+    """The items of a benchmark, and the folder with the Parquet file that holds them for the pipeline.
+
+    unreadable: index -> why its video cannot be shown; the Parquet file lacks these items.
+    """
 
     dataset: Dataset
     items: Sequence[Item]
-    uri: str
+    folder: str
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def uri(self) -> str:
+        """The Parquet file."""
+        return store.join(self.folder, f"{self.dataset.name}.parquet")
+
+    @property
+    def note(self) -> str:
+        """The file that says what the Parquet file was made of."""
+        return store.join(self.folder, f"{self.dataset.name}.json")
 
 
 @dataclass(frozen=True)
@@ -94,17 +113,58 @@ def find_data(inputs: tuple[str, ...], dataset: Dataset, *, is_only: bool) -> st
 def _prepare(config: EvaluateConfig, dataset: Dataset, size: Size) -> ItemFile:
     """Write the file of items, or use that of an earlier run. Raise ValueError if that is of other data."""
     data = find_data(config.input, dataset, is_only=len(config.datasets) == 1)
-    identity = {"md5": compute_md5(dataset, data), "size": size, "rules": config.rules, "limit": config.limit}
-    items = select_illustrated(read_items(data), data)[: config.limit]
-    uri = store.join(store.make_absolute(config.output), "items", f"{dataset.name}.parquet")
-    note = store.join(store.make_absolute(config.output), "items", f"{dataset.name}.json")
-    if store.find_file(note) is None or config.overwrite:
+    identity: dict[str, Any] = {
+        "md5": compute_md5(dataset, data),
+        "size": size,
+        "rules": config.rules,
+        "limit": config.limit,
+    }
+    if dataset.frames:
+        identity |= {"frames": asdict(config.frame_rule), "subtitles": config.subtitles}
+    items = read_items(data) if dataset.frames else select_illustrated(read_items(data), data)
+    folder = store.join(store.make_absolute(config.output), "items")
+    file = ItemFile(dataset, items[: config.limit], folder)
+    if store.find_file(file.note) is None or config.overwrite:
         root = store.make_absolute(config.image_root or str(Path(data).parent))
-        write_items(dataset, items, data, root, size, uri)
-        store.write_bytes(note, json.dumps(identity).encode())
-    elif (found := json.loads(store.read_bytes(note))) != identity:
+        file = _write_video_items(config, file, root) if dataset.frames else _write_image_items(file, data, root, size)
+        store.write_bytes(file.note, json.dumps({**identity, "unreadable": file.unreadable}).encode())
+        return file
+    found = json.loads(store.read_bytes(file.note))
+    unreadable = found.pop("unreadable", {})
+    if found != identity:
         raise ValueError(f"{config.output} holds {dataset.name} with {found}, not {identity}; use --overwrite")
-    return ItemFile(dataset, items, uri)
+    return replace(file, unreadable=unreadable)
+
+
+def _identify_items(config: EvaluateConfig, dataset: Dataset, data: str, size: Size) -> dict[str, Any]:
+    """Return what decides the file of items."""
+    shown = {"frames": asdict(config.frame_rule), "subtitles": config.subtitles} if dataset.frames else {}
+    md5 = compute_md5(dataset, data)
+    return {"md5": md5, "size": size, "rules": config.rules, "limit": config.limit, **shown}
+
+
+def _write_image_items(file: ItemFile, data: str, root: str, size: Size) -> ItemFile:
+    write_items(file.dataset, file.items, data, root, size, file.uri)
+    return file
+
+
+def _write_video_items(config: EvaluateConfig, file: ItemFile, root: str) -> ItemFile:
+    """Extract frames and write the items whose videos are readable. Raise ValueError if none is."""
+    clips = {get_index(item): find_clip(item) for item in file.items}
+    target = store.join(file.folder, f"{file.dataset.name} frames")
+    frames = extract_frames(
+        file.dataset, list(clips.values()), root, config.frame_rule, target, reuse=not config.overwrite
+    )
+    found = {index: frames[clip] for index, clip in clips.items()}
+    unreadable = {index: str(error) for index, error in found.items() if isinstance(error, UnreadableVideo)}
+    readable = [item for item in file.items if get_index(item) not in unreadable]
+    if not readable:
+        raise ValueError(f"no video can be read: {next(iter(unreadable.values()))}; --image-root names their directory")
+    if unreadable:
+        logger.warning("%d items count as wrong: their videos cannot be read", len(unreadable))
+    shown = {index: value for index, value in found.items() if isinstance(value, Frames)}
+    write_video_items(file.dataset, readable, shown, root if config.subtitles else None, file.uri)
+    return replace(file, unreadable=unreadable)
 
 
 def _make_run_config(config: EvaluateConfig, file: ItemFile) -> EvaluateConfig:
@@ -124,10 +184,11 @@ def _make_run_config(config: EvaluateConfig, file: ItemFile) -> EvaluateConfig:
 
 
 def _score(config: EvaluateConfig, file: ItemFile, output: str, size: Size) -> Result:
-    predictions = _read_predictions(output)
+    unreadable = {index: Prediction(EMPTY, reason) for index, reason in file.unreadable.items()}
+    predictions = {**_read_predictions(output), **unreadable}
     answered = [item for item in file.items if get_index(item) in predictions]
     write_predictions(config.output, file.dataset, answered, predictions)
-    return summarize_result(file.dataset, answered, predictions, config.scoring, size)
+    return summarize_result(file.dataset, answered, predictions, config.scoring, size, subtitles=config.subtitles)
 
 
 def _read_predictions(output: str) -> Mapping[str, Prediction]:

@@ -30,6 +30,7 @@ class Result:
     errors: Mapping[str, str]
     content: dict[str, Any] | None
     note: str = ""
+    subtitles: bool = False
 
     @property
     def num_errors(self) -> int:
@@ -48,8 +49,9 @@ class Result:
 
     @property
     def difference(self) -> float | None:
-        """The score minus the published value."""
-        return None if self.score is None else self.score - float(self.published.partition(" ")[0])
+        """The score minus the published value; where two are published, the second is the one with subtitles."""
+        values = self.published.split(" | ")
+        return None if self.score is None else self.score - float(values[-1 if self.subtitles else 0])
 
     @property
     def standard_error(self) -> float | None:
@@ -77,7 +79,13 @@ class Result:
 
 
 def summarize_result(
-    dataset: Dataset, items: Sequence[Item], predictions: Mapping[str, Prediction], rules: ScoringRules, size: Size
+    dataset: Dataset,
+    items: Sequence[Item],
+    predictions: Mapping[str, Prediction],
+    rules: ScoringRules,
+    size: Size,
+    *,
+    subtitles: bool = False,
 ) -> Result:
     """Score the answers of a benchmark, if rules can."""
     errors = {index: prediction.error for index, prediction in predictions.items() if prediction.error}
@@ -87,7 +95,7 @@ def summarize_result(
         note = "artefacts counted" if rules.kit_artefacts else ""
     except ValueError as error:
         content, note = None, f"exported, not scored: {error}"
-    return Result(dataset, size, rules, len(items), errors, content, note)
+    return Result(dataset, size, rules, len(items), errors, content, note, subtitles)
 
 
 def bootstrap_error(scores: Any) -> float:

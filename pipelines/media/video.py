@@ -61,6 +61,13 @@ class Frame(NamedTuple):
     timestamp_s: float
 
 
+class FrameTimes(NamedTuple):
+    """The time of each frame in seconds, ascending, and the average number of frames per second."""
+
+    times_s: list[float]
+    fps: float
+
+
 def sample_frames(
     file: BinaryIO, sampling: Sampling, window: Window | None = None, size: tuple[int, int] | None = None
 ) -> list[Frame]:
@@ -92,6 +99,12 @@ def read_duration_s(file: BinaryIO) -> float:
     """Return the duration stated in the header, or measured from the packets. Raise MediaError if it is not a video."""
     with _Video(file) as video:
         return video.duration_s
+
+
+def read_frame_times(file: BinaryIO) -> FrameTimes:
+    """Return the time at which each frame is shown, in order, without decoding. Raise MediaError if it is no video."""
+    with _Video(file) as video:
+        return video.read_frame_times()
 
 
 def _choose_times(video: _Video, sampling: Sampling, window: Window) -> list[float]:
@@ -134,6 +147,11 @@ class _Video:
                 self._start_over()
                 shown = self._decode_at(time_s)
             yield Frame(_to_pixels(shown, size), max(0.0, self._get_time_s(shown)))
+
+    def read_frame_times(self) -> FrameTimes:
+        """Return the time of each frame; see the function of this name."""
+        times_s = [self._get_time_s(packet) for packet in _read_packets(self._container, self._stream) if packet.size]
+        return FrameTimes(sorted(times_s), float(self._stream.average_rate or self.fps))
 
     def _start_over(self) -> None:
         """Open the file again, as some formats cannot seek to their start."""

@@ -24,7 +24,7 @@ from ovis_model.child_process import ChildProcess, end_with_parent
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media import video
 from pipelines.media.reference import VideoLocation, Window
-from pipelines.media.video import Frame, Pixels, Sampling
+from pipelines.media.video import Frame, FrameTimes, Pixels, Sampling
 from pipelines.storage import store
 
 TIMEOUT_S = 600.0
@@ -65,6 +65,11 @@ class VideoDecoder:
         """Return the duration in seconds; see `video.read_duration_s`."""
         reply, _ = self._ask("duration", location)
         return float(reply["duration_s"])
+
+    def read_frame_times(self, location: VideoLocation) -> FrameTimes:
+        """Return the time of each frame; see `video.read_frame_times`."""
+        reply, _ = self._ask("times", location)
+        return FrameTimes(reply["times_s"], reply["fps"])
 
     def close(self) -> None:
         """Stop the process; a later call starts a new one."""
@@ -206,6 +211,8 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
 def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Frame]]:
     if action == "duration":
         return {"duration_s": video.read_duration_s(file), "shapes": []}, []
+    if action == "times":
+        return {**video.read_frame_times(file)._asdict(), "shapes": []}, []
     frames = _sample(file, **arguments) if action == "sample" else video.decode_frames_at(file, **arguments)
     shapes = [frame.pixels.shape for frame in frames]
     return {"shapes": shapes, "timestamps_s": [frame.timestamp_s for frame in frames]}, frames
