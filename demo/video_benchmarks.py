@@ -38,7 +38,7 @@ def write_subtitles(path: Path, text: str) -> None:
     path.write_text(f"1\n00:00:00,000 --> 00:01:00,000\n{text}\n", "utf-8")
 
 
-def ask_video_mme(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
+def make_video_mme_rows(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
     """Yield a question with lettered options, and subtitles beside the video."""
     lettered = _assign_letters(options, "{}. {}.")
     about = {"duration": "short", "domain": "Drawing", "sub_category": "Shapes", "task_type": "Counting"}
@@ -47,7 +47,7 @@ def ask_video_mme(video: str, question: SceneQuestion, options: tuple[str, ...])
     yield {**about, **files, "question": question.text, "candidates": repr(lettered), "answer": answer}
 
 
-def ask_mvbench(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
+def make_mvbench_rows(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
     """Yield a question about the whole video, and the same about its second second."""
     about = {"task_type": "Moving Count", "prefix": _PREFIX, "data_type": "video", "video": f"{video}.mp4"}
     row = {**about, "question": question.text, "answer": question.answer, "candidates": repr(list(options))}
@@ -55,13 +55,13 @@ def ask_mvbench(video: str, question: SceneQuestion, options: tuple[str, ...]) -
     yield {**row, "bound": True, "start": 1.0, "end": 2.0}
 
 
-def ask_mlvu(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
+def make_mlvu_rows(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
     """Yield a question of the half with options."""
     about = {"task_type": "count", "prefix": _PREFIX, "video": f"{video}.mp4", "duration": 2.0}
     yield {**about, "question": question.text, "answer": question.answer, "candidates": repr(list(options))}
 
 
-def ask_temp_compass(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
+def make_temp_compass_rows(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
     """Yield a question with lettered options."""
     lettered = _assign_letters(options, "{}. {}")
     about = {"task_type": "multi-choice", "dim": "order", "prefix": _PREFIX, "suffix": ".mp4", "video": video}
@@ -74,8 +74,8 @@ def _assign_letters(options: tuple[str, ...], form: str) -> list[str]:
 
 
 MAKE_VIDEO_ROWS: dict[str, MakeVideoRows] = {
-    "Video-MME": ask_video_mme,
-    "MVBench": ask_mvbench,
-    "MLVU_MCQ": ask_mlvu,
-    "TempCompass_MCQ": ask_temp_compass,
+    "Video-MME": make_video_mme_rows,
+    "MVBench": make_mvbench_rows,
+    "MLVU_MCQ": make_mlvu_rows,
+    "TempCompass_MCQ": make_temp_compass_rows,
 }
