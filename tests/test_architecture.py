@@ -127,7 +127,7 @@ def test_every_dependency_is_pinned() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     wanted = [
         *PYPROJECT["project"]["dependencies"],
-        *(name for key in ("dev", "eval", "s3", "video") for name in extras[key]),
+        *(name for key in ("dev", "eval", "heif", "jxl", "s3", "video") for name in extras[key]),
     ]
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     names = [re.split(r"[\[<>=~!; ]", requirement)[0] for requirement in wanted]

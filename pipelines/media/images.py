@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 from pipelines.errors import MediaError
 from pipelines.media.image_formats.avif import merge_property_boxes
 from pipelines.media.image_formats.bitmaps import decode_bitfields, read_bitfields_size
+from pipelines.media.image_formats.extras import decode_jpegxl, open_heic, read_jpegxl_size
 from pipelines.media.image_formats.faults import explain_fault
 from pipelines.media.image_formats.fresh_memory import fill_new_memory
 from pipelines.media.image_formats.names import name_format
@@ -74,9 +75,15 @@ def _decode_upright(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header. Raise any exception if that fails."""
-    if name_format(data) == "AVIF":
-        data = merge_property_boxes(data)
+    """Read the header, and also the pixels where only a whole image can be decoded. Raise any exception."""
+    match name_format(data):
+        case "JPEG XL":
+            check_num_pixels(*read_jpegxl_size(data), max_pixels)
+            return decode_jpegxl(data)
+        case "HEIC":
+            return open_heic(data)
+        case "AVIF":
+            data = merge_property_boxes(data)
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except OSError:

@@ -13,7 +13,7 @@ _MIN_CHARACTERS = 40  # the smallest GIF has 48 in base64
 _START = re.compile(r"\s{0,64}([A-Za-z0-9+/_-]{16})")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
 _SIGNATURE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8[79]a|RIFF....(WEBP|AVI )|II[*+]\0|MM\0[*+]|BM....\0{4}|....ftyp|\0\0\0\x0cjP  |"
+    rb"\xff\xd8\xff|\x89PNG|GIF8[79]a|RIFF....(WEBP|AVI )|II[*+]\0|MM\0[*+]|BM....\0{4}|....ftyp|\0\0\0\x0c(jP  |JXL )|"
     rb"\xff\x4f\xff\x51|\x1a\x45\xdf\xa3",
     re.DOTALL,
 )

@@ -18,7 +18,9 @@ KINDS = {
     ".json": "json",
     ".json.gz": "json",
 }
-_IMAGE_FORMATS = "avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+_IMAGE_FORMATS = (
+    "avif bmp dib gif heic heif hif ico j2k jfif jp2 jpe jpeg jpg jxl pbm pgm png pnm ppm tga tif tiff webp"
+)
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGE_FORMATS.split()) | VIDEO_SUFFIXES
 """Suffixes of images, and of videos, whose frames become images."""
 

@@ -8,9 +8,15 @@ import struct
 
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.media.image_formats.names import is_image, is_supported, name_format
+from pipelines.media.image_formats.names import is_image, name_format
 
-_PLUGINS = {"WebP": "WEBP", "JPEG 2000": "JPEG2000", "netpbm": "PPM"}  # Pillow's names where they differ
+_PLUGINS = {  # our name of a format that Pillow decodes -> Pillow's
+    **{name: name for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "AVIF", "ICO")},
+    "WebP": "WEBP",
+    "JPEG 2000": "JPEG2000",
+    "netpbm": "PPM",
+    "HEIC": "HEIF",
+}
 _UNSUPPORTED = re.compile(
     r"unsupported|not supported|cannot handle|not installed|unknown (pixel mode|data organization|compression)|"
     r"unable to determine J2K image mode|unrecogni[sz]ed image mode",
@@ -30,7 +36,7 @@ def explain_fault(error: Exception, data: bytes) -> str:
     if isinstance(error, MemoryError):
         return f"too large: {name or 'the image'} of {len(data):,} bytes does not fit into memory"
     if isinstance(error, UnidentifiedImageError):
-        if name is None or not is_supported(name):
+        if name not in _PLUGINS:
             return _explain_unknown(name, data)
         error = _find_cause(name, error, data)
     detail = _describe(error, name, data)
@@ -49,7 +55,7 @@ def _explain_unknown(name: str | None, data: bytes) -> str:
 
 def _find_cause(name: str, error: Exception, data: bytes) -> Exception:
     """Return what the format's own plugin raises; `Image.open` only says that no plugin knows the file."""
-    factory, _ = Image.OPEN[_PLUGINS.get(name, name)]
+    factory, _ = Image.OPEN[_PLUGINS[name]]
     try:
         factory(io.BytesIO(data), "")
     except Exception as cause:  # as in `Image.open`, almost any type

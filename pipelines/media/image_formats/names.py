@@ -79,11 +79,6 @@ def name_format(data: bytes) -> str | None:
     return next((name for name, pattern in _PATTERNS.items() if pattern.match(start)), None)
 
 
-def is_supported(name: str) -> bool:
-    """Return whether Pillow alone decodes a format, by its name here."""
-    return name in _SUPPORTED
-
-
 def is_image(name: str) -> bool:
     """Return whether a format, by its name here, is one of images or documents that can be drawn."""
     return name not in _OTHER_FILES
