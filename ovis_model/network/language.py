@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
 from ovis_model.network.attention import AttentionContext
-from ovis_model.network.layers import RMSNorm, apply_gate, apply_rms_norm, choose_pass_dtype, lay_out, project
+from ovis_model.network.kernels import Rotary
+from ovis_model.network.layers import KernelModule, RMSNorm, choose_pass_dtype, lay_out, project
 from ovis_model.network.tensor_parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
 
@@ -68,10 +69,10 @@ class Qwen2Model(nn.Module):
         if hidden.dtype != self.norm.weight.dtype:
             context = _Narrowed(context, self.norm.weight.dtype)
         rotary = compute_rotary(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        tokens = hidden.flatten(0, 1)
+        tokens, update = hidden.flatten(0, 1), None
         for layer in self.layers:
-            tokens = layer(tokens, rotary, context)
-        out: Tensor = self.norm(tokens)
+            tokens, update = layer(tokens, update, rotary, context)
+        out: Tensor = self.norm.add(update, tokens)[1]
         return out.view(hidden.shape)
 
 
@@ -86,13 +87,10 @@ class _Narrowed:
         return attended.to(query.dtype)
 
 
-Rotary = tuple[Tensor, Tensor]
-
-
 def compute_rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
     """Compute the cosines and sines [B, T, 1, head_dim] of RoPE (arXiv:2104.09864), with angles in float32.
 
-    The first half of the sines is negated, as `rotate` needs it.
+    The first half of the sines is negated, as `LayerKernels.rotate` needs it.
     """
     angles = position_ids[:, :, None, None].float() * _compute_frequencies(head_dim, theta, position_ids.device)
     cos, sin = angles.cos(), angles.sin()
@@ -103,12 +101,6 @@ def compute_rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: tor
 def _compute_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     return (1.0 / theta**exponents).to(device)
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Apply RoPE to [B, T, heads, head_dim]; a pair has one channel in each half of a head."""
-    cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class LayerWeights(NamedTuple):
@@ -123,7 +115,7 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(KernelModule):
     """Grouped-query attention and a gated MLP.
 
     The layer is one function over plain tensors, because calls of modules and access to their attributes took a third
@@ -147,25 +139,31 @@ class DecoderLayer(nn.Module):
         self.mlp.gate_up.fuse()
         self._weights = self._gather_weights()
 
-    def forward(self, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        """Run the layer on all tokens of a batch: [B * T, hidden_size] -> [B * T, hidden_size]."""
-        weights = self._weights or self._gather_weights()
-        tokens = self._attend(weights, tokens, rotary, context).add_(tokens)
-        return self._apply_mlp(weights, tokens).add_(tokens)
+    def forward(
+        self, tokens: Tensor, update: Tensor | None, rotary: Rotary, context: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
+        """Add the update of the layer before, and return the sum with the update of the MLP, which is not yet added.
+
+        All are [B * T, hidden_size], for all tokens. So each addition is one operation with the norm after it.
+        """
+        w, kernels = self._weights or self._gather_weights(), self.kernels
+        if update is None:
+            normalized = kernels.apply_rms_norm(tokens, w.input_norm, self.eps)
+        else:
+            tokens, normalized = kernels.add_rms_norm(update, tokens, w.input_norm, self.eps)
+        update = self._attend(w, normalized, rotary, context)
+        tokens, normalized = kernels.add_rms_norm(update, tokens, w.post_norm, self.eps)
+        gate, up = project(normalized, w.gate_up).chunk(2, -1)
+        return tokens, self.shard.sum(project(kernels.apply_gate(gate, up), w.down))
 
     def _attend(self, w: LayerWeights, tokens: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
         batch, length, _, _ = rotary[0].shape
         num_heads, num_kv_heads = self.heads
-        heads = project(apply_rms_norm(tokens, w.input_norm, self.eps), w.qkv, w.qkv_bias)
-        heads = heads.view(batch, length, -1, self.head_dim)
+        heads = project(tokens, w.qkv, w.qkv_bias).view(batch, length, -1, self.head_dim)
         query_key, value = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 2)
-        query, key = rotate(query_key, rotary).split_with_sizes((num_heads, num_kv_heads), 2)
+        query, key = self.kernels.rotate(query_key, rotary).split_with_sizes((num_heads, num_kv_heads), 2)
         attended = context.attend(self.index, query, key, value)
         return self.shard.sum(project(attended.reshape(len(tokens), -1), w.o))
-
-    def _apply_mlp(self, w: LayerWeights, tokens: Tensor) -> Tensor:
-        gate, up = project(apply_rms_norm(tokens, w.post_norm, self.eps), w.gate_up).chunk(2, -1)
-        return self.shard.sum(project(apply_gate(gate, up), w.down))
 
     def _gather_weights(self) -> LayerWeights:
         qkv, qkv_bias = self.self_attn.qkv.stack()

@@ -1,4 +1,4 @@
-"""Layers that both the vision tower and the decoder use: norms, linear layers, gating."""
+"""Layers that both the vision tower and the decoder use: norms and linear layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from ovis_model.network.kernels import TORCH, LayerKernels
+
 WIDENED_VALUES = 1 << 22
 """Values of a matrix that a product casts to float32 at once: 16 MB, a buffer that malloc keeps for reuse."""
 
 
-class RMSNorm(nn.Module):
+class KernelModule(nn.Module):
+    """A module that computes with `kernels`, which `use_kernels` replaces."""
+
+    kernels: LayerKernels = TORCH
+
+
+def use_kernels(model: nn.Module, kernels: LayerKernels) -> None:
+    """Let all modules of `model` compute with `kernels`."""
+    for module in model.modules():
+        if isinstance(module, KernelModule):
+            module.kernels = kernels
+
+
+class RMSNorm(KernelModule):
     """Root-mean-square norm (arXiv:1910.07467): statistics in float32, cast back before the weight multiplies."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -21,10 +36,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension: [..., size] -> the same shape."""
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        """Normalize the last dimension: contiguous [..., size] -> the same shape."""
+        return self.kernels.apply_rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + residual, which may overwrite `x`, and its norm; without `x`, the residual and its norm."""
+        if x is None:
+            return residual, self(residual)
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class PatchNorm(RMSNorm):
@@ -41,13 +60,12 @@ class PatchNorm(RMSNorm):
         squares = x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2).copy_(x).square_()
         return self.weight * (x * torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps))
 
-
-def apply_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalize a contiguous `x` bitwise as `RMSNorm` does, in one kernel or two."""
-    if x.dtype == weight.dtype == torch.float32:
-        return torch.rms_norm(x, weight.shape, weight, eps)
-    # The weight multiplies afterwards, because torch would apply it before casting back.
-    return weight * torch.rms_norm(x, weight.shape, None, eps)
+    def add(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum and its norm, as `RMSNorm.add` does."""
+        if x is None or x.dtype != torch.float32:
+            return super().add(x, residual)
+        total = x.add_(residual)
+        return total, self(total)
 
 
 def lay_out(weight: Tensor) -> Tensor:
@@ -89,21 +107,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., in] -> [..., out] in the dtype of `x`."""
         return apply_linear(x, self.weight, self.bias)
-
-
-class LayerNorm(nn.LayerNorm):
-    """A layer norm for inputs in any dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension: [..., size] -> [..., size] in the dtype of `x`."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-def apply_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """Return SiLU(gate) * up, for SwiGLU (arXiv:2002.05202). Without gradients the result overwrites `gate`."""
-    if torch.is_grad_enabled():
-        return F.silu(gate) * up
-    return F.silu(gate, inplace=True).mul_(up)
 
 
 def choose_pass_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

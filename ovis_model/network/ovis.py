@@ -7,10 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ovis_model.config import NUM_INDICATORS, OvisConfig
+from ovis_model.config import OvisConfig
 from ovis_model.network.attention import NoContext
+from ovis_model.network.kernels import LayerKernels
 from ovis_model.network.language import Qwen2ForCausalLM
-from ovis_model.network.layers import apply_linear, choose_pass_dtype
+from ovis_model.network.layers import apply_linear, choose_pass_dtype, use_kernels
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.vision import HEAD_CHUNK_TOKENS, VisualTokenizer
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
@@ -32,6 +33,13 @@ class Ovis(nn.Module):
         self.visual_tokenizer = VisualTokenizer(config.vision, post_trunk_norm=post_trunk_norm)
         self.vte = nn.Embedding(config.vision.vocab_size, config.language.hidden_size)
         self.llm = Qwen2ForCausalLM(config.language, shard)
+
+    def prepare(self, kernels: LayerKernels) -> None:
+        """Compute with `kernels`, and lay out the weights for inference in their present device and dtype."""
+        use_kernels(self, kernels)
+        if kernels.pads_columns:
+            self.visual_tokenizer.pad_head()
+        self.llm.fuse()
 
     @property
     def device(self) -> torch.device:
@@ -71,11 +79,12 @@ class Ovis(nn.Module):
         return self.shard.distribute(pixels, self._encode_tiles)
 
     def _encode_tiles(self, pixels: Tensor) -> Tensor:
-        features, table = self.visual_tokenizer.compute_features(pixels), self.vte.weight[:-NUM_INDICATORS]
+        features, table = self.visual_tokenizer.compute_features(pixels), self.vte.weight
         chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
         probabilities = map(self.visual_tokenizer.compute_probabilities, chunks)
-        embeds = torch.cat([apply_linear(chunk, table.t()).to(table.dtype) for chunk in probabilities])
-        return embeds.view(*features.shape[:2], table.shape[1])
+        # The words come first in the table; without padding of the head, only they have a probability.
+        embeds = [apply_linear(chunk, table[: chunk.shape[1]].t()).to(table.dtype) for chunk in probabilities]
+        return torch.cat(embeds).view(*features.shape[:2], table.shape[1])
 
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
         """Embed ids with placeholders: int64[T], visual embeddings [n, hidden_size] -> [T, hidden_size].

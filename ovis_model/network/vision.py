@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ovis_model.config import VisionConfig
 from ovis_model.network.attention import choose_kernels
-from ovis_model.network.layers import LayerNorm, Linear, PatchNorm, apply_gate
+from ovis_model.network.layers import KernelModule, Linear, PatchNorm, apply_linear
 
 HEAD_CHUNK_TOKENS = 1024
 """Visual tokens that the head processes at once. Their probabilities of 65,536 words are 0.13 GB in bfloat16, and two
 or three such tensors are alive; for the tiles of a whole pass each would be 0.5 GB."""
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(KernelModule):
     """Vision tower and head, which turn a tile into `tokens_per_tile` visual tokens (Ovis, arXiv:2405.20797).
 
     A visual token is a probability vector over the visual words.
@@ -28,10 +28,20 @@ class VisualTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config, post_trunk_norm=post_trunk_norm)
-        self.head = nn.Sequential(
-            Linear(config.hidden_size * config.hidden_stride**2, config.num_visual_words, bias=False),
-            LayerNorm(config.num_visual_words, eps=1e-5),
-        )
+        linear = Linear(config.hidden_size * config.hidden_stride**2, config.num_visual_words, bias=False)
+        norm = nn.LayerNorm(config.num_visual_words, eps=1e-5)
+        self.head = nn.Sequential(linear, norm)
+        self._head_parts = linear, norm
+        self._padded_head: Tensor | None = None
+
+    def pad_head(self) -> None:
+        """Store the head's matrix with zero rows up to `vocab_size`; its parameter keeps its shape.
+
+        A row of words and of probabilities then is a multiple of 16 bytes, so its products use aligned kernels.
+        """
+        linear, _ = self._head_parts
+        self._padded_head = F.pad(linear.weight.data, (0, 0, 0, self.config.vocab_size - linear.out_features))
+        linear.weight.data = self._padded_head[: linear.out_features]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute visual tokens: normalized [N, 3, S, S] -> [N, tokens_per_tile, num_visual_words]."""
@@ -42,12 +52,13 @@ class VisualTokenizer(nn.Module):
         return merge_patches(self.backbone(pixels), self.config.hidden_stride)
 
     def compute_probabilities(self, features: Tensor) -> Tensor:
-        """Apply the head: [..., hidden_stride^2 * hidden_size] -> [..., num_visual_words].
+        """Apply the head: [..., hidden_stride^2 * hidden_size] -> [..., num_visual_words or, if padded, vocab_size].
 
-        The softmax is computed in the dtype of `features`.
+        The softmax is computed in the dtype of `features`. Padding has the probability 0.
         """
-        words: Tensor = self.head(features)
-        return words.softmax(-1)
+        linear, norm = self._head_parts
+        weight = linear.weight if self._padded_head is None else self._padded_head
+        return self.kernels.compute_word_probabilities(apply_linear(features, weight), norm)
 
 
 def merge_patches(features: Tensor, stride: int) -> Tensor:
@@ -120,9 +131,12 @@ class Trunk(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Run the blocks: [N, num_patches, hidden_size] -> the same shape."""
+        update: Tensor | None = None
         for block in self.blocks:
-            hidden = block(hidden)
-        return self.post_trunk_norm(hidden) if self.applies_post_trunk_norm else hidden
+            hidden, update = block(hidden, update)
+        if self.applies_post_trunk_norm:
+            return self.post_trunk_norm.add(update, hidden)[1]
+        return hidden if update is None else update.add_(hidden)
 
 
 class Block(nn.Module):
@@ -135,11 +149,14 @@ class Block(nn.Module):
         self.norm_2 = PatchNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Run the block: [N, num_patches, hidden_size] -> the same shape."""
-        hidden = self.attn(self.norm_1(hidden)).add_(hidden)
-        out: Tensor = self.mlp(self.norm_2(hidden)).add_(hidden)
-        return out
+    def forward(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add the update of the block before, and return the sum with the update of the MLP, which is not yet added.
+
+        All are [N, num_patches, hidden_size]. So each addition is one operation with the norm after it.
+        """
+        hidden, normalized = self.norm_1.add(update, hidden)
+        hidden, normalized = self.norm_2.add(self.attn(normalized), hidden)
+        return hidden, self.mlp(normalized)
 
 
 class Attention(nn.Module):
@@ -159,7 +176,7 @@ class Attention(nn.Module):
         return out
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(KernelModule):
     """The gated MLP of a block (arXiv:2002.05202)."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -170,5 +187,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the MLP: [N, num_patches, hidden_size] -> the same shape."""
-        out: Tensor = self.fc2(apply_gate(self.fc1(hidden), self.fc3(hidden)))
+        out: Tensor = self.fc2(self.kernels.apply_gate(self.fc1(hidden), self.fc3(hidden)))
         return out

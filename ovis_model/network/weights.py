@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ovis_model.checkpoint import CheckpointError, read_weight_index
 from ovis_model.config import Layout, OvisConfig
+from ovis_model.network.kernels import choose_layer_kernels
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, WHOLE, Part, Shard, ShardedEmbedding, ShardedLinear
 
@@ -46,7 +47,7 @@ def allocate_model(
     with torch.device("meta"):
         model = Ovis(config, post_trunk_norm=post_trunk_norm, shard=shard).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    model.llm.fuse()
+    model.prepare(choose_layer_kernels(dtype, device))
     return model
 
 
