@@ -21,7 +21,7 @@ class KernelModule(nn.Module):
 
 
 def use_kernels(model: nn.Module, kernels: LayerKernels) -> None:
-    """Let all modules of `model` compute with `kernels`."""
+    """Set the kernels of all modules of `model`."""
     for module in model.modules():
         if isinstance(module, KernelModule):
             module.kernels = kernels
