@@ -18,9 +18,10 @@ from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frame_selection import Encoder, FrameSelector
+from pipelines.media.frames import TiledFrame
 from pipelines.media.images import decode_image
 from pipelines.media.reference import ImageRef, can_read_image, is_seekable_video, locate, locate_video
-from pipelines.media.video import Frame, has_video_signature
+from pipelines.media.video import has_video_signature
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import read_rows, sample_images
 from pipelines.rows import Batch, ManifestRow, PreparedRow
@@ -51,7 +52,7 @@ class Preprocess:
         self._output, self._attempts = output, attempts
         self._requests = RequestBuilder(Processor.from_pretrained(model, revision), images, questionnaire)
         self._fetcher = Fetcher()
-        self._frames = FrameSelector(images, encoder)
+        self._frames = FrameSelector(images, encoder, tile_size=self._requests.tile_size)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Yield the columns of the prepared rows of each range, in batches of one row or at most BATCH_BYTES.
@@ -114,7 +115,7 @@ class Preprocess:
     def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> PreparedRow:
         with _convert_errors("decode", MediaError), _convert_errors("read", OSError):
             video, window = locate_video(row.images, encoded)
-            frames = self._frames.select(video, window, self._requests.join_prompts(row.prompt))
+            frames = self._frames.select(video, window, self._requests.join_prompts(row.prompt)).frames
         with _convert_errors("tile", ValueError):
             self._requests.check_num_images(len(frames))
             return _make_row(row, self._requests.build_video_requests(row.prompt, frames), len(frames), frames)
@@ -139,6 +140,7 @@ class RequestBuilder:
     def __init__(self, processor: Processor, images: ImageOptions, questionnaire: Questionnaire) -> None:
         self._processor, self._images, self._questionnaire = processor, images, questionnaire
         self._max_length = processor.config.max_length
+        self.tile_size = processor.config.vision.image_size
         self._tokens_per_tile = processor.config.vision.tokens_per_tile
         # An image has at least one tile. One image is always tried: its error message gives the excess tokens.
         self.max_images = max(1, self._max_length // self._tokens_per_tile)
@@ -149,25 +151,31 @@ class RequestBuilder:
 
     def build_image_requests(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Request]:
         """Return the requests of a row with these images, possibly none. Raise ValueError if one is too long."""
-        prompts = self._questionnaire.split_prompts(prompt)
-        questions = [_remove_stray_marks(text, num_images=len(pictures)) for text in prompts]
-        return self._build(questions, pictures, self._images.max_tiles_per_image(len(pictures)))
+        texts = self._questionnaire.split_prompts(prompt)
+        questions = [_remove_stray_marks(text, num_images=len(pictures)) for text in texts]
+        max_tiles = self._images.max_tiles_per_image(len(pictures))
+        # Before tiling: a row that is far too long would also need far too much memory.
+        prompts = self._encode_prompts(questions, [picture.size for picture in pictures], max_tiles)
+        return self._processor.build_requests(prompts, pictures, max_tiles)
 
-    def build_video_requests(self, prompt: str, frames: Sequence[Frame]) -> list[Request]:
+    def build_video_requests(self, prompt: str, frames: Sequence[TiledFrame]) -> list[Request]:
         """Return the requests of a row with the frames of a video. Raise ValueError if one is too long."""
         questions = [_build_video_prompt(text, len(frames)) for text in self._questionnaire.split_prompts(prompt)]
-        pictures = [Image.fromarray(frame.pixels) for frame in frames]
-        return self._build(questions, pictures, self._images.max_tiles_per_frame)
+        sizes = [(frame.width, frame.height) for frame in frames]
+        prompts = self._encode_prompts(questions, sizes, self._images.max_tiles_per_frame)
+        tiles = np.concatenate([frame.tiles for frame in frames])
+        return self._processor.join_tiles(prompts, tiles, np.concatenate([frame.sizes for frame in frames]))
 
-    def _build(self, questions: Sequence[str], pictures: Sequence[Image.Image], max_tiles: int) -> list[Request]:
-        sizes = [picture.size for picture in pictures]
+    def _encode_prompts(
+        self, questions: Sequence[str], sizes: Sequence[tuple[int, int]], max_tiles: int
+    ) -> list[list[int]]:
+        """Encode the questions about images of (width_px, height_px). Raise ValueError if one is too long."""
         prompts = []
         for task, question in zip(self._questionnaire.tasks, questions, strict=True):
             ids = self._processor.encode_prompt(question, sizes, max_tiles, task.system)
-            # Check before tiling: a row that is far too long would also need far too much memory.
             self._check_length(task, len(ids) + ids.count(IMAGE_ATOM_ID) * (self._tokens_per_tile - 1))
             prompts.append(ids)
-        return self._processor.build_requests(prompts, pictures, max_tiles)
+        return prompts
 
     def check_num_images(self, num_images: int) -> None:
         """Raise ValueError if the images alone exceed the model's limit."""
@@ -216,7 +224,7 @@ def _build_video_prompt(prompt: str, num_frames: int) -> str:
 
 
 def _make_row(
-    row: ManifestRow, requests: Sequence[Request], num_images: int, frames: Sequence[Frame] = ()
+    row: ManifestRow, requests: Sequence[Request], num_images: int, frames: Sequence[TiledFrame] = ()
 ) -> PreparedRow:
     timestamps_s = np.array([frame.timestamp_s for frame in frames], np.float32)
     return PreparedRow(row.row, row.id, row.uri, row.prompt, tuple(requests), num_images, timestamps_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import time
 import warnings
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import MediaError
+from pipelines.media.frames import Frame
 from pipelines.media.reference import Window
-from pipelines.media.video import Frame, Sampling, decode_frames_at, read_duration_s, sample_frames
+from pipelines.media.video import Sampling, decode_frames_at, read_duration_s, sample_frames
 from tests.support.photographs import find_photographs
 from tests.support.videos import (
     CLIPS,
@@ -24,6 +26,7 @@ from tests.support.videos import (
     find_clip,
     join,
     read_number,
+    set_display_matrix,
     write_repeated,
     write_sound,
     write_video,
@@ -89,6 +92,37 @@ def test_frames_are_upright(tmp_path: Path, rotation: int) -> None:
     frames = sample(path, 20)
     assert np.array_equal(np.stack([frame.pixels for frame in frames]), decode_by_ffmpeg(path, frames[0].pixels.shape))
     assert sample(path, 3, size=(64, 32))[0].pixels.shape == (32, 64, 3)
+
+
+ORIENTATIONS = {
+    "as stored": (1, 0, 0, 1),
+    "mirrored": (-1, 0, 0, 1),
+    "upside down and mirrored": (1, 0, 0, -1),
+    "half turn": (-1, 0, 0, -1),
+    "quarter turn": (0, 1, -1, 0),
+    "three quarters": (0, -1, 1, 0),
+    "transposed": (0, 1, 1, 0),
+    "transposed and half turn": (0, -1, -1, 0),
+    "nothing is shown": (0, 0, 0, 0),
+    "twice as large": (2, 0, 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_all_orientations_are_shown_as_ffmpeg_shows_them(tmp_path: Path, name: str) -> None:
+    a, b, c, d = ORIENTATIONS[name]
+    path = set_display_matrix(write_video(tmp_path / "a.mp4", 5), (a, b, 0, c, d, 0, 0, 0, 1))
+    frames = sample(path, 5)
+    assert np.array_equal(np.stack([frame.pixels for frame in frames]), decode_by_ffmpeg(path, frames[0].pixels.shape))
+
+
+def test_a_display_matrix_of_another_angle_is_not_applied(tmp_path: Path) -> None:
+    """Phones write such angles by mistake; ffmpeg would turn the frames and leave black corners."""
+    path = write_video(tmp_path / "a.mp4", 5)
+    stored = sample(path, 1)[0].pixels
+    cosine, sine = math.cos(math.radians(5)), math.sin(math.radians(5))
+    set_display_matrix(path, (cosine, sine, 0, -sine, cosine, 0, 0, 0, 1))
+    assert np.array_equal(sample(path, 1)[0].pixels, stored)
 
 
 def decode_by_ffmpeg(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from ovis_model.inputs.tiling import tile_image
 from pipelines.errors import MediaError
+from pipelines.media.frames import Tiling
 from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.video import Sampling, sample_frames
 from pipelines.media.video_process import VideoDecoder
@@ -97,6 +102,63 @@ def test_memory_is_limited(tmp_path: Path) -> None:
         decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4"))), Sampling(200), size=(2000, 2000))
     assert len(decoder.sample_frames(VideoLocation(str(find_clip("bikes.mp4"))), Sampling(12))) == 12
     decoder.close()
+
+
+def read_resident_bytes(decoder: VideoDecoder) -> int:
+    pages = int(Path(f"/proc/{get_pid(decoder)}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_memory_does_not_depend_on_earlier_videos(decoder: VideoDecoder, tmp_path: Path) -> None:
+    """Each codec of 4K that outlived its video took 25 MB."""
+    place = VideoLocation(str(write_video(tmp_path / "4k.mp4", np.zeros((3, 2160, 3840, 3), np.uint8))))
+    residents = []
+    for _ in range(13):
+        decoder.tile_frames(place, Sampling(2), Tiling(1, 56))
+        residents.append(read_resident_bytes(decoder))
+    assert residents[-1] < 1.2 * residents[2]
+
+
+def test_a_process_out_of_memory_is_replaced_and_the_video_is_tried_again(decoder: VideoDecoder) -> None:
+    place = VideoLocation(str(find_clip("bikes.mp4")))
+    decoder.read_duration_s(place)
+    first = get_pid(decoder)
+    resource.prlimit(first, resource.RLIMIT_AS, (read_resident_bytes(decoder), decoder._max_memory_bytes))
+    assert len(decoder.sample_frames(place, Sampling(12))) == 12
+    assert get_pid(decoder) != first
+
+
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_tiles_equal_those_of_full_frames(decoder: VideoDecoder, tmp_path: Path, max_tiles: int) -> None:
+    path = write_video(tmp_path / "turned.mp4", find_frames("bikes.mp4", 5), rotation=90)
+    place = VideoLocation(str(path))
+    full = decoder.sample_frames(place, Sampling(5))
+    for wanted in (Sampling(5), [frame.timestamp_s for frame in full]):
+        clip = decoder.tile_frames(place, wanted, Tiling(max_tiles, 112))
+        assert [frame.timestamp_s for frame in clip.frames] == [frame.timestamp_s for frame in full]
+        for frame, whole in zip(clip.frames, full, strict=True):
+            tiles, sizes = tile_image(Image.fromarray(whole.pixels), max_tiles, 112)
+            assert (frame.height, frame.width) == whole.pixels.shape[:2]
+            assert np.array_equal(frame.tiles, tiles)
+            assert np.array_equal(frame.sizes, sizes)
+    assert (clip.info.width, clip.info.height, clip.info.codec) == (frame.width, frame.height, "h264")
+    assert clip.info.num_bytes == path.stat().st_size
+
+
+def find_frames(name: str, count: int) -> list[np.ndarray]:
+    with find_clip(name).open("rb") as file:
+        return [frame.pixels for frame in sample_frames(file, Sampling(count))]
+
+
+def test_frames_reach_this_process_as_tiles(decoder: VideoDecoder) -> None:
+    """The frames of 1280 x 720 px take 33 MB, their tiles 7 MB."""
+    place = VideoLocation(str(find_clip("bigbuckbunny.mp4")))
+    tracemalloc.start()
+    clip = decoder.tile_frames(place, Sampling(12), Tiling(1, 448))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(clip.frames) == 12
+    assert peak_bytes < 10e6
 
 
 def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -56,7 +58,12 @@ class Processor:
         `prompts` are ids from `encode_prompt` for the sizes of these images. The requests form one group, so the engine
         encodes the images once.
         """
-        tiles, sizes = tile_images(images, max_tiles, self.config.vision.image_size)
+        return self.join_tiles(prompts, *tile_images(images, max_tiles, self.config.vision.image_size))
+
+    def join_tiles(
+        self, prompts: Sequence[Sequence[int]], tiles: NDArray[np.uint8], sizes: NDArray[np.int32]
+    ) -> list[Request]:
+        """Build one request per prompt about the same tiles uint8[N, 3, S, S] of sizes int32[N, 2]."""
         group, per_tile = uuid4(), self.config.vision.tokens_per_tile
         return [Request(expand_atoms(ids, per_tile), tiles, sizes, group) for ids in prompts]
 

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovis_model.inputs.keyframes import select_frames
+from ovis_model.inputs.tiling import TILE_SIZE_PX
 from pipelines.config import ImageOptions
+from pipelines.media.frames import TiledFrame, TiledVideo, Tiling
 from pipelines.media.reference import VideoLocation, Window
-from pipelines.media.video import Frame, Sampling
+from pipelines.media.video import Sampling
 from pipelines.media.video_process import VideoDecoder
 
 _THUMBNAIL_PX, _POOL = 32, 4
@@ -58,30 +60,39 @@ class FrameSelector:
     """Chooses frames, for use by one thread; rows about the same video share its frames and vectors."""
 
     def __init__(
-        self, config: ImageOptions, encoder: Encoder | None = None, *, max_recent_bytes: int = 256 << 20
+        self,
+        config: ImageOptions,
+        encoder: Encoder | None = None,
+        *,
+        tile_size: int = TILE_SIZE_PX,
+        max_recent_bytes: int = 256 << 20,
     ) -> None:
         """Configure the choice; `encoder` is unused if frames are spread evenly, and by default compares thumbnails.
 
-        Up to `max_recent_bytes` of frames and vectors are kept for further questions about the same videos.
+        Frames become tiles of `tile_size` px. Up to `max_recent_bytes` of tiles and vectors are kept for further
+        questions about the same videos.
         """
         self._config, self._encoder = config, encoder or PixelEncoder()
         self._decoder = VideoDecoder()
+        self._tiling = Tiling(config.max_tiles_per_frame, tile_size)
         self._recent = _RecentValues(max_recent_bytes)
 
-    def select(self, video: VideoLocation, window: Window, question: str) -> list[Frame]:
-        """Return at most `num_frames` frames in the order of time.
+    def select(self, video: VideoLocation, window: Window, question: str) -> TiledVideo:
+        """Return at most `num_frames` frames in the order of time, and facts about the video.
 
         Raise MediaError if they cannot be decoded, OSError if the video cannot be read.
         """
         key = (*video[:3], hashlib.blake2b(video.data).digest() if video.data else b"", window)
         if self._config.frame_selection == "uniform":
             sampling = Sampling(self._config.num_frames, self._config.fps)
-            return self._recent.get((key, "uniform"), lambda: self._decoder.sample_frames(video, sampling, window))
+            return self._recent.get(
+                (key, "uniform"), lambda: self._decoder.tile_frames(video, sampling, self._tiling, window)
+            )
         candidate_times_s, vectors = self._recent.get(
             (key, "candidates"), lambda: self._encode_candidates(video, window)
         )
         times_s = [candidate_times_s[i] for i in self._choose(vectors, question).tolist()]
-        return self._recent.get((key, *times_s), lambda: self._decoder.decode_frames_at(video, times_s))
+        return self._recent.get((key, *times_s), lambda: self._decoder.tile_frames(video, times_s, self._tiling))
 
     def _encode_candidates(self, video: VideoLocation, window: Window) -> tuple[list[float], NDArray[np.float32]]:
         sampling = Sampling(self._config.num_candidates, self._config.fps)
@@ -117,6 +128,8 @@ class _RecentValues:
 
 
 def _count_bytes(value: Any) -> int:
+    if isinstance(value, TiledFrame):
+        return value.tiles.nbytes
     if isinstance(value, np.ndarray):
         return value.nbytes
     return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 64

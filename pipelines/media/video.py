@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 import av
-import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 
 from ovis_model.inputs.keyframes import select_uniform
 from pipelines.errors import MediaError
-from pipelines.media.images import check_num_pixels
+from pipelines.media.frames import Frame, TiledVideo, Tiling, VideoInfo, check_size, convert_to_pixels, tile_frame
 from pipelines.media.reference import Window
 
 # Demuxers that read one file. Playlists (hls, dash, concat) would open other files, by name or over the network.
@@ -43,8 +41,6 @@ _SIGNATURES = re.compile(
     re.DOTALL,
 )
 
-Pixels = NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,13 +48,6 @@ class Sampling:
 
     num_frames: int
     fps: float | None = None
-
-
-class Frame(NamedTuple):
-    """A frame: `pixels` uint8[H, W, 3], upright RGB, and `timestamp_s` from the start of the video."""
-
-    pixels: Pixels
-    timestamp_s: float
 
 
 class FrameTimes(NamedTuple):
@@ -79,6 +68,16 @@ def sample_frames(
     """
     with _Video(file) as video:
         return list(video.decode_frames_at(_choose_times(video, sampling, window or Window()), size))
+
+
+def tile_frames(
+    file: BinaryIO, wanted: Sampling | Sequence[float], tiling: Tiling, window: Window | None = None
+) -> TiledVideo:
+    """Return the frames of `sample_frames` or `decode_frames_at` as tiles; only one frame at a time is in full size."""
+    with _Video(file) as video:
+        times_s = _choose_times(video, wanted, window or Window()) if isinstance(wanted, Sampling) else wanted
+        frames = [tile_frame(frame, tiling) for frame in video.decode_frames_at(times_s, None)]
+        return TiledVideo(frames, video.describe(frames[0].width, frames[0].height))
 
 
 def decode_frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
@@ -126,7 +125,7 @@ class _Video:
         self._file = file
         self._may_seek = self._may_skip = True
         self._wanted_from_s = -math.inf
-        self._start_over()
+        self._open()
         self.fps = _read_fps(self._stream)
         self.duration_s = self._read_duration_s()
 
@@ -134,7 +133,7 @@ class _Video:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._container.close()
+        self._close()
 
     def decode_frames_at(self, times_s: Sequence[float], size: tuple[int, int] | None) -> Iterator[Frame]:
         """Yield the frame that a player shows at each of these ascending times: the last one started by then."""
@@ -143,18 +142,23 @@ class _Video:
             if self._get_time_s(shown) < self._wanted_from_s:
                 # A skipped frame may have started later than `shown`, as in videos with long-lasting frames.
                 self._may_skip = False
-                self._container.close()
                 self._start_over()
                 shown = self._decode_at(time_s)
-            yield Frame(_to_pixels(shown, size), max(0.0, self._get_time_s(shown)))
+            yield Frame(convert_to_pixels(shown, size), max(0.0, self._get_time_s(shown)))
 
     def read_frame_times(self) -> FrameTimes:
         """Return the time of each frame; see the function of this name."""
         times_s = [self._get_time_s(packet) for packet in _read_packets(self._container, self._stream) if packet.size]
         return FrameTimes(sorted(times_s), float(self._stream.average_rate or self.fps))
 
-    def _start_over(self) -> None:
-        """Open the file again, as some formats cannot seek to their start."""
+    def describe(self, width: int, height: int) -> VideoInfo:
+        """Return facts about the video, whose frames are shown with this size in px."""
+        format_, codec = self._container.format.name.partition(",")[0], self._stream.codec_context.name
+        return VideoInfo(
+            width, height, format_, self._file.seek(0, io.SEEK_END), self.duration_s, round(self.fps, 3), codec
+        )
+
+    def _open(self) -> None:
         self._container = _open(self._file)
         try:
             self._stream = _find_stream(self._container)
@@ -167,6 +171,17 @@ class _Video:
         self._frames = self._decode_frames()
         self._shown: VideoFrame | None = None  # the last frame passed
         self._next: VideoFrame | None = None  # decoded already, but later than the wanted time
+
+    def _close(self) -> None:
+        """Free the codec and its frames at once: in a cycle with `_frames` they would outlive many other videos."""
+        self._frames, self._shown, self._next = iter(()), None, None
+        self._container.close()
+        del self._stream
+
+    def _start_over(self) -> None:
+        """Open the file again, as some formats cannot seek to their start."""
+        self._close()
+        self._open()
 
     def _decode_at(self, time_s: float) -> VideoFrame:
         """Decode up to the frame that a player shows at `time_s`, and return it.
@@ -243,7 +258,6 @@ class _Video:
             self._shown = next(self._frames, None)
             if self._shown is not None and self._get_time_s(self._shown) <= time_s + _SLACK_S:
                 return
-        self._container.close()
         self._start_over()
 
     def _decode_frames(self) -> Iterator[VideoFrame]:
@@ -257,6 +271,8 @@ class _Video:
             self._stream.codec_context.skip_frame = "NONREF" if is_early else "DEFAULT"
             try:
                 frames = packet.decode()
+            except MemoryError:
+                raise
             except (av.FFmpegError, EOFError):
                 continue
             for frame in frames:
@@ -285,7 +301,6 @@ class _Video:
             if packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         length_s = max(end_s - self._start_s, count / self.fps)
-        self._container.close()
         self._start_over()
         return round(length_s * av.time_base)
 
@@ -311,14 +326,8 @@ def _find_stream(container: InputContainer) -> VideoStream:
     context: Any = streams[0].codec_context
     if context is None:
         raise MediaError("the video's codec is unknown, or its header is damaged")
-    _check_size(context.width, context.height)
+    check_size(context.width, context.height)
     return streams[0]
-
-
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise MediaError(f"the header states {width} x {height} px: it is damaged")
-    check_num_pixels(width, height)
 
 
 def _read_fps(stream: VideoStream) -> float:
@@ -344,14 +353,3 @@ def _set_time(frame: VideoFrame, stream: VideoStream, previous: float) -> None:
     step = 1 / _read_fps(stream) / float(stream.time_base or 1)
     frame.time_base = stream.time_base
     frame.pts = 0 if previous == -math.inf else round(previous + step)
-
-
-def _to_pixels(frame: VideoFrame, size: tuple[int, int] | None) -> Pixels:
-    """Convert a frame to upright uint8[H, W, 3]; the colours equal those of ffmpeg's command line."""
-    _check_size(frame.width, frame.height)
-    quarter_turns = round(frame.rotation / 90) % 4
-    width, height = size if size is not None else (frame.width, frame.height)
-    if quarter_turns % 2 and size is not None:
-        width, height = height, width
-    pixels: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")  # type: ignore[assignment]
-    return np.ascontiguousarray(np.rot90(pixels, quarter_turns))  # libav pads the rows of most sizes

@@ -23,8 +23,9 @@ import numpy as np
 from ovis_model.child_process import ChildProcess, end_with_parent
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media import video
+from pipelines.media.frames import Frame, Pixels, TiledFrame, TiledVideo, Tiling, VideoInfo
 from pipelines.media.reference import VideoLocation, Window
-from pipelines.media.video import Frame, FrameTimes, Pixels, Sampling
+from pipelines.media.video import FrameTimes, Sampling
 from pipelines.storage import store
 
 TIMEOUT_S = 600.0
@@ -71,6 +72,16 @@ class VideoDecoder:
         reply, _ = self._ask("times", location)
         return FrameTimes(reply["times_s"], reply["fps"])
 
+    def tile_frames(
+        self, location: VideoLocation, wanted: Sampling | Sequence[float], tiling: Tiling, window: Window | None = None
+    ) -> TiledVideo:
+        """Return frames as tiles, which need a hundredth of the memory of large frames; see `video.tile_frames`."""
+        which = {"sampling": asdict(wanted)} if isinstance(wanted, Sampling) else {"times_s": list(wanted)}
+        reply, arrays = self._ask("tile", location, tiling=list(tiling), window=list(window or Window()), **which)
+        facts = zip(arrays, reply["sizes"], reply["frames"], strict=True)
+        frames = [TiledFrame(tiles, np.array(sizes, np.int32), *frame) for tiles, sizes, frame in facts]
+        return TiledVideo(frames, VideoInfo(**reply["info"]))
+
     def close(self) -> None:
         """Stop the process; a later call starts a new one."""
         if self._process is not None:
@@ -82,7 +93,10 @@ class VideoDecoder:
         return [Frame(*frame) for frame in zip(pixels, reply["timestamps_s"], strict=True)]
 
     def _ask(self, action: str, location: VideoLocation, **arguments: Any) -> tuple[Json, list[Pixels]]:
-        """Send a request and return the reply; retry once if the process dies: it may have been killed from outside."""
+        """Send a request and return the reply; retry once in a new process if this one dies or runs out of memory.
+
+        It may have been killed from outside, or earlier videos may have left too little memory.
+        """
         for last_try in (False, True):
             stream = _Stream(self._connect(), time.monotonic() + self._timeout_s)
             try:
@@ -94,6 +108,10 @@ class VideoDecoder:
                 }
                 stream.send(request, location.data)
                 reply = stream.receive_json()
+                if reply.get("error") == "memory":
+                    self.close()
+                    if not last_try:
+                        continue
                 _raise_if_error(reply)
                 return reply, [stream.receive(shape) for shape in reply["shapes"]]
             except TimeoutError as error:
@@ -169,7 +187,7 @@ def _raise_if_error(reply: Json) -> None:
             raise OSError(reply["reason"])
         case "store":
             raise StoreFault(reply["reason"])
-        case "decode":
+        case "decode" | "memory":
             raise MediaError(reply["reason"])
 
 
@@ -185,11 +203,12 @@ def main(fd: int, parent: int, max_memory_bytes: int) -> None:
             data = stream.receive(request["num_bytes"]).tobytes()
         except (_Ended, ConnectionError):
             return
-        answer, frames = _answer(request, data)
-        stream.send(answer, *(frame.pixels for frame in frames))
+        answer, arrays = _answer(request, data)
+        stream.send(answer, *arrays)
 
 
-def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
+def _answer(request: Json, data: bytes) -> tuple[Json, list[Pixels]]:
+    """Return the reply and the arrays that follow it."""
     try:
         store.use_settings(request["stores"])
         uri, offset, num_bytes = request["location"]
@@ -198,7 +217,7 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
     except MediaError as error:
         return {"error": "decode", "reason": str(error)}, []
     except MemoryError:
-        return {"error": "decode", "reason": "decoding needs more memory than the limit per video"}, []
+        return {"error": "memory", "reason": "decoding needs more memory than the limit per video"}, []
     except OSError as error:
         return {"error": "read", "reason": error.strerror or str(error) or type(error).__name__}, []
     except StoreFault as error:
@@ -208,18 +227,47 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Frame]]:
         return {"error": "decode", "reason": f"{type(error).__name__}: {error}"}, []
 
 
-def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Frame]]:
-    if action == "duration":
-        return {"duration_s": video.read_duration_s(file), "shapes": []}, []
-    if action == "times":
-        return {**video.read_frame_times(file)._asdict(), "shapes": []}, []
-    frames = _sample(file, **arguments) if action == "sample" else video.decode_frames_at(file, **arguments)
-    shapes = [frame.pixels.shape for frame in frames]
-    return {"shapes": shapes, "timestamps_s": [frame.timestamp_s for frame in frames]}, frames
+def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Pixels]]:
+    match action:
+        case "duration":
+            return {"duration_s": video.read_duration_s(file), "shapes": []}, []
+        case "times":
+            return {**video.read_frame_times(file)._asdict(), "shapes": []}, []
+        case "sample":
+            return _pack_frames(_sample(file, **arguments))
+        case "at":
+            return _pack_frames(video.decode_frames_at(file, **arguments))
+        case _:
+            return _pack_video(_tile(file, **arguments))
 
 
 def _sample(file: BinaryIO, sampling: Json, window: list[float], size: list[int] | None) -> list[Frame]:
     return video.sample_frames(file, Sampling(**sampling), Window(*window), (size[0], size[1]) if size else None)
+
+
+def _tile(
+    file: BinaryIO,
+    tiling: list[int],
+    window: list[float],
+    sampling: Json | None = None,
+    times_s: Sequence[float] = (),
+) -> TiledVideo:
+    wanted = Sampling(**sampling) if sampling else times_s
+    return video.tile_frames(file, wanted, Tiling(*tiling), Window(*window))
+
+
+def _pack_frames(frames: list[Frame]) -> tuple[Json, list[Pixels]]:
+    pixels = [frame.pixels for frame in frames]
+    times_s = [frame.timestamp_s for frame in frames]
+    return {"shapes": [array.shape for array in pixels], "timestamps_s": times_s}, pixels
+
+
+def _pack_video(clip: TiledVideo) -> tuple[Json, list[Pixels]]:
+    tiles = [frame.tiles for frame in clip.frames]
+    sizes = [frame.sizes.tolist() for frame in clip.frames]
+    frames = [(frame.width, frame.height, frame.timestamp_s) for frame in clip.frames]
+    shapes = [array.shape for array in tiles]
+    return {"shapes": shapes, "sizes": sizes, "frames": frames, "info": asdict(clip.info)}, tiles
 
 
 @contextmanager

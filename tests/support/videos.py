@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fractions
 import importlib.metadata
+import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,6 +90,16 @@ def write_repeated(path: Path, source: Path, times: int) -> Path:
                 packet.pts, packet.dts = pts + turn * length, dts + turn * length
                 packet.time_base, packet.stream, packet.is_keyframe = stream.time_base, out, is_key
                 container.mux(packet)
+    return path
+
+
+def set_display_matrix(path: Path, matrix: Iterable[float]) -> Path:
+    """Overwrite the display matrix of the first track of an MP4, given row by row as nine numbers."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + (44 if data[data.index(b"tkhd") + 4] == 0 else 56)
+    units = (1 << 16, 1 << 16, 1 << 30) * 3  # fixed-point numbers
+    data[start : start + 36] = struct.pack(">9i", *(round(x * unit) for x, unit in zip(matrix, units, strict=True)))
+    path.write_bytes(data)
     return path
 
 
