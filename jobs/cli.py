@@ -48,6 +48,7 @@ def run_job(
     `is_resumable`: the same command continues what an interrupted one has done.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # prints the trace of each exception that it raises
     # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

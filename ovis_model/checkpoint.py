@@ -166,6 +166,8 @@ def _fetch_uri(uri: str, *, weights: bool) -> Path:
             listing = [info for info in fs.ls(root, detail=True) if info["type"] == "file"]
         except FileNotFoundError:
             raise CheckpointError(f"model {uri!r} does not exist") from None
+        except PermissionError as error:
+            raise CheckpointError(f"model {uri!r} cannot be listed ({error}); check the credentials") from error
         names = {PurePosixPath(info["name"]).name for info in listing}
         for path in target.iterdir():  # a shard deleted from the store must not be loaded from the cache
             if not path.name.startswith(".") and path.name not in names:

@@ -13,6 +13,7 @@
       NoValue         a column that its prompt names is empty
     OSError         one attempt to access a store fails
       FinalFault      retrying cannot help
+        CredentialsRefused  a store gets no credentials that it accepts
       BusyFault       the store asks for a later retry
     RuntimeError    the run stops: exit 1, resumable
       StoreFault      a store still fails after all retries
@@ -64,6 +65,10 @@ class StoreError(ValueError):
 
 class FinalFault(OSError):  # noqa: N818  (the name says what happened)
     """A fault that a retry cannot fix."""
+
+
+class CredentialsRefused(FinalFault):
+    """A store gets no credentials that it accepts; the message names the settings."""
 
 
 class BusyFault(OSError):  # noqa: N818

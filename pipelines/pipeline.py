@@ -31,6 +31,7 @@ from pipelines.output.run_record import Run, acquire_lease, check_dtype, note_un
 from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import Plan, plan_run
 from pipelines.preprocess import Preprocess
+from pipelines.storage.preflight import check_stores
 
 MAX_PASSES = 3  # the second retries rows that were lost with a node; rows missing after the third indicate a bug
 
@@ -59,6 +60,7 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
     """
     started_s = time.monotonic()
     with note_unchanged():
+        check_stores((*config.input, config.output, config.model))
         config = resolve_model_paths(config)
         check_model(config)
         models = describe_models(config)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipelines.errors import StoreFault
+from pipelines.errors import CredentialsRefused, StoreFault
 from pipelines.media.readers import LongerThanAllowed, Readers
 from pipelines.media.reference import ImageRef, get_listed_bytes, is_sequential
 
@@ -67,6 +67,8 @@ class Fetcher:
         except LongerThanAllowed as error:
             self._check_size(error.num_bytes)
             raise
+        except CredentialsRefused as error:  # no other file of this store can be read either
+            raise StoreFault(str(error)) from error
         except (OSError, StoreFault):
             raise
         except Exception as error:

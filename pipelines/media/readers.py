@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import StoreFault
+from pipelines.errors import CredentialsRefused, StoreFault
 from pipelines.storage import store
 from pipelines.storage.arrow_ipc import read_batch, read_schema, select_columns
 from pipelines.storage.retries import Retries, is_final
@@ -105,7 +105,7 @@ class ParquetReader:
                     raise OSError(f"its row group cannot be read from row {self._broken[1]} on")
                 self._advance(row)
                 return self._cells[row - self._first].as_py()
-            except StoreFault:
+            except (StoreFault, CredentialsRefused):
                 self._close()
                 raise
             except (pa.ArrowException, OSError, StopIteration) as error:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ovis_model.child_process import ChildProcess, end_with_parent
-from pipelines.errors import MediaError, StoreFault
+from pipelines.errors import CredentialsRefused, MediaError, StoreFault
 from pipelines.media import video
 from pipelines.media.frames import Frame, Pixels, TiledFrame, TiledVideo, Tiling, VideoInfo
 from pipelines.media.reference import VideoLocation, Window
@@ -218,10 +218,10 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Pixels]]:
         return {"error": "decode", "reason": str(error)}, []
     except MemoryError:
         return {"error": "memory", "reason": "decoding needs more memory than the limit per video"}, []
+    except (StoreFault, CredentialsRefused) as error:
+        return {"error": "store", "reason": str(error)}, []
     except OSError as error:
         return {"error": "read", "reason": error.strerror or str(error) or type(error).__name__}, []
-    except StoreFault as error:
-        return {"error": "store", "reason": str(error)}, []
     except Exception as error:
         # On damaged data libraries may raise any exception, and none of them may stop the run.
         return {"error": "decode", "reason": f"{type(error).__name__}: {error}"}, []

@@ -18,6 +18,7 @@ from pipelines.output.ledger import FileEntry, Ranges, RowRange, count_rows, mer
 from pipelines.output.run_record import acquire_lease
 from pipelines.output.sink import encode_file, read_file
 from pipelines.storage import store
+from pipelines.storage.preflight import check_stores
 from pipelines.storage.store import FileInfo
 
 Part = tuple[NDArray[np.int64], pa.Table]
@@ -46,6 +47,7 @@ def compact_run(output: str, file_bytes: int) -> Compacted:
     Raise RunError if OUTPUT holds no run, LeaseError if a driver is writing to it, OSError if its files cannot be used.
     """
     output = store.make_absolute(output)
+    check_stores([output])
     if store.find_file(store.join(output, "run.json")) is None:
         raise RunError(f"{output} holds no run (no run.json)")
     with acquire_lease(output) as lease:

@@ -21,6 +21,7 @@ from pipelines.report.sample import ContactSheet, PickedRow
 from pipelines.report.statistics import RunStatistics
 from pipelines.report.thumbnails import read_media
 from pipelines.storage import store
+from pipelines.storage.preflight import check_stores
 from pipelines.storage.store import FileInfo
 
 MAX_ROWS = 5_000
@@ -69,6 +70,7 @@ def write_report(options: ReportOptions) -> Report:
     """
     started_s = time.monotonic()
     output = store.make_absolute(options.output)
+    check_stores([output])
     record = _load_record(output)
     store.allow_private_addresses(options.allow_private_addresses)
     files = _list_files(output)

@@ -44,13 +44,19 @@ def list_rows(
             _list_into(listing, options, questionnaire, output)
             listing.resolve_duplicates(options.on_duplicate_id, known or KnownRows())
         except OSError as error:
-            raise SourceError(f"cannot list {_name_inputs(options)}: {error}") from error
+            raise SourceError(f"cannot list {_name_inputs(options)}: {error}{_advise(error, options)}") from error
         unless_listed.pop_all()
     return listing
 
 
 def _name_inputs(options: SourceOptions) -> str:
     return ", ".join(map(store.redact, options.input))
+
+
+def _advise(error: OSError, options: SourceOptions) -> str:
+    """Return the remedy for a web server that refuses access; messages of other stores include theirs."""
+    is_refused = isinstance(error, PermissionError) and any(uri.startswith("http") for uri in options.input)
+    return "; give the URL with its signature or with user:password@ before the host" if is_refused else ""
 
 
 def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire, output: str | None) -> None:

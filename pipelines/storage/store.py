@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from pipelines.errors import FinalFault, StoreError, StoreFault
+from pipelines.storage.credentials import explain_refusal
 from pipelines.storage.retries import Retries, is_final
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -139,17 +140,23 @@ def strip_query(uri: str) -> str:
 
 
 @contextmanager
-def _translate_faults() -> Iterator[None]:
+def _translate_faults(fs: Any) -> Iterator[None]:
     """Translate the exceptions of each store's client to OSError."""
     try:
         yield
-    except (OSError, StoreError):
-        raise
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise FinalFault(f"{type(error).__name__}: {error}") from error
     except Exception as error:
+        if _has_credentials(fs) and (refusal := explain_refusal(error, fs.protocol)):
+            raise refusal from error
+        if isinstance(error, OSError | StoreError):
+            raise
         name = type(error).__name__
-        raise (FinalFault if name in _FINAL_NAMES else OSError)(f"{name}: {error}") from error
+        is_final = isinstance(error, ValueError | TypeError | NotImplementedError) or name in _FINAL_NAMES
+        raise (FinalFault if is_final else OSError)(f"{name}: {error}") from error
+
+
+def _has_credentials(fs: Any) -> bool:
+    """Return whether settings give access to the store; on the web, each host is one of many."""
+    return not isinstance(fs, LocalFileSystem) and "http" not in fs.protocol
 
 
 def get_settings() -> dict[str, Any]:
@@ -273,7 +280,7 @@ def probe_byte(uri: str, offset: int) -> bool:
     """Return whether the byte at `offset` can be read now, in one attempt."""
     fs, path = open_store(uri)
     try:
-        with _translate_faults():
+        with _translate_faults(fs):
             return len(fs.cat_file(path, start=offset, end=offset + 1)) == 1
     except OSError:
         return False
@@ -286,7 +293,7 @@ def _retry(fs: Any, action: Callable[[], T]) -> T:
     """
 
     def try_once() -> T:
-        with _translate_faults():
+        with _translate_faults(fs):
             return action()
 
     if "http" in fs.protocol:
