@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
 from pipelines.evaluation import prompts
 from pipelines.evaluation.prompts import ImagePrompt, VideoPrompt
+from pipelines.evaluation.scoring import grading, options
 from pipelines.evaluation.scoring.choices import score_choices, score_mmmu, score_mmt, score_rotations
+from pipelines.evaluation.scoring.grading import Grading
 from pipelines.evaluation.scoring.hallusion import score_hallusion
 from pipelines.evaluation.scoring.mathvista import score_mathvista
 from pipelines.evaluation.scoring.mlvu import score_mlvu, summarize_mlvu
@@ -38,8 +40,11 @@ class Dataset:
     """One file of a benchmark, by VLMEvalKit's name.
 
     md5: of the file that VLMEvalKit checks for; the first is today's, others are older ones.
-    scorer: None if each answer needs a judge.
+    scorer: None if each answer needs a judge, which then grades it as `grading` says.
+    list_options: what a judge may read in an answer: item -> {an answer that the scorer reads: text of the option}.
     headline: the number to compare with the published one, from the table of the scores; None if no table has it.
+    published_place: which of several published values is this file's, from 0.
+    score_scale: 100 if scores of rows are shown in percent.
     reasons: the sizes that are asked to reason before they answer.
     """
 
@@ -49,6 +54,10 @@ class Dataset:
     ask: ImagePrompt | None = None
     ask_about_video: VideoPrompt | None = None
     scorer: Scorer | None = None
+    grading: Grading | None = None
+    list_options: Callable[[Item], Mapping[str, Any]] = options.get_options
+    published_place: int = 0
+    score_scale: float = 100.0
     headline: Callable[[Any, ScoringRules], float | None] = lambda _table, _rules: None
     max_tiles: int = _SINGLE
     reasons: frozenset[Size] = frozenset()
@@ -114,7 +123,7 @@ def _read_hallusion(table: Any, _rules: ScoringRules) -> float:
 
 def _read_mlvu(table: Any, rules: ScoringRules) -> float | None:
     lines = {line["task"]: line["acc"] for line in summarize_mlvu(table, rules)}
-    return lines.get("M-Avg")
+    return lines.get("M-Avg", lines.get("G-Avg"))
 
 
 def _read_temp_compass(table: Any, _rules: ScoringRules) -> float:
@@ -137,10 +146,19 @@ _PLAIN = Dataset("", (), None, ask=prompts.ask_plainly)
 _FINE = replace(_PLAIN, max_tiles=_FINE_PRINT)
 _VIDEO = Dataset("", (), None, max_tiles=_FRAME, frames="evenly")
 _MVBENCH = replace(
-    _VIDEO, ask_about_video=prompts.ask_mvbench, scorer=score_mvbench, headline=_read_mvbench, frames="bounded"
+    _VIDEO,
+    ask_about_video=prompts.ask_mvbench,
+    scorer=score_mvbench,
+    list_options=options.list_bracketed_candidates,
+    headline=_read_mvbench,
+    frames="bounded",
 )
 _TEMP_COMPASS = replace(
-    _VIDEO, ask_about_video=prompts.ask_temp_compass, scorer=score_temp_compass, headline=_read_temp_compass
+    _VIDEO,
+    ask_about_video=prompts.ask_temp_compass,
+    scorer=score_temp_compass,
+    list_options=options.list_temp_compass_options,
+    headline=_read_temp_compass,
 )
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -172,6 +190,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 "585e8ad75e73f75dcad265dfd0417d64",
                 num_rows=1050,
                 scorer=score_mmmu,
+                list_options=options.list_mmmu_options,
                 headline=_read_split("validation"),
                 reasons=_LARGE,
                 has_numbered_images=True,
@@ -189,6 +208,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 "f199b98e178e5a2a20e7048f5dcb0464",
                 num_rows=1000,
                 scorer=score_mathvista,
+                list_options=options.list_mathvista_options,
                 headline=lambda table, _: table[0]["acc"],
                 reasons=_LARGE,
             ),
@@ -206,6 +226,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 num_rows=951,
                 ask=prompts.ask_yes_no,
                 scorer=score_hallusion,
+                list_options=options.list_yes_no,
                 headline=_read_hallusion,
             ),
         ),
@@ -242,6 +263,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 "748aa6d4aa9d4de798306a63718455e3",
                 num_rows=218,
                 ask=prompts.ask_mmvet,
+                grading=grading.MMVET,
+                headline=lambda table, _: table[-1]["acc"],
                 reasons=_LARGE | {"2B"},
             ),
         ),
@@ -323,6 +346,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 ask_about_video=prompts.ask_video_mme,
                 has_subtitles=True,
                 scorer=score_video_mme,
+                list_options=options.list_lettered_candidates,
                 headline=lambda table, _: _to_percent(float(table["overall"]["overall"])),
             ),
         ),
@@ -348,6 +372,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 num_rows=2174,
                 ask_about_video=prompts.ask_mlvu,
                 scorer=score_mlvu,
+                list_options=options.list_bracketed_candidates,
                 headline=_read_mlvu,
             ),
             _vary(
@@ -356,6 +381,10 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 "cee573a3627c6ac434ded704c60511ba",
                 num_rows=420,
                 ask_about_video=prompts.ask_mlvu_open,
+                grading=grading.MLVU_OPEN,
+                headline=_read_mlvu,
+                published_place=1,
+                score_scale=1,
             ),
         ),
         "needed",
@@ -371,6 +400,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 "98f7df3eb1007fc375ea6fe88a98e2ff",
                 num_rows=1998,
                 ask_about_video=prompts.ask_mmbench_video,
+                grading=grading.MMBENCH_VIDEO,
+                headline=lambda table, _: float(table["coarse_all"]["Overall"]),
+                score_scale=1,
             ),
         ),
         "needed",
@@ -380,7 +412,13 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         "TempCompass",
         (
             _vary(_TEMP_COMPASS, "TempCompass_MCQ", "7efbb9e6d9dabacd22daf274852691dd"),
-            _vary(_TEMP_COMPASS, "TempCompass_Captioning", "35be9bf2581ea7767f02e9a8f37ae1ab", scorer=None),
+            _vary(
+                _TEMP_COMPASS,
+                "TempCompass_Captioning",
+                "35be9bf2581ea7767f02e9a8f37ae1ab",
+                scorer=None,
+                grading=grading.TEMP_COMPASS,
+            ),
             _vary(_TEMP_COMPASS, "TempCompass_YorN", "c72c046d7fa0e82c8cd7462f2e844ea8"),
         ),
         "needed",

@@ -9,6 +9,7 @@ from pydantic import PositiveInt, model_validator
 from pipelines.config import Location, RunConfig, declare_option
 from pipelines.evaluation.benchmarks import Dataset, Size, get_dataset
 from pipelines.evaluation.frames import FrameRule
+from pipelines.evaluation.judge import JudgeEndpoint
 from pipelines.evaluation.scoring.scores import RuleVersion, ScoringRules
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire
 from pipelines.tasks.task import Task
@@ -51,12 +52,35 @@ class EvaluateConfig(RunConfig):
     kit_artefacts: bool = declare_option(
         False, description="also count as right what VLMEvalKit counts for a wrong reason", decides_rows=False
     )
+    judge: Annotated[str, "URL"] | None = declare_option(
+        None,
+        description="OpenAI-compatible endpoint, up to /v1, whose model grades free answers and reads those that no "
+        "rule can read; its key is in OPENAI_API_KEY",
+        unset="no judge",
+        decides_rows=False,
+    )
+    judge_model: Annotated[str, "NAME"] | None = declare_option(
+        None, description="the judge's name at its endpoint; needed with --judge", decides_rows=False
+    )
+    judge_price: tuple[float, ...] = declare_option(
+        (),
+        description="US dollars per million tokens of the judge's prompts and of its replies, such as 0.15,0.6",
+        decides_rows=False,
+    )
     max_new_tokens: PositiveInt = declare_option(_MAX_NEW_TOKENS, description="maximum length of an answer, in tokens")
 
     @property
     def datasets(self) -> list[Dataset]:
         """The benchmarks in the order given. Raise ValueError for an unknown one."""
         return [get_dataset(name.strip()) for name in self.benchmark.split(",")]
+
+    @property
+    def judge_endpoint(self) -> JudgeEndpoint | None:
+        """Where a judge answers, None for no judge."""
+        if self.judge is None or self.judge_model is None:
+            return None
+        price = (self.judge_price[0], self.judge_price[1]) if self.judge_price else None
+        return JudgeEndpoint(self.judge, self.judge_model, price)
 
     @property
     def frame_rule(self) -> FrameRule:
@@ -87,6 +111,16 @@ class EvaluateConfig(RunConfig):
             self._check_videos(dataset)
         if given := [name for name in _FIXED if getattr(self, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')} does not apply to a benchmark; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> Self:
+        if (self.judge is None) != (self.judge_model is None):
+            raise ValueError("--judge and --judge-model go together: an endpoint and the model's name there")
+        if self.judge is not None and not self.judge.startswith(("http://", "https://")):
+            raise ValueError(f"--judge {self.judge}: give a URL such as http://127.0.0.1:8000/v1")
+        if self.judge_price and len(self.judge_price) != 2:
+            raise ValueError("--judge-price takes two numbers: for prompts and for replies, such as 0.15,0.6")
         return self
 
     def _check_videos(self, dataset: Dataset) -> None:

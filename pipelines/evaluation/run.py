@@ -17,6 +17,7 @@ from pipelines.evaluation.benchmarks import SIZES, Dataset, Size
 from pipelines.evaluation.config import IMAGES, EvaluateConfig
 from pipelines.evaluation.files import read_items
 from pipelines.evaluation.items import select_illustrated, write_items, write_video_items
+from pipelines.evaluation.judge import Judge
 from pipelines.evaluation.predictions import EMPTY, Prediction, write_predictions
 from pipelines.evaluation.prompts import cut_reasoning
 from pipelines.evaluation.score import compute_md5, dump_json
@@ -188,7 +189,22 @@ def _score(config: EvaluateConfig, file: ItemFile, output: str, size: Size) -> R
     predictions = {**_read_predictions(output), **unreadable}
     answered = [item for item in file.items if get_index(item) in predictions]
     write_predictions(config.output, file.dataset, answered, predictions)
-    return summarize_result(file.dataset, answered, predictions, config.scoring, size, subtitles=config.subtitles)
+    return summarize_result(
+        file.dataset,
+        answered,
+        predictions,
+        config.scoring,
+        size,
+        subtitles=config.subtitles,
+        judge=_make_judge(config, file.dataset),
+    )
+
+
+def _make_judge(config: EvaluateConfig, dataset: Dataset) -> Judge | None:
+    if config.judge_endpoint is None:
+        return None
+    cache = store.join(store.make_absolute(config.output), "judge", f"{dataset.name}.json")
+    return Judge(config.judge_endpoint, cache)
 
 
 def _read_predictions(output: str) -> Mapping[str, Prediction]:

@@ -11,6 +11,8 @@ import numpy as np
 
 from pipelines.evaluation.benchmarks import BENCHMARKS, Dataset, Size
 from pipelines.evaluation.files import clean_answer
+from pipelines.evaluation.judge import Judge
+from pipelines.evaluation.judging import judge_answers
 from pipelines.evaluation.predictions import Prediction
 from pipelines.evaluation.score import describe_scores
 from pipelines.evaluation.scoring.scores import Item, ScoringRules
@@ -49,14 +51,16 @@ class Result:
 
     @property
     def difference(self) -> float | None:
-        """The score minus the published value; where two are published, the second is the one with subtitles."""
+        """The score minus the published value; where two are published, with subtitles it is the second."""
         values = self.published.split(" | ")
-        return None if self.score is None else self.score - float(values[-1 if self.subtitles else 0])
+        place = -1 if self.subtitles else self.dataset.published_place
+        return None if self.score is None else self.score - float(values[place])
 
     @property
     def standard_error(self) -> float | None:
-        """The standard error of the mean score of a row, in percent, by bootstrap."""
-        return None if self.content is None else bootstrap_error(self.content["rows"].values())
+        """The standard error of the mean score of a row, by bootstrap."""
+        scale = self.dataset.score_scale
+        return None if self.content is None else bootstrap_error(self.content["rows"].values(), scale)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON values."""
@@ -86,24 +90,38 @@ def summarize_result(
     size: Size,
     *,
     subtitles: bool = False,
+    judge: Judge | None = None,
 ) -> Result:
-    """Score the answers of a benchmark, if rules can."""
+    """Score the answers of a benchmark, by the judge if one is given, else if rules can."""
     errors = {index: prediction.error for index, prediction in predictions.items() if prediction.error}
+    answers = {index: clean_answer(prediction.text) for index, prediction in predictions.items()}
     try:
-        answers = {index: clean_answer(prediction.text) for index, prediction in predictions.items()}
-        content = describe_scores(dataset, items, answers, rules)
-        note = "artefacts counted" if rules.kit_artefacts else ""
+        if judge is None:
+            content = describe_scores(dataset, items, answers, rules)
+        else:
+            content = judge_answers(judge, dataset, items, answers, rules)
     except ValueError as error:
-        content, note = None, f"exported, not scored: {error}"
-    return Result(dataset, size, rules, len(items), errors, content, note, subtitles)
+        note = f"exported, not scored: {error}"
+        return Result(dataset, size, rules, len(items), errors, None, note, subtitles)
+    return Result(dataset, size, rules, len(items), errors, content, _describe_judging(content, rules), subtitles)
 
 
-def bootstrap_error(scores: Any) -> float:
-    """Return the standard deviation of the mean over resamples, in percent; the last of a list is its score."""
+def _describe_judging(content: Mapping[str, Any], rules: ScoringRules) -> str:
+    notes = ["artefacts counted"] if rules.kit_artefacts else []
+    if content["judge"] != "none":
+        cost = content["judge_cost"]
+        price = f", {cost['usd']:.2f} USD" if "usd" in cost else ""
+        tokens = cost["prompt_tokens"] + cost["completion_tokens"]
+        notes.append(f"judged by {content['judge']}, with prompts of our own ({tokens:,} tokens{price})")
+    return "; ".join(notes)
+
+
+def bootstrap_error(scores: Any, scale: float = 100.0) -> float:
+    """Return the standard deviation of the mean over resamples, times `scale`; the last of a list is its score."""
     values = np.array([score[-1] if isinstance(score, list) else score or 0 for score in scores], float)
     rng = np.random.default_rng(0)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(_NUM_RESAMPLES)]
-    return float(np.std(means) * 100)
+    return float(np.std(means) * scale)
 
 
 def render_markdown(results: Sequence[Result]) -> str:
@@ -129,8 +147,8 @@ def render_html(results: Sequence[Result]) -> str:
 def _describe(results: Sequence[Result]) -> str:
     first = results[0]
     return (
-        f"Scored by VLMEvalKit's rules of {first.rules.version} without a judge, with prompts and published values of "
-        f"Ovis2-{first.size}. Error rows count as wrong."
+        f"Scored by VLMEvalKit's rules of {first.rules.version}, without a judge unless a note names one, with prompts "
+        f"and published values of Ovis2-{first.size}. Error rows count as wrong."
     )
 
 

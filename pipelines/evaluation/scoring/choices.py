@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipelines.evaluation.scoring.options import find_option, get_options
+from pipelines.evaluation.scoring.options import find_option, get_options, list_mmmu_options
 from pipelines.evaluation.scoring.scores import (
     Answers,
     Item,
@@ -108,8 +108,7 @@ def read_option(item: Item, answer: str | None, rules: ScoringRules) -> str | No
 
 
 def _close_question(item: Item) -> Item:
-    is_open = is_missing(item["A"])
-    closed = {**item, "A": item["answer"], "B": "Other Answers"} if is_open else dict(item)
+    closed = {**item, **list_mmmu_options(item)} if is_missing(item["A"]) else dict(item)
     is_letter = isinstance(item["answer"], str) and len(item["answer"]) == 1 and item["answer"].isupper()
     return {**closed, "answer": item["answer"] if is_letter else "A"}
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.evaluation.scoring.options import assign_letters, find_option
+from pipelines.evaluation.scoring.options import find_option, list_mathvista_options
 from pipelines.evaluation.scoring.scores import (
     Answers,
     Item,
@@ -14,7 +14,6 @@ from pipelines.evaluation.scoring.scores import (
     ScoringRules,
     get_index,
     is_missing,
-    parse_list,
     parse_literal,
     read_answers,
     read_as_text,
@@ -34,7 +33,7 @@ def score_mathvista(items: Sequence[Item], answers: Answers, rules: ScoringRules
 
 def _score(item: Item, answer: str, rules: ScoringRules) -> list[Any]:
     if item["question_type"] == "multi_choice":
-        options = assign_letters(parse_list(item["choices"]))
+        options = list_mathvista_options(item)
         letter = find_option(answer, options, rules.version)
         # Read twice, as VLMEvalKit does: what was read is looked for among the options once more.
         is_right = letter is not None and find_option(letter, options, rules.version) == item["answer_option"]

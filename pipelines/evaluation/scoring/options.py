@@ -7,7 +7,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.evaluation.scoring.scores import FAILED, Item, RuleVersion, is_missing
+from pipelines.evaluation.scoring.scores import FAILED, Item, RuleVersion, is_missing, parse_list
 
 Options = Mapping[str, Any]
 """Letter -> text of the option."""
@@ -34,6 +34,38 @@ def get_options(item: Item) -> dict[str, Any]:
 def assign_letters(texts: list[Any]) -> dict[str, Any]:
     """Return the options A, B, C ... of a list of texts."""
     return {chr(ord("A") + number): text for number, text in enumerate(texts)}
+
+
+def list_mmmu_options(item: Item) -> dict[str, Any]:
+    """Return the options; an open question is a choice between its answer and all others."""
+    return get_options(item) or {"A": item["answer"], "B": "Other Answers"}
+
+
+def list_mathvista_options(item: Item) -> dict[str, Any]:
+    """Return the options of a question that has some."""
+    return assign_letters(parse_list(item["choices"])) if item["question_type"] == "multi_choice" else {}
+
+
+def list_yes_no(_item: Item) -> dict[str, Any]:
+    """Return the two answers."""
+    return {"yes": "yes", "no": "no"}
+
+
+def list_lettered_candidates(item: Item) -> dict[str, Any]:
+    """Return the candidates by their letters, which they begin with."""
+    return {str(text)[:1]: text for text in parse_list(item["candidates"])}
+
+
+def list_bracketed_candidates(item: Item) -> dict[str, Any]:
+    """Return the candidates by their letters in brackets, as they are asked."""
+    return {f"({letter})": text for letter, text in assign_letters(parse_list(item["candidates"])).items()}
+
+
+def list_temp_compass_options(item: Item) -> dict[str, Any]:
+    """Return the answers to an item of TempCompass by themselves."""
+    if item["task_type"] == "yes_no":
+        return list_yes_no(item)
+    return {str(text): text for text in parse_list(item["candidates"])}
 
 
 def find_option(answer: str, options: Options, version: RuleVersion) -> str | None:
