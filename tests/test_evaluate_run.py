@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
-import csv
 import io
 import json
 from collections.abc import Callable
@@ -27,33 +25,12 @@ from pipelines.evaluation.run import EvaluationReport, find_data, find_size, run
 from pipelines.evaluation.scoring.scores import Item, ScoringRules
 from pipelines.evaluation.summary import bootstrap_error
 from pipelines.output.sink import read_results
+from tests.support.benchmark_files import encode_image, make_question, write_tsv
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.roots import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "eval"
 PROMPTS: dict[str, Any] = json.loads((GOLDEN / "prompts.json").read_text())["image"]
-
-Row = dict[str, str]
-
-
-def encode_image(width: int = 30, height: int = 20) -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), "orange").save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def make_question(index: int, **fields: str) -> Row:
-    question = {"index": f"{index}", "question": "Which?", "A": "a dog", "B": "a cat", "answer": "B"}
-    return {**question, "image": encode_image(), **fields}
-
-
-def write_tsv(path: Path, *rows: Row) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def list_items(name: str, data: Path, size: Any = "1B") -> list[dict[str, Any]]:

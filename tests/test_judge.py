@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import threading
@@ -22,8 +21,8 @@ from pipelines.evaluation.predictions import Prediction
 from pipelines.evaluation.run import run_evaluation
 from pipelines.evaluation.scoring.scores import ScoringRules
 from pipelines.evaluation.summary import summarize_result
+from tests.support.benchmark_files import make_question, write_tsv
 from tests.support.fake_engine import FakeEngineFactory
-from tests.test_evaluate_run import make_question
 
 Answer = Callable[[str], str | int]
 
@@ -207,12 +206,8 @@ def test_a_server_that_is_no_openai_endpoint_is_named(tmp_path: Path) -> None:
 def test_a_judged_benchmark_is_scored_in_a_run(endpoint: Endpoint, tmp_path: Path) -> None:
     """Both rows have the same question and answer, so one request is made."""
     endpoint.answer = lambda _: "0.5"
-    data = tmp_path / "MMVet.tsv"
-    with data.open("w", newline="") as file:
-        rows = [{**make_question(i), "category": "ocr,math"} for i in range(2)]
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [{**make_question(i), "category": "ocr,math"} for i in range(2)]
+    data = write_tsv(tmp_path / "MMVet.tsv", *rows)
     options = {"judge": endpoint.url, "judge_model": "wise", "judge_price": (1.0, 1.0)}
     config = EvaluateConfig(
         model="demo", benchmark="MMVet", input=(str(data),), output=str(tmp_path / "out"), size="1B", **options
