@@ -74,8 +74,17 @@ class SourceOptions(Section):
         since="0.2",
         description="rows of a tar: one per name up to its first dot, as in WebDataset, or one per image file",
     )
+    split: Literal["shots"] | None = declare_option(
+        None, since="0.2", description="cut videos at their shots, one row each", unset="videos are not cut at shots"
+    )
+    min_shot_s: float = declare_option(
+        0.6, since="0.2", ge=0, description="join shots of fewer seconds to their neighbours, with --split shots"
+    )
     window_s: float | None = declare_option(
-        None, gt=0, description="cut longer videos into windows of this many seconds, one row each", unset="no windows"
+        None,
+        gt=0,
+        description="cut longer videos, or longer shots, into windows of this many seconds, one row each",
+        unset="no windows",
     )
     limit: PositiveInt | None = declare_option(
         None, description="use only the first N rows of the input", unset="all rows"
@@ -83,6 +92,11 @@ class SourceOptions(Section):
     allow_private_addresses: bool = _declare_execution(
         False, description="also read http(s) URLs of hosts inside your own network"
     )
+
+    @property
+    def cuts_videos(self) -> bool:
+        """Whether videos are cut into several rows."""
+        return self.split is not None or self.window_s is not None
 
     @field_validator("keep_columns", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
@@ -18,6 +19,7 @@ from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster.ray_session import configure_ray_data, open_ray_session, request_gpus, translate_ray_errors
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.config import RunConfig
+from pipelines.cutting.run import list_cut_rows
 from pipelines.errors import ClusterChanged, LeaseLost, ResourceError, RowsLost, RunError, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.media.frame_encoder import run_encoders
@@ -31,7 +33,9 @@ from pipelines.output.run_record import Run, acquire_lease, check_dtype, note_un
 from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import Plan, plan_run
 from pipelines.preprocess import Preprocess
+from pipelines.sources import KnownRows, Listing, list_rows
 from pipelines.storage.preflight import check_stores
+from pipelines.tasks.questionnaire import Questionnaire
 
 MAX_PASSES = 3  # the second retries rows that were lost with a node; rows missing after the third indicate a bug
 
@@ -83,7 +87,8 @@ def _start_run(
 ) -> tuple[Run, Ledger, Plan | None]:
     """Change OUTPUT only after all checks, those of the cluster too. Start Ray only if rows are missing."""
     with note_unchanged():
-        prepared = prepare_run(config, models)
+        lister = partial(_list_cut_rows, session, lease) if config.cuts_videos else list_rows
+        prepared = prepare_run(config, models, lister)
     with prepared:
         num_rows = count_rows(prepared.missing) + config.retry_errors * prepared.ledger.num_errors
         if not num_rows:
@@ -93,6 +98,21 @@ def _start_run(
             plan = plan_run(config, num_rows)
             check_dtype(prepared.output, prepared.record, plan.dtype)
         return prepared.start(lease, settled_dtype=plan.dtype, status="running", counts=None), prepared.ledger, plan
+
+
+def _list_cut_rows(
+    session: ExitStack,
+    lease: Lease,
+    config: RunConfig,
+    questionnaire: Questionnaire,
+    known: KnownRows | None = None,
+    *,
+    output: str,
+) -> Listing:
+    """Return `list_cut_rows` with Ray started, after the checks of what the run itself needs of the cluster."""
+    session.enter_context(open_ray_session())
+    plan_run(config, 1)
+    return list_cut_rows(config, questionnaire, known, output=output, lease=lease)
 
 
 def _write_missing_rows(

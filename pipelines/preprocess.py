@@ -20,10 +20,10 @@ from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frame_selection import Encoder, FrameSelector
 from pipelines.media.frames import TiledFrame
 from pipelines.media.images import decode_image
-from pipelines.media.reference import ImageRef, can_read_image, is_seekable_video, locate, locate_video
+from pipelines.media.reference import ImageRef, is_seekable_video, locate_video
 from pipelines.media.video import has_video_signature
 from pipelines.output.ledger import RowRange
-from pipelines.output.manifest import read_rows, sample_images
+from pipelines.output.manifest import is_store_down, read_rows
 from pipelines.rows import Batch, ManifestRow, PreparedRow
 from pipelines.schema import Stage
 from pipelines.storage import store
@@ -82,7 +82,7 @@ class Preprocess:
         except RowError as error:
             return _make_error_row(row, error)
         except StoreFault as fault:
-            if self._is_store_down(row):  # every further row would fail too: stop the run
+            if is_store_down(self._output, row.images):  # every further row would fail too: stop the run
                 raise
             return _make_error_row(row, RowError("read", f"{fault}; other files can be read"))
 
@@ -119,19 +119,6 @@ class Preprocess:
         with _convert_errors("tile", ValueError):
             self._requests.check_num_images(len(frames))
             return _make_row(row, self._requests.build_video_requests(row.prompt, frames), len(frames), frames)
-
-    def _is_store_down(self, row: ManifestRow) -> bool:
-        """Return whether no other image of the same store can be read.
-
-        A store that only this row uses does not count as the run's store: then return False.
-        """
-        own = set(map(locate, row.images))
-        roots = {store.get_store_root(uri) for uri, _ in own}
-        others = [image for image in sample_images(self._output) if locate(image) not in own]
-        nearby = [image for image in others if store.get_store_root(image.uri) in roots]
-        if others and not nearby:
-            return False
-        return not any(map(can_read_image, nearby))
 
 
 class RequestBuilder:

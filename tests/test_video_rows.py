@@ -20,7 +20,6 @@ from pipelines.errors import SourceError
 from pipelines.media.frame_selection import Encoder, FrameSelector, PixelEncoder
 from pipelines.media.reference import VideoLocation, Window
 from pipelines.rows import PreparedRow
-from pipelines.sources import list_rows
 from pipelines.storage import store
 from tests.support.golden_data import checkpoint_dir
 from tests.support.stages import prepare_rows
@@ -149,49 +148,6 @@ def test_an_input_may_name_a_window(tmp_path: Path, drawn: Path) -> None:
     assert row.id == row.uri == f"{drawn}#t=1,2"
     with pytest.raises(SourceError, match="does not exist"):
         prepare_videos(tmp_path / "other", f"{drawn}x#t=1,2")
-
-
-def test_long_videos_are_cut_into_rows(tmp_path: Path, drawn: Path) -> None:
-    directory = tmp_path / "media"
-    directory.mkdir()
-    (directory / "4s.mp4").write_bytes(drawn.read_bytes())
-    write_video(directory / "1s.mp4", 25)
-    Image.new("RGB", (50, 40)).save(directory / "b.png")
-    (directory / "broken.mp4").write_bytes(b"broken")
-    with tarfile.open(tmp_path / "c.tar", "w") as tar:
-        tar.add(drawn, "c.mp4")
-    rows = prepare_videos(tmp_path, directory, tmp_path / "c.tar", window_s=1.5, num_frames=2)
-    assert [Path(row.id).name for row in rows] == [
-        "1s.mp4",
-        "4s.mp4#t=0,1.5",
-        "4s.mp4#t=1.5,3",
-        "4s.mp4#t=3",
-        "b.png",
-        "broken.mp4",
-        "c.tar#c#t=0,1.5",
-        "c.tar#c#t=1.5,3",
-        "c.tar#c#t=3",
-    ]
-    assert [Path(row.uri).name for row in rows][-5:] == ["b.png", "broken.mp4", "c.tar", "c.tar", "c.tar"]
-    assert [to_frame_numbers(row) for row in rows[1:4]] == [[9, 27], [46, 64], [81, 93]]
-    assert [row.stage for row in rows] == ["", "", "", "", "", "decode", "", "", ""]
-
-
-def test_each_window_has_the_kept_columns(tmp_path: Path, drawn: Path) -> None:
-    (tmp_path / "list.jsonl").write_text(
-        "\n".join(json.dumps({"video": str(drawn), "id": name, "label": name}) for name in ("one", "two"))
-    )
-    config = CaptionConfig(
-        input=(str(tmp_path / "list.jsonl"),), output="out", model=MODEL, keep_columns=("label",), window_s=2
-    )
-    with list_rows(config, config.questionnaire) as listing:
-        table = pa.concat_tables(listing.read_tables())
-    assert table.column("id").to_pylist() == ["one#t=0,2", "one#t=2", "two#t=0,2", "two#t=2"]
-    assert [kept["label"] for kept in table.column("kept").to_pylist()] == ["one", "one", "two", "two"]
-
-
-def test_limit_counts_windows(tmp_path: Path, drawn: Path) -> None:
-    assert len(prepare_videos(tmp_path, drawn, window_s=1, limit=3)) == 3
 
 
 def test_failures_are_error_rows_with_their_stage(tmp_path: Path, drawn: Path) -> None:

@@ -17,7 +17,7 @@ from pipelines.tasks.task import Task
 IMAGES, PROMPT = "images of the item", "prompt of the item"
 """Columns of the file of items, besides those of the benchmark."""
 
-_FIXED = ("image_column", "id_column", "window_s")  # the benchmark decides them
+_FIXED = ("image_column", "id_column", "split", "window_s")  # the benchmark decides them
 _MAX_NEW_TOKENS = 1024  # VLMEvalKit's, for all sizes
 
 

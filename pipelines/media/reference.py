@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mimetypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -215,8 +216,19 @@ def is_video(image: ImageRef) -> bool:
     """Return whether the name is that of a video. Media without a name are recognized by content when read."""
     if isinstance(image, CellRef | InlineRef):
         return False
-    name = image.member if isinstance(image, TarRef) else store.strip_query(image.uri)
-    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
+    return PurePosixPath(_get_name(image)).suffix.lower() in VIDEO_SUFFIXES
+
+
+def may_be_video(image: ImageRef) -> bool:
+    """Return whether the image has the name of a video or none that tells, so that its content decides."""
+    if isinstance(image, CellRef | InlineRef):
+        return True
+    kind, _ = mimetypes.guess_type(_get_name(image))
+    return is_video(image) or kind is None or not kind.startswith("image/")
+
+
+def _get_name(image: FileRef | TarRef) -> str:
+    return image.member if isinstance(image, TarRef) else store.strip_query(image.uri)
 
 
 def locate(image: ImageRef) -> tuple[str, int]:

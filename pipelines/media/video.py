@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import av
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from ovis_model.inputs.keyframes import select_uniform
@@ -87,6 +88,15 @@ def decode_frames_at(file: BinaryIO, times_s: Sequence[float]) -> list[Frame]:
     """
     with _Video(file) as video:
         return list(video.decode_frames_at(times_s, None))
+
+
+def iterate_frames(file: BinaryIO, window: Window, size: tuple[int, int]) -> Iterator[Frame]:
+    """Yield every frame of the window in the order of time, as stored, resized to `size` (width_px, height_px).
+
+    Raise MediaError if they cannot be decoded, or if the video ends long before its header says.
+    """
+    with _Video(file) as video:
+        yield from video.iterate_frames(window, size)
 
 
 def has_video_signature(data: bytes) -> bool:
@@ -182,6 +192,18 @@ class _Video:
         """Open the file again, as some formats cannot seek to their start."""
         self._close()
         self._open()
+
+    def iterate_frames(self, window: Window, size: tuple[int, int]) -> Iterator[Frame]:
+        """Yield the frames that a player shows during the window."""
+        frame: VideoFrame | None = self._decode_at(window.start_s)
+        resizer = VideoReformatter()  # one for all frames: to make it costs more than to resize a frame
+        while frame is not None and self._get_time_s(frame) < window.stop_s:
+            self._shown = frame
+            small = resizer.reformat(frame, *size, format="rgb24", interpolation="AREA")
+            yield Frame(small.to_ndarray(), max(window.start_s, self._get_time_s(frame)))  # type: ignore[arg-type]
+            frame, self._next = self._next or next(self._frames, None), None
+        if frame is None:
+            self._get_last(min(window.stop_s, self.duration_s))
 
     def _decode_at(self, time_s: float) -> VideoFrame:
         """Decode up to the frame that a player shows at `time_s`, and return it.

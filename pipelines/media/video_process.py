@@ -25,6 +25,7 @@ from pipelines.errors import CredentialsRefused, MediaError, StoreFault
 from pipelines.media import video
 from pipelines.media.frames import Frame, Pixels, TiledFrame, TiledVideo, Tiling, VideoInfo
 from pipelines.media.reference import VideoLocation, Window
+from pipelines.media.shots import Cutting, find_cuts
 from pipelines.media.video import FrameTimes, Sampling
 from pipelines.storage import store
 
@@ -81,6 +82,11 @@ class VideoDecoder:
         facts = zip(arrays, reply["sizes"], reply["frames"], strict=True)
         frames = [TiledFrame(tiles, np.array(sizes, np.int32), *frame) for tiles, sizes, frame in facts]
         return TiledVideo(frames, VideoInfo(**reply["info"]))
+
+    def find_cuts(self, location: VideoLocation, cutting: Cutting, window: Window) -> list[float]:
+        """Return the times in seconds at which to cut the video; see `shots.find_cuts`."""
+        reply, _ = self._ask("cuts", location, cutting=asdict(cutting), window=list(window))
+        return list(map(float, reply["cuts_s"]))
 
     def close(self) -> None:
         """Stop the process; a later call starts a new one."""
@@ -237,6 +243,9 @@ def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Pixel
             return _pack_frames(_sample(file, **arguments))
         case "at":
             return _pack_frames(video.decode_frames_at(file, **arguments))
+        case "cuts":
+            cutting, window = Cutting(**arguments["cutting"]), Window(*arguments["window"])
+            return {"cuts_s": find_cuts(file, cutting, window), "shapes": []}, []
         case _:
             return _pack_video(_tile(file, **arguments))
 

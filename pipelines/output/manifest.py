@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.media.reference import ImageRef, parse_reference
+from pipelines.media.reference import ImageRef, can_read_image, locate, parse_reference
 from pipelines.output.ledger import RowRange
 from pipelines.schema import KEPT, MANIFEST, ROW, ROWS_PER_GROUP
 from pipelines.storage import store
@@ -76,6 +76,20 @@ def sample_images(output: str) -> Iterator[ImageRef]:
                 rows = parquet.read_row_group(group, columns=["images"], use_threads=False).column(0)
                 for row in _spread(len(rows)):
                     yield from map(parse_reference, rows[row].as_py())
+
+
+def is_store_down(output: str, images: Sequence[ImageRef]) -> bool:
+    """Return whether no other image of the store of a row's `images` can be read.
+
+    A store that only this row uses does not count as the run's store: then return False.
+    """
+    own = set(map(locate, images))
+    roots = {store.get_store_root(uri) for uri, _ in own}
+    others = [image for image in sample_images(output) if locate(image) not in own]
+    nearby = [image for image in others if store.get_store_root(image.uri) in roots]
+    if others and not nearby:
+        return False
+    return not any(map(can_read_image, nearby))
 
 
 def _spread(length: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +29,8 @@ _REPLACED = "replaced"
 _EXTENDABLE = frozenset({"input", "limit"})  # the options that --extend may change
 
 Json = dict[str, Any]
+Lister = Callable[..., Listing]
+"""Lists the rows of a run, called as `list_rows`."""
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ def open_run(config: RunConfig, models: Json) -> Run:
         return prepared.start(lease)
 
 
-def prepare_run(config: RunConfig, models: Json) -> PreparedRun:
+def prepare_run(config: RunConfig, models: Json, lister: Lister = list_rows) -> PreparedRun:
     """Check that OUTPUT accepts this run, and list the input unless the run is resumed. Needs the lease.
 
     `models` identifies the model (id, revision, weights). Raise RunError if OUTPUT holds another run or foreign files
@@ -129,12 +131,12 @@ def prepare_run(config: RunConfig, models: Json) -> PreparedRun:
     with _refuse_unusable(output):
         record = read_record(output)
         if config.overwrite or record is None:
-            return _prepare_new(output, config, identity, replaces=record)
+            return _prepare_new(output, config, identity, lister, replaces=record)
         _check_same(output, record, identity, config, except_for=_EXTENDABLE if config.extend else frozenset())
         finish_exchange(output)  # this run accepts the exchange that an earlier process committed
         ledger = Ledger.read(store.join(output, "data"))
         if config.extend:
-            return _prepare_extension(output, config, identity, record, ledger)
+            return _prepare_extension(output, config, identity, record, ledger, lister)
         return PreparedRun(output, record, ledger)
 
 
@@ -156,9 +158,11 @@ def _refuse_unusable(output: str) -> Iterator[None]:
         raise RunError(f"cannot use {output} as OUTPUT: {error}") from error
 
 
-def _prepare_new(output: str, config: RunConfig, identity: Json, *, replaces: Json | None) -> PreparedRun:
+def _prepare_new(
+    output: str, config: RunConfig, identity: Json, lister: Lister, *, replaces: Json | None
+) -> PreparedRun:
     _check_foreign(output, identity["config"]["input"], replaces)
-    listing = list_rows(config, config.questionnaire, output=output)
+    listing = lister(config, config.questionnaire, output=output)
     finish_exchange(output)
     record = {
         **identity,
@@ -174,12 +178,14 @@ def _prepare_new(output: str, config: RunConfig, identity: Json, *, replaces: Js
     return PreparedRun(output, record, Ledger(), listing, replaced=tuple(_list_ours(output)))
 
 
-def _prepare_extension(output: str, config: RunConfig, identity: Json, record: Json, ledger: Ledger) -> PreparedRun:
+def _prepare_extension(
+    output: str, config: RunConfig, identity: Json, record: Json, ledger: Ledger, lister: Lister
+) -> PreparedRun:
     """List the rows that the run does not have yet, for a run.json that counts them."""
     num_rows: int = record["num_rows"]
     known = KnownRows(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
     with ExitStack() as unless_accepted:
-        listing = unless_accepted.enter_context(list_rows(config, config.questionnaire, known, output=output))
+        listing = unless_accepted.enter_context(lister(config, config.questionnaire, known, output=output))
         if listing.num_rows:
             listing.kept = _check_kept_types(KeptColumns(output).schema, listing.kept)
         unless_accepted.pop_all()

@@ -20,7 +20,7 @@ from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.sources.prompts import PromptBuilder
 from pipelines.sources.rows import Chunk
 from pipelines.sources.shards import list_chunks
-from pipelines.sources.videos import apply_windows
+from pipelines.sources.videos import parse_windows
 from pipelines.storage import store
 from pipelines.tasks.questionnaire import Questionnaire
 
@@ -62,10 +62,9 @@ def _advise(error: OSError, options: SourceOptions) -> str:
 def _list_into(listing: Listing, options: SourceOptions, questionnaire: Questionnaire, output: str | None) -> None:
     prompts = PromptBuilder(options, questionnaire)
     groups = listing.groups
-    # Limited before cutting, as each row becomes at least one window, and again after it.
-    rows = _limit_rows(list_chunks(options, prompts.columns, output), options.limit)
+    rows = parse_windows(list_chunks(options, prompts.columns, output))
     num_unreadable, error = 0, ""
-    for chunk in _limit_rows(apply_windows(rows, options.window_s), options.limit):
+    for chunk in _limit_rows(rows, options.limit):
         listing.add(prompts.to_table(chunk), chunk.kept)
         if chunk.unreadable:
             num_unreadable, error = num_unreadable + len(chunk.rows), error or chunk.rows[0].error
