@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pipelines.errors import MediaError
+from pipelines.media.frames import Frame
 from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.shots import Cutting, drop_short_shots, find_cuts, find_shots
-from pipelines.media.frames import Frame
 from pipelines.media.video_process import VideoDecoder
 from tests.support.videos import SHOT_STARTS, find_clip, write_video
 
