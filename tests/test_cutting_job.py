@@ -11,8 +11,7 @@ import pytest
 
 from pipelines.output.sink import read_results
 from tests.support.processes import Job, against_the_clock, run_caption
-from tests.support.videos import write_video
-from tests.test_shots import draw_shots
+from tests.support.videos import draw_shots, write_video
 
 NUM_CLIPS = 50
 

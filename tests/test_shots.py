@@ -12,21 +12,9 @@ from pipelines.media.frames import Frame
 from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.shots import Cutting, drop_short_shots, find_cuts, find_shots
 from pipelines.media.video_process import VideoDecoder
-from tests.support.videos import SHOT_STARTS, find_clip, write_video
+from tests.support.videos import SHOT_STARTS, draw_shots, find_clip, write_video
 
 SHOTS = Cutting(at_shots=True)
-COLOURS = ((200, 30, 30), (30, 160, 60), (40, 60, 220), (220, 210, 40), (20, 20, 20))
-
-
-def draw_shots(*lengths: int) -> list[np.ndarray]:
-    """Draw shots of so many frames, each of another colour with a square that moves."""
-    pictures = []
-    for number, length in enumerate(lengths):
-        for at in range(length):
-            picture = np.full((64, 96, 3), COLOURS[number % len(COLOURS)], np.uint8)
-            picture[20:40, at % 76 : at % 76 + 20] = 255 - picture[0, 0]
-            pictures.append(picture)
-    return pictures
 
 
 def cut(path: Path, cutting: Cutting = SHOTS, window: Window | None = None) -> list[float]:

@@ -14,6 +14,7 @@ import numpy as np
 
 _CELL, _BITS = 16, 16
 WIDTH, HEIGHT = _CELL * _BITS, 64
+_COLOURS = ((200, 30, 30), (30, 160, 60), (40, 60, 220), (220, 210, 40), (20, 20, 20))
 MICROSECOND = fractions.Fraction(1, 1_000_000)
 
 
@@ -32,6 +33,17 @@ def read_number(picture: np.ndarray) -> int:
     cells = picture[height // 8 : height * 3 // 8].reshape(-1, width, 3).mean(axis=(0, 2)).reshape(_BITS, -1)
     middle = cells[:, cells.shape[1] // 4 : -(cells.shape[1] // 4) or None].mean(axis=1)
     return int(sum(1 << bit for bit in range(_BITS) if middle[bit] > 127))
+
+
+def draw_shots(*lengths: int) -> list[np.ndarray]:
+    """Draw shots of so many frames, each of another colour with a square that moves."""
+    pictures = []
+    for number, length in enumerate(lengths):
+        for at in range(length):
+            picture = np.full((64, 96, 3), _COLOURS[number % len(_COLOURS)], np.uint8)
+            picture[20:40, at % 76 : at % 76 + 20] = 255 - picture[0, 0]
+            pictures.append(picture)
+    return pictures
 
 
 def write_video(
