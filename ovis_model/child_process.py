@@ -6,18 +6,25 @@ pair needs no port and no name.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _WATCH_EVERY_S = 0.5
+_LENGTH = struct.Struct("!Q")
+
+Json = dict[str, Any]
 
 
 class ChildProcess(subprocess.Popen[bytes]):
@@ -45,6 +52,48 @@ class ChildProcess(subprocess.Popen[bytes]):
         self.socket.close()
         self.kill()
         self.wait()
+
+
+class StreamEnded(Exception):  # noqa: N818
+    """The other side has closed the socket."""
+
+
+class MessageStream:
+    """Messages over a socket: a length, JSON of that length, then bytes whose sizes are in the JSON."""
+
+    def __init__(self, connection: socket.socket, deadline_s: float = float("inf")) -> None:
+        self._connection, self._deadline_s = connection, deadline_s
+
+    def send(self, message: Json, *payloads: Any) -> None:
+        """Send a message. Raise TimeoutError at the deadline, ConnectionError if the other side has closed."""
+        data = json.dumps({**message, "num_bytes": [memoryview(payload).nbytes for payload in payloads]}).encode()
+        for part in (_LENGTH.pack(len(data)), data, *payloads):
+            self._wait()
+            self._connection.sendall(memoryview(part).cast("B") if memoryview(part).nbytes else b"")
+
+    def receive_json(self) -> Json:
+        """Return the next message; `receive` its bytes then. Raise as `receive` does."""
+        (length,) = _LENGTH.unpack(self.receive([_LENGTH.size]).tobytes())
+        message: Json = json.loads(self.receive([length]).tobytes())
+        return message
+
+    def receive(self, shape: Sequence[int]) -> np.ndarray:
+        """Return uint8 of this shape. Raise TimeoutError at the deadline, StreamEnded if the other side closes."""
+        array = np.empty(shape, np.uint8)
+        view = array.reshape(-1).data
+        while view.nbytes:
+            self._wait()
+            if not (count := self._connection.recv_into(view)):
+                raise StreamEnded
+            view = view[count:]
+        return array
+
+    def _wait(self) -> None:
+        if self._deadline_s < float("inf"):
+            left_s = self._deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            self._connection.settimeout(left_s)
 
 
 def end_with_parent(parent: int, clean_up: Callable[[], None] = lambda: None) -> None:

@@ -11,6 +11,8 @@
       RowError        it cannot be prepared; names the stage
     LookupError     one row fails in the same way
       NoValue         a column that its prompt names is empty
+    ValueError      one table fails: what is read of it are error rows
+      TableError      its content cannot be read
     OSError         one attempt to access a store fails
       FinalFault      retrying cannot help
         CredentialsRefused  a store gets no credentials that it accepts
@@ -96,6 +98,10 @@ class RowError(ValueError):
     def __init__(self, stage: Stage, reason: str) -> None:
         super().__init__(reason)
         self.stage = stage
+
+
+class TableError(ValueError):
+    """The content of a table cannot be read; the message gives the reason in one sentence."""
 
 
 class EverythingFails(RuntimeError):  # noqa: N818  (the name says what happened)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ovis_model.child_process import ChildProcess
+from tests.support.processes import is_alive
 from tests.support.roots import ROOT
 
 CHILD = """
@@ -76,10 +77,3 @@ def test_a_child_cleans_up_and_ends_when_its_parent_is_killed(module: str, tmp_p
             time.sleep(0.05)
         os.kill(holder, signal.SIGKILL)
     assert (tmp_path / "left").exists()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -11,12 +11,11 @@ from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.errors import CredentialsRefused, StoreFault
+from pipelines.errors import CredentialsRefused, StoreFault, TableError
 from pipelines.storage import store
-from pipelines.storage.arrow_ipc import read_batch, read_schema, select_columns
 from pipelines.storage.retries import Retries, is_final
+from pipelines.storage.table_reader import ArrowTable, ParquetTable, get_processes
 
 _RETRIES = Retries(max_attempts=2)  # per cell: damage looks like a fault of the store, which itself retries more
 _CELLS_AT_ONCE = 16
@@ -88,8 +87,7 @@ class ParquetReader:
 
     def __init__(self) -> None:
         self._uri = ""
-        self._file: Any = None
-        self._parquet: Any = None
+        self._file: ParquetTable | None = None
         self._starts: list[int] = []  # the first row of each row group
         self._group: _Group | None = None
         self._stream: Iterator[Any] = iter(())
@@ -108,14 +106,14 @@ class ParquetReader:
             except (StoreFault, CredentialsRefused):
                 self._close()
                 raise
-            except (pa.ArrowException, OSError, StopIteration) as error:
+            except (TableError, OSError, StopIteration) as error:
                 if (
                     attempt == _RETRIES.max_attempts
                     or self._is_broken
                     or (isinstance(error, OSError) and is_final(error))
                 ):
                     self._broken = (self._group, self._first)
-                    raise OSError(f"row {row} of {store.redact(uri)} cannot be read: {error!r}") from error
+                    raise OSError(f"row {row} of {store.redact(uri)} cannot be read: {_describe(error)}") from error
                 self._close()
                 time.sleep(_RETRIES.compute_pause_s(attempt))
         raise AssertionError("unreachable")
@@ -131,23 +129,21 @@ class ParquetReader:
             self._cells = next(self._stream).column(0)
 
     def _select_group(self, uri: str, column: str, row: int) -> None:
-        if uri != self._uri:
-            self._open(uri)
+        if self._file is None or uri != self._uri:
+            self._file = self._open(uri)
         number = bisect_right(self._starts, row) - 1
         if not 0 <= number < len(self._starts) - 1:
             raise OSError("the file has changed since it was listed")
         group = (uri, column, number)
         if group != self._group or row < self._first:
-            self._stream = self._parquet.iter_batches(_CELLS_AT_ONCE, row_groups=[number], columns=[column])
+            self._stream = self._file.iter_batches([column], _CELLS_AT_ONCE, [number])
             self._group, self._first, self._cells = group, self._starts[number], pa.nulls(0)
 
-    def _open(self, uri: str) -> None:
+    def _open(self, uri: str) -> ParquetTable:
         self._close()
-        self._file = store.open_file(uri, block_bytes=_BLOCK_BYTES)
-        self._parquet = pq.ParquetFile(self._file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
-        metadata = self._parquet.metadata
-        self._starts = [0, *accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))]
-        self._uri = uri
+        file = get_processes().open_parquet(uri, _BLOCK_BYTES)
+        self._starts, self._uri = [0, *accumulate(file.num_rows)], uri
+        return file
 
     def _close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -160,23 +156,35 @@ class ArrowReader:
     """One column of one batch of an Arrow stream: memory-mapped if the file is local, else read by one request."""
 
     def __init__(self) -> None:
+        self._uri = ""
+        self._file: ArrowTable | None = None
         self._batch: tuple[str, int, str] | None = None
-        self._cells: Any = None
+        self._first, self._cells = 0, pa.nulls(0)  # the cells in memory and the number of the first in its batch
 
     def read(self, uri: str, offset: int, column: str, row: int) -> Any:
         """Return a cell of the batch at byte `offset` as a Python value. Raise OSError if it cannot be read."""
         try:
-            if self._batch != (uri, offset, column):
-                self._batch, self._cells = None, None
-                self._cells = _read_column(uri, offset, column)
-                self._batch = (uri, offset, column)
-            return self._cells[row].as_py()
-        except (pa.ArrowException, EOFError, IndexError) as error:
+            if self._batch != (uri, offset, column) or not 0 <= row - self._first < len(self._cells):
+                self._batch = None
+                self._cells = self._select_file(uri).read_cells(offset, column, row, _CELLS_AT_ONCE)
+                self._batch, self._first = (uri, offset, column), row
+            return self._cells[row - self._first].as_py()
+        except (TableError, IndexError) as error:
+            self._close()
             raise OSError(f"row {row} of the batch at byte {offset:,} cannot be read: {error}") from error
 
+    def _select_file(self, uri: str) -> ArrowTable:
+        if self._file is None or uri != self._uri:
+            self._close()
+            self._file, self._uri = get_processes().open_arrow(uri), uri
+        return self._file
 
-def _read_column(uri: str, offset: int, column: str) -> Any:
-    with store.map_file(uri) as file:
-        schema = read_schema(file)
-        file.seek(offset)
-        return select_columns(read_batch(pa.ipc.read_message(file), schema), [column]).column(0)
+    def _close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+
+def _describe(error: Exception) -> str:
+    return "the file has fewer rows than when it was listed" if isinstance(error, StopIteration) else str(error)

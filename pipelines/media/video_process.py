@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import io
-import json
 import resource
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ovis_model.child_process import ChildProcess, end_with_parent
+from ovis_model.child_process import ChildProcess, Json, MessageStream, StreamEnded, end_with_parent
 from pipelines.errors import CredentialsRefused, MediaError, StoreFault
 from pipelines.media import video
 from pipelines.media.frames import Frame, Pixels, TiledFrame, TiledVideo, Tiling, VideoInfo
@@ -31,10 +29,7 @@ from pipelines.storage import store
 
 TIMEOUT_S = 600.0
 MAX_MEMORY_BYTES = 4 << 30
-_LENGTH = struct.Struct("!Q")
 _BLOCK_BYTES = 1 << 20
-
-Json = dict[str, Any]
 
 
 class VideoDecoder:
@@ -104,7 +99,7 @@ class VideoDecoder:
         It may have been killed from outside, or earlier videos may have left too little memory.
         """
         for last_try in (False, True):
-            stream = _Stream(self._connect(), time.monotonic() + self._timeout_s)
+            stream = MessageStream(self._connect(), time.monotonic() + self._timeout_s)
             try:
                 request = {
                     "action": action,
@@ -123,7 +118,7 @@ class VideoDecoder:
             except TimeoutError as error:
                 self.close()
                 raise MediaError(f"decoding takes longer than {self._timeout_s:g} s") from error
-            except (_Ended, ConnectionError) as error:
+            except (StreamEnded, ConnectionError) as error:
                 how = self._describe_end()
                 if last_try:
                     raise MediaError(f"the decoder crashed twice on this video ({how})") from error
@@ -147,46 +142,6 @@ class VideoDecoder:
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-class _Ended(Exception):  # noqa: N818
-    """The other side has closed the socket."""
-
-
-class _Stream:
-    """Messages over a socket: a length, JSON of that length, then bytes whose sizes are in the JSON."""
-
-    def __init__(self, connection: socket.socket, deadline_s: float = float("inf")) -> None:
-        self._connection, self._deadline_s = connection, deadline_s
-
-    def send(self, message: Json, *payloads: Any) -> None:
-        data = json.dumps({**message, "num_bytes": [memoryview(payload).nbytes for payload in payloads]}).encode()
-        for part in (_LENGTH.pack(len(data)), data, *payloads):
-            self._wait()
-            self._connection.sendall(memoryview(part).cast("B") if memoryview(part).nbytes else b"")
-
-    def receive_json(self) -> Json:
-        (length,) = _LENGTH.unpack(self.receive([_LENGTH.size]).tobytes())
-        message: Json = json.loads(self.receive([length]).tobytes())
-        return message
-
-    def receive(self, shape: Sequence[int]) -> np.ndarray:
-        """Return uint8 of this shape. Raise TimeoutError at the deadline, _Ended if the other side closes."""
-        array = np.empty(shape, np.uint8)
-        view = array.reshape(-1).data
-        while view.nbytes:
-            self._wait()
-            if not (count := self._connection.recv_into(view)):
-                raise _Ended
-            view = view[count:]
-        return array
-
-    def _wait(self) -> None:
-        if self._deadline_s < float("inf"):
-            left_s = self._deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError
-            self._connection.settimeout(left_s)
-
-
 def _raise_if_error(reply: Json) -> None:
     match reply.get("error"):
         case "read":
@@ -202,12 +157,12 @@ def main(fd: int, parent: int, max_memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     end_with_parent(parent)
-    stream = _Stream(socket.socket(fileno=fd))
+    stream = MessageStream(socket.socket(fileno=fd))
     while True:
         try:
             request = stream.receive_json()
             data = stream.receive(request["num_bytes"]).tobytes()
-        except (_Ended, ConnectionError):
+        except (StreamEnded, ConnectionError):
             return
         answer, arrays = _answer(request, data)
         stream.send(answer, *arrays)

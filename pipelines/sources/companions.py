@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipelines.sources.rows import ROWS_PER_CHUNK, raise_source_errors
 from pipelines.sources.tables import check_ratio
 from pipelines.storage import store
+from pipelines.storage.table_reader import get_processes
 
 _TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _KEY = "key"
@@ -36,17 +35,15 @@ class Companion:
         stem = get_stem(tar_uri)
         if not wanted or stem is None or store.find_file(uri := f"{stem}.parquet") is None:
             return None
-        with raise_source_errors(uri, " as Parquet"), store.open_file(uri) as file:
-            names = frozenset(pq.read_schema(file).names)
+        with raise_source_errors(uri, " as Parquet"), get_processes().open_parquet(uri) as file:
+            names = frozenset(file.schema.names)
         return cls(uri, names, names & wanted) if _KEY in names else None
 
     def read_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (key, values of the wanted columns) per row, a batch in memory at a time. Raise SourceError."""
         columns = sorted(self.wanted | {_KEY})
-        with raise_source_errors(self.uri, " as Parquet"), store.open_file(self.uri) as file:
-            parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
-            check_ratio(self.uri, parquet.metadata, {*columns})
-            for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=columns, use_threads=False):
-                batch.validate(full=True)
+        with raise_source_errors(self.uri, " as Parquet"), get_processes().open_parquet(self.uri) as file:
+            check_ratio(self.uri, file, columns)
+            for batch in file.iter_batches(columns, ROWS_PER_CHUNK):
                 for values in batch.to_pylist():
                     yield str(values[_KEY]), {name: values[name] for name in self.wanted}

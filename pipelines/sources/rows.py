@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.errors import SourceError
+from pipelines.errors import SourceError, TableError
 from pipelines.media.reference import ImageRef
 from pipelines.storage import store
 
@@ -140,7 +140,7 @@ def raise_source_errors(uri: str, form: str = "") -> Iterator[None]:
     """Raise SourceError instead of the errors that reading `uri` in this form may raise."""
     try:
         yield
-    except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, EOFError, TableError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read {store.redact(uri)}{form}: {str(error) or 'it is empty'}") from error
 
 

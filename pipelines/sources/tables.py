@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.errors import SourceError
+from pipelines.errors import SourceError, TableError
 from pipelines.media.inline import is_inline
 from pipelines.media.reference import ByteRange, CellRef, FileRef, ImageRef, resolve_path
 from pipelines.sources.image_columns import choose_image_columns
@@ -24,11 +23,10 @@ from pipelines.sources.rows import (
     raise_source_errors,
 )
 from pipelines.storage import store
-from pipelines.storage.arrow_ipc import read_batch, read_schema, select_columns
 from pipelines.storage.store import FileInfo
+from pipelines.storage.table_reader import ParquetTable, get_processes
 
-_ENCRYPTED = b"PARE"  # a file with an encrypted footer starts so
-_SAFE_BYTES = 64 << 20  # a column of a row group may unpack to this much at any ratio
+_SAFE_BYTES, _MAX_RATIO = 64 << 20, 200  # a column of a row group may unpack to so much at any ratio
 
 
 def list_parquet(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
@@ -36,16 +34,7 @@ def list_parquet(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
 
     A file that is damaged or not Parquet is one error row, after the rows that precede the damage.
     """
-    yield from _end_at_damage(info.uri, " as Parquet", columns, _open_parquet(info, columns))
-
-
-def _open_parquet(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
-    with store.open_file(info.uri) as file:
-        if file.read(len(_ENCRYPTED)) == _ENCRYPTED:
-            raise pa.ArrowInvalid("it is encrypted; decrypt it first")
-        parquet = pq.ParquetFile(file, buffer_size=store.PARQUET_BUFFER_BYTES, pre_buffer=False)
-        if parquet.metadata.num_rows:
-            yield from _read_parquet(info.uri, parquet, columns)
+    yield from _end_at_damage(info.uri, " as Parquet", columns, _read_parquet(info.uri, columns))
 
 
 def _end_at_damage(uri: str, form: str, columns: ColumnRoles, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -57,41 +46,33 @@ def _end_at_damage(uri: str, form: str, columns: ColumnRoles, chunks: Iterator[C
                 yield chunk
                 at += len(chunk.rows)
     except SourceError as error:
-        if not _is_damage(error.__cause__):
+        if not isinstance(error.__cause__, TableError):
             raise
         rest = f"; from row {at} on no row is listed" if at else ""
         row = SourceRow(f"{uri}#{at}" if at else uri, uri, error=f"{error}{rest}")
         yield from (replace(chunk, unreadable=not at) for chunk in group_into_chunks([row], columns.keep))
 
 
-def _is_damage(error: BaseException | None) -> bool:
-    """Return whether the content is at fault; errors of a store or of the system have a type or number of their own."""
-    if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
-        return type(error) is OSError and error.errno is None
-    return error is not None
+def _read_parquet(uri: str, columns: ColumnRoles) -> Iterator[Chunk]:
+    with get_processes().open_parquet(uri) as file:
+        if not sum(file.num_rows):
+            return
+        table, at = TableShard.from_schema(uri, file.schema, columns), 0
+        check_ratio(uri, file, [*table.columns_to_read, *filter(None, [table.image])])
+        for batch in file.iter_batches(table.columns_to_read, ROWS_PER_CHUNK):
+            numbers = range(at, at + len(batch))
+            yield table.make_chunk(batch, at, [CellRef(uri, table.image or "", i) for i in numbers])
+            at += len(batch)
 
 
-def _read_parquet(uri: str, parquet: pq.ParquetFile, columns: ColumnRoles) -> Iterator[Chunk]:
-    table = TableShard.from_schema(uri, parquet.schema_arrow, columns)
-    check_ratio(uri, parquet.metadata, {*table.columns_to_read, table.image})
-    at = 0
-    for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=table.columns_to_read, use_threads=False):
-        batch.validate(full=True)  # invalid UTF-8 would otherwise be found at the end of the run
-        numbers = range(at, at + len(batch))
-        yield table.make_chunk(batch, at, [CellRef(uri, table.image or "", i) for i in numbers])
-        at += len(batch)
-
-
-def check_ratio(uri: str, metadata: pq.FileMetaData, names: set[str | None]) -> None:
+def check_ratio(uri: str, file: ParquetTable, names: Sequence[str]) -> None:
     """Raise SourceError for a column that would unpack to more than 200 times its size."""
-    for group in range(metadata.num_row_groups):
-        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
-            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
-            if column.path_in_schema.partition(".")[0] in names and unpacked > max(_SAFE_BYTES, 200 * packed):
-                raise SourceError(
-                    f"{store.redact(uri)}: column {column.path_in_schema} unpacks from {packed:,} to {unpacked:,} "
-                    f"bytes in row group {group}; if that is correct, rewrite the file with smaller row groups"
-                )
+    if column := file.find_large_column(names, _SAFE_BYTES, _MAX_RATIO):
+        raise SourceError(
+            f"{store.redact(uri)}: column {column.name} unpacks from {column.packed_bytes:,} to "
+            f"{column.unpacked_bytes:,} bytes in row group {column.group}; if that is correct, rewrite the file with "
+            "smaller row groups"
+        )
 
 
 def list_arrow(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
@@ -99,42 +80,25 @@ def list_arrow(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
 
     A file that is damaged or not a stream is one error row, after the rows that precede the damage.
     """
-    yield from _end_at_damage(info.uri, " as an Arrow stream", columns, _open_arrow(info, columns))
+    yield from _end_at_damage(info.uri, " as an Arrow stream", columns, _read_arrow(info.uri, columns))
 
 
-def _open_arrow(info: FileInfo, columns: ColumnRoles) -> Iterator[Chunk]:
-    with store.map_file(info.uri) as file:
-        schema = read_schema(file)
-        yield from _read_arrow(info.uri, file, schema, columns)
-
-
-def _read_arrow(uri: str, file: Any, schema: pa.Schema, columns: ColumnRoles) -> Iterator[Chunk]:
-    at, begin, table = 0, file.tell(), None
-    for message in _read_messages(file):
-        end = file.tell()
-        batch, byte_range = read_batch(message, schema), ByteRange(begin, end - begin)
-        if not len(batch):
-            begin = end
-            continue
-        table = table or TableShard.from_schema(uri, schema, columns)  # a shard without rows may lack the columns
-        batch = select_columns(batch, table.columns_to_read)
-        for first in range(0, len(batch), ROWS_PER_CHUNK):
-            numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
-            cells = [CellRef(table.uri, table.image or "", i, byte_range) for i in numbers]
-            yield table.make_chunk(batch.slice(first, len(numbers)), at + first, cells)
-        at, begin = at + len(batch), end
-
-
-def _read_messages(file: Any) -> Iterator[pa.ipc.Message]:
-    while True:
-        begin = file.tell()
-        try:
-            message = pa.ipc.read_message(file)
-        except EOFError:
-            break
-        yield message
-    if file.tell() == begin:
-        raise pa.ArrowInvalid("truncated: it has no end mark")
+def _read_arrow(uri: str, columns: ColumnRoles) -> Iterator[Chunk]:
+    with get_processes().open_arrow(uri) as file:
+        if any(pa.types.is_dictionary(field.type) for field in file.schema):
+            raise SourceError(
+                f"{store.redact(uri)}: Arrow streams with dictionaries are not supported; save the dataset as Parquet"
+            )
+        if not file.has_rows():  # then it may lack the columns
+            return
+        table, at = TableShard.from_schema(uri, file.schema, columns), 0
+        for offset, num_bytes, batch in file.iter_batches(table.columns_to_read):
+            byte_range = ByteRange(offset, num_bytes)
+            for first in range(0, len(batch), ROWS_PER_CHUNK):
+                numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
+                cells = [CellRef(uri, table.image or "", i, byte_range) for i in numbers]
+                yield table.make_chunk(batch.slice(first, len(numbers)), at + first, cells)
+            at += len(batch)
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.errors import SourceError
-
 _FILE_START = b"ARROW1\0\0"  # of the file format, which is a stream followed by an index
 
 
 def read_schema(file: Any) -> pa.Schema:
-    """Read the schema and leave `file` at the first batch. Raise ArrowException or SourceError."""
+    """Read the schema and leave `file` at the first batch. Raise ArrowException."""
     if file.read(len(_FILE_START)) != _FILE_START:
         file.seek(0)
-    schema = pa.ipc.read_schema(_check_type(pa.ipc.read_message(file), "schema"))
-    if any(pa.types.is_dictionary(field.type) for field in schema):
-        raise SourceError("Arrow streams with dictionaries are not supported; save the dataset as Parquet")
-    return schema
+    return pa.ipc.read_schema(_check_type(pa.ipc.read_message(file), "schema"))
 
 
 def read_batch(message: pa.ipc.Message, schema: pa.Schema) -> pa.RecordBatch:

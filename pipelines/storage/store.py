@@ -38,7 +38,6 @@ _EXTRAS |= dict.fromkeys(("az", "abfs", "abfss"), "azure")
 _WEB = ("http", "https")
 _FINAL_NAMES = ("ParamValidationError",)  # botocore's error for an invalid bucket name
 PARQUET_BUFFER_BYTES = 1 << 20  # without a buffer size, Arrow holds whole columns of a row group
-_MAPPED_BLOCK_BYTES = 4 << 20
 
 
 T = TypeVar("T")
@@ -325,14 +324,6 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
     """
     with open_file(uri) as file:
         return pq.read_table(file, columns=columns, use_threads=False, pre_buffer=False)
-
-
-def map_file(uri: str) -> Any:
-    """Open a binary file for Arrow; a local file is memory-mapped. Raise OSError."""
-    fs, path = open_store(uri)
-    if isinstance(fs, LocalFileSystem):
-        return pa.memory_map(path)
-    return pa.PythonFile(open_file(uri, _MAPPED_BLOCK_BYTES), mode="r")
 
 
 class _PatientFile:

@@ -1,0 +1,272 @@
+"""Open tables in other processes, so that a table that crashes Arrow cannot end this one."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any, Literal, NamedTuple, Self
+
+import pyarrow as pa
+
+from ovis_model.child_process import ChildProcess, Json, MessageStream, StreamEnded
+from pipelines.errors import TableError
+from pipelines.storage import store
+
+TIMEOUT_S = 600
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process with more must not be forked
+_MAPPED_BLOCK_BYTES = 4 << 20
+_MODULE = "pipelines.storage.table_process"
+_MAX_IDLE = 4  # while shards are listed, one is closed at a time
+
+
+@cache
+def get_processes() -> TableProcesses:
+    """Return the processes that all of this process shares: loading Arrow takes a fifth of a second."""
+    return TableProcesses()
+
+
+class TableProcesses:
+    """Processes that read tables: started when a table is opened, then used for others. Any thread may open tables.
+
+    What the content of a table causes is a TableError, also a crash or an answer that takes longer than `timeout_s`. A
+    file that cannot be accessed raises OSError or StoreFault.
+    """
+
+    def __init__(self, *, timeout_s: int = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._starter: ChildProcess | None = None
+        self._idle: list[socket.socket] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def open_parquet(self, uri: str, block_bytes: int | None = None) -> ParquetTable:
+        """Open a Parquet file; a store is read in blocks of `block_bytes`."""
+        return ParquetTable(_Connection(self, uri, "parquet", block_bytes))
+
+    def open_arrow(self, uri: str) -> ArrowTable:
+        """Open an Arrow stream, mapped into memory if it is local."""
+        return ArrowTable(_Connection(self, uri, "arrow", _MAPPED_BLOCK_BYTES))
+
+    def __del__(self) -> None:
+        self.close()
+
+    def connect(self) -> socket.socket:
+        """Return a socket to an idle process, or else to a new one."""
+        with self._lock:
+            while self._idle:
+                if _is_connected(connection := self._idle.pop()):
+                    return connection
+                connection.close()
+            if self._starter is None or self._starter.poll() is not None:
+                self._starter = ChildProcess(_MODULE, self.timeout_s, environment=_ONE_THREAD)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                socket.send_fds(self._starter.socket, [b"+"], [theirs.fileno()])
+            return ours
+
+    def give_back(self, connection: socket.socket) -> None:
+        """Keep the process at the other end of `connection` for the next table."""
+        with self._lock:
+            if self._starter is not None and len(self._idle) < _MAX_IDLE:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def close(self) -> None:
+        """End all processes; opening a table later starts new ones."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            starter, self._starter = self._starter, None
+        for connection in idle:
+            connection.close()
+        if starter is not None:
+            starter.close()
+
+
+def _is_connected(connection: socket.socket) -> bool:
+    """Return whether the process at the other end of an idle socket still runs."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+class _Connection:
+    """An open file, and the process that reads its content as a table; one thread at a time may use it."""
+
+    def __init__(
+        self, processes: TableProcesses, uri: str, form: Literal["parquet", "arrow"], block_bytes: int | None
+    ) -> None:
+        self._socket: socket.socket | None = None
+        self._file, self._processes = store.open_file(uri, block_bytes), processes
+        self._is_waiting = False
+        self._fault: Exception | None = None
+        try:
+            self._socket = processes.connect()
+            self._hand_over(form)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, action: str, **arguments: Any) -> tuple[Json, pa.Buffer]:
+        """Return the reply to a request, and the bytes that follow it. Raise TableError, OSError or StoreFault."""
+        started_s = time.monotonic()
+        try:
+            reply, data = self._talk({"action": action, "arguments": arguments})
+        except (StreamEnded, ConnectionError) as error:
+            timeout_s = self._processes.timeout_s
+            is_late = time.monotonic() - started_s > timeout_s
+            how = f"takes longer than {timeout_s} s" if is_late else "crashes Arrow's reader"
+            raise TableError(f"reading it {how}") from error
+        if self._fault is not None:
+            raise self._fault
+        if "errno" in reply:
+            raise OSError(reply["errno"], "the file cannot be read")
+        if "damage" in reply:
+            raise TableError(reply["damage"])
+        return reply, data
+
+    def close(self) -> None:
+        """Close the file; the process is kept if it waits for a request."""
+        if self._socket is None:
+            return
+        self._file.close()
+        try:
+            if self._is_waiting:
+                MessageStream(self._socket).send({"action": "close"})
+                self._processes.give_back(self._socket)
+            else:
+                self._socket.close()
+        except OSError:
+            self._socket.close()
+        self._socket = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _hand_over(self, form: str) -> None:
+        """Send the file; one that is not local stays here, where its store is known."""
+        assert self._socket is not None
+        fds = list[int]()
+        with suppress(io.UnsupportedOperation):
+            fds.append(self._file.fileno())
+        socket.send_fds(self._socket, [b"+"], fds)
+        MessageStream(self._socket).send({"form": form, "num_bytes_of_file": self._file.seek(0, io.SEEK_END)})
+
+    def _talk(self, request: Json) -> tuple[Json, pa.Buffer]:
+        """Send a request; read the file for the process until it replies."""
+        assert self._socket is not None
+        stream, self._is_waiting, self._fault = MessageStream(self._socket), False, None
+        stream.send(request)
+        while "read" in (reply := stream.receive_json()):
+            data = self._read(*reply["read"])
+            stream.send({"is_faulty": data is None}, data or b"")
+        data = pa.py_buffer(stream.receive(reply["num_bytes"]))
+        self._is_waiting = True
+        return reply, data
+
+    def _read(self, at: int, num_bytes: int) -> bytes | None:
+        """Return bytes of the file, None after a fault, which `ask` raises once the process has replied."""
+        try:
+            self._file.seek(at)
+            data: bytes = self._file.read(num_bytes)
+        except Exception as error:
+            self._fault = self._fault or error
+            return None
+        return data
+
+
+class _Table:
+    """A table that another process reads, as a context manager."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        try:
+            self._description, schema = connection.ask("open")
+            self.schema = pa.ipc.read_schema(schema)
+        except BaseException:
+            connection.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the process can read another."""
+        self._connection.close()
+
+
+class ParquetTable(_Table):
+    """A Parquet file."""
+
+    @property
+    def num_rows(self) -> list[int]:
+        """The number of rows of each row group."""
+        numbers: list[int] = self._description["num_rows"]
+        return numbers
+
+    def find_large_column(self, names: Sequence[str], safe_bytes: int, max_ratio: int) -> LargeColumn | None:
+        """Return one of the columns that unpacks to more than `safe_bytes` and `max_ratio` times its size."""
+        arguments = {"names": list(names), "safe_bytes": safe_bytes, "max_ratio": max_ratio}
+        found = self._connection.ask("find_large_column", **arguments)[0]["found"]
+        return LargeColumn(*found) if found else None
+
+    def iter_batches(
+        self, columns: Sequence[str], max_rows: int, groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield these columns in batches of at most `max_rows` rows, of these row groups or of all."""
+        self._connection.ask("select", columns=list(columns), max_rows=max_rows, groups=groups)
+        while True:
+            reply, data = self._connection.ask("next")
+            if "is_end" in reply:
+                return
+            yield _deserialize(data)
+
+
+class LargeColumn(NamedTuple):
+    """A column of a row group, with its sizes in the file and unpacked."""
+
+    name: str
+    group: int
+    packed_bytes: int
+    unpacked_bytes: int
+
+
+class ArrowTable(_Table):
+    """A stream in Arrow's IPC format."""
+
+    def has_rows(self) -> bool:
+        """Return whether there are any rows; to be asked before the batches are read."""
+        return bool(self._connection.ask("check_rows")[0]["has_rows"])
+
+    def iter_batches(self, columns: Sequence[str]) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+        """Yield (offset, number of bytes, these columns) of each batch that has rows."""
+        while True:
+            reply, data = self._connection.ask("next", columns=list(columns))
+            if "is_end" in reply:
+                return
+            yield (*reply["range"], _deserialize(data))
+
+    def read_cells(self, offset: int, column: str, row: int, max_rows: int) -> pa.Array:
+        """Return up to `max_rows` cells from `row` on, of the batch at byte `offset`; none beyond its end."""
+        _, data = self._connection.ask("read_cells", offset=offset, column=column, row=row, max_rows=max_rows)
+        return _deserialize(data).column(0)
+
+
+def _deserialize(data: pa.Buffer) -> pa.RecordBatch:
+    return pa.ipc.open_stream(data).read_next_batch()
