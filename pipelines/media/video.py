@@ -9,7 +9,6 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -334,6 +333,8 @@ def _open(file: BinaryIO) -> InputContainer:
     try:
         options = {"format_whitelist": _FORMATS}
         return av.open(file, "r", buffer_size=_BUFFER_BYTES, options=options, metadata_errors="replace")
+    except MemoryError:
+        raise
     except av.FFmpegError as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise MediaError(f"not a video, or its header is damaged: {reason}") from error
@@ -366,8 +367,12 @@ def _read_fps(stream: VideoStream) -> float:
 
 def _read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
     """Yield packets up to the end of the file, or to the first that cannot be read."""
-    with suppress(av.FFmpegError):
+    try:
         yield from container.demux(stream)
+    except MemoryError:  # av's is an FFmpegError too
+        raise
+    except av.FFmpegError:
+        return
 
 
 def _set_time(frame: VideoFrame, stream: VideoStream, previous: float) -> None:
