@@ -1,7 +1,7 @@
-"""Mutated images, tars and tables never crash or hang; each gives one row or one fault.
+"""Mutated images, tars, tables and JSON, and odd directories, never crash or hang; each gives rows or one fault.
 
-tests/stress/fuzz.py mutates them: 1,000 images, 200 tars and 100 tables in about 10 s. With --run-slow there are 20
-times as many, in 3 minutes.
+tests/stress/fuzz.py makes them: 1,000 images, 200 tars, 100 tables, 200 JSON files and 60 directories in about 15 s.
+With --run-slow there are 20 times as many, in 5 minutes. tests/stress/corpus.py does the same to files of others.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+import skimage
+import sklearn.datasets
 
 from tests.stress.fuzz import LIMIT_S, load_originals
 from tests.stress.mutations import mutate
 from tests.support.roots import ROOT
 
-FILES = {"images": 1000, "tars": 200, "tables": 100}
+FILES = {"images": 1000, "tars": 200, "tables": 100, "json": 200, "trees": 60}
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -52,3 +55,11 @@ def test_a_seed_always_gives_the_same_mutation() -> None:
     files = [mutate(data, seed, load_originals()) for seed in range(50)]
     assert files == [mutate(data, seed, load_originals()) for seed in range(50)]
     assert len(set(files)) > 45 and data not in files
+
+
+def test_files_of_installed_packages_are_listed_and_read() -> None:
+    places = [Path(package.__file__).parent / "data" for package in (skimage, sklearn.datasets)]
+    command = [sys.executable, "-m", "tests.stress.corpus", *map(str, places)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stdout[-3000:]
+    assert int(finished.stdout.splitlines()[-1].split()[0]) > 20

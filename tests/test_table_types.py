@@ -152,3 +152,42 @@ def test_rows_before_the_damage_are_listed(tmp_path: Path) -> None:
     assert [row["id"] for row in rows] == [f"{path}#{i}" for i in range(3)]
     assert [bool(row["error"]) for row in rows] == [False, False, True]
     assert "from row 2 on no row is listed" in rows[2]["error"]
+
+
+def test_lists_of_lists_are_not_images(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"path": pa.array([[["a.jpg"]]])})
+    with pytest.raises(SourceError, match="no column seems to hold the images"):
+        list_input(path)
+    with pytest.raises(SourceError, match="column 'path' holds neither bytes nor URIs"):
+        list_input(path, image_column="path")
+
+
+def test_messages_about_wide_tables_stay_short(tmp_path: Path) -> None:
+    fields = pa.struct([(f"field {i}", pa.int64()) for i in range(500)])
+    path = write(tmp_path / "a.parquet", pa.table({f"c{i}": pa.nulls(1, fields) for i in range(40)}))
+    with pytest.raises(SourceError, match=r"it has c0 \(struct<.*\.\.\.\), .*, 20 more$") as caught:
+        list_input(path)
+    assert len(str(caught.value)) < 1500
+
+
+def test_values_without_a_text_are_refused_by_column(tmp_path: Path) -> None:
+    columns = {"image": [b"1"], "taken": pa.array([1 << 30], pa.date32())}
+    with pytest.raises(SourceError, match=r"values of taken cannot be written as text .*taken \(date32\[day\]\)"):
+        list_input(write(tmp_path / "a.parquet", columns), prompt_column="taken")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"\x16\x06\x19", b"\x16\x05\x19", "its numbers of rows contradict each other"),
+        (b"label", b"\xff\xfe\xffel", "it holds text that is not UTF-8"),
+        (b"PAR1\x15", b"PAR1\x1e", "Couldn't deserialize thrift: .*page header failed"),
+    ],
+    ids=["number of rows", "name", "page header"],
+)
+def test_damage_is_one_sentence(tmp_path: Path, old: bytes, new: bytes, reason: str) -> None:
+    path = write(tmp_path / "a.parquet", {"label": ["a", "b", "c"]}, store_schema=False, compression="none")
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(SourceError, match=rf"^cannot read .*a\.parquet as Parquet: {reason}[^\n]*$"):
+        list_input(path, image_column="", prompt_column="label")

@@ -12,8 +12,8 @@ Content = Literal["bytes", "uris", "nothing"]
 def find_content(type_: pa.DataType) -> Content | None:
     """Return what cells of this type hold; "nothing" if all are null, None if they cannot hold images.
 
-    Lists and dictionaries count as their values, extension types as their storage. A struct holds bytes in a field
-    `bytes`, as Hugging Face's do, or a URI in a field `path`.
+    Lists (not lists of lists) and dictionaries count as their values, extension types as their storage. A struct holds
+    bytes in a field `bytes`, as Hugging Face's do, or a URI in a field `path`.
     """
     type_ = _unwrap(type_)
     if pa.types.is_null(type_):
@@ -36,7 +36,7 @@ def is_struct(type_: pa.DataType) -> bool:
 
 
 def _find_content_of_struct(type_: pa.DataType) -> Content | None:
-    fields = {field.name: _unwrap(field.type) for field in type_}
+    fields = {field.name: _unwrap(field.type, max_lists=0) for field in type_}
     data, path = fields.get("bytes"), fields.get("path")
     if data is not None and (_is_binary(data) or pa.types.is_fixed_size_binary(data) or _is_text(data)):
         return "bytes"
@@ -46,20 +46,23 @@ def _find_content_of_struct(type_: pa.DataType) -> Content | None:
     return "nothing" if is_empty and all(map(pa.types.is_null, filter(None, (data, path)))) else None
 
 
-def _unwrap(type_: pa.DataType) -> pa.DataType:
+def _unwrap(type_: pa.DataType, *, max_lists: int = 1) -> pa.DataType:
     """Return the type of the values in lists, dictionaries, run ends and extension types."""
-    is_list = (
+    if isinstance(type_, pa.BaseExtensionType):
+        return _unwrap(type_.storage_type, max_lists=max_lists)
+    if pa.types.is_dictionary(type_) or pa.types.is_run_end_encoded(type_):
+        return _unwrap(type_.value_type, max_lists=max_lists)
+    return _unwrap(type_.value_type, max_lists=max_lists - 1) if _is_list(type_) and max_lists else type_
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return bool(
         pa.types.is_list(type_)
         or pa.types.is_large_list(type_)
         or pa.types.is_fixed_size_list(type_)
         or pa.types.is_list_view(type_)
         or pa.types.is_large_list_view(type_)
     )
-    if isinstance(type_, pa.BaseExtensionType):
-        return _unwrap(type_.storage_type)
-    if is_list or pa.types.is_dictionary(type_) or pa.types.is_run_end_encoded(type_):
-        return _unwrap(type_.value_type)
-    return type_
 
 
 def _is_binary(type_: pa.DataType) -> bool:

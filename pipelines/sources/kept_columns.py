@@ -38,7 +38,7 @@ def convert_column(name: str, column: pa.ChunkedArray, type_: pa.DataType) -> pa
         if _contains(column.type, _cannot_be_cast):
             return pa.chunked_array([pa.array(column.to_pylist(), type_)])
         return column.cast(type_)
-    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
+    except (ValueError, TypeError, OverflowError, KeyError, NotImplementedError) as error:
         raise SourceError(
             f"the kept column {name} ({column.type}) cannot be stored as {type_} ({error}); convert it or remove it "
             "from --keep-columns"

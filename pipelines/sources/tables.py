@@ -26,6 +26,7 @@ from pipelines.storage import store
 from pipelines.storage.store import FileInfo
 from pipelines.storage.table_reader import ParquetTable, get_processes
 
+_MAX_SHOWN, _MAX_SHOWN_CHARACTERS = 20, 40  # of columns in a message
 _SAFE_BYTES, _MAX_RATIO = 64 << 20, 200  # a column of a row group may unpack to so much at any ratio
 
 
@@ -130,11 +131,21 @@ class TableShard:
 
     def make_chunk(self, batch: pa.RecordBatch, at: int, cells: Sequence[CellRef]) -> Chunk:
         """Make the rows of a batch of `columns_to_read`; the first is row number `at`, `cells` hold their images."""
-        values = batch.select(sorted(self.columns.text_columns)).to_pylist() or [{}] * len(cells)
+        values = self._read_values(batch) or [{}] * len(cells)
         images = self._make_references(batch, cells)
         numbered = enumerate(zip(values, images, strict=True), at)
         rows = [self.columns.make_row(self.uri, i, *row, unit="row") for i, row in numbered]
         return Chunk(rows, self.names, self._keep_columns(batch))
+
+    def _read_values(self, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+        texts = batch.select(sorted(self.columns.text_columns))
+        try:
+            return texts.to_pylist()  # type: ignore[no-any-return]
+        except (ValueError, OverflowError, KeyError) as error:
+            raise SourceError(
+                f"{store.redact(self.uri)}: the values of {', '.join(texts.schema.names)} cannot be written as text "
+                f"({error}); {_describe(texts.schema)}"
+            ) from error
 
     def _keep_columns(self, batch: pa.RecordBatch) -> pa.Table | None:
         keep = {name: pa.chunked_array([batch.column(name)]) for name in self.columns.keep}
@@ -189,4 +200,11 @@ def _choose_image_column(uri: str, schema: pa.Schema, given: str | None) -> str 
 
 
 def _describe(schema: pa.Schema) -> str:
-    return "it has " + ", ".join(f"{field.name} ({field.type})" for field in schema)
+    """Name the columns and their types, shortened so that the message can be read."""
+    shown = [f"{_shorten(field.name)} ({_shorten(str(field.type))})" for field in list(schema)[:_MAX_SHOWN]]
+    more = [f"{len(schema) - _MAX_SHOWN} more"] if len(schema) > _MAX_SHOWN else []
+    return "it has " + ", ".join([*shown, *more])
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[: _MAX_SHOWN_CHARACTERS - 3]}..."

@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -108,10 +108,13 @@ def _answer(action: Any, arguments: Json) -> Reply:
         raise
     except MemoryError:
         return {"damage": "reading it needs more memory than there is"}, _NO_BYTES
+    except UnicodeDecodeError:
+        return {"damage": "it holds text that is not UTF-8"}, _NO_BYTES
     except Exception as error:
         # On damaged data Arrow may raise any exception, and none of them may end the process.
         number = error.errno if isinstance(error, OSError) else None
-        return {"errno": number} if number else {"damage": str(error) or type(error).__name__}, _NO_BYTES
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return {"errno": number} if number else {"damage": reason}, _NO_BYTES
 
 
 class _Parquet:
@@ -129,7 +132,9 @@ class _Parquet:
         self._parquet = pq.ParquetFile(self._file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         metadata = self._parquet.metadata
         num_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        return {"num_rows": num_rows}, self._parquet.schema_arrow.serialize()
+        if min(num_rows, default=0) < 0 or sum(num_rows) != metadata.num_rows:
+            raise pa.ArrowInvalid("its numbers of rows contradict each other")
+        return {"num_rows": num_rows}, _serialize_schema(self._parquet.schema_arrow)
 
     def find_large_column(self, names: list[str], safe_bytes: int, max_ratio: int) -> Reply:
         """Find a column that unpacks to more than `safe_bytes` and `max_ratio` times its size."""
@@ -171,7 +176,7 @@ class _Arrow:
         if not self._file.size():
             raise pa.ArrowInvalid("it is empty")
         self._schema = read_schema(self._file)
-        return {}, self._schema.serialize()
+        return {}, _serialize_schema(self._schema)
 
     def check_rows(self) -> Reply:
         """Return whether there are any rows."""
@@ -219,6 +224,18 @@ def _map_file(file: io.FileIO) -> Any:
     """Map a local file into memory: only the pages that are used are read."""
     is_empty = not file.seek(0, io.SEEK_END)
     return pa.BufferReader(b"" if is_empty else pa.py_buffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
+
+
+def _serialize_schema(schema: pa.Schema) -> Any:
+    _check_names(schema)
+    return schema.serialize()
+
+
+def _check_names(fields: Iterable[pa.Field]) -> None:
+    """Raise UnicodeDecodeError if a name cannot be read, also within a type."""
+    for field in fields:
+        assert field.name is not None
+        _check_names(field.type.field(i) for i in range(field.type.num_fields))
 
 
 def _serialize(batch: pa.RecordBatch) -> Any:

@@ -2,13 +2,16 @@
 
     python -m tests.stress.fuzz KIND FIRST LAST
 
-KIND is images, tars or tables; each number from FIRST to LAST is the seed of a file. Prints a line of JSON before and
-after each file, and exits with 1 at the first that gives neither rows nor an error that names the file.
+KIND is images, tars, tables, json or trees (directories); each number from FIRST to LAST is the seed of a file. Prints
+a line of JSON before and after each file, and exits with 1 at the first that gives neither rows nor an error that names
+the file, or an error that is more than one sentence.
 """
 
 from __future__ import annotations
 
+import base64
 import faulthandler
+import gzip
 import io
 import json
 import random
@@ -31,7 +34,11 @@ from pipelines.media.fetch import Fetcher
 from pipelines.media.images import decode_image
 from pipelines.media.reference import parse_reference
 from pipelines.sources import list_rows
+from pipelines.sources.kinds import IMAGE_SUFFIXES
+from pipelines.sources.rows import escape_name
+from tests.stress.corpus import find_faults
 from tests.stress.mutations import mutate
+from tests.stress.trees import make_tree
 from tests.support.photographs import find_photographs
 
 LIMIT_S = 20.0  # per file, on a shared machine
@@ -68,7 +75,7 @@ _SAVED = (
 def main() -> None:
     faulthandler.enable()
     kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    check = {"images": check_image, "tars": check_tar, "tables": check_table}[kind]
+    check = _CHECKS[kind]
     for number in range(first, last):
         print(json.dumps({"begin": number}), flush=True)
         started_s = time.monotonic()
@@ -111,6 +118,36 @@ def check_table(number: int) -> str:
     return _check_shard(f"a{suffix}", mutate(write(number), number), keep)
 
 
+def check_json(number: int) -> str:
+    """Read mutated rows, conversations and arrays in JSON, some of them packed."""
+    name, make = _JSON_FORMS[number % len(_JSON_FORMS)]
+    data = make()
+    if number % 3 == 0:
+        return _check_shard(f"{name}.gz", mutate(gzip.compress(mutate(data, number)), number), {})
+    return _check_shard(name, mutate(data, number), {"image_column": ""} if number % 7 == 0 else {})
+
+
+def check_tree(number: int) -> str:
+    """List a directory of odd names by its name and by a glob; each image is a row, which can be read."""
+    with tempfile.TemporaryDirectory() as directory:
+        expected = make_tree(Path(directory), number)
+        for uri in (directory, f"{directory}/**"):
+            config = CaptionConfig(input=(uri,), output="out", model="demo", limit=100)
+            try:
+                with list_rows(config, config.questionnaire) as listing:
+                    rows = [row for table in listing.read_tables() for row in table.to_pylist()]
+            except SourceError as error:
+                assert not expected or uri != directory, error
+                continue
+            found = [
+                row for row in rows if Path(row["uri"]).suffix.lower() in IMAGE_SUFFIXES
+            ]  # a glob takes others too
+            differing = {row["uri"] for row in found} ^ set(map(escape_name, expected))
+            assert not differing and len(found) == len(expected), (uri, differing)
+            assert all(map(_is_read, (row for row in found if not row["error"])))
+    return f"{len(expected) // 10}0 rows"
+
+
 def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
     """List a shard into rows whose images are bytes or an OSError, or into a SourceError that names the shard."""
     with tempfile.TemporaryDirectory() as directory:
@@ -122,8 +159,10 @@ def _check_shard(name: str, data: bytes, options: dict[str, object]) -> str:
                 rows = [row for table in listing.read_tables() for row in table.to_pylist()]
         except SourceError as error:
             assert str(path) in str(error) or "column" in str(error), error
+            assert not find_faults([str(error)]), error
             return "refused"
         assert len({row["id"] for row in rows}) == len(rows) > 0
+        assert not (faults := find_faults([row["error"] for row in rows if row["error"]])), faults
         return f"{len(rows)} rows, {sum(map(_is_read, rows))} read"
 
 
@@ -198,6 +237,32 @@ def _write_jsonl(number: int) -> bytes:
         json.dumps({"image": f"{i}.jpg", "label": f"é{i}", "n": [i, {"a": i}]}) for i in range(20)
     ).encode()
 
+
+def _make_json_lines() -> bytes:
+    image = base64.b64encode(load_originals()[0][:300]).decode()
+    rows: list[object] = [
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}]}]},
+        {"messages": [{"role": "user", "content": "<image>What?"}], "images": ["a.jpg"]},
+        {"image": f"data:image/jpeg;base64,{image}", "prompt": "é"},
+        {"img": {"bytes": image, "path": "a.jpg"}, "n": [1, {"a": None}]},
+        {"url": ["https://example.org/a.jpg", "s3://bucket/b.png"], "id": 7},
+    ]
+    return "\n".join(map(json.dumps, rows * 4)).encode()
+
+
+def _make_json_array() -> bytes:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": 'A [cat] {or} \\ " dog.'}]
+    return json.dumps([{"id": i, "image": f"{i}.jpg", "conversations": turns} for i in range(20)], indent=1).encode()
+
+
+_JSON_FORMS = (("a.jsonl", _make_json_lines), ("a.json", _make_json_array), ("a.json", _make_json_lines))
+_CHECKS = {
+    "images": check_image,
+    "tars": check_tar,
+    "tables": check_table,
+    "json": check_json,
+    "trees": check_tree,
+}
 
 if __name__ == "__main__":
     main()
