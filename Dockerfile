@@ -1,7 +1,8 @@
 # The image of all nodes, head and workers: docker build -t ovis2-ray:2.60.0 .
 #
-# The versions come from constraints.txt, with which the tests run. torch includes its CUDA and NCCL libraries, so the
-# host needs only NVIDIA's driver and container toolkit. The image contains code and dependencies: a runtime environment
+# The versions come from constraints.txt, with which the tests run. torch includes its CUDA 13 and NCCL libraries, so the
+# host needs only NVIDIA's driver, 580 or later, and the container toolkit. flash-attn is not installed: it would need
+# CUDA's compiler, and torch's own kernels do the same. The image contains code and dependencies: a runtime environment
 # that installs packages on each node is slow, and without a package index it waits forever.
 FROM python:3.11-slim-bookworm
 

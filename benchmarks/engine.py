@@ -202,7 +202,9 @@ def _run_rank(rank: int, meeting_point: Path, args: argparse.Namespace) -> None:
         model = _build_random_model(SHAPES[args.model], torch.device(args.device), getattr(torch, args.dtype), shard)
         workload = _make_workload(model.config, args)
         engine = OvisEngine.from_model(model, eos_token_ids=())
-        _run_engine(engine, Workload(workload.requests[:2], [2, 2]))  # warm
+        if model.device.type == "cuda":
+            engine.warm_up()
+        _run_engine(engine, Workload(workload.requests[:2], [2, 2]))
         before = engine.stats
         timing = _time_side(lambda: _run_engine(engine, workload))
         stats = engine.stats - before
@@ -376,8 +378,16 @@ def _describe_environment(model: Ovis) -> dict[str, str]:
     """Return the hardware, dtype, torch version and commit of this measurement."""
     cuda = model.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{_read_cpu_name()}, {torch.get_num_threads()} threads"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
-    return {"hardware": name, "dtype": str(model.dtype), "torch": torch.__version__, "commit": git.stdout.strip()}
+    return {"hardware": name, "dtype": str(model.dtype), "torch": torch.__version__, "commit": read_commit()}
+
+
+def read_commit() -> str:
+    """Return the commit that is checked out, or "unknown", e.g. in an image without git."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
 
 
 def _read_cpu_name() -> str:

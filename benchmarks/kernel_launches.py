@@ -4,7 +4,7 @@
 
 The model is on the meta device, so no GPU is needed: operations of torch are counted where they are dispatched, without
 views and allocations, and Triton's kernels where they would be launched. Attention counts as the operations of
-torch's FlashAttention, with keys and values in a cache.
+torch's FlashAttention, with keys and values in pages of a cache.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovis_model.config import SIZES, OvisConfig
-from ovis_model.engine.kv_cache import DecodeStep, KVCache, Prefill
+from ovis_model.engine.kv_cache import PagedKVCache, Prefill
 from ovis_model.network import attention
-from ovis_model.network.attention import Varlen
+from ovis_model.network.attention import PAGE_TOKENS, Varlen
 from ovis_model.network.kernels import TORCH, LayerKernels
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.weights import allocate_model
@@ -78,7 +80,15 @@ def _set_depth(config: OvisConfig, depth: int) -> OvisConfig:
 
 def _count_all(config: OvisConfig, make_kernels: Callable[[Launches], LayerKernels]) -> dict[str, Counter[str]]:
     model = allocate_model(config, device=META, dtype=torch.bfloat16)
-    cache = KVCache(config.language, slots=ROWS, capacity=LENGTH, device=META, dtype=torch.bfloat16)
+    cache = PagedKVCache(
+        config.language,
+        slots=ROWS,
+        capacity=LENGTH,
+        pages=ROWS,
+        page_tokens=PAGE_TOKENS,
+        device=META,
+        dtype=torch.bfloat16,
+    )
     vision, language = config.vision, config.language
     features = torch.empty(ROWS, vision.num_patches, vision.hidden_size, dtype=torch.bfloat16, device=META)
     rows = torch.arange(ROWS, device=META)
@@ -86,9 +96,9 @@ def _count_all(config: OvisConfig, make_kernels: Callable[[Launches], LayerKerne
     embeds = torch.empty(ROWS, LENGTH, language.hidden_size, dtype=torch.bfloat16, device=META)
     work: dict[str, Callable[[], object]] = {
         "tower block": lambda: model.visual_tokenizer.backbone.trunk(features),
-        "prefill layer": lambda: model.llm.model(embeds, positions, Prefill(cache, rows)),
+        "prefill layer": lambda: model.llm.model(embeds, positions, Prefill(cache, rows, LENGTH)),
         "decode layer": lambda: model.llm.model(
-            embeds[:, :1].contiguous(), rows[:, None], DecodeStep(cache, rows, LENGTH - 1)
+            embeds[:, :1].contiguous(), rows[:, None], cache.begin_step(rows, LENGTH - 1)
         ),
     }
     return {kind: _count(model, make_kernels, run) for kind, run in work.items()}
@@ -97,9 +107,13 @@ def _count_all(config: OvisConfig, make_kernels: Callable[[Launches], LayerKerne
 def _count(model: Ovis, make_kernels: Callable[[Launches], LayerKernels], run: Callable[[], object]) -> Counter[str]:
     launches = Launches()
     model.prepare(make_kernels(launches))
-    with torch.inference_mode(), mock.patch.object(attention, "_find_kernels", lambda _: Varlen()), launches:
+    with torch.inference_mode(), mock.patch.object(attention, "_find_kernels", _find_varlen), launches:
         run()
     return launches.names
+
+
+def _find_varlen(is_cuda: bool, is_half: bool) -> Varlen:
+    return Varlen(partial(varlen_attn, enable_gqa=True), reads_pages=True)
 
 
 def main() -> None:

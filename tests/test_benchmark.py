@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.engine import read_commit
 from benchmarks.roofline import Ceilings, compute_cost
 from ovis_model.config import SIZES
 from tests.support.golden_data import checkpoint_dir
@@ -36,6 +38,13 @@ def test_engine_and_transformers_generate_the_same_tokens() -> None:
     }
     assert set(result["seconds"]) == {"preprocess", "vision", "prefill", "decode", "idle"}
     assert result["ratio"] > 0 and result["floor_ratio"] > 1 and 0 < result["slot_occupancy"] <= 1
+
+
+def test_the_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A benchmark in a container prints its figures all the same."""
+    assert len(read_commit()) >= 7
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read_commit() == "unknown"
 
 
 def test_the_floor_of_a_published_size_matches_the_architecture() -> None:

@@ -100,6 +100,12 @@ def test_a_replica_never_spans_nodes() -> None:
         plan_pools(make_config(num_replicas=3), two_by_three, 2)
 
 
+def test_each_rank_keeps_a_core_from_the_preprocessors() -> None:
+    assert plan_pools(make_config(), make_machine(16, 8), 2).num_preprocessors == 16 - 8
+    assert plan_pools(make_config(), make_machine(16, 8), 1).num_preprocessors == 16 - 8
+    assert plan_pools(make_config(num_replicas=1), make_machine(16, 8), 4).num_preprocessors == 16 - 4
+
+
 def test_autoscaled_pools_ignore_what_exists_now() -> None:
     """The cluster may start with its head node alone and add GPUs and cores later."""
     pools = plan_pools(make_config(num_replicas=8, autoscale=True), Hardware(0), 2)

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovis_model.config import Layout
+from ovis_model.engine.decode_step import BatchStepper, Decoded
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.kv_cache import DecodeStep, KVCache
 from ovis_model.engine.scheduler import Budget
 from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import cut_at_stop
-from ovis_model.types import Request, RequestError, SamplingParams
+from ovis_model.types import EngineDied, Request, RequestError, SamplingParams
 from tests.support.engines import (
     GREEDY,
     PARAMS,
@@ -194,6 +195,44 @@ def test_out_of_memory_halves_the_batch_then_fails_the_request(monkeypatch: pyte
     max_rows = 0
     with pytest.raises(RequestError, match="out of device memory even for this request alone"):
         engine.generate(requests, GREEDY)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA ...",
+    ],
+)
+@pytest.mark.parametrize("page_tokens", [0, 16])
+def test_libraries_that_lack_memory_halve_the_batch_too(
+    monkeypatch: pytest.MonkeyPatch, message: str, page_tokens: int
+) -> None:
+    """CuBLAS allocates its workspace itself and raises a plain RuntimeError."""
+    checkpoint = "tiny56-tied"
+    requests, wanted = make_golden_requests(checkpoint), load_greedy_ids(checkpoint)
+    budget = Budget(kv_tokens=4000, slots=8, page_tokens=page_tokens)
+    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=budget)
+    step = BatchStepper.step
+
+    def fail(self: BatchStepper, rows: int, longest: int) -> Decoded:
+        if rows > 2:
+            raise RuntimeError(message)
+        return step(self, rows, longest)
+
+    monkeypatch.setattr(BatchStepper, "step", fail)
+    assert generate_ids(engine, requests) == wanted
+
+
+def test_other_faults_of_the_device_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OvisEngine.from_model(load_engine("tiny56-tied").model, budget=Budget(kv_tokens=4000, slots=8))
+
+    def fail(self: BatchStepper, rows: int, longest: int) -> Decoded:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`")
+
+    monkeypatch.setattr(BatchStepper, "step", fail)
+    with pytest.raises(EngineDied, match="EXECUTION_FAILED"):
+        engine.generate(make_golden_requests("tiny56-tied")[:1], GREEDY)
 
 
 def test_a_request_over_the_models_limit_is_refused_with_the_excess() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,11 @@ from ovis_model.engine.memory_plan import (
     halve,
     measure_free_bytes,
     plan_budget,
+    plan_for_device,
 )
 from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget
+from ovis_model.network.attention import PAGE_TOKENS, Sdpa, Varlen
+from ovis_model.network.tensor_parallel import ALONE
 from ovis_model.network.weights import allocate_model
 from tests.support.allocations import META, Allocations, make_shallow
 
@@ -55,7 +60,7 @@ def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype, passe
     slots = torch.arange(rows, device=META)
     with torch.inference_mode(), Allocations() as allocations:
         embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=passes, device=META)
-        hidden = model.llm.model(embeds, positions, Prefill(cache, slots))
+        hidden = model.llm.model(embeds, positions, Prefill(cache, slots, width))
         model.llm.compute_logits(hidden[:, -1]).float().softmax(-1)
     planned = bound_prefill_bytes(config, passes, rows * width, rows) + bound_widened_bytes(dtype, passes)
     assert 0.4 < allocations.peak / planned <= 1
@@ -92,6 +97,52 @@ def test_a_plan_fits_and_uses_the_free_memory(size: str, dtype: torch.dtype, pas
         planned = kv_bytes + bound_transient_bytes(config, dtype, budget, passes)
         assert planned <= 0.9 * free_gb * 1e9
         assert planned > 0.85 * free_gb * 1e9 or budget.kv_tokens == budget.slots * config.max_length
+
+
+class CachingAllocator(Allocations):
+    """Model of torch's allocator on CUDA: what is freed stays taken until the cache is emptied or it is used again."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self.total, self.cached = total, Counter[int]()
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        if self.cached[storage.nbytes()]:
+            self.cached[storage.nbytes()] -= 1
+        super()._enter(storage)
+
+    def _leave(self, key: int, nbytes: int) -> None:
+        self.cached[nbytes] += 1
+        super()._leave(key, nbytes)
+
+    def get_info(self, device: torch.device) -> tuple[int, int]:
+        cached = sum(nbytes * count for nbytes, count in self.cached.items())
+        return self.total - self.alive - cached, self.total
+
+
+def test_memory_that_fusing_weights_left_in_torchs_cache_is_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = CachingAllocator(85 * 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", allocator.get_info)
+    monkeypatch.setattr(torch.cuda, "empty_cache", allocator.cached.clear)
+    with allocator:
+        model = allocate_model(SIZES["8B"], device=META, dtype=torch.bfloat16)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    counted_as_taken = allocator.get_info(torch.device("cuda"))[0]
+    free = measure_free_bytes(torch.device("cuda"))
+    assert free == pytest.approx(allocator.total - weights, rel=1e-3)
+    assert free - counted_as_taken > 5e9
+    planned = [plan_budget(SIZES["8B"], torch.bfloat16, n).kv_tokens for n in (free, counted_as_taken)]
+    assert planned[0] > 1.08 * planned[1]
+
+
+def test_the_cache_is_in_pages_where_a_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
+    found = "ovis_model.engine.memory_plan.find_kernels"
+    monkeypatch.setattr(found, lambda device, dtype: Varlen(print, reads_pages=True))
+    plan = partial(plan_for_device, SIZES["34B"], torch.bfloat16, torch.device("cuda"), ALONE)
+    assert plan().page_tokens == PAGE_TOKENS and plan().kv_tokens % PAGE_TOKENS == 0
+    monkeypatch.setattr(found, lambda device, dtype: Sdpa())
+    assert plan().page_tokens == 0 and plan().slot_tokens >= 10 * 256 + 640
 
 
 def test_little_memory_means_smaller_passes() -> None:

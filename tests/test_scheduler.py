@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from itertools import chain
 
@@ -56,6 +57,25 @@ class Slots:
         self.ids = {slot: ids for slot, ids in self.ids.items() if slot < used}
 
 
+def check_pages(scheduler: Scheduler) -> None:
+    """Assert that each running row has its own pages, enough for all its tokens, and that no other page is in use."""
+    if scheduler.pages is None:
+        return
+    assert scheduler.pages.count * scheduler.pages.page_tokens <= max(scheduler.budget.kv_tokens, 112)
+    rows = [list(pages[pages > 0]) for pages in scheduler.pages.table]
+    needed = [scheduler.pages.count_needed(row.max_cached) for row in scheduler.running]
+    assert list(map(len, rows)) == needed + [0] * (scheduler.slots - len(needed))
+    used = list(chain(*rows))
+    assert len(set(used)) == len(used) == scheduler.pages.count - scheduler.pages.count_available()
+
+
+def is_next_too_large(scheduler: Scheduler) -> bool:
+    tokens, pages = scheduler.waiting[0].max_cached, scheduler.pages
+    if pages is None:
+        return tokens > scheduler.capacity
+    return pages.count_needed(tokens) > pages.count_available()
+
+
 ITEMS = st.lists(
     st.tuples(st.integers(0, 60), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=9)),
     min_size=1,
@@ -63,12 +83,12 @@ ITEMS = st.lists(
 )
 
 
-@given(ITEMS, st.integers(1, 16), st.integers(110, 2000), st.integers(5, 200))
+@given(ITEMS, st.integers(1, 16), st.integers(110, 2000), st.integers(5, 200), st.sampled_from([0, 16]))
 def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
-    items: list[tuple[int, list[tuple[int, int]]]], slots: int, kv_tokens: int, fault_at: int
+    items: list[tuple[int, list[tuple[int, int]]]], slots: int, kv_tokens: int, fault_at: int, page_tokens: int
 ) -> None:
     """This includes rows that restart; siblings copy their shared prefix from each other's slots."""
-    scheduler = Scheduler(Budget(kv_tokens=kv_tokens, slots=slots))
+    scheduler = Scheduler(Budget(kv_tokens=kv_tokens, slots=slots, page_tokens=page_tokens))
     rows = [row for item in items for row in make_siblings(*item)]
     scheduler.enqueue(rows)
     cache = Slots()
@@ -79,13 +99,14 @@ def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
             cache.move(move)
         if scheduler.plan_cache():
             assert not scheduler.running
-            assert scheduler.slots * scheduler.capacity <= kv_tokens
+            assert page_tokens or scheduler.slots * scheduler.capacity <= kv_tokens
             cache = Slots()
             continue
+        check_pages(scheduler)
         cache.fill(scheduler, admitted)
         assert len(scheduler.running) <= scheduler.slots
         if len(scheduler.running) < scheduler.slots and scheduler.waiting:
-            assert scheduler.waiting[0].max_cached > scheduler.capacity
+            assert is_next_too_large(scheduler) or scheduler._should_resize()
         for slot, row in enumerate(scheduler.running):
             assert cache.ids[slot][: row.num_prompt_tokens] == row.request.input_ids.tolist()[: len(cache.ids[slot])]
             row.append(0, -1.0)
@@ -103,8 +124,8 @@ def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
 def test_siblings_compute_their_shared_prefix_once_with_any_number_of_slots(
     shared: int, own: list[tuple[int, int]]
 ) -> None:
-    for slots in (1, 3, 16):
-        scheduler = Scheduler(Budget(kv_tokens=10_000, slots=slots))
+    for slots, page_tokens in itertools.product((1, 3, 16), (0, 16)):
+        scheduler = Scheduler(Budget(kv_tokens=10_000, slots=slots, page_tokens=page_tokens))
         rows = make_siblings(shared, own)
         scheduler.enqueue(rows)
         spans = []

@@ -29,9 +29,12 @@ from tests.support.replays import Recorded
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@pytest.mark.parametrize("slots", [1, 5, 64])
-def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_per_item(checkpoint: str, slots: int) -> None:
-    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=Budget(kv_tokens=400 * slots, slots=slots))
+@pytest.mark.parametrize(("slots", "page_tokens"), [(1, 0), (5, 0), (64, 0), (5, 16)])
+def test_eight_tasks_answer_as_eight_requests_with_one_vision_pass_per_item(
+    checkpoint: str, slots: int, page_tokens: int
+) -> None:
+    budget = Budget(kv_tokens=400 * slots, slots=slots, page_tokens=page_tokens)
+    engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=budget)
     # The longest first, so that the cache need not grow: a row that waits for the larger cache finds no sibling in it.
     order = sorted(range(8), key=lambda item: -len(make_items(checkpoint)[item][0].input_ids))
     items = [make_items(checkpoint)[index] for index in order]
@@ -53,7 +56,8 @@ def test_tasks_of_items_that_arrive_at_any_time_do_not_affect_each_other(
     """This includes captured steps that cover unused slots, and running out of memory at any moment."""
     checkpoint = "tiny56-tied"
     items, options = make_items(checkpoint), {"make_step_runner": Recorded()} if replayed else {}
-    engine = EngineCore(load_engine(checkpoint).model, budget=Budget(kv_tokens=230 * slots, slots=slots), **options)
+    budget = Budget(kv_tokens=230 * slots, slots=slots, page_tokens=data.draw(st.sampled_from([0, 16])))
+    engine = EngineCore(load_engine(checkpoint).model, budget=budget, **options)
     tasks = st.lists(st.integers(0, len(TASKS) - 1), min_size=1, max_size=8)
     calls = data.draw(st.lists(st.lists(st.tuples(st.integers(0, 7), tasks), min_size=1, max_size=4), max_size=3))
     rows: list[tuple[RequestState, int, int]] = []

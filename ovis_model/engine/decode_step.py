@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ovis_model.engine.kv_cache import DecodeStep, KVCache
+from ovis_model.engine.kv_cache import KVCache
 from ovis_model.engine.sampling import Choice, choose_greedily
 from ovis_model.network.ovis import Ovis
 
@@ -39,38 +39,60 @@ def run_eagerly(step: Step, rows: int, longest: int, cache: KVCache) -> Decoded:
 class CudaGraphs:
     """One CUDA graph per bucket of batch sizes and lengths, captured on first use.
 
-    If attention reads no masked positions, all lengths are in one bucket.
+    If attention reads no masked positions, all lengths are in one bucket. All graphs are captured on one stream,
+    because libraries keep a workspace per stream. They share their memory, and one buffer holds the results.
     """
 
     def __init__(self) -> None:
-        self._replays: dict[tuple[int, int], Callable[[], Decoded]] = {}
+        self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
+        self._results: Decoded | None = None
         self._pool: Any = None
+        self._stream: Any = None
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The buckets captured so far: (rows, longest)."""
+        return list(self._graphs)
 
     def __call__(self, step: Step, rows: int, longest: int, cache: KVCache) -> Decoded:
         """Replay the graph of the bucket; capture it first if needed."""
         shape = round_up_rows(rows, cache.slots), round_up_length(longest, cache)
-        if shape not in self._replays:
-            self._replays[shape] = self._capture(lambda: step(*shape))
-        return self._replays[shape]()
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(lambda: self._keep(step(*shape), cache.slots))
+        self._graphs[shape]()
+        assert self._results is not None, "no graph has run"
+        return self._results
 
-    def _capture(self, run: Callable[[], Decoded]) -> Callable[[], Decoded]:
-        """Capture a graph. All graphs share memory, because a result is used before the next graph runs."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def _keep(self, decoded: Decoded, slots: int) -> None:
+        """Copy the result of a step to the buffer for all graphs, so that none keeps its own in memory."""
+        if self._results is None:
+            self._results = _make_results(decoded, slots)
+        for kept, new in zip(_list_tensors(self._results), _list_tensors(decoded), strict=True):
+            kept[: len(new)].copy_(new)
+
+    def _capture(self, run: Callable[[], None]) -> Callable[[], object]:
+        """Capture a graph and return its replay."""
+        current = torch.cuda.current_stream()
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             run()  # libraries allocate their workspaces now, because a capture must not allocate
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": work of other threads on the device must not abort the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            decoded = run()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            run()
         self._pool = self._pool or graph.pool()
+        return graph.replay
 
-        def replay() -> Decoded:
-            graph.replay()
-            return decoded
 
-        return replay
+def _make_results(like: Decoded, slots: int) -> Decoded:
+    logits, ids, logprobs = (x.new_empty(slots, *x.shape[1:]) for x in _list_tensors(like))
+    return Decoded(logits, Choice(ids, logprobs))
+
+
+def _list_tensors(decoded: Decoded) -> tuple[Tensor, Tensor, Tensor]:
+    return decoded.logits, decoded.greedy.ids, decoded.greedy.logprobs
 
 
 def round_up_rows(rows: int, slots: int) -> int:
@@ -115,6 +137,6 @@ class BatchStepper:
     def _step(self, rows: int, longest: int) -> Decoded:
         ids, lengths = self._state[:, :rows]
         embeds = self._model.llm.model.embed_tokens(ids[:, None])
-        context = DecodeStep(self.cache, lengths, longest)
+        context = self.cache.begin_step(lengths, longest)
         logits = self._model.llm.compute_logits(self._model.llm.model(embeds, lengths[:, None], context)[:, -1])
         return Decoded(logits, choose_greedily(logits))

@@ -126,7 +126,7 @@ class OvisEngine:
         return self.backend.calls.generate(requests, each) if requests else []
 
     def warm_up(self) -> None:
-        """Generate the largest batch once and reset `stats`. If memory is too small, it runs out here and not later."""
+        """Run the largest passes and all batch sizes once, and reset `stats`; see `EngineCore.warm_up`."""
         self.backend.calls.warm_up()
 
     def rebuild(self) -> bool:
@@ -151,4 +151,7 @@ def _load(options: EngineOptions) -> LoopThread:
     from ovis_model.engine.engine_core import load_core
     from ovis_model.engine.engine_loop import LoopThread
 
-    return LoopThread(load_core(options))
+    loop = LoopThread(load_core(options))
+    if loop.core.model.device.type == "cuda":  # a CPU has no graphs to capture, and a warm-up would take minutes
+        loop.calls.warm_up()
+    return loop

@@ -5,8 +5,9 @@ Knows token ids, not text or images. Knows no threads: a single caller enqueues 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from time import perf_counter
@@ -15,22 +16,25 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from ovis_model.engine.calls import Device, Dtype, EngineOptions, Stats
+from ovis_model.engine.calls import EngineOptions, Stats
 from ovis_model.engine.decode_step import CudaGraphs, StepRunner, run_eagerly
 from ovis_model.engine.memory_plan import describe_budget, halve, plan_for_device
 from ovis_model.engine.model_runner import Masks, ModelRunner, answer_choices
+from ovis_model.engine.prefix_sharing import Item
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
 from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
 from ovis_model.grammar.guides import Guides
+from ovis_model.network.devices import keep_float32_exact, resolve_device, resolve_dtype
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.weights import load_model
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, EngineDied, Request, RequestError, SamplingParams
 
-# Faults in CUDA libraries are raised as plain RuntimeErrors.
+# Faults in CUDA libraries are raised as plain RuntimeErrors. Those that lack memory leave the device usable.
 _DEVICE_FAULT = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS")
+_OUT_OF_MEMORY = re.compile(r"CUDA error: out of memory|CU(BLAS|DNN)_STATUS_(INTERNAL_ERROR_DEVICE_)?ALLOC")
 
 
 class EngineCore:
@@ -47,6 +51,7 @@ class EngineCore:
     ) -> None:
         """Take the arguments of `OvisEngine.from_model`."""
         config = model.config
+        keep_float32_exact(model.device, model.dtype)
         self.model, self.stats = model, Stats()
         self._budget = budget or plan_for_device(config, model.dtype, model.device, model.shard)
         limits = self._budget.kv_tokens, self._budget.prompt_tokens
@@ -80,14 +85,19 @@ class EngineCore:
         """
         try:
             self._step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            self._handle(error)
+
+    def _handle(self, error: RuntimeError) -> None:
+        """Shrink the budget if memory is short. Raise EngineDied if the device is lost, else `error` itself."""
+        if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
             if self.model.shard.size > 1:  # the other ranks are in the middle of the step
                 raise EngineDied(f"rank {self.model.shard.rank} is out of memory: {error}") from error
             self.shrink(error)
-        except RuntimeError as error:
-            if not isinstance(error, torch.AcceleratorError) and not _DEVICE_FAULT.search(str(error)):
-                raise
+        elif isinstance(error, torch.AcceleratorError) or _DEVICE_FAULT.search(str(error)):
             raise EngineDied(str(error)) from error
+        else:
+            raise error
 
     def abandon(self) -> None:
         """Fail all running and waiting requests, but not those that finished in the last step."""
@@ -98,21 +108,47 @@ class EngineCore:
         self.runner.release_cache()
 
     def warm_up(self) -> None:
-        """Generate with the maximum of sequences, tiles and prompt tokens, then with one sequence less per step.
+        """Run the largest passes over tiles and prompts, then decode steps of all batch sizes; reset `stats`.
 
-        If memory is too small, it runs out here and not later. On CUDA this captures the graphs of all batch sizes.
+        If memory is too small, it runs out here and not later. On CUDA this captures the graphs of all batch sizes, and
+        the libraries choose kernels for all numbers of tiles. No answer ends at an end-of-text id, whatever the weights
+        generate. Call it in the thread that steps the engine: libraries keep what they prepare per thread.
         """
-        vision, slots = self.model.config.vision, self._budget.slots
-        tile = np.zeros((1, 3, vision.image_size, vision.image_size), np.uint8)
-        ids = np.full(vision.tokens_per_tile, IMAGE_ATOM_ID, np.int32)
-        rows = min(slots, self._budget.kv_tokens // (len(ids) + slots + 1))
-        request = Request(ids, tile, np.array([tile.shape[2:]], np.int32))
-        states = self.enqueue([request] * rows, [SamplingParams(max_new_tokens=n) for n in range(rows + 1, 1, -1)])
+        rule, self._stop_rule = self._stop_rule, StopRule((), None)
+        try:
+            self._generate(self._make_tile_requests(self._budget.slots), itertools.repeat(2))
+            slots = self.scheduler.slots
+            self._generate(self._make_text_requests(slots), range(slots + 1, 1, -1))
+            self._encode_each_count()
+        finally:
+            self._stop_rule = rule
+        self.stats = Stats()
+
+    def _generate(self, requests: Sequence[Request], output_lengths: Iterable[int]) -> None:
+        params = [SamplingParams(max_new_tokens=n) for _, n in zip(requests, output_lengths, strict=False)]
+        states = self.enqueue(requests, params)
         while not all(state.has_left for state in states):
             self.step()
         for state in states:
             state.make_completion()
-        self.stats = Stats()
+
+    def _make_tile_requests(self, count: int) -> list[Request]:
+        vision = self.model.config.vision
+        tile = np.zeros((1, 3, vision.image_size, vision.image_size), np.uint8)
+        ids = np.full(vision.tokens_per_tile, IMAGE_ATOM_ID, np.int32)
+        return [Request(ids, tile, np.array([tile.shape[2:]], np.int32))] * count
+
+    def _make_text_requests(self, count: int) -> list[Request]:
+        side = self.model.config.vision.image_size
+        request = Request(np.zeros(1, np.int32), np.zeros((0, 3, side, side), np.uint8), np.zeros((0, 2), np.int32))
+        return [request] * count
+
+    @torch.inference_mode()
+    def _encode_each_count(self) -> None:
+        [request], most = self._make_tile_requests(1), self.scheduler.budget.vision_tiles
+        for count in range(1, most + 1):
+            item = Item(np.repeat(request.tiles, count, 0), np.repeat(request.tile_sizes, count, 0))
+            self.runner.encode([item], most)
 
     def agree_on_arrivals(self, num_arrived: int) -> int:
         """Return rank 0's `num_arrived`; assert that all ranks have done the same work."""
@@ -123,7 +159,7 @@ class EngineCore:
         assert work == work_of_leader, f"rank {self.model.shard.rank} has done {work}, rank 0 {work_of_leader}"
         return int(num_agreed)
 
-    def shrink(self, error: torch.OutOfMemoryError) -> None:
+    def shrink(self, error: RuntimeError) -> None:
         """Restart the running requests with half the budget; fail a request that does not even fit alone."""
         self.scheduler.restart_all()
         if self.scheduler.budget.slots > 1:
@@ -134,6 +170,7 @@ class EngineCore:
             self.scheduler.drop_embeddings([failed.item])
             self.scheduler.budget = self._budget
         self.runner.release_cache()
+        torch.cuda.empty_cache()  # what the libraries allocate themselves cannot use blocks that torch keeps
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -151,15 +188,19 @@ class EngineCore:
         """Admit waiting requests to free slots; some may finish at once, by their first token or their choices."""
         while True:
             admitted = self.scheduler.admit()
-            self.runner.move(self.scheduler.retire())
+            self._retire()
             if self.scheduler.plan_cache():
-                self.runner.allocate(self.scheduler.slots, self.scheduler.capacity)
+                self.runner.allocate(self.scheduler.slots, self.scheduler.capacity, self.scheduler.pages)
                 continue
             if admitted:
                 self._prefill(admitted)
             if not admitted or not self.scheduler.is_next_sibling_of_left:
                 break
-        self.runner.move(self.scheduler.retire())
+        self._retire()
+
+    def _retire(self) -> None:
+        moves = self.scheduler.retire()
+        self.runner.move(moves, self.scheduler.read_table())
 
     def _prefill(self, admitted: list[RequestState]) -> None:
         """Compute the prompts into their slots; generate each request's first token, or answer with its choice."""
@@ -203,40 +244,15 @@ class EngineCore:
 
 
 def load_core(options: EngineOptions, shard: Shard = ALONE) -> EngineCore:
-    """Load the checkpoint and, on CUDA, warm up. Raise ConfigError, WeightsError or another ValueError."""
-    device = _resolve_device(options.device, shard)
+    """Load the checkpoint. Raise ConfigError, WeightsError or another ValueError."""
+    device = resolve_device(options.device, shard)
     if options.num_threads or shard.size > 1:
         torch.set_num_threads(max(1, (options.num_threads or torch.get_num_threads()) // shard.size))
     model = load_model(
         options.directory,
         device=device,
-        dtype=_resolve_dtype(options.dtype, device),
+        dtype=resolve_dtype(options.dtype, device),
         post_trunk_norm=options.post_trunk_norm,
         shard=shard,
     )
-    core = EngineCore(model, tokenizer=load_tokenizer(options.directory))
-    if device.type == "cuda":  # a CPU has no graphs to capture, and a warm-up would take minutes
-        core.warm_up()
-    return core
-
-
-def _resolve_device(name: Device, shard: Shard) -> torch.device:
-    """Return the device of this rank; on CUDA each rank has a separate one. Raise ValueError if it does not exist."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda', but torch sees no CUDA device; use device='cpu' or check the driver")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if shard.size > torch.cuda.device_count():
-        raise ValueError(
-            f"tensor_parallel={shard.size} needs as many CUDA devices; torch sees {torch.cuda.device_count()}"
-        )
-    if shard.size > 1:
-        torch.cuda.set_device(shard.rank)
-    return torch.device("cuda")
-
-
-def _resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return EngineCore(model, tokenizer=load_tokenizer(options.directory))

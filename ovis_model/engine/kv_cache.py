@@ -6,10 +6,14 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ovis_model.config import LanguageConfig
-from ovis_model.network.attention import choose_kernels
+from ovis_model.network.attention import AttentionContext, PagedLengths, choose_kernels
+
+Index = tuple[Tensor, Tensor | slice]
+"""Where tokens are in the keys and values of one layer."""
 
 
 class KVCache:
@@ -21,16 +25,72 @@ class KVCache:
     def __init__(
         self, config: LanguageConfig, *, slots: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
-        # Zeros: a mask gives unused positions the weight 0, but 0 times NaN in uninitialized memory is NaN.
-        self.keys, self.values = (_allocate_zeros(shape, device, dtype) for _ in range(2))
         self.slots, self.capacity = slots, capacity
+        # Zeros: a mask gives unused positions the weight 0, but 0 times NaN in uninitialized memory is NaN.
+        self.keys, self.values = (_allocate_zeros(self._shape(config), device, dtype) for _ in range(2))
         self.attention_reads_lengths = choose_kernels(self.keys).reads_lengths
+
+    def _shape(self, config: LanguageConfig) -> tuple[int, ...]:
+        return config.num_hidden_layers, self.slots, self.capacity, config.num_key_value_heads, config.head_dim
+
+    def locate(self, slots: Tensor, length: int) -> Index:
+        """Return where the first `length` tokens of `slots` (int64[B]) are."""
+        return slots, slice(length)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
         for store in (self.keys, self.values):
             store[:, target, :length] = store[:, source, :length]
+
+    def set_table(self, table: NDArray[np.int32]) -> None:
+        """Raise AssertionError: only a paged cache has a table."""
+        raise AssertionError("a cache of slots has no pages")
+
+    def begin_step(self, lengths: Tensor, longest: int) -> AttentionContext:
+        """Return the context of one new token per sequence, in the first slots; see `DecodeStep`."""
+        return DecodeStep(self, lengths, longest)
+
+
+class PagedKVCache(KVCache):
+    """Keys and values in pages, each [layers, 1 + pages, page_tokens, kv_heads, head_dim].
+
+    `table` (int32[slots, pages of one sequence]) says which pages a slot has. Page 0 belongs to no slot: what padding
+    writes goes there, and unused entries of the table are 0.
+    """
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        *,
+        slots: int,
+        capacity: int,
+        pages: int,
+        page_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._pages, self.page_tokens = pages, page_tokens
+        super().__init__(config, slots=slots, capacity=capacity, device=device, dtype=dtype)
+        self.table = torch.zeros(slots, -(-capacity // page_tokens), dtype=torch.int32, device=device)
+
+    def _shape(self, config: LanguageConfig) -> tuple[int, ...]:
+        return config.num_hidden_layers, 1 + self._pages, self.page_tokens, config.num_key_value_heads, config.head_dim
+
+    def locate(self, slots: Tensor, length: int) -> Index:
+        """Return where the first `length` tokens of `slots` (int64[B]) are."""
+        places = torch.arange(length, device=slots.device)
+        return self.table[slots[:, None], places // self.page_tokens].long(), places % self.page_tokens
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Do nothing: the table that follows gives the pages of `source` to `target`."""
+
+    def set_table(self, table: NDArray[np.int32]) -> None:
+        """Take the pages of each slot, int32[slots, n], in place."""
+        self.table.copy_(torch.from_numpy(table))
+
+    def begin_step(self, lengths: Tensor, longest: int) -> AttentionContext:
+        """Return the context of one new token per sequence, in the first slots; see `PagedDecodeStep`."""
+        return PagedDecodeStep(self, lengths, longest)
 
 
 def _allocate_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -41,16 +101,15 @@ def _allocate_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.d
 
 
 class Prefill:
-    """The context of prompts, padded on the right, which are stored in `slots` (int64[B]) of a cache."""
+    """The context of prompts, padded on the right to `width`, which are stored in `slots` (int64[B]) of a cache."""
 
-    def __init__(self, cache: KVCache, slots: Tensor) -> None:
-        self._cache, self._slots = cache, slots
+    def __init__(self, cache: KVCache, slots: Tensor, width: int) -> None:
+        self._cache, self._at = cache, cache.locate(slots, width)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store keys and values; let each token see its prompt up to itself."""
-        length = key.shape[1]
-        self._cache.keys[layer, self._slots, :length] = key
-        self._cache.values[layer, self._slots, :length] = value
+        self._cache.keys[layer][self._at] = key
+        self._cache.values[layer][self._at] = value
         return choose_kernels(query).attend_causal(query, key, value)
 
 
@@ -65,8 +124,10 @@ class Extend:
     def __init__(
         self, cache: KVCache, sources: Tensor, starts: Tensor, longest: int, width: int, targets: Tensor | None = None
     ) -> None:
-        self._cache, self._sources, self._targets = cache, sources, targets
-        self._longest, self._lengths = longest, (starts + width).int()
+        self._cache, self._longest, self._lengths = cache, longest, (starts + width).int()
+        self._from = cache.locate(sources, longest)
+        self._num_kept = min(longest + width, cache.capacity)  # the rest is padding
+        self._to = None if targets is None else cache.locate(targets, self._num_kept)
         shape = (len(sources), longest + width, *cache.keys.shape[3:])
         self._keys, self._values = (cache.keys.new_zeros(shape) for _ in range(2))
         rows, places = (torch.arange(n, device=starts.device) for n in (len(sources), width))
@@ -79,11 +140,10 @@ class Extend:
         return choose_kernels(query).attend_extended(query, self._keys, self._values, self._lengths)
 
     def _put(self, held: Tensor, store: Tensor, new: Tensor) -> None:
-        held[:, : self._longest] = store[self._sources, : self._longest]
+        held[:, : self._longest] = store[self._from]
         held[self._at] = new
-        if self._targets is not None:
-            length = min(held.shape[1], store.shape[1])  # the rest is padding
-            store[self._targets, :length] = held[:, :length]
+        if self._to is not None:
+            store[self._to] = held[:, : self._num_kept]
 
 
 class DecodeStep:
@@ -109,6 +169,27 @@ class DecodeStep:
         keys.index_put_(self._at, key)
         values.index_put_(self._at, value)
         return choose_kernels(query).attend_cached(query, keys, values, self._lengths, self._mask)
+
+
+class PagedDecodeStep:
+    """The context of one new token per sequence, in the first B slots of a paged cache.
+
+    The slots hold `lengths` (int64[B]) tokens, each at most `longest`.
+    """
+
+    def __init__(self, cache: PagedKVCache, lengths: Tensor, longest: int) -> None:
+        self._cache = cache
+        table = cache.table[: len(lengths), : longest // cache.page_tokens + 1]
+        self._pages = PagedLengths.build((lengths + 1).int(), table)
+        page = table.gather(1, (lengths // cache.page_tokens)[:, None])
+        self._at = page.long(), (lengths % cache.page_tokens)[:, None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store the new key and value of each sequence; let its query see the whole sequence."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.index_put_(self._at, key)
+        values.index_put_(self._at, value)
+        return choose_kernels(query).attend_paged(query, keys, values, self._pages)
 
 
 def compute_bytes_per_token(config: LanguageConfig, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ import torch
 from ovis_model.config import OvisConfig
 from ovis_model.engine.kv_cache import compute_bytes_per_token
 from ovis_model.engine.scheduler import Budget
+from ovis_model.network.attention import PAGE_TOKENS, find_kernels
 from ovis_model.network.layers import WIDENED_VALUES, choose_pass_dtype
 from ovis_model.network.tensor_parallel import Shard
 from ovis_model.network.vision import HEAD_CHUNK_TOKENS
@@ -27,6 +28,8 @@ _MIN_KV_TOKENS = 1024
 def measure_free_bytes(device: torch.device) -> int:
     """Return the free bytes: all on CUDA, half on a CPU, because rows are also prepared and written there."""
     if device.type == "cuda":
+        # Fusing weights left blocks in torch's cache, which CUDA counts as taken: 11 GB for a rank of two of 34B.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return min(_read_available_bytes(), _read_cgroup_bytes()) // 2
 
@@ -38,10 +41,26 @@ def plan_for_device(config: OvisConfig, dtype: torch.dtype, device: torch.device
     """
     is_cuda = device.type == "cuda"
     free = shard.reduce_min(measure_free_bytes(device) // (1 if is_cuda else shard.size))
-    budget = plan_budget(
-        replace(config, language=shard.to_local(config.language)), dtype, free, choose_pass_dtype(dtype, device)
-    )
-    return replace(budget, slot_tokens=budget.kv_tokens // budget.slots) if is_cuda else budget
+    local = replace(config, language=shard.to_local(config.language))
+    budget = plan_budget(local, dtype, free, choose_pass_dtype(dtype, device))
+    if not is_cuda:
+        return budget
+    return divide_into_pages(budget) if find_kernels(device, dtype).reads_pages else fix_slots(config, budget)
+
+
+def divide_into_pages(budget: Budget) -> Budget:
+    """Return the budget with keys and values in pages, of which one holds what padding writes."""
+    pages = budget.kv_tokens // PAGE_TOKENS - 1
+    return replace(budget, kv_tokens=pages * PAGE_TOKENS, page_tokens=PAGE_TOKENS)
+
+
+def fix_slots(config: OvisConfig, budget: Budget) -> Budget:
+    """Return the budget with slots that have room for a usual request, so that the first ones need no other cache.
+
+    That is an image of ten tiles and 640 tokens of question and answer.
+    """
+    usual = min(10 * config.vision.tokens_per_tile + 640, budget.kv_tokens)
+    return replace(budget, slot_tokens=max(budget.kv_tokens // budget.slots, usual))
 
 
 def plan_budget(config: OvisConfig, dtype: torch.dtype, free: int, passes: torch.dtype | None = None) -> Budget:
@@ -50,7 +69,8 @@ def plan_budget(config: OvisConfig, dtype: torch.dtype, free: int, passes: torch
     Passes get up to a third, keys and values the rest. `passes` is the dtype of the passes' activations if it differs
     from `dtype`; see `layers.choose_pass_dtype`. Raise ValueError if not even a short sequence fits.
     """
-    usable, budget = free * 9 // 10, replace(_MAX_BUDGET, prompt_tokens=config.max_length)
+    usable = free * 9 // 10
+    budget = replace(_MAX_BUDGET, prompt_tokens=config.max_length, max_tokens=config.max_length)
     while bound_transient_bytes(config, dtype, budget, passes) > usable // 3 and budget.prompt_tokens > 1:
         budget = replace(halve(budget), prompt_tokens=budget.prompt_tokens // 2)
     fit = (usable - bound_transient_bytes(config, dtype, budget, passes)) // compute_bytes_per_token(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -15,11 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ovis_model.engine.decode_step import BatchStepper, StepRunner
-from ovis_model.engine.kv_cache import Extend, KVCache, Prefill
+from ovis_model.engine.kv_cache import Extend, KVCache, PagedKVCache, Prefill
 from ovis_model.engine.prefix_sharing import Item
 from ovis_model.engine.requests import RequestState
 from ovis_model.engine.sampling import Choice, Sampler
-from ovis_model.engine.scheduler import Budget, Move, Span, pack_passes
+from ovis_model.engine.scheduler import Budget, Move, Pages, Span, pack_passes
 from ovis_model.network.attention import AttentionContext
 from ovis_model.network.ovis import Ovis
 from ovis_model.types import SamplingParams
@@ -38,11 +39,16 @@ class ModelRunner:
         self._decoding: list[RequestState] = []  # the requests of the last decode step, for which `_sampler` was made
         self._sampler: Sampler | None = None
 
-    def allocate(self, slots: int, capacity: int) -> None:
+    def allocate(self, slots: int, capacity: int, pages: Pages | None) -> None:
         """Replace the cache by an empty one of another size."""
         self.release_cache()
         config = self.model.shard.to_local(self.model.config.language)
-        cache = KVCache(config, slots=slots, capacity=capacity, device=self.model.device, dtype=self.model.dtype)
+        cache_of = partial(KVCache, config, slots=slots, capacity=capacity)
+        if pages:
+            cache_of = partial(
+                PagedKVCache, config, slots=slots, capacity=capacity, pages=pages.count, page_tokens=pages.page_tokens
+            )
+        cache = cache_of(device=self.model.device, dtype=self.model.dtype)
         self._stepper = BatchStepper(self.model, cache, self._make_step_runner())
 
     def release_cache(self) -> None:
@@ -50,10 +56,12 @@ class ModelRunner:
         self._stepper = self._sampler = None
         self._decoding = []
 
-    def move(self, moves: Iterable[Move]) -> None:
-        """Copy cached tokens from slot to slot."""
+    def move(self, moves: Iterable[Move], table: NDArray[np.int32] | None) -> None:
+        """Copy cached tokens from slot to slot, or let the slots have the pages of another `table`."""
         for move in moves:
             self.stepper.cache.move(move.source, move.target, move.length)
+        if table is not None:
+            self.stepper.cache.set_table(table)
 
     def encode(self, items: Sequence[Item], max_tiles: int) -> None:
         """Compute the visual embeddings [tokens, hidden_size] of items, in passes of up to `max_tiles` tiles.
@@ -130,7 +138,7 @@ class ModelRunner:
         cache, longest = self.stepper.cache, max(span.start for span in group)
         targets = self.to_tensor([span.target for span in group if span.target is not None])
         if len(targets) and not longest:
-            return Prefill(cache, targets)
+            return Prefill(cache, targets, width)
         sources = self.to_tensor([span.source for span in group])
         return Extend(cache, sources, starts, longest, width, targets if len(targets) else None)
 

@@ -35,6 +35,8 @@ def main(fd: int, parent: int) -> None:
     try:
         with join_ranks(options.rank, options.size, options.meeting_point, Pulse(link).beat) as shard:
             core = load_core(options.engine, shard)
+            if core.model.device.type == "cuda":
+                core.warm_up()
             link.send(Ready(core.model.device.type, core.describe()))
             messages: SimpleQueue[Message] = SimpleQueue()
             threading.Thread(target=_receive, args=(link, messages), daemon=True).start()

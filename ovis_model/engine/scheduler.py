@@ -6,9 +6,9 @@ Knows lengths and budgets, not tensors; it never accesses the device.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,13 @@ from ovis_model.types import MAX_CONCURRENT_SEQUENCES
 class Budget:
     """Limits for what the device processes at once, so that the largest pass fits by construction."""
 
-    kv_tokens: int  # slots x capacity of the cache
+    kv_tokens: int  # slots x capacity of the cache, or pages x page_tokens
     slots: int = MAX_CONCURRENT_SEQUENCES  # requests that decode at once
     slot_tokens: int = 0  # minimum capacity of a slot, used where spare memory has no other use
+    page_tokens: int = 0  # a request gets as many pages of this size as it needs; 0: a slot of one capacity for all
     prefill_tokens: int = 8192  # per pass of several requests, including padding and `CACHED_PER_TOKEN`
     prompt_tokens: int = 32768  # of one request, which may be the only one of a pass
+    max_tokens: int = 32768  # of prompt and output of one request
     vision_tiles: int = 16  # per pass; a tile of a published size takes about 0.1 GB in the visual head
 
 
@@ -59,6 +61,50 @@ class Move:
     length: int
 
 
+class Pages:
+    """Which pages of a paged cache belong to which slot.
+
+    `table` is int32[slots, pages of the longest request]. Page 0 belongs to no slot and fills unused entries.
+    """
+
+    def __init__(self, count: int, page_tokens: int, *, slots: int, max_tokens: int) -> None:
+        self.count, self.page_tokens = count, page_tokens
+        self.table = np.zeros((slots, -(-max_tokens // page_tokens)), np.int32)
+        self.has_changed = False  # since the table was last read by `Scheduler.read_table`
+        self._free = list(range(count, 0, -1))
+        self._used = [0] * slots
+
+    def count_available(self, leaving: Iterable[int] = ()) -> int:
+        """Return the number of free pages, including those of the slots that are `leaving`."""
+        return len(self._free) + sum(self._used[slot] for slot in leaving)
+
+    def count_needed(self, tokens: int) -> int:
+        """Return the number of pages of so many tokens."""
+        return -(-tokens // self.page_tokens)
+
+    def resize(self, tokens_of: Mapping[int, int]) -> None:
+        """Give each slot pages for so many tokens in total, or take away what it has in excess, at its end."""
+        growth = {slot: self.count_needed(tokens) - self._used[slot] for slot, tokens in tokens_of.items()}
+        for slot in sorted(growth, key=lambda slot: growth[slot]):  # what shrinks frees pages for what grows
+            self._grow(slot, growth[slot])
+        self.has_changed = True
+
+    def _grow(self, slot: int, count: int) -> None:
+        used, row = self._used[slot], self.table[slot]
+        for place in reversed(range(used + count, used)):
+            self._free.append(int(row[place]))
+            row[place] = 0
+        for place in range(used, used + count):
+            row[place] = self._free.pop()
+        self._used[slot] += count
+
+    def move(self, source: int, target: int) -> None:
+        """Give the pages of one slot to another, which has none."""
+        self.table[target], self._used[target] = self.table[source], self._used[source]
+        self.table[source], self._used[source] = 0, 0
+        self.has_changed = True
+
+
 class Scheduler:
     """The queue and the slots. Slot i belongs to `running[i]`, so the first slots are in use, without a gap."""
 
@@ -67,6 +113,7 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
         self.slots = self.capacity = 0
+        self.pages: Pages | None = None
         self._held: list[Prefix] = []  # what each slot in use begins with
 
     def enqueue(self, states: Iterable[RequestState]) -> None:
@@ -79,38 +126,79 @@ class Scheduler:
     def plan_cache(self) -> bool:
         """Size the cache for the waiting requests; return whether it must be reallocated.
 
-        The size changes only while nothing runs. All slots have room for twice the longest waiting request, so that
-        most later requests fit too; if memory is short, there are fewer slots. A request that needs more waits until
-        all others have left. A single slot is only as long as the next request and its siblings need.
+        The size changes only while nothing runs. Pages are allocated once. All slots of one capacity have room for
+        twice the longest of the next requests, so that most later requests fit too; if memory is short, there are fewer
+        slots. A request that needs more waits until all others have left. A single slot is only as long as the next
+        request and its siblings need.
         """
         if self.running or not self.waiting:
             return False
-        first = self.waiting[0]
-        relevant = [state for state in self.waiting if self.budget.slots > 1 or state.prefix is first.prefix]
-        longest = max(state.max_cached for state in relevant)
-        capacity = -(-longest // 64) * 64
-        if self.budget.slots > 1:
-            share = self.budget.kv_tokens // self.budget.slots // 64 * 64
-            capacity = max(capacity, min(max(2 * capacity, self.budget.slot_tokens), share))
-        capacity = min(capacity, self.budget.kv_tokens)
-        slots = max(1, min(self.budget.slots, self.budget.kv_tokens // capacity))
-        if first.max_cached <= self.capacity and slots <= self.slots:
+        if self.budget.page_tokens:
+            return self._plan_pages()
+        slots, capacity = self._size_slots()
+        if self.waiting[0].max_cached <= self.capacity and slots <= self.slots:
             return False
         self.capacity, self.slots = capacity, slots
         return True
 
+    def _plan_pages(self) -> bool:
+        budget, longest = self.budget, self.waiting[0].max_cached
+        if self.pages and longest <= self.capacity:
+            return False
+        count = max(budget.kv_tokens // budget.page_tokens, -(-longest // budget.page_tokens))
+        self.slots, self.capacity = min(budget.slots, count), min(count * budget.page_tokens, budget.max_tokens)
+        self.pages = Pages(count, budget.page_tokens, slots=self.slots, max_tokens=self.capacity)
+        self.capacity = self.pages.table.shape[1] * budget.page_tokens
+        return True
+
+    def _size_slots(self) -> tuple[int, int]:
+        """Return the number and the capacity of slots of one capacity that suit the next requests."""
+        first, budget = self.waiting[0], self.budget
+        ahead = islice(self.waiting, 4 * budget.slots)
+        longest = max(state.max_cached for state in ahead if budget.slots > 1 or state.prefix is first.prefix)
+        capacity = -(-longest // 64) * 64
+        if budget.slots > 1:
+            share = budget.kv_tokens // budget.slots // 64 * 64
+            capacity = max(capacity, min(2 * capacity, share), budget.slot_tokens // 64 * 64)
+        capacity = min(capacity, budget.kv_tokens)
+        return max(1, min(budget.slots, budget.kv_tokens // capacity)), capacity
+
     def admit(self) -> list[RequestState]:
         """Move waiting requests into free slots, preferably into the slot of a sibling that has left."""
-        free = [slot for slot, state in enumerate(self.running) if state.has_left]
-        free += range(len(self.running), self.slots)
-        admitted: list[RequestState] = []
-        while self.waiting and len(admitted) < len(free) and self.waiting[0].max_cached <= self.capacity:
-            admitted.append(self.waiting.popleft())
+        left = [slot for slot, state in enumerate(self.running) if state.has_left]
+        free = [*left, *range(len(self.running), self.slots)]
+        admitted = self._choose_next(left, len(free))
         others = [state for state in admitted if not self._enter_after_sibling(state, free)]
         for slot, state in zip(free, others, strict=False):
             self.running[slot : slot + 1] = [state]
             self._held[slot : slot + 1] = [Prefix(state.item, 0)]
+        if self.pages and admitted:
+            entered = set(admitted)
+            wanted = {slot: state.max_cached for slot, state in enumerate(self.running) if state in entered}
+            self.pages.resize({**dict.fromkeys(left, 0), **wanted})
         return admitted
+
+    def _choose_next(self, left: Sequence[int], num_free: int) -> list[RequestState]:
+        """Remove requests from the front of the queue, as many as there are slots and memory for.
+
+        Choose none if more slots would be worth that the running requests finish first.
+        """
+        chosen: list[RequestState] = []
+        if not self.waiting or not num_free or self._should_resize():
+            return chosen
+        room = self.pages.count_available(left) if self.pages else 0
+        while self.waiting and len(chosen) < num_free and self.waiting[0].max_cached <= self.capacity:
+            room -= self.pages.count_needed(self.waiting[0].max_cached) if self.pages else 0
+            if room < 0:
+                break
+            chosen.append(self.waiting.popleft())
+        return chosen
+
+    def _should_resize(self) -> bool:
+        """Whether the slots are longer than the next requests need, and a quarter more of them would fit."""
+        if self.pages or self.slots == self.budget.slots:
+            return False
+        return self._size_slots()[0] >= 1.25 * self.slots
 
     def _enter_after_sibling(self, state: RequestState, free: list[int]) -> bool:
         """Give the request the slot of a sibling that has left, which may be the last slot with their prefix."""
@@ -126,11 +214,22 @@ class Scheduler:
         moves = []
         for slot in reversed(range(len(self.running))):
             if self.running[slot].has_left:
+                if self.pages:
+                    self.pages.resize({slot: 0})
                 last, held = self.running.pop(), self._held.pop()
                 if slot < len(self.running):
                     self.running[slot], self._held[slot] = last, held
                     moves.append(Move(len(self.running), slot, last.num_cached))
+                    if self.pages:
+                        self.pages.move(len(self.running), slot)
         return moves
+
+    def read_table(self) -> NDArray[np.int32] | None:
+        """Return the pages of each slot, int32[slots, n], if they have changed since the last call."""
+        if self.pages is None or not self.pages.has_changed:
+            return None
+        self.pages.has_changed = False
+        return self.pages.table
 
     def split_prompts(self, admitted: Iterable[RequestState]) -> tuple[list[Span], list[Span]]:
         """Return whole prompts to compute, then the rests of prompts whose prefix will be in a slot.
@@ -187,6 +286,7 @@ class Scheduler:
         self.running.clear()
         self._held.clear()
         self.slots = self.capacity = 0
+        self.pages = None
 
 
 def pack_passes(spans: Iterable[Span], max_tokens: int) -> Iterator[list[Span]]:

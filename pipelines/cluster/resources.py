@@ -120,7 +120,8 @@ def _plan_gpu_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel
     preprocessors = PREPROCESSORS_PER_GPU * wanted * tensor_parallel
     if not config.autoscale:  # the autoscaler also starts cores for the preprocessors
         _check_room(wanted, room, hardware, tensor_parallel)
-        preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted))  # each replica's thread needs a core
+        # Each rank has a thread that steps the device, which needs a core.
+        preprocessors = min(preprocessors, max(1, int(hardware.cpus) - wanted * tensor_parallel))
     preprocessors = _resolve_auto(config.num_preprocessors, preprocessors)
     return Pools(
         device="cuda",
