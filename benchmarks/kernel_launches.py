@@ -82,10 +82,10 @@ def _count_all(config: OvisConfig, make_kernels: Callable[[Launches], LayerKerne
     model = allocate_model(config, device=META, dtype=torch.bfloat16)
     cache = PagedKVCache(
         config.language,
+        ROWS,
+        PAGE_TOKENS,
         slots=ROWS,
         capacity=LENGTH,
-        pages=ROWS,
-        page_tokens=PAGE_TOKENS,
         device=META,
         dtype=torch.bfloat16,
     )

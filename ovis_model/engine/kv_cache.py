@@ -61,11 +61,11 @@ class PagedKVCache(KVCache):
     def __init__(
         self,
         config: LanguageConfig,
+        pages: int,
+        page_tokens: int,
         *,
         slots: int,
         capacity: int,
-        pages: int,
-        page_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:

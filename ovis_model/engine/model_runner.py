@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -43,12 +42,12 @@ class ModelRunner:
         """Replace the cache by an empty one of another size."""
         self.release_cache()
         config = self.model.shard.to_local(self.model.config.language)
-        cache_of = partial(KVCache, config, slots=slots, capacity=capacity)
-        if pages:
-            cache_of = partial(
-                PagedKVCache, config, slots=slots, capacity=capacity, pages=pages.count, page_tokens=pages.page_tokens
-            )
-        cache = cache_of(device=self.model.device, dtype=self.model.dtype)
+        device, dtype = self.model.device, self.model.dtype
+        if pages is None:
+            cache = KVCache(config, slots=slots, capacity=capacity, device=device, dtype=dtype)
+        else:
+            size = pages.count, pages.page_tokens
+            cache = PagedKVCache(config, *size, slots=slots, capacity=capacity, device=device, dtype=dtype)
         self._stepper = BatchStepper(self.model, cache, self._make_step_runner())
 
     def release_cache(self) -> None:

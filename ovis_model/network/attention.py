@@ -377,9 +377,9 @@ def find_fault(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> st
     query, keys, values = draw(2, 3, 4, 64), draw(2, PAGE_TOKENS, 2, 64), draw(2, PAGE_TOKENS, 2, 64)
     lengths = torch.tensor([3, PAGE_TOKENS - 1], dtype=torch.int32)
     exact = _attend_in_each_way(Sdpa(), query, keys, values, lengths, with_pages=kernels.reads_pages)
-    half = [x.to(device, dtype) for x in (query, keys, values)]
+    q, k, v = (x.to(device, dtype) for x in (query, keys, values))
     try:
-        found = _attend_in_each_way(kernels, *half, lengths.to(device), with_pages=kernels.reads_pages)
+        found = _attend_in_each_way(kernels, q, k, v, lengths.to(device), with_pages=kernels.reads_pages)
         error = max(float((a.cpu().float() - b).abs().max()) for a, b in zip(found, exact, strict=True))
     except (TypeError, RuntimeError, ValueError) as fault:
         return f"{type(fault).__name__}: {str(fault).splitlines()[0]}"
