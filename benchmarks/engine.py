@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,11 @@ from benchmarks.roofline import compute_cost, measure_ceilings
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig, VisionConfig
 from ovis_model.engine.calls import Stats
-from ovis_model.engine.decode_step import run_eagerly
+from ovis_model.engine.decode_step import CudaGraphs, run_eagerly
 from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.kv_cache import compute_bytes_per_token
+from ovis_model.engine.memory_plan import bound_transient_bytes, plan_for_device
+from ovis_model.engine.scheduler import Budget
 from ovis_model.inputs.prompt import expand_atoms, make_placeholders
 from ovis_model.inputs.tiling import choose_grid, tile_image
 from ovis_model.network.ovis import Ovis
@@ -96,7 +99,7 @@ class Timing:
 
 
 def main() -> None:
-    args = _parse()
+    args = parse_options(sys.argv[1:])
     if args.pipeline:
         print(json.dumps(run_caption_job(args)))
         return
@@ -104,11 +107,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             spawn(_run_rank, (Path(directory) / "meeting_point", args), nprocs=args.ranks)  # type: ignore[no-untyped-call]
         return
+    print_report(measure_engine(args))
+
+
+def measure_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the engine and, by default, transformers in alternation; return the report."""
     torch.set_num_threads(args.threads)
     model = load_or_build_model(args.model, torch.device(args.device), getattr(torch, args.dtype))
     workload = _make_workload(model.config, args)
-    step_runner = None if args.graphs else lambda: run_eagerly
-    engine = OvisEngine.from_model(model, make_step_runner=step_runner, eos_token_ids=())
+    graphs = _CountedGraphs()
+    step_runner = graphs if args.graphs and model.device.type == "cuda" else lambda: run_eagerly
+    engine = OvisEngine.from_model(
+        model, budget=_plan_budget(model, args.kv_tokens), make_step_runner=step_runner, eos_token_ids=()
+    )
     print(engine.describe(), file=sys.stderr)
     sides: dict[str, Callable[[], list[list[int]]]] = {"engine": lambda: _run_engine(engine, workload)}
     if args.peer:
@@ -118,12 +129,66 @@ def main() -> None:
     if model.device.type == "cuda":
         engine.warm_up()
     _run_engine(engine, Workload(workload.requests[:2], [2, 2]))
-    before = engine.stats
-    rounds = [{name: _time_side(side) for name, side in sides.items()} for _ in range(args.rounds)]
-    print_report(summarize_rounds(rounds, model, engine.stats - before, workload))
+    before, num_captured = engine.stats, graphs.num_captured
+    rounds, failures = _time_rounds(sides, args.rounds)
+    report = summarize_rounds(rounds, model, engine.stats - before, workload)
+    planned = engine.backend.core.scheduler.budget  # type: ignore[union-attr]
+    return {
+        **report,
+        "failures": failures,
+        "captures_after_warm_up": graphs.num_captured - num_captured,
+        "weights_gb": sum(parameter.nbytes for parameter in model.parameters()) / 1e9,
+        "planned_gb": _count_planned_bytes(model, planned) / 1e9,
+    }
 
 
-def _parse() -> argparse.Namespace:
+class _CountedGraphs:
+    """A factory of CUDA graphs that counts their captures, also of caches that are gone."""
+
+    def __init__(self) -> None:
+        self.num_captured = 0
+
+    def __call__(self) -> CudaGraphs:
+        counted = self
+
+        class Counted(CudaGraphs):
+            def _capture(self, run: Callable[[], None]) -> Callable[[], object]:
+                counted.num_captured += 1
+                return super()._capture(run)
+
+        return Counted()
+
+
+def _plan_budget(model: Ovis, kv_tokens: int | None) -> Budget:
+    """Plan the memory; with `kv_tokens`, limit the cache so that the other side finds memory too."""
+    budget = plan_for_device(model.config, model.dtype, model.device, model.shard)
+    return replace(budget, kv_tokens=min(budget.kv_tokens, kv_tokens or budget.kv_tokens))
+
+
+def _count_planned_bytes(model: Ovis, budget: Budget) -> int:
+    cache = budget.kv_tokens * compute_bytes_per_token(model.config.language, model.dtype)
+    return cache + bound_transient_bytes(model.config, model.dtype, budget, model.pass_dtype)
+
+
+def _time_rounds(
+    sides: dict[str, Callable[[], list[list[int]]]], count: int
+) -> tuple[list[dict[str, Timing]], dict[str, str]]:
+    """Time the sides in alternation; return the timings, and why a side could not finish."""
+    failures: dict[str, str] = {}
+    rounds: list[dict[str, Timing]] = [{} for _ in range(count)]
+    for timings in rounds:
+        for name, side in sides.items():
+            try:
+                if name not in failures:
+                    timings[name] = _time_side(side)
+            except torch.OutOfMemoryError as error:
+                failures[name] = str(error).splitlines()[0]
+                torch.cuda.empty_cache()
+    return [{n: t for n, t in timings.items() if n not in failures} for timings in rounds], failures
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="checkpoint or shape (default demo)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -141,7 +206,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peer-batch", type=int, nargs="+", default=[8, 32], help="batch sizes (default 8 32)")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="use CUDA graphs")
     parser.add_argument("--pipeline", action="store_true", help="run the whole job over files, not the engine alone")
-    return parser.parse_args()
+    parser.add_argument("--kv-tokens", type=int, help="limit the cache to so many tokens")
+    return parser.parse_args(argv)
 
 
 def load_or_build_model(name: str, device: torch.device, dtype: torch.dtype) -> Ovis:
@@ -338,6 +404,10 @@ def summarize_rounds(rounds: list[dict[str, Timing]], model: Ovis, stats: Stats,
         "slots": slots,
         "slot_occupancy": stats.sequence_steps / max(1, stats.slot_steps),
         "peak_memory_gb": _read_peak_memory_gb(model.device),
+        "ms_per_tile": stats.vision_s / max(1, stats.tiles) * 1e3,
+        "prefill_tokens_per_s": stats.prompt_tokens / max(stats.prefill_s, 1e-9),
+        "ms_per_step": stats.decode_s / max(1, stats.steps) * 1e3,
+        "rows_per_step": stats.sequence_steps / max(1, stats.steps),
         "tflops_ceiling": ceilings.flops_per_s / 1e12,
         "gb_per_s_ceiling": ceilings.bytes_per_s / 1e9,
         "floor_s": needed.compute_floor_s(ceilings),
@@ -358,6 +428,7 @@ def _summarize_side(timings: Sequence[Timing], ours: list[list[int]]) -> dict[st
         "wall_s_per_image": wall_s / rows,
         "images_per_s": rows / wall_s,
         "output_tokens_per_s": tokens / wall_s,
+        "rows": rows,
         "equal_rows": sum(a == b for a, b in zip(ours, timings[0].outputs, strict=True)),
     }
 

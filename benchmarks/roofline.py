@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -20,8 +21,12 @@ class Ceilings:
     bytes_per_s: float
 
 
+@cache
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure the rates of a large matrix product and of a large copy (bytes read + written), the best of five each."""
+    """Measure the rates of a large matrix product and of a large copy (bytes read + written), the best of five each.
+
+    The first result for a device is kept.
+    """
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device).to(dtype)
     source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)

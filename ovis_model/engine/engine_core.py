@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,13 +25,16 @@ from ovis_model.engine.prefix_sharing import Item
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
 from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
-from ovis_model.grammar.guides import Guides
 from ovis_model.network.devices import keep_float32_exact, resolve_device, resolve_dtype
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.weights import load_model
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import IMAGE_ATOM_ID, EngineDied, Request, RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    from ovis_model.config import OvisConfig
+    from ovis_model.grammar.guides import Guides
 
 # Faults in CUDA libraries are raised as plain RuntimeErrors. Those that lack memory leave the device usable.
 _DEVICE_FAULT = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS")
@@ -56,7 +60,7 @@ class EngineCore:
         self._budget = budget or plan_for_device(config, model.dtype, model.device, model.shard)
         limits = self._budget.kv_tokens, self._budget.prompt_tokens
         self._checks = RequestChecks(config, *limits, has_tokenizer=tokenizer is not None)
-        self._guides = Guides(tokenizer, config.language.vocab_size, config.eos_token_ids) if tokenizer else None
+        self._guides = _make_guides(tokenizer, config) if tokenizer else None
         self._stop_rule = StopRule(config.eos_token_ids if eos_token_ids is None else eos_token_ids, tokenizer)
         self.scheduler = Scheduler(self._budget)
         default = CudaGraphs if model.device.type == "cuda" else lambda: run_eagerly
@@ -241,6 +245,12 @@ class EngineCore:
             # Without this, the vision time would end before its kernels do. The other times wait for tokens anyway.
             torch.cuda.synchronize()
         setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
+
+
+def _make_guides(tokenizer: Tokenizer, config: OvisConfig) -> Guides:
+    from ovis_model.grammar.guides import Guides  # an engine without a tokenizer runs without llguidance
+
+    return Guides(tokenizer, config.language.vocab_size, config.eos_token_ids)
 
 
 def load_core(options: EngineOptions, shard: Shard = ALONE) -> EngineCore:

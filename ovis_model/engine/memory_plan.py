@@ -45,7 +45,8 @@ def plan_for_device(config: OvisConfig, dtype: torch.dtype, device: torch.device
     budget = plan_budget(local, dtype, free, choose_pass_dtype(dtype, device))
     if not is_cuda:
         return budget
-    return divide_into_pages(budget) if find_kernels(device, dtype).reads_pages else fix_slots(config, budget)
+    reads_pages = shard.reduce_min(int(find_kernels(device, dtype).reads_pages))
+    return divide_into_pages(budget) if reads_pages else fix_slots(config, budget)
 
 
 def divide_into_pages(budget: Budget) -> Budget:

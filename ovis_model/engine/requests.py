@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,6 @@ from tokenizers import Tokenizer
 from ovis_model.config import OvisConfig
 from ovis_model.engine.prefix_sharing import Item, Prefix, find_prefixes
 from ovis_model.engine.sampling import RandomStream
-from ovis_model.grammar.guides import Guide
 from ovis_model.tokenizer import cut_at_stop, detokenize
 from ovis_model.types import (
     IMAGE_ATOM_ID,
@@ -25,6 +25,9 @@ from ovis_model.types import (
     RequestError,
     SamplingParams,
 )
+
+if TYPE_CHECKING:
+    from ovis_model.grammar.guides import Guide
 
 
 @dataclass(eq=False)
