@@ -137,10 +137,15 @@ def simulate_all(rows: int, memory_gb: float) -> Iterator[dict[str, Any]]:
         for name, draw in CASES.items():
             prompts = draw(np.random.default_rng(0), rows)
             for kind, budget in (("pages", divide_into_pages(plan)), ("slots", fix_slots(SIZES[size], plan))):
-                yield {"model": f"{size} TP{ranks}", "case": name, "cache": kind, **compare(budget, prompts)}
+                yield {
+                    "model": f"{size} TP{ranks}",
+                    "case": name,
+                    "cache": kind,
+                    **compare_with_uniform(budget, prompts),
+                }
 
 
-def compare(budget: Budget, prompts: Prompts) -> dict[str, Any]:
+def compare_with_uniform(budget: Budget, prompts: Prompts) -> dict[str, Any]:
     """Return what a case takes, and how much more than requests of one length with as many tokens."""
     outcome = simulate(budget, prompts)
     uniform = simulate(budget, np.full(len(prompts), round(float(prompts.mean()))))

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ovis_model.network.devices import (
+    choose_dtype,
     explain_missing_cuda,
     keep_float32_exact,
     read_driver_version,
     resolve_device,
-    resolve_dtype,
 )
 from ovis_model.network.tensor_parallel import ALONE
 
@@ -51,8 +51,8 @@ def test_a_missing_device_is_refused_with_the_reason(monkeypatch: pytest.MonkeyP
 
 
 def test_dtypes_follow_the_device() -> None:
-    assert resolve_dtype("auto", CPU) == resolve_dtype("float32", CUDA) == torch.float32
-    assert resolve_dtype("auto", CUDA) == torch.bfloat16
+    assert choose_dtype("auto", CPU) == choose_dtype("float32", CUDA) == torch.float32
+    assert choose_dtype("auto", CUDA) == torch.bfloat16
 
 
 def test_float32_on_cuda_convolves_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from ovis_model.engine.prefix_sharing import Item
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
 from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
-from ovis_model.network.devices import keep_float32_exact, resolve_device, resolve_dtype
+from ovis_model.network.devices import choose_dtype, keep_float32_exact, resolve_device
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.weights import load_model
@@ -261,7 +261,7 @@ def load_core(options: EngineOptions, shard: Shard = ALONE) -> EngineCore:
     model = load_model(
         options.directory,
         device=device,
-        dtype=resolve_dtype(options.dtype, device),
+        dtype=choose_dtype(options.dtype, device),
         post_trunk_norm=options.post_trunk_norm,
         shard=shard,
     )

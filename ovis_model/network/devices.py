@@ -28,7 +28,7 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"], shard: Shard) -> torch.
     return torch.device("cuda")
 
 
-def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
     """Return the dtype of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
