@@ -14,7 +14,8 @@ from pydantic import Field, field_validator
 from jobs.cli import run_job
 from jobs.command_line import Command, parse_command_line
 from pipelines.config import Location, Section, declare_option
-from pipelines.report.build import MAX_ROWS, ReportOptions, write_report
+from pipelines.evaluation.report import EvaluationPages, is_evaluation, write_evaluation_report
+from pipelines.report.build import MAX_ROWS, Report, ReportOptions, write_report
 
 
 class ReportFlags(Section):
@@ -22,7 +23,7 @@ class ReportFlags(Section):
 
     title = "report"
 
-    output: Location = Field(description="directory or URI of a run, finished or not")
+    output: Location = Field(description="directory or URI of a run, finished or not, or of an evaluation")
     to: Location | None = declare_option(
         None,
         description="HTML file to write",
@@ -65,7 +66,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.report")
     given = parse_command_line(COMMAND, argv, prog).model_dump()
     pairs = [pair.partition("=") for pair in given.pop("truth")]
     options = ReportOptions(**given, truths={task: column for task, _, column in pairs})
-    return run_job(lambda: write_report(options), is_resumable=False)
+    return run_job(lambda: _write(options), is_resumable=False)
+
+
+def _write(options: ReportOptions) -> Report | EvaluationPages:
+    is_scored = is_evaluation(options.output)
+    return write_evaluation_report(options) if is_scored else write_report(options)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Dataset:
     headline: the number to compare with the published one, from the table of the scores; None if no table has it.
     published_place: which of several published values is this file's, from 0.
     score_scale: 100 if scores of rows are shown in percent.
+    split: value of the column `split` whose items the headline is about, None for all.
     reasons: the sizes that are asked to reason before they answer.
     """
 
@@ -56,6 +57,7 @@ class Dataset:
     scorer: Scorer | None = None
     grading: Grading | None = None
     list_options: Callable[[Item], Mapping[str, Any]] = options.get_options
+    split: str | None = None
     published_place: int = 0
     score_scale: float = 100.0
     headline: Callable[[Any, ScoringRules], float | None] = lambda _table, _rules: None
@@ -192,6 +194,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 scorer=score_mmmu,
                 list_options=options.list_mmmu_options,
                 headline=_read_split("validation"),
+                split="validation",
                 reasons=_LARGE,
                 has_numbered_images=True,
             ),

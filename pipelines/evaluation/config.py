@@ -17,6 +17,9 @@ from pipelines.tasks.task import Task
 IMAGES, PROMPT = "images of the item", "prompt of the item"
 """Columns of the file of items, besides those of the benchmark."""
 
+CATEGORIES = ("split", "category", "l2-category", "task_type", "task", "domain", "duration", "dim", "answer_type")
+"""Columns of benchmarks by whose values scores are averaged."""
+
 _FIXED = ("image_column", "id_column", "split", "window_s")  # the benchmark decides them
 _MAX_NEW_TOKENS = 1024  # VLMEvalKit's, for all sizes
 

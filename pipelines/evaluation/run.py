@@ -14,7 +14,7 @@ from ovis_model.config import SIZES as SHAPES
 from ovis_model.config import OvisConfig
 from pipelines.checks import resolve_model_paths
 from pipelines.evaluation.benchmarks import SIZES, Dataset, Size
-from pipelines.evaluation.config import IMAGES, EvaluateConfig
+from pipelines.evaluation.config import CATEGORIES, IMAGES, EvaluateConfig
 from pipelines.evaluation.files import read_items
 from pipelines.evaluation.items import select_illustrated, write_items, write_video_items
 from pipelines.evaluation.judge import Judge
@@ -29,8 +29,6 @@ from pipelines.output.run_record import acquire_lease
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
 from pipelines.storage import store
-
-_KEPT = ("answer", "category", "l2-category", "task_type", "domain", "duration", "dim")
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +168,7 @@ def _write_video_items(config: EvaluateConfig, file: ItemFile, root: str) -> Ite
 
 def _make_run_config(config: EvaluateConfig, file: ItemFile) -> EvaluateConfig:
     """Return the options of the run over one benchmark, which is a run like any other, in a folder of OUTPUT."""
-    kept = config.keep_columns or tuple(name for name in _KEPT if name in file.items[0])
+    kept = config.keep_columns or tuple(name for name in ("answer", *CATEGORIES) if name in file.items[0])
     return config.model_copy(
         update={
             "benchmark": file.dataset.name,

@@ -15,7 +15,7 @@ from pipelines.evaluation.judge import Judge
 from pipelines.evaluation.judging import judge_answers
 from pipelines.evaluation.predictions import Prediction
 from pipelines.evaluation.score import describe_scores
-from pipelines.evaluation.scoring.scores import Item, ScoringRules
+from pipelines.evaluation.scoring.scores import Item, ScoringRules, get_index
 
 _NUM_RESAMPLES = 1000
 _HEADS = ("benchmark", "score", "published", "difference", "standard error", "rows", "error rows", "unread", "note")
@@ -23,7 +23,11 @@ _HEADS = ("benchmark", "score", "published", "difference", "standard error", "ro
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of a benchmark. `content` is None if it was not scored; `note` then says why."""
+    """The scores of a benchmark.
+
+    content: None if it was not scored; `note` then says why.
+    left_out: indices of items of other splits than the one whose score is published.
+    """
 
     dataset: Dataset
     size: Size
@@ -33,6 +37,7 @@ class Result:
     content: dict[str, Any] | None
     note: str = ""
     subtitles: bool = False
+    left_out: frozenset[str] = frozenset()
 
     @property
     def num_errors(self) -> int:
@@ -59,8 +64,10 @@ class Result:
     @property
     def standard_error(self) -> float | None:
         """The standard error of the mean score of a row, by bootstrap."""
-        scale = self.dataset.score_scale
-        return None if self.content is None else bootstrap_error(self.content["rows"].values(), scale)
+        if self.content is None:
+            return None
+        rows = {index: score for index, score in self.content["rows"].items() if index not in self.left_out}
+        return bootstrap_error(rows.values(), self.dataset.score_scale)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON values."""
@@ -103,7 +110,9 @@ def summarize_result(
     except ValueError as error:
         note = f"exported, not scored: {error}"
         return Result(dataset, size, rules, len(items), errors, None, note, subtitles)
-    return Result(dataset, size, rules, len(items), errors, content, _describe_judging(content, rules), subtitles)
+    note = _describe_judging(content, rules)
+    left_out = frozenset(get_index(item) for item in items if dataset.split not in (None, item.get("split")))
+    return Result(dataset, size, rules, len(items), errors, content, note, subtitles, left_out)
 
 
 def _describe_judging(content: Mapping[str, Any], rules: ScoringRules) -> str:

@@ -83,7 +83,7 @@ class Progress:
         return self._total - self.num_done - self.num_new
 
     def _format_details(self) -> str:
-        return f"{self._rate.per_s:.1f} {self._unit}/s"
+        return f"{self._rate.per_s:.1f} {self._unit.split()[0]}/s"
 
     def _format_eta(self) -> str:
         hours, rest_s = divmod(round(self._remaining / max(self._rate.per_s, 1e-6)), 3600)

@@ -78,8 +78,16 @@ class Answers:
         }
 
     @cached_property
+    def scores(self) -> NDArray[np.float64]:
+        """float64[N]: what the answers score, NaN for a row that has no score of its own."""
+        known = self.columns.scores
+        return np.array([known.get(name, np.nan) for name in self.get_column("id").to_pylist()], np.float64)
+
+    @cached_property
     def is_wrong(self) -> Mapping[str, NDArray[np.bool_]]:
-        """Task -> bool[N]: the answer and the truth are known and differ."""
+        """Task -> bool[N]: the answer and the truth are known and differ, or the answer scores nothing."""
+        if self.columns.scores:
+            return dict.fromkeys(self.truth_texts, (self.scores <= 0) & self.is_ok)
         differs = {name: pc.not_equal(self.answer_texts[name], truth) for name, truth in self.truth_texts.items()}
         return {name: to_mask(mask) & self.is_ok for name, mask in differs.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -33,18 +33,29 @@ OutputFile = tuple[FileInfo, FileEntry]
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """The scores of a benchmark: of the rows by id, the columns to average them by, and a line about the whole."""
+
+    rows: Mapping[str, float]
+    categories: tuple[str, ...]
+    summary: str
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Options of one report.
 
     to: a file or URI; None for the default of `resolve_report_uri`.
     rows: maximum number of rows that the page shows.
     truths: {task: kept column that holds the right answer}.
+    scoring: what the answers to a benchmark scored.
     """
 
     output: str
     to: str | None = None
     rows: int = 300
     truths: Mapping[str, str] = field(default_factory=dict)
+    scoring: Scoring | None = None
     media_limit_s: float = 600.0
     allow_private_addresses: bool = False
 
@@ -76,9 +87,12 @@ def write_report(options: ReportOptions) -> Report:
     files = _list_files(output)
     with store.open_file(files[0][0].uri) as file:  # all have one schema
         columns = interpret_columns(record, pq.read_schema(file), options.truths)
+    if options.scoring is not None:
+        columns = _add_scores(columns, options.scoring)
     counts, picked = _count_rows(files, columns, options.rows)
     rows = _build_rows(output, picked, columns, options.media_limit_s)
-    data = {"run": serialize_run(output, record), "statistics": counts, "rows": rows, "kept": columns.kept}
+    run = {**serialize_run(output, record), "score": options.scoring.summary if options.scoring else ""}
+    data = {"run": run, "statistics": counts, "rows": rows, "kept": columns.kept}
     page, uri = render(data), resolve_report_uri(options)
     store.write_bytes(uri, page)
     return Report(
@@ -89,6 +103,11 @@ def write_report(options: ReportOptions) -> Report:
         seconds=round(time.monotonic() - started_s, 3),
         report=uri,
     )
+
+
+def _add_scores(columns: OutputColumns, scoring: Scoring) -> OutputColumns:
+    categories = tuple(name for name in scoring.categories if name in columns.kept)
+    return replace(columns, scores=scoring.rows, categories=categories)
 
 
 def resolve_report_uri(options: ReportOptions) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -55,6 +55,8 @@ class OutputColumns:
 
     kept: kept columns of the input that a page can show.
     alternatives: columns of the answers that were not chosen.
+    scores: id of a row -> what its answer scores, 0 for a wrong one; it decides instead of a comparison with the truth.
+    categories: kept columns by whose values scores are averaged.
     """
 
     tasks: tuple[TaskColumns, ...]
@@ -62,6 +64,8 @@ class OutputColumns:
     alternatives: tuple[str, ...]
     has_flags: bool
     has_prompts: bool
+    scores: Mapping[str, float] = field(default_factory=dict)
+    categories: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -105,7 +109,7 @@ def _describe_task(about: Json, found: pa.Schema, truths: Mapping[str, str]) -> 
     name = about["name"]
     columns = (name, f"{name}_text", f"{name}_finish_reason", f"{name}_confidence")
     types = [found.field(column).type if column in found.names else pa.null() for column in columns]
-    choices = tuple(field.name for field in types[-1]) if pa.types.is_struct(types[-1]) else ()
+    choices = tuple(choice.name for choice in types[-1]) if pa.types.is_struct(types[-1]) else ()
     return TaskColumns(name, _classify(types[0], choices), *columns, choices, truths.get(name), about)
 
 
@@ -125,5 +129,5 @@ def _classify(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
 def _select_kept(found: pa.Schema, own: Iterable[str]) -> tuple[str, ...]:
     """Return the columns that come from the input and can be shown: not binary, not nested."""
     hidden = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
-    others = [field for field in found if field.name not in set(own)]
-    return tuple(field.name for field in others if not any(is_hidden(field.type) for is_hidden in hidden))
+    others = [column for column in found if column.name not in set(own)]
+    return tuple(column.name for column in others if not any(is_hidden(column.type) for is_hidden in hidden))

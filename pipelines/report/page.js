@@ -209,6 +209,13 @@
       renderTruth(task));
   }
 
+  function renderScores() {
+    const parts = Object.entries(statistics.categories).map(([column, values]) => el("div", {},
+      el("div.label", {}, el("span", {}, column), el("span", {}, "points, share of rows")),
+      el("div.bars", {}, values.map(({ value, score, count }) => renderBar(value, score, count, count)))));
+    return run.score ? el("div.panel.wide", {}, el("p", {}, run.score), el("div.body", {}, parts)) : "";
+  }
+
   function renderReasons(lines, rest) {
     const [shown, folded] = [lines.slice(0, SHOWN_REASONS), lines.slice(SHOWN_REASONS)];
     const note = rest ? el("p.note", {}, `${formatNumber(rest)} rows with other reasons`) : "";
@@ -216,6 +223,7 @@
   }
 
   function renderSummary() {
+    if (run.score) byId("tasks").append(el("h2", {}, "Scores"), renderScores());
     byId("tasks").append(el("h2", {}, run.has_tasks ? "Tasks" : "Answers"), el(tasks.length === 1 ? "div.panels.one" : "div.panels", {}, tasks.map(renderPanel)));
     const { top, rest, total } = { total: statistics.error, ...statistics.reasons };
     if (!top.length) return;

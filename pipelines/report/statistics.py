@@ -37,6 +37,7 @@ class RunStatistics:
         self._rows = self._flagged = 0
         self._sums: Counter[str] = Counter()
         self._tokens, self._flags, self._reasons = Spread(), TopCounts(), ReasonCounts()
+        self._categories = {name: _Category() for name in columns.categories}
 
     def add(self, answers: Answers) -> None:
         """Count a batch of rows."""
@@ -49,6 +50,8 @@ class RunStatistics:
         self._tokens.add(to_ints(answers.get_column("num_output_tokens").filter(answers.is_ok)))
         for task in self._tasks:
             task.add(answers)
+        for name, category in self._categories.items():
+            category.add(answers.get_column(name), answers.scores)
 
     def to_json(self) -> Json:
         """Return the statistics as the page reads them."""
@@ -64,7 +67,27 @@ class RunStatistics:
             "flags": self._flags.to_json(_SHOWN_REASONS),
             "reasons": {**self._reasons.counts.to_json(_SHOWN_REASONS), "top": reasons},
             "tasks": [task.to_json() for task in self._tasks],
+            "categories": {name: category.to_json() for name, category in self._categories.items()},
         }
+
+
+class _Category:
+    """The sum of scores and the number of scored rows, for each value of a column."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, values: pa.Array, scores: NDArray[np.float64]) -> None:
+        for value, score in zip(values.cast(pa.string()).to_pylist(), scores.tolist(), strict=True):
+            if value is not None and score == score:
+                self._sums[value] += score
+                self._counts[value] += 1
+
+    def to_json(self) -> list[Json]:
+        """Return the most frequent values, in alphabetical order."""
+        shown = sorted(value for value, _ in self._counts.most_common(SHOWN_VALUES))
+        return [{"value": value, "score": self._sums[value], "count": self._counts[value]} for value in shown]
 
 
 class _TaskStatistics:
