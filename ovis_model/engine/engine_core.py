@@ -5,15 +5,13 @@ Knows token ids, not text or images. Knows no threads: a single caller enqueues 
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -21,16 +19,16 @@ from ovis_model.engine.calls import EngineOptions, Stats
 from ovis_model.engine.decode_step import CudaGraphs, StepRunner, run_eagerly
 from ovis_model.engine.memory_plan import describe_budget, halve, plan_for_device
 from ovis_model.engine.model_runner import Masks, ModelRunner, answer_choices
-from ovis_model.engine.prefix_sharing import Item
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
 from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
+from ovis_model.engine.warm_up import run_largest_work
 from ovis_model.network.devices import choose_dtype, keep_float32_exact, resolve_device
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.weights import load_model
 from ovis_model.tokenizer import load_tokenizer
-from ovis_model.types import IMAGE_ATOM_ID, EngineDied, Request, RequestError, SamplingParams
+from ovis_model.types import EngineDied, Request, RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from ovis_model.config import OvisConfig
@@ -120,39 +118,10 @@ class EngineCore:
         """
         rule, self._stop_rule = self._stop_rule, StopRule((), None)
         try:
-            self._generate(self._make_tile_requests(self._budget.slots), itertools.repeat(2))
-            slots = self.scheduler.slots
-            self._generate(self._make_text_requests(slots), range(slots + 1, 1, -1))
-            self._encode_each_count()
+            run_largest_work(self)
         finally:
             self._stop_rule = rule
         self.stats = Stats()
-
-    def _generate(self, requests: Sequence[Request], output_lengths: Iterable[int]) -> None:
-        params = [SamplingParams(max_new_tokens=n) for _, n in zip(requests, output_lengths, strict=False)]
-        states = self.enqueue(requests, params)
-        while not all(state.has_left for state in states):
-            self.step()
-        for state in states:
-            state.make_completion()
-
-    def _make_tile_requests(self, count: int) -> list[Request]:
-        vision = self.model.config.vision
-        tile = np.zeros((1, 3, vision.image_size, vision.image_size), np.uint8)
-        ids = np.full(vision.tokens_per_tile, IMAGE_ATOM_ID, np.int32)
-        return [Request(ids, tile, np.array([tile.shape[2:]], np.int32))] * count
-
-    def _make_text_requests(self, count: int) -> list[Request]:
-        side = self.model.config.vision.image_size
-        request = Request(np.zeros(1, np.int32), np.zeros((0, 3, side, side), np.uint8), np.zeros((0, 2), np.int32))
-        return [request] * count
-
-    @torch.inference_mode()
-    def _encode_each_count(self) -> None:
-        [request], most = self._make_tile_requests(1), self.scheduler.budget.vision_tiles
-        for count in range(1, most + 1):
-            item = Item(np.repeat(request.tiles, count, 0), np.repeat(request.tile_sizes, count, 0))
-            self.runner.encode([item], most)
 
     def agree_on_arrivals(self, num_arrived: int) -> int:
         """Return rank 0's `num_arrived`; assert that all ranks have done the same work."""
