@@ -14,6 +14,7 @@ from typing import Any, Literal
 NUM_INDICATORS = 5  # image start, overview end, column, row, image end: the last entries of the vte
 
 Layout = Literal["aidc", "native"]
+Quantization = Literal["none", "fp8"]
 Json = dict[str, Any]
 
 

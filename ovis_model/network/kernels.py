@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+FP8 = torch.float8_e4m3fn
+MAX_FP8 = 448.0
+MIN_MAGNITUDE = 1e-12
+"""Magnitude from which rows are scaled, so that a row of zeros has a scale."""
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines [B, T, 1, head_dim] of RoPE; the first half of the sines is negated."""
 
@@ -46,6 +50,13 @@ class LayerKernels(Protocol):
         """Apply the layer norm and a softmax to [n, width]; without gradients the result may overwrite `words`.
 
         The norm has at most `width` channels. Columns beyond them are padding and become 0.
+        """
+        ...
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Round each row of [N, size] to float8_e4m3fn [N, size] times a scale float32[N, 1].
+
+        The row's largest magnitude becomes the largest float8 number.
         """
         ...
 
@@ -84,6 +95,11 @@ class TorchKernels:
         weight, bias = norm.weight.to(words.dtype), norm.bias.to(words.dtype)
         probabilities = F.layer_norm(words[..., :width], (width,), weight, bias, norm.eps).softmax(-1)
         return F.pad(probabilities, (0, words.shape[-1] - width)) if words.shape[-1] > width else probabilities
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Round to the nearest float8 number."""
+        scales = x.abs().amax(-1, keepdim=True).float().clamp(min=MIN_MAGNITUDE) / MAX_FP8
+        return (x.float() / scales).to(FP8), scales
 
 
 TORCH = TorchKernels()

@@ -14,10 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ovis_model.network.kernels import Rotary
+from ovis_model.network.kernels import FP8, MAX_FP8, MIN_MAGNITUDE, Rotary
 
 HEAD_BLOCK = 4096
 """Words of the visual vocabulary that a program has in registers at once: 8 values in each of 512 threads."""
+
+
+_MAX_FP8, _MIN_MAGNITUDE = tl.constexpr(MAX_FP8), tl.constexpr(MIN_MAGNITUDE)
 
 
 class TritonKernels:
@@ -66,6 +69,14 @@ class TritonKernels:
             _head_kernel, rows, words, norm.weight, norm.bias, *sizes, BLOCK=block, num_warps=max(1, block >> 8)
         )
         return words
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Read rows, which may be columns of a wider matrix, once; values and scales are contiguous."""
+        rows, size = x.shape
+        values = torch.empty(rows, size, dtype=FP8, device=x.device)
+        scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+        self.launch(_quantize_kernel, rows, x, values, scales, x.stride(0), size, **_fit_block(size))
+        return values, scales
 
     def launch(self, kernel: Any, grid: int | tuple[int, int], *args: Any, **options: Any) -> None:
         """Launch `kernel` with so many programs; none for an empty input."""
@@ -132,6 +143,17 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, stride, heads, half, HEADS:
     sin_second = tl.load(sin_ptr + angle + half, mask=at < half, other=0.0).to(tl.float32)
     tl.store(target, ((first * cos_first).to(dtype).to(tl.float32) + second * sin_first).to(dtype), mask=mask)
     tl.store(target + half, ((second * cos_second).to(dtype).to(tl.float32) + first * sin_second).to(dtype), mask=mask)
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, values_ptr, scales_ptr, stride, size, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride + at, mask=at < size, other=0.0).to(tl.float32)
+    # Divided as IEEE 754 says, like the reference, because an approximation rounds to other float8 numbers.
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), _MIN_MAGNITUDE), _MAX_FP8)
+    values = tl.div_rn(x, scale).to(values_ptr.dtype.element_ty)
+    tl.store(values_ptr + row * size + at, values, mask=at < size)
+    tl.store(scales_ptr + row, scale)
 
 
 @triton.jit

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ovis_model.config import LanguageConfig
 from ovis_model.network.attention import AttentionContext
-from ovis_model.network.kernels import Rotary
+from ovis_model.network.kernels import LayerKernels, Rotary
 from ovis_model.network.layers import KernelModule, RMSNorm, choose_pass_dtype, lay_out, project
+from ovis_model.network.quantization import Matrix, get_scales, make_matrix, set_scales
 from ovis_model.network.tensor_parallel import ALONE, Shard, ShardedEmbedding, ShardedLinear
 
 
@@ -107,12 +108,12 @@ class LayerWeights(NamedTuple):
     """Weights of one layer, in the order of use; matrices are [in, out], as `project` needs them."""
 
     input_norm: Tensor
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
-    o: Tensor
+    o: Matrix
     post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 class DecoderLayer(KernelModule):
@@ -166,17 +167,12 @@ class DecoderLayer(KernelModule):
         return self.shard.sum(project(attended.reshape(len(tokens), -1), w.o))
 
     def _gather_weights(self) -> LayerWeights:
-        qkv, qkv_bias = self.self_attn.qkv.stack()
-        gate_up, _ = self.mlp.gate_up.stack()
-        return LayerWeights(
-            self.input_layernorm.weight,
-            qkv.t(),
-            qkv_bias,
-            self.self_attn.o_proj.weight.t(),
-            self.post_attention_layernorm.weight,
-            gate_up.t(),
-            self.mlp.down_proj.weight.t(),
-        )
+        attention, mlp = self.self_attn, self.mlp
+        qkv, qkv_bias = attention.qkv.stack(self.kernels)
+        gate_up, _ = mlp.gate_up.stack(self.kernels)
+        o, down = (make_matrix(x.weight, get_scales(x), self.kernels) for x in (attention.o_proj, mlp.down_proj))
+        norms = self.input_layernorm.weight, self.post_attention_layernorm.weight
+        return LayerWeights(norms[0], qkv, qkv_bias, o, norms[1], gate_up, down)
 
 
 class SelfAttention(nn.Module):
@@ -212,27 +208,34 @@ class FusedRows:
 
     def __init__(self, *parts: nn.Linear) -> None:
         self._parts = parts
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._stacked: Stacked | None = None
 
     def fuse(self) -> None:
         """Fuse the parameters in their present device and dtype; moving them later undoes it."""
         with torch.no_grad():
-            weight, self._bias = self._concatenate()
-            self._weight = lay_out(weight)
+            weight, bias, scales = self._concatenate()
+        self._stacked = lay_out(weight), bias, scales
         start = 0
         for part in self._parts:
             rows = slice(start, start + part.out_features)
-            part.weight.data = self._weight[rows]
-            if self._bias is not None:
-                part.bias.data = self._bias[rows]
+            part.weight.data = self._stacked[0][rows]
+            if bias is not None:
+                part.bias.data = bias[rows]
+            if scales is not None:
+                set_scales(part, scales[rows])
             start = rows.stop
 
-    def stack(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight [out, in] and bias [out] of all parts, stacked along the outputs."""
-        return self._concatenate() if self._weight is None else (self._weight, self._bias)
+    def stack(self, kernels: LayerKernels) -> tuple[Matrix, Tensor | None]:
+        """Return the matrix and the bias [out] of all parts, stacked along the outputs."""
+        weight, bias, scales = self._stacked or self._concatenate()
+        return make_matrix(weight, scales, kernels), bias
 
-    def _concatenate(self) -> tuple[Tensor, Tensor | None]:
+    def _concatenate(self) -> Stacked:
         weights: list[Tensor] = [part.weight for part in self._parts]
         biases: list[Tensor] = [part.bias for part in self._parts if part.bias is not None]
-        return torch.cat(weights), torch.cat(biases) if biases else None
+        scales = [scale for part in self._parts if (scale := get_scales(part)) is not None]
+        return torch.cat(weights), torch.cat(biases) if biases else None, torch.cat(scales) if scales else None
+
+
+Stacked = tuple[Tensor, Tensor | None, Tensor | None]
+"""Weight [out, in], bias [out] and, if quantized, scales [out, 1] of several layers."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ovis_model.network.kernels import TORCH, LayerKernels
+from ovis_model.network.quantization import Fp8Matrix, Matrix, get_scales
 
 WIDENED_VALUES = 1 << 22
 """Values of a matrix that a product casts to float32 at once: 16 MB, a buffer that malloc keeps for reuse."""
@@ -85,8 +86,10 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return _multiply_widened(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
 
 
-def project(tokens: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+def project(tokens: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     """Multiply tokens [N, in] by a matrix [in, out] like `apply_linear`, without the overhead of `F.linear`."""
+    if isinstance(matrix, Fp8Matrix):
+        return matrix.multiply(tokens, bias)
     if tokens.dtype != matrix.dtype:
         return _multiply_widened(tokens, matrix, bias)
     return torch.mm(tokens, matrix) if bias is None else torch.addmm(bias, tokens, matrix)
@@ -101,12 +104,16 @@ def _multiply_widened(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Te
     return out if bias is None else out.add_(bias)
 
 
-class Linear(nn.Linear):
-    """A linear layer for inputs in any dtype; see `apply_linear`."""
+class Linear(KernelModule, nn.Linear):
+    """A linear layer for inputs in any dtype, see `apply_linear`; it may be quantized."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., in] -> [..., out] in the dtype of `x`."""
-        return apply_linear(x, self.weight, self.bias)
+        scales = get_scales(self)
+        if scales is None:
+            return apply_linear(x, self.weight, self.bias)
+        product = Fp8Matrix(self.weight, scales, self.kernels).multiply(x.flatten(0, -2), self.bias)
+        return product.view(*x.shape[:-1], -1)
 
 
 def choose_pass_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

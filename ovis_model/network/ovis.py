@@ -12,6 +12,7 @@ from ovis_model.network.attention import NoContext
 from ovis_model.network.kernels import LayerKernels
 from ovis_model.network.language import Qwen2ForCausalLM
 from ovis_model.network.layers import apply_linear, choose_pass_dtype, use_kernels
+from ovis_model.network.quantization import quantize_shapes
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.vision import HEAD_CHUNK_TOKENS, VisualTokenizer
 from ovis_model.types import IMAGE_ATOM_ID, IMAGE_START_ID
@@ -33,6 +34,16 @@ class Ovis(nn.Module):
         self.visual_tokenizer = VisualTokenizer(config.vision, post_trunk_norm=post_trunk_norm)
         self.vte = nn.Embedding(config.vision.vocab_size, config.language.hidden_size)
         self.llm = Qwen2ForCausalLM(config.language, shard)
+
+    def quantize_shapes(self) -> None:
+        """Give the unloaded linear layers of tower and decoder FP8 weights. Raise ValueError if a width forbids it.
+
+        Head, tables and the output matrix keep their dtype.
+        """
+        for part in (self.visual_tokenizer.backbone.trunk, self.llm.model.layers):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    quantize_shapes(module)
 
     def prepare(self, kernels: LayerKernels) -> None:
         """Compute with `kernels`, and lay out the weights for inference in their present device and dtype."""

@@ -6,19 +6,20 @@ A missing, unknown or misshapen tensor is an error that names the tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovis_model.checkpoint import CheckpointError, read_weight_index
-from ovis_model.config import Layout, OvisConfig
-from ovis_model.network.kernels import choose_layer_kernels
+from ovis_model.config import Layout, OvisConfig, Quantization
+from ovis_model.network.kernels import FP8, TORCH, choose_layer_kernels
 from ovis_model.network.ovis import Ovis
+from ovis_model.network.quantization import get_scales
 from ovis_model.network.tensor_parallel import ALONE, WHOLE, Part, Shard, ShardedEmbedding, ShardedLinear
 
 
@@ -27,7 +28,13 @@ class WeightsError(ValueError):
 
 
 def load_model(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False, shard: Shard = ALONE
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    post_trunk_norm: bool = False,
+    shard: Shard = ALONE,
+    quantization: Quantization = "none",
 ) -> Ovis:
     """Load the checkpoint in `directory`, or a rank's part of it, in eval mode. Raise ConfigError or WeightsError.
 
@@ -35,17 +42,27 @@ def load_model(
     so at most one tensor is in memory twice.
     """
     config = OvisConfig.from_directory(directory)
-    model = allocate_model(config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard)
+    model = allocate_model(
+        config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard, quantization=quantization
+    )
     load_weights(model, directory, config.layout)
     return model
 
 
 def allocate_model(
-    config: OvisConfig, *, device: torch.device, dtype: torch.dtype, post_trunk_norm: bool = False, shard: Shard = ALONE
+    config: OvisConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    post_trunk_norm: bool = False,
+    shard: Shard = ALONE,
+    quantization: Quantization = "none",
 ) -> Ovis:
     """Allocate an Ovis in eval mode on `device`, without initializing its parameters."""
     with torch.device("meta"):
         model = Ovis(config, post_trunk_norm=post_trunk_norm, shard=shard).to(dtype)
+        if quantization == "fp8":
+            model.quantize_shapes()
     model = model.to_empty(device=device).eval().requires_grad_(False)
     model.prepare(choose_layer_kernels(dtype, device))
     return model
@@ -53,10 +70,11 @@ def allocate_model(
 
 @dataclass(frozen=True)
 class Target:
-    """The parameter, or some of its rows, that `part` of a stored tensor fills."""
+    """The parameter, or some of its rows, that `part` of a stored tensor fills; `scales` if it is quantized."""
 
     tensor: Tensor
     part: Part = WHOLE
+    scales: Tensor | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -64,8 +82,12 @@ class Target:
         return self.part.to_whole_shape(self.tensor.shape)
 
     def fill(self, stored: Any) -> None:
-        """Copy the part from `stored`, a safetensors slice; nothing else is read from the file."""
-        self.tensor.copy_(stored[self.part.to_slices(self.tensor.shape)])
+        """Copy or quantize the part from `stored`, a safetensors slice; nothing else is read from the file."""
+        part = stored[self.part.to_slices(self.tensor.shape)]
+        if self.scales is not None:
+            part, scales = TORCH.quantize_rows(part.to(self.tensor.device))
+            self.scales.copy_(scales)
+        self.tensor.copy_(part)
 
 
 def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
@@ -96,8 +118,15 @@ def find_targets(model: Ovis, layout: Layout) -> dict[str, Target]:
             names = [name] if layout == "aidc" else _to_native_names(name)
             data = parameter.data[0] if name == _POS_EMBED and layout == "native" else parameter.data
             tensors = data.chunk(len(names))
-            targets.update((n, Target(tensor, part)) for n, tensor in zip(names, tensors, strict=True))
+            scales = _chunk_scales(module, parameter, len(names))
+            targets.update((n, Target(t, part, scale)) for n, t, scale in zip(names, tensors, scales, strict=True))
     return targets
+
+
+def _chunk_scales(module: nn.Module, parameter: Tensor, count: int) -> Sequence[Tensor | None]:
+    """Return the scales of each of `count` equal groups of rows of a parameter, or None for each."""
+    scales = get_scales(module)
+    return scales.chunk(count) if scales is not None and parameter.dtype == FP8 else [None] * count
 
 
 _POS_EMBED = "visual_tokenizer.backbone.preprocessor.pos_embed"
