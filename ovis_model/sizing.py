@@ -5,7 +5,7 @@ Knows sizes, not tensors.
 
 from __future__ import annotations
 
-from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
+from ovis_model.config import LanguageConfig, OvisConfig, Quantization, VisionConfig
 
 # A device should hold this many sequences at once, of 3 x 3 tiles each; with fewer, decoding is bound by its bandwidth.
 _SEQUENCES, _TOKENS_PER_SEQUENCE = 16, 2600
@@ -25,34 +25,65 @@ def count_vision_parameters(config: OvisConfig) -> int:
 def count_language_parameters(config: LanguageConfig) -> int:
     """Count the parameters of the decoder, its embedding table and, unless it is tied, its output matrix."""
     hidden, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
-    attention = 2 * hidden * hidden + 2 * hidden * kv_size + hidden + 2 * kv_size
-    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    vectors = config.num_hidden_layers * (3 * hidden + 2 * kv_size) + hidden  # biases and norms
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
-    return config.num_hidden_layers * layer + hidden + tables
+    return _count_layer_matrices(config) + vectors + tables
 
 
-def estimate_device_bytes(config: OvisConfig, ranks: int, bytes_per_value: int) -> int:
+def _count_layer_matrices(config: LanguageConfig) -> int:
+    """Count the weights of the matrices in the decoder's layers, which FP8 quantizes."""
+    hidden, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+    layer = 2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size
+    return config.num_hidden_layers * layer
+
+
+def estimate_device_bytes(
+    config: OvisConfig, ranks: int, bytes_per_value: int, quantization: Quantization = "none"
+) -> int:
     """Estimate the bytes per device for the model to run well on `ranks` devices.
 
-    These are weights, keys and values, and activations. `bytes_per_value` is the size of a weight.
+    These are weights, keys and values, and activations. `bytes_per_value` is the size of what is not quantized.
     """
     language = config.language
     kv_heads = max(language.num_key_value_heads / ranks, 1)
     kv_values = 2 * language.num_hidden_layers * kv_heads * language.head_dim * _SEQUENCES * _TOKENS_PER_SEQUENCE
-    weights = count_vision_parameters(config) + count_language_parameters(language) / ranks
-    return int((weights + kv_values) * bytes_per_value + _ACTIVATION_BYTES)
+    values = count_vision_parameters(config) + count_language_parameters(language) / ranks + kv_values
+    saved = 0.0
+    if quantization == "fp8":
+        quantized = _count_block_matrices(config.vision) + _count_layer_matrices(language) / ranks
+        saved = quantized * (bytes_per_value - 1)  # scales are less than 0.5 % of it
+    return int(values * bytes_per_value - saved + _ACTIVATION_BYTES)
 
 
-def find_min_ranks(config: OvisConfig, memory_bytes: int, bytes_per_value: int) -> int:
+def find_min_ranks(
+    config: OvisConfig, memory_bytes: int, bytes_per_value: int, quantization: Quantization = "none"
+) -> int:
     """Return the minimum number of devices of `memory_bytes` for a replica. Raise ValueError if none is enough."""
-    counts = list_rank_counts(config.language)
-    for ranks in counts:
-        if estimate_device_bytes(config, ranks, bytes_per_value) <= _USABLE * memory_bytes:
+    needed = {
+        ranks: estimate_device_bytes(config, ranks, bytes_per_value, quantization)
+        for ranks in list_rank_counts(config.language)
+    }
+    for ranks, device_bytes in needed.items():
+        if device_bytes <= _USABLE * memory_bytes:
             return ranks
-    least_gb = estimate_device_bytes(config, counts[-1], bytes_per_value) / _USABLE / 1e9
+    ranks, least_bytes = list(needed.items())[-1]
     raise ValueError(
-        f"GPUs of {memory_bytes / 1e9:.0f} GB are too small for this model, which needs {least_gb:.0f} GB on each of "
-        f"{counts[-1]} GPUs; use larger GPUs or a smaller model, or try anyway with --tensor-parallel"
+        f"GPUs of {memory_bytes / 1e9:.0f} GB are too small for this model, which needs "
+        f"{least_bytes / _USABLE / 1e9:.0f} GB on each of {ranks} GPUs; use larger GPUs or a smaller model, or try "
+        "anyway with --tensor-parallel"
+    )
+
+
+MIN_FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs that multiply float8 numbers."""
+
+
+def describe_missing_fp8(name: str, capability: tuple[int, int]) -> str:
+    """Return why the GPU `name` cannot run FP8, and what to do."""
+    found, needed = (".".join(map(str, version)) for version in (capability, MIN_FP8_CAPABILITY))
+    return (
+        f"quantization fp8 needs GPUs of compute capability {needed} or newer, such as L4, L40S and H100, but "
+        f"{name} has {found}; use --quantization none"
     )
 
 
@@ -81,8 +112,14 @@ def _can_divide(n: int, config: LanguageConfig) -> bool:
 def _count_tower_parameters(config: VisionConfig) -> int:
     hidden = config.hidden_size
     patchifier = hidden * 3 * config.patch_size**2 + hidden + hidden + config.num_patches * hidden
-    block = 4 * hidden * hidden + 3 * hidden * config.intermediate_size + 2 * hidden
-    return patchifier + config.num_hidden_layers * block + hidden
+    norms = config.num_hidden_layers * 2 * hidden + hidden
+    return patchifier + _count_block_matrices(config) + norms
+
+
+def _count_block_matrices(config: VisionConfig) -> int:
+    """Count the weights of the matrices in the tower's blocks, which FP8 quantizes."""
+    hidden = config.hidden_size
+    return config.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * config.intermediate_size)
 
 
 def _count_head_parameters(config: VisionConfig) -> int:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from ovis_model.config import Quantization
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT
 from pipelines import schema
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire, TaskLayout
@@ -237,6 +238,18 @@ class ResourceOptions(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = declare_option(
         "auto", description="precision of the model; auto is bfloat16 on CUDA and float32 on a CPU"
     )
+
+    quantization: Quantization = declare_option(
+        "none",
+        since="0.2",
+        description="fp8 halves the weights of decoder and vision tower, on GPUs since L4 and H100; it changes answers",
+    )
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        if self.quantization == "fp8" and self.dtype == "float32":
+            raise ValueError("--quantization fp8 computes in bfloat16; leave out --dtype float32")
+        return self
 
     @model_validator(mode="after")
     def _check_autoscale(self) -> Self:

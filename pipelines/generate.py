@@ -11,6 +11,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from ovis_model.config import Quantization
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Engine, EngineDied, RequestError
@@ -32,6 +33,7 @@ class Replica:
     device: Literal["cpu", "cuda"]
     num_threads: int
     tensor_parallel: int = 1
+    quantization: Quantization = "none"
 
 
 EngineFactory = Callable[[Replica], Engine]
@@ -48,6 +50,7 @@ def load_engine(replica: Replica) -> Engine:
         tensor_parallel=replica.tensor_parallel,
         revision=replica.revision,
         num_threads=replica.num_threads,
+        quantization=replica.quantization,
     )
 
 

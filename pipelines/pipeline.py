@@ -174,7 +174,8 @@ def _stream(config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engin
     configure_ray_data(BATCH_BYTES)
     pools, sizes, questionnaire, found = plan.pools, plan.sizes, config.questionnaire, run.record["model"]
     model = config.model, found["revision"]
-    replica = Replica(*model, plan.dtype, pools.device, pools.threads_per_replica, pools.tensor_parallel)
+    shape = pools.threads_per_replica, pools.tensor_parallel
+    replica = Replica(*model, plan.dtype, pools.device, *shape, quantization=config.quantization)
     # A unit is only two numbers, so Ray needs no read tasks, which the pools could starve of CPUs.
     units = [unit._asdict() for unit in split_ranges(missing, sizes.rows_per_unit)]
     with (

@@ -11,6 +11,7 @@ from pipelines.cluster.resources import (
     Hardware,
     Pools,
     Sizes,
+    check_quantization,
     plan_batches,
     plan_pools,
     plan_tensor_parallel,
@@ -40,6 +41,7 @@ def plan_run(config: RunConfig, num_rows: int) -> Plan:
     """Plan `num_rows` rows on the cluster that this process is connected to. Raise ValueError."""
     model = OvisConfig.from_directory(fetch_checkpoint(config.model, config.revision, weights=False))
     hardware = Hardware.detect()
+    check_quantization(config, hardware)
     encoders, pools = share_hardware(config, hardware, model)
     sizes = plan_batches(
         num_rows,

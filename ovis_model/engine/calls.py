@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from ovis_model.config import Quantization
 from ovis_model.types import Completion, Request, SamplingParams
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class EngineOptions:
     dtype: Dtype = "auto"
     post_trunk_norm: bool = False
     num_threads: int | None = None
+    quantization: Quantization = "none"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ovis_model.checkpoint import fetch_checkpoint
-from ovis_model.config import OvisConfig
+from ovis_model.config import OvisConfig, Quantization
 from ovis_model.engine.calls import Device, Dtype, EngineOptions, Stats
 from ovis_model.engine.rank_pool import RankPool
 from ovis_model.types import Completion, Request, SamplingParams
@@ -47,17 +47,24 @@ class OvisEngine:
         *,
         revision: str | None = None,
         num_threads: int | None = None,
+        quantization: Quantization = "none",
     ) -> OvisEngine:
         """Load "demo", a directory, a hub id or a URI.
 
         `auto` means bfloat16 on CUDA if a device is available, else float32 on a CPU. With `tensor_parallel` above 1,
         that many processes of this machine share the model, and this process holds none of it. Rank i uses the ith CUDA
-        device available to this process. `num_threads` limits the CPU threads of all ranks together. Raise
-        CheckpointError, ConfigError, WeightsError or another ValueError that says what to do.
+        device available to this process. `num_threads` limits the CPU threads of all ranks together.
+        `quantization="fp8"` needs a GPU with FP8 products, or simulates them on a CPU, and then `auto` means bfloat16
+        on both. Raise CheckpointError, ConfigError, WeightsError or another ValueError that says what to do.
         """
         directory = fetch_checkpoint(path_or_id, revision)
         options = EngineOptions(
-            directory=directory, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, num_threads=num_threads
+            directory=directory,
+            device=device,
+            dtype=dtype,
+            post_trunk_norm=post_trunk_norm,
+            num_threads=num_threads,
+            quantization=quantization,
         )
         config = OvisConfig.from_directory(directory)
         engine = cls(config, _load(options) if tensor_parallel == 1 else RankPool(options, config, tensor_parallel))

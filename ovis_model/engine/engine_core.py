@@ -230,8 +230,9 @@ def load_core(options: EngineOptions, shard: Shard = ALONE) -> EngineCore:
     model = load_model(
         options.directory,
         device=device,
-        dtype=choose_dtype(options.dtype, device),
+        dtype=choose_dtype(options.dtype, device, options.quantization),
         post_trunk_norm=options.post_trunk_norm,
         shard=shard,
+        quantization=options.quantization,
     )
     return EngineCore(model, tokenizer=load_tokenizer(options.directory))

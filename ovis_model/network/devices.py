@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from ovis_model.config import Quantization
+from ovis_model.network.quantization import check_fp8_device
 from ovis_model.network.tensor_parallel import Shard
 
 _LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -28,11 +30,20 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"], shard: Shard) -> torch.
     return torch.device("cuda")
 
 
-def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def choose_dtype(
+    name: Literal["auto", "float32", "bfloat16"], device: torch.device, quantization: Quantization = "none"
+) -> torch.dtype:
+    """Return the dtype of what is not quantized; `auto` is float32 on a CPU, else and with FP8 bfloat16.
+
+    Raise ValueError if FP8 is asked for with float32, or on a GPU without it.
+    """
+    if quantization == "fp8":
+        if name == "float32":
+            raise ValueError("quantization='fp8' needs dtype='bfloat16', but dtype='float32' was given")
+        check_fp8_device(device)
+    elif name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def keep_float32_exact(device: torch.device, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ choice there.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -97,12 +98,18 @@ class TorchKernels:
         return F.pad(probabilities, (0, words.shape[-1] - width)) if words.shape[-1] > width else probabilities
 
     def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Round to the nearest float8 number."""
-        scales = x.abs().amax(-1, keepdim=True).float().clamp(min=MIN_MAGNITUDE) / MAX_FP8
-        return (x.float() / scales).to(FP8), scales
+        """Round to the nearest float8 number, some rows at a time."""
+        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)  # without a copy of magnitudes
+        scales = largest.float().clamp(min=MIN_MAGNITUDE) / MAX_FP8
+        values = torch.empty(x.shape, dtype=FP8, device=x.device)
+        step = max(1, _WIDE_VALUES // x.shape[-1])
+        for out, part, scale in zip(*(torch.split(each, step) for each in (values, x, scales)), strict=True):
+            out.copy_(part / scale)
+        return values, scales
 
 
 TORCH = TorchKernels()
+_WIDE_VALUES = 1 << 22  # that the reference has in float32 while it quantizes, 16 MB
 
 
 def choose_layer_kernels(dtype: torch.dtype, device: torch.device) -> LayerKernels:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ovis_model.network.kernels import FP8, LayerKernels
+from ovis_model.sizing import MIN_FP8_CAPABILITY, describe_missing_fp8
 
 _SCALE_NAME = "weight_scale"
 _WIDTH_MULTIPLE = 16
@@ -70,17 +71,5 @@ def check_fp8_device(device: torch.device) -> None:
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if capability < MIN_FP8_CAPABILITY:
         raise ValueError(describe_missing_fp8(torch.cuda.get_device_name(device), capability))
-
-
-MIN_CAPABILITY = (8, 9)
-
-
-def describe_missing_fp8(name: str, capability: tuple[int, int]) -> str:
-    """Return why a GPU cannot run FP8, and what to do."""
-    found, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
-    return (
-        f"quantization 'fp8' needs GPUs of compute capability {needed} or newer (L4, L40S, H100 and later), but "
-        f"{name} has {found}; use --quantization none"
-    )

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from ovis_model.config import OvisConfig
-from ovis_model.sizing import check_tensor_parallel, estimate_device_bytes, find_min_ranks
+from ovis_model.sizing import (
+    MIN_FP8_CAPABILITY,
+    check_tensor_parallel,
+    describe_missing_fp8,
+    estimate_device_bytes,
+    find_min_ranks,
+)
 from ovis_model.types import MAX_CONCURRENT_SEQUENCES
 from pipelines.cluster.ray_session import extract_error_line
 from pipelines.config import ResourceOptions
@@ -174,16 +181,37 @@ def plan_tensor_parallel(config: ResourceOptions, hardware: Hardware, model: Ovi
         return config.tensor_parallel
     if not uses_gpus(config, hardware):
         return 1
-    value_bytes = 4 if config.dtype == "float32" else 2
-    if estimate_device_bytes(model, 1, value_bytes) <= _SMALLEST_USUAL_GPU_BYTES:
+    weights = (4 if config.dtype == "float32" else 2), config.quantization
+    if estimate_device_bytes(model, 1, *weights) <= _SMALLEST_USUAL_GPU_BYTES:
         return 1
     if not hardware.gpus:
         raise ResourceError("the cluster has no GPU yet whose memory could be read; set --tensor-parallel N")
-    return find_min_ranks(model, query_gpu_memory_bytes(), value_bytes)
+    return find_min_ranks(model, query_gpu_memory_bytes(), *weights)
+
+
+def check_quantization(config: ResourceOptions, hardware: Hardware) -> None:
+    """Raise ResourceError if `config` asks for FP8 and a GPU of the cluster has no FP8 products."""
+    if config.quantization == "none" or not uses_gpus(config, hardware) or not hardware.gpus:
+        return
+    for name, capability in query_gpu_capabilities():
+        if capability < MIN_FP8_CAPABILITY:
+            raise ResourceError(describe_missing_fp8(name, capability))
 
 
 def query_gpu_memory_bytes() -> int:
     """Return the memory of the cluster's smallest GPU, as reported by each node's driver. Raise ResourceError."""
+    remedy = "how much memory the GPUs have", "set --tensor-parallel N"
+    return min(int(mib) for (mib,) in _query_gpus("memory.total", *remedy)) << 20
+
+
+def query_gpu_capabilities() -> list[tuple[str, tuple[int, int]]]:
+    """Return the name and the compute capability of each GPU of the cluster. Raise ResourceError."""
+    found = _query_gpus("name,compute_cap", "whether the GPUs have FP8", "use --quantization none")
+    return [(name, (int(major), int(minor))) for name, (major, minor) in ((n, c.split(".")) for n, c in found)]
+
+
+def _query_gpus(fields: str, what: str, remedy: str) -> list[list[str]]:
+    """Return `fields` of each GPU. Raise ResourceError that says what cannot be read, and the remedy."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -191,19 +219,17 @@ def query_gpu_memory_bytes() -> int:
     on_nodes = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     query = ray.remote(_query_driver).options(num_cpus=0, max_retries=0)
     try:
-        answers = [query.options(scheduling_strategy=on_node).remote() for on_node in on_nodes]
-        found: list[int] = ray.get(answers, timeout=_QUERY_TIMEOUT_S)
-        return min(found)
+        answers = [query.options(scheduling_strategy=on_node).remote(fields) for on_node in on_nodes]
+        found: list[list[list[str]]] = ray.get(answers, timeout=_QUERY_TIMEOUT_S)
     except (ray.exceptions.RayError, ValueError) as error:
-        raise ResourceError(
-            f"cannot read how much memory the GPUs have ({extract_error_line(error)}); set --tensor-parallel N"
-        ) from error
+        raise ResourceError(f"cannot read {what} ({extract_error_line(error)}); {remedy}") from error
+    return list(chain.from_iterable(found))
 
 
-def _query_driver() -> int:
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB, one line per GPU
+def _query_driver(fields: str) -> list[list[str]]:
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]  # memory in MiB, a line per GPU
     found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=_QUERY_TIMEOUT_S)
-    return min(map(int, found.stdout.split())) << 20
+    return [line.split(", ") for line in found.stdout.splitlines()]
 
 
 def prefer_nodes_without(gpu_types: tuple[str, ...]) -> dict[str, Any]:
@@ -218,7 +244,7 @@ def resolve_dtype(config: ResourceOptions, pools: Pools) -> Literal["float32", "
     """Return the dtype that `--dtype auto` resolves to on this cluster."""
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if pools.device == "cuda" else "float32"
+    return "bfloat16" if pools.device == "cuda" or config.quantization == "fp8" else "float32"
 
 
 def _format_count(count: int, noun: str) -> str:

@@ -16,8 +16,11 @@ BLOCKS = {"BLOCK": 4096, "HEADS": 64, "HALF": 64}
 
 def main() -> None:
     kernels = {name: kernel for name, kernel in vars(kernels_triton).items() if name.endswith("_kernel")}
+    capability = int(sys.argv[1])
+    if capability < 89:
+        del kernels["_quantize_kernel"]
     for kernel in kernels.values():
-        print(compile_kernel(kernel, int(sys.argv[1])))
+        print(compile_kernel(kernel, capability))
 
 
 def compile_kernel(kernel: Any, capability: int) -> int:
@@ -29,7 +32,8 @@ def compile_kernel(kernel: Any, capability: int) -> int:
 
 
 def _find_type(name: str) -> str:
-    return "*bf16" if name.endswith("_ptr") else "fp32" if name == "eps" else "i32"
+    special = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "eps": "fp32"}
+    return special.get(name, "*bf16" if name.endswith("_ptr") else "i32")
 
 
 if __name__ == "__main__":
