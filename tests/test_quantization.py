@@ -127,7 +127,7 @@ def test_passes_stay_within_the_memory_plan(size: str) -> None:
     positions = torch.arange(width, device=META).expand(4, -1)
     with torch.inference_mode(), Allocations() as prefill:
         embeds = torch.zeros(4, width, config.language.hidden_size, dtype=torch.bfloat16, device=META)
-        model.llm.model(embeds, positions, Prefill(cache, torch.arange(4, device=META)))
+        model.llm.model(embeds, positions, Prefill(cache, torch.arange(4, device=META), width))
     assert prefill.peak <= bound_prefill_bytes(config, torch.bfloat16, 4 * width, 4)
 
 
