@@ -10,10 +10,13 @@ The command line, `--help` and docs/options.md are made from these fields: type,
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import pyarrow as pa
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from ovis_model.config import Quantization
@@ -135,6 +138,17 @@ class ImageOptions(Section):
         description="maximum number of tiles per image; fewer are faster, more show finer print",
         unset="9 for one image per row, 4 for several, 1 per video frame",
     )
+    partial_images: Literal["error", "keep"] = declare_option(
+        "error",
+        since="0.2",
+        description="truncated or damaged images: error rows, or the part that can be decoded, with a warning",
+    )
+    background: Annotated[str, "RGB"] | None = declare_option(
+        None,
+        since="0.2",
+        description="colour behind transparent images: #rrggbb, three numbers such as 255,255,255, or a name",
+        unset="the colour that the transparent pixels have, as in the original",
+    )
     num_frames: PositiveInt = declare_option(12, description="maximum number of frames per video")
     fps: float | None = declare_option(
         None, gt=0, description="maximum number of frames, or candidates, per second of video", unset="no limit"
@@ -153,6 +167,16 @@ class ImageOptions(Section):
         "google/siglip-so400m-patch14-384",
         description='SigLIP that compares frames: directory or Hugging Face id; "pixels" compares without a model',
     )
+
+    @field_validator("background")
+    @classmethod
+    def _read_colour(cls, value: str | None) -> str | None:
+        return None if value is None else "#{:02x}{:02x}{:02x}".format(*_parse_colour(value))
+
+    @property
+    def background_colour(self) -> tuple[int, int, int] | None:
+        """The colour to draw transparent images over."""
+        return None if self.background is None else _parse_colour(self.background)
 
     @model_validator(mode="after")
     def _check_frames_can_be_chosen(self) -> Self:
@@ -187,6 +211,19 @@ class ImageOptions(Section):
     def needs_encoder(self) -> bool:
         """Whether a model compares the frames."""
         return self.frame_selection != "uniform" and self.frame_encoder != PIXELS
+
+
+def _parse_colour(text: str) -> tuple[int, int, int]:
+    numbers = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
+    try:
+        red, green, blue = ImageColor.getrgb(f"rgb({text})" if numbers else text)
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r} is not a colour; give #rrggbb, three numbers up to 255, or a name like white"
+        ) from error
+    if max(red, green, blue) > 255:
+        raise ValueError(f"{text!r} is not a colour; its numbers may be up to 255")
+    return red, green, blue
 
 
 class SamplingOptions(Section):
@@ -264,6 +301,11 @@ class OutputOptions(Section):
     title = "output"
 
     output: Location = _declare_execution(..., description="directory or URI for the results")
+    media_columns: bool = declare_option(
+        False,
+        since="0.2",
+        description="add columns about the media: width, height, format, bytes; for videos also duration, fps, codec",
+    )
     rows_per_file: PositiveInt = _declare_execution(10_000, description="maximum number of rows per output file")
     max_error_rate: float = _declare_execution(
         0.1, ge=0, le=1, description="exit with code 3 if a larger share of the rows are errors"
@@ -304,6 +346,12 @@ class RunConfig(
     def questionnaire(self) -> Questionnaire:
         """The questions for every row, and the columns of the answers."""
         raise NotImplementedError
+
+    @property
+    def row_columns(self) -> pa.Schema:
+        """The columns on request about a row and its media."""
+        warning = schema.WARNING if self.partial_images == "keep" else ()
+        return pa.schema([*warning, *(schema.MEDIA if self.media_columns else ())])
 
     @model_validator(mode="after")
     def _check_output(self) -> Self:
@@ -374,6 +422,7 @@ class CaptionConfig(RunConfig):
             layout=FlatLayout(prompt_suffix=f"\n{CHAIN_OF_THOUGHT}" if self.chain_of_thought else ""),
             prompt_column=self.prompt_column or "",
             has_default_prompt="prompt" not in self.model_fields_set,
+            row_columns=self.row_columns,
         )
 
 
@@ -424,4 +473,5 @@ class AnnotateConfig(RunConfig):
         return Questionnaire(
             tasks=tuple(task.fill_defaults(**self.task_defaults()) for task in self.tasks),
             layout=TaskLayout(with_alternatives=self.regenerate is not None),
+            row_columns=self.row_columns,
         )

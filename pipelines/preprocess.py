@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -18,13 +19,13 @@ from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frame_selection import Encoder, FrameSelector
-from pipelines.media.frames import TiledFrame
-from pipelines.media.images import decode_image
+from pipelines.media.frames import TiledFrame, VideoInfo
+from pipelines.media.images import DecodedImage, read_image
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video
 from pipelines.media.video import has_video_signature
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import is_store_down, read_rows
-from pipelines.rows import Batch, ManifestRow, PreparedRow
+from pipelines.rows import Batch, ManifestRow, MediaFacts, PreparedRow
 from pipelines.schema import Stage
 from pipelines.storage import store
 from pipelines.tasks.questionnaire import Questionnaire
@@ -51,7 +52,7 @@ class Preprocess:
         store.allow_private_addresses(allow_private_addresses)
         self._output, self._attempts = output, attempts
         self._requests = RequestBuilder(Processor.from_pretrained(model, revision), images, questionnaire)
-        self._fetcher = Fetcher()
+        self._fetcher, self._images = Fetcher(), images
         self._frames = FrameSelector(images, encoder, tile_size=self._requests.tile_size)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
@@ -108,17 +109,21 @@ class Preprocess:
         if not encoded and not row.has_own_prompt:
             raise RowError("read", "the row has neither an image nor its own prompt")
         with _convert_errors("decode", MediaError):
-            pictures = _decode_images(encoded)
+            decoded = _decode_images(encoded, self._images)
         with _convert_errors("tile", ValueError):
-            return _make_row(row, self._requests.build_image_requests(row.prompt, pictures), len(pictures))
+            requests = self._requests.build_image_requests(row.prompt, [image.pixels for image in decoded])
+        prepared = _make_row(row, requests, len(decoded))
+        media = _describe_image(decoded[0], encoded[0]) if decoded else None
+        return replace(prepared, media=media, warning="; ".join(image.warning for image in decoded if image.warning))
 
     def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> PreparedRow:
         with _convert_errors("decode", MediaError), _convert_errors("read", OSError):
             video, window = locate_video(row.images, encoded)
-            frames = self._frames.select(video, window, self._requests.join_prompts(row.prompt)).frames
+            frames, info = self._frames.select(video, window, self._requests.join_prompts(row.prompt))
         with _convert_errors("tile", ValueError):
             self._requests.check_num_images(len(frames))
-            return _make_row(row, self._requests.build_video_requests(row.prompt, frames), len(frames), frames)
+            requests = self._requests.build_video_requests(row.prompt, frames)
+        return replace(_make_row(row, requests, len(frames), frames), media=_describe_video(info))
 
 
 class RequestBuilder:
@@ -190,14 +195,31 @@ def _convert_errors(stage: Stage, expected: type[Exception]) -> Iterator[None]:
         raise RowError(stage, reason) from error
 
 
-def _decode_images(encoded: Sequence[bytes]) -> list[Image.Image]:
-    pictures = []
+def _decode_images(encoded: Sequence[bytes], options: ImageOptions) -> list[DecodedImage]:
+    keep_partial, background = options.partial_images == "keep", options.background_colour
+    decoded = []
     for number, data in enumerate(encoded, 1):
+        place = f"image {number} of {len(encoded)}: " if len(encoded) > 1 else ""
         try:
-            pictures.append(decode_image(data))
+            image = read_image(data, keep_partial=keep_partial, background=background)
         except MediaError as error:
-            raise MediaError(f"image {number} of {len(encoded)}: {error}" if len(encoded) > 1 else error) from error
-    return pictures
+            raise MediaError(f"{place}{error}") from error
+        decoded.append(replace(image, warning=place + image.warning) if image.warning else image)
+    return decoded
+
+
+def _describe_image(image: DecodedImage, data: bytes) -> MediaFacts:
+    return MediaFacts(*image.pixels.size, image.format, len(data))
+
+
+def _describe_video(info: VideoInfo) -> MediaFacts:
+    return MediaFacts(
+        info.width,
+        info.height,
+        info.format,
+        info.num_bytes,
+        *(info.duration_s, info.fps, info.codec, info.repeated_share, info.corrupt_share),
+    )
 
 
 def _remove_stray_marks(prompt: str, *, num_images: int) -> str:

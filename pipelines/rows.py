@@ -5,8 +5,9 @@ Each type is frozen; only its codec knows how a row is laid out in columns.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,12 +47,29 @@ class ManifestRow:
         ]
 
 
+@dataclass(frozen=True)
+class MediaFacts:
+    """What is known of a row's image or video: the columns `schema.MEDIA`; None where one does not apply."""
+
+    width: int
+    height: int
+    format: str
+    bytes: int
+    duration_s: float | None = None
+    fps: float | None = None
+    codec: str | None = None
+    repeated_share: float | None = None
+    corrupt_share: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedRow:
     """A row that is ready for the model, or a failed row with its `stage` and `error`.
 
     requests: one per task, all with the same tiles; empty if the row failed.
     frame_timestamps_s: float32[F] for the frames of a video; empty for images.
+    media: facts about the video or the first image; None without one.
+    warning: why the answer may be doubtful, or "".
     """
 
     row: int
@@ -63,6 +81,8 @@ class PreparedRow:
     frame_timestamps_s: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     stage: Stage = ""
     error: str = ""
+    warning: str = ""
+    media: MediaFacts | None = None
 
     @property
     def num_tiles(self) -> int:
@@ -86,6 +106,7 @@ class PreparedRow:
         return {
             **{name: np.array([getattr(row, name) for row in rows], object) for name in _TEXTS},
             **{name: np.array([getattr(row, name) for row in rows], np.int64) for name in ("row", "num_images")},
+            "media": np.array([json.dumps(row.media and asdict(row.media)) for row in rows], object),
             "frame_timestamps_s": _stack([row.frame_timestamps_s for row in rows]),
             "input_ids": _stack([np.concatenate([_NO_IDS, *(r.input_ids for r in each)]) for each in requests]),
             "prompt_lengths": _stack([np.array([len(r.input_ids) for r in each], np.int32) for each in requests]),
@@ -102,17 +123,33 @@ class PreparedRow:
                 row=int(batch["row"][i]),
                 num_images=int(batch["num_images"][i]),
                 frame_timestamps_s=batch["frame_timestamps_s"][i],
+                media=_read_facts(batch["media"][i]),
                 requests=_split_requests(int(batch["row"][i]), *(batch[name][i] for name in _REQUEST_COLUMNS)),
             )
             for i in range(len(batch["row"]))
         ]
 
 
-_COPIED = ("row", "id", "uri", "prompt", "num_images", "num_tiles", "num_prompt_tokens", "frame_timestamps_s")
-_TEXTS = ("id", "uri", "prompt", "stage", "error")
+_COPIED = (
+    "row",
+    "id",
+    "uri",
+    "prompt",
+    "num_images",
+    "num_tiles",
+    "num_prompt_tokens",
+    "frame_timestamps_s",
+    "warning",
+)
+_TEXTS = ("id", "uri", "prompt", "stage", "error", "warning")
 _REQUEST_COLUMNS = ("input_ids", "prompt_lengths", "tiles", "tile_sizes")
 # Empty arrays instead of None: a Ray column may not mix tensors and objects.
 _NO_IDS, _NO_TILES, _NO_SIZES = np.zeros(0, np.int32), np.zeros((0, 3, 1, 1), np.uint8), np.zeros((0, 2), np.int32)
+
+
+def _read_facts(text: str) -> MediaFacts | None:
+    values = json.loads(text)
+    return values and MediaFacts(**values)
 
 
 def _split_requests(
@@ -159,5 +196,6 @@ class ResultRow:
             "status": self.status,
             "stage": self.stage,
             "error": self.error,
+            **(asdict(self.prepared.media) if self.prepared.media and self.status == "ok" else {}),
             **self.answers,
         }

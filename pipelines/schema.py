@@ -71,6 +71,24 @@ _ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "mean_logprob")
 ITEM = pa.schema([field for field in OUTPUT if field.name not in _ANSWER_COLUMNS])
 """Output of a run with tasks, before the columns of each task."""
 
+WARNING = pa.schema([_make_field("warning", pa.string())])
+"""Column on request: why a row with status `ok` may be doubtful, or ""."""
+
+MEDIA = pa.schema(
+    [
+        pa.field("width", pa.int32()),  # px, upright
+        pa.field("height", pa.int32()),
+        pa.field("format", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("duration_s", pa.float64()),  # this and the following: videos only
+        pa.field("fps", pa.float64()),
+        pa.field("codec", pa.string()),
+        pa.field("repeated_share", pa.float32()),  # of the wanted frames
+        pa.field("corrupt_share", pa.float32()),
+    ]
+)
+"""Columns on request about the row's image or video; null in error rows and where they do not apply."""
+
 
 def build_result_schema(columns: pa.Schema) -> pa.Schema:
     """Return the schema of what `Generate` returns: the row number and the output columns except kept ones."""

@@ -99,7 +99,7 @@ class EvaluateConfig(RunConfig):
     def questionnaire(self) -> Questionnaire:
         """One task without a name; every row has its own prompt."""
         task = Task.model_construct(name="", prompt="-", **self.task_defaults())
-        return Questionnaire(tasks=(task,), layout=FlatLayout(), prompt_column=PROMPT)
+        return Questionnaire(tasks=(task,), layout=FlatLayout(), prompt_column=PROMPT, row_columns=self.row_columns)
 
     def max_tiles_per_image(self, num_images: int) -> int:
         """Return the benchmark's maximum number of tiles, unless --max-tiles is given."""

@@ -6,6 +6,8 @@ import io
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +21,7 @@ from pipelines.media.image_formats.extras import decode_jpegxl, open_heic, read_
 from pipelines.media.image_formats.faults import explain_fault
 from pipelines.media.image_formats.fresh_memory import fill_new_memory
 from pipelines.media.image_formats.names import name_format
+from pipelines.media.image_formats.partial import decode_partially, spread_passes
 
 MAX_PIXELS = 178_956_970  # 0.7 GB in memory; twice Pillow's MAX_IMAGE_PIXELS, beyond which Pillow raises too
 
@@ -39,39 +42,92 @@ _TRANSPOSES = {
 _BAND_PX = 256  # lines compared at once
 _WARNINGS_LOCK = threading.Lock()
 
-
 T = TypeVar("T")
+Colour = tuple[int, int, int]
+_WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An upright RGB image. `format` is its name; `warning` says what is missing, or is ""."""
+
+    pixels: Image.Image
+    format: str
+    warning: str = ""
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the upright RGB image in `data`; see `read_image`."""
+    return read_image(data, max_pixels=max_pixels).pixels
+
+
+def read_image(
+    data: bytes, *, keep_partial: bool = False, background: Colour | None = None, max_pixels: int = MAX_PIXELS
+) -> DecodedImage:
     """Return the upright RGB image in `data`, the first frame of an animation.
 
-    EXIF orientation is applied; an unreadable EXIF block is ignored. Alpha is dropped and the colour under it
-    kept, as in the original. 16-bit values keep their upper 8 bits, as Pillow does for colour; float pixels range
-    from 0 (black) to 1 (white). Threads of one process take turns.
+    EXIF orientation is applied; an unreadable EXIF block is ignored. Transparent pixels are drawn over `background`;
+    without it, alpha is dropped and the colour under it kept, as in the original. 16-bit values keep their upper 8
+    bits, as Pillow does for colour; float pixels range from 0 (black) to 1 (white). Threads of one process take turns.
 
     Raise MediaError for everything else: data that is damaged or not an image, more than `max_pixels` (checked
-    before decoding), integers beyond 16 bits, floats outside [0, 1].
+    before decoding), integers beyond 16 bits, floats outside [0, 1]. With `keep_partial`, the part of a damaged image
+    that can be decoded is returned with a warning; the rest has the colour of the background, or white.
     """
     if not data:
         raise MediaError("not an image: the data is empty")
     # Warning filters are process-wide, hence the lock. Warnings about doubtful files would only fill the log.
     with _WARNINGS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _raise_media_errors(lambda: _decode_upright(data, max_pixels), data)
+        try:
+            return _raise_media_errors(lambda: _decode_whole(data, background, max_pixels), data)
+        except MediaError as error:
+            partial = _decode_part(data, background, max_pixels, str(error)) if keep_partial else None
+            if partial is None:
+                raise
+            return partial
 
 
-def _decode_upright(data: bytes, max_pixels: int) -> Image.Image:
+def _decode_whole(data: bytes, background: Colour | None, max_pixels: int) -> DecodedImage:
+    image = _load(_open_bounded(data, max_pixels), data, max_pixels)
+    return _finish(image, _convert_to_rgb(image, background), data)
+
+
+def _decode_part(data: bytes, background: Colour | None, max_pixels: int, reason: str) -> DecodedImage | None:
+    """Return the part of the image that can be decoded; None if there is none, or only one colour."""
+    with suppress(MediaError):
+        image, known = _raise_media_errors(
+            lambda: decode_partially(data, lambda data: _open_bounded(data, max_pixels)), data
+        )
+        pixels = np.array(_convert_to_rgb(image, background))
+        if _has_several_colours(pixels[known]):
+            shown = spread_passes(pixels, known) if image.info.get("interlace") else known
+            pixels[~shown] = background or _WHITE
+            warning = f"partial image, {known.mean():.0%} of its pixels: {reason}"
+            return _finish(image, Image.fromarray(pixels), data, warning)
+    return None
+
+
+def _has_several_colours(pixels: NDArray[np.uint8]) -> bool:
+    """Return whether uint8[N, 3] holds two colours or more: one alone is mostly what a decoder makes of no data."""
+    return bool(len(pixels) and (pixels != pixels[0]).any())
+
+
+def _finish(image: Image.Image, rgb: Image.Image, data: bytes, warning: str = "") -> DecodedImage:
+    transpose = _read_transpose(image, data)
+    upright = rgb if transpose is None else rgb.transpose(transpose)
+    return DecodedImage(upright, name_format(data) or image.format or "", warning)
+
+
+def _open_bounded(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header and check the size. Raise any exception if the image cannot be decoded."""
     image = _open(data, max_pixels)
     if min(image.size) < 1:
         raise MediaError(f"empty image: {image.width} x {image.height} px")
     check_num_pixels(*image.size, max_pixels)
     if image.format == "WEBP" and getattr(image, "is_animated", False):
         check_num_pixels(*image.size, max_pixels // 8)  # the decoder holds the canvas several times
-    image = _load(image, data, max_pixels)
-    transpose = _read_transpose(image, data)
-    rgb = _convert_to_rgb(image)
-    return rgb if transpose is None else rgb.transpose(transpose)
+    return image
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -133,7 +189,7 @@ def check_num_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> N
         raise MediaError(f"too large: {width:,} x {height:,} px are over the limit of {max_pixels:,} pixels")
 
 
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray(_take_upper_byte(np.asarray(image)))
     elif image.mode == "I":
@@ -142,6 +198,10 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.rint(_check_range(np.asarray(image), 0, 1) * 255).astype(np.uint8))
     elif image.mode not in _MODES:
         raise MediaError(f"unsupported pixel format: {image.format} in mode {image.mode}")
+    if background is not None and image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, background)
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -25,17 +25,19 @@ class Questionnaire:
 
     `prompt_column`: the input column with a prompt per row, "" for the format's own one, None if rows have no prompts.
     `has_default_prompt`: whether the user gave no prompt, so that videos may get another default.
+    `row_columns`: columns on request that say something about the row and its media, after those of the answers.
     """
 
     tasks: tuple[Task, ...]
     layout: FlatLayout | TaskLayout
     prompt_column: str | None = None
     has_default_prompt: bool = False
+    row_columns: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of the output without kept columns."""
-        return self.layout.make_schema(self.tasks)
+        return pa.schema([*self.layout.make_schema(self.tasks), *self.row_columns])
 
     @property
     def regenerates_flagged(self) -> bool:
