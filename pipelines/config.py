@@ -216,7 +216,8 @@ class ImageOptions(Section):
 def _parse_colour(text: str) -> tuple[int, int, int]:
     numbers = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
     try:
-        red, green, blue = ImageColor.getrgb(f"rgb({text})" if numbers else text)
+        colour: tuple[int, ...] = ImageColor.getrgb(f"rgb({text})" if numbers else text)
+        red, green, blue = colour
     except ValueError as error:
         raise ValueError(
             f"{text!r} is not a colour; give #rrggbb, three numbers up to 255, or a name like white"

@@ -52,20 +52,22 @@ def _drop_incomplete_segment(data: bytes) -> bytes:
     return data[:start] if start >= 0 and start + 2 + max(2, length) > len(data) else data
 
 
-def _load_on(image: Image.Image, is_light: bool) -> Image.Image:
+def _load_on(image: Any, is_light: bool) -> Image.Image:
     """Decode onto a canvas of the lowest or the highest value, which stays where no pixel is decoded."""
     if not (tiles := getattr(image, "tile", ())) or any(tile[0] == "libtiff" for tile in tiles):
         raise OSError("this format is decoded as a whole")
     value = _HIGHEST.get(image.mode, 255) * is_light
     num_bands = Image.getmodebands(image.mode)
-    canvas = Image.new(image.mode, image.size, value if num_bands == 1 else (value,) * num_bands)  # type: ignore[arg-type]
+    colour: Any = value if num_bands == 1 else (value,) * num_bands
+    canvas = Image.new(image.mode, image.size, colour)
     image.im = canvas.im
     if image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
         # Else Pillow ends the data with a mark at which libjpeg paints the missing lines grey.
-        image.load_read = image.fp.read  # type: ignore[attr-defined]
+        image.load_read = image.fp.read
     with _accept_damage():
         image.load()
-    return image
+    loaded: Image.Image = image
+    return loaded
 
 
 @contextmanager
@@ -78,5 +80,5 @@ def _accept_damage() -> Iterator[None]:
 
 
 def _find_equal(one: NDArray[Any], other: NDArray[Any]) -> Mask:
-    equal: Mask = one == other
-    return equal.all(axis=-1) if equal.ndim == 3 else equal
+    equal = np.asarray(one == other)
+    return np.asarray(equal.all(axis=-1) if equal.ndim == 3 else equal, np.bool_)
