@@ -1,5 +1,14 @@
 """The jobs `ovis2 NAME`, and what they share: `options` and `command_line` parse, `cli` runs and reports."""
 
+import sys
+
+if sys.argv[:1] == ["-m"]:
+    # `python -m jobs.NAME` has this process run a job, and loads this package first. Later is too late: a Ctrl-C during
+    # the imports of the job would print a trace, and a file could take the place of a closed stdout.
+    from jobs.shell import prepare_process
+
+    prepare_process()
+
 JOBS = {
     "caption": "write a text about each image or video: a caption or the answer to a question",
     "annotate": "ask several questions about each image or video; each answer gets a typed column",

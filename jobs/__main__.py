@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from jobs import JOBS
+from jobs.shell import prepare_process
 from jobs.usage import HelpFormatter, Parser, suggest
 from pipelines import __version__
 
@@ -18,6 +19,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None, prog: str = "ovis2") -> int:
     """Run the job that the first argument names -> its exit code."""
+    if argv is None:  # this process does nothing else
+        prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _build_parser(prog)
     if not arguments or arguments[0].startswith("-"):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TypeVar
 
 from jobs.command_line import Command, parse_command_line
+from jobs.shell.signals import drain_when_signalled
+from jobs.shell.streams import print_report
 from jobs.usage import BAD_USAGE
 from pipelines.config import RunConfig
 from pipelines.errors import (
@@ -49,10 +48,9 @@ def run_job(
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # prints the trace of each exception that it raises
-    # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _stdout_to_stderr(), _translate_library_errors():
+        # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
+        with drain_when_signalled(), _stdout_to_stderr(), _translate_library_errors():
             report = job()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -65,7 +63,7 @@ def run_job(
     except KeyboardInterrupt as interrupt:
         message = f"stopped{_advise(interrupt) if is_resumable else ''}"
     else:
-        print(json.dumps(asdict(report), ensure_ascii=False))  # type: ignore[call-overload]
+        print_report(report)
         return exit_code(report)
     print(message, file=sys.stderr)
     return FAILED

@@ -50,13 +50,15 @@ def open_ray_session() -> Iterator[None]:
 
 @contextmanager
 def _preserve_sigterm_handler() -> Iterator[None]:
-    """Restore the SIGTERM handler afterwards: Ray installs one that prints a stack and exits with code 15."""
+    """Restore the SIGTERM handler afterwards: Ray installs one that exits. Here, it stops the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:  # of Ray's handler
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGTERM, handler)
 
