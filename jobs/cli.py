@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from jobs.command_line import Command, parse_command_line
 from jobs.shell.signals import drain_when_signalled
-from jobs.shell.streams import print_report
+from jobs.shell.streams import print_last_line
 from jobs.usage import BAD_USAGE
 from pipelines.config import RunConfig
 from pipelines.errors import (
@@ -63,7 +63,7 @@ def run_job(
     except KeyboardInterrupt as interrupt:
         message = f"stopped{_advise(interrupt) if is_resumable else ''}"
     else:
-        print_report(report)
+        print_last_line(report)
         return exit_code(report)
     print(message, file=sys.stderr)
     return FAILED

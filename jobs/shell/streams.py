@@ -52,7 +52,7 @@ def open_streams() -> None:
         sys.stderr = LossyStream(2, getattr(sys.stderr, "encoding", "utf-8"))
 
 
-def print_report(report: Any) -> None:
+def print_last_line(report: Any) -> None:
     """Print a dataclass as one line of JSON, in ASCII if stdout cannot encode it, to stderr if it cannot be written."""
     line = json.dumps(asdict(report), ensure_ascii=False)
     try:
