@@ -19,6 +19,7 @@ from pipelines.errors import (
     EverythingFails,
     LeaseLost,
     LibraryError,
+    ProcessesDie,
     RowsLost,
     StageFailed,
     StoreFault,
@@ -58,7 +59,7 @@ def run_job(
     except (StageFailed, EverythingFails) as error:
         cause = f"{error.__cause__}\n\n" if isinstance(error, StageFailed) else ""
         message = f"{cause}error: {error}"
-    except (OSError, StoreFault, RowsLost, LeaseLost, ClusterChanged, LibraryError) as error:
+    except (OSError, StoreFault, RowsLost, LeaseLost, ProcessesDie, ClusterChanged, LibraryError) as error:
         message = f"error: {error}{_advise(error) if is_resumable else ''}"
     except KeyboardInterrupt as interrupt:
         message = f"stopped{_advise(interrupt) if is_resumable else ''}"

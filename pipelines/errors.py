@@ -22,6 +22,7 @@
       LeaseLost       another driver has taken the lease
       EverythingFails too many rows are errors
       StageFailed     an actor raised an error that no single row caused
+      ProcessesDie    an actor's processes died again and again, and no row was finished
       RowsLost        rows of the manifest are missing from the output
       LibraryError    a library raised an exception that no other entry covers
       ClusterChanged  after nodes were lost, the cluster no longer fits the run
@@ -110,6 +111,10 @@ class EverythingFails(RuntimeError):  # noqa: N818  (the name says what happened
 
 class StageFailed(RuntimeError):  # noqa: N818
     """An actor raised an error that no single row caused. The message is the actor's, the cause is its trace."""
+
+
+class ProcessesDie(RuntimeError):  # noqa: N818  (the name says what happened)
+    """The processes of an actor died again and again while no row was finished; the message gives the last reason."""
 
 
 class RowsLost(RuntimeError):  # noqa: N818  (the name says what happened)

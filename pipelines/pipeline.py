@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
 from ovis_model.inputs.resample import load_resampler
 from pipelines import schema
 from pipelines.checks import check_model, describe_models, resolve_model_paths
-from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
+from pipelines.cluster.attempts import RemoteAttempts, read_kept_rows, start_attempt_counts
 from pipelines.cluster.ray_session import configure_ray_data, open_ray_session, request_gpus, translate_ray_errors
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
+from pipelines.cluster.watch import Watch
 from pipelines.config import RunConfig
 from pipelines.cutting.run import list_cut_rows
 from pipelines.errors import ClusterChanged, LeaseLost, ResourceError, RowsLost, RunError, StoreFault
@@ -183,12 +185,20 @@ def _stream(config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engin
         run_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
         request_gpus([pools.replica_gpus] * pools.num_replicas if pools.waits_for_gpus else []),
     ):
-        attempts = RemoteAttempts(start_attempt_counts())
+        of_preprocessors, of_replicas = map(start_attempt_counts, ("preprocessor", "replica"))
+        watch = Watch(pools, {"preprocessor": of_preprocessors, "replica": of_replicas}, autoscale=config.autoscale)
         rows = (
             ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS))
             .map_batches(
                 Preprocess,
-                fn_constructor_args=(run.output, *model, config, questionnaire, attempts, encoder),
+                fn_constructor_args=(
+                    run.output,
+                    *model,
+                    config,
+                    questionnaire,
+                    RemoteAttempts(of_preprocessors),
+                    encoder,
+                ),
                 fn_constructor_kwargs={"allow_private_addresses": config.allow_private_addresses},
                 batch_size=1,
                 num_cpus=pools.preprocessor_cpus,
@@ -197,7 +207,7 @@ def _stream(config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engin
             )
             .map_batches(
                 Generate,
-                fn_constructor_args=(questionnaire, replica, make_engine, attempts),
+                fn_constructor_args=(questionnaire, replica, make_engine, RemoteAttempts(of_replicas)),
                 batch_size=sizes.rows_per_batch,
                 num_cpus=pools.replica_cpus,
                 num_gpus=pools.replica_gpus,
@@ -210,8 +220,19 @@ def _stream(config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engin
                 ),
             )
         )
-        for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield table.cast(schema.build_result_schema(questionnaire.schema))
+        results = rows.iter_batches(batch_size=None, batch_format="pyarrow")
+        with watch:
+            yield from _add_kept_rows(results, of_replicas, schema.build_result_schema(questionnaire.schema))
+
+
+def _add_kept_rows(results: Iterable[pa.Table], attempts: Any, result_schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield `results`; if they end with an error, also the rows that were tried alone and wait for their batch."""
+    try:
+        for table in results:
+            yield table.cast(result_schema)
+    except (Exception, KeyboardInterrupt):
+        yield from read_kept_rows(attempts)
+        raise
 
 
 def _summarize(run: Run, ledger: Ledger, progress: RunProgress, seconds: float) -> Summary:

@@ -13,7 +13,7 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.inputs.prompt import IMAGE_MARK, build_video_query, remove_marks
 from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines.cluster.actor import register_fast_exit
-from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts
+from pipelines.cluster.attempts import CONTROL, GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster.resources import BATCH_BYTES
 from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, RowError, StoreFault
@@ -49,6 +49,7 @@ class Preprocess:
     ) -> None:
         """Load the processor of `model`. `encoder` scores video frames; None for uniform sampling and for images."""
         register_fast_exit()
+        attempts.start()
         store.allow_private_addresses(allow_private_addresses)
         self._output, self._attempts = output, attempts
         self._requests = RequestBuilder(Processor.from_pretrained(model, revision), images, questionnaire)
@@ -66,7 +67,7 @@ class Preprocess:
             if self._attempts.begin(work) <= MAX_TRIES:
                 yield from _group_into_batches(self._prepare(row, images) for row, images in self._fetch_ahead(rows))
             else:
-                yield from _group_into_batches(map(self._prepare_alone, rows))
+                yield from _group_into_batches(self._prepare_each_alone(work, rows))
             self._attempts.end(work)
 
     def _fetch_ahead(self, rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, PendingImages]]:
@@ -87,14 +88,31 @@ class Preprocess:
                 raise
             return _make_error_row(row, RowError("read", f"{fault}; other files can be read"))
 
-    def _prepare_alone(self, row: ManifestRow) -> PreparedRow:
-        """Prepare one row of a range that killed its process repeatedly, while no other row is in progress."""
-        work = f"prepare row {row.row}"
-        if self._attempts.begin(work) > MAX_TRIES:
+    def _prepare_each_alone(self, work: str, rows: Sequence[ManifestRow]) -> Iterator[PreparedRow]:
+        """Prepare rows one by one that killed their process together, those first that are not suspicious.
+
+        A row that an earlier process prepared is prepared again: pixels are too large to be kept by `attempts`.
+        """
+        by_number = {row.row: row for row in rows}
+        alone = self._attempts.resume_alone(work, list(by_number))
+        for number in (*alone.kept, *alone.order):
+            if number == CONTROL:
+                self._prepare_control(work)
+            else:
+                yield self._prepare_alone(work, by_number[number])
+
+    def _prepare_alone(self, work: str, row: ManifestRow) -> PreparedRow:
+        if not self._attempts.begin_alone(row.row):
+            self._attempts.keep(work, row.row)
             return _make_error_row(row, RowError("decode", GIVEN_UP))
         prepared = self._prepare(row, self._fetcher.submit(self._select_needed_images(row)))
-        self._attempts.end(work)
+        self._attempts.end_alone(work, row.row)
         return prepared
+
+    def _prepare_control(self, work: str) -> None:
+        self._attempts.begin_alone(CONTROL)
+        self._requests.build_image_requests("", [Image.new("RGB", (64, 64))])
+        self._attempts.end_alone(work, CONTROL)
 
     def _prepare_or_raise(self, row: ManifestRow, images: PendingImages) -> PreparedRow:
         """Return the prepared row. Raise RowError or StoreFault."""

@@ -48,6 +48,10 @@ def test_pools_never_reserve_more_cpus_than_exist(
     options = make_config(num_replicas=num_replicas, num_preprocessors=num_preprocessors)
     if isinstance(num_replicas, int) and 0 < gpus < num_replicas:
         return
+    if isinstance(num_preprocessors, int) and num_preprocessors > max(4, int(4 * cpus)):
+        with pytest.raises(ResourceError, match="too many"):
+            plan_pools(options, make_machine(cpus, gpus))
+        return
     pools = plan_pools(options, make_machine(cpus, gpus))
     reserved = pools.num_replicas * pools.replica_cpus + pools.num_preprocessors * pools.preprocessor_cpus
     assert reserved <= cpus + 1e-6

@@ -23,6 +23,7 @@ from ovis_model.inputs.processor import Processor
 from ovis_model.inputs.resample import load_resampler
 from ovis_model.types import SamplingParams
 from pipelines import schema
+from pipelines.cluster.attempts import GIVEN_UP
 from pipelines.config import CaptionConfig, RunConfig
 from pipelines.errors import LeaseError, RunError, SourceError
 from pipelines.output.lease import Lease
@@ -298,7 +299,7 @@ def test_a_row_that_kills_its_replica_is_an_error_row(ray_cluster: None, picture
     rows = {Path(row["id"]).name: row for row in read_results(str(tmp_path / "out")).to_pylist()}
     assert (summary.rows, summary.error) == (25, 1)
     assert (rows["poison.png"]["num_tiles"], rows["poison.png"]["stage"]) == (10, "generate")
-    assert rows["poison.png"]["error"] == "the process died 2 times on this row alone"
+    assert rows["poison.png"]["error"] == GIVEN_UP
 
 
 def test_rows_are_in_the_order_of_the_input(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ovis_model.types import IMAGE_START_ID
 from pipelines import preprocess
+from pipelines.cluster.attempts import GIVEN_UP
 from pipelines.config import CaptionConfig
 from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import FileRef
@@ -140,13 +141,18 @@ for batch in stage(units):
 
 
 def test_a_row_that_kills_its_process_is_the_only_error_row(pictures: Path, tmp_path: Path) -> None:
-    """Two earlier processes died on the whole unit and two on row 7; Ray started each of them for the same unit."""
+    """Earlier processes died on the whole unit and on row 7; Ray started each of them for the same unit."""
     stage, units = make_preprocess(pictures, tmp_path / "out")
-    for work in ("prepare rows 0 to 40", "prepare rows 0 to 40", "prepare row 7", "prepare row 7"):
-        stage._attempts.begin(work)
-    rows = [(row.stage, row.error) for row in run_stage(stage, units)]
-    assert rows.pop(7) == ("decode", "the process died 2 times on this row alone")
-    assert set(rows) == {("", "")}
+    for _ in range(2):
+        stage._attempts.begin("prepare rows 0 to 40")
+    for number in range(7):
+        stage._attempts.begin_alone(number)
+        stage._attempts.end_alone("prepare rows 0 to 40", number)
+    while stage._attempts.begin_alone(7):
+        pass
+    rows = {row.row: (row.stage, row.error) for row in run_stage(stage, units)}
+    assert rows.pop(7) == ("decode", GIVEN_UP)
+    assert set(rows.values()) == {("", "")} and len(rows) == 39
 
 
 def test_files_that_vanish_or_change_are_error_rows(pictures: Path, tmp_path: Path) -> None:

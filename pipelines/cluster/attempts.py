@@ -1,96 +1,246 @@
-"""Count in a separate actor how often a process died on a piece of work, so that no row is retried forever.
+"""Count on which work the processes of a stage died, and keep the results of rows that were tried alone.
 
-Ray restarts an actor and repeats its work without limit, so a row that kills its process would never finish.
+Ray restarts an actor and repeats its work without limit, so a row that kills its process would never finish. But a
+process is also killed from outside (by a spot market, an operator, the kernel when memory runs out), and then no row is
+to blame. The counts live in an actor of their own, which survives those processes.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.cluster.actor import register_fast_exit
+from pipelines.cluster.exits import Exit, Process, find_exit, identify_process
+from pipelines.errors import ProcessesDie
 
-MAX_TRIES = 2  # for a batch, before its rows are tried alone; for a row alone, before it becomes an error row
-GIVEN_UP = f"the process died {MAX_TRIES} times on this row alone"
+MAX_TRIES = 2  # of a batch, before its rows are tried alone
+CONTROL = -1  # in place of a row number: a row known to be harmless, which runs between suspects
+_MIN_LAST = 6  # suspects and controls together: so many trials per process show soon that only one of them dies
+_MAX_CHANCE = 1e-4  # a row is blamed once deaths from outside explain its own with a smaller probability
+WARN_DEATHS, MAX_DEATHS, MIN_PATIENCE_S = 5, 20, 300.0  # of one actor, while no row of its stage is finished
+
+_ANSWER_S = 10.0
+
+DIED = "the process died"
+GIVEN_UP = (
+    f"{DIED} each time this row was tried alone, while other rows got through; it may still have been killed from "
+    "outside: --retry-errors tries the row again"
+)
+
+Result = Any
+"""What a stage keeps of a row tried alone: a table of one row, or None."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The state of a batch whose rows are tried alone.
+
+    kept: results of those that got through, by row number.
+    order: the others. After those that no process died on come the suspects and CONTROL, in random order.
+    """
+
+    kept: dict[int, Result]
+    order: list[int]
 
 
 class AttemptCounts:
-    """Numbers of unfinished attempts by name of the work. Lives in an actor, or in this process without Ray."""
+    """Attempts and deaths of one stage. Lives in an actor, or in this process without Ray."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        stage: str = "process",
+        find: Callable[[Process], Exit] = find_exit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         register_fast_exit()
-        self._begun: Counter[str] = Counter()
+        self._stage, self._find_exit, self._clock, self._random = stage, find, clock, random.Random(0)
+        self._processes: dict[str, Process] = {}  # by actor: the last one
+        self._running: defaultdict[str, Counter[str | int]] = defaultdict(Counter)  # by actor
+        self._begun: Counter[str | int] = Counter()  # attempts that have not ended, by batch and by row tried alone
+        self._kept: defaultdict[str, dict[int, Result]] = defaultdict(dict)
+        self._num_survived, self._num_hits = 0, 0  # trials of rows alone that ended, and died on a row that later ended
+        self._died: Counter[str] = Counter()  # deaths by actor since a row of the stage was finished
+        self._died_since_s = 0.0
+        self._noted: dict[str, str] = {}  # by actor: why its engine died, until its next attempt
+        self._unread: list[Exit] = []
 
-    def begin(self, work: str) -> int:
+    def start(self, process: Process | None = None) -> None:
+        """Register an actor's process before it begins to work; the last one has died then. Raise ProcessesDie."""
+        if process is None:  # without Ray, no process is replaced
+            return
+        actor, before = process.actor, self._processes.get(process.actor)
+        self._processes[actor] = process
+        running, noted = self._running.pop(actor, Counter()), self._noted.pop(actor, "")
+        if before is None:
+            return
+        exit_ = self._find_exit(before)
+        if exit_.is_outside:
+            self._begun -= running
+        if not noted:
+            self._count_death(exit_, actor)
+
+    def note_death(self, reason: str, actor: str = "") -> None:
+        """Count the death of an actor's engine, once for all calls that it ended. Raise ProcessesDie."""
+        if actor not in self._noted:
+            self._noted[actor] = reason
+            self._count_death(Exit("unknown", "", reason), actor)
+
+    def _count_death(self, exit_: Exit, actor: str) -> None:
+        self._unread.append(exit_)
+        self._died_since_s = self._died_since_s if self._died else self._clock()
+        self._died[actor] += 1
+        waited_s = self._clock() - self._died_since_s
+        if self._died[actor] >= MAX_DEATHS and waited_s >= MIN_PATIENCE_S:
+            raise ProcessesDie(
+                f"a {self._stage} died {self._died[actor]} times in {waited_s / 60:.0f} minutes while no row was "
+                f"finished; last: {exit_.reason}"
+            )
+
+    def begin(self, work: str, actor: str = "") -> int:
         """Return how often `work` has begun without ending, this attempt included."""
-        self._begun[work] += 1
+        self._begin(work, actor)
         return self._begun[work]
 
-    def end(self, work: str) -> None:
-        """Reset the count of `work`, which is finished."""
+    def end(self, work: str, actor: str = "") -> None:
+        """Forget `work`, which is finished."""
+        self._end(work, actor)
         del self._begun[work]
+        self._kept.pop(work, None)
+        self._died.clear()
+
+    def resume_alone(self, work: str, rows: Sequence[int]) -> Alone:
+        """Return what is kept of a batch, and the order in which to try its other rows."""
+        kept = self._kept[work]
+        suspects = [row for row in rows if row not in kept and self._begun[row]]
+        # Processes may be killed a fixed time after their start: no suspect may always be tried at that time.
+        last = [*suspects, *[CONTROL] * max(1, _MIN_LAST - len(suspects))] if suspects else []
+        self._random.shuffle(last)
+        return Alone(dict(kept), [row for row in rows if row not in kept and not self._begun[row]] + last)
+
+    def begin_alone(self, row: int, actor: str = "") -> bool:
+        """Begin to try a row alone, or return False if the row is to blame for its deaths."""
+        if row != CONTROL and self._is_to_blame(row):
+            return False
+        self._begin(row, actor)
+        return True
+
+    def end_alone(self, work: str, row: int, result: Result = None, actor: str = "") -> None:
+        """Keep the result of a row that got through."""
+        self._end(row, actor)
+        self._num_survived += 1
+        if row == CONTROL:
+            return
+        self._num_hits += self._begun.pop(row, 0)
+        if row not in self._kept[work]:
+            self._died.clear()
+        self.keep(work, row, result)
+
+    def keep(self, work: str, row: int, result: Result = None) -> None:
+        """Keep the result of a row, for the process that tries the rest of its batch."""
+        self._kept[work][row] = result
+
+    def read_kept(self) -> list[Result]:
+        """Return the results of all rows whose batches are not finished."""
+        return [result for kept in self._kept.values() for result in kept.values()]
+
+    def read_deaths(self) -> tuple[list[Exit], int]:
+        """Return the deaths since the last call, and the number of an actor's deaths since a row was finished."""
+        unread, self._unread = self._unread, []
+        return unread, max(self._died.values(), default=0)
+
+    def _begin(self, work: str | int, actor: str) -> None:
+        self._begun[work] += 1
+        self._running[actor][work] += 1
+        self._noted.pop(actor, None)
+
+    def _end(self, work: str | int, actor: str) -> None:
+        self._begun[work] -= 1
+        self._running[actor][work] -= 1
+
+    def _is_to_blame(self, row: int) -> bool:
+        """Return whether deaths from outside would hardly ever hit this row as often as its process died.
+
+        Their rate is estimated from the trials of rows known to be harmless: the control, and rows that got through.
+        """
+        hits = self._num_hits + self._begun[CONTROL]
+        rate = (hits + 1) / (hits + self._num_survived + 2)  # Laplace's rule of succession
+        return bool(rate ** self._begun[row] < _MAX_CHANCE)
 
 
-def start_attempt_counts() -> Any:
+def start_attempt_counts(stage: str) -> Any:
     """Start an AttemptCounts actor on the driver's node, so that it survives the loss of any other node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(AttemptCounts).options(**options).remote()
+    return ray.remote(AttemptCounts).options(**options).remote(stage)
+
+
+def read_kept_rows(attempts: Any) -> list[Result]:
+    """Return `AttemptCounts.read_kept` of an actor; nothing if Ray is gone or does not answer."""
+    import ray
+
+    try:
+        kept: list[Result] = ray.get(attempts.read_kept.remote(), timeout=_ANSWER_S)
+    except (ray.exceptions.RayError, RuntimeError):
+        return []
+    return kept
 
 
 class RemoteAttempts:
-    """Proxy of an AttemptCounts actor for other processes."""
+    """Proxy of an AttemptCounts actor for the processes of its stage. Waits for the actor unless stated otherwise."""
 
     def __init__(self, actor: Any) -> None:
-        self._actor = actor
+        self._actor, self._me = actor, ""
+
+    def start(self) -> None:
+        """Register this process before it begins to work. Raise ProcessesDie."""
+        process = identify_process()
+        self._me = process.actor
+        self._call("start", process)
+
+    def note_death(self, reason: str) -> None:
+        """Count the death of this process's engine. Raise ProcessesDie."""
+        self._call("note_death", reason, self._me)
 
     def begin(self, work: str) -> int:
-        """Return how often `work` has begun without ending, this attempt included. Waits for the actor."""
-        import ray
-
-        return int(ray.get(self._actor.begin.remote(work)))
+        """Return how often `work` has begun without ending, this attempt included."""
+        return int(self._call("begin", work, self._me))
 
     def end(self, work: str) -> None:
-        """Reset the count of `work`, without waiting for the actor."""
-        self._actor.end.remote(work)
+        """Forget `work`, which is finished. Does not wait."""
+        self._actor.end.remote(work, self._me)
+
+    def resume_alone(self, work: str, rows: Sequence[int]) -> Alone:
+        """Return what is kept of a batch, and the order in which to try its other rows."""
+        alone: Alone = self._call("resume_alone", work, rows)
+        return alone
+
+    def begin_alone(self, row: int) -> bool:
+        """Begin to try a row alone, or return False if the row is to blame for its deaths."""
+        return bool(self._call("begin_alone", row, self._me))
+
+    def end_alone(self, work: str, row: int, result: Result = None) -> None:
+        """Keep the result of a row that got through."""
+        self._call("end_alone", work, row, result, self._me)
+
+    def keep(self, work: str, row: int, result: Result = None) -> None:
+        """Keep the result of a row, for the process that tries the rest of its batch."""
+        self._call("keep", work, row, result)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments))
+        except ProcessesDie as error:  # without the trace of the actor
+            raise ProcessesDie(str(error.cause)) from None  # type: ignore[attr-defined]
 
 
 Attempts = AttemptCounts | RemoteAttempts
-
-
-class SharedExclusiveLock:
-    """A lock that many threads share or one holds exclusively.
-
-    A suspicious row is tried exclusively: if the process dies, no other row can be the cause.
-    """
-
-    def __init__(self) -> None:
-        self._exclusive = threading.Lock()
-        self._changed = threading.Condition()
-        self._num_sharing = 0
-
-    @contextmanager
-    def hold_shared(self) -> Iterator[None]:
-        """Hold the lock together with other threads, after any exclusive holder."""
-        with self._exclusive, self._changed:
-            self._num_sharing += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._num_sharing -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def hold_exclusive(self) -> Iterator[None]:
-        """Hold the lock alone: block new holders and wait until all others have released it."""
-        with self._exclusive:
-            with self._changed:
-                self._changed.wait_for(lambda: self._num_sharing == 0)
-            yield

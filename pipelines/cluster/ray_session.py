@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from pipelines.errors import ResourceError, StageFailed, StoreFault
+from pipelines.errors import ProcessesDie, ResourceError, StageFailed, StoreFault
 
 _LOCAL = {
     "address": "local",
@@ -96,13 +96,13 @@ def request_gpus(bundles: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def translate_ray_errors() -> Iterator[None]:
-    """Raise an actor's StoreFault unchanged and its other errors as StageFailed with the same message."""
+    """Raise an actor's StoreFault or ProcessesDie unchanged, its other errors as StageFailed with their message."""
     import ray
 
     try:
         yield
     except ray.exceptions.RayError as error:
-        if fault := find_cause(error, StoreFault):
+        if fault := find_cause(error, StoreFault) or find_cause(error, ProcessesDie):
             raise fault from error
         raise StageFailed(extract_error_line(error)) from error
 

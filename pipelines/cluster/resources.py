@@ -24,6 +24,7 @@ from pipelines.schema import ROWS_PER_GROUP
 BATCH_BYTES = 64 << 20  # maximum bytes of tiles that are passed on at once: a small share of any object store
 
 PREPROCESSORS_PER_GPU = 12  # one core prepares about 40 full-HD images per second, but 10 of 12 MP and 20 by Pillow
+_PREPROCESSORS_PER_CPU = 4  # at most: more than one only helps if they wait for the store
 _CPUS_PER_CPU_REPLICA = 8
 MAX_BLOCKS = 20_000  # of Ray Data, one or more units each: the driver holds an object per block
 
@@ -111,9 +112,20 @@ def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int
     """Plan the pools for replicas of `tensor_parallel` ranks. Raise ResourceError if the cluster is too small."""
     if hardware.cpus <= 0 and not config.autoscale:
         raise ResourceError("the cluster has no CPUs to decode images with; give Ray at least one")
+    if not config.autoscale:
+        _check_preprocessors(config.num_preprocessors, hardware.cpus)
     if uses_gpus(config, hardware):
         return _plan_gpu_pools(config, hardware, tensor_parallel)
     return _plan_cpu_pools(config, hardware.cpus, tensor_parallel)
+
+
+def _check_preprocessors(wanted: int | Literal["auto"], cpus: float) -> None:
+    room = max(_PREPROCESSORS_PER_CPU, int(cpus * _PREPROCESSORS_PER_CPU))
+    if wanted != "auto" and wanted > room:
+        raise ResourceError(
+            f"{wanted} preprocessors are too many for the cluster's {_format_count(cpus, 'CPU')}, which would mostly "
+            f"start processes; use --num-preprocessors auto or at most {room}"
+        )
 
 
 def uses_gpus(config: ResourceOptions, hardware: Hardware) -> bool:
@@ -247,8 +259,8 @@ def resolve_dtype(config: ResourceOptions, pools: Pools) -> Literal["float32", "
     return "bfloat16" if pools.device == "cuda" or config.quantization == "fp8" else "float32"
 
 
-def _format_count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _format_count(count: float, noun: str) -> str:
+    return f"{count:g} {noun}" if count == 1 else f"{count:g} {noun}s"
 
 
 def _resolve_auto(option: int | Literal["auto"], auto: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.cluster.attempts import GIVEN_UP
+from pipelines.cluster.attempts import DIED
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frames import Frame
@@ -75,7 +75,7 @@ class _Reader:
     def _explain_missing(self, picked: PickedRow, images: list[ImageRef]) -> str:
         if not images:
             return "this row has no image"
-        if picked.values["error"] == GIVEN_UP:
+        if picked.values["error"].startswith(DIED):
             return "not opened: reading it killed the process of the job"
         if time.monotonic() > self._deadline_s:
             return f"not read: reading the media took longer than {self._limit_s:g} s (--media-limit-s)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -20,13 +21,14 @@ class FakeEngineFactory:
     """Makes a FakeEngine.
 
     Each call appends a line "start_s stop_s rows" to `busy_log`. Rows of `fails_on_tiles` tiles are refused; rows of
-    `dies_on_tiles` tiles raise EngineDied.
+    `dies_on_tiles` tiles raise EngineDied; rows of `kills_on_tiles` tiles kill the process.
     """
 
     seconds_per_row: float = 0.0
     busy_log: Path | None = None
     fails_on_tiles: int | None = None
     dies_on_tiles: int | None = None
+    kills_on_tiles: int | None = None
 
     def __call__(self, replica: Replica) -> FakeEngine:
         return FakeEngine(self)
@@ -45,6 +47,8 @@ class FakeEngine:
                 raise RequestError(f"{len(request.tiles)} tiles are an unlucky number")
             if len(request.tiles) == self._factory.dies_on_tiles:
                 raise EngineDied("a cosmic ray")
+            if len(request.tiles) == self._factory.kills_on_tiles:
+                os.kill(os.getpid(), signal.SIGKILL)
         with self._lock:
             start_s = time.time()
             time.sleep(self._factory.seconds_per_row * len(requests))
