@@ -43,8 +43,8 @@ def test_waiting_names_what_is_free_and_who_holds_the_rest() -> None:
     [line] = reports.report(count_actors(alive=Counter(), ended=Counter(preprocessors=2)), 30)
     assert line == (
         "waiting for 35 s: 0 of 2 replicas and 2 of 2 preprocessors have started; 1 wait for a node with free "
-        "resources; the cluster has 0 of 4 CPUs and 1 of 2 GPUs free; another job holds 1 GPU, `python train.py` (process 7 on "
-        "10.0.0.9); 1 are loading"
+        "resources; the cluster has 0 of 4 CPUs and 1 of 2 GPUs free; another job holds 1 GPU, `python train.py` "
+        "(process 7 on 10.0.0.9); 1 are loading"
     )
 
 
