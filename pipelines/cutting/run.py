@@ -112,7 +112,7 @@ def _stream_from_ray(config: RunConfig, run: Run, missing: Ranges) -> Iterator[p
     configure_ray_data(BATCH_BYTES)
     num_actors = max(1, int(Hardware.detect().cpus))
     units = [unit._asdict() for unit in split_ranges(missing, _choose_unit(count_rows(missing), num_actors))]
-    attempts = RemoteAttempts(start_attempt_counts())
+    attempts = RemoteAttempts(start_attempt_counts("cutter"))
     with translate_ray_errors():
         tables = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS)).map_batches(
             FindCuts,

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipelines import schema
 from pipelines.cluster.actor import register_fast_exit
-from pipelines.cluster.attempts import GIVEN_UP, MAX_TRIES, Attempts
+from pipelines.cluster.attempts import CONTROL, GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video, may_be_video
@@ -64,6 +64,7 @@ class FindCuts:
         self, output: str, cutting: Cutting, attempts: Attempts, *, allow_private_addresses: bool = False
     ) -> None:
         register_fast_exit()
+        attempts.start()
         store.allow_private_addresses(allow_private_addresses)
         self._output, self._cutting, self._attempts = output, cutting, attempts
         self._fetcher = Fetcher()
@@ -75,20 +76,32 @@ class FindCuts:
             work = f"cut rows {start} to {stop}"
             rows = ManifestRow.from_table(read_rows(self._output, RowRange(start, stop)))
             is_safe = self._attempts.begin(work) <= MAX_TRIES
-            yield CutRow.to_table(list(self._cut_ahead(rows) if is_safe else map(self._cut_alone, rows)))
+            yield CutRow.to_table(list(self._cut_ahead(rows) if is_safe else self._cut_each_alone(work, rows)))
             self._attempts.end(work)
 
     def _cut_ahead(self, rows: Iterable[ManifestRow]) -> Iterator[CutRow]:
         for row, images in self._fetcher.fetch_ahead((row, _select_needed_images(row)) for row in rows):
             yield self._cut(row, images)
 
-    def _cut_alone(self, row: ManifestRow) -> CutRow:
-        """Cut one row of a range that killed its process repeatedly, while no other row is in progress."""
-        work = f"cut row {row.row}"
-        if self._attempts.begin(work) > MAX_TRIES:
-            return _make_error_row(row, "decode", GIVEN_UP)
-        cut = self._cut(row, self._fetcher.submit(_select_needed_images(row)))
-        self._attempts.end(work)
+    def _cut_each_alone(self, work: str, rows: Sequence[ManifestRow]) -> Iterator[CutRow]:
+        """Cut rows one by one that killed their process together, but not those that an earlier process has cut."""
+        by_number = {row.row: row for row in rows}
+        alone = self._attempts.resume_alone(work, list(by_number))
+        yield from alone.kept.values()
+        for number in alone.order:
+            if number == CONTROL:  # a process that works without a row
+                self._attempts.begin_alone(CONTROL)
+                self._attempts.end_alone(work, CONTROL)
+            else:
+                yield self._cut_alone(work, by_number[number])
+
+    def _cut_alone(self, work: str, row: ManifestRow) -> CutRow:
+        if self._attempts.begin_alone(row.row):
+            cut = self._cut(row, self._fetcher.submit(_select_needed_images(row)))
+            self._attempts.end_alone(work, row.row, cut)
+        else:
+            cut = _make_error_row(row, "decode", GIVEN_UP)
+            self._attempts.keep(work, row.row, cut)
         return cut
 
     def _cut(self, row: ManifestRow, images: PendingImages) -> CutRow:
