@@ -63,11 +63,12 @@ class EvaluateConfig(RunConfig):
         decides_rows=False,
     )
     judge_model: Annotated[str, "NAME"] | None = declare_option(
-        None, description="the judge's name at its endpoint; needed with --judge", decides_rows=False
+        None, description="the judge's name at its endpoint; needed with --judge", unset="no judge", decides_rows=False
     )
     judge_price: tuple[float, ...] = declare_option(
         (),
         description="US dollars per million tokens of the judge's prompts and of its replies, such as 0.15,0.6",
+        unset="tokens are counted only",
         decides_rows=False,
     )
     max_new_tokens: PositiveInt = declare_option(_MAX_NEW_TOKENS, description="maximum length of an answer, in tokens")

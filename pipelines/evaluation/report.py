@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.evaluation.config import CATEGORIES
 from pipelines.report.build import Report, ReportOptions, Scoring, write_report
 from pipelines.storage import store
+from pipelines.storage.preflight import check_stores
 
 _SCORES = "scores.json"
 
@@ -22,7 +23,8 @@ class EvaluationPages:
 
 
 def is_evaluation(output: str) -> bool:
-    """Return whether OUTPUT is that of an evaluation that has been scored."""
+    """Return whether OUTPUT is that of an evaluation that has been scored. Raise what `check_stores` raises."""
+    check_stores([store.make_absolute(output)])
     return store.find_file(store.join(store.make_absolute(output), _SCORES)) is not None
 
 

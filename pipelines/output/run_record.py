@@ -117,13 +117,13 @@ def open_run(config: RunConfig, models: Json) -> Run:
         return prepared.start(lease)
 
 
-def prepare_run(config: RunConfig, models: Json, lister: Lister = list_rows) -> PreparedRun:
+def prepare_run(config: RunConfig, models: Json, lister: Lister | None = None) -> PreparedRun:
     """Check that OUTPUT accepts this run, and list the input unless the run is resumed. Needs the lease.
 
-    `models` identifies the model (id, revision, weights). Raise RunError if OUTPUT holds another run or foreign files
-    or cannot be read, SourceError if the input cannot be listed.
+    `models` identifies the model (id, revision, weights); `lister` is `list_rows` by default. Raise RunError if OUTPUT
+    holds another run or foreign files or cannot be read, SourceError if the input cannot be listed.
     """
-    output = store.make_absolute(config.output)
+    output, lister = store.make_absolute(config.output), lister or list_rows
     identity = {
         "config": {**config.fingerprint_fields(), "input": [store.make_absolute(uri) for uri in config.input]},
         "model": models,

@@ -110,15 +110,30 @@ class _Connection:
         self, processes: TableProcesses, uri: str, form: Literal["parquet", "arrow"], block_bytes: int | None
     ) -> None:
         self._socket: socket.socket | None = None
-        self._file, self._processes = store.open_file(uri, block_bytes), processes
-        self._is_waiting = False
+        self._file, self._processes, self._form = store.open_file(uri, block_bytes), processes, form
+        self._is_waiting = self._is_late = False
         self._fault: Exception | None = None
         try:
-            self._socket = processes.connect()
-            self._hand_over(form)
+            self._connect()
         except BaseException:
             self.close()
             raise
+
+    def open(self) -> tuple[Json, pa.Buffer]:
+        """Return what `ask("open")` returns; try twice, as an idle process may have been killed from outside."""
+        try:
+            return self.ask("open")
+        except TableError as error:
+            if not isinstance(error.__cause__, StreamEnded | ConnectionError) or self._is_late:
+                raise
+        if self._socket is not None:
+            self._socket.close()
+        self._connect()
+        return self.ask("open")
+
+    def _connect(self) -> None:
+        self._socket = self._processes.connect()
+        self._hand_over(self._form)
 
     def ask(self, action: str, **arguments: Any) -> tuple[Json, pa.Buffer]:
         """Return the reply to a request, and the bytes that follow it. Raise TableError, OSError or StoreFault."""
@@ -127,8 +142,8 @@ class _Connection:
             reply, data = self._talk({"action": action, "arguments": arguments})
         except (StreamEnded, ConnectionError) as error:
             timeout_s = self._processes.timeout_s
-            is_late = time.monotonic() - started_s > timeout_s
-            how = f"takes longer than {timeout_s} s" if is_late else "crashes Arrow's reader"
+            self._is_late = time.monotonic() - started_s > timeout_s
+            how = f"takes longer than {timeout_s} s" if self._is_late else "crashes Arrow's reader"
             raise TableError(f"reading it {how}") from error
         if self._fault is not None:
             raise self._fault
@@ -194,7 +209,7 @@ class _Table:
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
         try:
-            self._description, schema = connection.ask("open")
+            self._description, schema = connection.open()
             self.schema = pa.ipc.read_schema(schema)
         except BaseException:
             connection.close()

@@ -59,7 +59,9 @@ def _find_cause(name: str, error: Exception, data: bytes) -> Exception:
     try:
         factory(io.BytesIO(data), "")
     except Exception as cause:  # as in `Image.open`, almost any type
-        return cause.__cause__ if isinstance(cause.__cause__, Exception) else cause
+        inner = cause.__cause__
+        # Of a mode that Pillow's table lacks, the outer exception says more than the missing key.
+        return inner if isinstance(inner, Exception) and not isinstance(inner, KeyError) else cause
     return error
 
 
