@@ -63,12 +63,14 @@ class TableProcesses:
     def connect(self) -> socket.socket:
         """Return a socket to an idle process, or else to a new one."""
         with self._lock:
+            if self._starter is None or self._starter.poll() is not None:
+                while self._idle:  # readers end soon after the process that started them
+                    self._idle.pop().close()
+                self._starter = ChildProcess(_MODULE, self.timeout_s, environment=_ONE_THREAD)
             while self._idle:
                 if _is_connected(connection := self._idle.pop()):
                     return connection
                 connection.close()
-            if self._starter is None or self._starter.poll() is not None:
-                self._starter = ChildProcess(_MODULE, self.timeout_s, environment=_ONE_THREAD)
             ours, theirs = socket.socketpair()
             with theirs:
                 socket.send_fds(self._starter.socket, [b"+"], [theirs.fileno()])
