@@ -153,6 +153,14 @@ class ImageOptions(Section):
     fps: float | None = declare_option(
         None, gt=0, description="maximum number of frames, or candidates, per second of video", unset="no limit"
     )
+    frames_as_card: bool = declare_option(
+        False,
+        description="repeat a frame that is shown at several of the chosen times, as the model card does",
+        since="0.2",
+    )
+    on_truncated: Literal["error", "take"] = declare_option(
+        "error", description="truncated videos: error rows, or frames of the part that is readable", since="0.2"
+    )
     frame_selection: Literal["uniform", "top-k", "mdp3"] = declare_option(
         "uniform",
         description="frames of a video: evenly spread; those that match the question best; or that match it and differ",

@@ -22,7 +22,7 @@ from pipelines.media.frame_selection import Encoder, FrameSelector
 from pipelines.media.frames import TiledFrame, VideoInfo
 from pipelines.media.images import DecodedImage, read_image
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video
-from pipelines.media.video import has_video_signature
+from pipelines.media.video_file import has_video_signature
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import is_store_down, read_rows
 from pipelines.rows import Batch, ManifestRow, MediaFacts, PreparedRow

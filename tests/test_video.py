@@ -35,7 +35,8 @@ from tests.support.videos import (
 
 def sample(path: Path, num_frames: int = 12, window: Window | None = None, **options: Any) -> list[Frame]:
     with path.open("rb") as file:
-        return sample_frames(file, Sampling(num_frames, options.pop("fps", None)), window, **options)
+        size = options.pop("size", None)
+        return sample_frames(file, Sampling(num_frames, **options), window, size)
 
 
 def read_numbers(frames: list[Frame]) -> list[int]:
@@ -249,10 +250,11 @@ def test_a_window_in_the_intact_part_of_a_truncated_video_is_read(tmp_path: Path
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_the_last_frame_is_repeated_while_the_sound_continues(tmp_path: Path, suffix: str) -> None:
+def test_the_last_frame_is_given_once_while_the_sound_continues(tmp_path: Path, suffix: str) -> None:
     """The header gives the length of the picture stream, so the video does not count as truncated."""
     path = join(tmp_path / f"a.{suffix}", write_video(tmp_path / "v.mp4", 50), write_sound(tmp_path / "s.m4a", 8))
-    assert read_numbers(sample(path, 4)) == [25, 49, 49, 49]
+    assert read_numbers(sample(path, 4)) == [25, 49]
+    assert read_numbers(sample(path, 4, as_card=True)) == [25, 49, 49, 49]
 
 
 def test_damaged_packets_are_skipped(tmp_path: Path) -> None:

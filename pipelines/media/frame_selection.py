@@ -84,7 +84,7 @@ class FrameSelector:
         """
         key = (*video[:3], hashlib.blake2b(video.data).digest() if video.data else b"", window)
         if self._config.frame_selection == "uniform":
-            sampling = Sampling(self._config.num_frames, self._config.fps)
+            sampling = self._make_sampling(self._config.num_frames, as_card=self._config.frames_as_card)
             return self._recent.get(
                 (key, "uniform"), lambda: self._decoder.tile_frames(video, sampling, self._tiling, window)
             )
@@ -95,10 +95,13 @@ class FrameSelector:
         return self._recent.get((key, *times_s), lambda: self._decoder.tile_frames(video, times_s, self._tiling))
 
     def _encode_candidates(self, video: VideoLocation, window: Window) -> tuple[list[float], NDArray[np.float32]]:
-        sampling = Sampling(self._config.num_candidates, self._config.fps)
+        sampling = self._make_sampling(self._config.num_candidates)
         frames = self._decoder.sample_frames(video, sampling, window, self._encoder.size)
         images = np.stack([frame.pixels for frame in frames])
         return [frame.timestamp_s for frame in frames], self._encoder.encode_frames(images)
+
+    def _make_sampling(self, num_frames: int, *, as_card: bool = False) -> Sampling:
+        return Sampling(num_frames, self._config.fps, as_card, self._config.on_truncated == "take")
 
     def _choose(self, vectors: NDArray[np.float32], question: str) -> NDArray[np.int64]:
         text = question if self._config.frame_query is None else self._config.frame_query

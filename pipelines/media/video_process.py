@@ -30,6 +30,7 @@ from pipelines.storage import store
 TIMEOUT_S = 600.0
 MAX_MEMORY_BYTES = 4 << 30
 _BLOCK_BYTES = 1 << 20
+_SPARE_BYTES = 256 << 20
 
 
 class VideoDecoder:
@@ -176,7 +177,8 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Pixels]]:
         with _open_video(VideoLocation(uri, offset, num_bytes, data)) as file:
             return _run(request["action"], file, request["arguments"])
     except MediaError as error:
-        return {"error": "decode", "reason": str(error)}, []
+        # Decoders hide a lack of memory behind other errors.
+        return {"error": "memory" if _is_memory_short() else "decode", "reason": str(error)}, []
     except MemoryError:
         return {"error": "memory", "reason": "decoding needs more memory than the limit per video"}, []
     except (StoreFault, CredentialsRefused) as error:
@@ -186,6 +188,15 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Pixels]]:
     except Exception as error:
         # On damaged data libraries may raise any exception, and none of them may stop the run.
         return {"error": "decode", "reason": f"{type(error).__name__}: {error}"}, []
+
+
+def _is_memory_short() -> bool:
+    """Return whether the limit leaves too little memory for a video, because of earlier ones."""
+    try:
+        np.empty(_SPARE_BYTES, np.uint8)
+    except MemoryError:
+        return True
+    return False
 
 
 def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Pixels]]:

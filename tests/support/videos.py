@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 _CELL, _BITS = 16, 16
 WIDTH, HEIGHT = _CELL * _BITS, 64
@@ -115,9 +116,26 @@ def set_display_matrix(path: Path, matrix: Iterable[float]) -> Path:
     return path
 
 
-def write_sound(path: Path, seconds: float = 1.0) -> Path:
+def damage_packets(path: Path, source: Path, numbers: Iterable[int]) -> Path:
+    """Write the packets of `source`, those with these numbers with zeros in their second half."""
+    damaged = set(numbers)
+    with av.open(str(source)) as given, av.open(str(path), "w") as container:
+        out = container.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(given.demux(given.streams.video[0])):
+            data = bytes(packet)
+            if number in damaged:
+                data = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+            copy = av.Packet(data)
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, out
+            if data:
+                container.mux(copy)
+    return path
+
+
+def write_sound(path: Path, seconds: float = 1.0, options: dict[str, str] | None = None) -> Path:
     """Write a file with sound only."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream("aac", rate=16000)
         samples = np.sin(np.arange(int(16000 * seconds)) / 10).astype(np.float32)[None]
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
@@ -127,13 +145,15 @@ def write_sound(path: Path, seconds: float = 1.0) -> Path:
     return path
 
 
-def join(path: Path, *sources: Path) -> Path:
-    """Write the first stream of each source into one file."""
+def join(path: Path, *sources: Path, default: int | None = None) -> Path:
+    """Write the first stream of each source into one file; only the one with the number `default` is marked so."""
     with av.open(str(path), "w") as container:
         packets = []
         for source in sources:
             given = av.open(str(source))
             out = container.add_stream_from_template(given.streams[0])
+            if default is not None:
+                out.disposition = Disposition.default if len(container.streams) - 1 == default else Disposition(0)  # type: ignore[misc]
             packets += [(packet, out) for packet in given.demux(0) if packet.size]
         for packet, out in packets:
             packet.stream = out
