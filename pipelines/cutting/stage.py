@@ -14,7 +14,7 @@ from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video, may_be_video
 from pipelines.media.shots import Cutting
-from pipelines.media.video import has_video_signature
+from pipelines.media.video_file import has_video_signature
 from pipelines.media.video_process import VideoDecoder
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import is_store_down, read_rows
