@@ -63,7 +63,10 @@ def open_container(file: BinaryIO, *, seekable: bool = True) -> InputContainer:
     options = {"format_whitelist": FORMATS}
     source: Any = file if seekable else _Unseekable(file)
     try:
-        return av.open(source, "r", buffer_size=_BUFFER_BYTES, options=options, metadata_errors="replace")
+        container: InputContainer = av.open(
+            source, "r", buffer_size=_BUFFER_BYTES, options=options, metadata_errors="replace"
+        )
+        return container
     except MemoryError:
         raise
     except av.FFmpegError as error:
