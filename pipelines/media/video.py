@@ -26,7 +26,7 @@ from pipelines.media.video_file import (
     NotReadable,
     choose_stream,
     has_encrypted_video,
-    name_format,
+    name_container,
     open_container,
     read_fps,
     read_packets,
@@ -242,7 +242,7 @@ class _Video:
         return VideoInfo(
             width=width,
             height=height,
-            format=name_format(self._container),
+            format=name_container(self._container),
             num_bytes=self._file.seek(0, io.SEEK_END),
             duration_s=self.duration_s,
             fps=round(self.fps, 3),

@@ -144,7 +144,7 @@ def read_stated_end_s(stream: VideoStream) -> float | None:
     return None
 
 
-def name_format(container: InputContainer) -> str:
+def name_container(container: InputContainer) -> str:
     """Return the name of the format, the first of ffmpeg's names, but mp4 unless the file is QuickTime's."""
     name = container.format.name
     if name == MP4:
