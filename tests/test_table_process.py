@@ -142,6 +142,8 @@ def test_readers_that_were_killed_are_replaced(tmp_path: Path) -> None:
         assert processes._starter is not None
         for pid in find_children(processes._starter.pid):
             kill(pid)
+        while table_reader._is_connected(processes._idle[0]):  # the kernel may close it a moment later
+            time.sleep(0.01)
         processes.open_parquet(path).close()
         kill(processes._starter.pid)
         processes._starter.wait()
