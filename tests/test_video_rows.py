@@ -226,6 +226,18 @@ def test_mdp3_without_a_model_shows_every_colour(tmp_path: Path, colours: Path) 
     assert np.floor(row.frame_timestamps_s).tolist() == [0, 1, 2]
 
 
+def test_black_frames_are_not_key_frames_where_others_are(tmp_path: Path) -> None:
+    pictures = [draw_number(number) if number % 2 else np.zeros((64, 256, 3), np.uint8) for number in range(40)]
+    path = write_video(tmp_path / "flicker.mp4", pictures)
+    options = {"frame_selection": "mdp3", "frame_encoder": "pixels", "num_candidates": 40, "num_frames": 8}
+    (row,) = prepare_videos(tmp_path, path, **options)
+    assert len(row.frame_timestamps_s) == 8
+    assert all(number % 2 for number in to_frame_numbers(row))
+    black = write_video(tmp_path / "black.mp4", np.zeros((40, 64, 256, 3), np.uint8))
+    (row,) = prepare_videos(tmp_path / "black", black, **options)
+    assert len(row.frame_timestamps_s) == 8
+
+
 def test_recent_videos_are_cached_up_to_a_limit(colours: Path) -> None:
     """The last one always stays in the cache, so that consecutive rows of a video decode it once."""
     config = CaptionConfig(input=("x",), output="y", model=MODEL)

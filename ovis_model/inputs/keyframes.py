@@ -104,7 +104,8 @@ def select_frames(
     frames: float[N, d], embeddings of the candidates in temporal order.
     query: float[d], embedding of the text that the frames should match; None selects by diversity alone.
     relevance: float[N], > 0, a score per frame that replaces `query`; only ratios of scores matter.
-    method: "mdp3", with the fields of `Rules` as `rules`; "top-k", the k most relevant; or "uniform".
+    method: "mdp3", with the fields of `Rules` as `rules`; "top-k", the k most relevant that are not next to each other;
+        or "uniform".
 
     Embeddings are scaled to unit length, and everything is computed in float64. A copy of a picked frame adds nothing:
     MDP3 prefers different frames while there are any, then spreads the remaining picks over time. Raise ValueError for
@@ -122,7 +123,21 @@ def select_frames(
     known = _compute_log_relevance(_normalize_embeddings(frames, "frame"), query, relevance, Rules(**rules))
     if known is None:
         raise ValueError("top-k needs a query or relevance scores; give one, or use mdp3 or uniform")
-    return np.sort(np.argsort(-known, kind="stable")[:k])
+    return _select_most_relevant(known, k)
+
+
+def _select_most_relevant(relevance: Floats, k: int) -> Indices:
+    """Return the `k` most relevant frames, int64[k], at least a quarter of their even distance apart.
+
+    Frames next to each other show the same moment.
+    """
+    distance = max(1, len(relevance) // (4 * k))
+    is_free, picks = np.ones(len(relevance), bool), []
+    for _ in range(k):
+        pick = int(np.argmax(np.where(is_free, relevance, -np.inf)))
+        picks.append(pick)
+        is_free[max(0, pick - distance + 1) : pick + distance] = False
+    return np.sort(np.array(picks))
 
 
 def select_uniform(count: int, k: int) -> Indices:

@@ -10,15 +10,17 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ovis_model.inputs.keyframes import select_frames
+from ovis_model.inputs.keyframes import Rules, select_frames
 from ovis_model.inputs.tiling import TILE_SIZE_PX
 from pipelines.config import ImageOptions
-from pipelines.media.frames import TiledFrame, TiledVideo, Tiling
+from pipelines.media.frames import Frame, TiledFrame, TiledVideo, Tiling
 from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.video import Sampling
 from pipelines.media.video_process import VideoDecoder
 
 _THUMBNAIL_PX, _POOL = 32, 4
+_SEGMENT_SIZE = Rules().segment_size
+_BLANK_DEVIATION = 3.0  # of 255: compression changes a frame of one colour by less
 
 T = TypeVar("T")
 
@@ -97,6 +99,7 @@ class FrameSelector:
     def _encode_candidates(self, video: VideoLocation, window: Window) -> tuple[list[float], NDArray[np.float32]]:
         sampling = self._make_sampling(self._config.num_candidates)
         frames = self._decoder.sample_frames(video, sampling, window, self._encoder.size)
+        frames = _drop_blank(frames)
         images = np.stack([frame.pixels for frame in frames])
         return [frame.timestamp_s for frame in frames], self._encoder.encode_frames(images)
 
@@ -108,6 +111,15 @@ class FrameSelector:
         query = self._recent.get(("text", text), lambda: self._encoder.encode_text(text)) if text else None
         num_frames, method = self._config.num_frames, self._config.frame_selection
         return select_frames(vectors, query, num_frames, method=method)
+
+
+def _drop_blank(frames: list[Frame]) -> list[Frame]:
+    """Leave out frames of one colour, such as black ones, where their segment of the video has others."""
+    kept: list[Frame] = []
+    for start in range(0, len(frames), _SEGMENT_SIZE):
+        segment = frames[start : start + _SEGMENT_SIZE]
+        kept += [frame for frame in segment if frame.pixels.std(axis=(0, 1)).max() > _BLANK_DEVIATION] or segment
+    return kept
 
 
 class _RecentValues:
