@@ -196,9 +196,9 @@ def test_half_precision_embeddings_are_accepted() -> None:
 
 def test_top_k_takes_the_most_relevant() -> None:
     frames, query = make_frames(40)
-    most_relevant = sorted(np.argsort(-(frames @ query))[:12].tolist())
-    assert select_frames(frames, query, 12, method="top-k").tolist() == most_relevant
-    assert select_frames(frames, None, 5, method="top-k", relevance=np.arange(40)).tolist() == [31, 33, 35, 37, 39]
+    most_relevant = sorted(np.argsort(-(frames @ query))[:5].tolist())
+    assert select_frames(frames, query, 5, method="top-k").tolist() == most_relevant
+    assert select_frames(frames, None, 5, method="top-k", relevance=np.arange(40)).tolist() == [35, 36, 37, 38, 39]
     with pytest.raises(ValueError, match="needs a query"):
         select_frames(frames, None, 5, method="top-k")
 
@@ -250,4 +250,4 @@ def test_peak_memory_of_512_frames_is_under_50_mb() -> None:
 def test_top_k_keeps_a_smallest_distance() -> None:
     relevance = np.concatenate([np.full(20, 1.0), np.linspace(5, 9, 20), np.full(88, 2.0)])
     picks = select_frames(np.eye(128), None, 4, method="top-k", relevance=relevance)
-    assert picks.tolist() == [23, 31, 39, 47]
+    assert picks.tolist() == [27, 31, 35, 39]

@@ -127,11 +127,11 @@ def select_frames(
 
 
 def _select_most_relevant(relevance: Floats, k: int) -> Indices:
-    """Return the `k` most relevant frames, int64[k], at least a quarter of their even distance apart.
+    """Return the `k` most relevant frames, int64[k], at least an eighth of their even distance apart.
 
     Frames next to each other show the same moment.
     """
-    distance = max(1, len(relevance) // (4 * k))
+    distance = max(1, len(relevance) // (8 * k))
     is_free, picks = np.ones(len(relevance), bool), []
     for _ in range(k):
         pick = int(np.argmax(np.where(is_free, relevance, -np.inf)))
