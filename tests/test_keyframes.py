@@ -194,10 +194,10 @@ def test_half_precision_embeddings_are_accepted() -> None:
     assert len(select_frames(frames.astype(np.float16), query.astype(np.float16), 5)) == 5
 
 
-def test_top_k_takes_the_most_relevant() -> None:
+def test_top_k_takes_the_wanted() -> None:
     frames, query = make_frames(40)
-    most_relevant = sorted(np.argsort(-(frames @ query))[:5].tolist())
-    assert select_frames(frames, query, 5, method="top-k").tolist() == most_relevant
+    wanted = sorted(np.argsort(-(frames @ query))[:5].tolist())
+    assert select_frames(frames, query, 5, method="top-k").tolist() == wanted
     assert select_frames(frames, None, 5, method="top-k", relevance=np.arange(40)).tolist() == [35, 36, 37, 38, 39]
     with pytest.raises(ValueError, match="needs a query"):
         select_frames(frames, None, 5, method="top-k")

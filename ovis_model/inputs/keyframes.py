@@ -123,10 +123,10 @@ def select_frames(
     known = _compute_log_relevance(_normalize_embeddings(frames, "frame"), query, relevance, Rules(**rules))
     if known is None:
         raise ValueError("top-k needs a query or relevance scores; give one, or use mdp3 or uniform")
-    return _select_most_relevant(known, k)
+    return _select_apart(known, k)
 
 
-def _select_most_relevant(relevance: Floats, k: int) -> Indices:
+def _select_apart(relevance: Floats, k: int) -> Indices:
     """Return the `k` most relevant frames, int64[k], at least an eighth of their even distance apart.
 
     Frames next to each other show the same moment.
