@@ -123,7 +123,7 @@ def measure_engine(args: argparse.Namespace) -> dict[str, Any]:
     print(engine.describe(), file=sys.stderr)
     sides: dict[str, Callable[[], list[list[int]]]] = {"engine": lambda: _run_engine(engine, workload)}
     if args.peer:
-        peer = _build_peer(model)
+        peer = build_peer(model)
         for size in args.peer_batch:
             sides[f"transformers, batch {size}"] = lambda size=size: _run_transformers(peer, model, workload, size)  # type: ignore[misc]
     if model.device.type == "cuda":
@@ -303,7 +303,7 @@ def _measure_all_reduce_us(model: Ovis, tokens: int, times: int = 20) -> float:
     return (time.perf_counter() - started_s) / times * 1e6
 
 
-def _build_peer(model: Ovis) -> Any:
+def build_peer(model: Ovis) -> Any:
     """Build transformers' Ovis2 on the same weight tensors."""
     import transformers
 
@@ -338,10 +338,10 @@ def _run_transformers(peer: Any, model: Ovis, workload: Workload, batch_size: in
     for start in range(0, len(workload.requests), batch_size):
         part = slice(start, start + batch_size)
         requests, output_lengths = workload.requests[part], workload.output_lengths[part]
-        ids = torch.stack([_translate_ids(request, peer.config) for request in requests]).to(
+        ids = torch.stack([translate_ids(request, peer.config) for request in requests]).to(
             model.device
         )  # of one length
-        pixels = torch.cat([_normalize_tiles(model, request) for request in requests])
+        pixels = torch.cat([normalize_tiles(model, request) for request in requests])
         with torch.inference_mode():
             out = peer.generate(
                 input_ids=ids,
@@ -357,7 +357,7 @@ def _run_transformers(peer: Any, model: Ovis, workload: Workload, batch_size: in
     return outputs
 
 
-def _translate_ids(request: Request, config: Any) -> Tensor:
+def translate_ids(request: Request, config: Any) -> Tensor:
     """Return the input ids of `request` with transformers' ids for the placeholders."""
     ids = request.input_ids.astype(np.int64)
     at = request.input_ids <= IMAGE_START_ID
@@ -366,7 +366,8 @@ def _translate_ids(request: Request, config: Any) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def _normalize_tiles(model: Ovis, request: Request) -> Tensor:
+def normalize_tiles(model: Ovis, request: Request) -> Tensor:
+    """Return the tiles of `request` as the model takes them, [tiles, 3, H, W]."""
     tiles, sizes = torch.from_numpy(request.tiles), torch.from_numpy(request.tile_sizes)
     return model.normalize(tiles.to(model.device), sizes.to(model.device)).to(model.dtype)
 

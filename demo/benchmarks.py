@@ -26,10 +26,10 @@ Picture = tuple[int, Scene, str]
 """A seed, the scene that it draws, and the image as base64."""
 
 
-def write_benchmarks(directory: Path) -> None:
+def write_benchmarks(directory: Path, num_scenes: int = NUM_SCENES) -> None:
     """Write NAME.tsv for each family, and the folders `video` and `subtitle`."""
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = [_draw(_FIRST_SEED + i) for i in range(NUM_SCENES)]
+    pictures = [_draw(_FIRST_SEED + i) for i in range(num_scenes)]
     for picture in pictures:
         name = _name_video(picture)
         write_video(directory / "video" / f"{name}.mp4", _decode(picture[2]))

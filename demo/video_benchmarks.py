@@ -41,7 +41,8 @@ def write_subtitles(path: Path, text: str) -> None:
 def make_video_mme_rows(video: str, question: SceneQuestion, options: tuple[str, ...]) -> Iterator[Row]:
     """Yield a question with lettered options, and subtitles beside the video."""
     lettered = _assign_letters(options, "{}. {}.")
-    about = {"duration": "short", "domain": "Drawing", "sub_category": "Shapes", "task_type": "Counting"}
+    # VLMEvalKit summarizes the domains and types of the published file only.
+    about = {"duration": "short", "domain": "Knowledge", "sub_category": "Geography", "task_type": "Counting Problem"}
     files = {"video": video, "video_path": f"./video/{video}.mp4", "subtitle_path": f"./subtitle/{video}.srt"}
     answer = "ABCD"[options.index(question.answer)]
     yield {**about, **files, "question": question.text, "candidates": repr(lettered), "answer": answer}

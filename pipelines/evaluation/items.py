@@ -39,7 +39,7 @@ def write_items(dataset: Dataset, items: Sequence[Item], data: str, image_root: 
     An image that cannot be decoded stays as it is: its row becomes an error row.
     """
     with Path(data).open("rb") as file:
-        images = ImageCells(file, _locate_rows(data), image_root)
+        images = ImageCells(file, locate_rows(data), image_root)
         _write_parquet(
             uri, _make_schema(items[0]), (_make_row(dataset, item, images.read(item), size) for item in items)
         )
@@ -139,7 +139,7 @@ class ImageCells:
         return {"bytes": None, "path": store.join(self._root, path)}
 
 
-def _locate_rows(data: str) -> dict[str, tuple[int, int]]:
+def locate_rows(data: str) -> dict[str, tuple[int, int]]:
     """Return {index: the bytes of its row}, with the header under ""."""
     csv.field_size_limit(MAX_ROW_BYTES)
     rows = stream_rows(data)
