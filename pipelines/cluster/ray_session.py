@@ -6,13 +6,13 @@ import logging
 import os
 import re
 import signal
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from pipelines.errors import ProcessesDie, ResourceError, StageFailed, StoreFault
+from pipelines.cluster.address import check_address
+from pipelines.errors import ProcessesDie, StageFailed, StoreFault
 
 _LOCAL = {
     "address": "local",
@@ -38,7 +38,7 @@ def open_ray_session() -> Iterator[None]:
         return
     with _preserve_sigterm_handler():
         if address := os.environ.get("RAY_ADDRESS"):
-            _check_address(address)
+            check_address(address)
             ray.init(address="auto", logging_level=logging.WARNING)
         else:
             ray.init(**_LOCAL)
@@ -61,19 +61,6 @@ def _preserve_sigterm_handler() -> Iterator[None]:
         raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def _check_address(address: str) -> None:
-    """Raise ResourceError if the address does not respond within 10 s; Ray itself would retry for minutes."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ResourceError(
-            f"RAY_ADDRESS={address} does not respond ({error}); unset it to run on this machine, or start that cluster"
-        ) from error
 
 
 @contextmanager
