@@ -20,6 +20,7 @@ from pipelines.errors import (
     LeaseLost,
     LibraryError,
     ProcessesDie,
+    RayNotStarted,
     RowsLost,
     StageFailed,
     StoreFault,
@@ -59,7 +60,16 @@ def run_job(
     except (StageFailed, EverythingFails) as error:
         cause = f"{error.__cause__}\n\n" if isinstance(error, StageFailed) else ""
         message = f"{cause}error: {error}"
-    except (OSError, StoreFault, RowsLost, LeaseLost, ProcessesDie, ClusterChanged, LibraryError) as error:
+    except (
+        OSError,
+        StoreFault,
+        RowsLost,
+        LeaseLost,
+        ProcessesDie,
+        ClusterChanged,
+        RayNotStarted,
+        LibraryError,
+    ) as error:
         message = f"error: {error}{_advise(error) if is_resumable else ''}"
     except KeyboardInterrupt as interrupt:
         message = f"stopped{_advise(interrupt) if is_resumable else ''}"

@@ -26,6 +26,7 @@
       RowsLost        rows of the manifest are missing from the output
       LibraryError    a library raised an exception that no other entry covers
       ClusterChanged  after nodes were lost, the cluster no longer fits the run
+      RayNotStarted   Ray does not start on this machine
 
 The model's exceptions (`CheckpointError`, `RequestError`, `EngineDied` ...) are in `ovis_model`.
 """
@@ -127,3 +128,7 @@ class ClusterChanged(RuntimeError):  # noqa: N818  (the name says what happened)
 
 class LibraryError(RuntimeError):
     """A library raised an exception of its own; the message has its type and first line."""
+
+
+class RayNotStarted(RuntimeError):  # noqa: N818
+    """Ray does not start on this machine; the message says why and where Ray's logs are."""

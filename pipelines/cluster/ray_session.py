@@ -12,15 +12,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pipelines.cluster.address import check_address
+from pipelines.cluster.local_ray import start_local_ray
 from pipelines.errors import ProcessesDie, StageFailed, StoreFault
-
-_LOCAL = {
-    "address": "local",
-    "num_cpus": max(2, os.cpu_count() or 2),
-    "include_dashboard": False,
-    "logging_level": logging.CRITICAL,
-    "log_to_driver": False,
-}
 
 
 @contextmanager
@@ -41,7 +34,7 @@ def open_ray_session() -> Iterator[None]:
             check_address(address)
             ray.init(address="auto", logging_level=logging.WARNING)
         else:
-            ray.init(**_LOCAL)
+            start_local_ray()
     try:
         yield
     finally:

@@ -1,0 +1,95 @@
+"""A Ray that does not start on this machine: it is helped, or the reason is one sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.cluster.local_ray import choose_ray_directory, start_local_ray
+from pipelines.errors import RayNotStarted, ResourceError
+from tests.support.roots import ROOT
+
+START = """
+import sys
+from pipelines.cluster.ray_session import open_ray_session
+with open_ray_session():
+    import ray
+    print(ray.get(ray.remote(lambda: sys.argv[1]).remote()))
+"""
+WITHOUT_NAME = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
+SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
+
+
+def start_ray(*prefix: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    settings.pop("RAY_ADDRESS", None)
+    command = (*prefix, sys.executable, "-c", START, "started")
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=150, check=False)
+
+
+def skip_unless_permitted(*prefix: str) -> None:
+    if subprocess.run((*prefix, "true"), capture_output=True, check=False).returncode:
+        pytest.skip(f"this machine does not permit {prefix[0]}")
+
+
+def test_a_long_tmpdir_and_a_user_without_name_do_not_keep_ray_from_starting(tmp_path: Path) -> None:
+    """A TMPDIR of over 200 characters, a missing HOME, spaces in the working directory, all at once."""
+    long, spaces = tmp_path / ("x" * 200), tmp_path / "a folder with spaces"
+    long.mkdir()
+    spaces.mkdir()
+    prefix = (
+        () if subprocess.run((*WITHOUT_NAME, "true"), capture_output=True, check=False).returncode else WITHOUT_NAME
+    )
+    ended = start_ray(*prefix, cwd=spaces, TMPDIR=str(long), HOME="/nonexistent")
+    assert "started" in ended.stdout.split(), ended.stderr
+    assert ended.stderr.startswith("Ray runs in /tmp/ray: ") and "RAY_TMPDIR" in ended.stderr
+
+
+def test_no_usable_directory_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.cluster.local_ray._MAX_ROOT_BYTES", 3)
+    with pytest.raises(ResourceError, match=r"none of .*, /tmp, /var/tmp .*set RAY_TMPDIR .* at most 3 bytes"):
+        choose_ray_directory({"TMPDIR": str(tmp_path)})
+
+
+def test_ray_keeps_the_directory_that_it_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.cluster.local_ray._MAX_ROOT_BYTES", len(bytes(tmp_path)))
+    assert choose_ray_directory({"TMPDIR": str(tmp_path)}) == f"{tmp_path}/ray"
+    assert choose_ray_directory({"TMPDIR": "/", "RAY_TMPDIR": str(tmp_path)}) == f"{tmp_path}/ray"
+    (tmp_path / "file").touch()
+    assert choose_ray_directory({"TMPDIR": str(tmp_path / "file")}) == "/tmp/ray"
+
+
+def test_a_ray_that_is_too_slow_is_started_twice_then_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray's own limit is set to 0 s, as if the machine were busy; none of its processes is left."""
+    import ray
+
+    if ray.is_initialized():
+        pytest.skip("another test of this process has started Ray")
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "0")
+    before = _list_children()
+    with pytest.raises(RayNotStarted, match=r"its logs are in /tmp/ray/session_.*/logs; tried twice.*ulimit -u is"):
+        start_local_ray()
+    assert "trying once more" in caplog.text
+    assert _list_children() == before
+
+
+def _list_children() -> set[str]:
+    """Return the process ids of the living children of this process."""
+    listed = subprocess.run(
+        ("ps", "-o", "pid=,stat=,comm=", "--ppid", str(os.getpid())), capture_output=True, text=True
+    )
+    lines = [line.split() for line in listed.stdout.splitlines()]
+    return {pid for pid, state, name, *_ in lines if not state.startswith("Z") and name != "ps"}
+
+
+@pytest.mark.slow
+def test_64_mb_of_shared_memory_suffice(tmp_path: Path) -> None:
+    skip_unless_permitted(*SMALL_SHM)
+    ended = start_ray(*SMALL_SHM, cwd=tmp_path)
+    assert "started" in ended.stdout.split() and "WARNING" not in ended.stderr, ended.stderr
