@@ -14,11 +14,10 @@ from pipelines.errors import RayNotStarted, ResourceError
 from tests.support.roots import ROOT
 
 START = """
-import sys
 from pipelines.cluster.ray_session import open_ray_session
 with open_ray_session():
     import ray
-    print(ray.get(ray.remote(lambda: sys.argv[1]).remote()))
+    print(ray.get(ray.remote(lambda: "started").remote()))
 """
 WITHOUT_NAME = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
 SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
@@ -27,7 +26,7 @@ SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev
 def start_ray(*prefix: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     settings.pop("RAY_ADDRESS", None)
-    command = (*prefix, sys.executable, "-c", START, "started")
+    command = (*prefix, sys.executable, "-c", START)
     return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=150, check=False)
 
 
