@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.evaluation.scoring.scores import Answers, Item, get_index, is_missing
@@ -59,6 +59,11 @@ def _copy_without_images(path: str) -> io.StringIO:
         writer.writerow(cells)
     copy.seek(0)
     return copy
+
+
+def leads_out(path: str) -> bool:
+    """Return whether a path in a benchmark's file leads out of the directory that it is below."""
+    return path.startswith("/") or "://" in path or ".." in PurePosixPath(path).parts
 
 
 def read_predictions(path: str) -> Answers:

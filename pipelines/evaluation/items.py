@@ -8,7 +8,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ovis_model.inputs.prompt import remove_marks
 from pipelines.evaluation.benchmarks import Dataset, Size
 from pipelines.evaluation.config import IMAGES, PROMPT
-from pipelines.evaluation.files import MAX_INDEX_CHARACTERS
+from pipelines.evaluation.files import MAX_INDEX_CHARACTERS, leads_out
 from pipelines.evaluation.prompts import ask_video_mme, place_images
 from pipelines.evaluation.scoring.scores import Item, get_index, is_missing, parse_list
 from pipelines.evaluation.tsv import MAX_ROW_BYTES, stream_rows
@@ -133,8 +133,7 @@ class ImageCells:
         return next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
 
     def _refer_to(self, path: str) -> Image:
-        parts = PurePosixPath(path).parts
-        if path.startswith("/") or "://" in path or ".." in parts:
+        if leads_out(path):
             raise ValueError(f"image_path {path!r} leads out of the directory of images; give paths below --image-root")
         return {"bytes": None, "path": store.join(self._root, path)}
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipelines.errors import MediaError
 from pipelines.evaluation.benchmarks import Dataset
+from pipelines.evaluation.files import leads_out
 from pipelines.evaluation.frames import FrameRule, select_subtitles, split_in_segments, spread_evenly, take_per_second
 from pipelines.evaluation.scoring.scores import Item, get_index, is_missing
 from pipelines.media.images import decode_image
@@ -118,7 +119,7 @@ def read_subtitles(item: Item, frames: Frames, root: str) -> str:
 
 
 def _check_path(item: Item, path: str) -> str:
-    if path.startswith("/") or "://" in path or ".." in PurePosixPath(path).parts:
+    if leads_out(path):
         raise ValueError(f"index {get_index(item)}: {path} is not below the directory of videos")
     return str(PurePosixPath(path))
 

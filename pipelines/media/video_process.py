@@ -26,6 +26,7 @@ from pipelines.media.reference import VideoLocation, Window
 from pipelines.media.shots import Cutting, find_cuts
 from pipelines.media.video import FrameTimes, Sampling
 from pipelines.storage import store
+from pipelines.storage.sized_file import SizedFile
 
 TIMEOUT_S = 600.0
 MAX_MEMORY_BYTES = 4 << 30
@@ -254,26 +255,12 @@ def _open_video(location: VideoLocation) -> Iterator[BinaryIO]:
         yield file if location.offset < 0 else io.BufferedReader(_Part(file, location.offset, location.num_bytes))
 
 
-class _Part(io.RawIOBase):
+class _Part(SizedFile):
     """A file object over `num_bytes` of another file from `offset`."""
 
     def __init__(self, file: BinaryIO, offset: int, num_bytes: int) -> None:
-        self._file, self._offset, self._num_bytes = file, offset, num_bytes
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._num_bytes}[whence]
-        self._at = max(0, start + offset)
-        return self._at
+        super().__init__(num_bytes)
+        self._file, self._offset = file, offset
 
     def readinto(self, buffer: Any) -> int:
         count = min(len(buffer), max(0, self._num_bytes - self._at))

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from ovis_model.child_process import Json, MessageStream, StreamEnded, end_with_parent
 from pipelines.storage.arrow_ipc import read_batch, read_schema, select_columns
 from pipelines.storage.parquet_footer import find_encryption
+from pipelines.storage.sized_file import SizedFile
 
 _WATCH_EVERY_S = 1.0
 _BUFFER_BYTES = 1 << 20  # without a buffer size, Arrow holds whole columns of a row group
@@ -245,25 +246,12 @@ def _serialize(batch: pa.RecordBatch) -> Any:
     return sink.getvalue()
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(SizedFile):
     """A file that the other side of the stream reads, as only that has the credentials of its store."""
 
     def __init__(self, stream: MessageStream, num_bytes: int) -> None:
-        self._stream, self._num_bytes, self._at = stream, num_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._num_bytes}[whence]
-        self._at = max(0, start + offset)
-        return self._at
+        super().__init__(num_bytes)
+        self._stream = stream
 
     def read(self, size: int = -1) -> bytes:
         """Return bytes. Raise OSError if the other side cannot read them; it knows why."""
