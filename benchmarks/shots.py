@@ -18,7 +18,7 @@ from typing import NamedTuple
 import av
 
 from pipelines.media.reference import Window
-from pipelines.media.shots import Cutting, find_cuts
+from pipelines.media.video.shots import Cutting, find_cuts
 from tests.support.videos import CLIPS, find_clip
 
 MAX_FRAMES_APART = 2

@@ -19,10 +19,10 @@ from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frame_selection import Encoder, FrameSelector
-from pipelines.media.frames import TiledFrame, VideoInfo
 from pipelines.media.images import DecodedImage, read_image
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video
-from pipelines.media.video_file import has_video_signature
+from pipelines.media.video.container import has_video_signature
+from pipelines.media.video.frames import TiledFrame, VideoInfo
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import is_store_down, read_rows
 from pipelines.rows import Batch, ManifestRow, MediaFacts, PreparedRow

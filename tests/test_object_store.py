@@ -12,8 +12,8 @@ from s3fs import S3FileSystem
 
 from pipelines.media.fetch import Fetcher
 from pipelines.media.reference import VideoLocation, parse_reference
-from pipelines.media.video import Sampling
-from pipelines.media.video_process import VideoDecoder
+from pipelines.media.video.process import VideoDecoder
+from pipelines.media.video.sampling import Sampling
 from pipelines.output.sink import read_results
 from tests.support.buckets import BUCKET
 from tests.support.golden_data import checkpoint_dir

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pipelines.errors import MediaError
-from pipelines.media.frames import Frame
 from pipelines.media.reference import VideoLocation, Window
-from pipelines.media.shots import Cutting, drop_short_shots, find_cuts, find_shots
-from pipelines.media.video_process import VideoDecoder
+from pipelines.media.video.frames import Frame
+from pipelines.media.video.process import VideoDecoder
+from pipelines.media.video.shots import Cutting, drop_short_shots, find_cuts, find_shots
 from tests.support.videos import SHOT_STARTS, draw_shots, find_clip, write_video
 
 SHOTS = Cutting(at_shots=True)

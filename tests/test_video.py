@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import MediaError
-from pipelines.media.frames import Frame
 from pipelines.media.reference import Window
-from pipelines.media.video import Sampling, decode_frames_at, read_duration_s, sample_frames
+from pipelines.media.video.frames import Frame
+from pipelines.media.video.sampling import Sampling, decode_frames_at, read_duration_s, sample_frames
 from tests.support.photographs import find_photographs
 from tests.support.videos import (
     CLIPS,

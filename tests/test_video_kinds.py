@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pipelines.errors import MediaError
-from pipelines.media.frames import Frame, Tiling, VideoInfo
 from pipelines.media.reference import Window
-from pipelines.media.video import Sampling, decode_frames_at, sample_frames, tile_frames
+from pipelines.media.video.frames import Frame, Tiling, VideoInfo
+from pipelines.media.video.sampling import Sampling, decode_frames_at, sample_frames, tile_frames
 from tests.support.videos import damage_packets, draw_number, join, read_number, write_sound, write_video
 
 KEY = "00112233445566778899aabbccddeeff"

@@ -20,10 +20,10 @@ from PIL import Image
 
 from ovis_model.inputs.tiling import tile_image
 from pipelines.errors import MediaError
-from pipelines.media.frames import Tiling
 from pipelines.media.reference import VideoLocation, Window
-from pipelines.media.video import Sampling, sample_frames
-from pipelines.media.video_process import VideoDecoder
+from pipelines.media.video.frames import Tiling
+from pipelines.media.video.process import VideoDecoder
+from pipelines.media.video.sampling import Sampling, read_duration_s, sample_frames
 from tests.support.roots import ROOT
 from tests.support.videos import find_clip, read_number, write_repeated, write_video
 
@@ -70,7 +70,6 @@ def test_frames_equal_those_decoded_in_this_process(decoder: VideoDecoder, tmp_p
         assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(frames, expected, strict=True))
         again = decoder.decode_frames_at(place, [f.timestamp_s for f in frames[:2]])
         assert np.array_equal(again[1].pixels, expected[1].pixels)
-        assert decoder.read_duration_s(place) == 10.0
 
 
 def test_the_process_survives_unreadable_and_undecodable_files(decoder: VideoDecoder, tmp_path: Path) -> None:
@@ -121,7 +120,7 @@ def test_memory_does_not_depend_on_earlier_videos(decoder: VideoDecoder, tmp_pat
 
 def test_a_process_out_of_memory_is_replaced_and_the_video_is_tried_again(decoder: VideoDecoder) -> None:
     place = VideoLocation(str(find_clip("bikes.mp4")))
-    decoder.read_duration_s(place)
+    decoder.read_frame_times(place)
     first = get_pid(decoder)
     resource.prlimit(first, resource.RLIMIT_AS, (read_resident_bytes(decoder), decoder._max_memory_bytes))
     assert len(decoder.sample_frames(place, Sampling(12))) == 12
@@ -170,7 +169,7 @@ def test_a_process_that_died_is_replaced(decoder: VideoDecoder) -> None:
 
 def test_a_video_that_kills_its_process_is_an_error(decoder: VideoDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is retried once, in case the process was killed for another reason."""
-    monkeypatch.setattr("pipelines.media.video_process.sys.executable", "/bin/false")
+    monkeypatch.setattr("pipelines.media.video.process.sys.executable", "/bin/false")
     with pytest.raises(MediaError, match=r"crashed twice on this video \(exit code 1\)"):
         decoder.sample_frames(VideoLocation(str(find_clip("carphone_pristine.mp4"))), Sampling(2))
 
@@ -199,9 +198,9 @@ def test_damaged_videos_give_frames_or_a_reason(decoder: VideoDecoder, tmp_path:
 def test_the_process_ends_with_its_parent() -> None:
     program = (
         "import os, sys\n"
-        "from pipelines.media.video_process import *\n"
+        "from pipelines.media.video.process import *\n"
         "decoder = VideoDecoder()\n"
-        f"decoder.read_duration_s(VideoLocation({str(find_clip('bikes.mp4'))!r}))\n"
+        f"decoder.read_frame_times(VideoLocation({str(find_clip('bikes.mp4'))!r}))\n"
         "print(decoder._process.pid, flush=True)\n"
         f"slow = VideoLocation({str(find_clip('bigbuckbunny.mp4'))!r})\n"
         "decoder.sample_frames(slow, Sampling(10_000), size=(3000, 3000))\n"
@@ -230,7 +229,9 @@ def test_very_long_videos_take_bounded_time_and_memory(tmp_path: Path, suffix: s
     source = write_video(tmp_path / "source.mp4", 500, fps=fps)
     path = write_repeated(tmp_path / f"long.{suffix}", source, times)
     decoder = VideoDecoder()
-    assert decoder.read_duration_s(VideoLocation(str(path))) == pytest.approx(500 * times / fps)
+    with path.open("rb") as file:
+        assert read_duration_s(file) == pytest.approx(500 * times / fps)
+    decoder.sample_frames(VideoLocation(str(source)), Sampling(1))  # starts the process
     seconds = []
     for place in (VideoLocation(str(source)), VideoLocation(str(path))):
         before_s = read_cpu_s(decoder)

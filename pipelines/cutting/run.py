@@ -14,7 +14,7 @@ from pipelines.config import RunConfig, SourceOptions
 from pipelines.cutting.listing import list_parts
 from pipelines.cutting.stage import CUTS, FindCuts
 from pipelines.errors import RowsLost, RunError
-from pipelines.media.shots import Cutting
+from pipelines.media.video.shots import Cutting
 from pipelines.monitoring.error_reasons import ErrorMonitor
 from pipelines.monitoring.progress import Progress
 from pipelines.output.lease import Lease

@@ -13,9 +13,9 @@ from pipelines.cluster.attempts import CONTROL, GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video, may_be_video
-from pipelines.media.shots import Cutting
-from pipelines.media.video_file import has_video_signature
-from pipelines.media.video_process import VideoDecoder
+from pipelines.media.video.container import has_video_signature
+from pipelines.media.video.process import VideoDecoder
+from pipelines.media.video.shots import Cutting
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import is_store_down, read_rows
 from pipelines.rows import Batch, ManifestRow

@@ -26,7 +26,7 @@ from pipelines.evaluation.frames import FrameRule, select_subtitles, split_in_se
 from pipelines.evaluation.scoring.scores import Item, get_index, is_missing
 from pipelines.media.images import decode_image
 from pipelines.media.reference import VideoLocation
-from pipelines.media.video_process import VideoDecoder
+from pipelines.media.video.process import VideoDecoder
 from pipelines.monitoring.progress import Progress
 from pipelines.storage import store
 

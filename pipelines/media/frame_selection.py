@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from ovis_model.inputs.keyframes import Rules, select_frames
 from ovis_model.inputs.tiling import TILE_SIZE_PX
 from pipelines.config import ImageOptions
-from pipelines.media.frames import Frame, TiledFrame, TiledVideo, Tiling
 from pipelines.media.reference import VideoLocation, Window
-from pipelines.media.video import Sampling
-from pipelines.media.video_process import VideoDecoder
+from pipelines.media.video.frames import Frame, TiledFrame, TiledVideo, Tiling
+from pipelines.media.video.process import VideoDecoder
+from pipelines.media.video.sampling import Sampling
 
 _THUMBNAIL_PX, _POOL = 32, 4
 _SEGMENT_SIZE = Rules().segment_size

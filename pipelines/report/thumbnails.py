@@ -17,12 +17,12 @@ from PIL import Image
 from pipelines.cluster.attempts import DIED
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
-from pipelines.media.frames import Frame
 from pipelines.media.images import decode_image
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video, parse_reference
-from pipelines.media.video import Sampling
-from pipelines.media.video_file import has_video_signature
-from pipelines.media.video_process import VideoDecoder
+from pipelines.media.video.container import has_video_signature
+from pipelines.media.video.frames import Frame
+from pipelines.media.video.process import VideoDecoder
+from pipelines.media.video.sampling import Sampling
 from pipelines.output.manifest import take_rows
 from pipelines.report.sample import PickedRow
 from pipelines.storage import store

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import MediaError
-from pipelines.media import video
-from pipelines.media.frames import Frame, Pixels
 from pipelines.media.reference import Window
+from pipelines.media.video.frames import Frame, Pixels
+from pipelines.media.video.sampling import iterate_frames, read_duration_s
 
 MAX_CUTS = 100_000  # per video; a header that implies more is wrong
 _THUMBNAIL_PX = (64, 36)  # width and height: smaller ones miss cuts between similar shots, larger ones find no more
@@ -41,10 +41,10 @@ def find_cuts(file: BinaryIO, cutting: Cutting, window: Window) -> list[float]:
 
     Raise MediaError if the video cannot be decoded or has more than MAX_CUTS.
     """
-    stop_s = min(window.stop_s, video.read_duration_s(file))
+    stop_s = min(window.stop_s, read_duration_s(file))
     cuts_s: list[float] = []
     if cutting.at_shots:
-        frames = video.iterate_frames(file, window, _THUMBNAIL_PX)
+        frames = iterate_frames(file, window, _THUMBNAIL_PX)
         cuts_s = drop_short_shots(find_shots(frames), window.start_s, stop_s, cutting.min_shot_s)
     if cutting.window_s is not None:
         cuts_s = _add_windows(cuts_s, cutting.window_s, window.start_s, stop_s)

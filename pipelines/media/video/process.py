@@ -1,6 +1,6 @@
 """Decode videos in a child process with limits on time and memory, so that a crash fails only one row.
 
-`python -m pipelines.media.video_process FD` runs the child; it answers over the socket FD until its parent exits.
+`python -m pipelines.media.video.process FD` runs the child; it answers over the socket FD until its parent exits.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 
 from ovis_model.child_process import ChildProcess, Json, MessageStream, StreamEnded, end_with_parent
 from pipelines.errors import CredentialsRefused, MediaError, StoreFault
-from pipelines.media import video
-from pipelines.media.frames import Frame, Pixels, TiledFrame, TiledVideo, Tiling, VideoInfo
 from pipelines.media.reference import VideoLocation, Window
-from pipelines.media.shots import Cutting, find_cuts
-from pipelines.media.video import FrameTimes, Sampling
+from pipelines.media.video.frames import Frame, Pixels, TiledFrame, TiledVideo, Tiling, VideoInfo
+from pipelines.media.video.sampling import Sampling, decode_frames_at, read_frame_times, sample_frames, tile_frames
+from pipelines.media.video.shots import Cutting, find_cuts
+from pipelines.media.video.source import FrameTimes
 from pipelines.storage import store
 from pipelines.storage.sized_file import SizedFile
 
@@ -52,28 +52,23 @@ class VideoDecoder:
         window: Window | None = None,
         size: tuple[int, int] | None = None,
     ) -> list[Frame]:
-        """Return evenly spread frames; see `video.sample_frames`."""
+        """Return evenly spread frames; see `sampling.sample_frames`."""
         window = window or Window()
         return self._request_frames("sample", location, sampling=asdict(sampling), window=list(window), size=size)
 
     def decode_frames_at(self, location: VideoLocation, times_s: Sequence[float]) -> list[Frame]:
-        """Return the frames at these times; see `video.decode_frames_at`."""
+        """Return the frames at these times; see `sampling.decode_frames_at`."""
         return self._request_frames("at", location, times_s=list(times_s))
 
-    def read_duration_s(self, location: VideoLocation) -> float:
-        """Return the duration in seconds; see `video.read_duration_s`."""
-        reply, _ = self._ask("duration", location)
-        return float(reply["duration_s"])
-
     def read_frame_times(self, location: VideoLocation) -> FrameTimes:
-        """Return the time of each frame; see `video.read_frame_times`."""
+        """Return the time of each frame; see `sampling.read_frame_times`."""
         reply, _ = self._ask("times", location)
         return FrameTimes(reply["times_s"], reply["fps"])
 
     def tile_frames(
         self, location: VideoLocation, wanted: Sampling | Sequence[float], tiling: Tiling, window: Window | None = None
     ) -> TiledVideo:
-        """Return frames as tiles, which need a hundredth of the memory of large frames; see `video.tile_frames`."""
+        """Return frames as tiles, which need a hundredth of the memory of large frames; see `sampling.tile_frames`."""
         which = {"sampling": asdict(wanted)} if isinstance(wanted, Sampling) else {"times_s": list(wanted)}
         reply, arrays = self._ask("tile", location, tiling=list(tiling), window=list(window or Window()), **which)
         facts = zip(arrays, reply["sizes"], reply["frames"], strict=True)
@@ -130,7 +125,7 @@ class VideoDecoder:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
-            module = "pipelines.media.video_process"
+            module = "pipelines.media.video.process"
             self._process = ChildProcess(module, self._max_memory_bytes, environment=_ONE_THREAD)
         return self._process.socket
 
@@ -202,14 +197,12 @@ def _is_memory_short() -> bool:
 
 def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Pixels]]:
     match action:
-        case "duration":
-            return {"duration_s": video.read_duration_s(file), "shapes": []}, []
         case "times":
-            return {**video.read_frame_times(file)._asdict(), "shapes": []}, []
+            return {**read_frame_times(file)._asdict(), "shapes": []}, []
         case "sample":
             return _pack_frames(_sample(file, **arguments))
         case "at":
-            return _pack_frames(video.decode_frames_at(file, **arguments))
+            return _pack_frames(decode_frames_at(file, **arguments))
         case "cuts":
             cutting, window = Cutting(**arguments["cutting"]), Window(*arguments["window"])
             return {"cuts_s": find_cuts(file, cutting, window), "shapes": []}, []
@@ -218,7 +211,7 @@ def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Pixel
 
 
 def _sample(file: BinaryIO, sampling: Json, window: list[float], size: list[int] | None) -> list[Frame]:
-    return video.sample_frames(file, Sampling(**sampling), Window(*window), (size[0], size[1]) if size else None)
+    return sample_frames(file, Sampling(**sampling), Window(*window), (size[0], size[1]) if size else None)
 
 
 def _tile(
@@ -229,7 +222,7 @@ def _tile(
     times_s: Sequence[float] = (),
 ) -> TiledVideo:
     wanted = Sampling(**sampling) if sampling else times_s
-    return video.tile_frames(file, wanted, Tiling(*tiling), Window(*window))
+    return tile_frames(file, wanted, Tiling(*tiling), Window(*window))
 
 
 def _pack_frames(frames: list[Frame]) -> tuple[Json, list[Pixels]]:

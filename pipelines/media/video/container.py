@@ -15,7 +15,7 @@ from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from pipelines.errors import MediaError
-from pipelines.media.frames import check_size
+from pipelines.media.video.frames import check_size
 
 # Demuxers that read one file. Playlists (hls, dash, concat) would open other files, by name or over the network.
 FORMATS = (
