@@ -66,6 +66,25 @@ def test_a_damaged_index_does_not_make_a_video_truncated(tmp_path: Path, offset:
         assert read_numbers(decode_frames_at(file, [0.0, 3.96])) == [0, 99]
 
 
+SHIFTS = {"later": 5000, "earlier": -5000}
+
+
+@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
+@pytest.mark.parametrize("first", [1, 50])
+def test_an_index_that_points_at_other_frames_is_not_used(tmp_path: Path, shift: int, first: int) -> None:
+    """All entries but the first, or the second half of them, point at places inside other frames."""
+    path = write_video(tmp_path / "a.avi", 100, codec="mpeg4", key_every=20)
+    data = bytearray(path.read_bytes())
+    start = data.rindex(b"idx1") + 8
+    for entry in range(start + first * 16, len(data), 16):
+        (offset,) = struct.unpack_from("<I", data, entry + 8)
+        struct.pack_into("<I", data, entry + 8, max(4, offset + shift))
+    path.write_bytes(data)
+    assert read_numbers(sample(path, 8)) == [6, 18, 31, 43, 56, 68, 81, 93]
+    with path.open("rb") as file:
+        assert read_numbers(decode_frames_at(file, [2.0, 3.96])) == [50, 99]
+
+
 STREAMS: dict[str, tuple[list[str], int | None, int]] = {
     "a cover before the film": (["cover", "film"], None, 50),
     "a cover after the film": (["film", "cover"], None, 50),

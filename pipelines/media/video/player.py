@@ -45,6 +45,7 @@ class FrameStream:
 
     def __init__(self, source: VideoSource) -> None:
         self._source, self.skip_before_s = source, -math.inf
+        self._waiting: VideoFrame | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -63,7 +64,7 @@ class FrameStream:
 
     def put_back(self, frame: VideoFrame | None) -> None:
         """Let `take` return this frame again."""
-        self._waiting: VideoFrame | None = frame
+        self._waiting = frame
 
     def _decode(self) -> Iterator[VideoFrame]:
         """Yield frames; skip packets that cannot be decoded, as ffmpeg does. Raise MediaError for an encrypted one."""
@@ -103,7 +104,7 @@ class Player:
 
     def __init__(self, source: VideoSource) -> None:
         self._source, self.frames = source, FrameStream(source)
-        self._may_seek = self._may_skip = True
+        self._may_seek, self._may_skip = source.is_seekable, True
         self._reset()
 
     def close(self) -> None:
@@ -138,7 +139,8 @@ class Player:
         """Return the frame after the shown one; None if it starts at `before_s` or later, or at the end."""
         frame = self.frames.take()
         if frame is None:
-            return self._check_end(before_s)
+            self._get_last(min(before_s, self._source.duration_s))  # raises if it is not the end
+            return None
         if self._source.get_time_s(frame) >= before_s:
             self.frames.put_back(frame)
             return None
@@ -168,9 +170,6 @@ class Player:
         self.shown = frame
         if frame is not None and not frame.is_corrupt:
             self.intact = frame
-
-    def _check_end(self, time_s: float) -> None:
-        self._get_last(min(time_s, self._source.duration_s))
 
     def _get_last(self, time_s: float) -> VideoFrame:
         """Return the last frame. Raise MediaError if the video ends earlier than a header is usually wrong by."""
@@ -203,6 +202,10 @@ class Player:
         key_s = self._source.find_key_frame_s(time_s)
         is_worth_it = time_s - current_s > _BLIND_SEEK_S if key_s is None else key_s > current_s
         if self._may_seek and is_worth_it:
+            if not self._source.has_sound_index(time_s):
+                self._may_seek = self._source.is_seekable = False
+                self.start_over()
+                return
             self._seek(time_s)
             # If it led back, never seek again: without key frames each seek would decode the whole video.
             self._may_seek &= self.shown is not None and self._source.get_time_s(self.shown) > current_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,6 +45,9 @@ class VideoSource:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._index, self.is_seekable = file, -1, True
         self.open()
+        if not all(map(self._is_sound, (0, 1, len(self.stream.index_entries) - 1))):
+            self.is_seekable = False
+            self.start_over()
         self.fps = read_fps(self.stream)
         self.duration_s = self._read_duration_s()
 
@@ -101,6 +105,31 @@ class VideoSource:
             return None
         entry = index.search_timestamp(wanted)
         return None if entry < 0 else float(index[entry].timestamp * base) - self._start_s
+
+    def has_sound_index(self, time_s: float) -> bool:
+        """Return whether the index entry to seek to for `time_s` points at a frame of the size that it states."""
+        base = self.stream.time_base or 1
+        return self._is_sound(self.stream.index_entries.search_timestamp(round((time_s + self._start_s) / base)))
+
+    def _is_sound(self, number: int) -> bool:
+        """Return whether an entry of the index points at a frame of the size that it states.
+
+        Only an AVI has an index apart from what it describes and without a check: ffmpeg jumps to any place that an
+        entry names, and counts the frames from there by the entry's number.
+        """
+        index = self.stream.index_entries
+        if self._container.format.name != "avi" or not 0 <= number < len(index):
+            return True
+        name, num_bytes = struct.unpack("<4sI", self._peek(index[number].pos, 8))
+        return bool(name[:2] == b"%02d" % self.stream.index and num_bytes == index[number].size)
+
+    def _peek(self, offset: int, num_bytes: int) -> bytes:
+        """Return bytes of the file, zeros beyond its end, without moving the place where the demuxer reads on."""
+        place = self._file.tell()
+        self._file.seek(offset)
+        data = self._file.read(num_bytes)
+        self._file.seek(place)
+        return data.ljust(num_bytes, b"\0")
 
     def seek(self, time_s: float) -> bool:
         """Go to a key frame near `time_s`, with or without an index; return whether the file allows it."""
