@@ -128,7 +128,7 @@ def print_step_times(model: Ovis, tokenizer: Tokenizer, rows: int, rounds: int) 
 def measure_forbid_ms(model: Ovis, rows: int) -> float:
     size, params = model.config.language.vocab_size, [SamplingParams(constraint=ENDLESS)] * rows
     sampler = Sampler(params, [RandomStream(0)] * rows, size, model.device)
-    logits, masks = torch.zeros(rows, size), np.full((rows, size // 8), 255, np.uint8)
+    logits, masks = torch.zeros(rows, size), torch.full((rows, size // 8), 255, dtype=torch.uint8)
     return statistics.median(measure_seconds(lambda: sampler._apply_masks(logits, masks))[0] * 1e3 for _ in range(20))
 
 

@@ -177,7 +177,14 @@ def measure_memory(setting: Setting) -> Figures:
     }
 
 
-TEST_FILES = ("test_devices", "test_attention", "test_decode_step", "test_kernels", "test_parallel")
+TEST_FILES = (
+    "test_devices",
+    "test_attention",
+    "test_decode_step",
+    "test_host_traffic",
+    "test_kernels",
+    "test_parallel",
+)
 
 
 def run_tests(setting: Setting, attention: str) -> Figures:

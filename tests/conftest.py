@@ -42,10 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     slow = pytest.mark.skip(reason="takes more than a minute; run with --run-slow")
     gpu = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "slow" in item.keywords and not config.getoption("--run-slow"):
+    for item in items:  # their keywords include the names of folders, such as a checkout called gpu
+        if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
             item.add_marker(slow)
-        if "gpu" in item.keywords and not has_gpu():
+        if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(gpu)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ovis_model.engine.kv_cache import KVCache
 from ovis_model.engine.sampling import Choice, choose_greedily
 from ovis_model.network.ovis import Ovis
+from ovis_model.network.uploads import upload
 
 
 class Decoded(NamedTuple):
@@ -121,8 +123,10 @@ class BatchStepper:
     def load(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
         """Set the newest token of each sequence and the number of cached tokens before it."""
         # A slot without a sequence counts as empty: a bucket that includes it changes only its first position.
-        padding = [0] * (self.cache.slots - len(ids))
-        self._state.copy_(torch.tensor([[*ids, *padding], [*lengths, *padding]]))
+        state = np.zeros((2, self.cache.slots), np.int64)
+        state[:, : len(ids)] = ids, lengths
+        [uploaded] = upload(self._state.device, state)
+        self._state.copy_(uploaded)
 
     def step(self, rows: int, longest: int) -> Decoded:
         """Run a step for the first `rows` slots, each of which holds at most `longest` tokens."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ovis_model.config import LanguageConfig
 from ovis_model.network.attention import AttentionContext, PagedLengths, choose_kernels
+from ovis_model.network.uploads import upload
 
 Index = tuple[Tensor, Tensor | slice]
 """Where tokens are in the keys and values of one layer."""
@@ -86,7 +87,8 @@ class PagedKVCache(KVCache):
 
     def set_table(self, table: NDArray[np.int32]) -> None:
         """Take the pages of each slot, int32[slots, n], in place."""
-        self.table.copy_(torch.from_numpy(table))
+        [uploaded] = upload(self.table.device, table)
+        self.table.copy_(uploaded)
 
     def begin_step(self, lengths: Tensor, longest: int) -> AttentionContext:
         """Return the context of one new token per sequence, in the first slots; see `PagedDecodeStep`."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from ovis_model.engine.sampling import Choice, Sampler
 from ovis_model.engine.scheduler import Budget, Move, Pages, Span, pack_passes
 from ovis_model.network.attention import AttentionContext
 from ovis_model.network.ovis import Ovis
-from ovis_model.types import SamplingParams
+from ovis_model.network.uploads import upload
+from ovis_model.types import IMAGE_ATOM_ID, SamplingParams
 
 Masks = Future[NDArray[np.uint8]]
 """A future of the allowed next tokens of constrained requests; see `Guides.masks`."""
@@ -80,11 +82,11 @@ class ModelRunner:
 
     def prefill(self, group: list[Span], masks: Masks | None) -> Choice | None:
         """Run the spans and keep their tokens; return the first token of each request without choices."""
-        hidden = self.run_spans(group)
         last = [(index, len(span.ids) - 1) for index, span in enumerate(group) if not span.state.params.choices]
+        hidden = self.run_spans(group, last)
         if not last:
             return None
-        logits = self.compute_logits(hidden, last)
+        logits = self.model.llm.compute_logits(hidden)
         return self.broadcast_choice(
             _make_sampler(self.model, [group[index].state for index, _ in last])(logits, masks)
         )
@@ -100,26 +102,22 @@ class ModelRunner:
         self.stepper.advance(choice.ids)
         return choice
 
-    def run_spans(self, group: list[Span]) -> Tensor:
-        """Run the decoder on spans, the longest first; return [B, T, hidden_size], padded on the right."""
-        starts = self.to_tensor([span.start for span in group])
-        parts = torch.split(self._embed(group), [len(span.ids) for span in group])
-        embeds = pad_sequence(list(parts), batch_first=True)
-        position_ids = starts[:, None] + torch.arange(embeds.shape[1], device=starts.device)
-        hidden: Tensor = self.model.llm.model(embeds, position_ids, self._make_context(group, starts, embeds.shape[1]))
-        return hidden
+    def run_spans(self, group: list[Span], places: Sequence[tuple[int, int]]) -> Tensor:
+        """Run the decoder on spans, the longest first; return hidden states [n, hidden_size] at n (span, time) places.
 
-    def compute_logits(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-        """Return logits [n, vocab_size] at n (row, time) positions of hidden states [B, T, hidden_size]."""
-        return self.model.llm.compute_logits(hidden[self.to_tensor(places).unbind(1)])
+        The spans are padded on the right.
+        """
+        batch = _upload_spans(group, places, self.model.device)
+        parts = torch.split(self._embed(group, batch.ids), [len(span.ids) for span in group])
+        embeds = pad_sequence(list(parts), batch_first=True)
+        width = embeds.shape[1]
+        position_ids = batch.starts[:, None] + torch.arange(width, device=embeds.device)
+        hidden: Tensor = self.model.llm.model(embeds, position_ids, self._make_context(group, batch, width))
+        return hidden[batch.places.unbind(1)]
 
     def broadcast_choice(self, choice: Choice) -> Choice:
         """Replace the ids by those of rank 0, so that all ranks continue with the same tokens."""
         return Choice(self.model.shard.broadcast(choice.ids), choice.logprobs)
-
-    def to_tensor(self, values: Sequence[int] | Sequence[tuple[int, int]] | NDArray[np.int32]) -> Tensor:
-        """Return `values` as int64 on the model's device."""
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.model.device)
 
     @property
     def stepper(self) -> BatchStepper:
@@ -127,24 +125,46 @@ class ModelRunner:
         assert self._stepper is not None, "the cache is not allocated"
         return self._stepper
 
-    def _embed(self, group: list[Span]) -> Tensor:
+    def _embed(self, group: list[Span], ids: Tensor) -> Tensor:
         """Return the embeddings [all tokens, hidden_size] of the spans; only whole prompts contain placeholders."""
         visual = [_make_empty_embeddings(self.model), *(span.state.item.visual for span in group if not span.start)]
-        return self.model.embed(self.to_tensor(np.concatenate([span.ids for span in group])), torch.cat(visual))
+        wanted, found = sum(int((span.ids == IMAGE_ATOM_ID).sum()) for span in group), sum(map(len, visual))
+        assert wanted == found, f"{wanted} placeholders for {found} visual tokens"
+        return self.model.embed(ids, torch.cat(visual))
 
-    def _make_context(self, group: list[Span], starts: Tensor, width: int) -> AttentionContext:
+    def _make_context(self, group: list[Span], batch: _Batch, width: int) -> AttentionContext:
         """Return the context of the tokens of `group`; either all of its spans have a target or none has."""
         cache, longest = self.stepper.cache, max(span.start for span in group)
-        targets = self.to_tensor([span.target for span in group if span.target is not None])
-        if len(targets) and not longest:
-            return Prefill(cache, targets, width)
-        sources = self.to_tensor([span.source for span in group])
-        return Extend(cache, sources, starts, longest, width, targets if len(targets) else None)
+        if len(batch.targets) and not longest:
+            return Prefill(cache, batch.targets, width)
+        targets = batch.targets if len(batch.targets) else None
+        return Extend(cache, batch.sources, batch.starts, longest, width, targets)
+
+
+class _Batch(NamedTuple):
+    """What the device needs of a group of spans: all ids int64[tokens], then int64[B] each, and places int64[n, 2]."""
+
+    ids: Tensor
+    starts: Tensor
+    sources: Tensor
+    targets: Tensor
+    places: Tensor
+
+
+def _upload_spans(group: Sequence[Span], places: Sequence[tuple[int, int]], device: torch.device) -> _Batch:
+    arrays = (
+        np.concatenate([span.ids for span in group]),
+        [span.start for span in group],
+        [span.source for span in group],
+        [span.target for span in group if span.target is not None],
+        np.reshape(places, (-1, 2)),
+    )
+    return _Batch(*upload(device, *(np.asarray(array, np.int64) for array in arrays)))
 
 
 def _encode(model: Ovis, tiles: Sequence[NDArray[np.uint8]], sizes: Sequence[NDArray[np.int32]]) -> Tensor:
-    stacked = [torch.from_numpy(np.stack(arrays)).to(model.device) for arrays in (tiles, sizes)]
-    return model.encode_tiles(model.normalize(*stacked)).flatten(0, 1)
+    on_device = upload(model.device, np.stack(tiles), np.stack(sizes))
+    return model.encode_tiles(model.normalize(*on_device)).flatten(0, 1)
 
 
 def _make_empty_embeddings(model: Ovis) -> Tensor:
@@ -180,12 +200,12 @@ def _make_choice_spans(prompt: Span) -> Iterator[tuple[Span, tuple[int, ...]]]:
 
 def _score(runner: ModelRunner, group: list[Span], choices: Sequence[Sequence[int]], budget: Budget) -> list[float]:
     """Return the natural-log likelihoods of `choices`; each span ends with all tokens of its choice but the last."""
-    hidden = runner.run_spans(group)
     places = [(index, place) for index, choice in enumerate(choices) for place in range(len(choice))]
-    ids, losses = list(chain.from_iterable(choices)), []
-    for part in (slice(start, start + budget.slots) for start in range(0, len(ids), budget.slots)):
-        logits = runner.compute_logits(hidden, places[part]).float()
-        losses.append(F.cross_entropy(logits, runner.to_tensor(ids[part]), reduction="none"))
+    hidden = runner.run_spans(group, places)
+    [wanted] = upload(hidden.device, np.array(list(chain.from_iterable(choices)), np.int64))
+    losses = []
+    for part, ids in zip(torch.split(hidden, budget.slots), torch.split(wanted, budget.slots), strict=True):
+        losses.append(F.cross_entropy(runner.model.llm.compute_logits(part).float(), ids, reduction="none"))
     each = iter(torch.cat(losses).tolist())
     return [-sum(islice(each, len(choice))) for choice in choices]
 

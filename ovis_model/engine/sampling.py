@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovis_model.network.uploads import upload
 from ovis_model.types import SamplingParams
-
-# int64[256]: the eight bits of each byte as eight bytes, so that one lookup unpacks a byte.
-_BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.int64)
 
 
 class RandomStream:
@@ -70,23 +69,23 @@ class Sampler:
         output_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Take the tokens that each request has generated so far as `output_ids`, for the penalty."""
-        self._params, self._streams = params, streams
-        self._sampled = [row for row, p in enumerate(params) if p.temperature > 0]
-        self._constrained = torch.tensor(
-            [row for row, p in enumerate(params) if p.constraint], dtype=torch.int64, device=device
-        )
+        self._streams = [stream for stream, p in zip(streams, params, strict=True) if p.temperature > 0]
+        self._has_constraints = any(p.constraint for p in params)
         self._wants_logprobs = any(p.logprobs for p in params)
+        self._truncates = any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0) for p in params)
+        self._device = device
         self._seen: Tensor | None = None
-        if any(p.repetition_penalty != 1 for p in params):
-            self._penalty = _make_column([p.repetition_penalty for p in params], device)
-            self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-            for row, ids in enumerate(output_ids or ()):
-                self._seen[row, list(ids)] = True
+        has_penalty = any(p.repetition_penalty != 1 for p in params)
+        if self._streams or self._has_constraints or has_penalty:
+            self._columns, seen = _upload_columns(params, vocab_size, device, output_ids or ())
+            if has_penalty:
+                self._seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
+                self._seen[tuple(seen)] = True
 
     @property
     def is_greedy(self) -> bool:
         """Whether all requests choose as `choose_greedily`."""
-        return not self._sampled and self._seen is None and not len(self._constrained)
+        return not self._streams and self._seen is None and not self._has_constraints
 
     def __call__(self, logits: Tensor, masks: Future[NDArray[np.uint8]] | None = None) -> Choice:
         """Choose a token per request: [B, vocab_size] -> Choice.
@@ -94,53 +93,93 @@ class Sampler:
         `masks` are those of `Guides.masks`, for the requests with a constraint.
         """
         raw = logits.float()
-        scores = self._apply_penalty(raw if masks is None else self._apply_masks(raw, masks.result()))
+        keys, allowed = self._upload_keys(masks)
+        scores = self._apply_penalty(raw if masks is None else self._apply_masks(raw, allowed))
         ids = scores.argmax(-1)
-        if self._sampled:
-            ids[self._sampled] = self._draw(scores[self._sampled])
+        if self._streams:
+            ids[self._columns.sampled] = self._draw(scores[self._columns.sampled], keys)
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
         return Choice(ids, _gather_logprobs(raw, ids) if self._wants_logprobs else torch.full_like(raw[:, 0], math.nan))
 
-    def _apply_masks(self, logits: Tensor, masks: NDArray[np.uint8]) -> Tensor:
+    def _upload_keys(self, masks: Future[NDArray[np.uint8]] | None) -> Sequence[Tensor]:
+        """Draw the keys of this step, wait for its masks, and copy both to the device."""
+        keys = np.array([stream.draw_key() for stream in self._streams], np.int64)
+        bits = np.empty((0, 0), np.uint8) if masks is None else masks.result()
+        return upload(self._device, keys, bits) if keys.size or bits.size else (torch.empty(0), torch.empty(0))
+
+    def _apply_masks(self, logits: Tensor, masks: Tensor) -> Tensor:
         allowed = torch.ones_like(logits, dtype=torch.bool)
-        allowed[self._constrained] = unpack_masks(torch.from_numpy(masks).to(logits.device), logits.shape[1])
+        allowed[self._columns.constrained] = unpack_masks(masks, logits.shape[1])
         return torch.where(allowed, logits, -math.inf)
 
     def _apply_penalty(self, logits: Tensor) -> Tensor:
         if self._seen is None:
             return logits
-        lowered = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
+        penalty = self._columns.penalty
+        lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
         return torch.where(self._seen, lowered, logits)
 
-    def _draw(self, scores: Tensor) -> Tensor:
-        params = [self._params[row] for row in self._sampled]
-        scores = scores / _make_column([p.temperature for p in params], scores.device)
-        keys = torch.tensor([self._streams[row].draw_key() for row in self._sampled], device=scores.device)
+    def _draw(self, scores: Tensor, keys: Tensor) -> Tensor:
+        scores = scores / self._columns.temperature
         noise = make_gumbel_noise(keys, scores.shape[1])
-        if all(p.top_p == 1 and p.top_k == 0 for p in params):
+        if not self._truncates:
             return (scores + noise).argmax(-1)
         probabilities, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        kept = _truncate(probabilities, params)
+        kept = _truncate(probabilities, self._columns.top_k, self._columns.top_p)
         best = (kept.log() + noise.gather(1, order)).argmax(-1, keepdim=True)
         return order.gather(1, best).squeeze(1)
 
 
-def _truncate(sorted_p: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+class _Columns(NamedTuple):
+    """Parameters on the device: row numbers of the S sampled and the constrained requests, and columns of values."""
+
+    sampled: Tensor  # int64[S]
+    constrained: Tensor  # int64[C]
+    temperature: Tensor  # float32[S, 1]
+    top_k: Tensor  # int64[S, 1]; vocab_size keeps every token
+    top_p: Tensor  # float32[S, 1]
+    penalty: Tensor  # float32[B, 1]
+
+
+def _upload_columns(
+    params: Sequence[SamplingParams], vocab_size: int, device: torch.device, output_ids: Sequence[Sequence[int]]
+) -> tuple[_Columns, list[Tensor]]:
+    """Return the columns, and rows and ids of the tokens generated so far, int64[n] each."""
+    sampled = [p for p in params if p.temperature > 0]
+    arrays = (
+        np.array([row for row, p in enumerate(params) if p.temperature > 0], np.int64),
+        np.array([row for row, p in enumerate(params) if p.constraint], np.int64),
+        np.array([[p.temperature] for p in sampled], np.float32),
+        np.array([[p.top_k or vocab_size] for p in sampled], np.int64),
+        np.array([[p.top_p] for p in sampled], np.float32),
+        np.array([[p.repetition_penalty] for p in params], np.float32),
+        np.array([row for row, ids in enumerate(output_ids) for _ in ids], np.int64),
+        np.array([token for ids in output_ids for token in ids], np.int64),
+    )
+    *columns, rows, ids = upload(device, *arrays)
+    return _Columns(*columns), [rows, ids]
+
+
+def _truncate(sorted_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Zero what top-k and then top-p exclude from descending probabilities [B, vocab_size]."""
-    vocab_size = sorted_p.shape[1]
-    top_k = _make_column([p.top_k or vocab_size for p in params], sorted_p.device)
-    rank = torch.arange(vocab_size, device=sorted_p.device)
+    rank = torch.arange(sorted_p.shape[1], device=sorted_p.device)
     kept = sorted_p.masked_fill(rank >= top_k, 0)
-    top_p = _make_column([p.top_p for p in params], sorted_p.device)
     mass_before = kept.cumsum(-1) - kept
     return kept.masked_fill((mass_before >= top_p * kept.sum(-1, keepdim=True)) & (top_p < 1), 0)
 
 
 def unpack_masks(masks: Tensor, vocab_size: int) -> Tensor:
     """Unpack bits, the lowest first: uint8[B, bytes] -> bool[B, vocab_size]."""
-    bits = torch.from_numpy(_BITS_OF_BYTE).to(masks.device).index_select(0, masks.flatten().int())
+    bits = _load_bits(masks.device).index_select(0, masks.flatten().int())
     return bits.view(torch.bool).view(len(masks), -1)[:, :vocab_size]
+
+
+@cache
+def _load_bits(device: torch.device) -> Tensor:
+    """Return int64[256]: the eight bits of each byte as eight bytes, so that one lookup unpacks a byte."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.int64)
+    return torch.from_numpy(bits).to(device)
 
 
 def make_gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
@@ -163,7 +202,3 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def _to_signed(constant: int) -> int:
     return constant - (1 << 64)
-
-
-def _make_column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)[:, None]

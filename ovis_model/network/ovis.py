@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -73,7 +75,7 @@ class Ovis(nn.Module):
         A table applies CLIP's mean and standard deviation, bitwise as the original does. The border around a crop
         becomes 0, the mean colour, because the original pads after normalization.
         """
-        table = torch.from_numpy(build_normalization_table()).to(self.device, self.pass_dtype)
+        table = _load_normalization_table(self.device, self.pass_dtype)
         pixels = torch.empty(tiles.shape, dtype=table.dtype, device=table.device)
         for channel in range(3):
             bytes_ = tiles[:, channel]
@@ -100,16 +102,19 @@ class Ovis(nn.Module):
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
         """Embed ids with placeholders: int64[T], visual embeddings [n, hidden_size] -> [T, hidden_size].
 
-        The n atoms of `input_ids` take the n embeddings of `visual` in order.
+        The n atoms of `input_ids` take the n embeddings of `visual` in order. Raise IndexError on a CPU if there are
+        fewer embeddings.
         """
-        atoms, indicators = input_ids == IMAGE_ATOM_ID, input_ids <= IMAGE_START_ID
-        assert int(atoms.sum()) == visual.shape[0], (
-            f"{int(atoms.sum())} placeholders for {visual.shape[0]} visual tokens"
-        )
+        # All lookups are for all tokens: to pick some by a mask, the host would wait until the device has counted them.
         embeds: Tensor = self.llm.model.embed_tokens(input_ids.clamp(min=0))
-        indicator_rows = self.config.vision.num_visual_words + IMAGE_START_ID - input_ids[indicators]
-        embeds = embeds.masked_scatter(atoms[:, None], visual.to(embeds.dtype))
-        return embeds.masked_scatter(indicators[:, None], self.vte(indicator_rows))
+        words = self.config.vision.num_visual_words
+        indicators = self.vte((words + IMAGE_START_ID - input_ids).clamp(min=words))
+        embeds = torch.where((input_ids <= IMAGE_START_ID)[:, None], indicators, embeds)
+        if not len(visual):
+            return embeds
+        atoms = input_ids == IMAGE_ATOM_ID
+        order = (atoms.cumsum(0) - 1).clamp(min=0)
+        return torch.where(atoms[:, None], visual.to(embeds.dtype).index_select(0, order), embeds)
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
         """Compute logits: [B, T, hidden_size], int64[B, T] -> [B, T, vocab_size], in training and to score texts."""
@@ -123,6 +128,11 @@ def _mask_borders(tile_sizes: Tensor, side: int, dtype: torch.dtype) -> Tensor:
     within = (at >= start[..., None]) & (at < (start + tile_sizes)[..., None])  # [N, 2, S]
     rows, columns = within.to(dtype).unbind(1)
     return rows[:, :, None] * columns[:, None, :]
+
+
+@cache
+def _load_normalization_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(build_normalization_table()).to(device, dtype)
 
 
 def build_normalization_table() -> NDArray[np.float32]:
