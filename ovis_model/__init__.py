@@ -4,8 +4,9 @@
     grammar    constraints on answers                 never torch
     network    the model in plain torch               never Pillow
     engine     batched generation with one replica    never Pillow
+    training   losses and updates of the network      never Pillow
 
-All four use `types`, `config`, `checkpoint`, `tokenizer`, `sizing` and `child_process`. `__all__` lists the Python API.
+All five use `types`, `config`, `checkpoint`, `tokenizer`, `sizing` and `child_process`. `__all__` lists the Python API.
 Each name is imported on first use, so preparing model input never loads torch.
 """
 

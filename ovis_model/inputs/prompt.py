@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from ovis_model.types import (
     ROW_SEPARATOR_ID,
     Grid,
 )
+
+Turn = tuple[str, str | None]
+"""A role ("system", "user" or "assistant") and its text."""
 
 IMAGE_MARK = "<image>"
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
@@ -85,6 +89,41 @@ class ChatTokenizer:
     def encode_answer(self, text: str) -> list[int]:
         """Encode the answer `text` to a prompt, including the end of the turn."""
         return [*self._encode(text), self._end]
+
+    def encode_dialogue(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> tuple[list[int], list[bool]]:
+        """Encode turns; return their ids, one atom per tile, and which ids a model learns: answers with their ends.
+
+        A dialogue without its last answer is a prompt, and equals that of `encode_prompt`, if "assistant" with the text
+        None ends it. Marks in the turns of users become images. Raise ValueError as `encode_prompt` does.
+        """
+        marks = [text.count(IMAGE_MARK) if role == "user" and text else 0 for role, text in turns]
+        check_num_marks(sum(marks), len(grids))
+        ids: list[int] = []
+        is_learnt: list[bool] = []
+        for (role, text), at, count in zip(turns, accumulate(marks, initial=0), marks, strict=False):
+            head, body = self._encode_turn(role, text, grids[at : at + count])
+            between = self._encode("\n") if ids else []
+            ids += [*between, *head, *body]
+            is_learnt += [False] * (len(between) + len(head)) + [role == "assistant"] * len(body)
+        return ids, is_learnt
+
+    def encode_caption(self, template: str, caption: str, grids: Sequence[Grid]) -> tuple[list[int], list[bool]]:
+        """Encode a caption after a `template` with one mark per image, without roles and without an end.
+
+        Return ids and which of them a model learns, as `encode_dialogue` does.
+        """
+        head, body = self._encode_query(template, grids), self._encode(caption)
+        return head + body, [False] * len(head) + [True] * len(body)
+
+    def _encode_turn(self, role: str, text: str | None, grids: Sequence[Grid]) -> tuple[list[int], list[int]]:
+        """Encode what opens a turn, and the rest, which a model learns if it is an answer."""
+        if role == "assistant":
+            return [self._start, *self._encode("assistant\n")], [] if text is None else self.encode_answer(text)
+        query = f"{role}\n{text}"
+        return [self._start], [
+            *(self._encode_query(query, grids) if role == "user" else self._encode(query)),
+            self._end,
+        ]
 
     def _encode_query(self, query: str, grids: Sequence[Grid]) -> list[int]:
         first, *others = query.split(IMAGE_MARK)

@@ -36,7 +36,10 @@ class LayerKernels(Protocol):
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return x + residual, which may overwrite `x`, and its norm; all are contiguous [..., size]."""
+        """Return x + residual and its norm; all are contiguous [..., size].
+
+        Without gradients the sum may overwrite `x`.
+        """
         ...
 
     def apply_gate(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -75,8 +78,8 @@ class TorchKernels:
         return weight * torch.rms_norm(x, weight.shape, None, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Overwrite `x` with the sum, then normalize it."""
-        total = x.add_(residual)
+        """Overwrite `x` with the sum, except while gradients are recorded, then normalize it."""
+        total = add_residual(x, residual)
         return total, self.apply_rms_norm(total, weight, eps)
 
     def apply_gate(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -106,6 +109,14 @@ class TorchKernels:
         for out, part, scale in zip(*(torch.split(each, step) for each in (values, x, scales)), strict=True):
             out.copy_(part / scale)
         return values, scales
+
+
+def add_residual(x: Tensor, residual: Tensor) -> Tensor:
+    """Return x + residual. The sum overwrites `x`, except while gradients are recorded.
+
+    Recomputing a layer in the backward pass needs its inputs as they were.
+    """
+    return x + residual if torch.is_grad_enabled() else x.add_(residual)
 
 
 TORCH = TorchKernels()

@@ -5,6 +5,7 @@ Attribute names are those of AIDC-AI's checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -132,6 +133,7 @@ class DecoderLayer(KernelModule):
         self.index, self.head_dim, self.eps = index, config.head_dim, config.rms_norm_eps
         self.heads = (config.num_attention_heads // shard.size, shard.to_local(config).num_key_value_heads)
         self.shard = shard
+        self.adapter: Callable[[LayerWeights], LayerWeights] | None = None  # what training adds to the matrices
         self._weights: LayerWeights | None = None
 
     def fuse(self) -> None:
@@ -172,7 +174,8 @@ class DecoderLayer(KernelModule):
         gate_up, _ = mlp.gate_up.stack(self.kernels)
         o, down = (make_matrix(x.weight, get_scales(x), self.kernels) for x in (attention.o_proj, mlp.down_proj))
         norms = self.input_layernorm.weight, self.post_attention_layernorm.weight
-        return LayerWeights(norms[0], qkv, qkv_bias, o, norms[1], gate_up, down)
+        weights = LayerWeights(norms[0], qkv, qkv_bias, o, norms[1], gate_up, down)
+        return weights if self.adapter is None else self.adapter(weights)
 
 
 class SelfAttention(nn.Module):

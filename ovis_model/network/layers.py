@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ovis_model.network.kernels import TORCH, LayerKernels
+from ovis_model.network.kernels import TORCH, LayerKernels, add_residual
 from ovis_model.network.quantization import Fp8Matrix, Matrix, get_scales
 
 WIDENED_VALUES = 1 << 22
@@ -41,7 +41,10 @@ class RMSNorm(KernelModule):
         return self.kernels.apply_rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + residual, which may overwrite `x`, and its norm; without `x`, the residual and its norm."""
+        """Return x + residual and its norm; without `x`, the residual and its norm.
+
+        Without gradients the sum may overwrite `x`.
+        """
         if x is None:
             return residual, self(residual)
         return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
@@ -65,7 +68,7 @@ class PatchNorm(RMSNorm):
         """Return the sum and its norm, as `RMSNorm.add` does."""
         if x is None or x.dtype != torch.float32:
             return super().add(x, residual)
-        total = x.add_(residual)
+        total = add_residual(x, residual)
         return total, self(total)
 
 
@@ -80,17 +83,20 @@ def lay_out(weight: Tensor) -> Tensor:
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply `x` [..., in] by `weight` [out, in], in the dtype of `x` whatever the dtype of the weight."""
-    if x.dtype == weight.dtype:
+    """Multiply `x` [..., in] by `weight` [out, in], in the dtype of `x` whatever the dtype of the weight.
+
+    Under autocast, as in training, that decides the dtype.
+    """
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return _multiply_widened(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
 
 
 def project(tokens: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     """Multiply tokens [N, in] by a matrix [in, out] like `apply_linear`, without the overhead of `F.linear`."""
-    if isinstance(matrix, Fp8Matrix):
+    if not isinstance(matrix, Tensor):
         return matrix.multiply(tokens, bias)
-    if tokens.dtype != matrix.dtype:
+    if tokens.dtype != matrix.dtype and not torch.is_autocast_enabled(tokens.device.type):
         return _multiply_widened(tokens, matrix, bias)
     return torch.mm(tokens, matrix) if bias is None else torch.addmm(bias, tokens, matrix)
 

@@ -92,12 +92,15 @@ class Ovis(nn.Module):
         return self.shard.distribute(pixels, self._encode_tiles)
 
     def _encode_tiles(self, pixels: Tensor) -> Tensor:
-        features, table = self.visual_tokenizer.compute_features(pixels), self.vte.weight
+        features = self.visual_tokenizer.compute_features(pixels)
         chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
-        probabilities = map(self.visual_tokenizer.compute_probabilities, chunks)
+        return torch.cat([self.embed_features(chunk) for chunk in chunks]).view(*features.shape[:2], -1)
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """Embed merged features by head and table: [n, hidden_stride^2 * width] -> [n, hidden_size]."""
+        probabilities, table = self.visual_tokenizer.compute_probabilities(features), self.vte.weight
         # The words come first in the table; without padding of the head, only they have a probability.
-        embeds = [apply_linear(chunk, table[: chunk.shape[1]].t()).to(table.dtype) for chunk in probabilities]
-        return torch.cat(embeds).view(*features.shape[:2], table.shape[1])
+        return apply_linear(probabilities, table[: probabilities.shape[1]].t()).to(table.dtype)
 
     def embed(self, input_ids: Tensor, visual: Tensor) -> Tensor:
         """Embed ids with placeholders: int64[T], visual embeddings [n, hidden_size] -> [T, hidden_size].
@@ -109,7 +112,7 @@ class Ovis(nn.Module):
         embeds: Tensor = self.llm.model.embed_tokens(input_ids.clamp(min=0))
         words = self.config.vision.num_visual_words
         indicators = self.vte((words + IMAGE_START_ID - input_ids).clamp(min=words))
-        embeds = torch.where((input_ids <= IMAGE_START_ID)[:, None], indicators, embeds)
+        embeds = torch.where((input_ids <= IMAGE_START_ID)[:, None], indicators.to(embeds.dtype), embeds)
         if not len(visual):
             return embeds
         atoms = input_ids == IMAGE_ATOM_ID

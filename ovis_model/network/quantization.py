@@ -5,7 +5,7 @@ Sums are in float32 on every device, so a CPU gives the answers of a GPU but for
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,16 @@ class Fp8Matrix(NamedTuple):
         return product
 
 
-Matrix = Tensor | Fp8Matrix
-"""What a linear layer multiplies with: [in, out] in the model's dtype, or an FP8 matrix."""
+class Multiplier(Protocol):
+    """A matrix that is not a plain tensor: in FP8, or with a trained addition."""
+
+    def multiply(self, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply tokens [N, in] -> [N, out]."""
+        ...
+
+
+Matrix = Tensor | Multiplier
+"""What a linear layer multiplies with: [in, out] in the model's dtype, or something that multiplies itself."""
 
 
 def quantize_shapes(linear: nn.Linear) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ovis_model.config import VisionConfig
 from ovis_model.network.attention import choose_kernels
+from ovis_model.network.kernels import add_residual
 from ovis_model.network.layers import KernelModule, Linear, PatchNorm, apply_linear
 
 HEAD_CHUNK_TOKENS = 1024
@@ -136,7 +137,7 @@ class Trunk(nn.Module):
             hidden, update = block(hidden, update)
         if self.applies_post_trunk_norm:
             return self.post_trunk_norm.add(update, hidden)[1]
-        return hidden if update is None else update.add_(hidden)
+        return hidden if update is None else add_residual(update, hidden)
 
 
 class Block(nn.Module):
