@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +54,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: value.to(device) for name, value in values if isinstance(value, Tensor)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)})
 
 
 def collate(examples: Sequence[TrainingExample], config: VisionConfig) -> Batch:
@@ -67,9 +67,11 @@ def collate(examples: Sequence[TrainingExample], config: VisionConfig) -> Batch:
         raise ValueError("a batch needs at least one example")
     families = [list(family) for _, family in groupby(examples, _identify_images)]
     rows = list(_lay_out(families))
-    joined = (torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in zip(*rows, strict=True))
+    parts = zip(_Row._fields, zip(*rows, strict=True), strict=True)
+    joined = {name: torch.from_numpy(np.concatenate(arrays).astype(np.int64)) for name, arrays in parts}
+    tiles, tile_sizes = _join_tiles([family[0] for family in families], config.image_size)
     lengths = tuple(len(example.input_ids) for example in examples)
-    return Batch(*joined, lengths, *_join_tiles([family[0] for family in families], config.image_size))
+    return Batch(**joined, lengths=lengths, tiles=tiles, tile_sizes=tile_sizes)
 
 
 class _Row(NamedTuple):

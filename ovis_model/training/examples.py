@@ -137,9 +137,9 @@ class ExampleBuilder:
         _check_pair(chosen, rejected)
         prompt = [*_complete(turns, len(images.grids)), ("assistant", None)]
         ids = self._expand(self._chat.encode_dialogue(prompt, images.grids)[0])
-        answers = [np.array(self._chat.encode_answer(text), np.int32) for text in (chosen, rejected)]
-        self._check_length(len(ids) + max(map(len, answers)))
-        return PreferenceExample(ids, *answers, images.tiles, images.sizes)
+        chosen_ids, rejected_ids = (np.array(self._chat.encode_answer(text), np.int32) for text in (chosen, rejected))
+        self._check_length(len(ids) + max(len(chosen_ids), len(rejected_ids)))
+        return PreferenceExample(ids, chosen_ids, rejected_ids, images.tiles, images.sizes)
 
     def _make_example(self, ids: Sequence[int], is_learnt: Sequence[bool], images: TiledImages) -> TrainingExample:
         labels = [i if learnt else IGNORED_LABEL for i, learnt in zip(ids, is_learnt, strict=True)]

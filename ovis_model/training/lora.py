@@ -107,13 +107,13 @@ def add_adapters(network: Ovis, config: LoraConfig, generator: torch.Generator |
 
     Without training, the network computes what it computed before. The generator is the CPU's.
     """
-    for layer in network.llm.model.layers:
+    for layer in _list_layers(network):
         layer.adapter = LayerAdapter(layer, config, generator)
 
 
 def remove_adapters(network: Ovis) -> None:
     """Remove the adapters, so that the network computes what its base computes."""
-    for layer in network.llm.model.layers:
+    for layer in _list_layers(network):
         layer.adapter = None
 
 
@@ -172,6 +172,10 @@ def _list_adapters(network: Ovis) -> Iterator[tuple[str, Adapter]]:
         if isinstance(module, Adapter):
             layer, projection = name.split(".adapter.")
             yield f"{layer}.{'self_attn' if projection in _ATTENTION_TARGETS else 'mlp'}.{projection}", module
+
+
+def _list_layers(network: Ovis) -> list[DecoderLayer]:
+    return [layer for layer in network.llm.model.layers if isinstance(layer, DecoderLayer)]
 
 
 def _list_projections(layer: DecoderLayer) -> Iterator[tuple[str, nn.Linear]]:
