@@ -14,6 +14,7 @@ from jobs.config_file import ConfigFile
 from jobs.options import Option, list_options, list_sections
 from jobs.usage import HelpFormatter, Parser
 from jobs.usage_errors import describe_errors, describe_os_error
+from ovis_model.wording import count_nouns
 from pipelines.config import RunConfig, Section
 
 Config = TypeVar("Config", bound=Section)
@@ -138,7 +139,7 @@ def _describe_paths(paths: list[str], positionals: list[str]) -> str:
     *firsts, last = map(str.upper, positionals or ["no argument without a flag"])
     wanted = " and ".join([*[", ".join(firsts)] * bool(firsts), last])
     more = "; quote a glob, or give further inputs with --input" if len(paths) > 2 and "input" in positionals else ""
-    return f"got {len(paths)} path{'s' * (len(paths) > 1)}, {given}; give {wanted}{more}"
+    return f"got {count_nouns(len(paths), 'path')}, {given}; give {wanted}{more}"
 
 
 def _validate(command: Command[Config], values: dict[str, Any], file: ConfigFile, parser: Parser) -> Config:

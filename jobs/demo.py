@@ -9,17 +9,21 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from demo.drawings import make_picture
 from jobs.command_line import Command, parse_command_line
+from jobs.usage import BAD_USAGE
+from ovis_model.wording import count_nouns
 from pipelines.config import Location, Section, declare_option
+from pipelines.output.run_record import check_replaceable
 from pipelines.output.sink import read_results
 
+CAPTIONS = "captions"
 SHOWN = 12
 SEEDS_APART = 1_000_000  # two --seed values share no image
 
@@ -32,6 +36,13 @@ class DemoOptions(Section):
     output: Location = declare_option("demo_output", description="directory for the images and their captions")
     count: PositiveInt = declare_option(200, description="number of images to draw")
     seed: int = declare_option(1, description="random seed; each seed draws other images")
+
+    @field_validator("output")
+    @classmethod
+    def _check_local(cls, output: str) -> str:
+        if "://" in output:
+            raise ValueError(f"{output} is a URI; give a local directory")
+        return output
 
 
 COMMAND = Command(
@@ -61,14 +72,25 @@ class Comparison:
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.demo") -> int:
     """Run the job -> its exit code."""
     options = parse_command_line(COMMAND, argv, prog)
-    return run_demo(Path(options.output), options.count, options.seed)
+    output = Path(options.output)
+    return run_checked(output / CAPTIONS, lambda: run_demo(output, options.count, options.seed))
+
+
+def run_checked(results: Path, job: Callable[[], int]) -> int:
+    """Run a job that overwrites the run in `results` -> its exit code; that of wrong usage if it cannot."""
+    try:
+        check_replaceable(str(results))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_USAGE
+    return job()
 
 
 def run_demo(output: Path, count: int, seed: int) -> int:
     """Draw, caption and compare -> the exit code: 0, or 1 if the captioning job failed."""
-    pictures, captions = output / "pictures", output / "captions"
+    pictures, captions = output / "pictures", output / CAPTIONS
     truths = draw_pictures(pictures, count, seed)
-    print(f"drew {count} images into {pictures}; no training image had their captions", flush=True)
+    print(f"drew {count_nouns(count, 'image')} into {pictures}; no training image had the same caption", flush=True)
     if exit_code := _run_captioning(pictures, captions):
         print(f"error: the captioning job failed with exit code {exit_code}; its messages are above")
         return 1

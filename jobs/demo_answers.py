@@ -14,11 +14,12 @@ from typing import Any
 
 from demo.drawings import make_picture, make_questions
 from jobs.command_line import Command, parse_command_line
-from jobs.demo import SEEDS_APART, DemoOptions, run_module
+from jobs.demo import SEEDS_APART, DemoOptions, run_checked, run_module
 from pipelines.config import Location, declare_option
 from pipelines.output.sink import read_results
 
 TASKS = Path(__file__).parents[1] / "demo" / "tasks.yaml"
+ANSWERS = "answers"
 TRUTHS = {"is_so": "is_so_truth", "count": "count_truth", "background": "background_truth"}
 
 
@@ -40,12 +41,13 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.demo_answers") -> int:
     """Run the job -> its exit code."""
     options = parse_command_line(COMMAND, argv, prog)
-    return run_demo_answers(Path(options.output), options.count, options.seed)
+    output = Path(options.output)
+    return run_checked(output / ANSWERS, lambda: run_demo_answers(output, options.count, options.seed))
 
 
 def run_demo_answers(output: Path, count: int, seed: int) -> int:
     """Draw, annotate and report -> the exit code: 0, or that of the job that failed."""
-    listed, answers = draw_questioned_images(output, count, seed), output / "answers"
+    listed, answers = draw_questioned_images(output, count, seed), output / ANSWERS
     options = ["--tasks", str(TASKS), "--model", "demo", "--keep-columns", ",".join(TRUTHS.values()), "--overwrite"]
     truths = [part for task, column in TRUTHS.items() for part in ("--truth", f"{task}={column}")]
     exit_code = run_module("jobs.annotate", str(listed), str(answers), *options)

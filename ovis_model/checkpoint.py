@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -104,8 +105,7 @@ def _hash_samples(path: Path, digest: Any) -> None:
 
 def _fetch_hub(repo_id: str, revision: str | None, *, weights: bool) -> Path:
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"ovis2-{repo_id.replace('/', '--')}.lock"):
+    with _lock_cache(cache, f"ovis2-{repo_id.replace('/', '--')}.lock", "HF_HOME"):
         try:
             directory = _download(repo_id, revision, weights=weights)
         except Exception as error:  # the hub client has no common base: network, HTTP, cache and repository errors
@@ -160,8 +160,7 @@ def _fetch_uri(uri: str, *, weights: bool) -> Path:
     fs, root = open_file_system(uri)
     cache = Path(os.environ.get("OVIS2_CACHE", "~/.cache/ovis2")).expanduser()
     target = cache / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:24]
-    target.mkdir(parents=True, exist_ok=True)
-    with FileLock(target / ".lock"):
+    with _lock_cache(target, ".lock", "OVIS2_CACHE"):
         try:
             listing = [info for info in fs.ls(root, detail=True) if info["type"] == "file"]
         except FileNotFoundError:
@@ -178,6 +177,28 @@ def _fetch_uri(uri: str, *, weights: bool) -> Path:
     if not (target / "config.json").exists():
         raise CheckpointError(f"model {uri!r} has no config.json: it is not a checkpoint")
     return target
+
+
+@contextmanager
+def _lock_cache(directory: Path, name: str, setting: str) -> Iterator[None]:
+    """Create a cache directory and hold its lock; a read-only one needs no lock, since no process changes it.
+
+    Raise CheckpointError that names the environment variable `setting` if the directory cannot be created.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache of models {directory} cannot be created ({error.strerror}); set {setting} to a writable "
+            "directory"
+        ) from error
+    lock = FileLock(directory / name)
+    with suppress(OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _list_patterns(weights: bool) -> list[str]:

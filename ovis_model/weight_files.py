@@ -16,6 +16,7 @@ from ovis_model.checkpoint import (
     open_file_system,
     read_weight_index,
 )
+from ovis_model.wording import count_nouns
 
 _SUFFIX = ".safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5")
@@ -39,14 +40,14 @@ def check_weight_files(path_or_id: str, revision: str | None = None) -> None:
         )
     if missing := sorted(names - files.names):
         raise CheckpointError(
-            f"{path_or_id} lacks {len(missing)} of the {len(names)} files that {WEIGHT_INDEX} names, such as "
-            f"{missing[0]}; download the checkpoint again"
+            f"{path_or_id} lacks {len(missing)} of {count_nouns(len(names), 'file')} that {WEIGHT_INDEX} names, such "
+            f"as {missing[0]}; download the checkpoint again"
         )
     stored = {name: files.read_tensor_names(name) for name in sorted(names)}
     if lost := [tensor for tensor, name in index.items() if tensor not in stored[name]]:
         raise CheckpointError(
-            f"{path_or_id}/{index[lost[0]]} lacks {len(lost)} tensors that {WEIGHT_INDEX} expects in it, such as "
-            f"{lost[0]}; download the checkpoint again"
+            f"{path_or_id}/{index[lost[0]]} lacks {count_nouns(len(lost), 'tensor')} that {WEIGHT_INDEX} expects "
+            f"in it, such as {lost[0]}; download the checkpoint again"
         )
 
 
@@ -101,9 +102,10 @@ class _WeightFiles:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise self._not_safetensors(name) from error
         if self.sizes[name] != expected:
+            size = count_nouns(self.sizes[name], "byte")
             raise CheckpointError(
-                f"{self.checkpoint}/{name} has {self.sizes[name]:,} bytes instead of {expected:,}: the copy is "
-                "incomplete; download it again"
+                f"{self.checkpoint}/{name} has {size} instead of {expected:,}: the copy is incomplete; download it "
+                "again"
             )
         return set(tensors)
 
@@ -119,6 +121,5 @@ class _WeightFiles:
             raise CheckpointError(f"cannot read {path} of model {self.checkpoint!r}: {reason}") from error
 
     def _not_safetensors(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.checkpoint}/{name} ({self.sizes[name]:,} bytes) is not a safetensors file; download it again"
-        )
+        size = count_nouns(self.sizes[name], "byte")
+        return CheckpointError(f"{self.checkpoint}/{name} ({size}) is not a safetensors file; download it again")

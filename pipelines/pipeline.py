@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ovis_model.inputs.resample import load_resampler
+from ovis_model.wording import count_nouns
 from pipelines import schema
 from pipelines.checks import check_model, describe_models, resolve_model_paths
 from pipelines.cluster.attempts import RemoteAttempts, read_kept_rows, start_attempt_counts
@@ -31,7 +32,7 @@ from pipelines.output.compact import drop_error_rows
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, Ranges, count_rows, split_ranges
 from pipelines.output.manifest import KeptColumns
-from pipelines.output.run_record import Run, acquire_lease, check_dtype, note_unchanged, prepare_run
+from pipelines.output.run_record import PreparedRun, Run, acquire_lease, check_dtype, note_unchanged, prepare_run
 from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import Plan, plan_run
 from pipelines.preprocess import Preprocess
@@ -94,12 +95,20 @@ def _start_run(
     with prepared:
         num_rows = count_rows(prepared.missing) + config.retry_errors * prepared.ledger.num_errors
         if not num_rows:
+            logger.warning(_describe_done(prepared))
             return prepared.start(lease), prepared.ledger, None
         with note_unchanged():
             session.enter_context(open_ray_session())
             plan = plan_run(config, num_rows)
             check_dtype(prepared.output, prepared.record, plan.dtype)
         return prepared.start(lease, settled_dtype=plan.dtype, status="running", counts=None), prepared.ledger, plan
+
+
+def _describe_done(prepared: PreparedRun) -> str:
+    done = count_nouns(prepared.record["num_rows"], "row is", "rows are")
+    failed = count_nouns(prepared.ledger.num_errors, "error row")
+    errors = f", {failed} among them; --retry-errors runs error rows again" if prepared.ledger.num_errors else ""
+    return f"nothing to do: {done} in OUTPUT already{errors}"
 
 
 def _list_cut_rows(
@@ -122,7 +131,7 @@ def _write_missing_rows(
 ) -> tuple[Ledger, RunProgress]:
     remove_temporaries(run.data_uri)
     if config.retry_errors:
-        logger.warning("retrying %d error rows", drop_error_rows(run.output, lease))
+        logger.warning("retrying %s", count_nouns(drop_error_rows(run.output, lease), "error row"))
         ledger = Ledger.read(run.data_uri)
     with RunProgress(run.num_rows, count_rows(ledger.done)) as progress:
         if plan is not None:
@@ -152,7 +161,8 @@ def _write_in_passes(
     written = Ledger.read(run.data_uri)  # read back from the store, not taken from memory
     if missing := written.find_missing(run.num_rows):
         raise RowsLost(
-            f"{count_rows(missing)} of {run.num_rows} rows are missing after {MAX_PASSES} passes: {missing[:5]}"
+            f"{count_rows(missing)} of {count_nouns(run.num_rows, 'row')} are missing after {MAX_PASSES} passes: "
+            f"{missing[:5]}"
         )
 
 
@@ -162,7 +172,8 @@ def _plan_again(config: RunConfig, run: Run, missing: Ranges) -> Plan:
         plan = plan_run(config, count_rows(missing))
         check_dtype(run.output, run.record, plan.dtype)
     except (ResourceError, RunError) as error:
-        raise ClusterChanged(f"{count_rows(missing)} rows were lost with a node, and {error}") from error
+        lost = count_nouns(count_rows(missing), "row was", "rows were")
+        raise ClusterChanged(f"{lost} lost with a node, and {error}") from error
     return plan
 
 

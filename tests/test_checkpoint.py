@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from ovis_model.checkpoint import CheckpointError, describe_checkpoint, fetch_ch
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from tests.support.golden_data import checkpoint_dir
+from tests.support.roots import ROOT
 
 SOURCE = checkpoint_dir("tiny56-tied")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -83,6 +87,31 @@ def test_a_hub_id_is_loaded_from_the_cache_offline(tmp_path: Path, monkeypatch: 
     assert OvisEngine.from_pretrained("AIDC-AI/Ovis2-tiny", device="cpu", revision=COMMIT).model
     with pytest.raises(CheckpointError, match="cannot fetch 'AIDC-AI/Ovis2-none'"):
         fetch_checkpoint("AIDC-AI/Ovis2-none")
+
+
+READ_ONLY = ("unshare", "-m", "sh", "-c", 'mount --bind -o ro "$0" "$0" && exec "$@"')
+
+
+def test_a_cache_on_a_read_only_disk_is_used(tmp_path: Path) -> None:
+    if subprocess.run((*READ_ONLY, tmp_path, "true"), capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not permit mounts")
+    repository = tmp_path / "hub" / "models--AIDC-AI--Ovis2-tiny"
+    shutil.copytree(SOURCE, repository / "snapshots" / COMMIT)
+    fetch = f"from ovis_model.checkpoint import *; print(fetch_checkpoint('AIDC-AI/Ovis2-tiny', '{COMMIT}'))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = (*READ_ONLY, tmp_path, sys.executable, "-c", fetch)
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(repository / "snapshots" / COMMIT)
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "model"), [("HF_HOME", "AIDC-AI/Ovis2-tiny"), ("OVIS2_CACHE", "memory://models/x")]
+)
+def test_a_cache_that_cannot_be_created_is_refused(setting: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(setting, "/proc/nothing/cache")
+    with pytest.raises(CheckpointError, match=f"cannot be created .*; set {setting} to a writable directory"):
+        fetch_checkpoint(model)
 
 
 def test_other_weights_change_the_description(tmp_path: Path) -> None:

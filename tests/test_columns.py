@@ -52,10 +52,13 @@ def test_the_limit_counts_over_all_inputs(inputs: list[Path], limit: int | None)
         assert [row["id"] for row in list_input(*inputs, limit=limit)] == [row["id"] for row in everything[:limit]]
 
 
-def test_braces_in_a_prompt_are_text_for_inputs_without_columns(inputs: list[Path], tmp_path: Path) -> None:
+def test_braces_in_a_prompt_are_text_for_inputs_without_columns(
+    inputs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     prompt = 'Answer as {"n": number} }'
     write_tar(tmp_path / "bare.tar", [("1.jpg", b"")])
     assert {row["prompt"] for row in list_input(inputs[0], tmp_path / "bare.tar", prompt=prompt)} == {prompt}
+    assert 'no columns, so the prompt\'s {"n": number} is sent as it is' in caplog.text
     with pytest.raises(SourceError, match="no column n; its columns: none"):
         list_input(inputs[0], keep_columns="n")
 

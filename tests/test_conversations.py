@@ -95,8 +95,8 @@ def test_what_is_not_used_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
         ("Why?", 1),
         ("Describe the image.", 1),
     ]
-    assert "2 rows have system turns, answers or further turns" in caplog.text
-    assert "1 rows mark another number of images" in caplog.text
+    assert "2 rows with turns that are not used" in caplog.text
+    assert "1 row with another number of images" in caplog.text
 
 
 def test_a_row_whose_images_are_missing_is_an_error_row(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_row_whose_images_are_missing_is_an_error_row(tmp_path: Path) -> None:
         {"messages": [user(TEXT), ANSWER, user({"type": "image_url", "image_url": {"url": "data:,x"}})]},
     ]
     rows = list_input(write_lines(tmp_path / "a.jsonl", *lines))
-    assert ["marks 1 images" in row["error"] for row in rows] == [True, True, False]
+    assert ["marks 1 image," in row["error"] for row in rows] == [True, True, False]
     assert "only a later turn" in rows[2]["error"]
 
 

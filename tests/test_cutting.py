@@ -131,7 +131,7 @@ def test_parts_that_share_an_id_are_refused(tmp_path: Path, drawn: Path) -> None
     """Two windows of one video that overlap can have a part in common."""
     windows = [f"{drawn}#t=0,2", f"{drawn}#t=1,3"]
     assert len(list_cut(tmp_path / "suffix", *windows, window_s=1, on_duplicate_id="suffix")) == 4
-    with pytest.raises(SourceError, match="1 rows repeat an id"):
+    with pytest.raises(SourceError, match="1 row repeats an id"):
         list_cut(tmp_path, *windows, window_s=1)
 
 

@@ -146,7 +146,7 @@ def test_an_image_folder_is_read_through_its_metadata(tmp_path: Path, caplog: py
     rows = list_input(tmp_path, keep_columns=("about",))
     assert [Path(row["uri"]).name for row in rows] == ["cover.png", *["0.png", "1.png", "2.png"] * 2]
     assert [row["kept"]["about"] for row in rows] == [None, *(f"{s} {i}" for s in ("test", "train") for i in range(3))]
-    assert "8 images below metadata.jsonl" in caplog.text
+    assert "8 images are listed through the rows of metadata.jsonl" in caplog.text
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n")
     with pytest.raises(SourceError, match=r"metadata\.csv.*metadata\.jsonl"):
         list_input(tmp_path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
 
 from demo.drawings import KINDS, Kind, QuestionKind, SceneQuestion, is_held_out, make_picture, make_questions
-from jobs import demo
+from jobs import demo, demo_answers
 from ovis_model.checkpoint import DEMO_DIRECTORY
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
@@ -110,3 +111,20 @@ def test_a_failed_job_exits_with_1(
     monkeypatch.setattr(demo, "_run_captioning", lambda pictures, captions: 2)
     assert demo.run_demo(tmp_path, count=2, seed=1) == 1
     assert "failed with exit code 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job", [demo, demo_answers])
+def test_an_output_that_cannot_be_used_is_refused_before_anything_is_drawn(
+    job: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for results in ("captions", "answers"):
+        (tmp_path / results / "data").mkdir(parents=True)
+        (tmp_path / results / "data" / "mine.txt").touch()
+    assert job.main(["--output", str(tmp_path), "--count", "2"]) == 2
+    assert "mine.txt; use another OUTPUT" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert job.main(["--output", str(tmp_path / "file"), "--count", "2"]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        job.main(["--output", "s3://bucket/demo"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers", "captions", "file"]

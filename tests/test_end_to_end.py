@@ -224,11 +224,14 @@ def test_an_output_of_other_options_is_refused_unless_overwritten(
     assert set(read_results(str(tmp_path / "out")).column("prompt").to_pylist()) == {"Why?"}
 
 
-def test_options_that_do_not_affect_rows_may_change(ray_cluster: None, pictures: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_affect_rows_may_change(
+    ray_cluster: None, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = FakeEngineFactory()
     run_pipeline(make_config(pictures, tmp_path / "out"), make_engine=engine)
     again = run_pipeline(make_config(pictures, tmp_path / "out", rows_per_file=3, num_replicas=2), make_engine=engine)
     assert again.skipped_done == again.rows == 24
+    assert "nothing to do: 24 rows are in OUTPUT already" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from demo.benchmarks import FAMILIES, write_benchmarks
 from jobs import evaluate
+from pipelines.errors import RunError
 from pipelines.evaluation.benchmarks import DATASETS, SIZES
 from pipelines.evaluation.config import IMAGES, PROMPT, EvaluateConfig
 from pipelines.evaluation.files import read_items
@@ -151,7 +152,7 @@ def test_an_error_row_is_wrong_and_counted(tmp_path: Path, caplog: pytest.LogCap
     assert (report.rows, report.error) == (5, 2)
     assert scores["error_rows"].keys() == {"1", "2"} and all(scores["error_rows"].values())
     assert scores["rows"] == dict.fromkeys("01245", 0)
-    assert "1 rows of" in caplog.text and "have no image" in caplog.text
+    assert "left out 1 row of" in caplog.text and "without an image" in caplog.text
 
 
 def test_benchmarks_that_need_a_judge_are_exported(tmp_path: Path) -> None:
@@ -253,3 +254,31 @@ def test_the_standard_error_is_that_of_a_mean() -> None:
     scores = [1] * 300 + [0] * 700
     assert bootstrap_error(scores) == pytest.approx(100 * (0.3 * 0.7 / 1000) ** 0.5, rel=0.1)
     assert bootstrap_error([["Yes", 1], ["No", 1]]) == 0
+
+
+def test_all_benchmarks_are_checked_before_the_first_starts(ray_cluster: None, tmp_path: Path) -> None:
+    """The second one has answers of other options, in OUTPUT; the first one's items are new."""
+    write_tsv(tmp_path / "in" / "MMStar.tsv", make_question(1))
+    run(make_config(tmp_path))
+    copy_golden("MMBench_DEV_EN_V11", tmp_path / "in")
+    with pytest.raises(RunError, match="seed 0 there, 7 here"):
+        run(make_config(tmp_path, benchmark="MMBench_DEV_EN_V11,MMStar", seed=7))
+    assert not (tmp_path / "out" / "runs" / "MMBench_DEV_EN_V11").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"judge": "http://127.0.0.1:9/v1", "judge_model": "x"}, "the judge at .* does not answer"),
+        ({"num_preprocessors": 4000}, "4000 preprocessors are too many"),
+        ({"max_new_tokens": 40_000}, "leaves no room for a prompt"),
+        ({"benchmark": "MMStar,MMBench_DEV_EN_V11"}, r"no MMBench_DEV_EN_V11\.tsv"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_items_are_written(
+    options: dict[str, Any], message: str, ray_cluster: None, tmp_path: Path
+) -> None:
+    write_tsv(tmp_path / "in" / "MMStar.tsv", make_question(1))
+    with pytest.raises(ValueError, match=message):
+        run(make_config(tmp_path, **options))
+    assert not (tmp_path / "out").exists()

@@ -170,7 +170,7 @@ def test_credentials_are_neither_reported_nor_logged(
     list_web_input(f"{secret}/a.tar?signature=abc")
     with pytest.raises(SourceError) as error:
         list_web_input(*[f"{secret}/a.png?signature=abc"] * 2)
-    assert "repeat an id" in str(error.value) and "password" not in str(error.value) + caplog.text
+    assert "repeats an id" in str(error.value) and "password" not in str(error.value) + caplog.text
     assert "signature" not in str(error.value) + caplog.text
 
 

@@ -105,7 +105,7 @@ def test_extend_appends_new_rows_after_the_existing_ones(tmp_path: Path) -> None
 def test_extend_accepts_another_input_and_a_larger_limit(tmp_path: Path) -> None:
     a, b = write_ids(tmp_path / "a.jsonl", ["1", "2", "3"]), write_ids(tmp_path / "b.jsonl", ["4", "5"])
     assert open_output(tmp_path / "out", a, limit=2).num_rows == 2
-    with pytest.raises(RunError, match=r"limit 2 there, None here.*--extend"):
+    with pytest.raises(RunError, match=r"limit 2 there, not set here.*--extend"):
         open_output(tmp_path / "out", a)
     assert open_output(tmp_path / "out", a, extend=True).num_rows == 3
     run = open_output(tmp_path / "out", b, extend=True)
@@ -128,7 +128,7 @@ def test_a_known_id_with_another_image_is_a_duplicate(tmp_path: Path) -> None:
     """Ids that restart in each shard must not pass for rows that the run already has."""
     a, b = write_ids(tmp_path / "a.jsonl", ["1", "2"]), write_ids(tmp_path / "b.jsonl", ["2", "3"])
     open_output(tmp_path / "out", a)
-    with pytest.raises(SourceError, match=r"1 rows.*2 \(2 times\)"):
+    with pytest.raises(SourceError, match=r"1 row .*2 \(2 times\)"):
         open_output(tmp_path / "out", b, extend=True)
     assert open_output(tmp_path / "out", a).num_rows == 2
     other = tmp_path / "other"

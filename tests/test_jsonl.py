@@ -63,7 +63,7 @@ def test_rows_without_images_are_text_only_and_counted_in_the_log(
 ) -> None:
     [row] = list_input(write_lines(tmp_path / "a.jsonl", {"prompt": "What is 2 + 2?"}))
     assert (row["images"], row["error"], row["prompt"]) == ([], "", "What is 2 + 2?")
-    assert "1 rows have no image" in caplog.text
+    assert "1 row without an image" in caplog.text
 
 
 def test_a_truncated_gz_ends_in_an_error_row_with_the_line(tmp_path: Path) -> None:

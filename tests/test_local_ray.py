@@ -36,14 +36,14 @@ def skip_unless_permitted(*prefix: str) -> None:
 
 
 def test_a_long_tmpdir_and_a_user_without_name_do_not_keep_ray_from_starting(tmp_path: Path) -> None:
-    """A TMPDIR of over 200 characters, a missing HOME, spaces in the working directory, all at once."""
+    """A TMPDIR of over 200 characters, a HOME without rights, spaces in the working directory, all at once."""
     long, spaces = tmp_path / ("x" * 200), tmp_path / "a folder with spaces"
     long.mkdir()
     spaces.mkdir()
     prefix = (
         () if subprocess.run((*WITHOUT_NAME, "true"), capture_output=True, check=False).returncode else WITHOUT_NAME
     )
-    ended = start_ray(*prefix, cwd=spaces, TMPDIR=str(long), HOME="/nonexistent")
+    ended = start_ray(*prefix, cwd=spaces, TMPDIR=str(long), HOME="/proc")
     assert "started" in ended.stdout.split(), ended.stderr
     assert ended.stderr.startswith("Ray runs in /tmp/ray: ") and "RAY_TMPDIR" in ended.stderr
 

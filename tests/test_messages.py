@@ -16,10 +16,12 @@ from pydantic import ValidationError
 
 from ovis_model.config import SIZES
 from ovis_model.sizing import check_tensor_parallel
+from ovis_model.wording import count_nouns
 from pipelines.cluster.resources import Hardware, plan_pools
 from pipelines.output.lease import Lease
 from pipelines.output.run_record import open_run
 from tests.support.jsonl_files import write_lines
+from tests.support.roots import ROOT
 from tests.support.rows import list_input, make_config
 
 MESSAGES = Path(__file__).with_name("messages.txt")
@@ -93,3 +95,28 @@ def test_messages_have_the_recorded_wording(tmp_path: Path) -> None:
     if "UPDATE_MESSAGES" in os.environ:
         MESSAGES.write_text(found)
     assert found == MESSAGES.read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (12_000, "12,000 rows"), (0.5, "0.5 rows")]
+)
+def test_counted_nouns_agree_with_the_number(count: float, text: str) -> None:
+    assert count_nouns(count, "row") == text
+    assert count_nouns(1, "row repeats", "rows repeat") == "1 row repeats"
+
+
+PLURALS = {
+    "pipelines/generate.py: {len(rows)} rows",  # a key that nobody reads
+    "pipelines/monitoring/error_reasons.py: {self._num_rows} rows",  # at least 500
+    "pipelines/preprocess.py: {num_images} images",  # more than the limit
+    "pipelines/sources/listing.py: {num_rows} shards",  # another message for one shard
+}
+
+
+def test_counts_in_messages_go_through_the_helper() -> None:
+    number = r"(?:%d|\{len\([^{}]*\)\}|\{(?:self\.)?_?num_[a-z_]*\})"
+    counted = re.compile(rf"{number} [a-z ]{{0,12}}(?:rows|files|images|items|keys|shards|links)\b")
+    files = (path for name in ("jobs", "pipelines", "ovis_model", "demo") for path in (ROOT / name).rglob("*.py"))
+    assert {
+        f"{path.relative_to(ROOT)}: {text}" for path in files for text in counted.findall(path.read_text())
+    } <= PLURALS

@@ -69,7 +69,7 @@ def test_the_image_column_is_guessed_only_if_it_is_unambiguous(tmp_path: Path) -
 def test_ids_come_from_a_column_and_may_not_repeat(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"image": [b"1", b"2", b"3"], "key": [7, None, 9], "same": ["x", "x", "y"]})
     assert [row["id"] for row in list_input(path, id_column="key")] == ["7", f"{path}#1", "9"]
-    with pytest.raises(SourceError, match=r"1 rows repeat an id.*--id-column.*x \(2 times\)"):
+    with pytest.raises(SourceError, match=r"1 row repeats an id.*--id-column.*x \(2 times\)"):
         list_input(path, id_column="same")
 
 

@@ -28,8 +28,8 @@ def test_the_startup_does_not_count_for_the_time_left(
         now_s = 81.0
         run.add(make_columns(99, 0))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "110/1000 rows, 0.2 rows/s, 2 tokens/s, 1 errors, ETA 1:29:00"
-    assert lines[-1] == "299/1000 rows, 9.0 rows/s, 90 tokens/s, 1 errors, ETA 0:01:18"
+    assert lines[0] == "110/1000 rows, 0.2 rows/s, 2 tokens/s, 1 error, ETA 1:29:00"
+    assert lines[-1] == "299/1000 rows, 9.0 rows/s, 90 tokens/s, 1 error, ETA 0:01:18"
 
 
 def test_a_short_job_logs_its_first_and_last_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,12 +42,13 @@ def read_statuses(output: Path) -> list[str]:
     return list(read_results(str(output)).column("status").to_pylist())
 
 
-def test_only_error_rows_are_retried(ray_cluster: None, tmp_path: Path) -> None:
+def test_only_error_rows_are_retried(ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 20, broken=(3, 4, 11)), tmp_path / "out"
     engine = FakeEngineFactory()
     assert run_pipeline(make_config(pictures, output, rows_per_file=7), make_engine=engine).error == 3
     write_pictures(pictures, 12, broken=(4,))
     assert run_pipeline(make_config(pictures, output), make_engine=engine).error == 3  # not without --retry-errors
+    assert "20 rows are in OUTPUT already, 3 error rows among them; --retry-errors runs" in caplog.text
     with OpenCounter(pictures) as counter:
         summary = run_pipeline(make_config(pictures, output, retry_errors=True), make_engine=engine)
     assert set(counter.opens) == {f"{i:05}.png" for i in (3, 4, 11)}

@@ -46,7 +46,7 @@ def test_hidden_images_are_left_out_and_counted(hidden: str, tmp_path: Path, cap
     for uri in (root, root / "**"):
         caplog.clear()
         assert list_names(root, uri) == ["_b.png", "_c/d.png", "a.png"]
-        assert "left out 1 files" in caplog.text and hidden in caplog.text
+        assert "left out 1 file" in caplog.text and hidden in caplog.text
 
 
 @pytest.mark.parametrize("glob", [".h/*.png", ".h/.b.png", "*/.b.png", ".*/*.png", "**/.h/*.png"])
@@ -64,7 +64,7 @@ def test_a_glob_that_names_a_hidden_name_keeps_it(glob: str, tmp_path: Path) -> 
 
 def test_a_glob_of_hidden_files_only_is_refused(tmp_path: Path) -> None:
     write_files(tmp_path, ".a.png")
-    with pytest.raises(SourceError, match=r"all 1 files that match .* are hidden"):
+    with pytest.raises(SourceError, match=r"1 file matches .* is hidden"):
         list_input(tmp_path / "*.png")
 
 

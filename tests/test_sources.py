@@ -29,7 +29,7 @@ def test_a_directory_gives_its_images_in_order(tree: Path, caplog: pytest.LogCap
     rows = list_input(tree)
     assert list_names(rows) == ["1.jpg", "_3.webp", "2.PNG", "img[1].jpg"]
     assert all(row["id"] == row["uri"] and row["images"][0]["num_bytes"] == 5 and not row["error"] for row in rows)
-    assert "skipped 1 files" in caplog.text and "1 .txt" in caplog.text
+    assert "skipped 1 file" in caplog.text and "1 .txt" in caplog.text
 
 
 def test_a_named_file_is_read_whatever_its_suffix(tree: Path) -> None:
@@ -58,7 +58,7 @@ def test_links_are_followed_once(tree: Path, caplog: pytest.LogCaptureFixture) -
     (outside / "4.jpg").touch()
     (tree / "link").symlink_to(outside)
     assert list_names(list_input(tree)).count("1.jpg") == 1
-    assert "skipped 1 links to directories that are listed already" in caplog.text
+    assert "skipped 1 link to directories listed already" in caplog.text
     assert "4.jpg" in list_names(list_input(tree))
 
 

@@ -130,7 +130,7 @@ def test_a_damaged_shard_among_good_ones_is_an_error_row(
     assert error["uri"] == str(bad) and f"cannot read {bad} as " in error["error"]
     assert [row["id"] for row in rows if row["uri"] != str(bad)] == [f"{path}#0" for path in good]
     if suffix == ".parquet":
-        assert error["id"] == str(bad) and "1 shards cannot be read" in caplog.text
+        assert error["id"] == str(bad) and "1 unreadable shard is an error row" in caplog.text
         assert ("encrypted" in error["error"]) == (kind == "encrypted")
 
 

@@ -84,7 +84,18 @@ def test_a_row_without_an_image_needs_its_own_prompt(tmp_path: Path, caplog: pyt
     asked, silent = list_input(path, prompt_column="txt")
     assert (asked["prompt"], asked["error"], asked["has_own_prompt"]) == ("Why?", "", True)
     assert "no image" in silent["error"]
-    assert "1 rows have no image" in caplog.text
+    assert "1 row without an image" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["image", "url", "of_another_name"])
+def test_a_row_whose_sidecar_names_an_image_is_not_sent_as_text(field: str, tmp_path: Path) -> None:
+    named = json.dumps({field: "https://example.com/1.jpg", "ask": "Why?"}).encode()
+    members = [("1.json", named), ("2.jpg", b"x"), ("2.json", named), ("3.json", b'{"ask": "Who?"}')]
+    path = write_tar(tmp_path / "a.tar", members)
+    lost, *others = list_input(path, prompt_column="ask")
+    assert f"no image, but the field '{field}' of its sidecar seems to name one" in lost["error"]
+    assert not any(row["error"] for row in others)
+    assert not any(row["error"] for row in list_input(path, prompt_column="ask", image_column=""))
 
 
 def test_unsafe_names_are_only_names_and_links_are_error_rows(tmp_path: Path) -> None:

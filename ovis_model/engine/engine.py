@@ -16,6 +16,7 @@ from ovis_model.config import OvisConfig, Quantization
 from ovis_model.engine.calls import Device, Dtype, EngineOptions, Stats
 from ovis_model.engine.rank_pool import RankPool
 from ovis_model.types import Completion, Request, SamplingParams
+from ovis_model.wording import count_nouns
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -128,7 +129,8 @@ class OvisEngine:
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
         if len(each) != len(requests):
             raise ValueError(
-                f"got {len(each)} sampling parameters for {len(requests)} requests; give one for all, or one for each"
+                f"got {len(each)} sampling parameters for {count_nouns(len(requests), 'request')}; give one for all, "
+                "or one for each"
             )
         return self.backend.calls.generate(requests, each) if requests else []
 

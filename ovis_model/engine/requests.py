@@ -25,6 +25,7 @@ from ovis_model.types import (
     RequestError,
     SamplingParams,
 )
+from ovis_model.wording import count_nouns
 
 if TYPE_CHECKING:
     from ovis_model.grammar.guides import Guide
@@ -139,7 +140,7 @@ class RequestChecks:
             yield f"prompt ids range from {ids.min()} to {ids.max()}; the model has {vocab_size} ids"
         found, wanted = int((ids == IMAGE_ATOM_ID).sum()), len(request.tiles) * self.config.vision.tokens_per_tile
         if found != wanted:
-            yield f"{found} placeholders for {wanted} visual tokens"
+            yield f"{count_nouns(found, 'placeholder')} for {count_nouns(wanted, 'visual token')}"
 
     def _find_length_faults(self, state: RequestState) -> Iterator[str]:
         prompt, output = state.num_prompt_tokens, state.max_new_tokens

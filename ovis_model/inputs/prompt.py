@@ -19,6 +19,7 @@ from ovis_model.types import (
     ROW_SEPARATOR_ID,
     Grid,
 )
+from ovis_model.wording import count_nouns
 
 Turn = tuple[str, str | None]
 """A role ("system", "user" or "assistant") and its text."""
@@ -147,8 +148,8 @@ def check_num_marks(num_marks: int, num_images: int) -> None:
     """Raise ValueError unless there is one mark per image."""
     if num_marks != num_images:
         raise ValueError(
-            f"the text contains {num_marks} {IMAGE_MARK} marks for {num_images} images; write one mark per image, "
-            "or none to put the images first (prompt.remove_marks)"
+            f"the text contains {count_nouns(num_marks, f'{IMAGE_MARK} mark')} for {count_nouns(num_images, 'image')}; "
+            "write one mark per image, or none to put the images first (prompt.remove_marks)"
         )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ovis_model.wording import count_nouns
+
 _STAGES = {"Preprocess": "preprocessors", "Generate": "replicas"}
 
 
@@ -92,4 +94,4 @@ def _describe_jobs(held: dict[str, Counter[str]]) -> list[str]:
 
 def format_amounts(amounts: dict[str, float]) -> str:
     """Return for example "2 CPUs and 1 GPU"."""
-    return " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in amounts.items())
+    return " and ".join(count_nouns(amount, name) for name, amount in amounts.items())

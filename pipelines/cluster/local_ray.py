@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import secrets
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from pipelines.errors import RayNotStarted, ResourceError
@@ -31,6 +33,7 @@ def start_local_ray() -> None:
     Ray's processes end with the thread that started them.
     """
     directory = choose_ray_directory(os.environ)
+    _provide_token(os.environ)
     try:
         _init_ray(directory)
     except TimeoutError as error:
@@ -70,12 +73,27 @@ def _is_usable(root: str) -> bool:
     """Report whether Ray's sockets fit below `root` and Ray's directory there, which is created, is writable."""
     if len(os.fsencode(root)) > _MAX_ROOT_BYTES:
         return False
-    directory = Path(root) / "ray"
+    return _is_writable(Path(root) / "ray")
+
+
+def _is_writable(directory: Path) -> bool:
+    """Create a directory if needed -> whether files can be created in it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
     return os.access(directory, os.W_OK | os.X_OK)
+
+
+def _provide_token(environment: MutableMapping[str, str]) -> None:
+    """Give Ray a token for this run if it has none and cannot save one in the home directory, where it keeps it."""
+    if environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    with suppress(RuntimeError):  # no home
+        place = Path.home() / ".ray"
+        if os.access(place / "auth_token", os.R_OK) or _is_writable(place):
+            return
+    environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _init_ray(directory: str) -> None:

@@ -16,6 +16,7 @@ from ovis_model.sizing import (
     find_min_ranks,
 )
 from ovis_model.types import MAX_CONCURRENT_SEQUENCES
+from ovis_model.wording import count_nouns
 from pipelines.cluster.ray_session import extract_error_line
 from pipelines.config import ResourceOptions
 from pipelines.errors import ResourceError
@@ -100,12 +101,12 @@ class Pools:
     waits_for_gpus: bool = False
 
     def __str__(self) -> str:
-        on_cpus = f"{_format_count(self.threads_per_replica, 'thread')} on CPUs"
-        share = _format_count(self.replica_gpus, "GPU") if self.device == "cuda" else on_cpus
+        on_cpus = f"{count_nouns(self.threads_per_replica, 'thread')} on CPUs"
+        share = count_nouns(self.replica_gpus, "GPU") if self.device == "cuda" else on_cpus
         ranks = f", {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
         more = "; more as GPUs join" * self.may_grow + "; starting as their GPUs join" * self.waits_for_gpus
-        replicas = _format_count(self.num_replicas, "replica")
-        return f"{replicas} (each: {share}{ranks}){more}; {_format_count(self.num_preprocessors, 'preprocessor')}"
+        replicas = count_nouns(self.num_replicas, "replica")
+        return f"{replicas} (each: {share}{ranks}){more}; {count_nouns(self.num_preprocessors, 'preprocessor')}"
 
 
 def plan_pools(config: ResourceOptions, hardware: Hardware, tensor_parallel: int = 1) -> Pools:
@@ -123,7 +124,7 @@ def _check_preprocessors(wanted: int | Literal["auto"], cpus: float) -> None:
     room = max(_PREPROCESSORS_PER_CPU, int(cpus * _PREPROCESSORS_PER_CPU))
     if wanted != "auto" and wanted > room:
         raise ResourceError(
-            f"{wanted} preprocessors are too many for the cluster's {_format_count(cpus, 'CPU')}, which would mostly "
+            f"{wanted} preprocessors are too many for the cluster's {count_nouns(cpus, 'CPU')}, which would mostly "
             f"start processes; use --num-preprocessors auto or at most {room}"
         )
 
@@ -168,7 +169,8 @@ def _check_room(wanted: int, room: int, hardware: Hardware, tensor_parallel: int
     if wanted > room:
         each = f" of {tensor_parallel} GPUs on one node" if tensor_parallel > 1 else ""
         raise ResourceError(
-            f"{wanted} replicas{each} need {wanted * tensor_parallel} GPUs; the cluster has {sum(hardware.gpus)}, room "
+            f"{count_nouns(wanted, f'replica{each} needs', f'replicas{each} need')} "
+            f"{count_nouns(wanted * tensor_parallel, 'GPU')}; the cluster has {sum(hardware.gpus)}, room "
             f"for {room}. Lower --num-replicas, or add --autoscale if the cluster can start more nodes"
         )
 
@@ -257,10 +259,6 @@ def resolve_dtype(config: ResourceOptions, pools: Pools) -> Literal["float32", "
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if pools.device == "cuda" or config.quantization == "fp8" else "float32"
-
-
-def _format_count(count: float, noun: str) -> str:
-    return f"{count:g} {noun}" if count == 1 else f"{count:g} {noun}s"
 
 
 def _resolve_auto(option: int | Literal["auto"], auto: int) -> int:

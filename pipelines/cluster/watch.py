@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Self
 
+from ovis_model.wording import count_nouns
 from pipelines.cluster.attempts import MAX_DEATHS, MIN_PATIENCE_S, WARN_DEATHS
 from pipelines.cluster.census import Census, has_autoscaler, take_census
 from pipelines.cluster.exits import Exit
@@ -88,8 +89,7 @@ class DeathReports:
 
 
 def _describe_deaths(stage: str, kind: str, reasons: Counter[str]) -> str:
-    number, reason = reasons.total(), list(reasons)[-1]
-    processes = f"{number} {stage}{'s' * (number != 1)}"
+    processes, reason = count_nouns(reasons.total(), stage), list(reasons)[-1]
     if kind == "memory":
         return (
             f"Ray killed {processes} because {reason}; use fewer --num-preprocessors or nodes with more memory. Their "

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
+from ovis_model.wording import count_nouns
 from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster.ray_session import configure_ray_data, translate_ray_errors
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS, Hardware
@@ -102,7 +103,8 @@ def _write_missing_cuts(config: RunConfig, run: Run, ledger: Ledger, lease: Leas
                         progress.advance(len(new))
                         reasons.add(new)
     if missing := ledger.find_missing(run.num_rows):
-        raise RowsLost(f"the cuts of {count_rows(missing)} rows are missing after {_MAX_PASSES} passes: {missing[:5]}")
+        number = count_nouns(count_rows(missing), "row")
+        raise RowsLost(f"the cuts of {number} are missing after {_MAX_PASSES} passes: {missing[:5]}")
 
 
 def _stream_from_ray(config: RunConfig, run: Run, missing: Ranges) -> Iterator[pa.Table]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ovis_model.wording import count_nouns
 from pipelines.evaluation.scoring.scores import Answers, Item, get_index, is_missing
 from pipelines.evaluation.tsv import TsvRow, stream_rows
 
@@ -89,8 +90,8 @@ def select_answered(items: Sequence[Item], answers: Answers, path: str) -> list[
     lacking = [item for item in items if get_index(item) not in answers and not is_missing(item.get("image", ""))]
     if lacking:
         raise ValueError(
-            f"{path} has no row for {len(lacking)} of {len(items)} items, such as {lacking[0]['index']}; a row with "
-            "an empty prediction counts as wrong"
+            f"{path} has no row for {len(lacking)} of {count_nouns(len(items), 'item')}, such as "
+            f"{lacking[0]['index']}; a row with an empty prediction counts as wrong"
         )
     return answered
 

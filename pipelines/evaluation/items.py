@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ovis_model.inputs.prompt import remove_marks
+from ovis_model.wording import count_nouns
 from pipelines.evaluation.benchmarks import Dataset, Size
 from pipelines.evaluation.config import IMAGES, PROMPT
 from pipelines.evaluation.files import MAX_INDEX_CHARACTERS, leads_out
@@ -82,7 +83,7 @@ def select_illustrated(items: Sequence[Item], data: str) -> list[Item]:
     if not found:
         raise ValueError(f"{data}: no row has an image; the columns image and image_path are missing or empty")
     if len(found) < len(items):
-        logger.warning("%d rows of %s have no image and are left out", len(items) - len(found), data)
+        logger.warning("left out %s of %s without an image", count_nouns(len(items) - len(found), "row"), data)
     return found
 
 

@@ -20,6 +20,7 @@ from pipelines.storage import store
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _TIMEOUT_S = 120
+_CHECK_S = 20
 _AT_ONCE = 8
 _SAVE_EVERY = 64  # replies
 _MAX_REPLY_TOKENS = 256
@@ -114,6 +115,14 @@ class Judge:
     def _save(self) -> None:
         content = {key: vars(reply) for key, reply in self._replies.items()}
         store.write_bytes(self._cache, json.dumps(content).encode())
+
+
+def check_endpoint(endpoint: JudgeEndpoint) -> None:
+    """Raise RunError if nothing responds at the judge's URL; costs no tokens."""
+    try:
+        requests.get(endpoint.url, timeout=_CHECK_S)
+    except requests.RequestException as error:
+        raise RunError(_describe(error, endpoint.url)) from error
 
 
 def _open_session() -> requests.Session:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT, IMAGE_MARK
+from ovis_model.wording import count_nouns
 from pipelines.evaluation.scoring.options import assign_letters, get_options
 from pipelines.evaluation.scoring.scores import Item, is_missing, parse_list
 
@@ -99,7 +100,7 @@ def _place_numbered(text: str, num_images: int) -> Prompt:
     first, *others = _NUMBERED_MARK.split(text)
     numbers, texts = [int(number) for number in others[::2]], others[1::2]
     if wrong := [number for number in numbers if not 1 <= number <= num_images]:
-        raise ValueError(f"the question names <image {wrong[0]}>, but the item has {num_images} images")
+        raise ValueError(f"the question names <image {wrong[0]}>, but the item has {count_nouns(num_images, 'image')}")
     chunks = [first.strip()]
     for text_after in texts:
         chunks += [IMAGE_MARK, text_after.strip()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import SIZES as SHAPES
 from ovis_model.config import OvisConfig
-from pipelines.checks import resolve_model_paths
+from ovis_model.wording import count_nouns
+from pipelines.checks import check_model, describe_models, resolve_model_paths
+from pipelines.cluster.ray_session import open_ray_session
 from pipelines.evaluation.benchmarks import SIZES, Dataset, Size
 from pipelines.evaluation.config import CATEGORIES, IMAGES, EvaluateConfig
 from pipelines.evaluation.files import read_items
 from pipelines.evaluation.items import select_illustrated, write_items, write_video_items
-from pipelines.evaluation.judge import Judge
+from pipelines.evaluation.judge import Judge, check_endpoint
 from pipelines.evaluation.predictions import EMPTY, Prediction, write_predictions
 from pipelines.evaluation.prompts import cut_reasoning
 from pipelines.evaluation.score import compute_md5, dump_json
@@ -25,12 +28,34 @@ from pipelines.evaluation.scoring.scores import Item, get_index
 from pipelines.evaluation.summary import Result, render_html, render_markdown, summarize_result
 from pipelines.evaluation.videos import Frames, UnreadableVideo, extract_frames, find_clip
 from pipelines.generate import EngineFactory, load_engine
-from pipelines.output.run_record import acquire_lease
+from pipelines.output.run_record import acquire_lease, check_resumable, note_unchanged
 from pipelines.output.sink import read_results
 from pipelines.pipeline import run_pipeline
+from pipelines.plan import plan_run
 from pipelines.storage import store
+from pipelines.storage.preflight import check_stores
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The data of a benchmark, what identifies the items made of it, and the folder for them.
+
+    unreadable: index -> why its video cannot be shown, if an earlier run made the items.
+    """
+
+    dataset: Dataset
+    data: str
+    size: Size
+    identity: Mapping[str, Any]
+    folder: str
+    unreadable: Mapping[str, str] | None = None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether an earlier run made the items."""
+        return self.unreadable is not None
 
 
 @dataclass(frozen=True)
@@ -50,11 +75,6 @@ class ItemFile:
         """The Parquet file."""
         return store.join(self.folder, f"{self.dataset.name}.parquet")
 
-    @property
-    def note(self) -> str:
-        """The file that says what the Parquet file was made of."""
-        return store.join(self.folder, f"{self.dataset.name}.json")
-
 
 @dataclass(frozen=True)
 class EvaluationReport:
@@ -73,15 +93,24 @@ def run_evaluation(config: EvaluateConfig, *, make_engine: EngineFactory = load_
 
     Raise ValueError for mistakes of usage, before any replica starts, and what `run_pipeline` raises.
     """
-    config = resolve_model_paths(config)
-    size = config.size or find_size(config.model, config.revision)
-    with acquire_lease(config.output):
-        files = [_prepare(config, dataset, size) for dataset in config.datasets]
-    results, seconds = [], 0.0
-    for file in files:
-        run = _make_run_config(config, file)
-        seconds += run_pipeline(run, make_engine=make_engine).seconds
-        results.append(_score(config, file, run.output, size))
+    with ExitStack() as session:
+        with note_unchanged():
+            check_stores((config.output, config.model))
+            config = resolve_model_paths(config)
+            size = config.size or find_size(config.model, config.revision)
+            check_model(config)
+            sources = [_find_source(config, dataset, size) for dataset in config.datasets]
+            if not all(source.is_prepared for source in sources):
+                _check_resources(config, session)
+        with acquire_lease(config.output):
+            files = [_prepare(config, source) for source in sources]
+        runs = [_make_run_config(config, file) for file in files]
+        for run in runs:
+            check_resumable(run, describe_models(run))
+        results, seconds = [], 0.0
+        for file, run in zip(files, runs, strict=True):
+            seconds += run_pipeline(run, make_engine=make_engine).seconds
+            results.append(_score(config, file, run.output, size))
     _write_summary(config.output, results)
     num_errors = sum(result.num_errors for result in results)
     rows = sum(result.num_rows for result in results)
@@ -109,30 +138,45 @@ def find_data(inputs: tuple[str, ...], dataset: Dataset, *, is_only: bool) -> st
     raise ValueError(f"no {dataset.name}.tsv in {', '.join(inputs)}; name the file so, or give its directory")
 
 
-def _prepare(config: EvaluateConfig, dataset: Dataset, size: Size) -> ItemFile:
-    """Write the file of items, or use that of an earlier run. Raise ValueError if that is of other data."""
+def _find_source(config: EvaluateConfig, dataset: Dataset, size: Size) -> Source:
+    """Return the data of a benchmark. Raise ValueError if it is missing, or OUTPUT holds items of other data."""
     data = find_data(config.input, dataset, is_only=len(config.datasets) == 1)
-    identity: dict[str, Any] = {
-        "md5": compute_md5(dataset, data),
-        "size": size,
-        "rules": config.rules,
-        "limit": config.limit,
-    }
-    if dataset.frames:
-        identity |= {"frames": asdict(config.frame_rule), "subtitles": config.subtitles}
-    items = read_items(data) if dataset.frames else select_illustrated(read_items(data), data)
+    identity = _identify_items(config, dataset, data, size)
     folder = store.join(store.make_absolute(config.output), "items")
-    file = ItemFile(dataset, items[: config.limit], folder)
-    if store.find_file(file.note) is None or config.overwrite:
-        root = store.make_absolute(config.image_root or str(Path(data).parent))
-        file = _write_video_items(config, file, root) if dataset.frames else _write_image_items(file, data, root, size)
-        store.write_bytes(file.note, json.dumps({**identity, "unreadable": file.unreadable}).encode())
-        return file
-    found = json.loads(store.read_bytes(file.note))
+    note = store.join(folder, f"{dataset.name}.json")
+    if store.find_file(note) is None or config.overwrite:
+        return Source(dataset, data, size, identity, folder)
+    found = json.loads(store.read_bytes(note))
     unreadable = found.pop("unreadable", {})
-    if found != identity:
-        raise ValueError(f"{config.output} holds {dataset.name} with {found}, not {identity}; use --overwrite")
-    return replace(file, unreadable=unreadable)
+    if differing := [name for name in identity.keys() | found.keys() if found.get(name) != identity.get(name)]:
+        there, here = ({name: values.get(name) for name in sorted(differing)} for values in (found, identity))
+        raise ValueError(f"{config.output} holds {dataset.name} with {there}, not {here}; use --overwrite")
+    return Source(dataset, data, size, identity, folder, unreadable)
+
+
+def _check_resources(config: EvaluateConfig, session: ExitStack) -> None:
+    """Start Ray for all benchmarks. Raise ValueError if the cluster or the judge cannot be used."""
+    if config.judge_endpoint is not None:
+        check_endpoint(config.judge_endpoint)
+    session.enter_context(open_ray_session())
+    plan_run(config, 1)
+
+
+def _prepare(config: EvaluateConfig, source: Source) -> ItemFile:
+    """Write the file of items, or use that of an earlier run. Raise ValueError if the data has no usable item."""
+    data, dataset = source.data, source.dataset
+    items = read_items(data) if dataset.frames else select_illustrated(read_items(data), data)
+    file = ItemFile(dataset, items[: config.limit], source.folder, source.unreadable or {})
+    if source.is_prepared:
+        return file
+    root = store.make_absolute(config.image_root or str(Path(data).parent))
+    if dataset.frames:
+        file = _write_video_items(config, file, root)
+    else:
+        write_items(dataset, file.items, data, root, source.size, file.uri)
+    note = {**source.identity, "unreadable": file.unreadable}
+    store.write_bytes(store.join(source.folder, f"{dataset.name}.json"), json.dumps(note).encode())
+    return file
 
 
 def _identify_items(config: EvaluateConfig, dataset: Dataset, data: str, size: Size) -> dict[str, Any]:
@@ -140,11 +184,6 @@ def _identify_items(config: EvaluateConfig, dataset: Dataset, data: str, size: S
     shown = {"frames": asdict(config.frame_rule), "subtitles": config.subtitles} if dataset.frames else {}
     md5 = compute_md5(dataset, data)
     return {"md5": md5, "size": size, "rules": config.rules, "limit": config.limit, **shown}
-
-
-def _write_image_items(file: ItemFile, data: str, root: str, size: Size) -> ItemFile:
-    write_items(file.dataset, file.items, data, root, size, file.uri)
-    return file
 
 
 def _write_video_items(config: EvaluateConfig, file: ItemFile, root: str) -> ItemFile:
@@ -160,7 +199,8 @@ def _write_video_items(config: EvaluateConfig, file: ItemFile, root: str) -> Ite
     if not readable:
         raise ValueError(f"no video can be read: {next(iter(unreadable.values()))}; --image-root names their directory")
     if unreadable:
-        logger.warning("%d items count as wrong: their videos cannot be read", len(unreadable))
+        counted = count_nouns(len(unreadable), "item counts", "items count")
+        logger.warning("%s as wrong, because the video cannot be read", counted)
     shown = {index: value for index, value in found.items() if isinstance(value, Frames)}
     write_video_items(file.dataset, readable, shown, root if config.subtitles else None, file.uri)
     return replace(file, unreadable=unreadable)

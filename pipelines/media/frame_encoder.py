@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovis_model.checkpoint import CheckpointError, describe_checkpoint, fetch_checkpoint
+from ovis_model.wording import count_nouns
 from pipelines.config import PIXELS, ImageOptions
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class EncoderPool:
 
     def __str__(self) -> str:
         """Return the text that follows the plan of the captioner in the log."""
-        device = f"with {self.num_threads} threads on CPUs" if self.device == "cpu" else "on a GPU each"
+        device = f"with {count_nouns(self.num_threads, 'thread')} on CPUs" if self.device == "cpu" else "on a GPU each"
         return f"; {self.num_encoders} to compare frames, {device}" if self.num_encoders else ""
 
 

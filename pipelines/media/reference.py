@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import MediaError
 from pipelines.media.inline import decode_inline, is_inline
 from pipelines.media.readers import Readers, check_length, read_whole_file
@@ -91,8 +92,9 @@ class TarRef(_Reference):
         else:
             data = store.read_bytes(self.uri, self.offset, self.offset + self.num_bytes)
         if len(data) != self.num_bytes:
+            size = count_nouns(self.num_bytes, "byte")
             raise OSError(
-                f"{store.redact(self.uri)} ends within {self.member} ({len(data):,} of {self.num_bytes:,} bytes): "
+                f"{store.redact(self.uri)} ends within {self.member} ({len(data):,} of {size}): "
                 "it is truncated or has changed since it was listed"
             )
         return [data]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import EverythingFails
 from pipelines.monitoring.top_counts import MAX_KEY_CHARACTERS, TopCounts
 
@@ -85,7 +86,7 @@ class ErrorMonitor:
     def log(self, limit: int = 10) -> None:
         """Log the most frequent reasons with their counts."""
         if self._num_errors:
-            logger.warning("%d error rows. The most frequent reasons:", self._num_errors)
+            logger.warning("%s. The most frequent reasons:", count_nouns(self._num_errors, "error row"))
         for reason in self._reasons.list_top(limit):
             logger.warning("  %d x %s: %s", reason.count, reason.stage, reason.reason)
 

@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from rich import progress as rich_progress
 from rich.console import Console
 
+from ovis_model.wording import count_nouns
+
 _LOG_EVERY_S = 10.0
 
 
@@ -109,5 +111,5 @@ class RunProgress(Progress):
         return self._tokens.count
 
     def _format_details(self) -> str:
-        errors = f", {self._num_errors} errors" if self._num_errors else ""
+        errors = f", {count_nouns(self._num_errors, 'error')}" if self._num_errors else ""
         return f"{super()._format_details()}, {self._tokens.per_s:.0f} tokens/s{errors}"

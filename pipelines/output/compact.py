@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import RunError
 from pipelines.output.file_swap import commit_exchange, finish_exchange
 from pipelines.output.lease import Lease
@@ -162,5 +163,5 @@ def _encode_files(parts: Iterator[Part], wanted: Ranges) -> Iterator[tuple[str, 
         yield _locate(entry), data
     assert merge_ranges(written) == wanted, f"wrote rows {merge_ranges(written)} instead of {wanted}"
     assert count_rows(written) == count_rows(wanted), (
-        f"wrote {count_rows(written)} rows instead of {count_rows(wanted)}"
+        f"wrote {count_nouns(count_rows(written), 'row')} instead of {count_rows(wanted)}"
     )

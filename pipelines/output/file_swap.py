@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import LeaseLost, StoreFault
 from pipelines.output.lease import Lease
 from pipelines.storage import store
@@ -40,7 +41,8 @@ def commit_exchange(output: str, new: Iterable[tuple[str, bytes]], old: Iterable
         paths = [_stage(output, path, data) for path, data in new]
         lease.check()  # a driver that took over has removed uncommitted files
         if lost := set(map(_get_name, paths)) - _list_exchange(output).keys():
-            raise OSError(f"{len(lost)} new files were removed from {store.join(output, PLACE)}; OUTPUT is unchanged")
+            removed = count_nouns(len(lost), "new file was", "new files were")
+            raise OSError(f"{removed} removed from {store.join(output, PLACE)}; OUTPUT is unchanged")
         note = {"new": paths, "old": sorted(set(old) - set(paths))}
         store.write_bytes(store.join(output, PLACE, _NOTE), json.dumps(note).encode())
     except BaseException:
@@ -66,7 +68,8 @@ def finish_exchange(output: str) -> None:
         new, old = _read_paths(note["new"]), _read_paths(note["old"])
         moved = [path for path in new if _get_name(path) not in staged]  # by an earlier process
         if lost := [path for path in moved if store.find_file(store.join(output, path)) is None]:
-            raise OSError(f"{len(lost)} files named in {staged[_NOTE]} are neither next to it nor in place: {lost[0]}")
+            missing = count_nouns(len(lost), "file is", "files are")
+            raise OSError(f"{missing} named in {staged[_NOTE]}, but neither next to it nor in place: {lost[0]}")
         for path in new:
             if path not in moved:
                 store.move(staged[_get_name(path)], store.join(output, path))

@@ -14,9 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from ovis_model.wording import count_nouns
 from pipelines import __version__
 from pipelines.config import RunConfig
 from pipelines.errors import RunError
+from pipelines.output.differences import Json, list_differences
 from pipelines.output.file_swap import PLACE, RECORD, commit_exchange, finish_exchange, is_ours, locate_record
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, Ranges
@@ -28,7 +30,6 @@ _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
 _REPLACED = "replaced"
 _EXTENDABLE = frozenset({"input", "limit"})  # the options that --extend may change
 
-Json = dict[str, Any]
 Lister = Callable[..., Listing]
 """Lists the rows of a run, called as `list_rows`."""
 
@@ -124,10 +125,7 @@ def prepare_run(config: RunConfig, models: Json, lister: Lister | None = None) -
     holds another run or foreign files or cannot be read, SourceError if the input cannot be listed.
     """
     output, lister = store.make_absolute(config.output), lister or list_rows
-    identity = {
-        "config": {**config.fingerprint_fields(), "input": [store.make_absolute(uri) for uri in config.input]},
-        "model": models,
-    }
+    identity = _identify_run(config, models)
     with _refuse_unusable(output):
         record = read_record(output)
         if config.overwrite or record is None:
@@ -140,6 +138,22 @@ def prepare_run(config: RunConfig, models: Json, lister: Lister | None = None) -
         return PreparedRun(output, record, ledger)
 
 
+def check_resumable(config: RunConfig, models: Json) -> None:
+    """Raise RunError if OUTPUT holds a run that this one cannot resume, before anything of it starts."""
+    output = store.make_absolute(config.output)
+    with _refuse_unusable(output):
+        record = read_record(output)
+        if record is not None and not config.overwrite:
+            except_for = _EXTENDABLE if config.extend else frozenset[str]()
+            _check_same(output, record, _identify_run(config, models), config, except_for)
+
+
+def check_replaceable(output: str) -> None:
+    """Raise RunError unless a run with --overwrite may write to OUTPUT: it is writable and holds no foreign files."""
+    with acquire_lease(output), _refuse_unusable(output):
+        _check_foreign(store.make_absolute(output), [], read_record(output))
+
+
 @contextmanager
 def note_unchanged() -> Iterator[None]:
     """Add to any exception the note that OUTPUT is unchanged, which replaces the advice to resume."""
@@ -148,6 +162,12 @@ def note_unchanged() -> Iterator[None]:
     except BaseException as error:
         error.add_note("OUTPUT is unchanged; run the same command again")
         raise
+
+
+def _identify_run(config: RunConfig, models: Json) -> Json:
+    """Return what decides the rows of a run."""
+    inputs = [store.make_absolute(uri) for uri in config.input]
+    return {"config": {**config.fingerprint_fields(), "input": inputs}, "model": models}
 
 
 @contextmanager
@@ -189,7 +209,8 @@ def _prepare_extension(
         if listing.num_rows:
             listing.kept = _check_kept_types(KeptColumns(output).schema, listing.kept)
         unless_accepted.pop_all()
-    logger.warning("%d rows of the input are new, %d rows were listed before", listing.num_rows, num_rows)
+    new, earlier = count_nouns(listing.num_rows, "new row"), count_nouns(num_rows, "row was", "rows were")
+    logger.warning("%s in the input; %s listed before", new, earlier)
     listed = {"at": _format_now(), "first_row": num_rows, "input": record["config"]["input"]}
     extended = {
         **record,
@@ -246,38 +267,19 @@ def _list_ours(output: str) -> Iterator[str]:
 def _check_same(
     output: str, record: Json, identity: Json, config: RunConfig, except_for: frozenset[str] = frozenset()
 ) -> None:
-    """Raise RunError with each difference between the run in OUTPUT and this one.
-
-    An option that the record lacks was unknown to the version that wrote it: it counts as its default.
-    """
+    """Raise RunError with each difference between the run in OUTPUT and this one."""
     if record.get("status") == _REPLACED:
         raise RunError(f"an --overwrite of {output} was interrupted; run it again with --overwrite")
     if lacking := {"config", "model", "num_rows"} - record.keys():
         raise RunError(f"run.json in {output} lacks {', '.join(sorted(lacking))}; use another OUTPUT, or --overwrite")
-    defaults = config.fingerprint_defaults()
-    recorded, current = _flatten(record, defaults), _flatten(identity, defaults)
-    differences = [
-        f"{name.replace('_', '-')} {recorded.get(name)!r} there, {current.get(name)!r} here"
-        for name in sorted((recorded.keys() | current.keys()) - except_for)
-        if recorded.get(name) != current.get(name)
-    ]
-    if differences:
+    differences = list_differences(record, identity, config.fingerprint_defaults())
+    if differences.keys() - except_for:
+        shown = (f"{name.replace('_', '-')} {values}" for name, values in differences.items() if name not in except_for)
         raise RunError(
-            f"{output} holds a run with other options: {'; '.join(differences)}. "
+            f"{output} holds a run with other options: {'; '.join(shown)}. "
             "Use another OUTPUT, the same options, or --overwrite"
-            + (", or --extend to add rows" if {d.split()[0] for d in differences} <= _EXTENDABLE else "")
+            + (", or --extend to add rows" if differences.keys() <= _EXTENDABLE else "")
         )
-
-
-def _flatten(record: Json, defaults: Json) -> Json:
-    """Flatten a run record to {setting: value} for comparison, without the settings that a task leaves open."""
-    models = {f"model {name}": value for name, value in record["model"].items()}
-    settings = {**defaults, **record["config"], **models}
-    of_task = settings.pop("task", {})
-    if tasks := [{**of_task, **task} for task in settings.get("tasks", [])]:
-        settings["tasks"] = [task["name"] for task in tasks]
-        settings |= {f"task {t['name']}": {k: v for k, v in t.items() if v is not None and k != "name"} for t in tasks}
-    return settings
 
 
 def read_record(output: str) -> Json | None:

@@ -17,8 +17,8 @@ _TEXT_TYPES = ("text", "input_text")
 _MEDIA_KEYS = ("image_url", "video_url", "image", "video", "input_image", "source", "url", "path")
 _MARK = re.compile(r"<(?:image|video)>\n?|\n<(?:image|video)>$")
 
-UNUSED_TURNS = "have system turns, answers or further turns, which are not used"
-OTHER_COUNT = "mark another number of images in the text than they have"
+UNUSED_TURNS = "turns that are not used: system turns, answers, or further turns"
+OTHER_COUNT = "another number of images in the text than in the row"
 
 
 @dataclass(frozen=True)

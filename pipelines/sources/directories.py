@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import SourceError
 from pipelines.sources.companions import get_stem
 from pipelines.sources.kinds import IMAGE_SUFFIXES, detect_kind
@@ -64,9 +65,8 @@ def _list_image_folder(uri: str, infos: list[FileInfo], images: list[FileInfo]) 
     metadata = [info for info in infos if info.uri.rpartition("/")[2] == _METADATA]
     described = tuple(info.uri.removesuffix(_METADATA) for info in metadata)
     others = [info for info in images if not info.uri.startswith(described)]
-    logger.warning(
-        "%s: %d images below %s are listed through its rows", store.redact(uri), len(images) - len(others), _METADATA
-    )
+    listed = count_nouns(len(images) - len(others), "image is listed", "images are listed")
+    logger.warning("%s: %s through the rows of %s", store.redact(uri), listed, _METADATA)
     return sorted([*metadata, *others], key=lambda info: info.uri)
 
 
@@ -90,7 +90,8 @@ def _remove_companions(uri: str, shards: list[FileInfo]) -> list[FileInfo]:
     stems = {get_stem(info.uri) for info in shards}
     others = [i for i in shards if detect_kind(i.uri) != "parquet" or i.uri.removesuffix(".parquet") not in stems]
     if count := len(shards) - len(others):
-        logger.warning("%s: %d Parquet files with the name of a tar give columns, not rows", store.redact(uri), count)
+        tables = count_nouns(count, "Parquet file")
+        logger.warning("%s: only columns are read from %s with the name of a tar", store.redact(uri), tables)
     return others
 
 
@@ -98,4 +99,4 @@ def log_skipped(uri: str, others: Counter[str]) -> None:
     """Log how many files were skipped; `others` counts them by suffix."""
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        logger.warning("%s: skipped %d files (%s)", store.redact(uri), others.total(), counts)
+        logger.warning("%s: skipped %s (%s)", store.redact(uri), count_nouns(others.total(), "file"), counts)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import SourceError
 from pipelines.storage import store
 
@@ -123,16 +124,16 @@ class IdIndex:
         match on_duplicate:
             case "error":
                 raise SourceError(
-                    f"{len(duplicates)} rows repeat an id; list each file once, choose an --id-column with unique "
-                    f"values, or set --on-duplicate-id. The most frequent: {shown}"
+                    f"{count_nouns(len(duplicates), 'row repeats', 'rows repeat')} an id; list each file once, choose "
+                    f"an --id-column with unique values, or set --on-duplicate-id. The most frequent: {shown}"
                 )
             case "skip":
-                logger.warning(
-                    "skipped %d rows whose id an earlier row has. The most frequent: %s", len(duplicates), shown
-                )
+                skipped = count_nouns(len(duplicates), "row")
+                logger.warning("skipped %s with the id of an earlier row. The most frequent: %s", skipped, shown)
                 changes.skipped = np.union1d(changes.skipped, [*duplicates])
             case "suffix":
-                logger.warning("%d rows repeat an id and got a suffix. The most frequent: %s", len(duplicates), shown)
+                changed = count_nouns(len(duplicates), "repeated id")
+                logger.warning("added a suffix to %s. The most frequent: %s", changed, shown)
                 changes.new_ids = self._add_suffixes(duplicates)
 
     def _add_suffixes(self, duplicates: dict[int, str]) -> dict[int, str]:

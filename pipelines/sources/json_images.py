@@ -80,6 +80,13 @@ def hide_inline(value: Any) -> Any:
     return {name: hide_inline(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
+def find_image_field(values: Mapping[str, Any]) -> str | None:
+    """Return a field that seems to name or hold an image, by its name or its text; nothing is read."""
+    named = choose_image_columns(values)
+    texts = (name for name, text in _walk_strings(values) if is_inline(text) or _has_media_suffix(text))
+    return named[0] if named else next(texts, None)
+
+
 class ImageFinder:
     """Finds images in fields of other names, so that a row with an image is never answered as text only."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import SourceError
 from pipelines.media.reference import InlineRef
 from pipelines.sources.conversations import (
@@ -109,7 +110,7 @@ class _RowParser:
         if self._columns.image is None:
             self._finder.check_text_only(values)
         if conversation is not None and conversation.num_marks:
-            raise ValueError(f"the text marks {conversation.num_marks} images, but the row has none")
+            raise ValueError(f"the text marks {count_nouns(conversation.num_marks, 'image')}, but the row has none")
 
     def _choose_prompt(self, values: dict[str, Any], conversation: Conversation) -> Any:
         """Return the row's own prompt: a given column that is empty means the run's prompt."""

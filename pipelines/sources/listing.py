@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from ovis_model.wording import count_nouns
 from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import SourceError
@@ -85,7 +86,8 @@ def _check_readable(num_rows: int, num_unreadable: int, error: str) -> None:
     if num_unreadable == num_rows:
         raise SourceError(error if num_rows == 1 else f"none of the {num_rows} shards can be read. The first: {error}")
     if num_unreadable:
-        logger.warning("%d shards cannot be read; each is one error row. The first: %s", num_unreadable, error)
+        unreadable = count_nouns(num_unreadable, "unreadable shard is an error row", "unreadable shards are error rows")
+        logger.warning("%s. The first: %s", unreadable, error)
 
 
 def _limit_rows(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
@@ -116,9 +118,9 @@ class KeyGroups:
         """Log the counts, with the option for names that contain dots."""
         if self.num_keys:
             logger.warning(
-                "%d keys in tars have several images each, %d in total: a key ends at the first dot of the name. "
+                "%s in tars with several images each, %d in total: a key ends at the first dot of the name. "
                 "For one row per image use --group-by file",
-                self.num_keys,
+                count_nouns(self.num_keys, "key"),
                 self.num_images,
             )
 

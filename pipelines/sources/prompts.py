@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ovis_model.wording import count_nouns
 from pipelines import schema
 from pipelines.config import SourceOptions
 from pipelines.errors import NoValue, SourceError
@@ -89,9 +90,13 @@ class PromptBuilder:
     def finish(self) -> None:
         """Log the numbers of rows without image and with notes. Raise SourceError if no row has a requested column."""
         if self._num_text_only:
-            logger.warning("%d rows have no image and are sent as text only", self._num_text_only)
+            without = count_nouns(self._num_text_only, "row without an image is", "rows without an image are")
+            logger.warning("%s sent as text only", without)
         for note, count in self._notes.items():
-            logger.warning("%d rows %s", count, note)
+            logger.warning("%s with %s", count_nouns(count, "row"), note)
+        if self.columns.in_prompt and not self._names:
+            named = ", ".join(f"{{{name}}}" for name in sorted(self.columns.in_prompt))
+            logger.warning("the input has no columns, so the prompt's %s is sent as it is, braces included", named)
         requested = self.columns.wanted.union(filter(None, [self.columns.image]))
         wanted = requested if self._names else requested - self.columns.in_prompt
         if unknown := sorted(wanted - self._names):
@@ -102,8 +107,8 @@ class PromptBuilder:
             )
         if self._names and self._num_without_columns and self.columns.in_prompt:
             raise SourceError(
-                f"--prompt names columns, but {self._num_without_columns} rows come from inputs without columns; "
-                "process those inputs in a separate run"
+                f"--prompt names columns, but {count_nouns(self._num_without_columns, 'row comes', 'rows come')} from "
+                "inputs without columns; process those inputs in a separate run"
             )
 
 

@@ -23,7 +23,7 @@ MAX_DEPTH = 40  # of JSON; Arrow stores columns nested up to 64 deep
 class SourceRow:
     """A row as listed. `prompt` is its own prompt or None; a row with an `error` becomes an error row.
 
-    notes: what the log counts rows by, such as "have turns that are not used".
+    notes: what the log counts rows by, such as "turns that are not used".
     """
 
     id: str

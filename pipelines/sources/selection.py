@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ovis_model.wording import count_nouns
 from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.storage import store
 from pipelines.storage.store import FileInfo
@@ -118,7 +119,8 @@ def _log_left_out(uri: str, root: str, hidden: list[FileInfo], from_runs: list[F
         f"{len(infos)} {kind}, such as {store.redact(infos[0].uri[len(root) :])}" for kind, infos in kinds if infos
     ]
     if parts:
-        logger.warning("%s: left out %d files (%s)", store.redact(uri), len(hidden) + len(from_runs), "; ".join(parts))
+        number = count_nouns(len(hidden) + len(from_runs), "file")
+        logger.warning("%s: left out %s (%s)", store.redact(uri), number, "; ".join(parts))
 
 
 def read_marker(uri: str, name: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, groupby, islice
 
+from ovis_model.wording import count_nouns
 from pipelines.config import GroupBy, SourceOptions
 from pipelines.errors import SourceError
 from pipelines.media.reference import FileRef
@@ -106,7 +107,8 @@ def _find_literally(uri: str, output: str | None) -> Iterable[FileInfo] | None:
         return None
     if not (selected := select_files(uri, infos, output, is_glob=True)):
         raise SourceError(
-            f"all {len(infos)} files that match {store.redact(uri)!r} are hidden or belong to a run; name them exactly"
+            f"{count_nouns(len(infos), 'file matches', 'files match')} {store.redact(uri)!r}, but each is hidden or "
+            "belongs to a run; name it exactly"
         )
     return selected
 
@@ -117,8 +119,9 @@ def _expand_all(uri: str, names: list[str], output: str | None) -> list[FileInfo
         found = list(pool.map(lambda name: _find_literally(store.resolve_dots(name) or name, output), names))
     if missing := [name for name, infos in zip(names, found, strict=True) if infos is None]:
         raise SourceError(
-            f"{len(missing)} of the {len(names)} names in {store.redact(uri)!r} do not exist, the first is "
-            f"{store.redact(missing[0])}; correct the range, or use a glob such as DIRECTORY/*.tar for those that exist"
+            f"{len(missing)} of {count_nouns(len(names), 'name')} in {store.redact(uri)!r} cannot be found, the first "
+            f"is {store.redact(missing[0])}; correct the range, or use a glob such as DIRECTORY/*.tar for those that "
+            "exist"
         )
     return [info for infos in found for info in infos or ()]
 

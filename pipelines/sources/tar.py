@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from ovis_model.wording import count_nouns
 from pipelines.config import GroupBy
+from pipelines.media.inline import shorten_inline
 from pipelines.media.reference import TarRef
 from pipelines.sources.companions import Companion
 from pipelines.sources.directories import log_skipped
+from pipelines.sources.json_images import find_image_field
 from pipelines.sources.kinds import IMAGE_SUFFIXES
 from pipelines.sources.rows import (
     Chunk,
@@ -112,13 +115,25 @@ class _Sample:
     extensions: tuple[str, ...] = ()
     images: tuple[_Member, ...] = ()
     values: dict[str, Any] | None = None
+    image_field: str = ""  # of a sidecar, seems to name an image
     error: str = ""
 
     def make_row(self, key: str, number: int, index: _Index, columns: ColumnRoles) -> SourceRow:
         images = tuple(TarRef(index.uri, at, size, f"{key}.{end}", index.is_gzip) for end, at, size in self.images)
         unique_key = f"{key}~{number}" if number > 1 else key
         row = columns.make_row(index.uri, unique_key, self.values or {}, images, unit="key")
-        return replace(row, error=self.error) if self.error else row
+        error = self.error or (not images and columns.image is None and self._describe_lost_image(key))
+        return replace(row, error=error) if error else row
+
+    def _describe_lost_image(self, key: str) -> str:
+        """Return why a key without an image may not be sent as text only; "" if it may."""
+        if not self.image_field:
+            return ""
+        field = shorten_inline(self.image_field)
+        return (
+            f"key {key}: no image, but the field {field!r} of its sidecar seems to name one; add the image to the tar, "
+            "or send such rows as text only with --image-column ''"
+        )
 
 
 class _Index:
@@ -159,9 +174,9 @@ class _Index:
                 without_row.discard(key)
         if companion.wanted and without_row:
             logger.warning(
-                "%s has no row for %d keys of the tar; their columns are null",
+                "%s has no row for %s of the tar; those columns are null",
                 store.redact(companion.uri),
-                len(without_row),
+                count_nouns(len(without_row), "key"),
             )
 
     def _detect_gzip(self, file: Any) -> None:
@@ -253,6 +268,7 @@ class _Index:
             sample.error = f"{name} cannot be read: {error}"
         else:
             self.names |= values.keys()
+            sample.image_field = sample.image_field or sys.intern(find_image_field(values) or "")
             wanted = {key: value for key, value in values.items() if key in self.wanted}
             sample.values = {**(sample.values or {}), **wanted}
 

@@ -21,6 +21,7 @@ from fsspec.asyn import AsyncFileSystem, sync, sync_wrapper
 from fsspec.spec import AbstractBufferedFile
 from yarl import URL
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import BusyFault, FinalFault
 
 MAX_REDIRECTS = 5
@@ -165,7 +166,8 @@ class WebFile(AbstractBufferedFile):  # type: ignore[misc]
         end = min(end, self.size)
         data: bytes = self.fs.cat_range(self.path, start, end)
         if len(data) != end - start:
-            raise OSError(f"received {len(data):,} bytes instead of {end - start:,}: truncated, or changed meanwhile")
+            received = count_nouns(len(data), "byte")
+            raise OSError(f"received {received} instead of {end - start:,}: truncated, or changed meanwhile")
         return data
 
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import FinalFault, StoreError, StoreFault
 from pipelines.storage.credentials import explain_refusal
 from pipelines.storage.retries import Retries, is_final
@@ -439,7 +440,8 @@ def _walk(directory: str, max_depth: int | None = None) -> Iterator[FileInfo]:
         directories[:] = [name for name in directories if is_new[name]]
     if again:
         logger.warning(
-            "%s: skipped %d links to directories that are listed already, such as %s", directory, len(again), again[0]
+            "%s: skipped %s to directories listed already, such as %s",
+            *(directory, count_nouns(len(again), "link"), again[0]),
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ovis_model.wording import count_nouns
 from pipelines.errors import MediaError
 
 _BITFIELDS, _ALPHA_BITFIELDS = 3, 6  # values of the field "compression"
@@ -59,7 +60,8 @@ def _read_pixels(data: bytes, header: _Header) -> NDArray[np.integer]:
     count, missing = per_row * header.height, 0
     missing = header.pixels_at + count * header.bits // 8 - len(data)
     if missing > 0:
-        raise MediaError(f"truncated BMP of {len(data):,} bytes: {missing:,} bytes of its pixels are missing")
+        lack = count_nouns(missing, "byte of its pixels is missing", "bytes of its pixels are missing")
+        raise MediaError(f"truncated BMP of {len(data):,} bytes: {lack}")
     flat = np.frombuffer(data, f"<u{header.bits // 8}", count, header.pixels_at)
     return flat.reshape(header.height, per_row)[:, : header.width]
 

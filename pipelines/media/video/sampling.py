@@ -149,7 +149,7 @@ def _take_sample(
         if sampling.as_card or not is_repeated:
             taken.append(convert(frame))
     if picker.num_lost * 2 > len(times_s):
-        raise MediaError(f"{picker.num_lost} of {len(times_s)} frames are corrupt, and no intact frame is near them")
+        raise MediaError(f"frames are corrupt ({picker.num_lost} of {len(times_s)}), and no intact frame is near them")
     return taken
 
 
