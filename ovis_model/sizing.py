@@ -16,8 +16,8 @@ _USABLE = 0.9  # share of a device's memory
 def count_vision_parameters(config: OvisConfig) -> int:
     """Count the parameters of tower, head and visual embedding table, which every rank holds."""
     return (
-        _count_tower_parameters(config.vision)
-        + _count_head_parameters(config.vision)
+        count_tower_parameters(config.vision)
+        + count_head_parameters(config.vision)
         + config.vision.vocab_size * config.language.hidden_size
     )
 
@@ -109,7 +109,8 @@ def _can_divide(n: int, config: LanguageConfig) -> bool:
     return n >= 1 and all(size % n == 0 for size in sizes) and (kv_heads % n == 0 or n % kv_heads == 0)
 
 
-def _count_tower_parameters(config: VisionConfig) -> int:
+def count_tower_parameters(config: VisionConfig) -> int:
+    """Count the parameters of the vision tower."""
     hidden = config.hidden_size
     patchifier = hidden * 3 * config.patch_size**2 + hidden + hidden + config.num_patches * hidden
     norms = config.num_hidden_layers * 2 * hidden + hidden
@@ -122,6 +123,7 @@ def _count_block_matrices(config: VisionConfig) -> int:
     return config.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * config.intermediate_size)
 
 
-def _count_head_parameters(config: VisionConfig) -> int:
+def count_head_parameters(config: VisionConfig) -> int:
+    """Count the parameters of the visual head: a matrix and the norm of its outputs."""
     merged = config.hidden_size * config.hidden_stride**2
     return merged * config.num_visual_words + 2 * config.num_visual_words

@@ -89,7 +89,7 @@ class TrainingModel(nn.Module):
         visual = self._encode_tiles(batch.tiles, batch.tile_sizes)
         embeds = network.embed(batch.input_ids, visual[batch.visual])
         # A batch without images gives the visual parts gradients of 0, so that all workers have the same gradients.
-        return (embeds if len(batch.visual) else embeds + 0 * visual.sum()).to(self._dtype)
+        return embeds if len(batch.visual) else embeds + 0 * visual.sum()
 
     def _encode_tiles(self, tiles: Tensor, tile_sizes: Tensor) -> Tensor:
         """Return visual embeddings, [N * tokens_per_tile, hidden_size]."""
@@ -104,13 +104,14 @@ class TrainingModel(nn.Module):
         """Run the decoder over the row: [T, hidden_size] -> [T, hidden_size]."""
         model = self.network.llm.model
         config, positions = model.config, batch.position_ids[None]
-        rotary = compute_rotary(positions, config.head_dim, config.rope_theta, embeds.dtype)
+        rotary = compute_rotary(positions, config.head_dim, config.rope_theta, self._dtype)
         context = PackedContext(batch.order, batch.lengths, len(batch.input_ids))
         out: Tensor = model.norm(self._run_layers(model.layers, embeds, rotary, context))
         return out
 
     def _run_layers(self, layers: Iterable[nn.Module], hidden: Tensor, *arguments: Any) -> Tensor:
         """Run the decoder's layers or the tower's blocks. Checkpoints are taken where one tensor leads on."""
+        hidden = hidden.to(self._dtype)
         for layer in layers:
             hidden, update = _run(layer, self._checkpoint_layers, hidden, None, *arguments)
             hidden = hidden + update

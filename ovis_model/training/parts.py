@@ -5,24 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ovis_model.network.ovis import Ovis
+from ovis_model.training.stages import LAYER_PART
+from ovis_model.training.stages import STAGES as STAGES
+from ovis_model.training.stages import Stage as Stage
 
-Stage = Literal["1", "2", "3", "4", "dpo"]
-STAGES: dict[Stage, str] = {
-    "1": "visual_tokenizer.backbone.layer.-1|visual_tokenizer.head|vte",
-    "2": "visual_tokenizer|vte",
-    "3": "visual_tokenizer|vte",
-    "4": "all",
-    "dpo": "all",
-}
-"""What each stage trains: the last block with head and table, then the whole visual part, then everything."""
 _NEVER_TRAINED = "visual_tokenizer.backbone.trunk.post_trunk_norm."  # the network never uses it: it has no gradient
-_LAYER_PART = "visual_tokenizer.backbone.layer."
 _PATTERNS = {
     "all": r"",
     "llm": r"llm\.(?!.*\.adapter\.)",
@@ -94,13 +86,13 @@ def _measure_specificity(part: str) -> int:
 
 def _resolve_part(part: str, network: Ovis) -> re.Pattern[str]:
     """Return the pattern that the names of a part's parameters begin with. Raise PartError if it is unknown."""
-    num_blocks, number = network.config.vision.num_hidden_layers, part.removeprefix(_LAYER_PART)
+    num_blocks, number = network.config.vision.num_hidden_layers, part.removeprefix(LAYER_PART)
     if part in _PATTERNS:
         return re.compile(_PATTERNS[part])
     if number != part and re.fullmatch(r"-?\d+", number) and -num_blocks <= int(number) < num_blocks:
         return re.compile(rf"visual_tokenizer\.backbone\.trunk\.blocks\.{int(number) % num_blocks}\.")
     raise PartError(
-        f"unknown part {part!r}; use {', '.join(_PATTERNS)} or {_LAYER_PART}N with N from {-num_blocks} to "
+        f"unknown part {part!r}; use {', '.join(_PATTERNS)} or {LAYER_PART}N with N from {-num_blocks} to "
         f"{num_blocks - 1}, joined by |"
     )
 

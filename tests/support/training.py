@@ -17,7 +17,8 @@ from ovis_model.training.batch import Batch, collate
 from ovis_model.training.examples import ExampleBuilder, TiledImages, TrainingExample
 from ovis_model.training.export import load_network
 from ovis_model.training.model import TrainingModel
-from ovis_model.training.parts import STAGES, choose_trainable
+from ovis_model.training.parts import choose_trainable
+from ovis_model.training.stages import STAGES
 from ovis_model.types import Grid
 from tests.support.golden_data import checkpoint_dir
 
