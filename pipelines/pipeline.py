@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,13 @@ from ovis_model.wording import count_nouns
 from pipelines import schema
 from pipelines.checks import check_model, describe_models, resolve_model_paths
 from pipelines.cluster.attempts import RemoteAttempts, read_kept_rows, start_attempt_counts
-from pipelines.cluster.ray_session import configure_ray_data, open_ray_session, request_gpus, translate_ray_errors
+from pipelines.cluster.ray_session import (
+    configure_ray_data,
+    open_ray_session,
+    request_gpus,
+    stream_tables,
+    translate_ray_errors,
+)
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.cluster.watch import Watch
 from pipelines.config import RunConfig
@@ -153,8 +159,11 @@ def _write_in_passes(
         for number in range(MAX_PASSES):
             if missing := ledger.find_missing(run.num_rows):
                 plan = _plan_again(config, run, missing) if number else plan
-                with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink:
-                    for results in _stream(config, run, plan, missing, make_engine):
+                with (
+                    Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink,
+                    closing(_stream(config, run, plan, missing, make_engine)) as stream,
+                ):
+                    for results in stream:
                         new = sink.add(results)
                         progress.add(new)
                         reasons.add(new)
@@ -177,8 +186,10 @@ def _plan_again(config: RunConfig, run: Run, missing: Ranges) -> Plan:
     return plan
 
 
-def _stream(config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engine: EngineFactory) -> Iterator[pa.Table]:
-    """Yield tables of the result schema in the order in which replicas finish them."""
+def _stream(
+    config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engine: EngineFactory
+) -> Generator[pa.Table, None, None]:
+    """Yield tables of the result schema in the order in which replicas finish them; close it, see `stream_tables`."""
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -231,8 +242,7 @@ def _stream(config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engin
                 ),
             )
         )
-        results = rows.iter_batches(batch_size=None, batch_format="pyarrow")
-        with watch:
+        with watch, closing(stream_tables(rows)) as results:
             yield from _add_kept_rows(results, of_replicas, schema.build_result_schema(questionnaire.schema))
 
 

@@ -107,7 +107,6 @@ def test_a_second_interrupt_leaves_no_process_of_a_local_ray(
     assert (resumed.exit_code, resumed.summary["ok"]) == (0, NUM_ROWS), resumed.stderr
 
 
-@pytest.mark.slow  # at times a trace stands on stderr: to be found
 @against_the_clock
 @pytest.mark.parametrize("number", [signal.SIGHUP])
 def test_a_hangup_writes_finished_rows_as_a_termination_does(

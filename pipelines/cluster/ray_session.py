@@ -7,13 +7,17 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import pyarrow as pa
 
 from pipelines.cluster.address import check_address
 from pipelines.cluster.local_ray import start_local_ray
 from pipelines.errors import ProcessesDie, StageFailed, StoreFault
+
+_EXECUTOR_END_S = 10.0
 
 
 @contextmanager
@@ -104,6 +108,29 @@ def extract_error_line(error: Exception) -> str:
     # Ray's wrapper comes last, without any information.
     informative = [line for line in named if not re.match(r"ray\.exceptions\.(UserCodeException|RayTaskError)", line)]
     return (informative or named or lines)[-1]
+
+
+def stream_tables(dataset: Any) -> Generator[pa.Table, None, None]:
+    """Yield the blocks of a Ray dataset of Arrow tables as they are finished; its stages end when this is closed.
+
+    Close it if an exception ends its use: a thread that calls Ray after `ray.shutdown` ends the process at once, with
+    exit code 1 and no word. Dataset.iter_batches would leave such threads behind for a moment.
+    """
+    import ray
+
+    try:
+        for bundle in dataset.iter_internal_ref_bundles():
+            for block in bundle.block_refs:
+                yield ray.get(block)
+    finally:
+        _wait_for_executors()
+
+
+def _wait_for_executors() -> None:
+    """Wait until no thread runs stages. Ray Data waits for 2 s itself, which a busy machine may exceed."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(_EXECUTOR_END_S)
 
 
 def configure_ray_data(max_block_bytes: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 
 import pyarrow as pa
 
 from ovis_model.wording import count_nouns
 from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
-from pipelines.cluster.ray_session import configure_ray_data, translate_ray_errors
+from pipelines.cluster.ray_session import configure_ray_data, stream_tables, translate_ray_errors
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS, Hardware
 from pipelines.config import RunConfig, SourceOptions
 from pipelines.cutting.listing import list_parts
@@ -30,7 +30,7 @@ PLACE = "cuts"
 _MAX_PASSES = 3  # as of the run itself: the second finds the cuts that were lost with a node
 _MAX_ROWS_PER_UNIT = 64
 
-Stream = Callable[[RunConfig, Run, Ranges], Iterator[pa.Table]]
+Stream = Callable[[RunConfig, Run, Ranges], Generator[pa.Table, None, None]]
 """Yields the rows of CUTS with these row numbers, in any order."""
 
 
@@ -97,8 +97,11 @@ def _write_missing_cuts(config: RunConfig, run: Run, ledger: Ledger, lease: Leas
     ):
         for _ in range(_MAX_PASSES):
             if missing := ledger.find_missing(run.num_rows):
-                with Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file) as sink:
-                    for results in stream(config, run, missing):
+                with (
+                    Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file) as sink,
+                    closing(stream(config, run, missing)) as tables,
+                ):
+                    for results in tables:
                         new = sink.add(results)
                         progress.advance(len(new))
                         reasons.add(new)
@@ -107,7 +110,7 @@ def _write_missing_cuts(config: RunConfig, run: Run, ledger: Ledger, lease: Leas
         raise RowsLost(f"the cuts of {number} are missing after {_MAX_PASSES} passes: {missing[:5]}")
 
 
-def _stream_from_ray(config: RunConfig, run: Run, missing: Ranges) -> Iterator[pa.Table]:
+def _stream_from_ray(config: RunConfig, run: Run, missing: Ranges) -> Generator[pa.Table, None, None]:
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -124,8 +127,9 @@ def _stream_from_ray(config: RunConfig, run: Run, missing: Ranges) -> Iterator[p
             num_cpus=1,
             compute=ActorPoolStrategy(size=min(num_actors, len(units))),
         )
-        for table in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield table.cast(CUTS)
+        with closing(stream_tables(tables)) as stream:
+            for table in stream:
+                yield table.cast(CUTS)
 
 
 def make_cutting(options: SourceOptions) -> Cutting:

@@ -66,6 +66,8 @@ class TableProcesses:
             if self._starter is None or self._starter.poll() is not None:
                 while self._idle:  # readers end soon after the process that started them
                     self._idle.pop().close()
+                if self._starter is not None:
+                    self._starter.close()
                 self._starter = ChildProcess(_MODULE, self.timeout_s, environment=_ONE_THREAD)
             while self._idle:
                 if _is_connected(connection := self._idle.pop()):
