@@ -9,17 +9,14 @@ import pytest
 
 from tests.stress.chaos import ALL_EVENTS, Chaos
 
-_BY_DEFAULT = ("disk",)
-
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
     return Chaos(tmp_path_factory.mktemp("chaos"), num_rows=96)
 
 
-@pytest.mark.parametrize(
-    "event", [event if event in _BY_DEFAULT else pytest.param(event, marks=pytest.mark.slow) for event in ALL_EVENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ALL_EVENTS)
 def test_a_disturbed_run_equals_an_undisturbed_one(chaos: Chaos, event: str) -> None:
     if event == "disk" and os.geteuid() != 0:
         pytest.skip("only root may mount a small disk")

@@ -100,6 +100,7 @@ def read_files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_an_interrupted_run_is_resumed_with_the_same_rows(place: Path, job: str) -> None:
     whole = read_rows(place / job)

@@ -17,6 +17,7 @@ from tests.support.processes import Finished, Job, against_the_clock, list_files
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 NUM_ROWS = 60
+SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def has_child(name: str) -> Callable[[Job], bool]:
 
 
 @against_the_clock
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, *SLOW_SIGNALS])
 def test_a_signal_during_the_imports_leaves_no_trace(pictures: Path, tmp_path: Path, number: signal.Signals) -> None:
     job = start_job(pictures, tmp_path / "out")
     wait_for(lambda: b"pydantic" in Path(f"/proc/{job.process.pid}/maps").read_bytes(), 30)
@@ -56,9 +57,7 @@ def test_a_signal_during_the_imports_leaves_no_trace(pictures: Path, tmp_path: P
 
 
 @against_the_clock
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, *SLOW_SIGNALS])
 @pytest.mark.parametrize("child", ["gcs_server", pytest.param("raylet", marks=pytest.mark.slow)])
 def test_a_signal_while_ray_starts_leaves_no_trace(
     pictures: Path, tmp_path: Path, number: signal.Signals, child: str
@@ -93,7 +92,7 @@ def test_a_second_interrupt_stops_at_once_and_the_run_is_resumed(
 @pytest.mark.slow
 @against_the_clock
 @pytest.mark.parametrize("pause_s", [0.15, 1.0])
-@pytest.mark.parametrize("child", ["gcs_server", "raylet", "ray::MapBatches"])
+@pytest.mark.parametrize("child", ["gcs_server", "raylet", "ray::MapWorker"])
 def test_a_second_interrupt_leaves_no_process_of_a_local_ray(
     pictures: Path, tmp_path: Path, child: str, pause_s: float
 ) -> None:

@@ -37,6 +37,7 @@ def make_arguments(videos: Path, output: Path, *options: str) -> list[str]:
     return [str(videos), str(output), *common, "--rows-per-file", "4", *options]
 
 
+@pytest.mark.slow
 @against_the_clock
 def test_a_killed_job_is_resumed(videos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
