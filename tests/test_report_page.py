@@ -14,6 +14,7 @@ from pipelines.report.build import ReportOptions, write_report
 from tests.support import browser
 from tests.support.annotations import HOSTILE, TASKS, make_answers, make_item, write_run
 from tests.support.pictures import write_image
+from tests.support.processes import wait_for
 
 pytestmark = pytest.mark.skipif(bool(browser.describe_missing()), reason=browser.describe_missing() or "there is one")
 
@@ -138,14 +139,19 @@ def test_an_opened_row_shows_all_its_data(opened: Any) -> None:
 def test_keys_select_open_and_close_rows(opened: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
+    def see(selector: str, texts: list[str]) -> bool:
+        """Return whether the page shows these texts, soon: on a busy machine it handles a key later."""
+        wait_for(lambda: read_texts(opened, selector) == texts, 5)
+        return read_texts(opened, selector) == texts
+
     opened.execute_script("document.querySelector('.card').focus()")
     press(opened, Keys.ARROW_RIGHT)
     press(opened, Keys.ENTER)
-    assert read_texts(opened, "dialog .bar .name") == ["picture-1"]
+    assert see("dialog[open] .bar .name", ["picture-1"])
     press(opened, Keys.ARROW_RIGHT)
-    assert read_texts(opened, "dialog .bar .name") == ["picture-2"]
+    assert see("dialog[open] .bar .name", ["picture-2"])
     press(opened, Keys.ESCAPE)
-    assert not read_texts(opened, "dialog[open]")
+    assert see("dialog[open]", [])
     assert opened.switch_to.active_element.get_attribute("aria-label") == "Row 2: picture-2"
 
 
