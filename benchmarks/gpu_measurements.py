@@ -184,6 +184,7 @@ TEST_FILES = (
     "test_host_traffic",
     "test_kernels",
     "test_parallel",
+    "test_tile_loader",
 )
 
 

@@ -6,22 +6,22 @@ Knows token ids, not text or images. Knows no threads: a single caller enqueues 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
 
 from ovis_model.engine.calls import EngineOptions, Stats
+from ovis_model.engine.clock import make_clock
 from ovis_model.engine.decode_step import CudaGraphs, StepRunner, run_eagerly
 from ovis_model.engine.memory_plan import describe_budget, halve, plan_for_device
 from ovis_model.engine.model_runner import Masks, ModelRunner, answer_choices
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
 from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
+from ovis_model.engine.tile_loader import make_tile_loader
 from ovis_model.engine.warm_up import run_largest_work
 from ovis_model.network.devices import choose_dtype, keep_float32_exact, resolve_device
 from ovis_model.network.ovis import Ovis
@@ -61,8 +61,10 @@ class EngineCore:
         self._guides = _make_guides(tokenizer, config) if tokenizer else None
         self._stop_rule = StopRule(config.eos_token_ids if eos_token_ids is None else eos_token_ids, tokenizer)
         self.scheduler = Scheduler(self._budget)
+        self._clock = make_clock(model.device)
+        tiles = make_tile_loader(model.device, self._budget.vision_tiles * 3 * config.vision.image_size**2)
         default = CudaGraphs if model.device.type == "cuda" else lambda: run_eagerly
-        self.runner = ModelRunner(model, make_step_runner or default)
+        self.runner = ModelRunner(model, make_step_runner or default, tiles)
 
     def describe(self) -> str:
         """Describe the device and the engine's limits in one line."""
@@ -87,6 +89,7 @@ class EngineCore:
         """
         try:
             self._step()
+            self._add_times()
         except RuntimeError as error:
             self._handle(error)
 
@@ -151,8 +154,10 @@ class EngineCore:
         running = self.scheduler.running
         if not running:
             return
-        with self._measure_time("decode_s"):
-            self._record(running, self.runner.decode(running, self._begin_masks(running)))
+        with self._clock.measure("decode_s"):
+            choice = self.runner.decode(running, self._begin_masks(running))
+            self.runner.tiles.send_ahead(self.scheduler.list_next_items())  # while the device computes
+            self._record(running, choice)
         self.stats.steps += 1
         self.stats.sequence_steps += len(running)
         self.stats.slot_steps += self.scheduler.slots
@@ -180,10 +185,10 @@ class EngineCore:
         whole, rest = self.scheduler.split_prompts(admitted)
         budget = self.scheduler.budget
         items = self.scheduler.select_items_to_encode(span.state.item for span in whole)
-        with self._measure_time("vision_s"):
+        with self._clock.measure("vision_s"):
             self.runner.encode(items, budget.vision_tiles)
         self.stats.tiles += sum(len(item.tiles) for item in items)
-        with self._measure_time("prefill_s"):
+        with self._clock.measure("prefill_s"):
             for group in chain(*(pack_passes(spans, budget.prefill_tokens) for spans in (whole, rest))):
                 choice = self.runner.prefill(group, self._begin_masks([span.state for span in group]))
                 self.stats.prompt_tokens += sum(len(span.ids) for span in group)
@@ -206,14 +211,11 @@ class EngineCore:
             if state.guide and state.guide.error:
                 state.error = RequestError(state.guide.error)
 
-    @contextmanager
-    def _measure_time(self, name: str) -> Iterator[None]:
-        started_s = perf_counter()
-        yield
-        if self.model.device.type == "cuda":
-            # Without this, the vision time would end before its kernels do. The other times wait for tokens anyway.
-            torch.cuda.synchronize()
-        setattr(self.stats, name, getattr(self.stats, name) + perf_counter() - started_s)
+    def _add_times(self) -> None:
+        """Add to the stats what the clock knows by now; all of it when no work is left."""
+        is_idle = not self.scheduler.waiting and all(state.has_left for state in self.scheduler.running)
+        for name, seconds in self._clock.collect(wait=is_idle):
+            setattr(self.stats, name, getattr(self.stats, name) + seconds)
 
 
 def _make_guides(tokenizer: Tokenizer, config: OvisConfig) -> Guides:

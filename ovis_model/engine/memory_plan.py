@@ -128,7 +128,8 @@ def bound_vision_bytes(config: OvisConfig, dtype: torch.dtype, tiles: int) -> in
     """Bound the bytes of a pass that encodes so many tiles, with activations of `dtype`."""
     v, size = config.vision, dtype.itemsize
     patch = size * (6 * v.hidden_size + 3 * v.intermediate_size) + 8 * v.hidden_size  # float32 in the norms
-    pixels = 3 * v.image_size**2 * (1 + 4 + 3 * size)
+    # Bytes of this pass, of two later ones, of tiles sent ahead, and joined; then as integers, and normalized.
+    pixels = 3 * v.image_size**2 * (5 + 4 + 3 * size)
     tokens = tiles * v.tokens_per_tile
     head = min(tokens, HEAD_CHUNK_TOKENS) * v.vocab_size * 2 * size
     kept = tokens * size * (v.hidden_size * v.hidden_stride**2 * 2 + config.language.hidden_size * 2)

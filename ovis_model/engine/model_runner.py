@@ -21,6 +21,7 @@ from ovis_model.engine.prefix_sharing import Item
 from ovis_model.engine.requests import RequestState
 from ovis_model.engine.sampling import Choice, Sampler
 from ovis_model.engine.scheduler import Budget, Move, Pages, Span, pack_passes
+from ovis_model.engine.tile_loader import TileLoader, split_into_passes
 from ovis_model.network.attention import AttentionContext
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.uploads import upload
@@ -33,8 +34,8 @@ Masks = Future[NDArray[np.uint8]]
 class ModelRunner:
     """Vision passes, prefill and decode steps with one cache. Its methods must be called in inference mode."""
 
-    def __init__(self, model: Ovis, make_step_runner: Callable[[], StepRunner]) -> None:
-        self.model = model
+    def __init__(self, model: Ovis, make_step_runner: Callable[[], StepRunner], tiles: TileLoader) -> None:
+        self.model, self.tiles = model, tiles
         self._make_step_runner = make_step_runner
         self._stepper: BatchStepper | None = None
         self._decoding: list[RequestState] = []  # the requests of the last decode step, for which `_sampler` was made
@@ -69,16 +70,13 @@ class ModelRunner:
 
         A pass may hold tiles of several items.
         """
-        tiles = [tile for item in items for tile in item.tiles]
-        sizes = [size for item in items for size in item.tile_sizes]
-        chunks = (slice(start, start + max_tiles) for start in range(0, len(tiles), max_tiles))
-        parts = [
-            _make_empty_embeddings(self.model),
-            *(_encode(self.model, tiles[chunk], sizes[chunk]) for chunk in chunks),
-        ]
+        parts = [_make_empty_embeddings(self.model)]
+        for pieces in split_into_passes(items, max_tiles):
+            pixels = self.model.normalize(*self.tiles.load(pieces))
+            parts.append(self.model.encode_tiles(pixels).flatten(0, 1))
         counts = [len(item.tiles) * self.model.config.vision.tokens_per_tile for item in items]
         for item, visual in zip(items, torch.split(torch.cat(parts), counts), strict=True):
-            item.visual = visual
+            item.visual, item.sent = visual, None
 
     def prefill(self, group: list[Span], masks: Masks | None) -> Choice | None:
         """Run the spans and keep their tokens; return the first token of each request without choices."""
@@ -160,11 +158,6 @@ def _upload_spans(group: Sequence[Span], places: Sequence[tuple[int, int]], devi
         np.reshape(places, (-1, 2)),
     )
     return _Batch(*upload(device, *(np.asarray(array, np.int64) for array in arrays)))
-
-
-def _encode(model: Ovis, tiles: Sequence[NDArray[np.uint8]], sizes: Sequence[NDArray[np.int32]]) -> Tensor:
-    on_device = upload(model.device, np.stack(tiles), np.stack(sizes))
-    return model.encode_tiles(model.normalize(*on_device)).flatten(0, 1)
 
 
 def _make_empty_embeddings(model: Ovis) -> Tensor:

@@ -19,12 +19,14 @@ from ovis_model.types import Request
 class Item:
     """The images of one or more requests.
 
-    `visual` holds their embeddings, from the vision pass until no waiting request needs them.
+    `visual` holds their embeddings, from the vision pass until no waiting request needs them, and `sent` the tiles
+    that are on the device before that pass.
     """
 
     tiles: NDArray[np.uint8]
     tile_sizes: NDArray[np.int32]
     visual: Any = None
+    sent: Any = None
 
     def has_images_of(self, request: Request) -> bool:
         """Return whether the contents are equal; free of cost if the arrays are the same objects."""

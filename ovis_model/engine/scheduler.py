@@ -262,14 +262,23 @@ class Scheduler:
         """Return the entering items that lack embeddings, and the next waiting ones that fill up the vision passes."""
         items = dict.fromkeys(item for item in entering if item.visual is None)
         num_tiles, max_tiles = sum(len(item.tiles) for item in items), self.budget.vision_tiles
-        wanted = -(-num_tiles // max_tiles) * max_tiles
-        for item in (state.item for state in self.waiting):
-            if num_tiles == wanted or num_tiles + len(item.tiles) > wanted:
+        self._add_waiting(items, -num_tiles % max_tiles)
+        return list(items)
+
+    def list_next_items(self) -> list[Item]:
+        """Return the next waiting items that lack embeddings, as many as one vision pass takes."""
+        items: dict[Item, None] = {}
+        self._add_waiting(items, self.budget.vision_tiles)
+        return list(items)
+
+    def _add_waiting(self, items: dict[Item, None], room: int) -> None:
+        """Add the next waiting items that lack embeddings, with at most `room` tiles."""
+        for item in (state.item for state in islice(self.waiting, self.budget.slots)):
+            if not room or len(item.tiles) > room:
                 break
             if item.visual is None and item not in items:
                 items[item] = None
-                num_tiles += len(item.tiles)
-        return list(items)
+                room -= len(item.tiles)
 
     def drop_embeddings(self, items: Iterable[Item]) -> None:
         """Drop the embeddings of items that no waiting request needs; siblings wait next to each other."""

@@ -20,21 +20,32 @@ def upload(device: torch.device, *arrays: NDArray[Any]) -> list[Tensor]:
     The copy is from pinned memory on CUDA, so that the host continues at once. Torch's allocator of pinned memory
     reuses a block only after the copies from it.
     """
-    tensors = [torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays]
-    num_bytes = sum(map(_count_aligned_bytes, tensors))
-    packed = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for part, tensor in zip(_divide(packed, tensors), tensors, strict=True):
-        part.copy_(tensor)
-    return list(_divide(packed.to(device, non_blocking=True), tensors))
+    packed = torch.empty(count_bytes(arrays), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pack(arrays, packed)
+    return list(unpack(packed.to(device, non_blocking=True), arrays))
 
 
-def _divide(packed: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the parts of uint8[n] as tensors of the dtypes and shapes of `like`."""
+def count_bytes(arrays: Sequence[NDArray[Any]]) -> int:
+    """Return the number of bytes that `pack` needs."""
+    return sum(map(_count_aligned_bytes, arrays))
+
+
+def pack(arrays: Sequence[NDArray[Any]], packed: Tensor) -> None:
+    """Copy the arrays next to each other into uint8[n] of the host, which may be longer than needed."""
+    buffer, start = packed.numpy(), 0
+    for array in arrays:
+        buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+        start += _count_aligned_bytes(array)
+
+
+def unpack(packed: Tensor, arrays: Sequence[NDArray[Any]]) -> Iterator[Tensor]:
+    """Yield the parts of a packed uint8[n] with the dtypes and shapes of `arrays`."""
     start = 0
-    for tensor in like:
-        yield packed[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        start += _count_aligned_bytes(tensor)
+    for array in arrays:
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        yield packed[start : start + array.nbytes].view(dtype).view(array.shape)
+        start += _count_aligned_bytes(array)
 
 
-def _count_aligned_bytes(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+def _count_aligned_bytes(array: NDArray[Any]) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
