@@ -112,7 +112,8 @@ class CudaCopyStream:
 
     def mark(self) -> torch.cuda.Event:
         """Record an event on the current stream."""
-        return torch.cuda.current_stream(self._device).record_event()
+        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return event
 
 
 @dataclass(frozen=True)
