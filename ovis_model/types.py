@@ -123,6 +123,15 @@ class RequestError(ValueError):
     """This request cannot be generated, but others can; its row becomes an error row."""
 
 
+class ConstraintExhausted(RequestError):  # noqa: N818  (the name says what happened)
+    """An answer cannot be continued within its constraint, but others can.
+
+    `outcomes`: what became of each request of the call, if no request failed for another reason.
+    """
+
+    outcomes: Sequence[Completion | RequestError] = ()
+
+
 class EngineDied(RuntimeError):  # noqa: N818  (the name says what happened)
     """The device is lost; the process that holds it must be replaced."""
 

@@ -10,14 +10,25 @@ from typing import Any
 
 from ovis_model.inputs.processor import Processor
 from ovis_model.tokenizer import cut_at_stop
-from ovis_model.types import Completion, Engine, FinishReason, Request, RequestError, SamplingParams
+from ovis_model.types import (
+    Completion,
+    ConstraintExhausted,
+    Engine,
+    FinishReason,
+    Request,
+    RequestError,
+    SamplingParams,
+)
 from pipelines.rows import PreparedRow
-from pipelines.tasks.answer_types import Answer, Answered, find_flags
+from pipelines.tasks.answer_types import Answer, Answered, find_flags, make_failed
 from pipelines.tasks.questionnaire import Columns, Questionnaire
 from pipelines.tasks.task import Task
 
 # Sampling of a second attempt: far enough from the first to escape its loop or dead end, with room to finish.
 _RETRY_TEMPERATURE, _RETRY_TOP_P, _RETRY_PENALTY, _RETRY_TIMES_LONGER = 0.7, 0.9, 1.1, 2
+
+
+Outcome = Completion | RequestError
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,36 +62,42 @@ class Answerer:
             self._retry_flagged(asked, answered)
         return [a if isinstance(a, RequestError) else self._questionnaire.make_columns(a) for a in answered]
 
-    def _generate_rows(self, asked: Sequence[Sequence[TaskRequest]]) -> list[list[Completion] | RequestError]:
+    def _generate_rows(self, asked: Sequence[Sequence[TaskRequest]]) -> list[list[Outcome] | RequestError]:
         """Generate all rows together; if a request is invalid, generate each row separately to isolate it."""
         flat = self._generate(list(chain.from_iterable(asked)))
         if isinstance(flat, RequestError):
             return [self._generate_row(questions) for questions in asked]
-        return [flat[i : i + len(self._tasks)] for i in range(0, len(flat), len(self._tasks))]
+        rows = [flat[i : i + len(self._tasks)] for i in range(0, len(flat), len(self._tasks))]
+        return [_find_row_error(questions, row) or row for questions, row in zip(asked, rows, strict=True)]
 
-    def _generate_row(self, questions: Sequence[TaskRequest]) -> list[Completion] | RequestError:
+    def _generate_row(self, questions: Sequence[TaskRequest]) -> list[Outcome] | RequestError:
         """Generate one row; on failure, name the task that caused it."""
         outcome = self._generate(questions)
         if isinstance(outcome, RequestError) and len(questions) > 1:
             for question in questions:
                 if isinstance(error := self._generate([question]), RequestError):
                     return RequestError(f"{question.task.label}{error}")
-        return outcome
+        return outcome if isinstance(outcome, RequestError) else _find_row_error(questions, outcome) or outcome
 
-    def _generate(self, questions: Sequence[TaskRequest]) -> list[Completion] | RequestError:
+    def _generate(self, questions: Sequence[TaskRequest]) -> list[Outcome] | RequestError:
         params = [question.task.make_sampling_params(question.row_id, self._answer_ids) for question in questions]
         return self._try([question.request for question in questions], params)
 
-    def _try(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[Completion] | RequestError:
+    def _try(self, requests: Sequence[Request], params: Sequence[SamplingParams]) -> list[Outcome] | RequestError:
+        """Return the outcomes, with an error in place of an answer whose grammar is exhausted."""
         try:
             return [*self._engine.generate(requests, params)]
+        except ConstraintExhausted as error:
+            return [*error.outcomes] or error
         except RequestError as error:
             return error
 
-    def _parse_answer(self, question: TaskRequest, completion: Completion) -> Answered:
+    def _parse_answer(self, question: TaskRequest, completion: Outcome) -> Answered:
         task = question.task
+        if isinstance(completion, RequestError):
+            return make_failed(f"{task.label}{completion}")
         text = cut_at_stop(self._processor.detokenize(completion.output_ids), task.stops)
-        value = _parse_value(task.answer, text, completion.finish_reason)
+        value, is_valid = _parse_value(task.answer, text, completion.finish_reason)
         confidence: float | dict[str, float] = completion.mean_logprob
         if completion.choice_probs is not None:
             confidence = dict(zip(task.answer.options, completion.choice_probs.tolist(), strict=True))
@@ -89,7 +106,7 @@ class Answerer:
             value=value,
             finish_reason=completion.finish_reason,
             confidence=confidence,
-            flags=find_flags(task.answer, text, value, completion.finish_reason),
+            flags=find_flags(task.answer, text, value, completion.finish_reason, is_valid=is_valid),
             mean_logprob=completion.mean_logprob,
             num_tokens=len(completion.output_ids),
         )
@@ -109,12 +126,12 @@ class Answerer:
             return
         seconds = self._generate_alternatives([(question, answers[place]) for question, answers, place in flagged])
         for (question, answers, place), completion in zip(flagged, seconds, strict=True):
-            if completion is not None:
+            if isinstance(completion, Completion):
                 first, second = answers[place], self._parse_answer(question, completion)
                 better, other = (second, first) if len(second.flags) < len(first.flags) else (first, second)
                 answers[place] = replace(better, alternative=other)
 
-    def _generate_alternatives(self, flagged: Sequence[tuple[TaskRequest, Answered]]) -> list[Completion | None]:
+    def _generate_alternatives(self, flagged: Sequence[tuple[TaskRequest, Answered]]) -> list[Outcome | None]:
         """Generate a second answer for each flagged one; None if the context has no room for a longer answer."""
         requests = [question.request for question, _ in flagged]
         params = [self._change_sampling(question, first) for question, first in flagged]
@@ -138,11 +155,19 @@ class Answerer:
         )
 
 
-def _parse_value(answer: Answer, text: str, finish_reason: FinishReason) -> Any:
-    """Return the parsed value; None if the text is invalid or a constrained answer was truncated."""
+def _find_row_error(questions: Sequence[TaskRequest], outcomes: Sequence[Outcome]) -> RequestError | None:
+    """Return the error of the first task if all tasks of a row failed."""
+    first = outcomes[0]
+    if isinstance(first, RequestError) and all(isinstance(outcome, RequestError) for outcome in outcomes):
+        return RequestError(f"{questions[0].task.label}{first}")
+    return None
+
+
+def _parse_value(answer: Answer, text: str, finish_reason: FinishReason) -> tuple[Any, bool]:
+    """Return the parsed value, and False if there is none: an invalid text, or a constrained one that was truncated."""
     if answer.constraint and finish_reason == "length":
-        return None
+        return None, False
     try:
-        return answer.parse(text)
+        return answer.parse(text), True
     except ValueError:
-        return None
+        return None, False

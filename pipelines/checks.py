@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TypeVar
 
 from ovis_model.checkpoint import describe_checkpoint, resolve_local_path
 from ovis_model.grammar.guides import check
+from ovis_model.grammar.json_schema import find_ignored
 from ovis_model.inputs.processor import Processor
 from ovis_model.sizing import check_tensor_parallel
 from ovis_model.weight_files import check_weight_files
 from pipelines.config import RunConfig
 from pipelines.media.frame_encoder import describe_encoder
+from pipelines.tasks.answer_types import Record
 from pipelines.tasks.task import Task
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -47,6 +50,10 @@ def _check_task(task: Task, processor: Processor) -> None:
             check(params.constraint)
         except ValueError as error:
             raise ValueError(f"{task.label}{error}") from error
+    if isinstance(task.answer, Record) and (words := find_ignored(task.answer.schema)):
+        print(
+            f"{task.label}ignored in the schema, as they say nothing about answers: {', '.join(words)}", file=sys.stderr
+        )
     if params.max_new_tokens >= processor.config.max_length:
         raise ValueError(
             f"{task.label}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's context "

@@ -167,6 +167,39 @@ def test_flagged_answers_are_regenerated_and_the_better_one_is_kept(
     assert num_flagged >= 6
 
 
+def test_an_exhausted_grammar_is_an_error_of_its_task_only(pictures: Path, tmp_path: Path) -> None:
+    words = {"type": "string", "minLength": 1, "maxLength": 100_000, "pattern": r"^(?:\S+\s+){0,99}\S+$"}
+    tasks = [TASKS[0], {"name": "words", "prompt": "Words?", "answer": {"json_schema": words}}, TASKS[1]]
+    config = make_config(pictures, tmp_path / "out", tasks=tasks)
+    alone = answer_without_ray(make_config(pictures, tmp_path / "out", tasks=[TASKS[0], TASKS[1]]))
+    for row, other in zip(answer_without_ray(config), alone, strict=True):
+        assert (row["caption"], row["sharp"]) == (other["caption"], other["sharp"])
+        assert row["words"] is None and "words:error" in row["flags"] and row["words_finish_reason"] == ""
+        assert row["error"].startswith("task words: the answer cannot be continued within its constraint: ")
+        assert "steps of the lexer per token" in row["error"]
+    only = make_config(pictures, tmp_path / "out", tasks=[tasks[1]])
+    assert answer_without_ray(only) == []  # error rows: no task has an answer
+
+
+def test_null_is_a_value_and_many_choices_have_a_list_of_probabilities(pictures: Path, tmp_path: Path) -> None:
+    many = {"choices": [f"class {n}" for n in range(100)]}
+    tasks = [
+        {"name": "nothing", "prompt": "A?", "answer": {"json_schema": {"anyOf": [{"type": "null"}]}}},
+        {"name": "many", "prompt": "B?", "answer": many},
+        {"name": "case", "prompt": "C?", "answer": {"choices": ["us", "US"]}},
+    ]
+    config = make_config(pictures, tmp_path / "out", tasks=tasks)
+    rows = answer_without_ray(config)
+    for row in rows:
+        assert row["nothing"] is None and row["nothing_text"] == "null" and row["flags"] == []
+        assert max(row["many_confidence"], key=lambda pair: pair["p"])["choice"] == row["many"]
+        assert [pair["choice"] for pair in row["case_confidence"]] == ["us", "US"]
+    columns = config.questionnaire.schema
+    held = pa.schema([columns.field(name) for name in columns.names if name in rows[0]])
+    assert pa.Table.from_pylist(rows, held).num_rows == 6
+    assert config.questionnaire.make_empty_columns().get("many_confidence") is None
+
+
 def test_regeneration_uses_another_seed(pictures: Path, tmp_path: Path) -> None:
     tasks = [{"name": "caption", "prompt": "Describe."}, {"name": "sharp", "prompt": "Sharp?", "answer": "bool"}]
     sampling: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "stop": ("e", "o"), "regenerate": "flagged"}

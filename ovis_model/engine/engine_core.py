@@ -28,7 +28,7 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE, Shard
 from ovis_model.network.weights import load_model
 from ovis_model.tokenizer import load_tokenizer
-from ovis_model.types import EngineDied, Request, RequestError, SamplingParams
+from ovis_model.types import ConstraintExhausted, EngineDied, Request, RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from ovis_model.config import OvisConfig
@@ -209,7 +209,7 @@ class EngineCore:
             state.append(int(token_id), logprob)
             state.finish_reason = self._stop_rule.find_finish_reason(state)
             if state.guide and state.guide.error:
-                state.error = RequestError(state.guide.error)
+                state.error = ConstraintExhausted(state.guide.error)
 
     def _add_times(self) -> None:
         """Add to the stats what the clock knows by now; all of it when no work is left."""

@@ -12,7 +12,7 @@ import torch
 from ovis_model.engine.calls import Abandon, Call, Calls, Close, Message, Outcome, Stats, WarmUp
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.requests import RequestState
-from ovis_model.types import EngineDied, RequestError
+from ovis_model.types import Completion, ConstraintExhausted, EngineDied, RequestError
 
 
 @dataclass
@@ -30,10 +30,21 @@ class _RunningCall:
         return self.num_left == len(self.states)
 
     def collect_outcome(self) -> Outcome:
-        try:
-            return [state.make_completion() for state in self.states]
-        except RequestError as error:
-            return error
+        outcomes = [_make_outcome(state) for state in self.states]
+        completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, RequestError)]
+        if errors and all(isinstance(error, ConstraintExhausted) for error in errors):
+            exhausted = ConstraintExhausted(str(errors[0]))
+            exhausted.outcomes = outcomes
+            return exhausted
+        return errors[0] if errors else completions
+
+
+def _make_outcome(state: RequestState) -> Completion | RequestError:
+    try:
+        return state.make_completion()
+    except RequestError as error:
+        return error
 
 
 class EngineLoop:

@@ -7,8 +7,9 @@ llguidance 1.9.1 honours only almost; it refuses the combinations of keywords th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +18,14 @@ from jsonschema.validators import extend
 from referencing.jsonschema import DRAFT202012
 
 from ovis_model.grammar import keywords
+from ovis_model.grammar.dialects import translate_schema
 from ovis_model.grammar.keywords import MAX_SAFE_INTEGER
 from ovis_model.grammar.regex import check_pattern
+from ovis_model.grammar.unions import follow, separate_parts
 
 Json = dict[str, Any]
 
-MAX_SCHEMA_CHARS = 1 << 17
+MAX_SCHEMA_CHARS = 1 << 20
 MAX_DEPTH = 64  # of objects and lists within each other
 
 
@@ -34,15 +37,24 @@ def parse_schema(text: str) -> Json:
         schema = json.loads(text, parse_float=_parse_float)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the schema is not JSON: {error}") from None
+    return check_schema(schema)
+
+
+def check_schema(schema: Any) -> Json:
+    """Return the translation of a schema. Raise ValueError as `parse_schema` does."""
     if _is_deeper(schema, MAX_DEPTH):
         raise ValueError(f"a schema more than {MAX_DEPTH} names deep is not supported")
-    if isinstance(schema, dict):
-        schema = {name: value for name, value in schema.items() if name not in keywords.IGNORED_AT_ROOT}
+    schema = translate_schema(schema).schema
     if fault := next(_TABLE.iter_errors(schema), None):
         raise ValueError(_describe(fault))
     if not isinstance(schema, dict):
         raise ValueError(f"a schema is an object; this is {schema}")
     return schema
+
+
+def find_ignored(text: str) -> tuple[str, ...]:
+    """Return the words of a schema that have no effect on answers and that JSON Schema does not have."""
+    return translate_schema(json.loads(text)).dropped
 
 
 def adapt_schema(schema: Json) -> Json:
@@ -51,6 +63,32 @@ def adapt_schema(schema: Json) -> Json:
     for part in list(walk_schemas(adapted)):
         _rewrite(part, schema)
     return adapted
+
+
+def drop_repeats(value: Any, schema: str) -> Any:
+    """Return the value without repeated items where the schema has `uniqueItems`, which no grammar can hold."""
+    root = _validator(schema).schema
+    return _drop_repeats(value, root, root) if '"uniqueItems"' in schema else value
+
+
+def _drop_repeats(value: Any, part: Any, root: Json) -> Any:
+    part = follow(part, root)
+    if not isinstance(part, dict) or not isinstance(value, list | dict):
+        return value
+    for name in ("anyOf", "oneOf", "allOf"):
+        for branch in part.get(name, ()):
+            value = _drop_repeats(value, branch, root)
+    if isinstance(value, dict):
+        inner = part.get("properties", {})
+        rest = part.get("additionalProperties")
+        return {name: _drop_repeats(each, inner.get(name, rest), root) for name, each in value.items()}
+    firsts = part.get("prefixItems", ())
+    items = [
+        _drop_repeats(each, firsts[number] if number < len(firsts) else part.get("items"), root)
+        for number, each in enumerate(value)
+    ]
+    by_text = {json.dumps(item, sort_keys=True): item for item in items}
+    return list(by_text.values()) if part.get("uniqueItems") else items
 
 
 def validate_answer(value: Any, schema: str) -> None:
@@ -65,16 +103,6 @@ def walk_schemas(schema: Any) -> Iterator[Json]:
         yield schema
         for part in DRAFT202012.subresources_of(schema):
             yield from walk_schemas(part)
-
-
-def resolve_reference(reference: Any, root: Any) -> Any:
-    """Return what "#/$defs/name" names in the schema `root`; None for anything else."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return None
-    found = root
-    for name in filter(None, reference.removeprefix("#").split("/")):
-        found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-    return found
 
 
 def _parse_float(text: str) -> float:
@@ -137,18 +165,24 @@ def _validator(schema: str) -> Any:
 def _rewrite(part: Json, root: Json) -> None:
     for name in keywords.IGNORED:
         part.pop(name, None)  # a `$ref` may not lead there: their values are not checked
-    if "anyOf" not in part and _have_tag(part.get("oneOf", ()), root):
-        part["anyOf"] = part.pop("oneOf")  # equal, as no value matches two; llguidance follows no `$ref` to see that
+    parts = separate_parts(part["oneOf"], root) if "oneOf" in part and "anyOf" not in part else None
+    if parts is not None:
+        del part["oneOf"]
+        part["anyOf"] = parts
     if pattern := keywords.EXACT_FORMATS.get(part.get("format", "")):
         del part["format"]
         part["allOf"] = [*part.get("allOf", ()), {"pattern": pattern}]
+    if part.pop("uniqueItems", False) and (values := _list_values(part.get("items"), root)):
+        part["maxItems"] = min(len(values), part.get("maxItems", len(values)))  # or the answer repeats them for ever
     types = part.get("type", ())
     _bound(part, [types] if isinstance(types, str) else types)
 
 
 def _bound(part: Json, types: Sequence[str]) -> None:
-    """Replace bounds beyond 64 bits, on which llguidance fails, and exclusive ones, to which a reader may round."""
-    if "integer" in types and "number" not in types:
+    """Bound the digits of numbers; replace bounds beyond 64 bits, on which llguidance fails, and exclusive ones."""
+    is_decimal = "number" in types and not part.keys() & {"enum", "const"}
+    places = max(_MIN_PLACES, *map(_count_places, _list_bounds(part)), 0)
+    if {"integer", "number"} & {*types} and not part.keys() & {"enum", "const"}:
         part.update({"minimum": -MAX_SAFE_INTEGER, "maximum": MAX_SAFE_INTEGER, **part})
     for inclusive, exclusive, sign, tighter in _BOUNDS:
         for name in part.keys() & {inclusive, exclusive}:
@@ -156,9 +190,22 @@ def _bound(part: Json, types: Sequence[str]) -> None:
         if types != ["integer"] and exclusive in part:
             inside = _next_to(part.pop(exclusive), sign)
             part[inclusive] = tighter(inside, part.get(inclusive, inside))
+    if is_decimal and places <= _MAX_PLACES:
+        part.setdefault("multipleOf", float(f"1e-{places}"))
 
 
+_MIN_PLACES = 6  # of decimals that numbers may have, or those of a bound and two more
+_MAX_PLACES = 9  # for which the library can count
 _BOUNDS: Any = (("minimum", "exclusiveMinimum", 1, max), ("maximum", "exclusiveMaximum", -1, min))
+
+
+def _list_bounds(part: Json) -> list[float]:
+    return [part[name] for bound in _BOUNDS for name in bound[:2] if name in part]
+
+
+def _count_places(bound: float) -> int:
+    """Return the decimals of a number, and two more."""
+    return max(0, -int(Decimal(repr(bound)).normalize().as_tuple().exponent)) + 2
 
 
 def _next_to(bound: float, sign: int) -> float:
@@ -166,24 +213,9 @@ def _next_to(bound: float, sign: int) -> float:
     return float(f"{bound + sign * max(abs(bound), 1e-3) * 1e-12:.{keywords.MAX_DIGITS}g}")
 
 
-def _have_tag(parts: Sequence[Any], root: Json) -> bool:
-    """Return whether a property that all parts require has other constants in each."""
-    tags = [_constants(part, root) for part in parts]
-    shared = set(tags[0]).intersection(*tags[1:]) if tags else ()
-    values = [[value for tag in tags for value in tag[name]] for name in shared]
-    return any(len(each) == len(set(each)) for each in values)
-
-
-def _constants(part: Any, root: Json) -> dict[str, set[str]]:
-    """Return {name: JSON of its possible values} for the required properties of an object that list their values."""
-    for _ in range(MAX_DEPTH):  # a reference to itself ends nowhere
-        if isinstance(part, dict) and "$ref" in part:
-            part = resolve_reference(part["$ref"], root)
-    if not isinstance(part, dict) or part.get("type") != "object":
-        return {}
-    listed = {name: each for name, each in part.get("properties", {}).items() if isinstance(each, dict)}
-    return {
-        name: {json.dumps(value, sort_keys=True) for value in listed[name].get("enum", [listed[name].get("const")])}
-        for name in part.get("required", ())
-        if listed.get(name, {}).keys() & {"enum", "const"}
-    }
+def _list_values(part: Any, root: Json) -> list[Any]:
+    """Return the values that a schema lists; an empty list if it lists none."""
+    part = follow(part, root)
+    if not isinstance(part, dict):
+        return []
+    return [True, False] if part.get("type") == "boolean" else part.get("enum", [])

@@ -12,6 +12,7 @@ list[str]                   a JSON array of strings               list<string>
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from ovis_model.grammar.json_schema import parse_schema, validate_answer
+from ovis_model.grammar.json_schema import drop_repeats, parse_schema, validate_answer
 from ovis_model.types import Constraint
-from pipelines.tasks.arrow_types import Shape, close_objects, infer_shape
+from pipelines.tasks.arrow_types import Shape, infer_shape
+from pipelines.tasks.closing import close_objects
 
 MAX_DIGITS = 18  # any number of 18 digits fits an int64
 MAX_ITEMS = 100  # default limit of a list of strings
@@ -162,11 +164,18 @@ class Record:
     def parse(self, text: str) -> Any:
         """Return the column value of a JSON text. Raise ValueError if the schema forbids it or it is not JSON."""
         try:
-            value = json.loads(text)
+            value = drop_repeats(json.loads(text, parse_float=_parse_float, parse_constant=_parse_float), self.schema)
             validate_answer(value, self.schema)
             return _infer_shape(self.schema).convert(value)
         except RecursionError as error:
             raise ValueError("the answer is nested too deeply") from error
+
+
+def _parse_float(text: str) -> float:
+    """Return a number of JSON. Raise ValueError for one that a float64 does not hold, and for NaN."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text} does not fit a float64")
+    return number
 
 
 @lru_cache  # called for every row
@@ -273,7 +282,7 @@ _WITH_ARGUMENT: dict[str, Callable[[Any], Answer]] = {
 class Answered:
     """A task's answer. `confidence` is the mean log-probability of its tokens, or the probability of each option.
 
-    `alternative` is the answer that was not chosen, if the task was generated twice.
+    `alternative` is the answer that was not chosen, if the task was generated twice; `error` says why there is none.
     """
 
     text: str
@@ -284,15 +293,26 @@ class Answered:
     mean_logprob: float
     num_tokens: int
     alternative: Answered | None = None
+    error: str = ""
 
 
-def find_flags(answer: Answer, text: str, value: Any, finish_reason: str) -> tuple[str, ...]:
-    """Return the flags of a suspicious answer: truncated, repetition, empty or invalid."""
+def make_failed(error: str) -> Answered:
+    """Return what stands for an answer that could not be generated, although others of its row could."""
+    return Answered("", None, "", math.nan, ("error",), math.nan, 0, error=error)
+
+
+def find_flags(
+    answer: Answer, text: str, value: Any, finish_reason: str, *, is_valid: bool | None = None
+) -> tuple[str, ...]:
+    """Return the flags of a suspicious answer: truncated, repetition, empty or invalid.
+
+    `is_valid`: whether the text has a value, which may be None; by default, whether the value is not None.
+    """
     found = {
         "truncated": finish_reason == "length",
         "repetition": not answer.options and is_repetitive("\n".join(_find_strings(text if value is None else value))),
         "empty": not text.strip(),
-        "invalid": value is None,
+        "invalid": value is None if is_valid is None else not is_valid,
     }
     return tuple(flag for flag, is_so in found.items() if is_so)
 

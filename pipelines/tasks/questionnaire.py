@@ -51,7 +51,9 @@ class Questionnaire:
     def make_columns(self, answers: Sequence[Answered]) -> Columns:
         """Return the columns of a row for its answers, one per task."""
         num_tokens = sum(answer.num_tokens for answer in answers)
-        return {**self.layout.make_columns(self.tasks, answers), "num_output_tokens": num_tokens}
+        errors = "; ".join(answer.error for answer in answers if answer.error)
+        columns = {**self.layout.make_columns(self.tasks, answers), "num_output_tokens": num_tokens}
+        return {**columns, "error": errors} if errors else columns
 
     def make_empty_columns(self) -> Columns:
         """Return the same columns for an error row."""
@@ -112,9 +114,7 @@ class TaskLayout:
         yield pa.field(task.name, task.answer.type)
         yield pa.field(f"{task.name}_text", pa.string(), nullable=False)
         yield pa.field(f"{task.name}_finish_reason", pa.string(), nullable=False)
-        options = [pa.field(option, pa.float32(), nullable=False) for option in task.answer.options]
-        confidence = pa.struct(options) if options else pa.float32()
-        yield pa.field(f"{task.name}_confidence", confidence, nullable=bool(options))
+        yield pa.field(f"{task.name}_confidence", _find_confidence_type(task), nullable=bool(task.answer.options))
         if self.with_alternatives:
             yield pa.field(f"{task.name}_alternative", _ALTERNATIVE)
 
@@ -135,7 +135,7 @@ class TaskLayout:
             values[task.name] = answer.value
             values[f"{task.name}_text"] = answer.text
             values[f"{task.name}_finish_reason"] = answer.finish_reason
-            values[f"{task.name}_confidence"] = answer.confidence
+            values[f"{task.name}_confidence"] = _lay_out_confidence(task, answer)
             if other := answer.alternative:
                 alternative = {"text": other.text, "finish_reason": other.finish_reason, "flags": list(other.flags)}
                 values[f"{task.name}_alternative"] = alternative
@@ -149,6 +149,39 @@ class TaskLayout:
             if not task.answer.options:
                 values[f"{task.name}_confidence"] = float("nan")
         return values
+
+
+MAX_FIELDS = 64  # choices whose probabilities are fields of a struct; more of them make readers slow
+
+
+def _find_confidence_type(task: Task) -> pa.DataType:
+    """Return the type of a confidence: a number, or the probabilities of the choices.
+
+    A struct has a field per choice. Many choices, and those whose names differ in case only, of which DuckDB would read
+    the wrong one, are a list instead.
+    """
+    options = task.answer.options
+    if not options:
+        return pa.float32()
+    if _is_listed(task):
+        pair = [pa.field("choice", pa.string(), nullable=False), pa.field("p", pa.float32(), nullable=False)]
+        return pa.list_(pa.field("item", pa.struct(pair), nullable=False))
+    return pa.struct([pa.field(option, pa.float32(), nullable=False) for option in options])
+
+
+def _is_listed(task: Task) -> bool:
+    options = task.answer.options
+    return len(options) > MAX_FIELDS or len({option.lower() for option in options}) < len(options)
+
+
+def _lay_out_confidence(task: Task, answer: Answered) -> Any:
+    """Return the confidence as its column holds it; null for choices that could not be scored."""
+    if not task.answer.options:
+        return answer.confidence
+    if not isinstance(answer.confidence, dict):
+        return None
+    pairs = answer.confidence.items()
+    return [{"choice": choice, "p": p} for choice, p in pairs] if _is_listed(task) else answer.confidence
 
 
 _ALTERNATIVE = pa.struct({"text": pa.string(), "finish_reason": pa.string(), "flags": pa.list_(pa.string())})
