@@ -369,5 +369,5 @@ def _translate_nullable(part: Json) -> Json:
         return part
     if types is not None:
         return {**part, "type": [*([types] if isinstance(types, str) else types), "null"]}
-    groups = {name: part.pop(name) for name in ("$defs", "definitions") if name in part}
+    groups: Json = {name: part.pop(name) for name in ("$defs", "definitions") if name in part}
     return {**groups, "anyOf": [part, {"type": "null"}]} if part.keys() & _APPLICATORS else {**groups, **part}

@@ -38,7 +38,8 @@ def separate_parts(parts: Sequence[Any], root: Json) -> list[Any] | None:
     tag = _find_tag(described)
     narrowed = []
     for part, own in zip(parts, described, strict=True):
-        required, forbidden = {tag} if tag and own.types == {"object"} else set(), set()
+        required: set[str] = {tag} if tag and own.types == {"object"} else set()
+        forbidden: set[str] = set()
         for other in described:
             if other is own or _exclude(own, other):
                 continue
