@@ -152,6 +152,10 @@ class Engine(Protocol):
         """Try to restore the engine after EngineDied; return False if its process must be replaced."""
         ...
 
+    def measure(self) -> dict[str, float]:
+        """Return totals of its work since it was loaded or rebuilt: those of `calls.Stats`, or some of them."""
+        ...
+
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:

@@ -20,6 +20,7 @@ from pipelines.answering import Answerer
 from pipelines.cluster.actor import register_fast_exit
 from pipelines.cluster.attempts import CONTROL, GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster.lock import SharedExclusiveLock
+from pipelines.monitoring.usage import Meter, Reading
 from pipelines.rows import Batch, PreparedRow, ResultRow
 from pipelines.tasks.questionnaire import Questionnaire
 
@@ -59,8 +60,15 @@ class Generate:
     """Generates result rows with one replica. `make_engine` lets tests of the plumbing pass a fake engine."""
 
     def __init__(
-        self, questionnaire: Questionnaire, replica: Replica, make_engine: EngineFactory, attempts: Attempts
+        self,
+        questionnaire: Questionnaire,
+        replica: Replica,
+        make_engine: EngineFactory,
+        attempts: Attempts,
+        *,
+        max_calls: int = 1,
     ) -> None:
+        """Load the model. `max_calls`: the number of threads that Ray calls this object from."""
         register_fast_exit()
         attempts.start()
         self._questionnaire, self._attempts, self._lock = questionnaire, attempts, SharedExclusiveLock()
@@ -69,15 +77,18 @@ class Generate:
         self._engine = make_engine(replica)
         [self._control] = processor.build_requests([processor.encode_prompt("Hello")], [])
         self._answerer = Answerer(questionnaire, processor, self._engine)
+        self._meter = Meter(max_calls)
+        attempts.follow(self._measure)
 
     def __call__(self, batch: Batch) -> pa.Table:
         """Turn columns of prepared rows into a table of the result schema, one row each. Thread-safe."""
         rows = PreparedRow.from_columns(batch)
-        while True:
-            try:
-                return self._generate_within_tries(rows)
-            except EngineDied as error:
-                self._replace_engine(error)
+        with self._meter.work():
+            while True:
+                try:
+                    return self._generate_within_tries(rows)
+                except EngineDied as error:
+                    self._replace_engine(error)
 
     def _generate_within_tries(self, rows: Sequence[PreparedRow]) -> pa.Table:
         work = f"generate {len(rows)} rows from {rows[0].row}"
@@ -86,8 +97,12 @@ class Generate:
                 results = self._generate(rows)
         if not is_shared:
             results = self._generate_each_alone(work, rows)
-        self._attempts.end(work)
+        self._meter.count(len(rows))
+        self._attempts.end(work, reading=self._measure())
         return results
+
+    def _measure(self) -> Reading:
+        return self._meter.read(self._engine.measure())
 
     def _replace_engine(self, error: EngineDied) -> None:
         """Rebuild the engine in this process if possible, else end the process. The work is retried either way."""

@@ -33,11 +33,13 @@ from pipelines.errors import ClusterChanged, LeaseLost, ResourceError, RowsLost,
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.media.frame_encoder import run_encoders
 from pipelines.monitoring.error_reasons import ErrorMonitor
+from pipelines.monitoring.phases import Phases
 from pipelines.monitoring.progress import RunProgress
 from pipelines.output.compact import drop_error_rows
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, Ranges, count_rows, split_ranges
 from pipelines.output.manifest import KeptColumns
+from pipelines.output.monitor import RunMonitor
 from pipelines.output.run_record import PreparedRun, Run, acquire_lease, check_dtype, note_unchanged, prepare_run
 from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import Plan, plan_run
@@ -71,16 +73,16 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
     Raise ValueError for mistakes of usage; OUTPUT is unchanged then. Raise StageFailed, StoreFault,
     EverythingFails, ClusterChanged or RowsLost if the run has to stop.
     """
-    started_s = time.monotonic()
+    started_s, phases = time.monotonic(), Phases()
     with note_unchanged():
         check_stores((*config.input, config.output, config.model))
         config = resolve_model_paths(config)
         check_model(config)
         models = describe_models(config)
     with acquire_lease(config.output) as lease, ExitStack() as session:
-        run, ledger, plan = _start_run(config, models, lease, session)
+        run, ledger, plan = _start_run(config, models, lease, session, phases)
         try:
-            ledger, progress = _write_missing_rows(config, run, ledger, plan, lease, make_engine)
+            ledger, progress = _write_missing_rows(config, run, ledger, plan, lease, phases, make_engine)
         except BaseException:
             with suppress(OSError, StoreFault, LeaseLost):
                 lease.check()
@@ -92,7 +94,7 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
 
 
 def _start_run(
-    config: RunConfig, models: dict[str, str | None], lease: Lease, session: ExitStack
+    config: RunConfig, models: dict[str, str | None], lease: Lease, session: ExitStack, phases: Phases
 ) -> tuple[Run, Ledger, Plan | None]:
     """Change OUTPUT only after all checks, those of the cluster too. Start Ray only if rows are missing."""
     with note_unchanged():
@@ -103,6 +105,7 @@ def _start_run(
         if not num_rows:
             logger.warning(_describe_done(prepared))
             return prepared.start(lease), prepared.ledger, None
+        phases.begin("start")
         with note_unchanged():
             session.enter_context(open_ray_session())
             plan = plan_run(config, num_rows)
@@ -133,7 +136,13 @@ def _list_cut_rows(
 
 
 def _write_missing_rows(
-    config: RunConfig, run: Run, ledger: Ledger, plan: Plan | None, lease: Lease, make_engine: EngineFactory
+    config: RunConfig,
+    run: Run,
+    ledger: Ledger,
+    plan: Plan | None,
+    lease: Lease,
+    phases: Phases,
+    make_engine: EngineFactory,
 ) -> tuple[Ledger, RunProgress]:
     remove_temporaries(run.data_uri)
     if config.retry_errors:
@@ -141,7 +150,11 @@ def _write_missing_rows(
         ledger = Ledger.read(run.data_uri)
     with RunProgress(run.num_rows, count_rows(ledger.done)) as progress:
         if plan is not None:
-            _write_in_passes(config, run, ledger, plan, lease, progress, make_engine)
+            monitor = RunMonitor(run.output, lease, progress, phases)
+            try:
+                _write_in_passes(config, run, ledger, plan, lease, monitor, make_engine)
+            finally:
+                run.note_session(monitor.finish())
     return ledger, progress
 
 
@@ -151,7 +164,7 @@ def _write_in_passes(
     ledger: Ledger,
     plan: Plan,
     lease: Lease,
-    progress: RunProgress,
+    monitor: RunMonitor,
     make_engine: EngineFactory,
 ) -> None:
     kept = KeptColumns(run.output)
@@ -161,12 +174,14 @@ def _write_in_passes(
                 plan = _plan_again(config, run, missing) if number else plan
                 with (
                     Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink,
-                    closing(_stream(config, run, plan, missing, make_engine)) as stream,
+                    closing(_stream(config, run, plan, missing, monitor, make_engine)) as stream,
                 ):
                     for results in stream:
-                        new = sink.add(results)
-                        progress.add(new)
-                        reasons.add(new)
+                        with monitor.handle_rows():
+                            new = sink.add(results)
+                            monitor.progress.add(new)
+                            reasons.add(new)
+    monitor.begin_check()
     written = Ledger.read(run.data_uri)  # read back from the store, not taken from memory
     if missing := written.find_missing(run.num_rows):
         raise RowsLost(
@@ -187,7 +202,7 @@ def _plan_again(config: RunConfig, run: Run, missing: Ranges) -> Plan:
 
 
 def _stream(
-    config: RunConfig, run: Run, plan: Plan, missing: Ranges, make_engine: EngineFactory
+    config: RunConfig, run: Run, plan: Plan, missing: Ranges, monitor: RunMonitor, make_engine: EngineFactory
 ) -> Generator[pa.Table, None, None]:
     """Yield tables of the result schema in the order in which replicas finish them; close it, see `stream_tables`."""
     import ray
@@ -208,7 +223,8 @@ def _stream(
         request_gpus([pools.replica_gpus] * pools.num_replicas if pools.waits_for_gpus else []),
     ):
         of_preprocessors, of_replicas = map(start_attempt_counts, ("preprocessor", "replica"))
-        watch = Watch(pools, {"preprocessor": of_preprocessors, "replica": of_replicas}, autoscale=config.autoscale)
+        attempts = {"preprocessor": of_preprocessors, "replica": of_replicas}
+        watch = Watch(pools, attempts, monitor.observe, autoscale=config.autoscale)
         rows = (
             ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS))
             .map_batches(
@@ -230,6 +246,7 @@ def _stream(
             .map_batches(
                 Generate,
                 fn_constructor_args=(questionnaire, replica, make_engine, RemoteAttempts(of_replicas)),
+                fn_constructor_kwargs={"max_calls": sizes.calls_per_replica},
                 batch_size=sizes.rows_per_batch,
                 num_cpus=pools.replica_cpus,
                 num_gpus=pools.replica_gpus,

@@ -23,6 +23,7 @@ from pipelines.media.images import DecodedImage, read_image
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video
 from pipelines.media.video.container import has_video_signature
 from pipelines.media.video.frames import TiledFrame, VideoInfo
+from pipelines.monitoring.usage import Meter
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import is_store_down, read_rows
 from pipelines.rows import Batch, ManifestRow, MediaFacts, PreparedRow
@@ -55,12 +56,17 @@ class Preprocess:
         self._requests = RequestBuilder(Processor.from_pretrained(model, revision), images, questionnaire)
         self._fetcher, self._images = Fetcher(), images
         self._frames = FrameSelector(images, encoder, tile_size=self._requests.tile_size)
+        self._meter = Meter()
+        attempts.follow(self._meter.read)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Yield the columns of the prepared rows of each range, in batches of one row or at most BATCH_BYTES.
 
         batch: int64 columns `start` and `stop`, a range of row numbers per entry.
         """
+        yield from self._meter.follow(self._prepare_units(batch))
+
+    def _prepare_units(self, batch: Batch) -> Iterator[Batch]:
         for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
             work = f"prepare rows {start} to {stop}"
             rows = ManifestRow.from_table(read_rows(self._output, RowRange(start, stop)))
@@ -68,7 +74,8 @@ class Preprocess:
                 yield from _group_into_batches(self._prepare(row, images) for row, images in self._fetch_ahead(rows))
             else:
                 yield from _group_into_batches(self._prepare_each_alone(work, rows))
-            self._attempts.end(work)
+            self._meter.count(len(rows))
+            self._attempts.end(work, reading=self._meter.read())
 
     def _fetch_ahead(self, rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, PendingImages]]:
         return self._fetcher.fetch_ahead((row, self._select_needed_images(row)) for row in rows)
@@ -118,7 +125,7 @@ class Preprocess:
         """Return the prepared row. Raise RowError or StoreFault."""
         if row.error:
             raise RowError("list", row.error)
-        with _convert_errors("read", OSError):
+        with _convert_errors("read", OSError), self._meter.wait():
             encoded = images.result()
         with _convert_errors("tile", ValueError):
             self._requests.check_num_images(max(len(encoded), len(row.images)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from pipelines.monitoring.metrics import METRICS
 from pipelines.output.sink import read_results
 from tests.support.clusters import RayHead
+from tests.support.metrics import Scraper
 from tests.support.pictures import write_demo_pictures
 from tests.support.processes import against_the_clock
 
@@ -48,13 +51,25 @@ def test_a_stopped_job_resumes_when_it_is_submitted_again(head: RayHead, picture
     assert "2 ranks" in log and "was stopped" in log
     done = read_results(str(tmp_path / "out"))
     assert 0 < len(done) < NUM_ROWS, "stopped too late"
-    code, log = head.submit(*arguments)
+    with Scraper(head.metrics_port) as scraper:
+        code, log = head.submit(*arguments)
     assert code == 0, log
+    check_metrics(scraper.found)
     [summary] = [json.loads(line) for line in log.splitlines() if line.startswith('{"rows"')]
     assert (summary["rows"], summary["ok"]) == (NUM_ROWS, NUM_ROWS)
     assert summary["skipped_done"] >= len(done)
     assert len(set(read_results(str(tmp_path / "out")).column("id").to_pylist())) == NUM_ROWS
     assert "succeeded" in log
+
+
+def check_metrics(found: dict[str, set[str]]) -> None:
+    """Check that the metrics port exported all metrics of the run, with their labels."""
+    assert found.keys() == METRICS.keys()
+    for name, samples in found.items():
+        assert all('run="out"' in labels for labels in samples)
+        assert all(f'{label}="' in labels for labels in samples for label in METRICS[name][1])
+    stages = {re.search(r'stage="(\w+)"', labels)[1] for labels in found["ovis2_stage_busy_ratio"]}  # type: ignore[index]
+    assert stages == {"driver", "preprocessor", "replica"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ovis_model.checkpoint import fetch_checkpoint
@@ -111,6 +111,15 @@ class OvisEngine:
     def stats(self) -> Stats:
         """A copy of the totals so far; those of rank 0 if there are several ranks."""
         return replace(self.backend.stats)
+
+    def measure(self) -> dict[str, float]:
+        """Return `stats` and, for a model on CUDA in this process, the largest memory that torch has used there."""
+        found: dict[str, float] = asdict(self.stats)
+        if not isinstance(self.backend, RankPool) and self.model.device.type == "cuda":
+            import torch
+
+            found["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.model.device)
+        return found
 
     def describe(self) -> str:
         """Describe the device and the engine's limits in one line."""

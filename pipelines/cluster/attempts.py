@@ -8,6 +8,7 @@ to blame. The counts live in an actor of their own, which survives those process
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 from pipelines.cluster.actor import register_fast_exit
 from pipelines.cluster.exits import Exit, Process, find_exit, identify_process
 from pipelines.errors import ProcessesDie
+from pipelines.monitoring.events import Event, make_event
+from pipelines.monitoring.usage import REPORT_EVERY_S, PoolReadings, Reading
 
 MAX_TRIES = 2  # of a batch, before its rows are tried alone
 CONTROL = -1  # in place of a row number: a row known to be harmless, which runs between suspects
@@ -68,6 +71,8 @@ class AttemptCounts:
         self._died_since_s = 0.0
         self._noted: dict[str, str] = {}  # by actor: why its engine died, until its next attempt
         self._unread: list[Exit] = []
+        self._events: list[Event] = []
+        self._readings = PoolReadings()
 
     def start(self, process: Process | None = None) -> None:
         """Register an actor's process before it begins to work; the last one has died then. Raise ProcessesDie."""
@@ -75,14 +80,15 @@ class AttemptCounts:
             return
         actor, before = process.actor, self._processes.get(process.actor)
         self._processes[actor] = process
+        self._readings.restart(actor)
         running, noted = self._running.pop(actor, Counter()), self._noted.pop(actor, "")
-        if before is None:
-            return
-        exit_ = self._find_exit(before)
-        if exit_.is_outside:
-            self._begun -= running
-        if not noted:
-            self._count_death(exit_, actor)
+        if before is not None:
+            exit_ = self._find_exit(before)
+            if exit_.is_outside:
+                self._begun -= running
+            if not noted:
+                self._count_death(exit_, actor)
+        self._note("start", actor)
 
     def note_death(self, reason: str, actor: str = "") -> None:
         """Count the death of an actor's engine, once for all calls that it ended. Raise ProcessesDie."""
@@ -92,6 +98,7 @@ class AttemptCounts:
 
     def _count_death(self, exit_: Exit, actor: str) -> None:
         self._unread.append(exit_)
+        self._note("death", actor, kind=exit_.kind, address=exit_.address, reason=exit_.reason)
         self._died_since_s = self._died_since_s if self._died else self._clock()
         self._died[actor] += 1
         waited_s = self._clock() - self._died_since_s
@@ -104,11 +111,15 @@ class AttemptCounts:
     def begin(self, work: str, actor: str = "") -> int:
         """Return how often `work` has begun without ending, this attempt included."""
         self._begin(work, actor)
+        if self._begun[work] > 1:
+            self._note("retry", actor, work=work, attempt=self._begun[work])
         return self._begun[work]
 
-    def end(self, work: str, actor: str = "") -> None:
-        """Forget `work`, which is finished."""
+    def end(self, work: str, actor: str = "", *, reading: Reading | None = None) -> None:
+        """Forget `work`, which is finished; `reading` is what its actor has measured."""
         self._end(work, actor)
+        if reading is not None:
+            self._readings.add(actor, reading)
         del self._begun[work]
         self._kept.pop(work, None)
         self._died.clear()
@@ -127,6 +138,8 @@ class AttemptCounts:
         if row != CONTROL and self._is_to_blame(row):
             return False
         self._begin(row, actor)
+        if row != CONTROL and self._begun[row] > 1:
+            self._note("retry", actor, work=f"row {row} alone", attempt=self._begun[row])
         return True
 
     def end_alone(self, work: str, row: int, result: Result = None, actor: str = "") -> None:
@@ -152,6 +165,23 @@ class AttemptCounts:
         """Return the deaths since the last call, and the number of an actor's deaths since a row was finished."""
         unread, self._unread = self._unread, []
         return unread, max(self._died.values(), default=0)
+
+    def report(self, reading: Reading, actor: str = "") -> None:
+        """Take what an actor has measured."""
+        self._readings.add(actor, reading)
+
+    def follow(self, read: Callable[[], Reading]) -> None:
+        """Do nothing: without Ray, readings come with `end`."""
+
+    def read_use(self) -> tuple[dict[str, Reading], list[Event]]:
+        """Return the readings of all actors, and the events since the last call."""
+        events, self._events = self._events, []
+        return self._readings.read(), events
+
+    def _note(self, event: str, actor: str, **fields: str | int) -> None:
+        process = self._processes.get(actor)
+        place = {"actor": actor, "address": process.address if process else ""}
+        self._events.append(make_event(event, self._stage, {**place, **fields}))
 
     def _begin(self, work: str | int, actor: str) -> None:
         self._begun[work] += 1
@@ -213,9 +243,18 @@ class RemoteAttempts:
         """Return how often `work` has begun without ending, this attempt included."""
         return int(self._call("begin", work, self._me))
 
-    def end(self, work: str) -> None:
+    def end(self, work: str, *, reading: Reading | None = None) -> None:
         """Forget `work`, which is finished. Does not wait."""
-        self._actor.end.remote(work, self._me)
+        self._actor.end.remote(work, self._me, reading=reading)
+
+    def follow(self, read: Callable[[], Reading]) -> None:
+        """Report what this process measures every few seconds, also while it waits for work."""
+        threading.Thread(target=self._report, args=(read,), name="report", daemon=True).start()
+
+    def _report(self, read: Callable[[], Reading]) -> None:
+        while True:
+            time.sleep(REPORT_EVERY_S)
+            self._actor.report.remote(read(), self._me)
 
     def resume_alone(self, work: str, rows: Sequence[int]) -> Alone:
         """Return what is kept of a batch, and the order in which to try its other rows."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from pipelines.cluster.attempts import MAX_DEATHS, MIN_PATIENCE_S, WARN_DEATHS
 from pipelines.cluster.census import Census, has_autoscaler, take_census
 from pipelines.cluster.exits import Exit
 from pipelines.cluster.resources import Pools
+from pipelines.monitoring.limits import Readings
 
 _LOOK_S = 5.0
 FIRST_REPORT_S, NEXT_REPORT_S = 15.0, 60.0  # of waiting, and of further deaths of the same kind
@@ -24,10 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 class Watch:
-    """A context manager that watches the pools of a run; `attempts` are the AttemptCounts actors by stage."""
+    """A context manager that watches the pools of a run; `attempts` are the AttemptCounts actors by stage.
 
-    def __init__(self, pools: Pools, attempts: Mapping[str, Any], *, autoscale: bool) -> None:
-        self._attempts, self._deaths = attempts, DeathReports()
+    `observe` gets what the actors have measured, and the share of the object store that is in use.
+    """
+
+    def __init__(
+        self, pools: Pools, attempts: Mapping[str, Any], observe: Callable[[Readings, float], None], *, autoscale: bool
+    ) -> None:
+        self._attempts, self._observe, self._deaths = attempts, observe, DeathReports()
         self._waiting = WaitReports(
             {"replicas": pools.num_replicas, "preprocessors": pools.num_preprocessors}, autoscale
         )
@@ -41,6 +48,8 @@ class Watch:
     def __exit__(self, *exception: object) -> None:
         self._closed.set()
         self._thread.join(timeout=_ANSWER_S)
+        with suppress(Exception):  # Ray may be gone
+            self._report_use()
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_S):
@@ -55,11 +64,31 @@ class Watch:
             exits, in_a_row = ray.get(actor.read_deaths.remote(), timeout=_ANSWER_S)
             self._log(*self._deaths.report(stage, exits, in_a_row, now_s))
         self._log(*self._waiting.report(take_census(), now_s))
+        self._report_use()
+
+    def _report_use(self) -> None:
+        """Pass on what the actors have measured, and log what happened to them, unless stderr is a terminal."""
+        import ray
+
+        readings = {}
+        for stage, actor in self._attempts.items():
+            readings[stage], events = ray.get(actor.read_use.remote(), timeout=_ANSWER_S)
+            for event in [] if sys.stderr.isatty() else events:
+                logger.warning("%s", event)
+        self._observe(readings, _read_object_store_share())
 
     def _log(self, *lines: str) -> None:
         for line in lines:
             if not self._closed.is_set():
                 logger.warning("%s", line)
+
+
+def _read_object_store_share() -> float:
+    """Return the share of the memory of all object stores that is in use."""
+    import ray
+
+    total = ray.cluster_resources().get("object_store_memory", 0.0)
+    return 1 - ray.available_resources().get("object_store_memory", 0.0) / total if total else 0.0
 
 
 class DeathReports:

@@ -28,6 +28,7 @@ from pipelines.storage import store
 
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
 _REPLACED = "replaced"
+_MAX_SESSIONS = 20  # kept in run.json
 _EXTENDABLE = frozenset({"input", "limit"})  # the options that --extend may change
 
 Lister = Callable[..., Listing]
@@ -48,6 +49,12 @@ class Run:
     def data_uri(self) -> str:
         """The directory of the output files."""
         return store.join(self.output, "data")
+
+    def note_session(self, figures: Json) -> None:
+        """Add the figures of a session that did rows to the record, which the next `update` writes."""
+        self.record["sessions"] = [*self.record.get("sessions", []), {"ended_at": _format_now(), **figures}][
+            -_MAX_SESSIONS:
+        ]
 
     def update(self, **fields: Any) -> None:
         """Set fields of the record and write it."""

@@ -401,11 +401,23 @@
     const list = (pairs) => el("dl", {}, pairs.filter(([, value]) => value !== null && value !== undefined && toText(value) !== "").flatMap(([name, value]) => [el("dt", {}, name), el("dd.text", {}, toText(value))]));
     const setup = tasks.filter(() => run.has_tasks).map((task) => [task.name, JSON.stringify(task.about)]);
     const panel = (title, content) => el("div.panel", {}, el("h3", {}, title), content);
+    const percent = (share) => formatShare(share, 1);
+    const sessions = (run.sessions || []).map((session) => panel(`session until ${formatMoment(session.ended_at)}`, list([
+      ...Object.entries(session.seconds).map(([phase, seconds]) => [phase, formatDuration(seconds)]),
+      ["limited by", session.limited_by],
+      ...["preprocessors", "replicas"].flatMap((stage) => [
+        [stage, `${session[stage].actors}, idle ${percent(session[stage].idle)}, ${formatNumber(session[stage].rows_per_s, 1)} rows/s, at most ${formatNumber(session[stage].peak_bytes / 1e6)} MB`],
+      ]),
+      ["engine's slots in use", session.replicas.occupancy === null ? "" : percent(session.replicas.occupancy)],
+      ["driver", `idle ${percent(1 - session.driver_busy)}, at most ${formatNumber(session.driver_peak_bytes / 1e6)} MB`],
+      ["object store", `at most ${percent(session.object_store)}`],
+    ])));
     byId("about").append(el("details", {}, el("summary", {}, "About this run"), el("div.panels", {},
       panel("run", list([["output", run.output], ["status", run.status], ["started", formatMoment(run.started_at)], ["updated", formatMoment(run.updated_at)], ...Object.entries(run.model || {}).map(([name, value]) => [`model ${name}`, value]), ["dtype", run.dtype]])),
       panel("options", list(Object.entries(run.config).map(([name, value]) => [name.replaceAll("_", "-"), value]))),
       setup.length ? panel("tasks", list(setup)) : "",
-      panel("versions", list(Object.entries(run.versions || {}))))));
+      panel("versions", list(Object.entries(run.versions || {}))),
+      ...sessions)));
   }
 
   // ---- Keys: / searches, arrow keys move, Enter opens a row, Escape closes it

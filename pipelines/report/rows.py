@@ -45,6 +45,7 @@ def serialize_run(output: str, record: Json) -> Json:
         "has_tasks": bool(record.get("tasks")),
         **{name: record.get(name) for name in ("status", "num_rows", "model", "versions", "started_at", "updated_at")},
         "dtype": record.get("settled_dtype"),
+        "sessions": simplify(record.get("sessions", []), _MAX_ABOUT_CHARACTERS),
     }
 
 

@@ -131,7 +131,8 @@ class RayHead:
     def __init__(self, node_types: dict[str, Any] | None = None) -> None:
         self.drivers: list[subprocess.Popen[str]] = []
         self._directory = tempfile.mkdtemp(prefix="ray-")  # the paths of its sockets must be short
-        ports = _find_free_ports(4)
+        ports = _find_free_ports(5)
+        self.metrics_port = ports[4]
         self.dashboard = f"http://127.0.0.1:{ports[0]}"
         self.address = f"{ray.util.get_node_ip_address()}:{ports[1]}"
         autoscaling: tuple[str, ...] = ()
@@ -144,6 +145,7 @@ class RayHead:
             "RAY_AUTH_MODE": "disabled",
             "RAY_FAKE_CLUSTER": "1",  # used by the provider fake_multinode
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_metrics_report_interval_ms": "500",
         }
         self._process = subprocess.Popen(
             [
@@ -159,6 +161,7 @@ class RayHead:
                 *("--temp-dir", self._directory, "--object-store-memory", str(256 << 20)),
                 *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports[0]), "--port", str(ports[1])),
                 *("--dashboard-agent-listen-port", str(ports[2]), "--ray-client-server-port", str(ports[3])),
+                *("--metrics-export-port", str(ports[4])),
                 *autoscaling,
             ],
             env=self._environment,

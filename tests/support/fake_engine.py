@@ -58,6 +58,9 @@ class FakeEngine:
     def rebuild(self) -> bool:
         return False
 
+    def measure(self) -> dict[str, float]:
+        return {}
+
     def _log(self, start_s: float, rows: int) -> None:
         if self._factory.busy_log is not None:
             line = f"{start_s} {time.time()} {rows}\n".encode()

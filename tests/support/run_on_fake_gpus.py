@@ -61,6 +61,9 @@ class _Ranks:
             self._log_ranks()
         return True
 
+    def measure(self) -> dict[str, float]:
+        return self._engine.measure()
+
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
