@@ -37,6 +37,7 @@ class RunMonitor:
         self._written_s = time.monotonic()
         self._object_store = 0.0
         self._metrics: RunMetrics | None = None
+        self.ready_s: float | None = None  # when the first replica was ready, on the monotonic clock
 
     @contextmanager
     def handle_rows(self) -> Iterator[None]:
@@ -58,7 +59,9 @@ class RunMonitor:
         driver = {"driver": {"": self._driver.read()}}
         self._window.add({**{stage: dict(found) for stage, found in self._totals.items()}, **driver}, now_s)
         if replicas := self._totals["replica"].values():
-            self.progress.begin(max(reading.ready_s for reading in replicas))
+            ready_for_s = max(reading.ready_s for reading in replicas)
+            self.ready_s = now_s - ready_for_s if self.ready_s is None else self.ready_s
+            self.progress.begin(ready_for_s)
         use = self._measure_window(object_store)
         limit = find_limit(use)
         self._show(use, limit)
@@ -68,11 +71,7 @@ class RunMonitor:
 
     def finish(self) -> Json:
         """Write progress.json a last time and return the figures of the whole run, for run.json."""
-        use = Use(
-            *(summarize_stage(self._totals[stage]) for stage in _STAGES),
-            driver=summarize_stage({"": self._driver.read()}).busy,
-            object_store=self._object_store,
-        )
+        use = self.summarize()
         limit = find_limit(use)
         self._write(use, limit)
         replicas = sum(self._totals["replica"].values(), Reading())
@@ -83,6 +82,11 @@ class RunMonitor:
             "driver_peak_bytes": read_peak_bytes(),
             "engine": {name: round(value, 3) for name, value in sorted(replicas.engine.items())},
         }
+
+    def summarize(self) -> Use:
+        """Return how the whole session has used its processes so far."""
+        preprocessor, replica = (summarize_stage(self._totals[stage]) for stage in _STAGES)
+        return Use(preprocessor, replica, summarize_stage({"": self._driver.read()}).busy, self._object_store)
 
     def _measure_window(self, object_store: float) -> Use:
         preprocessor, replica = (self._window.summarize(stage) for stage in _STAGES)
