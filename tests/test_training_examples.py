@@ -10,7 +10,8 @@ import torch
 
 from ovis_model.inputs.processor import Processor
 from ovis_model.inputs.tiling import choose_grid, tile_images
-from ovis_model.training.examples import ExampleError, ExampleTooLongError, TiledImages, TrainingExample
+from ovis_model.tokenizer import load_tokenizer
+from ovis_model.training.examples import ExampleError, ExampleTooLongError, TiledImages, TrainingExample, render_example
 from tests.support.golden_data import draw_picture
 from tests.support.training import TINY, draw_images, load_training_model, make_batch, make_builder, make_examples
 
@@ -135,3 +136,13 @@ def test_pairs_that_teach_nothing_are_refused(chosen: str, rejected: str, messag
 def test_an_empty_caption_is_refused() -> None:
     with pytest.raises(ExampleError, match="caption is empty"):
         make_builder().build_caption("<image>", " ", draw_images(0, (1, 1)))
+
+
+def test_an_example_is_shown_with_what_is_learnt() -> None:
+    turns = [("user", "<image>\nWhat?"), ("assistant", "A ball."), ("user", "Sure?"), ("assistant", "Yes")]
+    example = make_builder().build_dialogue(turns, draw_images(0, (1, 2)))
+    assert render_example(example, load_tokenizer(TINY)) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image x12>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\n[[A ball.<|im_end|>]]\n<|im_start|>user\nSure?<|im_end|>\n"
+        "<|im_start|>assistant\n[[Yes<|im_end|>]]"
+    )

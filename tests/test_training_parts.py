@@ -39,6 +39,7 @@ from tests.support.training import (
     load_training_model,
     make_batch,
     make_examples,
+    measure_difference,
 )
 
 UNUSED = "visual_tokenizer.backbone.trunk.post_trunk_norm.weight"
@@ -141,6 +142,23 @@ def test_gradients_are_divided_by_the_ids_and_clipped() -> None:
     assert math.sqrt(squares) == pytest.approx(min(norm, 1.0), rel=1e-4)
 
 
+def test_updates_equal_those_of_torchs_optimizer() -> None:
+    ours, theirs = load_training_model(), load_training_model()
+    batch = make_batch(theirs, make_examples())
+    reference = torch.optim.AdamW(list_trainable(theirs.network).values(), lr=1e-3, weight_decay=0.0)
+    cosine = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: (1 + math.cos(math.pi * step / 10)) / 2)
+    wanted = []
+    for _ in range(4):
+        loss, count = theirs.loss_sum(batch)
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), 1.0)
+        reference.step()
+        reference.zero_grad()
+        cosine.step()
+        wanted.append(float(loss.detach()) / count)
+    assert train(ours, make_optimizer(ours), 4) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_gradients_that_are_not_finite_change_nothing() -> None:
     model = load_training_model()
     optimizer, before = make_optimizer(model), hash_parameters(model.network)
@@ -224,6 +242,21 @@ def test_adapters_begin_as_the_base_and_merge_to_the_same(tmp_path: Path, target
     module = "self_attn" if targets[0] in TARGETS[:4] else "mlp"
     assert f"base_model.model.llm.model.layers.0.{module}.{targets[0]}.lora_A.weight" in names
     assert len(names) == 2 * 2 * len(targets)
+
+
+def test_adapters_learn_in_bfloat16_with_recomputed_layers() -> None:
+    gradients = []
+    for options in ({}, {"precision": "bfloat16", "checkpoint_layers": True}):
+        network = load_network(TINY)
+        add_adapters(network, LoraConfig(rank=4), torch.Generator().manual_seed(0))
+        for name, parameter in network.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        choose_trainable(network, "lora")
+        model = TrainingModel(network, **options)  # type: ignore[arg-type]
+        gradients.append(compute_gradients(model, make_batch(model, make_examples())))
+    assert len(gradients[0]) == 2 * 7 * 2
+    assert measure_difference(gradients[1], gradients[0]) < 0.2
 
 
 def test_adapters_of_another_rank_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,23 @@ class TrainingExample:
     def num_targets(self) -> int:
         """The number of ids that are learnt."""
         return int((self.labels[1:] != IGNORED_LABEL).sum())
+
+
+def render_example(example: TrainingExample, tokenizer: Tokenizer) -> str:
+    """Return the text of an example for a reader: `<image xN>` for N visual tokens, and what is learnt in `[[ ]]`."""
+    is_learnt = example.labels != IGNORED_LABEL
+    kinds = [(bool(learnt), int(i < 0)) for learnt, i in zip(is_learnt, example.input_ids, strict=True)]
+    parts, start = [], 0
+    for (learnt, is_visual), run in groupby(kinds):
+        ids = example.input_ids[start : start + len(list(run))]
+        start += len(ids)
+        text = (
+            f"<image x{(ids == IMAGE_ATOM_ID).sum()}>"
+            if is_visual
+            else tokenizer.decode(ids, skip_special_tokens=False)
+        )
+        parts.append(f"[[{text}]]" if learnt else text)
+    return "".join(parts)
 
 
 @dataclass(frozen=True, eq=False)

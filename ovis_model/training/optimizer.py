@@ -70,6 +70,7 @@ class Optimizer:
             [{"params": [*group.parameters.values()], "weight_decay": group.weight_decay} for group in groups],
             betas=betas,
             eps=eps,
+            fused=True,  # one pass over memory per parameter
         )
 
     def step(self, num_targets: int) -> StepReport:
@@ -129,10 +130,7 @@ class Optimizer:
         for name, parameter in self._parameters.items():
             moments = {key: state[f"{name}.{key}"] for key in _MOMENTS if f"{name}.{key}" in state}
             if moments:
-                self._adam.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                    for key, value in moments.items()
-                }
+                self._adam.state[parameter] = {k: x.to(parameter.device, copy=True) for k, x in moments.items()}
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
