@@ -94,7 +94,8 @@ class Ovis(nn.Module):
     def _encode_tiles(self, pixels: Tensor) -> Tensor:
         features = self.visual_tokenizer.compute_features(pixels)
         chunks = torch.split(features.flatten(0, 1), HEAD_CHUNK_TOKENS)
-        return torch.cat([self.embed_features(chunk) for chunk in chunks]).view(*features.shape[:2], -1)
+        embeds = torch.cat([self.embed_features(chunk) for chunk in chunks])
+        return embeds.view(*features.shape[:2], embeds.shape[1])
 
     def embed_features(self, features: Tensor) -> Tensor:
         """Embed merged features by head and table: [n, hidden_stride^2 * width] -> [n, hidden_size]."""
