@@ -88,7 +88,7 @@ def render_example(example: TrainingExample, tokenizer: Tokenizer) -> str:
         text = (
             f"<image x{(ids == IMAGE_ATOM_ID).sum()}>"
             if is_visual
-            else tokenizer.decode(ids, skip_special_tokens=False)
+            else tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         )
         parts.append(f"[[{text}]]" if learnt else text)
     return "".join(parts)
