@@ -54,6 +54,13 @@ def _check_task(task: Task, processor: Processor) -> None:
         print(
             f"{task.label}ignored in the schema, as they say nothing about answers: {', '.join(words)}", file=sys.stderr
         )
+    room = processor.config.max_length - len(processor.encode_prompt(task.prompt, system_prompt=task.system))
+    longest = max(params.choices, key=len, default=())
+    if len(longest) >= room:
+        raise ValueError(
+            f"{task.label}a prompt of {processor.config.max_length - room} tokens and a choice of {len(longest)} leave "
+            f"no room for an image in the model's context of {processor.config.max_length} tokens; shorten them"
+        )
     if params.max_new_tokens >= processor.config.max_length:
         raise ValueError(
             f"{task.label}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's context "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import Any
 
@@ -41,6 +42,11 @@ INVOICE = {
         ("list[str]", pa.list_(pa.string()), '["a", "b"]', ["a", "b"]),
         ({"list[str]": {"max_items": 3}}, pa.list_(pa.string()), "[]", []),
         ({"regex": "[A-Z]{2}"}, pa.string(), "AB", "AB"),
+        ("float", pa.float64(), "-0.25", -0.25),
+        ({"float": {"min": 0, "max": 1}}, pa.float64(), "1", 1.0),
+        ("date", pa.date32(), "2024-02-29", datetime.date(2024, 2, 29)),
+        ({"list[choice]": ["a", "b"]}, pa.list_(pa.string()), '["b", "a", "b"]', ["b", "a"]),
+        ({"list[choice]": {"choices": ["a", "b"], "max_items": 1}}, pa.list_(pa.string()), "[]", []),
         ({"json_schema": {"type": "integer"}}, pa.int64(), "5", 5),
         ({"json_schema": {"$schema": "draft-04", "$id": 5, "type": "integer"}}, pa.int64(), "5", 5),
     ],
@@ -110,6 +116,10 @@ def test_a_spec_that_repeats_the_defaults_equals_the_spec_without_them(spec: Any
         ({"int": {"minimum": 3}}, "only min and max"),
         ({"int": {"min": 0.5}}, "not a whole number"),
         ({"list[str]": {"max_items": 0}}, "at least 1"),
+        ({"float": {"min": 3, "max": 2}}, "min must be at most max"),
+        ({"float": {"least": 3}}, "only min and max"),
+        ({"list[choice]": {"max_items": 2}}, "only choices and max_items"),
+        ({"list[choice]": [True, False]}, "quote it"),
         ({"regex": ""}, "not a pattern"),
         ({"json_schema": 5}, "neither a schema nor the path of a file"),
         ({"int": {}, "bool": {}}, "is unknown"),

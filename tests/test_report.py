@@ -22,6 +22,7 @@ from pipelines.media.reference import FileRef, ImageRef, TarRef
 from pipelines.monitoring.top_counts import TopCounts
 from pipelines.output.manifest import ROWS_PER_FILE, write_manifest
 from pipelines.report import build
+from pipelines.report.answers import spread_choices
 from pipelines.report.build import ReportOptions, resolve_report_uri, write_report
 from pipelines.report.counts import Calibration, Spread
 from pipelines.report.page import encode_for_html
@@ -484,3 +485,10 @@ def _make_large_manifest(rows: range, image: ImageRef) -> pa.Table:
         "error": [""] * count,
     }
     return pa.table(columns, schema=schema.MANIFEST.remove(0))
+
+
+def test_probabilities_in_a_list_are_those_of_a_struct() -> None:
+    listed = [[{"choice": "a", "p": 0.25}, {"choice": "b", "p": 0.75}], None]
+    pair = pa.struct([("choice", pa.string()), ("p", pa.float32())])
+    spread = spread_choices(pa.array(listed, pa.list_(pair)), ["a", "b"])
+    assert spread.to_pylist() == [{"a": 0.25, "b": 0.75}, None]

@@ -19,6 +19,7 @@ from pipelines import schema
 from pipelines.config import AnnotateConfig
 from pipelines.errors import SourceError
 from pipelines.sources import list_rows
+from tests.support.pictures import draw
 
 TASKS = """
 tasks:
@@ -128,6 +129,17 @@ def test_each_task_adds_its_columns_to_the_output(tasks_file: Path) -> None:
         ("tasks: [{name: a, prompt: b, answer: {json_schema: no.json}}]", "no.json"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: tasks.yaml}}]", "is not JSON"),
         ("tasks: [{name: a, prompt: ''}]", "task 'a': prompt: got ''"),
+        ("tasks:\n- name: a\n  prompt: b\n  prompt: c", "line 4, task 'a': 'prompt' is given twice"),
+        (
+            "tasks:\n- {name: a, prompt: b}\n- {name: c, answer: text,\n   answer: bool, prompt: d}",
+            "line 4, task 'c': 'answer'",
+        ),
+        ("version: 2\ntasks: [{name: a, prompt: b}]", "line 1: 'version' next to `tasks` has no effect"),
+        (
+            "tasks:\n- {name: a, prompt: x, answer: {json_schema: {properties: {a: {enum: [yes, no]}}}}}",
+            "line 2, task 'a': YAML reads words such as yes as true: quote them",
+        ),
+        ("tasks:\n- {name: a, prompt: b}\n- {name: B, prompt: c}", "tasks.yaml, line 3, task 'B': name: got"),
         (": :", "tasks.yaml, line 1, column 1 is not YAML"),
     ],
 )
@@ -139,6 +151,16 @@ def test_an_invalid_file_is_refused_with_the_reason(
         parse("--tasks", str(tmp_path / "tasks.yaml"))
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and message in error and "at least 1 item" not in error
+
+
+@pytest.mark.parametrize("prompt", ["As JSON, e.g. {{}} of it", "What is the {kind}?"])
+def test_braces_in_the_prompt_of_an_input_without_columns_are_reported(
+    tmp_path: Path, prompt: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(tmp_path / "a.png", seed=1)
+    task = {"name": "rec", "prompt": prompt}
+    list_task_rows(AnnotateConfig(input=(str(tmp_path / "a.png"),), output="b", model="demo", tasks=[task]))
+    assert "task rec: the input has no columns, so the prompt's {" in caplog.text
 
 
 def test_kept_columns_may_not_clash_with_tasks(tasks_file: Path) -> None:

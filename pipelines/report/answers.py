@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,8 +29,11 @@ class Answers:
     batch: pa.RecordBatch
 
     def get_column(self, name: str) -> pa.Array:
-        """Return one column of the batch by name."""
-        return self.batch.column(name)
+        """Return one column of the batch by name. Probabilities of many choices are a struct here too."""
+        column = self.batch.column(name)
+        is_listed = pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)
+        task = next((task for task in self.columns.tasks if is_listed and task.confidence == name), None)
+        return column if task is None else spread_choices(column, task.choices)
 
     @cached_property
     def is_ok(self) -> NDArray[np.bool_]:
@@ -102,6 +105,14 @@ class Answers:
         ).to_numpy()
         probability = of_choices[np.arange(len(chosen)), chosen]
         return np.where(chosen < 0, np.nan, probability)
+
+
+def spread_choices(column: pa.ListArray, choices: Sequence[str]) -> pa.StructArray:
+    """Convert lists of (choice, p), each in the order of `choices`, to a struct with a field per choice."""
+    is_known = to_mask(pc.is_valid(column))
+    table = np.full((len(column), len(choices)), np.nan)
+    table[is_known] = to_floats(column.flatten().field("p")).reshape(-1, len(choices))
+    return pa.StructArray.from_arrays([*map(pa.array, table.T)], list(choices), mask=pa.array(~is_known))
 
 
 def normalize_answers(kind: Kind, values: pa.Array) -> pa.Array:

@@ -27,8 +27,8 @@ _TASK_SUFFIXES = ("", "_text", "_finish_reason", "_confidence", "_alternative")
 class TaskColumns:
     """The output columns of one task. `value`, `text`, `finish_reason` and `confidence` are column names.
 
-    confidence: its column is a float32 mean log-probability or, for bool and choices, a struct with the probability
-        of each of `choices`.
+    confidence: its column is a float32 mean log-probability or, for bool and choices, the probability of each of
+        `choices`, as a struct or as a list.
     truth: name of the kept column that holds the right answer, if any.
     about: the task as in run.json.
     """
@@ -110,6 +110,8 @@ def _describe_task(about: Json, found: pa.Schema, truths: Mapping[str, str]) -> 
     columns = (name, f"{name}_text", f"{name}_finish_reason", f"{name}_confidence")
     types = [found.field(column).type if column in found.names else pa.null() for column in columns]
     choices = tuple(choice.name for choice in types[-1]) if pa.types.is_struct(types[-1]) else ()
+    if pa.types.is_list(types[-1]):  # of (choice, p)
+        choices = tuple(about["answer"]["choices"])
     return TaskColumns(name, _classify(types[0], choices), *columns, choices, truths.get(name), about)
 
 

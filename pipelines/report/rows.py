@@ -101,11 +101,18 @@ def _build_answer(picked: PickedRow, task: TaskColumns, cut: Callable[[Any], Any
         "text": cut(values[task.text]),
         "finish": values[task.finish_reason],
         "confidence": cut(picked.confidence[task.name]),
-        "scores": cut(values[task.confidence]),
+        "scores": cut(_find_scores(values[task.confidence])),
         "truth": cut(picked.truth.get(task.name)),
         "wrong": task.name in picked.wrong,
         "alternative": cut(values.get(f"{task.name}_alternative")),
     }
+
+
+def _find_scores(confidence: Any) -> Any:
+    """Return {choice: probability} for a list of many choices, and any other confidence as it is."""
+    if isinstance(confidence, list):
+        return {pair["choice"]: pair["p"] for pair in confidence}
+    return confidence
 
 
 def _compute_seconds(record: Json) -> float | None:

@@ -94,9 +94,13 @@ class PromptBuilder:
             logger.warning("%s sent as text only", without)
         for note, count in self._notes.items():
             logger.warning("%s with %s", count_nouns(count, "row"), note)
-        if self.columns.in_prompt and not self._names:
-            named = ", ".join(f"{{{name}}}" for name in sorted(self.columns.in_prompt))
-            logger.warning("the input has no columns, so the prompt's %s is sent as it is, braces included", named)
+        for template in () if self._names else self._templates:
+            if named := ", ".join(dict.fromkeys(match[0] for match in _TOKEN.finditer(template.text))):
+                logger.warning(
+                    "%sthe input has no columns, so the prompt's %s is sent as it is, braces included",
+                    template.label if template.label != "--prompt " else "",
+                    named,
+                )
         requested = self.columns.wanted.union(filter(None, [self.columns.image]))
         wanted = requested if self._names else requested - self.columns.in_prompt
         if unknown := sorted(wanted - self._names):

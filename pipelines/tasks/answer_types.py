@@ -4,13 +4,17 @@ text                        any text                              string
 bool                        Yes or No                             bool
 {choices: [a, b]}           one of the choices                    string
 int, {int: {min, max}}      a whole number                        int64
+float, {float: {min, max}}  a number                              float64
+date                        YYYY-MM-DD                            date32
 list[str]                   a JSON array of strings               list<string>
+{list[choice]: [a, b]}      a JSON array of some of the choices   list<string>
 {regex: PATTERN}            text that the whole pattern matches   string
 {json_schema: SCHEMA}       JSON that satisfies the schema        the type of `arrow_types.infer_shape`
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import zlib
@@ -22,6 +26,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from ovis_model.grammar.json_schema import drop_repeats, parse_schema, validate_answer
+from ovis_model.grammar.keywords import DATE_PATTERN
 from ovis_model.types import Constraint
 from pipelines.tasks.arrow_types import Shape, infer_shape
 from pipelines.tasks.closing import close_objects
@@ -135,6 +140,20 @@ class Pattern:
 
 
 @dataclass(frozen=True)
+class Date:
+    """A day of the calendar, from the year 1000 to 2999."""
+
+    spec = "date"
+    type = pa.date32()
+    options = ()
+    constraint = Constraint("regex", DATE_PATTERN)
+
+    def parse(self, text: str) -> datetime.date:
+        """Return the day. Raise ValueError if the text is none."""
+        return datetime.date.fromisoformat(text)
+
+
+@dataclass(frozen=True)
 class Record:
     """JSON that satisfies `schema`, which is JSON text.
 
@@ -193,7 +212,7 @@ def _infer_shape(schema: str) -> Shape:
 
 def parse_answer(spec: Any) -> Answer:
     """Return the answer type that a spec of a tasks file describes. Raise ValueError if it describes none."""
-    if isinstance(spec, Text | Choices | Pattern | Record):
+    if isinstance(spec, Text | Choices | Pattern | Date | Record):
         return spec
     if isinstance(spec, str) and spec in _PLAIN:
         return _PLAIN[spec]
@@ -202,8 +221,8 @@ def parse_answer(spec: Any) -> Answer:
         if kind in _WITH_ARGUMENT:
             return _WITH_ARGUMENT[kind](argument)
     raise ValueError(
-        f"answer: {spec!r} is unknown; give text, bool, int, list[str], {{int: {{min: 0, max: 9}}}}, "
-        "{choices: [...]}, {regex: ...} or {json_schema: ...}"
+        f"answer: {spec!r} is unknown; give text, bool, int, float, date, list[str], {{int: {{min: 0, max: 9}}}}, "
+        "{choices: [...]}, {list[choice]: [...]}, {regex: ...} or {json_schema: ...}"
     )
 
 
@@ -225,6 +244,33 @@ def _parse_int(bounds: Any) -> Record:
         raise ValueError(f"int from {low} to {high}: min must be at most max, both of at most {MAX_DIGITS} digits")
     schema = {"type": "integer", "minimum": low, "maximum": high}
     return Record(json.dumps(schema), json.dumps("int" if given == widest else {"int": given}))
+
+
+def _parse_float_answer(bounds: Any) -> Record:
+    if not isinstance(bounds, Mapping) or not bounds.keys() <= {"min", "max"}:
+        raise ValueError(f"float: {bounds!r} must be a mapping with only min and max")
+    if strange := [value for value in bounds.values() if type(value) not in (int, float)]:
+        raise ValueError(f"float: {strange[0]!r} is not a number")
+    low, high = bounds.get("min", -math.inf), bounds.get("max", math.inf)
+    if not low <= high:
+        raise ValueError(f"float from {low} to {high}: min must be at most max")
+    names = {"min": "minimum", "max": "maximum"}
+    schema = {"type": "number", **{names[name]: value for name, value in bounds.items()}}
+    return Record(json.dumps(schema), json.dumps({"float": dict(bounds)} if bounds else "float"))
+
+
+def _parse_choice_list(options: Any) -> Record:
+    limit = options.get("max_items") if isinstance(options, Mapping) else None
+    if isinstance(options, Mapping) and (not options.keys() <= {"choices", "max_items"} or "choices" not in options):
+        raise ValueError(f"list[choice]: {options!r} must be a list, or a mapping with only choices and max_items")
+    choices = list(_parse_choices(options["choices"] if isinstance(options, Mapping) else options).options)
+    if limit is not None and (type(limit) is not int or not limit >= 1):
+        raise ValueError(f"max_items={limit!r} must be at least 1")
+    schema = {"type": "array", "items": {"enum": choices}, "uniqueItems": True}
+    if limit is None:
+        return Record(json.dumps(schema), json.dumps({"list[choice]": choices}))
+    given = {"choices": choices, "max_items": limit}
+    return Record(json.dumps({**schema, "maxItems": limit}), json.dumps({"list[choice]": given}))
 
 
 def _parse_strings(bounds: Any) -> Record:
@@ -268,11 +314,20 @@ def _parse_json_schema(schema: Any) -> Record:
 _QUOTE = "YAML reads words such as yes, no, 1 and 2030-12-31 as other types: quote them"
 
 
-_PLAIN: dict[str, Answer] = {"text": Text(), "bool": YesNo(), "int": _parse_int({}), "list[str]": _parse_strings({})}
+_PLAIN: dict[str, Answer] = {
+    "text": Text(),
+    "bool": YesNo(),
+    "int": _parse_int({}),
+    "float": _parse_float_answer({}),
+    "date": Date(),
+    "list[str]": _parse_strings({}),
+}
 _WITH_ARGUMENT: dict[str, Callable[[Any], Answer]] = {
     "choices": _parse_choices,
     "int": _parse_int,
+    "float": _parse_float_answer,
     "list[str]": _parse_strings,
+    "list[choice]": _parse_choice_list,
     "regex": _parse_regex,
     "json_schema": _parse_json_schema,
 }

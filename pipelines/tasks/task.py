@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, field_validator
 
 from ovis_model.types import SamplingParams
-from pipelines.storage.yaml_file import read_yaml
+from pipelines.storage.yaml_file import find_faults, read_item_lines, read_key_lines, read_yaml
 from pipelines.tasks.answer_types import Answer, Text, parse_answer
 
 _SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"}  # as in SamplingParams
@@ -92,7 +92,31 @@ def read_tasks(path: str) -> list[dict[str, Any]]:
     tasks = values.get("tasks") if isinstance(values, dict) else values
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ValueError(f"{path} must hold `tasks:` and a list of them, each with a name and a prompt")
+    _check_words(path, values, tasks)
     return [_load_schema(task, Path(path).parent) for task in tasks]
+
+
+def find_place(path: str, number: int) -> str:
+    """Return "FILE, line N" of the task with this number, from 0."""
+    lines = read_item_lines(path, "tasks")
+    return f"{path}, line {lines[number]}" if number < len(lines) else path
+
+
+def _check_words(path: str, values: Any, tasks: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError with line and task for what YAML would read in silence, and for keys next to `tasks`."""
+    lines = read_item_lines(path, "tasks")
+    for line, fault in find_faults(path):
+        above = [task for task, start in zip(tasks, lines, strict=True) if start <= line]
+        name = f", task {above[-1].get('name')!r}" if above else ""
+        raise ValueError(f"{path}, line {line}{name}: {fault}")
+    others = [key for key in values if key != "tasks"] if isinstance(values, dict) else []
+    if others:
+        line = read_key_lines(path).get(str(others[0]), 1)
+        known = ", ".join(f"{task.get('name')}" for task in tasks)
+        raise ValueError(
+            f"{path}, line {line}: {others[0]!r} next to `tasks` has no effect on {known}; remove it: options of the "
+            "run go into --config, those of a task into the task"
+        )
 
 
 def _load_schema(task: dict[str, Any], directory: Path) -> dict[str, Any]:
