@@ -149,9 +149,9 @@ def test_an_error_in_tasks_names_task_and_field(tmp_path: Path, capsys: pytest.C
     lines = read_usage_errors(capsys, *REQUIRED, "--tasks", str(file), command=annotate.COMMAND)
     assert lines == [
         f"{file}, line 1, task 'hue': temprature is not a field of a task; did you mean temperature?",
-        f"{file}, task 2: name is missing",
-        f"{file}, task 2: prompt: got 7; use non-empty text",
-        f"{file}, task 2: top_k: got 'many'; use a whole number of at least 0",
+        f"{file}, line 1, task 2: name is missing",
+        f"{file}, line 1, task 2: prompt: got 7; use non-empty text",
+        f"{file}, line 1, task 2: top_k: got 'many'; use a whole number of at least 0",
     ]
 
 
