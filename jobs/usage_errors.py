@@ -29,7 +29,7 @@ def describe_errors(
         if not name:
             lines.append(_read_own_words(part))
         elif name == "tasks" and inner:
-            file = find_place(tasks, inner[0]) if isinstance(tasks, str) else label(name)
+            file = find_place(tasks, int(inner[0])) if isinstance(tasks, str) else label(name)
             lines.append(f"{file}, {_describe_task_error(part, inner, tasks)}")
         else:
             lines.append(f"{label(str(name))}{_describe_error(part, options[str(name)])}")
