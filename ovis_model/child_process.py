@@ -23,6 +23,7 @@ import numpy as np
 
 _WATCH_EVERY_S = 0.5
 _LENGTH = struct.Struct("!Q")
+_MAX_BUFFERS = 512  # per call; the system allows 1,024
 
 Json = dict[str, Any]
 
@@ -66,10 +67,19 @@ class MessageStream:
 
     def send(self, message: Json, *payloads: Any) -> None:
         """Send a message. Raise TimeoutError at the deadline, ConnectionError if the other side has closed."""
-        data = json.dumps({**message, "num_bytes": [memoryview(payload).nbytes for payload in payloads]}).encode()
-        for part in (_LENGTH.pack(len(data)), data, *payloads):
+        views = [memoryview(payload) for payload in payloads]
+        data = json.dumps({**message, "num_bytes": [view.nbytes for view in views]}).encode()
+        head = memoryview(_LENGTH.pack(len(data)) + data)
+        self._send_all([head, *(view.cast("B") for view in views if view.nbytes)])
+
+    def _send_all(self, views: list[memoryview]) -> None:
+        while views:
             self._wait()
-            self._connection.sendall(memoryview(part).cast("B") if memoryview(part).nbytes else b"")
+            sent = self._connection.sendmsg(views[:_MAX_BUFFERS])
+            while views and sent >= views[0].nbytes:
+                sent -= views.pop(0).nbytes
+            if sent:
+                views[0] = views[0][sent:]
 
     def receive_json(self) -> Json:
         """Return the next message; `receive` its bytes then. Raise as `receive` does."""

@@ -32,10 +32,10 @@ import os, sys, time
 from pipelines.storage import table_process
 
 class Parquet(table_process._Parquet):
-    def select(self, columns, max_rows, groups):
+    def select(self, columns, max_rows, groups, first_row):
         if groups == [1]:
             os.abort()
-        return super().select(columns, max_rows, groups)
+        return super().select(columns, max_rows, groups, first_row)
 
 def find_encryption(file):
     file.seek(0)
@@ -125,6 +125,34 @@ def test_pages_that_crash_the_reader_cost_their_row_group(tmp_path: Path) -> Non
         except OSError as error:
             outcomes.append(["crashes Arrow's reader" in str(error) or "cannot be read from row 20 on" in str(error)])
     assert outcomes == [[v] for v in values[:20]] + [[True]] * 20 + [[v] for v in values[40:] + values[:20]]
+
+
+@pytest.mark.parametrize("order", ["forward", "every fourth unit", "backward"])
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_cells_of_any_size_arrive_unchanged(form: str, order: str, tmp_path: Path) -> None:
+    """Small cells travel together, large ones through shared memory, the largest batch through the socket."""
+    values = [bytes([i % 251]) * (i * i * 7 % 60_000 + (3 << 20) * (i in (70, 71, 72))) for i in range(300)]
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        write(path, {"image": values, "kept": values}, row_group_size=110)
+    else:
+        with pa.ipc.new_stream(path, pa.schema({"image": pa.binary(), "kept": pa.binary()})) as writer:
+            writer.write_table(pa.table({"image": values, "kept": values}), max_chunksize=90)
+    rows = list_input(path, image_column="image", keep_columns=("kept",))
+    assert [row["kept"]["kept"] for row in rows] == values
+    numbers = [i for i in range(300) if order != "every fourth unit" or i // 8 % 4 == 1]
+    numbers = numbers[::-1] if order == "backward" else numbers
+    assert fetch_images([rows[i] for i in numbers]) == [[values[i]] for i in numbers]
+
+
+def test_damage_after_small_batches_is_reported_after_them(tmp_path: Path) -> None:
+    text = pa.array([b"x"] * 63 + [b"\xff"]).view(pa.string())
+    path = write(tmp_path / "a.parquet", {"text": text})
+    with TableProcesses() as processes, processes.open_parquet(str(path)) as file:
+        batches = file.iter_batches(["text"], 16)
+        assert [len(next(batches)) for _ in range(3)] == [16] * 3
+        with pytest.raises(TableError, match="UTF"):
+            next(batches)
 
 
 def test_a_table_that_hangs_the_reader_is_given_up(processes: TableProcesses, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from pipelines.storage.retries import Retries, is_final
 from pipelines.storage.table_reader import ArrowTable, ParquetTable, get_processes
 
 _RETRIES = Retries(max_attempts=2)  # per cell: damage looks like a fault of the store, which itself retries more
-_CELLS_AT_ONCE = 16
+_CELLS_AT_ONCE = 16  # of Parquet, whose cells are unpacked in pieces of so many; small ones travel together
+_MAX_CELLS = 1024  # of Arrow, whose cells are mapped: those that travel together
 _BLOCK_BYTES = 4 << 20
 
 
@@ -98,7 +99,7 @@ class ParquetReader:
         """Return the cell as a Python value; retry once if reading fails. Raise OSError if it fails again."""
         for attempt in range(1, _RETRIES.max_attempts + 1):
             try:
-                self._select_group(uri, column, row)
+                self._select_group(uri, column, row, skips=attempt == 1)  # the second finds where the damage begins
                 if self._is_broken and row >= self._broken[1]:
                     raise OSError(f"its row group cannot be read from row {self._broken[1]} on")
                 self._advance(row)
@@ -126,9 +127,11 @@ class ParquetReader:
         while row >= self._first + len(self._cells):
             self._first += len(self._cells)
             self._cells = pa.nulls(0)
-            self._cells = next(self._stream).column(0)
+            assert self._group is not None
+            at, self._cells = next(self._stream)
+            self._first = self._starts[self._group[2]] + at
 
-    def _select_group(self, uri: str, column: str, row: int) -> None:
+    def _select_group(self, uri: str, column: str, row: int, *, skips: bool) -> None:
         if self._file is None or uri != self._uri:
             self._file = self._open(uri)
         number = bisect_right(self._starts, row) - 1
@@ -136,7 +139,8 @@ class ParquetReader:
             raise OSError("the file has changed since it was listed")
         group = (uri, column, number)
         if group != self._group or row < self._first:
-            self._stream = self._file.iter_batches([column], _CELLS_AT_ONCE, [number])
+            first = row - self._starts[number] if skips else 0
+            self._stream = self._file.iter_cells(column, _CELLS_AT_ONCE, number, first)
             self._group, self._first, self._cells = group, self._starts[number], pa.nulls(0)
 
     def _open(self, uri: str) -> ParquetTable:
@@ -166,7 +170,7 @@ class ArrowReader:
         try:
             if self._batch != (uri, offset, column) or not 0 <= row - self._first < len(self._cells):
                 self._batch = None
-                self._cells = self._select_file(uri).read_cells(offset, column, row, _CELLS_AT_ONCE)
+                self._cells = self._select_file(uri).read_cells(offset, column, row, _MAX_CELLS)
                 self._batch, self._first = (uri, offset, column), row
             return self._cells[row - self._first].as_py()
         except (TableError, IndexError) as error:

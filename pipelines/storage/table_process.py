@@ -13,8 +13,9 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,11 +27,11 @@ from pipelines.storage.sized_file import SizedFile
 
 _WATCH_EVERY_S = 1.0
 _BUFFER_BYTES = 1 << 20  # without a buffer size, Arrow holds whole columns of a row group
-_MAX_CELLS_BYTES = 8 << 20
-_NO_BYTES = b""
+_MESSAGE_BYTES, _MAX_BATCHES = 1 << 20, 64  # that travel together: a message costs as much as copying 500 KB
+_MIN_SHARED_BYTES = 16 << 10
 
-Reply = tuple[Json, Any]
-"""A message and the bytes that follow it."""
+Reply = tuple[Json, Sequence[Any]]
+"""A message, and the buffers that follow it."""
 
 
 def main(fd: int, parent: int, timeout_s: int) -> None:
@@ -43,15 +44,16 @@ def main(fd: int, parent: int, timeout_s: int) -> None:
     control.settimeout(_WATCH_EVERY_S)
     while os.getppid() == parent:
         try:
-            message, fds, *_ = socket.recv_fds(control, 1, 1)
+            message, fds, *_ = socket.recv_fds(control, 1, 2)
         except TimeoutError:
             continue
         if not message:
             return
         if os.fork() == 0:
             control.close()
-            _run_reader(_TimedStream(socket.socket(fileno=fds[0]), timeout_s), own)
-        os.close(fds[0])
+            _run_reader(_TimedStream(socket.socket(fileno=fds[0]), timeout_s), _Shared(fds[1]), own)
+        for fd in fds:
+            os.close(fd)
 
 
 class _TimedStream(MessageStream):
@@ -78,12 +80,31 @@ class _TimedStream(MessageStream):
         return [*fds, None][:1] if message else []
 
 
-def _run_reader(stream: _TimedStream, parent: int) -> None:
+class _Shared:
+    """Memory that the process which asks reads too: it saves copying batches into a socket and out of it."""
+
+    def __init__(self, fd: int) -> None:
+        self._memory = mmap.mmap(fd, 0)
+
+    def hold(self, buffers: Sequence[Any]) -> int:
+        """Copy the buffers into the memory -> their size; 0, without a copy, if they are too small or too large."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        total = sum(view.nbytes for view in views)
+        if not _MIN_SHARED_BYTES <= total <= len(self._memory):
+            return 0
+        at = 0
+        for view in views:
+            self._memory[at : at + view.nbytes] = view
+            at += view.nbytes
+        return total
+
+
+def _run_reader(stream: _TimedStream, shared: _Shared, parent: int) -> None:
     """Serve one table after another, and end this process when the other side closes the socket."""
     try:
         end_with_parent(parent)
         while fds := stream.receive_file():
-            _serve_table(stream, *fds)
+            _serve_table(stream, shared, *fds)
             signal.alarm(0)
     except (StreamEnded, ConnectionError):
         pass
@@ -91,13 +112,15 @@ def _run_reader(stream: _TimedStream, parent: int) -> None:
         os._exit(0)
 
 
-def _serve_table(stream: MessageStream, fd: int | None) -> None:
+def _serve_table(stream: MessageStream, shared: _Shared, fd: int | None) -> None:
     """Answer the requests about one table until it is closed; the first is to open it."""
     given = stream.receive_json()
     with _RemoteFile(stream, given["num_bytes_of_file"]) if fd is None else io.FileIO(fd) as file:
         table = {"parquet": _Parquet, "arrow": _Arrow}[given["form"]](file)
         while (request := stream.receive_json())["action"] != "close":
-            stream.send(*_answer(getattr(table, request["action"]), request["arguments"]))
+            reply, buffers = _answer(getattr(table, request["action"]), request["arguments"])
+            num_shared = shared.hold(buffers)
+            stream.send({**reply, "num_shared": num_shared}, *(() if num_shared else buffers))
 
 
 def _answer(action: Any, arguments: Json) -> Reply:
@@ -108,14 +131,55 @@ def _answer(action: Any, arguments: Json) -> Reply:
     except (StreamEnded, ConnectionError):
         raise
     except MemoryError:
-        return {"damage": "reading it needs more memory than there is"}, _NO_BYTES
+        return {"damage": "reading it needs more memory than there is"}, ()
     except UnicodeDecodeError:
-        return {"damage": "it holds text that is not UTF-8"}, _NO_BYTES
+        return {"damage": "it holds text that is not UTF-8"}, ()
     except Exception as error:
         # On damaged data Arrow may raise any exception, and none of them may end the process.
         number = error.errno if isinstance(error, OSError) else None
         reason = " ".join(str(error).split()) or type(error).__name__
-        return {"errno": number} if number else {"damage": reason}, _NO_BYTES
+        return {"errno": number} if number else {"damage": reason}, ()
+
+
+class _Located(NamedTuple):
+    """A batch, and the offset and size of its message."""
+
+    batch: pa.RecordBatch
+    at: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the batch."""
+        size: int = self.batch.nbytes
+        return size
+
+
+Batch = TypeVar("Batch", pa.RecordBatch, _Located)
+
+
+class _Batches(Generic[Batch]):
+    """Batches in the order in which they are read, taken so many at a time that they fill a message."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._fault: Exception | None = None  # of the batch after those that were taken
+
+    def take(self) -> tuple[list[Batch], bool]:
+        """Return the next batches, and whether they are the last. Raise what reading the first one raises."""
+        if self._fault is not None:
+            raise self._fault
+        taken, num_bytes = list[Batch](), 0
+        try:
+            while len(taken) < _MAX_BATCHES and num_bytes < _MESSAGE_BYTES:
+                taken.append(next(self._batches))
+                num_bytes += taken[-1].nbytes
+        except StopIteration:
+            return taken, True
+        except Exception as error:
+            if not taken:
+                raise
+            self._fault = error
+        return taken, False
 
 
 class _Parquet:
@@ -124,7 +188,7 @@ class _Parquet:
     def __init__(self, file: io.RawIOBase) -> None:
         self._file = file
         self._parquet: Any = None
-        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batches = _Batches[pa.RecordBatch](iter(()))
 
     def open(self) -> Reply:
         """Return the number of rows of each row group, and the schema. Raise ArrowException or OSError."""
@@ -145,22 +209,25 @@ class _Parquet:
             for column in map(metadata.row_group(group).column, wanted):
                 packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
                 if unpacked > max(safe_bytes, max_ratio * packed):
-                    return {"found": [column.path_in_schema, group, packed, unpacked]}, _NO_BYTES
-        return {"found": None}, _NO_BYTES
+                    return {"found": [column.path_in_schema, group, packed, unpacked]}, ()
+        return {"found": None}, ()
 
-    def select(self, columns: list[str], max_rows: int, groups: list[int] | None) -> Reply:
-        """Begin to read these columns of these row groups, None for all, in batches of at most `max_rows`."""
+    def select(self, columns: list[str], max_rows: int, groups: list[int] | None, first_row: int) -> Reply:
+        """Return the first batches of these columns of these row groups, None for all; each has up to `max_rows`.
+
+        Leave out those before that of `first_row`, and return the number of their rows.
+        """
         # One thread: a process that is forked has none of Arrow's.
-        self._batches = self._parquet.iter_batches(max_rows, row_groups=groups, columns=columns, use_threads=False)
-        return {}, _NO_BYTES
+        batches = self._parquet.iter_batches(max_rows, row_groups=groups, columns=columns, use_threads=False)
+        num_skipped, batches = _skip_batches(batches, first_row)
+        self._batches = _Batches(map(_validate, batches))
+        reply, buffers = self.next()
+        return {**reply, "num_skipped": num_skipped}, buffers
 
     def next(self) -> Reply:
-        """Return the next batch."""
-        batch = next(self._batches, None)
-        if batch is None:
-            return {"is_end": True}, _NO_BYTES
-        batch.validate(full=True)  # invalid UTF-8 would otherwise be found at the end of the run
-        return {}, _serialize(batch)
+        """Return the next batches, and whether they are the last."""
+        batches, is_end = self._batches.take()
+        return {"is_end": is_end}, _serialize(batches)
 
 
 class _Arrow:
@@ -171,6 +238,7 @@ class _Arrow:
         self._schema: Any = None
         self._column: tuple[int, str] | None = None
         self._cells: Any = None
+        self._batches = _Batches[_Located](iter(()))
 
     def open(self) -> Reply:
         """Return the schema; the file is then at the first batch. Raise ArrowException or OSError."""
@@ -184,14 +252,22 @@ class _Arrow:
         begin = self._file.tell()
         has_rows = self._read_batch() is not None
         self._file.seek(begin)
-        return {"has_rows": has_rows}, _NO_BYTES
+        return {"has_rows": has_rows}, ()
 
-    def next(self, columns: list[str]) -> Reply:
-        """Return these columns of the next batch that has rows, and the byte range of its message."""
-        if (found := self._read_batch()) is None:
-            return {"is_end": True}, _NO_BYTES
-        begin, batch = found
-        return {"range": [begin, self._file.tell() - begin]}, _serialize(select_columns(batch, columns))
+    def select(self, columns: list[str]) -> Reply:
+        """Return these columns of the first batches that have rows, with the byte ranges of their messages."""
+        self._batches = _Batches(self._select_columns(columns))
+        return self.next()
+
+    def next(self) -> Reply:
+        """Return the next batches and their byte ranges, and whether they are the last."""
+        found, is_end = self._batches.take()
+        return {"ranges": [batch.at for batch in found], "is_end": is_end}, _serialize([batch.batch for batch in found])
+
+    def _select_columns(self, columns: list[str]) -> Iterator[_Located]:
+        while (found := self._read_batch()) is not None:
+            begin, batch = found
+            yield _Located(select_columns(batch, columns), (begin, self._file.tell() - begin))
 
     def _read_batch(self) -> tuple[int, pa.RecordBatch] | None:
         """Return (offset, batch) of the next batch that has rows, None at the end."""
@@ -216,9 +292,24 @@ class _Arrow:
             self._cells = select_columns(batch, [column])
             self._column = (offset, column)
         cells = self._cells.slice(row, max_rows)
-        while len(cells) > 1 and cells.nbytes > _MAX_CELLS_BYTES:
-            cells = cells.slice(0, len(cells) // 2)
-        return {}, _serialize(cells)
+        while len(cells) > 1 and cells.nbytes > _MESSAGE_BYTES:
+            cells = cells.slice(0, -(-len(cells) // 2))
+        return {}, _serialize([cells])
+
+
+def _skip_batches(batches: Iterator[pa.RecordBatch], first_row: int) -> tuple[int, Iterator[pa.RecordBatch]]:
+    """Return the number of rows before the batch with `first_row`, and the batches from there on."""
+    num_skipped = 0
+    for batch in batches if first_row else ():
+        if num_skipped + len(batch) > first_row:
+            return num_skipped, chain([batch], batches)
+        num_skipped += len(batch)
+    return num_skipped, batches
+
+
+def _validate(batch: pa.RecordBatch) -> pa.RecordBatch:
+    batch.validate(full=True)  # invalid UTF-8 would otherwise be found at the end of the run
+    return batch
 
 
 def _map_file(file: io.FileIO) -> Any:
@@ -227,9 +318,9 @@ def _map_file(file: io.FileIO) -> Any:
     return pa.BufferReader(b"" if is_empty else pa.py_buffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
 
 
-def _serialize_schema(schema: pa.Schema) -> Any:
+def _serialize_schema(schema: pa.Schema) -> Sequence[Any]:
     _check_names(schema)
-    return schema.serialize()
+    return [schema.serialize()]
 
 
 def _check_names(fields: Iterable[pa.Field]) -> None:
@@ -239,11 +330,31 @@ def _check_names(fields: Iterable[pa.Field]) -> None:
         _check_names(field.type.field(i) for i in range(field.type.num_fields))
 
 
-def _serialize(batch: pa.RecordBatch) -> Any:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:  # with the values of dictionaries
-        writer.write_batch(batch)
-    return sink.getvalue()
+def _serialize(batches: Sequence[pa.RecordBatch]) -> Sequence[Any]:
+    """Return the buffers of a stream, without a copy of the data; nothing for no batches."""
+    if not batches:
+        return ()
+    sink = _Buffers()
+    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), batches[0].schema) as writer:  # with values of dictionaries
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.buffers
+
+
+class _Buffers(io.RawIOBase):
+    """A file that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.buffers = list[Any]()
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Keep a buffer."""
+        self.buffers.append(data)
+        return len(data)
 
 
 class _RemoteFile(SizedFile):

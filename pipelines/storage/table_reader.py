@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import mmap
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any, Literal, NamedTuple, Self
@@ -21,6 +23,7 @@ TIMEOUT_S = 600
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process with more must not be forked
 _MAPPED_BLOCK_BYTES = 4 << 20
 _MODULE = "pipelines.storage.table_process"
+_MEMORY_BYTES = 4 << 20  # larger messages go through the socket; the pages are used from the first one on
 _MAX_IDLE = 4  # while shards are listed, one is closed at a time
 
 
@@ -41,7 +44,7 @@ class TableProcesses:
         self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._starter: ChildProcess | None = None
-        self._idle: list[socket.socket] = []
+        self._idle: list[_Link] = []
 
     def __enter__(self) -> Self:
         return self
@@ -60,51 +63,68 @@ class TableProcesses:
     def __del__(self) -> None:
         self.close()
 
-    def connect(self) -> socket.socket:
-        """Return a socket to an idle process, or else to a new one."""
+    def connect(self) -> _Link:
+        """Return the link to an idle process, or else to a new one."""
         with self._lock:
             if self._starter is None or self._starter.poll() is not None:
                 while self._idle:  # readers end soon after the process that started them
-                    self._idle.pop().close()
+                    self._idle.pop().socket.close()
                 if self._starter is not None:
                     self._starter.close()
                 self._starter = ChildProcess(_MODULE, self.timeout_s, environment=_ONE_THREAD)
             while self._idle:
-                if _is_connected(connection := self._idle.pop()):
-                    return connection
-                connection.close()
-            ours, theirs = socket.socketpair()
-            with theirs:
-                socket.send_fds(self._starter.socket, [b"+"], [theirs.fileno()])
-            return ours
+                if _is_connected(link := self._idle.pop()):
+                    return link
+                link.socket.close()
+            return _start_reader(self._starter)
 
-    def give_back(self, connection: socket.socket) -> None:
-        """Keep the process at the other end of `connection` for the next table."""
+    def give_back(self, link: _Link) -> None:
+        """Keep the process at the other end of `link` for the next table."""
         with self._lock:
             if self._starter is not None and len(self._idle) < _MAX_IDLE:
-                self._idle.append(connection)
+                self._idle.append(link)
                 return
-        connection.close()
+        link.socket.close()
 
     def close(self) -> None:
         """End all processes; opening a table later starts new ones."""
         with self._lock:
             idle, self._idle = self._idle, []
             starter, self._starter = self._starter, None
-        for connection in idle:
-            connection.close()
+        for link in idle:
+            link.socket.close()
         if starter is not None:
             starter.close()
 
 
-def _is_connected(connection: socket.socket) -> bool:
-    """Return whether the process at the other end of an idle socket still runs."""
+class _Link(NamedTuple):
+    """A socket to a process that reads tables, and memory into which it writes batches for this one."""
+
+    socket: socket.socket
+    memory: mmap.mmap
+
+
+def _start_reader(starter: ChildProcess) -> _Link:
+    with os.fdopen(os.memfd_create("table"), "r+b") as file:
+        file.truncate(_MEMORY_BYTES)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(starter.socket, [b"+"], [theirs.fileno(), file.fileno()])
+        return _Link(ours, mmap.mmap(file.fileno(), _MEMORY_BYTES, prot=mmap.PROT_READ))
+
+
+def _is_connected(link: _Link) -> bool:
+    """Return whether the process at the other end of an idle link still runs."""
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        return link.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
     except BlockingIOError:
         return True
     except ConnectionError:
         return False
+
+
+Ask = Callable[..., tuple[Json, pa.Buffer]]
+"""`_Connection.ask` or `_Connection.borrow`."""
 
 
 class _Connection:
@@ -113,7 +133,7 @@ class _Connection:
     def __init__(
         self, processes: TableProcesses, uri: str, form: Literal["parquet", "arrow"], block_bytes: int | None
     ) -> None:
-        self._socket: socket.socket | None = None
+        self._link: _Link | None = None
         self._file, self._processes, self._form = store.open_file(uri, block_bytes), processes, form
         self._is_waiting = self._is_late = False
         self._fault: Exception | None = None
@@ -130,17 +150,22 @@ class _Connection:
         except TableError as error:
             if not isinstance(error.__cause__, StreamEnded | ConnectionError) or self._is_late:
                 raise
-        if self._socket is not None:
-            self._socket.close()
+        if self._link is not None:
+            self._link.socket.close()
         self._connect()
         return self.ask("open")
 
     def _connect(self) -> None:
-        self._socket = self._processes.connect()
+        self._link = self._processes.connect()
         self._hand_over(self._form)
 
     def ask(self, action: str, **arguments: Any) -> tuple[Json, pa.Buffer]:
         """Return the reply to a request, and the bytes that follow it. Raise TableError, OSError or StoreFault."""
+        reply, data = self.borrow(action, **arguments)
+        return reply, pa.py_buffer(bytes(data)) if reply["num_shared"] else data
+
+    def borrow(self, action: str, **arguments: Any) -> tuple[Json, pa.Buffer]:
+        """Return what `ask` returns, without copying the bytes: the next request may overwrite them."""
         started_s = time.monotonic()
         try:
             reply, data = self._talk({"action": action, "arguments": arguments})
@@ -159,40 +184,43 @@ class _Connection:
 
     def close(self) -> None:
         """Close the file; the process is kept if it waits for a request."""
-        if self._socket is None:
+        if self._link is None:
             return
         self._file.close()
         try:
             if self._is_waiting:
-                MessageStream(self._socket).send({"action": "close"})
-                self._processes.give_back(self._socket)
+                MessageStream(self._link.socket).send({"action": "close"})
+                self._processes.give_back(self._link)
             else:
-                self._socket.close()
+                self._link.socket.close()
         except OSError:
-            self._socket.close()
-        self._socket = None
+            self._link.socket.close()
+        self._link = None
 
     def __del__(self) -> None:
         self.close()
 
     def _hand_over(self, form: str) -> None:
         """Send the file; one that is not local stays here, where its store is known."""
-        assert self._socket is not None
+        assert self._link is not None
         fds = list[int]()
         with suppress(io.UnsupportedOperation):
             fds.append(self._file.fileno())
-        socket.send_fds(self._socket, [b"+"], fds)
-        MessageStream(self._socket).send({"form": form, "num_bytes_of_file": self._file.seek(0, io.SEEK_END)})
+        socket.send_fds(self._link.socket, [b"+"], fds)
+        MessageStream(self._link.socket).send({"form": form, "num_bytes_of_file": self._file.seek(0, io.SEEK_END)})
 
     def _talk(self, request: Json) -> tuple[Json, pa.Buffer]:
         """Send a request; read the file for the process until it replies."""
-        assert self._socket is not None
-        stream, self._is_waiting, self._fault = MessageStream(self._socket), False, None
+        assert self._link is not None
+        stream, self._is_waiting, self._fault = MessageStream(self._link.socket), False, None
         stream.send(request)
         while "read" in (reply := stream.receive_json()):
             data = self._read(*reply["read"])
             stream.send({"is_faulty": data is None}, data or b"")
-        data = pa.py_buffer(stream.receive(reply["num_bytes"]))
+        if num_shared := reply["num_shared"]:
+            data = pa.py_buffer(memoryview(self._link.memory)[:num_shared])
+        else:
+            data = pa.py_buffer(stream.receive([sum(reply["num_bytes"])]))
         self._is_waiting = True
         return reply, data
 
@@ -249,12 +277,35 @@ class ParquetTable(_Table):
         self, columns: Sequence[str], max_rows: int, groups: Sequence[int] | None = None
     ) -> Iterator[pa.RecordBatch]:
         """Yield these columns in batches of at most `max_rows` rows, of these row groups or of all."""
-        self._connection.ask("select", columns=list(columns), max_rows=max_rows, groups=groups)
+        if not columns:
+            yield from _make_empty_batches(
+                self.num_rows if groups is None else [self.num_rows[i] for i in groups], max_rows
+            )
+            return
+        for _, batch in self._iter_numbered(self._connection.ask, columns, max_rows, groups, 0):
+            yield batch
+
+    def iter_cells(self, column: str, max_rows: int, group: int, first_row: int = 0) -> Iterator[tuple[int, pa.Array]]:
+        """Yield (row, up to `max_rows` cells from there on) of a row group, the first with `first_row`.
+
+        Cells are lost when the next ones are asked for.
+        """
+        for row, batch in self._iter_numbered(self._connection.borrow, [column], max_rows, [group], first_row):
+            yield row, batch.column(0)
+
+    def _iter_numbered(
+        self, ask: Ask, columns: Sequence[str], max_rows: int, groups: Sequence[int] | None, first_row: int
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        wanted = {"columns": list(columns), "max_rows": max_rows, "groups": groups, "first_row": first_row}
+        reply, data = ask("select", **wanted)
+        row = reply["num_skipped"]
         while True:
-            reply, data = self._connection.ask("next")
-            if "is_end" in reply:
+            for batch in _deserialize(data):
+                yield row, batch
+                row += len(batch)
+            if reply["is_end"]:
                 return
-            yield _deserialize(data)
+            reply, data = ask("next")
 
 
 class LargeColumn(NamedTuple):
@@ -275,17 +326,34 @@ class ArrowTable(_Table):
 
     def iter_batches(self, columns: Sequence[str]) -> Iterator[tuple[int, int, pa.RecordBatch]]:
         """Yield (offset, number of bytes, these columns) of each batch that has rows."""
-        while True:
-            reply, data = self._connection.ask("next", columns=list(columns))
-            if "is_end" in reply:
-                return
-            yield (*reply["range"], _deserialize(data))
+        reply, data = self._connection.ask("select", columns=list(columns))
+        yield from _locate(reply, data)
+        while not reply["is_end"]:
+            reply, data = self._connection.ask("next")
+            yield from _locate(reply, data)
 
     def read_cells(self, offset: int, column: str, row: int, max_rows: int) -> pa.Array:
-        """Return up to `max_rows` cells from `row` on, of the batch at byte `offset`; none beyond its end."""
-        _, data = self._connection.ask("read_cells", offset=offset, column=column, row=row, max_rows=max_rows)
-        return _deserialize(data).column(0)
+        """Return up to `max_rows` cells from `row` on, of the batch at byte `offset`; none beyond its end.
+
+        They are lost when the next ones are asked for.
+        """
+        _, data = self._connection.borrow("read_cells", offset=offset, column=column, row=row, max_rows=max_rows)
+        [batch] = _deserialize(data)
+        return batch.column(0)
 
 
-def _deserialize(data: pa.Buffer) -> pa.RecordBatch:
-    return pa.ipc.open_stream(data).read_next_batch()
+def _make_empty_batches(num_rows: Sequence[int], max_rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield batches without columns for all rows, of which the file says nothing else."""
+    total = sum(num_rows)
+    nulls = pa.record_batch([pa.nulls(min(total, max_rows))], [""]).select([])
+    for first in range(0, total, max_rows):
+        yield nulls.slice(0, min(max_rows, total - first))
+
+
+def _locate(reply: Json, data: pa.Buffer) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+    for (offset, num_bytes), batch in zip(reply["ranges"], _deserialize(data), strict=True):
+        yield offset, num_bytes, batch
+
+
+def _deserialize(data: pa.Buffer) -> Iterator[pa.RecordBatch]:
+    return iter(pa.ipc.open_stream(data)) if data.size else iter(())
