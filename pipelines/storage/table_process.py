@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,21 +154,18 @@ class _Located(NamedTuple):
         return size
 
 
-Batch = TypeVar("Batch", pa.RecordBatch, _Located)
+class _Batches:
+    """Batches, also `_Located` ones, in the order of the file, taken so many at a time that they fill a message."""
 
-
-class _Batches(Generic[Batch]):
-    """Batches in the order in which they are read, taken so many at a time that they fill a message."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches
         self._fault: Exception | None = None  # of the batch after those that were taken
 
-    def take(self) -> tuple[list[Batch], bool]:
+    def take(self) -> tuple[list[Any], bool]:
         """Return the next batches, and whether they are the last. Raise what reading the first one raises."""
         if self._fault is not None:
             raise self._fault
-        taken, num_bytes = list[Batch](), 0
+        taken, num_bytes = list[Any](), 0
         try:
             while len(taken) < _MAX_BATCHES and num_bytes < _MESSAGE_BYTES:
                 taken.append(next(self._batches))
@@ -188,7 +185,7 @@ class _Parquet:
     def __init__(self, file: io.RawIOBase) -> None:
         self._file = file
         self._parquet: Any = None
-        self._batches = _Batches[pa.RecordBatch](iter(()))
+        self._batches = _Batches(iter(()))
 
     def open(self) -> Reply:
         """Return the number of rows of each row group, and the schema. Raise ArrowException or OSError."""
@@ -238,7 +235,7 @@ class _Arrow:
         self._schema: Any = None
         self._column: tuple[int, str] | None = None
         self._cells: Any = None
-        self._batches = _Batches[_Located](iter(()))
+        self._batches = _Batches(iter(()))
 
     def open(self) -> Reply:
         """Return the schema; the file is then at the first batch. Raise ArrowException or OSError."""
