@@ -125,27 +125,27 @@ class Preprocess:
         """Return the prepared row. Raise RowError or StoreFault."""
         if row.error:
             raise RowError("list", row.error)
-        with _convert_errors("read", OSError), self._meter.wait():
+        with convert_errors("read", OSError), self._meter.wait():
             encoded = images.result()
-        with _convert_errors("tile", ValueError):
+        with convert_errors("tile", ValueError):
             self._requests.check_num_images(max(len(encoded), len(row.images)))
         if is_seekable_video(row.images) or any(map(has_video_signature, encoded)):
             return self._prepare_video(row, encoded)
         if not encoded and not row.has_own_prompt:
             raise RowError("read", "the row has neither an image nor its own prompt")
-        with _convert_errors("decode", MediaError):
-            decoded = _decode_images(encoded, self._images)
-        with _convert_errors("tile", ValueError):
+        with convert_errors("decode", MediaError):
+            decoded = decode_images(encoded, self._images)
+        with convert_errors("tile", ValueError):
             requests = self._requests.build_image_requests(row.prompt, [image.pixels for image in decoded])
         prepared = _make_row(row, requests, len(decoded))
         media = _describe_image(decoded[0], encoded[0]) if decoded else None
         return replace(prepared, media=media, warning="; ".join(image.warning for image in decoded if image.warning))
 
     def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> PreparedRow:
-        with _convert_errors("decode", MediaError), _convert_errors("read", OSError):
+        with convert_errors("decode", MediaError), convert_errors("read", OSError):
             video, window = locate_video(row.images, encoded)
             frames, info = self._frames.select(video, window, self._requests.join_prompts(row.prompt))
-        with _convert_errors("tile", ValueError):
+        with convert_errors("tile", ValueError):
             self._requests.check_num_images(len(frames))
             requests = self._requests.build_video_requests(row.prompt, frames)
         return replace(_make_row(row, requests, len(frames), frames), media=_describe_video(info))
@@ -211,7 +211,8 @@ class RequestBuilder:
 
 
 @contextmanager
-def _convert_errors(stage: Stage, expected: type[Exception]) -> Iterator[None]:
+def convert_errors(stage: Stage, expected: type[Exception]) -> Iterator[None]:
+    """Raise RowError in `stage` instead of the expected exception, with its reason."""
     try:
         yield
     except expected as error:
@@ -220,7 +221,8 @@ def _convert_errors(stage: Stage, expected: type[Exception]) -> Iterator[None]:
         raise RowError(stage, reason) from error
 
 
-def _decode_images(encoded: Sequence[bytes], options: ImageOptions) -> list[DecodedImage]:
+def decode_images(encoded: Sequence[bytes], options: ImageOptions) -> list[DecodedImage]:
+    """Decode the images of a row. Raise MediaError that names the image if there are several."""
     keep_partial, background = options.partial_images == "keep", options.background_colour
     decoded = []
     for number, data in enumerate(encoded, 1):

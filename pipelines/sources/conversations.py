@@ -48,11 +48,11 @@ def find_conversation(values: Mapping[str, Any], prompt: str) -> Conversation | 
     turns = next((values[name] for name in (prompt, *_TURNS) if is_turns(values.get(name))), None)
     if turns is None:
         return None
-    asked = [number for number, turn in enumerate(turns) if _get_role(turn) in _USERS]
+    asked = [number for number, turn in enumerate(turns) if get_role(turn) in _USERS]
     if not asked:
         return Conversation(has_other_turns=True)
-    text, num_bare, media = _read_content(_get_content(turns[asked[0]]))
-    later = any(_read_content(_get_content(turns[number]))[2] for number in asked[1:])
+    text, num_bare, media = _read_content(get_content(turns[asked[0]]))
+    later = any(_read_content(get_content(turns[number]))[2] for number in asked[1:])
     plain, num_marks = strip_marks(text)
     return Conversation(plain, num_marks + num_bare, media, len(turns) > 1, later)
 
@@ -67,22 +67,36 @@ def strip_marks(text: str) -> tuple[str, int]:
 
 def is_turns(value: Any) -> bool:
     """Return whether a value is a list of turns, each with a role."""
-    return isinstance(value, list) and bool(value) and all(isinstance(t, dict) and _get_role(t) for t in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(t, dict) and get_role(t) for t in value)
 
 
-def _get_role(turn: Mapping[str, Any]) -> Any:
+def get_role(turn: Mapping[str, Any]) -> Any:
+    """Return the role of a turn, under the name that OpenAI or LLaVA gives it."""
     return turn.get("role") or turn.get("from")
 
 
-def _get_content(turn: Mapping[str, Any]) -> Any:
+def get_content(turn: Mapping[str, Any]) -> Any:
+    """Return the content of a turn: text, or a list of parts."""
     return turn.get("content", turn.get("value"))
+
+
+def is_media(part: Any) -> bool:
+    """Return whether a part of a turn holds or marks an image or a video."""
+    return isinstance(part, dict) and (
+        any(name in str(part.get("type")) for name in ("image", "video")) or any(part.get(key) for key in _MEDIA_KEYS)
+    )
+
+
+def get_media(part: Mapping[str, Any]) -> Any:
+    """Return what a part of a turn holds, None if it only marks a place."""
+    return next((part[key] for key in _MEDIA_KEYS if part.get(key)), None)
 
 
 def _read_content(content: Any) -> tuple[str, int, tuple[Any, ...]]:
     """Return the text of a turn, the number of images that it only marks, and the images that it holds."""
     parts = content if isinstance(content, list) else [content]
     texts = list(_read_texts(parts))
-    media = [_get_media(part) for part in parts if _is_media(part)]
+    media = [get_media(part) for part in parts if is_media(part)]
     held = tuple(item for item in media if item)
     return "\n".join(texts), len(media) - len(held), held
 
@@ -92,13 +106,3 @@ def _read_texts(parts: list[Any]) -> Iterator[str]:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_TYPES else part
         if isinstance(text, str) and text:
             yield text
-
-
-def _is_media(part: Any) -> bool:
-    return isinstance(part, dict) and (
-        any(name in str(part.get("type")) for name in ("image", "video")) or any(part.get(key) for key in _MEDIA_KEYS)
-    )
-
-
-def _get_media(part: Mapping[str, Any]) -> Any:
-    return next((part[key] for key in _MEDIA_KEYS if part.get(key)), None)

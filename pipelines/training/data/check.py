@@ -1,0 +1,185 @@
+"""Prepare every row once before the training starts: its length for the sampler, or the reason why it is left out.
+
+What a row teaches is then known before a step is spent on it, and no bad row reaches a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+
+from pipelines.cluster.ray_session import translate_ray_errors
+from pipelines.config import ImageOptions
+from pipelines.errors import RowError
+from pipelines.monitoring.progress import Progress
+from pipelines.output.ledger import RowRange
+from pipelines.storage import store
+from pipelines.training.data.prepare import Example, ExamplePreparer, count_tokens
+from pipelines.training.data.row_table import RowTable
+from pipelines.training.data.sampler import Rows
+
+_ROWS_PER_TASK = 64
+_TASKS_PER_CPU = 2
+_CHECKED = pa.schema(
+    {"row": pa.int64(), "data_set": pa.int32(), "num_tokens": pa.int64(), "stage": pa.string(), "error": pa.string()}
+)
+_WRONG_KIND = {
+    True: "the row is a dialogue, not a pair; --stage dpo needs chosen and rejected answers",
+    False: "the row is a pair of answers; train on it with --stage dpo",
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What decides the examples of rows; `is_preference` asks for pairs."""
+
+    model: str
+    revision: str | None
+    images: ImageOptions
+    max_length: int | None
+    is_preference: bool
+    allow_private_addresses: bool
+
+    def make_preparer(self) -> ExamplePreparer:
+        """Return a preparer for this process."""
+        store.allow_private_addresses(self.allow_private_addresses)
+        return ExamplePreparer(self.model, self.revision, self.images, self.max_length)
+
+
+class CheckedRow(NamedTuple):
+    """What is known of a row: its number of tokens, or the stage and the error that it fails with."""
+
+    row: int
+    data_set: int
+    num_tokens: int
+    stage: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedRows:
+    """All rows of a run, in order."""
+
+    table: pa.Table
+
+    @property
+    def good(self) -> Rows:
+        """The numbers of the rows that have an example."""
+        return np.flatnonzero(self.table.column("num_tokens").to_numpy() > 0)
+
+    @property
+    def num_errors(self) -> int:
+        """The number of the other rows."""
+        return len(self.table) - len(self.good)
+
+    def get_lengths(self) -> Rows:
+        """Return the number of tokens of each row; 0 for an error."""
+        return np.asarray(self.table.column("num_tokens").to_numpy())
+
+    def get_data_sets(self) -> Rows:
+        """Return the number of each row's data set."""
+        return np.asarray(self.table.column("data_set").to_numpy(), np.int64)
+
+    def describe_errors(self, count: int = 5) -> str:
+        """Return the most frequent reasons with their numbers."""
+        reasons = Counter(reason for reason in self.table.column("error").to_pylist() if reason)
+        return "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(count))
+
+
+def check_rows(output: str, num_rows: int, options: PrepareOptions, num_cpus: int) -> CheckedRows:
+    """Prepare all rows on the cluster; write OUTPUT/checked.parquet and OUTPUT/errors.jsonl.
+
+    A file that kills its process is found by halving: it becomes an error row. Raise StoreFault or StageFailed.
+    """
+    found: list[CheckedRow] = []
+    with translate_ray_errors(), Progress("rows checked", num_rows) as progress:
+        for rows in _run_tasks(output, num_rows, options, num_cpus * _TASKS_PER_CPU):
+            found += rows
+            progress.advance(len(rows))
+    table = pa.Table.from_pylist([row._asdict() for row in sorted(found)], _CHECKED)
+    _write(output, num_rows, table)
+    return CheckedRows(table)
+
+
+def read_checked_rows(output: str) -> CheckedRows:
+    """Return the result of an earlier check. Raise OSError."""
+    return CheckedRows(store.read_parquet(_locate(output)))
+
+
+def check_range(output: str, num_rows: int, rows: RowRange, options: PrepareOptions) -> list[CheckedRow]:
+    """Prepare rows and return what is known of each. Raise StoreFault."""
+    with RowTable(output, num_rows) as table:
+        listed = {number: table.get(number) for number in range(*rows)}
+    good = [number for number, row in listed.items() if row.dialogue is not None]
+    found = [
+        CheckedRow(number, row.data_set, 0, "list", row.error) for number, row in listed.items() if row.dialogue is None
+    ]
+    dialogues = (row.dialogue for row in listed.values() if row.dialogue is not None)
+    for number, prepared in zip(good, options.make_preparer().prepare(dialogues), strict=True):
+        error = prepared.error or _find_wrong_kind(prepared.example, options.is_preference)
+        length = 0 if error or prepared.example is None else count_tokens(prepared.example)
+        stage, text = (error.stage, str(error)) if error else ("", "")
+        found.append(CheckedRow(number, listed[number].data_set, length, stage, text))
+    return found
+
+
+def _find_wrong_kind(example: Example | None, is_preference: bool) -> RowError | None:
+    is_pair = hasattr(example, "chosen_ids")
+    return None if is_pair == is_preference else RowError("list", _WRONG_KIND[is_preference])
+
+
+def _run_tasks(output: str, num_rows: int, options: PrepareOptions, max_running: int) -> Iterator[list[CheckedRow]]:
+    import ray
+
+    task = ray.remote(check_range).options(num_cpus=1, max_retries=0)
+    waiting = [RowRange(at, min(at + _ROWS_PER_TASK, num_rows)) for at in range(0, num_rows, _ROWS_PER_TASK)][::-1]
+    running: dict[Any, RowRange] = {}
+    while waiting or running:
+        while waiting and len(running) < max_running:
+            rows = waiting.pop()
+            running[task.remote(output, num_rows, rows, options)] = rows
+        [done], _ = ray.wait(list(running))
+        rows = running.pop(done)
+        try:
+            yield ray.get(done)
+        except ray.exceptions.WorkerCrashedError:
+            if rows.stop - rows.start == 1:
+                yield [CheckedRow(rows.start, 0, 0, "decode", "the process died when it prepared the row")]
+            waiting += _halve(rows)
+
+
+def _halve(rows: RowRange) -> Sequence[RowRange]:
+    middle = (rows.start + rows.stop) // 2
+    return [RowRange(rows.start, middle), RowRange(middle, rows.stop)] if rows.start < middle else []
+
+
+def _write(output: str, num_rows: int, table: pa.Table) -> None:
+    errors = table.filter(pa.compute.greater(pa.compute.utf8_length(table.column("error")), 0))
+    with RowTable(output, num_rows) as rows:
+        lines = [json.dumps(_describe(rows, error), ensure_ascii=False) for error in errors.to_pylist()]
+    store.write_bytes(store.join(output, "errors.jsonl"), "".join(f"{line}\n" for line in lines).encode())
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink)
+    store.write_bytes(_locate(output), sink.getvalue().to_pybytes())
+
+
+def _describe(rows: RowTable, error: dict[str, Any]) -> dict[str, Any]:
+    listed = rows.get(error["row"])
+    media = [store.redact(reference.uri) for reference in listed.dialogue.media] if listed.dialogue else []
+    place = {"row": error["row"], "file": store.redact(listed.uri), "place": listed.place, "media": media}
+    return {**place, "stage": error["stage"], "error": error["error"]}
+
+
+def _locate(output: str) -> str:
+    return store.join(output, "checked.parquet")
