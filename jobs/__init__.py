@@ -13,6 +13,7 @@ JOBS = {
     "caption": "write a text about each image or video: a caption or the answer to a question",
     "annotate": "ask several questions about each image or video; each answer gets a typed column",
     "evaluate": "ask and score the benchmarks of the Ovis2 release as VLMEvalKit does",
+    "train": "train or fine-tune a model: by Ovis2's stages, with LoRA, or on preferences",
     "report": "write one HTML page about a run: counts, errors, distributions, a contact sheet",
     "compact": "merge the many Parquet files of a run into a few large ones",
     "demo": "caption drawn images with the bundled demo model and compare with the truth",

@@ -15,7 +15,7 @@ LENGTHS = np.random.default_rng(0).integers(5, 500, 1003)
 
 def make_sampler(batch_size: int = 16, seed: int = 0, weights: tuple[float, ...] = (1.0,)) -> Sampler:
     data_sets = np.arange(len(LENGTHS)) % len(weights)
-    return Sampler(LENGTHS, data_sets, weights, batch_size, seed)
+    return Sampler(np.arange(len(LENGTHS)), LENGTHS, data_sets, weights, batch_size, seed)
 
 
 def list_epoch(sampler: Sampler, epoch: int) -> list[list[int]]:
@@ -27,7 +27,7 @@ def test_an_epoch_is_a_permutation_and_each_one_is_another() -> None:
     sampler = make_sampler()
     epochs = [list_epoch(sampler, epoch) for epoch in range(3)]
     for epoch in epochs:
-        assert sorted(list(chain(*epoch))) == list(range(len(LENGTHS)))
+        assert sorted(chain(*epoch)) == list(range(len(LENGTHS)))
         assert [len(rows) for rows in epoch] == [16] * 62 + [11]
     assert epochs[0] != epochs[1] != epochs[2]
     assert list_epoch(make_sampler(seed=1), 0) != epochs[0]

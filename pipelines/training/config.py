@@ -132,6 +132,9 @@ class WorkerOptions(Section):
     gradient_checkpointing: bool = declare_option(
         True, description="compute activations again in the backward pass; needs less memory"
     )
+    dataloader_num_workers: int = _declare_execution(
+        0, ge=0, description="processes per worker that prepare rows ahead; 0 prepares in a thread of the worker"
+    )
     max_restarts: int = _declare_execution(
         3, ge=0, description="how often dead workers start again from the last checkpoint, without a new one between"
     )

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pipelines.training.metrics import Metrics, MetricLog
+from pipelines.training.metrics import MetricLog, Metrics
 
 _WIDTH_PX, _HEIGHT_PX, _LEFT_PX, _BOTTOM_PX = 560, 220, 64, 24
 _MAX_POINTS = 600

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.cluster.actor import register_fast_exit
 from pipelines.errors import RowError
@@ -15,6 +15,8 @@ from pipelines.storage import store
 from pipelines.training.data.check import PrepareOptions
 from pipelines.training.data.prepare import Example
 from pipelines.training.data.row_table import RowTable
+
+T = TypeVar("T")
 
 _AHEAD_PER_LOADER = 2  # micro-batches; tiles are large
 
@@ -64,15 +66,19 @@ class LoaderPool:
         """Start that many Ray actors; with 0, a thread of this process prepares."""
         self._submits = [_start_actor(source) for _ in range(num_actors)] or [_start_thread(source)]
 
-    def load_ahead(self, micro_batches: Iterable[Sequence[int]]) -> Iterator[list[Example]]:
-        """Yield the examples of each micro-batch, in order."""
-        waiting: deque[Pending] = deque()
-        for rows, submit in zip(micro_batches, cycle(self._submits), strict=False):
-            waiting.append(submit(rows))
+    def load_ahead(self, micro_batches: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, list[Example]]]:
+        """Yield each micro-batch, in order, with the examples of its rows."""
+        waiting: deque[tuple[T, Pending]] = deque()
+        for (micro_batch, rows), submit in zip(micro_batches, cycle(self._submits), strict=False):
+            waiting.append((micro_batch, submit(rows)))
             if len(waiting) > _AHEAD_PER_LOADER * len(self._submits):
-                yield waiting.popleft()()
+                yield _wait(*waiting.popleft())
         while waiting:
-            yield waiting.popleft()()
+            yield _wait(*waiting.popleft())
+
+
+def _wait(micro_batch: T, pending: Pending) -> tuple[T, list[Example]]:
+    return micro_batch, pending()
 
 
 def _start_thread(source: RowSource) -> Callable[[Sequence[int]], Pending]:

@@ -28,12 +28,13 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """The order of rows. Row number i of n is of data set `data_sets[i]` and has `lengths[i]` tokens.
+    """The order of the rows `numbers`, each with its length in tokens and its data set.
 
     batch_size: rows per step, of all workers and accumulated micro-batches together.
     weights: how often an epoch has each row of a data set; a fraction takes other rows in each epoch.
     """
 
+    numbers: Rows
     lengths: Rows
     data_sets: Rows
     weights: tuple[float, ...]
@@ -57,13 +58,13 @@ class Sampler:
     def get_rows(self, step: int) -> Rows:
         """Return the row numbers of a step, by length."""
         position = self.locate(step)
-        return self._order_epoch(position.epoch)[position.step]
+        return self.numbers[self._order_epoch(position.epoch)[position.step]]
 
     @lru_cache(2)  # noqa: B019  (one sampler per run)
     def _order_epoch(self, epoch: int) -> list[Rows]:
-        """Return the rows of each step of an epoch."""
+        """Return the places in `numbers` of the rows of each step of an epoch."""
         rows = np.concatenate([self._draw_rows(n, weight, epoch) for n, weight in enumerate(self.weights)])
-        rows = rows[_shuffle(len(rows), self.seed, epoch, "rows")]
+        rows = rows[shuffle(len(rows), self.seed, epoch, "rows")]
         per_group = self.batch_size * _BATCHES_PER_GROUP
         groups = [rows[start : start + per_group] for start in range(0, len(rows), per_group)]
         batches = [batch for group in groups for batch in _cut(self._sort(group), self.batch_size)]
@@ -74,7 +75,7 @@ class Sampler:
     def _draw_rows(self, number: int, weight: float, epoch: int) -> Rows:
         rows = np.flatnonzero(self.data_sets == number)
         times, rest = divmod(round(weight * len(rows)), max(1, len(rows)))
-        some = rows[_shuffle(len(rows), self.seed, epoch, f"data set {number}")[:rest]]
+        some = rows[shuffle(len(rows), self.seed, epoch, f"data set {number}")[:rest]]
         return np.concatenate([np.tile(rows, times), some])
 
     def _sort(self, rows: Rows) -> Rows:
@@ -85,12 +86,12 @@ class Sampler:
 
         The batches of a group are mixed with those of all others.
         """
-        mixed = [batches[i] for i in _shuffle(len(batches), self.seed, epoch, "batches")]
+        mixed = [batches[i] for i in shuffle(len(batches), self.seed, epoch, "batches")]
         longest = max(range(len(mixed)), key=lambda i: self.lengths[mixed[i]].max(), default=0)
         return [*mixed[longest : longest + 1], *mixed[:longest], *mixed[longest + 1 :]]
 
 
-def _shuffle(count: int, seed: int, epoch: int, purpose: str) -> Rows:
+def shuffle(count: int, seed: int, epoch: int, purpose: str) -> Rows:
     """Return a permutation. Raw bits of Philox: unlike `permutation`, they are the same in every version of numpy."""
     key = np.frombuffer(purpose.encode()[:16].ljust(16, b"\0"), np.uint64)
     counter = np.array([0, 0, epoch, seed], np.uint64)

@@ -1,0 +1,177 @@
+"""Training gives the same weights however its rows are shared, and whatever dies; its model is used at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.output.sink import read_results
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.config import TrainConfig
+from pipelines.training.run import TrainingReport, list_spans, run_training
+from tests.support.processes import Job, run_caption, wait_for
+from tests.support.training_files import TINY, make_train_config, write_data
+
+NUM_STEPS = 20
+RUN = {"max_steps": NUM_STEPS, "save_steps": 4, "logging_steps": 1, "eval_rows": 2, "eval_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), 12)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """Train with one worker to the end; return OUTPUT."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    train(data, output, per_device_train_batch_size=8)
+    return output
+
+
+def train(data: Path, output: Path, **options: Any) -> TrainingReport:
+    return run_training(make_train_config(data, output, **{**RUN, **options}))
+
+
+def read_lines(output: Path) -> list[dict[str, Any]]:
+    """Return the metrics without measured times."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+
+
+def read_weights(output: Path) -> dict[str, Any]:
+    checkpoints = Checkpoints(str(output / "training_state"))
+    return dict(checkpoints.read_tensors(checkpoints.list_steps()[-1]))
+
+
+def assert_bitwise_equal(output: Path, other: Path) -> None:
+    found, wanted = read_weights(output), read_weights(other)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name].tobytes() != wanted[name].tobytes()] == []
+    assert read_lines(output) == read_lines(other)
+    model = "model/model.safetensors"
+    assert (output / model).read_bytes() == (other / model).read_bytes()
+
+
+SHARES = {
+    "accumulation": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
+    "two workers": {"per_device_train_batch_size": 4, "num_workers": 2},
+    "divided": {"per_device_train_batch_size": 4, "num_workers": 2, "shard": True},
+}
+
+
+@pytest.mark.parametrize("share", ["two workers", "divided"])
+def test_rows_shared_in_another_way_give_the_same_steps(
+    share: str, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(data, tmp_path / "out", **SHARES[share])
+    for found, wanted in zip(read_lines(tmp_path / "out"), read_lines(undisturbed), strict=True):
+        numbers = {name: value for name, value in wanted.items() if isinstance(value, float)}
+        assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-5 if found["kind"] != "x" else 0)
+    weights = read_weights(undisturbed)
+    other = read_weights(tmp_path / "out")
+    worst = max(np.abs(other[n] - w).max() for n, w in weights.items() if n.startswith("model."))
+    assert worst < 2e-5, worst
+
+
+def test_the_model_is_used_at_once_and_its_card_says_how_it_was_made(undisturbed: Path, data: Path) -> None:
+    finished = run_caption(
+        str(data.parent / "0.png"), str(undisturbed.parent / "captions"), "--model", str(undisturbed / "model")
+    )
+    assert finished.exit_code == 0, finished.stderr
+    assert read_results(str(undisturbed.parent / "captions")).column("status").to_pylist() == ["ok"]
+    card = (undisturbed / "model" / "README.md").read_text()
+    assert "| stage | 4 |" in card and f"| start | {TINY} |" in card and "| steps | 20 |" in card
+
+
+def test_a_finished_run_is_not_trained_again_and_refuses_other_options(undisturbed: Path, data: Path) -> None:
+    before = (undisturbed / "training.html").stat().st_mtime_ns
+    report = train(data, undisturbed, per_device_train_batch_size=8)
+    assert report.steps == NUM_STEPS and (undisturbed / "training.html").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"learning-rate 0\.001 there, 0\.1 here; seed 0 there, 1 here"):
+        train(data, undisturbed, per_device_train_batch_size=8, learning_rate=0.1, seed=1)
+
+
+def kill_driver(data: Path, output: Path, ray_address: str, pause_s: float | None) -> None:
+    """Kill a job after its first checkpoint, or after `pause_s`."""
+    job = Job(make_arguments(data, output), ray_address).start()
+    if pause_s is None:
+        wait_for(lambda: job.process.poll() is not None or has_checkpoint(output), 100)
+    else:
+        time.sleep(pause_s)
+    job.kill()
+
+
+def has_checkpoint(output: Path) -> bool:
+    return any(output.glob("training_state/*/complete.json"))
+
+
+def make_arguments(data: Path, output: Path) -> list[str]:
+    config = make_train_config(data, output, **{**RUN, "per_device_train_batch_size": 8})
+    given = config.model_dump(mode="json", exclude={"input", "output"}, exclude_unset=True)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return ["jobs.train", str(data), str(output), *flags]
+
+
+def test_a_driver_that_is_killed_and_resumed_gives_the_same_bits(
+    data: Path, undisturbed: Path, tmp_path: Path, ray_address: str
+) -> None:
+    output = tmp_path / "out"
+    kill_driver(data, output, ray_address, None)
+    assert not (output / "model").exists()
+    train(data, output, per_device_train_batch_size=8)
+    assert_bitwise_equal(output, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_at_five_moments_gives_the_same_bits(
+    data: Path, undisturbed: Path, tmp_path: Path, ray_address: str
+) -> None:
+    output, rng = tmp_path / "out", random.Random(0)
+    for _ in range(5):
+        kill_driver(data, output, ray_address, rng.uniform(2, 12))
+    train(data, output, per_device_train_batch_size=8)
+    assert_bitwise_equal(output, undisturbed)
+
+
+def test_workers_start_again_from_the_last_checkpoint_when_one_dies(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    job = Job(make_arguments(data, output)).start()
+    wait_for(lambda: job.process.poll() is not None or has_checkpoint(output), 100)
+    for pid in job.find_actors("TrainingWorker"):
+        os.kill(pid, signal.SIGKILL)
+    finished = job.finish()
+    job.wait_until_all_gone()
+    assert finished.exit_code == 0, finished.stderr
+    assert "a worker died" in finished.stderr and "all start again from step" in finished.stderr
+    assert_bitwise_equal(output, undisturbed)
+
+
+def test_pairs_start_at_the_reference_and_move_to_the_chosen_answer(tmp_path: Path, ray_cluster: None) -> None:
+    pairs = write_data(tmp_path / "data", 6, pairs=True)
+    train(pairs, tmp_path / "out", stage="dpo", eval_steps=20, learning_rate=3e-3, rpo_alpha=0.0, beta=0.5)
+    lines = [line for line in read_lines(tmp_path / "out") if line["kind"] == "train"]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert lines[-1]["reward_accuracy"] == 1.0 and lines[-1]["reward_margin"] > 1.0
+
+
+def test_adapters_are_written_apart_and_merged_into_the_model(tmp_path: Path, data: Path, ray_cluster: None) -> None:
+    train(data, tmp_path / "out", lora_rank=4, max_steps=2, num_samples=0)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_steps_end_at_each_event(tmp_path: Path) -> None:
+    config = TrainConfig(input="d", output="o", model="m", logging_steps=4, save_steps=6, eval_steps=10)
+    assert list(list_spans(config, 0, 13)) == [(0, 4), (4, 6), (6, 8), (8, 10), (10, 12), (12, 13)]
+    assert list(list_spans(config, 6, 13)) == [(6, 8), (8, 10), (10, 12), (12, 13)]
