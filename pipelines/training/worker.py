@@ -24,7 +24,7 @@ from pipelines.training.data.sampler import Rows, Sampler, share_rows
 from pipelines.training.metrics import Metrics
 
 if TYPE_CHECKING:
-    from ovis_model.training.learner import LearnerOptions, MicroBatch
+    from ovis_model.training.learning.learner import LearnerOptions, MicroBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class TrainingWorker:
         """Open the place where the others join this rank."""
         import ray
 
-        from ovis_model.training.parallel import open_meeting_point
+        from ovis_model.training.learning.parallel import open_meeting_point
 
         host = ray.util.get_node_ip_address()
         self._meeting = open_meeting_point(host, self._size)
@@ -92,8 +92,8 @@ class TrainingWorker:
         """Join the others and load the model, and the checkpoint of `step` if given. Raise ValueError or OSError."""
         from torch.distributed import TCPStore
 
-        from ovis_model.training.learner import Learner
-        from ovis_model.training.parallel import World, join_world
+        from ovis_model.training.learning.learner import Learner
+        from ovis_model.training.learning.parallel import World, join_world
 
         meeting = self._meeting or TCPStore(place.host, place.port, self._size, is_master=False)
         world = self._session.enter_context(join_world(World(self._rank, self._size), meeting, self._device))
@@ -146,7 +146,7 @@ class TrainingWorker:
         import torch
 
         from ovis_model.tokenizer import load_tokenizer
-        from ovis_model.training.answers import answer_examples, copy_for_inference
+        from ovis_model.training.learning.answers import answer_examples, copy_for_inference
 
         network = self._get_network()
         if self._rank or not self._settings.shown:
@@ -174,7 +174,7 @@ class TrainingWorker:
 
     def _get_network(self) -> Any:
         """Return the whole network, by a collective call if it is divided."""
-        from ovis_model.training.parallel import gather_network
+        from ovis_model.training.learning.parallel import gather_network
 
         is_divided = self._settings.config.shard and self._size > 1
         return gather_network(self._learner.network) if is_divided else self._learner.network
@@ -196,7 +196,7 @@ class TrainingWorker:
             yield _Share(step, (mine if len(mine) else rows[:1]).tolist(), not len(mine))
 
     def _make_micro_batch(self, share: _Share, examples: list[Example]) -> MicroBatch:
-        from ovis_model.training.learner import MicroBatch
+        from ovis_model.training.learning.learner import MicroBatch
 
         reference = None if self._reference is None else self._reference[list(share.rows)]
         return MicroBatch(examples, reference, share.is_filler)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ def upload_directory(source: Path, uri: str) -> None:
 
 def make_learner_options(settings: WorkerSettings) -> LearnerOptions:
     """Return what the options of a run mean for the model."""
-    from ovis_model.training.learner import LearnerOptions
+    from ovis_model.training.learning.learner import LearnerOptions
     from ovis_model.training.lora import LoraConfig
     from ovis_model.training.optimizer import Schedule
     from ovis_model.training.parts import STAGES

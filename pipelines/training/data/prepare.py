@@ -21,9 +21,9 @@ from pipelines.config import FRAME_MAX_TILES, ImageOptions
 from pipelines.errors import MediaError, RowError
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frame_selection import FrameSelector
-from pipelines.media.frames import TiledFrame
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video
-from pipelines.media.video_file import has_video_signature
+from pipelines.media.video.container import has_video_signature
+from pipelines.media.video.frames import TiledFrame
 from pipelines.preprocess import convert_errors, decode_images
 from pipelines.training.data.forms import Dialogue, place_marks
 

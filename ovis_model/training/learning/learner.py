@@ -17,10 +17,10 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.training.batch import Batch, collate
 from ovis_model.training.examples import PreferenceExample, TrainingExample
 from ovis_model.training.export import load_network, make_network
+from ovis_model.training.learning.parallel import World, gather, scatter, shard_model
 from ovis_model.training.lora import LoraConfig, add_adapters
 from ovis_model.training.model import Precision, TrainingModel
 from ovis_model.training.optimizer import Optimizer, Schedule
-from ovis_model.training.parallel import World, gather, scatter, shard_model
 from ovis_model.training.parts import choose_trainable, draw_visual_table, group_parameters, list_trainable
 from ovis_model.training.preference import collate_pairs, compute_preference_loss, compute_reference
 
