@@ -15,7 +15,7 @@ from jobs.options import Option, list_options, list_sections
 from jobs.usage import HelpFormatter, Parser
 from jobs.usage_errors import describe_errors, describe_os_error
 from ovis_model.wording import count_nouns
-from pipelines.config import RunConfig, Section
+from pipelines.config import ModelOptions, Section
 
 Config = TypeVar("Config", bound=Section)
 
@@ -36,6 +36,11 @@ class Command(Generic[Config]):
     def options(self) -> dict[str, Option]:
         """{field: option}."""
         return {option.name: option for option in list_options(self.kind)}
+
+    @property
+    def takes_file(self) -> bool:
+        """Whether --config reads options from a file: jobs that load a model have many."""
+        return issubclass(self.kind, ModelOptions)
 
     @property
     def positionals(self) -> list[str]:
@@ -86,7 +91,7 @@ def build_parser(command: Command[Any], prog: str) -> Parser:
             else:
                 _add_option(group, option)
     others = parser.add_argument_group("other")
-    if issubclass(command.kind, RunConfig):
+    if command.takes_file:
         others.add_argument("--config", metavar="FILE", help="YAML file of options, same names; flags take precedence")
     others.add_argument("-h", "--help", action="help", help="show this help and exit")
     return parser

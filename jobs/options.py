@@ -19,6 +19,8 @@ _ALLOWED = {
     "PATH": "a path or URI",
     "FILE": "a path of a YAML file",
     "LOCAL_FILE": "a local path",
+    "NAME|NAME": "names of parts, joined by |",
+    "PART=RATE,...": "PART=RATE pairs, separated by commas",
     "TASK=COLUMN": "TASK=COLUMN, the names of a task and of a kept column",
 }
 _BOUNDS = {"gt": "above {}", "ge": "of at least {}", "le": "at most {}"}

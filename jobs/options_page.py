@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jobs import compact, demo, evaluate, report
+from jobs import compact, demo, evaluate, report, train
 from jobs.cli import EXIT_CODES
 from jobs.command_line import Command
 from jobs.options import Option, join_with_or, list_sections
@@ -23,7 +23,7 @@ _HEAD = """\
 `--option VALUE` or `--option=VALUE`, before or after INPUT and OUTPUT. `--no-overwrite` turns off the switch
 `--overwrite`.
 
-The options of `caption`, `annotate` and `evaluate` may also be in a YAML file, given with `--config
+The options of `caption`, `annotate`, `evaluate` and `train` may also be in a YAML file, given with `--config
 run.yaml`. The names are the same, with `-` or `_`; an option that is repeatable is a list. Flags take
 precedence over the file:
 
@@ -65,7 +65,14 @@ def _render_parts() -> Iterator[str]:
     for name, kind in kinds.items():
         yield f"### {kind.title} (only {name})\n"
         yield _render_options(dict(list_sections(kind))[kind.title])
-    others: list[Command[Any]] = [evaluate.SCORE, report.COMMAND, compact.COMMAND, demo.COMMAND]
+    others: list[Command[Any]] = [
+        train.COMMAND,
+        train.RECIPE,
+        evaluate.SCORE,
+        report.COMMAND,
+        compact.COMMAND,
+        demo.COMMAND,
+    ]
     for command in others:
         yield f"## {command.name}\n\n{command.description}\n"
         yield _render_options(command.options.values(), command.positionals, tells_effect=False)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.errors import ProcessesDie
 from pipelines.output.sink import read_results
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import TrainConfig
+from pipelines.training.group import WorkerGroup
 from pipelines.training.run import TrainingReport, list_spans, run_training
 from tests.support.processes import Job, run_caption, wait_for
 from tests.support.training_files import TINY, make_train_config, write_data
@@ -69,32 +69,34 @@ def assert_bitwise_equal(output: Path, other: Path) -> None:
 
 
 SHARES = {
-    "accumulation": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
     "two workers": {"per_device_train_batch_size": 4, "num_workers": 2},
     "divided": {"per_device_train_batch_size": 4, "num_workers": 2, "shard": True},
 }
 
 
-@pytest.mark.parametrize("share", ["two workers", "divided"])
+@pytest.mark.parametrize("share", SHARES)
 def test_rows_shared_in_another_way_give_the_same_steps(
     share: str, data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     train(data, tmp_path / "out", **SHARES[share])
     for found, wanted in zip(read_lines(tmp_path / "out"), read_lines(undisturbed), strict=True):
-        numbers = {name: value for name, value in wanted.items() if isinstance(value, float)}
-        assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+        losses = {name: value for name, value in wanted.items() if "loss" in name}
+        assert {name: found[name] for name in losses} == pytest.approx(losses, rel=1e-5)
+        assert found.get("grad_norm") == pytest.approx(wanted.get("grad_norm"), rel=1e-4)
     weights = read_weights(undisturbed)
     other = read_weights(tmp_path / "out")
     worst = max(np.abs(other[n] - w).max() for n, w in weights.items() if n.startswith("model."))
     assert worst < 1e-5
 
 
-def test_the_model_is_used_at_once_and_its_card_says_how_it_was_made(undisturbed: Path, data: Path) -> None:
-    finished = run_caption(
-        str(data.parent / "0.png"), str(undisturbed.parent / "captions"), "--model", str(undisturbed / "model")
-    )
+def test_the_model_is_used_at_once_and_its_card_says_how_it_was_made(
+    undisturbed: Path, data: Path, ray_address: str
+) -> None:
+    captions = str(undisturbed.parent / "captions")
+    arguments = (str(data.parent / "0.png"), captions, "--model", str(undisturbed / "model"), "--max-new-tokens", "8")
+    finished = run_caption(*arguments, ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
-    assert read_results(str(undisturbed.parent / "captions")).column("status").to_pylist() == ["ok"]
+    assert read_results(captions).column("status").to_pylist() == ["ok"]
     card = (undisturbed / "model" / "README.md").read_text()
     assert "| stage | 4 |" in card and f"| start | {TINY} |" in card and "| steps | 20 |" in card
 
@@ -103,7 +105,7 @@ def test_a_finished_run_is_not_trained_again_and_refuses_other_options(undisturb
     before = (undisturbed / "training.html").stat().st_mtime_ns
     report = train(data, undisturbed, per_device_train_batch_size=8)
     assert report.steps == NUM_STEPS and (undisturbed / "training.html").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"learning-rate 0\.001 there, 0\.1 here; seed 0 there, 1 here"):
+    with pytest.raises(ValueError, match=r"learning-rate 0\.0001 there, 0\.1 here; seed 0 there, 1 here"):
         train(data, undisturbed, per_device_train_batch_size=8, learning_rate=0.1, seed=1)
 
 
@@ -150,18 +152,36 @@ def test_a_driver_that_is_killed_at_five_moments_gives_the_same_bits(
 
 
 def test_workers_start_again_from_the_last_checkpoint_when_one_dies(
-    data: Path, undisturbed: Path, tmp_path: Path
+    data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    output = tmp_path / "out"
-    job = Job(make_arguments(data, output)).start()
-    wait_for(lambda: job.process.poll() is not None or has_checkpoint(output), 100)
-    for pid in job.find_actors("TrainingWorker"):
-        os.kill(pid, signal.SIGKILL)
-    finished = job.finish()
-    job.wait_until_all_gone()
-    assert finished.exit_code == 0, finished.stderr
-    assert "a worker died" in finished.stderr and "all start again from step" in finished.stderr
-    assert_bitwise_equal(output, undisturbed)
+    kill_once(monkeypatch, at_step=10)
+    train(data, tmp_path / "out", per_device_train_batch_size=8)
+    assert "a worker died" in caplog.text and "all start again from step 8" in caplog.text
+    assert_bitwise_equal(tmp_path / "out", undisturbed)
+
+
+def kill_once(monkeypatch: pytest.MonkeyPatch, *, at_step: int) -> None:
+    """Kill the process of a worker while it takes this step."""
+    import ray
+
+    call, killed = WorkerGroup.call, list[int]()
+
+    def call_or_kill(group: WorkerGroup, method: str, *arguments: Any) -> list[Any]:
+        if arguments == (at_step,) and not killed:
+            killed.append(at_step)
+            ray.kill(group._workers[0])
+        return call(group, method, *arguments)
+
+    monkeypatch.setattr(WorkerGroup, "call", call_or_kill)
+
+
+def test_workers_that_die_again_and_again_stop_the_run(
+    data: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_once(monkeypatch, at_step=1)
+    with pytest.raises(ProcessesDie, match="workers died 1 time without a new checkpoint") as stopped:
+        train(data, tmp_path / "out", max_restarts=0, max_steps=2)
+    assert "the same command without --overwrite continues" in stopped.value.__notes__[0]
 
 
 def test_pairs_start_at_the_reference_and_move_to_the_chosen_answer(tmp_path: Path, ray_cluster: None) -> None:
@@ -172,6 +192,7 @@ def test_pairs_start_at_the_reference_and_move_to_the_chosen_answer(tmp_path: Pa
     assert lines[-1]["reward_accuracy"] == 1.0 and lines[-1]["reward_margin"] > 1.0
 
 
+@pytest.mark.slow
 def test_adapters_are_written_apart_and_merged_into_the_model(tmp_path: Path, data: Path, ray_cluster: None) -> None:
     train(data, tmp_path / "out", lora_rank=4, max_steps=2, num_samples=0)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()

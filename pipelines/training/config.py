@@ -175,8 +175,6 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
     @field_validator("learning_rates", mode="before")
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
-        if isinstance(value, dict):  # in a recipe
-            return tuple(f"{part}={rate}" for part, rate in value.items())
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
     @field_validator("learning_rates")

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from ovis_model.wording import count_nouns
 from pipelines.cluster.resources import Hardware
 from pipelines.errors import ResourceError
 from pipelines.training.config import TrainConfig
@@ -27,8 +28,8 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         """Format the plan as one line for the log."""
-        share = "one GPU" if self.device == "cuda" else f"{self.threads} threads"
-        return f"plan: {self.num_workers} workers, each {share}, {self.precision}"
+        share = "1 GPU" if self.device == "cuda" else f"{count_nouns(self.threads, 'thread')} on CPUs"
+        return f"plan: {count_nouns(self.num_workers, 'worker')} (each: {share}), {self.precision}"
 
 
 def plan_training(config: TrainConfig, hardware: Hardware) -> TrainingPlan:

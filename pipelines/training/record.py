@@ -35,7 +35,7 @@ class TrainingRun:
     @property
     def is_finished(self) -> bool:
         """Whether the model is written."""
-        return self.record["status"] == "finished"
+        return bool(self.record["status"] == "finished")
 
     @property
     def state_uri(self) -> str:

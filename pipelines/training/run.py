@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ovis_model.checkpoint import describe_checkpoint, resolve_local_path
 from ovis_model.weight_files import check_weight_files
+from ovis_model.wording import count_nouns
 from pipelines.cluster.ray_session import open_ray_session, translate_ray_errors
 from pipelines.cluster.resources import Hardware
 from pipelines.config import ImageOptions
@@ -138,9 +139,8 @@ def _train(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, lease: Lea
                 return _take_steps(config, run, settings, group, lease, step or 0)
         except WorkersDied as death:
             if restarts >= config.max_restarts:
-                raise ProcessesDie(
-                    f"workers died {restarts + 1} times without a new checkpoint, the last time because: {death}"
-                ) from death
+                times = count_nouns(restarts + 1, "time")
+                raise ProcessesDie(f"workers died {times} without a new checkpoint, the last time: {death}") from death
             logger.warning("a worker died (%s); all start again from step %d", death, reached)
 
 

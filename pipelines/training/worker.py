@@ -90,12 +90,10 @@ class TrainingWorker:
 
     def start(self, place: MeetingPoint, step: int | None) -> None:
         """Join the others and load the model, and the checkpoint of `step` if given. Raise ValueError or OSError."""
-        from torch.distributed import TCPStore
-
         from ovis_model.training.learning.learner import Learner
-        from ovis_model.training.learning.parallel import World, join_world
+        from ovis_model.training.learning.parallel import World, find_meeting_point, join_world
 
-        meeting = self._meeting or TCPStore(place.host, place.port, self._size, is_master=False)
+        meeting = self._meeting or find_meeting_point(place.host, place.port, self._size)
         world = self._session.enter_context(join_world(World(self._rank, self._size), meeting, self._device))
         self._learner = Learner(self._directory, make_learner_options(self._settings), self._device, world)
         if step is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class World:
         for bucket in _fill_buckets(parameters):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat)
-            for gradient, summed in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+            for gradient, summed in zip(bucket, torch.split(flat, [x.numel() for x in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
 
@@ -60,13 +61,21 @@ def _fill_buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def open_meeting_point(host: str, size: int) -> dist.TCPStore:
+def open_meeting_point(host: str, size: int) -> Any:
     """Return a store on a free port, at which workers meet; its `port` is to be passed on."""
-    return dist.TCPStore(host, 0, size, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+    return _open_store(host, 0, size, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+
+
+def find_meeting_point(host: str, port: int, size: int) -> Any:
+    """Return the store that another worker has opened."""
+    return _open_store(host, port, size, is_master=False, timeout=_TIMEOUT)
+
+
+_open_store: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 @contextmanager
-def join_world(world: World, store: dist.Store, device: torch.device) -> Iterator[World]:
+def join_world(world: World, store: Any, device: torch.device) -> Iterator[World]:
     """Join the other workers while in the context; a single one joins nobody."""
     if world.size == 1:
         yield world

@@ -94,6 +94,6 @@ def _start_actor(source: RowSource) -> Callable[[Sequence[int]], Pending]:
 
     def submit(rows: Sequence[int]) -> Pending:
         reference = loader.load.remote(list(rows))
-        return lambda: ray.get(reference)  # type: ignore[no-any-return]
+        return lambda: ray.get(reference)
 
     return submit

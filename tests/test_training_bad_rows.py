@@ -1,0 +1,100 @@
+"""Each kind of bad data gives its own reason and stage; no bad row reaches a batch, and none is cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ovis_model.network.weights import WeightsError
+from ovis_model.training.export import load_network
+from pipelines.output.ledger import RowRange
+from pipelines.training.data.check import CheckedRow, check_range
+from pipelines.training.data.data_sets import DataSet, list_training_rows
+from pipelines.training.data.row_table import write_rows
+from pipelines.training.run import make_prepare_options
+from tests.support.training_files import TINY, make_train_config, write_pictures
+
+
+def check(tmp_path: Path, *rows: Any, **options: Any) -> list[CheckedRow]:
+    """Check rows as a run does, in this process."""
+    write_pictures(tmp_path)
+    data, output = tmp_path / "data.jsonl", str(tmp_path / "out")
+    data.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    num_rows = write_rows(output, list_training_rows([DataSet(name="x", files=(str(data),))]))
+    prepare = make_prepare_options(make_train_config(data, Path(output), **options))
+    return sorted(check_range(output, num_rows, RowRange(0, num_rows), prepare))
+
+
+def ask(*turns: tuple[str, str], **fields: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **fields}
+
+
+GOOD = ask(("human", "<image>\nColour?"), ("gpt", "Red."), image="0.png")
+BAD = {
+    "missing image": (ask(("human", "?"), ("gpt", "Red."), image="none.png"), "read", "No such file or directory"),
+    "image count": (
+        ask(("human", "<image> <image>?"), ("gpt", "Red."), image="0.png"),
+        "tile",
+        "the turns mark 2 images with <image>, but the row has 1",
+    ),
+    "empty answer": (ask(("human", "?"), ("gpt", "")), "list", "the answer in turn 2 is empty"),
+    "only system turns": (
+        ask(("system", "Be brief.")),
+        "list",
+        "the conversation has only system turns: there is nothing to learn",
+    ),
+    "over-long": (
+        ask(("human", "?"), ("gpt", "Red. " * 300)),
+        "tile",
+        "the example has 1221 tokens, more than max_length=100; use fewer tiles or frames, or a larger max_length",
+    ),
+    "wrong JSON": ('{"conversations": [', "list", "not JSON: Expecting value at column 20"),
+    "label-free": (ask(("human", "?")), "list", "no turn is an answer: there is nothing to learn"),
+    "video without frames": (ask(("human", "<video>?"), ("gpt", "Red."), video="empty.mp4"), "decode", "empty"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_is_an_error_row_and_its_neighbours_are_good(tmp_path: Path, kind: str) -> None:
+    row, stage, reason = BAD[kind]
+    (tmp_path / "empty.mp4").touch()
+    first, bad, last = check(tmp_path, GOOD, row, GOOD, max_length=100)
+    assert first.num_tokens == last.num_tokens > 20 and not first.error
+    assert (bad.num_tokens, bad.stage) == (0, stage) and reason in bad.error, bad
+
+
+def test_an_identical_pair_is_an_error_row(tmp_path: Path) -> None:
+    pair = {"image": "0.png", "prompt": "Colour?", "chosen": "Red.", "rejected": "Blue."}
+    good, same = check(tmp_path, pair, {**pair, "rejected": "Red."}, stage="dpo")
+    assert good.num_tokens > 20 and same.stage == "list"
+    assert same.error == "the chosen and the rejected answer are identical: the pair carries no preference"
+
+
+def test_rows_of_the_other_kind_are_error_rows(tmp_path: Path) -> None:
+    pair = {"prompt": "Colour?", "chosen": "Red.", "rejected": "Blue."}
+    assert "train on it with --stage dpo" in check(tmp_path, pair)[0].error
+    assert "needs chosen and rejected answers" in check(tmp_path, GOOD, stage="dpo")[0].error
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_with_weights_that_are_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    path = next((tmp_path / "model").glob("*.safetensors"))
+    weights = load_file(path)
+    weights["vte.weight"].flat[7] = value
+    save_file(weights, path)
+    with pytest.raises(WeightsError, match=r"has NaN or infinite values in vte\.weight"):
+        load_network(tmp_path / "model")
+
+
+def test_a_truncated_image_is_an_error_row(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    [row] = check(tmp_path, {**GOOD, "image": "half.png"})
+    assert row.stage == "decode" and row.num_tokens == 0
