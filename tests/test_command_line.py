@@ -212,7 +212,7 @@ def test_the_command_lists_its_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["captoin"], "error: 'captoin' is not a job; did you mean caption?"),
-        (["train"], "error: 'train' is not a job; use caption, annotate, "),
+        (["cook"], "error: 'cook' is not a job; use caption, annotate, "),
         ([], "error: JOB is missing; use caption, annotate, "),
         (["--versoin"], "error: --versoin is not an option; did you mean --version?"),
     ],

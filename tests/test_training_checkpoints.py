@@ -13,7 +13,7 @@ import pytest
 from pipelines.storage import store
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.metrics import MetricLog
-from pipelines.training.page import render_page
+from pipelines.training.page import render_training_page
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(5, dtype=np.uint8), "c": np.float32(3.5)}
 
@@ -110,6 +110,6 @@ def test_the_page_draws_curves_and_escapes_answers(tmp_path: Path) -> None:
     log = MetricLog(str(tmp_path), until_step=0)
     log.add({"step": step, "kind": "train", "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 2000))
     log.add([{"step": 1999, "kind": "sample", "question": "<b>?", "wanted": "a", "answer": "<script>"}])
-    page = render_page("Stage 1", {"model": "<i>"}, log)
+    page = render_training_page("Stage 1", {"model": "<i>"}, log)
     assert page.count("<polyline") == 2 and "&lt;script&gt;" in page and "<script>" not in page and "<i>" not in page
     assert len(page) < 60_000 and "http" not in page.replace("http-equiv", "")

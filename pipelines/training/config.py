@@ -10,7 +10,7 @@ from ovis_model.inputs.prompt import IMAGE_MARK
 from pipelines.config import ImageOptions, Location, ModelOptions, Section, declare_option, read_extra
 from pipelines.training.data.data_sets import CAPTION_TEMPLATE, CaptionForm, DataSet, read_data_sets
 
-Stage = Literal["1", "2", "3", "4", "dpo"]
+TrainStage = Literal["1", "2", "3", "4", "dpo"]
 
 _LEARNING_RATES: dict[str, float] = {"1": 1e-4, "2": 5e-5, "3": 5e-5, "4": 1e-5, "dpo": 1e-6}  # Ovis 1.5; TRL for DPO
 _LORA_LEARNING_RATES: dict[str, float] = {"dpo": 2e-5}
@@ -18,7 +18,7 @@ _LORA_LEARNING_RATE = 1e-4
 
 
 def _declare_execution(default: Any, *, description: str, **bounds: Any) -> Any:
-    """Declare an option that a resumed run may change: it decides no weight."""
+    """Declare an option that decides no weight, so that a resumed run may change it."""
     return declare_option(default, description=description, decides_rows=False, **bounds)
 
 
@@ -33,8 +33,10 @@ class DataOptions(Section):
     image_root: Location | None = declare_option(
         None, description="directory or URI that relative paths of images start at", unset="the directory of the data"
     )
-    caption_template: str = declare_option(
-        CAPTION_TEMPLATE, description=f"question of rows with a caption; {IMAGE_MARK} marks the image"
+    caption_template: str | None = declare_option(
+        None,
+        description=f"question of rows with a caption; {IMAGE_MARK} marks the image",
+        unset=f"{IMAGE_MARK} and 'Describe the image.' on two lines",
     )
     caption_form: CaptionForm | None = declare_option(
         None,
@@ -60,7 +62,7 @@ class StageOptions(Section):
 
     title: ClassVar[str] = "stage"
 
-    stage: Stage = declare_option(
+    stage: TrainStage = declare_option(
         "4",
         description="1 trains the last ViT block, head and table; 2 and 3 the whole visual part; 4 and dpo all",
     )
@@ -233,9 +235,8 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
     def read_data_sets(self) -> list[DataSet]:
         """Return the data sets of INPUT. Raise ValueError."""
         form = self.caption_form or ("plain" if self.stage == "1" else "dialogue")
-        return read_data_sets(
-            self.input, image_root=self.image_root, caption_template=self.caption_template, caption_form=form
-        )
+        template = self.caption_template or CAPTION_TEMPLATE
+        return read_data_sets(self.input, image_root=self.image_root, caption_template=template, caption_form=form)
 
     def identify(self) -> dict[str, Any]:
         """Return the options that decide the weights, as JSON values: a resumed run may not change them."""

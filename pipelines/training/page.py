@@ -37,7 +37,7 @@ _CURVES = (
 )
 
 
-def render_page(title: str, facts: Mapping[str, str], log: MetricLog) -> str:
+def render_training_page(title: str, facts: Mapping[str, str], log: MetricLog) -> str:
     """Return the page. `facts`: what to show above the curves, by name."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     figures = (_render_figure(curve, [log.list_points(name) for name in curve.names]) for curve in _CURVES)

@@ -30,8 +30,8 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.data.check import CheckedRows, PrepareOptions, check_rows, read_checked_rows
 from pipelines.training.data.data_sets import list_training_rows
 from pipelines.training.data.loader import RowSource
+from pipelines.training.data.order import RowOrder, shuffle
 from pipelines.training.data.row_table import write_rows
-from pipelines.training.data.sampler import Sampler, shuffle
 from pipelines.training.group import WorkerGroup, WorkersDied
 from pipelines.training.plan import TrainingPlan, plan_training
 from pipelines.training.record import TrainingRun, begin_run, read_run, remove_run
@@ -149,7 +149,7 @@ def make_settings(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, che
     good = checked.good
     held_out = np.sort(good[shuffle(len(good), config.seed, 0, "held out")[: config.eval_rows]])
     trained = np.setdiff1d(good, held_out)
-    sampler = Sampler(
+    order = RowOrder(
         numbers=trained,
         lengths=checked.get_lengths()[trained],
         data_sets=checked.get_data_sets()[trained],
@@ -161,10 +161,10 @@ def make_settings(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, che
     return WorkerSettings(
         config=config,
         source=RowSource(run.output, run.num_rows, make_prepare_options(config)),
-        sampler=sampler,
+        order=order,
         held_out=tuple(held_out.tolist()),
         shown=tuple(shown[: config.num_samples].tolist()),
-        num_steps=config.max_steps or config.num_train_epochs * sampler.steps_per_epoch,
+        num_steps=config.max_steps or config.num_train_epochs * order.steps_per_epoch,
         device=plan.device,
         precision=plan.precision,
         threads=run.record["threads"],
@@ -187,7 +187,7 @@ def _take_steps(
             if _is_due(stop, config.save_steps, settings.num_steps):
                 lease.check()
                 telemetry.write()  # first: a checkpoint promises the metrics up to its step
-                group.call("save", stop, {"step": stop, "position": settings.sampler.locate(stop)})
+                group.call("save", stop, {"step": stop, "position": settings.order.locate(stop)})
             progress.advance(stop - start)
     lease.check()
     _export(run, group, telemetry)
@@ -231,7 +231,7 @@ def _get_reference(run: TrainingRun, settings: WorkerSettings, group: WorkerGrou
 
 
 def _write_reference(uri: str, settings: WorkerSettings, group: WorkerGroup) -> None:
-    rows = [*settings.sampler.numbers.tolist(), *settings.held_out]
+    rows = [*settings.order.numbers.tolist(), *settings.held_out]
     found = []
     per_call = _REFERENCE_ROWS * settings.config.num_workers
     with Progress("pairs measured", len(rows)) as progress:

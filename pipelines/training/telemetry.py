@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.storage import store
 from pipelines.training.config import TrainConfig
 from pipelines.training.metrics import MetricLog, Metrics
-from pipelines.training.page import render_page
+from pipelines.training.page import render_training_page
 from pipelines.training.record import TrainingRun
 from pipelines.training.worker import WorkerSettings
 
@@ -35,7 +35,7 @@ class Telemetry:
         self._num_tokens += sum(line["num_tokens"] for line in lines)
         self._seconds += seconds
         summary = summarize_steps(lines)
-        epoch = round(step / self._settings.sampler.steps_per_epoch, 4)
+        epoch = round(step / self._settings.order.steps_per_epoch, 4)
         self.add(step, "train", {**summary, "epoch": epoch, "tokens_per_s": summary["num_tokens"] / max(seconds, 1e-6)})
 
     def add(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
@@ -51,19 +51,19 @@ class Telemetry:
         if self._board is not None:
             self._board.flush()
         facts = {name: str(value) for name, value in self.describe().items() if value is not None}
-        page = render_page(f"Training, stage {self._config.stage}", facts, self._log)
+        page = render_training_page(f"Training, stage {self._config.stage}", facts, self._log)
         store.write_bytes(store.join(self._run.output, "training.html"), page.encode("utf-8", "backslashreplace"))
 
     def describe(self) -> dict[str, Any]:
         """Return facts about the run, for its page, its record and the model card."""
-        config, sampler = self._config, self._settings.sampler
+        config, order = self._config, self._settings.order
         losses, eval_losses = self._log.list_points("loss"), self._log.list_points("eval_loss")
         return {
             "stage": config.stage,
             "trained": config.train_modules or (f"LoRA of rank {config.lora_rank}" if config.lora_rank else "by stage"),
             "start": config.model + (f" at {config.revision}" if config.revision else ""),
             "data": ", ".join(map(store.redact, config.input)),
-            "rows": len(sampler.numbers),
+            "rows": len(order.numbers),
             "held_out_rows": len(self._settings.held_out),
             "steps": losses[-1][0] if losses else 0,
             "rows_per_step": config.batch_size,

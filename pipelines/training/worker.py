@@ -19,8 +19,8 @@ from pipelines.storage import store
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.data.loader import LoaderPool, RowSource
-from pipelines.training.data.prepare import Example
-from pipelines.training.data.sampler import Rows, Sampler, share_rows
+from pipelines.training.data.order import RowOrder, Rows, share_rows
+from pipelines.training.data.prepare import AnyExample
 from pipelines.training.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class WorkerSettings:
 
     config: TrainConfig
     source: RowSource
-    sampler: Sampler
+    order: RowOrder
     held_out: tuple[int, ...]
     shown: tuple[int, ...]
     num_steps: int
@@ -184,7 +184,7 @@ class TrainingWorker:
 
     def _share_steps(self, first: int) -> Iterator[tuple[_Share, Sequence[int]]]:
         for step in range(first, self._settings.num_steps):
-            for share in self._share(step, self._settings.sampler.get_rows(step)):
+            for share in self._share(step, self._settings.order.get_rows(step)):
                 yield share, share.rows
 
     def _share(self, step: int, rows: Rows) -> Iterable[_Share]:
@@ -193,7 +193,7 @@ class TrainingWorker:
         for mine in share_rows(rows, size, self._size)[self._rank]:
             yield _Share(step, (mine if len(mine) else rows[:1]).tolist(), not len(mine))
 
-    def _make_micro_batch(self, share: _Share, examples: list[Example]) -> MicroBatch:
+    def _make_micro_batch(self, share: _Share, examples: list[AnyExample]) -> MicroBatch:
         from ovis_model.training.learning.learner import MicroBatch
 
         reference = None if self._reference is None else self._reference[list(share.rows)]

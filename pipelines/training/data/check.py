@@ -1,4 +1,4 @@
-"""Prepare every row once before the training starts: its length for the sampler, or the reason why it is left out.
+"""Prepare every row once before the training starts: its length for the order, or the reason why it is left out.
 
 What a row teaches is then known before a step is spent on it, and no bad row reaches a batch.
 """
@@ -23,9 +23,9 @@ from pipelines.errors import RowError
 from pipelines.monitoring.progress import Progress
 from pipelines.output.ledger import RowRange
 from pipelines.storage import store
-from pipelines.training.data.prepare import Example, ExamplePreparer, count_tokens
+from pipelines.training.data.order import Rows
+from pipelines.training.data.prepare import AnyExample, ExamplePreparer, count_tokens
 from pipelines.training.data.row_table import RowTable
-from pipelines.training.data.sampler import Rows
 
 _ROWS_PER_TASK = 64
 _TASKS_PER_CPU = 2
@@ -134,7 +134,7 @@ def check_range(output: str, num_rows: int, rows: RowRange, options: PrepareOpti
     return found
 
 
-def _find_wrong_kind(example: Example | None, is_preference: bool) -> RowError | None:
+def _find_wrong_kind(example: AnyExample | None, is_preference: bool) -> RowError | None:
     is_pair = hasattr(example, "chosen_ids")
     return None if is_pair == is_preference else RowError("list", _WRONG_KIND[is_preference])
 

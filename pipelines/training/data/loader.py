@@ -13,14 +13,14 @@ from pipelines.cluster.actor import register_fast_exit
 from pipelines.errors import RowError
 from pipelines.storage import store
 from pipelines.training.data.check import PrepareOptions
-from pipelines.training.data.prepare import Example
+from pipelines.training.data.prepare import AnyExample
 from pipelines.training.data.row_table import RowTable
 
 T = TypeVar("T")
 
 _AHEAD_PER_LOADER = 2  # micro-batches; tiles are large
 
-Pending = Callable[[], list[Example]]
+Pending = Callable[[], list[AnyExample]]
 """Waits for the examples of a micro-batch."""
 
 
@@ -42,12 +42,12 @@ class Loader:
         self._table = RowTable(source.output, source.num_rows)
         self._preparer = source.options.make_preparer()
 
-    def load(self, rows: Sequence[int]) -> list[Example]:
+    def load(self, rows: Sequence[int]) -> list[AnyExample]:
         """Return the examples of rows that the check found good. Raise RowError if one has changed since then."""
         prepared = self._preparer.prepare(self._table.get_dialogues(rows))
         return [self._expect(row, found.example, found.error) for row, found in zip(rows, prepared, strict=True)]
 
-    def _expect(self, row: int, example: Example | None, error: RowError | None) -> Example:
+    def _expect(self, row: int, example: AnyExample | None, error: RowError | None) -> AnyExample:
         if example is not None:
             return example
         listed = self._table.get(row)
@@ -66,7 +66,7 @@ class LoaderPool:
         """Start that many Ray actors; with 0, a thread of this process prepares."""
         self._submits = [_start_actor(source) for _ in range(num_actors)] or [_start_thread(source)]
 
-    def load_ahead(self, micro_batches: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, list[Example]]]:
+    def load_ahead(self, micro_batches: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, list[AnyExample]]]:
         """Yield each micro-batch, in order, with the examples of its rows."""
         waiting: deque[tuple[T, Pending]] = deque()
         for (micro_batch, rows), submit in zip(micro_batches, cycle(self._submits), strict=False):
@@ -77,7 +77,7 @@ class LoaderPool:
             yield _wait(*waiting.popleft())
 
 
-def _wait(micro_batch: T, pending: Pending) -> tuple[T, list[Example]]:
+def _wait(micro_batch: T, pending: Pending) -> tuple[T, list[AnyExample]]:
     return micro_batch, pending()
 
 

@@ -27,13 +27,13 @@ from pipelines.media.video.frames import TiledFrame
 from pipelines.preprocess import convert_errors, decode_images
 from pipelines.training.data.forms import Dialogue, place_marks
 
-Example = TrainingExample | PreferenceExample
+AnyExample = TrainingExample | PreferenceExample
 
 
 class PreparedExample(NamedTuple):
     """The example of a row, or the reason why it has none."""
 
-    example: Example | None
+    example: AnyExample | None
     error: RowError | None = None
 
 
@@ -61,7 +61,7 @@ class ExamplePreparer:
         """Return the media to fetch: a video in a file is decoded in place."""
         return () if is_seekable_video(row.media) else row.media
 
-    def _prepare(self, row: Dialogue, pending: PendingImages) -> Example:
+    def _prepare(self, row: Dialogue, pending: PendingImages) -> AnyExample:
         """Return the example. Raise RowError or StoreFault."""
         with convert_errors("read", OSError):
             encoded = pending.result()
@@ -103,7 +103,7 @@ class ExamplePreparer:
         tiles = np.concatenate([frame.tiles for frame in frames])
         return TiledImages(tiles, np.concatenate([frame.sizes for frame in frames]), grids)
 
-    def _build(self, row: Dialogue, images: TiledImages) -> Example:
+    def _build(self, row: Dialogue, images: TiledImages) -> AnyExample:
         placed = place_marks(row, len(images.grids))
         if placed.is_pair:
             return self._builder.build_preference(placed.turns, placed.chosen, placed.rejected, images)
@@ -112,7 +112,7 @@ class ExamplePreparer:
         return self._builder.build_dialogue(placed.turns, images)
 
 
-def count_tokens(example: Example) -> int:
+def count_tokens(example: AnyExample) -> int:
     """Return the length of the longest sequence of an example."""
     if isinstance(example, PreferenceExample):
         return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))

@@ -14,7 +14,7 @@ from pipelines.storage import store
 from pipelines.training.data.data_sets import ListedRow
 from pipelines.training.data.forms import Dialogue
 
-ROWS_PER_FILE = 1 << 16
+MAX_ROWS_PER_PART = 1 << 16
 _SCHEMA = pa.schema(
     {"data_set": pa.int32(), "uri": pa.string(), "place": pa.string(), "dialogue": pa.string(), "error": pa.string()}
 )
@@ -23,7 +23,7 @@ _SCHEMA = pa.schema(
 def write_rows(output: str, rows: Iterable[ListedRow]) -> int:
     """Write the rows to OUTPUT/rows and return their number."""
     remaining, num_rows = iter(rows), 0
-    while some := list(islice(remaining, ROWS_PER_FILE)):
+    while some := list(islice(remaining, MAX_ROWS_PER_PART)):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, _SCHEMA) as writer:
             writer.write_table(pa.Table.from_pylist([_to_columns(row) for row in some], _SCHEMA), 1 << 10)
@@ -37,7 +37,7 @@ def _to_columns(row: ListedRow) -> dict[str, object]:
 
 
 def _locate(output: str, first_row: int) -> str:
-    return store.join(output, "rows", f"part-{first_row // ROWS_PER_FILE:05}.arrow")
+    return store.join(output, "rows", f"part-{first_row // MAX_ROWS_PER_PART:05}.arrow")
 
 
 class RowTable:
@@ -46,7 +46,7 @@ class RowTable:
     def __init__(self, output: str, num_rows: int) -> None:
         """Map the files of `num_rows` rows. Raise OSError if one cannot be read."""
         self._directory = tempfile.TemporaryDirectory(prefix="ovis2-rows-")
-        tables = [self._map(output, start) for start in range(0, num_rows, ROWS_PER_FILE)]
+        tables = [self._map(output, start) for start in range(0, num_rows, MAX_ROWS_PER_PART)]
         self._batches = [batch for table in tables for batch in table]
         self._starts = [0, *accumulate(len(batch) for batch in self._batches)]
 

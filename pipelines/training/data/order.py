@@ -27,7 +27,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Sampler:
+class RowOrder:
     """The order of the rows `numbers`, each with its length in tokens and its data set.
 
     batch_size: rows per step, of all workers and accumulated micro-batches together.
@@ -60,7 +60,7 @@ class Sampler:
         position = self.locate(step)
         return self.numbers[self._order_epoch(position.epoch)[position.step]]
 
-    @lru_cache(2)  # noqa: B019  (one sampler per run)
+    @lru_cache(2)  # noqa: B019  (one order per run)
     def _order_epoch(self, epoch: int) -> list[Rows]:
         """Return the places in `numbers` of the rows of each step of an epoch."""
         rows = np.concatenate([self._draw_rows(n, weight, epoch) for n, weight in enumerate(self.weights)])
