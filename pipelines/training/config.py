@@ -7,10 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import PositiveInt, field_validator, model_validator
 
 from ovis_model.inputs.prompt import IMAGE_MARK
+from ovis_model.training.stages import STAGES, Stage
 from pipelines.config import ImageOptions, Location, ModelOptions, Section, declare_option, read_extra
 from pipelines.training.data.data_sets import CAPTION_TEMPLATE, CaptionForm, DataSet, read_data_sets
-
-TrainStage = Literal["1", "2", "3", "4", "dpo"]
 
 _LEARNING_RATES: dict[str, float] = {"1": 1e-4, "2": 5e-5, "3": 5e-5, "4": 1e-5, "dpo": 1e-6}  # Ovis 1.5; TRL for DPO
 _LORA_LEARNING_RATES: dict[str, float] = {"dpo": 2e-5}
@@ -62,7 +61,7 @@ class StageOptions(Section):
 
     title: ClassVar[str] = "stage"
 
-    stage: TrainStage = declare_option(
+    stage: Stage = declare_option(
         "4",
         description="1 trains the last ViT block, head and table; 2 and 3 the whole visual part; 4 and dpo all",
     )
@@ -221,6 +220,11 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
         if self.lora_rank:
             return _LORA_LEARNING_RATES.get(self.stage, _LORA_LEARNING_RATE)
         return _LEARNING_RATES[self.stage]
+
+    @property
+    def parts(self) -> str:
+        """The parts that are trained, by Ovis's names."""
+        return self.train_modules or ("lora" if self.lora_rank else STAGES[self.stage])
 
     @property
     def part_learning_rates(self) -> dict[str, float]:

@@ -86,6 +86,8 @@ class WorkerGroup:
             except ray.exceptions.RayActorError as error:
                 raise WorkersDied(extract_error_line(error)) from error
             except ray.exceptions.RayTaskError as error:
+                if death := find_cause(error, ray.exceptions.RayActorError):  # of a process that prepares rows
+                    raise WorkersDied(extract_error_line(death)) from error
                 self._raise_if_peer_died(waiting, error)
                 raise
         return list(ray.get(calls))

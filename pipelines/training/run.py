@@ -33,7 +33,7 @@ from pipelines.training.data.loader import RowSource
 from pipelines.training.data.order import RowOrder, shuffle
 from pipelines.training.data.row_table import write_rows
 from pipelines.training.group import WorkerGroup, WorkersDied
-from pipelines.training.plan import TrainingPlan, plan_training
+from pipelines.training.plan import TrainingPlan, check_memory, describe_memory, plan_training
 from pipelines.training.record import TrainingRun, begin_run, read_run, remove_run
 from pipelines.training.telemetry import Telemetry
 from pipelines.training.worker import WorkerSettings
@@ -79,6 +79,7 @@ def run_training(config: TrainConfig) -> TrainingReport:
             session.enter_context(open_ray_session())
             plan = plan_training(config, Hardware.detect())
             logger.warning("%s", plan)
+            check_memory(config, plan, num_tokens=1, num_tiles=1)  # before the rows are read
             if run is None:
                 remove_run(store.make_absolute(config.output))
                 run = _freeze_rows(config, model, plan)
@@ -126,22 +127,25 @@ def make_prepare_options(config: TrainConfig) -> PrepareOptions:
 def _train(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, lease: Lease) -> Telemetry:
     """Take all missing steps; dead workers start again from the last checkpoint."""
     checked = read_checked_rows(run.output)
+    size = config.per_device_train_batch_size
+    memory = check_memory(config, plan, *checked.measure_largest(size, answers=1 + config.is_preference))
+    logger.warning("%s", describe_memory(memory, plan))
     settings = make_settings(config, run, plan, checked)
-    restarts, reached = 0, -1
+    deaths, reached = 0, -1
     while True:
-        step = settings.checkpoints.find_last()
-        settings.checkpoints.remove_after(step or 0)
-        restarts = 0 if (step or 0) > reached else restarts + 1
-        reached = step or 0
+        step = settings.checkpoints.find_last() or 0
+        settings.checkpoints.remove_after(step)
+        deaths, reached = (deaths, reached) if step == reached else (0, step)
         try:
             with translate_ray_errors(), WorkerGroup(settings, plan.cpus_per_worker) as group:
-                group.start(step)
-                return _take_steps(config, run, settings, group, lease, step or 0)
+                group.start(step or None)
+                return _take_steps(config, run, settings, group, lease, step)
         except WorkersDied as death:
-            if restarts >= config.max_restarts:
-                times = count_nouns(restarts + 1, "time")
+            deaths += 1
+            if deaths > config.max_restarts:
+                times = count_nouns(deaths, "time")
                 raise ProcessesDie(f"workers died {times} without a new checkpoint, the last time: {death}") from death
-            logger.warning("a worker died (%s); all start again from step %d", death, reached)
+            logger.warning("a worker died (%s); all start again from the last checkpoint", death)
 
 
 def make_settings(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, checked: CheckedRows) -> WorkerSettings:

@@ -60,7 +60,7 @@ class Telemetry:
         losses, eval_losses = self._log.list_points("loss"), self._log.list_points("eval_loss")
         return {
             "stage": config.stage,
-            "trained": config.train_modules or (f"LoRA of rank {config.lora_rank}" if config.lora_rank else "by stage"),
+            "trained": f"LoRA of rank {config.lora_rank}" if config.lora_rank else config.parts,
             "start": config.model + (f" at {config.revision}" if config.revision else ""),
             "data": ", ".join(map(store.redact, config.input)),
             "rows": len(order.numbers),

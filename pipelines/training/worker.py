@@ -211,12 +211,10 @@ def make_learner_options(settings: WorkerSettings) -> LearnerOptions:
     from ovis_model.training.learning.learner import LearnerOptions
     from ovis_model.training.lora import LoraConfig
     from ovis_model.training.optimizer import Schedule
-    from ovis_model.training.parts import STAGES
 
     config = settings.config
-    parts = config.train_modules or ("lora" if config.lora_rank else STAGES[config.stage])
     return LearnerOptions(
-        parts=parts,
+        parts=config.parts,
         schedule=Schedule(
             num_steps=settings.num_steps, decay=config.lr_scheduler_type, warmup_ratio=config.warmup_ratio
         ),

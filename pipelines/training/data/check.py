@@ -30,7 +30,14 @@ from pipelines.training.data.row_table import RowTable
 _ROWS_PER_TASK = 64
 _TASKS_PER_CPU = 2
 _CHECKED = pa.schema(
-    {"row": pa.int64(), "data_set": pa.int32(), "num_tokens": pa.int64(), "stage": pa.string(), "error": pa.string()}
+    {
+        "row": pa.int64(),
+        "data_set": pa.int32(),
+        "num_tokens": pa.int64(),
+        "num_tiles": pa.int64(),
+        "stage": pa.string(),
+        "error": pa.string(),
+    }
 )
 _WRONG_KIND = {
     True: "the row is a dialogue, not a pair; --stage dpo needs chosen and rejected answers",
@@ -63,6 +70,7 @@ class CheckedRow(NamedTuple):
     row: int
     data_set: int
     num_tokens: int
+    num_tiles: int = 0
     stage: str = ""
     error: str = ""
 
@@ -90,6 +98,13 @@ class CheckedRows:
     def get_data_sets(self) -> Rows:
         """Return the number of each row's data set."""
         return np.asarray(self.table.column("data_set").to_numpy(), np.int64)
+
+    def measure_largest(self, num_rows: int, *, answers: int) -> tuple[int, int]:
+        """Return the tokens and the tiles of the largest micro-batch of `num_rows`, each with so many answers."""
+        tokens, tiles = (
+            np.sort(self.table.column(name).to_numpy())[-num_rows:] for name in ("num_tokens", "num_tiles")
+        )
+        return answers * int(tokens.sum()), int(tiles.sum())
 
     def describe_errors(self, count: int = 5) -> str:
         """Return the most frequent reasons with their numbers."""
@@ -123,14 +138,17 @@ def check_range(output: str, num_rows: int, rows: RowRange, options: PrepareOpti
         listed = {number: table.get(number) for number in range(*rows)}
     good = [number for number, row in listed.items() if row.dialogue is not None]
     found = [
-        CheckedRow(number, row.data_set, 0, "list", row.error) for number, row in listed.items() if row.dialogue is None
+        CheckedRow(number, row.data_set, 0, 0, "list", row.error)
+        for number, row in listed.items()
+        if row.dialogue is None
     ]
     dialogues = (row.dialogue for row in listed.values() if row.dialogue is not None)
     for number, prepared in zip(good, options.make_preparer().prepare(dialogues), strict=True):
         error = prepared.error or _find_wrong_kind(prepared.example, options.is_preference)
-        length = 0 if error or prepared.example is None else count_tokens(prepared.example)
+        example = None if error else prepared.example
+        sizes = (count_tokens(example), len(example.tiles)) if example is not None else (0, 0)
         stage, text = (error.stage, str(error)) if error else ("", "")
-        found.append(CheckedRow(number, listed[number].data_set, length, stage, text))
+        found.append(CheckedRow(number, listed[number].data_set, *sizes, stage, text))
     return found
 
 
@@ -142,7 +160,7 @@ def _find_wrong_kind(example: AnyExample | None, is_preference: bool) -> RowErro
 def _run_tasks(output: str, num_rows: int, options: PrepareOptions, max_running: int) -> Iterator[list[CheckedRow]]:
     import ray
 
-    task = ray.remote(check_range).options(num_cpus=1, max_retries=0)
+    task = ray.remote(check_range).options(num_cpus=1, max_retries=1)
     waiting = [RowRange(at, min(at + _ROWS_PER_TASK, num_rows)) for at in range(0, num_rows, _ROWS_PER_TASK)][::-1]
     running: dict[Any, RowRange] = {}
     while waiting or running:
@@ -155,7 +173,7 @@ def _run_tasks(output: str, num_rows: int, options: PrepareOptions, max_running:
             yield ray.get(done)
         except ray.exceptions.WorkerCrashedError:
             if rows.stop - rows.start == 1:
-                yield [CheckedRow(rows.start, 0, 0, "decode", "the process died when it prepared the row")]
+                yield [CheckedRow(rows.start, 0, 0, 0, "decode", "the process died when it prepared the row")]
             waiting += _halve(rows)
 
 

@@ -55,6 +55,11 @@ class DataSet(Section):
     def _wrap_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("image_root")
+    @classmethod
+    def _make_absolute(cls, value: str | None) -> str | None:
+        return None if value is None else store.make_absolute(value)
+
     @field_validator("caption_template")
     @classmethod
     def _check_mark(cls, value: str) -> str:
