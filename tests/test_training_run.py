@@ -44,7 +44,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluste
     return output
 
 
-def train(data: Path, output: Path, **options: Any) -> TrainingReport:
+def train(data: Path | str, output: Path | str, **options: Any) -> TrainingReport:
     return run_training(make_train_config(data, output, **{**RUN, **options}))
 
 
@@ -96,6 +96,7 @@ def test_the_model_is_used_at_once_and_its_card_says_how_it_was_made(
     finished = run_caption(*arguments, ray_address=ray_address)
     assert finished.exit_code == 0, finished.stderr
     assert read_results(captions).column("status").to_pylist() == ["ok"]
+    assert list((undisturbed / "tensorboard").iterdir())
     card = (undisturbed / "model" / "README.md").read_text()
     assert "| stage | 4 |" in card and f"| start | {TINY} |" in card and "| steps | 20 |" in card
 
@@ -183,12 +184,16 @@ def test_workers_that_die_again_and_again_stop_the_run(
     assert "the same command without --overwrite continues" in stopped.value.__notes__[0]
 
 
-def test_pairs_start_at_the_reference_and_move_to_the_chosen_answer(tmp_path: Path, ray_cluster: None) -> None:
-    pairs = write_data(tmp_path / "data", 6, pairs=True)
-    train(pairs, tmp_path / "out", stage="dpo", eval_steps=20, learning_rate=3e-3, rpo_alpha=0.0, beta=0.5)
-    lines = [line for line in read_lines(tmp_path / "out") if line["kind"] == "train"]
+def test_pairs_in_a_store_start_at_the_reference_and_move_to_the_chosen_answer(
+    tmp_path: Path, bucket: Any, ray_cluster: None
+) -> None:
+    bucket.put(str(write_data(tmp_path, 6, pairs=True).parent), "bucket/data", recursive=True)
+    options = {"stage": "dpo", "learning_rate": 3e-3, "beta": 0.5, "save_steps": 20, "eval_rows": 0, "num_samples": 0}
+    report = train("s3://bucket/data/data.json", "s3://bucket/out", **options)
+    lines = [json.loads(line) for line in bucket.cat("bucket/out/metrics.jsonl").splitlines()]
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert lines[-1]["reward_accuracy"] == 1.0 and lines[-1]["reward_margin"] > 1.0
+    assert report.model == "s3://bucket/out/model" and bucket.exists("bucket/out/model/config.json")
 
 
 @pytest.mark.slow

@@ -99,14 +99,16 @@ def _freeze_rows(config: TrainConfig, model: dict[str, Any], plan: TrainingPlan)
         raise SourceError(f"{', '.join(map(store.redact, config.input))} holds no row")
     checked = check_rows(output, num_rows, make_prepare_options(config), plan.num_cpus)
     if checked.num_errors:
-        logger.warning("%d of %d rows are left out: %s", checked.num_errors, num_rows, checked.describe_errors())
+        left_out = count_nouns(checked.num_errors, "row is", "rows are")
+        logger.warning("of %d, %s left out: %s", num_rows, left_out, checked.describe_errors())
     if checked.num_errors > config.max_error_rate * num_rows:
         raise SourceError(
-            f"{checked.num_errors} of {num_rows} rows are errors ({checked.describe_errors(3)}); see "
+            f"{count_nouns(checked.num_errors, 'row is an error', 'rows are errors')} of {num_rows} "
+            f"({checked.describe_errors(3)}); see "
             f"{store.join(config.output, 'errors.jsonl')}, correct the data or raise --max-error-rate"
         )
     if len(checked.good) <= config.eval_rows:
-        raise RunError(f"--eval-rows {config.eval_rows} leaves none of the {len(checked.good)} rows to train on")
+        raise RunError(f"--eval-rows {config.eval_rows} leaves no row to train on; {len(checked.good)} can be used")
     weights = [data_set.weight for data_set in data_sets]
     return begin_run(config, model, num_rows=num_rows, weights=weights, threads=plan.threads)
 

@@ -59,7 +59,7 @@ def write_data(directory: Path, count: int = 6, *, pairs: bool = False) -> Path:
     return path
 
 
-def make_train_config(data: Path, output: Path, **options: Any) -> TrainConfig:
+def make_train_config(data: Path | str, output: Path | str, **options: Any) -> TrainConfig:
     """Return the options of a short run on the tiny checkpoint."""
     few = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 3}
     values = {**few, "model": str(TINY), "max_tiles": 2, "device": "cpu", **options}

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ovis_model.inputs.prompt import IMAGE_MARK
+from ovis_model.wording import count_nouns
 from pipelines.media.reference import ImageRef, parse_reference
 from pipelines.sources.conversations import get_content, get_media, get_role, is_media, is_turns
 
@@ -254,7 +255,7 @@ def _mark_media(row: Dialogue) -> Dialogue:
         return row
     num_marks = sum(turn.text.count(_VIDEO_MARK) for turn in row.turns if turn.role == "user")
     if num_marks > 1:
-        raise ValueError(f"the turns mark {num_marks} videos; a row holds one")
+        raise ValueError(f"the turns mark {count_nouns(num_marks, 'video')}; a row holds one")
     return row if num_marks or _count_marks(row.turns) else _prepend(row, f"{_VIDEO_MARK}\n")
 
 
@@ -269,7 +270,9 @@ def place_marks(row: Dialogue, num_images: int) -> Dialogue:
         numbered = [f"Image {number}: {IMAGE_MARK}\n" for number in range(1, num_images + 1)]
         return _prepend(row, "".join(numbered) if num_images > 1 else f"{IMAGE_MARK}\n")
     if num_marks != num_images:
-        raise ValueError(f"the turns mark {num_marks} images with {IMAGE_MARK}, but the row has {num_images}")
+        raise ValueError(
+            f"the turns mark {count_nouns(num_marks, 'image')} with {IMAGE_MARK}, but the row has {num_images}"
+        )
     return row
 
 
