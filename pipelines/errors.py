@@ -16,6 +16,7 @@
     OSError         one attempt to access a store fails
       FinalFault      retrying cannot help
         CredentialsRefused  a store gets no credentials that it accepts
+      CheckpointDamaged a file of a training checkpoint differs from what was written
       BusyFault       the store asks for a later retry
     RuntimeError    the run stops: exit 1, resumable
       StoreFault      a store still fails after all retries
@@ -27,6 +28,7 @@
       LibraryError    a library raised an exception that no other entry covers
       ClusterChanged  after nodes were lost, the cluster no longer fits the run
       RayNotStarted   Ray does not start on this machine
+      WorkersDied     a worker of a training run died; all start again from the last checkpoint
 
 The model's exceptions (`CheckpointError`, `RequestError`, `EngineDied` ...) are in `ovis_model`.
 """
@@ -83,6 +85,10 @@ class BusyFault(OSError):  # noqa: N818
         self.retry_after_s = retry_after_s
 
 
+class CheckpointDamaged(OSError):  # noqa: N818
+    """A file of a checkpoint is missing or differs from what was written."""
+
+
 class StoreFault(RuntimeError):  # noqa: N818
     """A store still fails after all retries.
 
@@ -132,3 +138,7 @@ class LibraryError(RuntimeError):
 
 class RayNotStarted(RuntimeError):  # noqa: N818
     """Ray does not start on this machine; the message says why and where Ray's logs are."""
+
+
+class WorkersDied(RuntimeError):  # noqa: N818
+    """The process of a training worker died, or its node; the message gives the reason."""

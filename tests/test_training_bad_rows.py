@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 from ovis_model.network.weights import WeightsError
 from ovis_model.training.export import load_network
 from pipelines.output.ledger import RowRange
-from pipelines.training.data.check import CheckedRow, check_range
+from pipelines.training.data.check import CheckedRow, RowChecker
 from pipelines.training.data.data_sets import DataSet, list_training_rows
 from pipelines.training.data.row_table import write_rows
 from pipelines.training.run import make_prepare_options
 from tests.support.training_files import TINY, make_train_config, write_pictures
+from tests.support.web_server import WebServer
 
 
 def check(tmp_path: Path, *rows: Any, **options: Any) -> list[CheckedRow]:
@@ -28,7 +29,7 @@ def check(tmp_path: Path, *rows: Any, **options: Any) -> list[CheckedRow]:
     data.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     num_rows = write_rows(output, list_training_rows([DataSet(name="x", files=(str(data),))]))
     prepare = make_prepare_options(make_train_config(data, Path(output), **options))
-    return sorted(check_range(output, num_rows, RowRange(0, num_rows), prepare))
+    return sorted(RowChecker(output, num_rows, prepare).check(RowRange(0, num_rows)))
 
 
 def ask(*turns: tuple[str, str], **fields: Any) -> dict[str, Any]:
@@ -91,6 +92,16 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(tmp_path: Path, val
     save_file(weights, path)
     with pytest.raises(WeightsError, match=r"has NaN or infinite values in vte\.weight"):
         load_network(tmp_path / "model")
+
+
+def test_images_by_url_are_read_and_hosts_inside_the_network_only_on_request(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    with WebServer().run() as web:
+        web.files["/0.png"] = (tmp_path / "0.png").read_bytes()
+        row = {**GOOD, "image": f"{web.url}/0.png"}
+        [allowed] = check(tmp_path, row, allow_private_addresses=True)
+        [refused] = check(tmp_path, row)
+    assert allowed.num_tokens > 20 and refused.stage == "read" and "not a public address" in refused.error
 
 
 def test_a_truncated_image_is_an_error_row(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from jobs.train import main
 from pipelines.cluster.resources import Hardware
 from pipelines.errors import ResourceError
 from pipelines.training.config import TrainConfig
-from pipelines.training.plan import plan_training
+from pipelines.training.plan import TrainingPlan, check_memory, plan_training
 from pipelines.training.recipe import RecipeOptions, read_recipe
 from tests.support.training_files import TINY, write_data
 
@@ -101,3 +101,15 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
     plan = plan_training(make_config(num_workers=2), Hardware(8, (2,)))
     assert (plan.device, plan.precision, f"{plan}") == ("cuda", "bfloat16", "plan: 2 workers (each: 1 GPU), bfloat16")
     assert plan_training(make_config(num_workers=4), Hardware(2)).cpus_per_worker == 0.5
+
+
+class SmallPlan(TrainingPlan):
+    """A plan for a device of 1 MB."""
+
+    device_bytes = 1_000_000
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_shortfall() -> None:
+    plan = SmallPlan("cuda", "bfloat16", 1, 1.0, 1, 4)
+    with pytest.raises(ValueError, match=r"0\.0 of 0\.0 GB are usable: \d+\.\d GB too few"):
+        check_memory(make_config(), plan, num_tokens=2600, num_tiles=10)

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs import caption
 from pipelines.errors import ProcessesDie
 from pipelines.output.sink import read_results
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.group import WorkerGroup
 from pipelines.training.run import TrainingReport, list_spans, run_training
-from tests.support.processes import Job, run_caption, wait_for
+from tests.support.processes import Job, wait_for
 from tests.support.training_files import TINY, make_train_config, write_data
 
 NUM_STEPS = 20
@@ -89,12 +90,11 @@ def test_rows_shared_in_another_way_give_the_same_steps(
 
 
 def test_the_model_is_used_at_once_and_its_card_says_how_it_was_made(
-    undisturbed: Path, data: Path, ray_address: str
+    undisturbed: Path, data: Path, ray_cluster: None
 ) -> None:
     captions = str(undisturbed.parent / "captions")
-    arguments = (str(data.parent / "0.png"), captions, "--model", str(undisturbed / "model"), "--max-new-tokens", "8")
-    finished = run_caption(*arguments, ray_address=ray_address)
-    assert finished.exit_code == 0, finished.stderr
+    model = str(undisturbed / "model")
+    assert caption.main([str(data.parent / "0.png"), captions, "--model", model, "--max-new-tokens", "8"]) == 0
     assert read_results(captions).column("status").to_pylist() == ["ok"]
     assert list((undisturbed / "tensorboard").iterdir())
     card = (undisturbed / "model" / "README.md").read_text()
@@ -175,6 +175,7 @@ def kill_once(monkeypatch: pytest.MonkeyPatch, *, at_step: int) -> None:
     monkeypatch.setattr(WorkerGroup, "call", call_or_kill)
 
 
+@pytest.mark.slow
 def test_workers_that_die_again_and_again_stop_the_run(
     data: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from pipelines.errors import CheckpointDamaged
 from pipelines.storage import store
 
 Tensors = Iterable[tuple[str, NDArray[Any]]]
@@ -26,10 +27,6 @@ _MAX_PART_BYTES = 1 << 30  # a put to a store holds a whole file in memory
 _NUM_KEPT = 2
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointDamaged(OSError):  # noqa: N818  (the name says what happened)
-    """A file of a checkpoint is missing or differs from what was written."""
 
 
 @dataclass(frozen=True)

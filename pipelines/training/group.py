@@ -6,22 +6,15 @@ their causes would still be ours, and it brings further dependencies.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from pipelines.cluster.ray_session import extract_error_line, find_cause
-from pipelines.errors import RunError
+from pipelines.errors import RunError, WorkersDied
 from pipelines.training.worker import MeetingPoint, TrainingWorker, WorkerSettings
 
 _WAIT_FOR_DEATH_S = 20.0  # a rank that lost its peer fails before Ray reports that the peer has died
-
-logger = logging.getLogger(__name__)
-
-
-class WorkersDied(RuntimeError):  # noqa: N818  (the name says what happened)
-    """The process of a worker died, or its node; the message gives the reason."""
 
 
 class WorkerGroup:

@@ -19,7 +19,7 @@ from ovis_model.wording import count_nouns
 from pipelines.cluster.ray_session import open_ray_session, translate_ray_errors
 from pipelines.cluster.resources import Hardware
 from pipelines.config import ImageOptions
-from pipelines.errors import ProcessesDie, RunError, SourceError
+from pipelines.errors import ProcessesDie, RunError, SourceError, WorkersDied
 from pipelines.monitoring.progress import Progress
 from pipelines.output.lease import Lease
 from pipelines.output.run_record import acquire_lease, note_unchanged
@@ -32,7 +32,7 @@ from pipelines.training.data.data_sets import list_training_rows
 from pipelines.training.data.loader import RowSource
 from pipelines.training.data.order import RowOrder, shuffle
 from pipelines.training.data.row_table import write_rows
-from pipelines.training.group import WorkerGroup, WorkersDied
+from pipelines.training.group import WorkerGroup
 from pipelines.training.plan import TrainingPlan, check_memory, describe_memory, plan_training
 from pipelines.training.record import TrainingRun, begin_run, read_run, remove_run
 from pipelines.training.telemetry import Telemetry

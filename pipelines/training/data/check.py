@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
+from ovis_model.training.examples import PreferenceExample
+from pipelines.cluster.actor import register_fast_exit
 from pipelines.cluster.ray_session import translate_ray_errors
 from pipelines.config import ImageOptions
 from pipelines.errors import RowError
@@ -27,8 +29,8 @@ from pipelines.training.data.order import Rows
 from pipelines.training.data.prepare import AnyExample, ExamplePreparer, count_tokens
 from pipelines.training.data.row_table import RowTable
 
-_ROWS_PER_TASK = 64
-_TASKS_PER_CPU = 2
+_MAX_ROWS_PER_TASK = 256
+_TASKS_PER_CHECKER = 8  # so that all checkers end at about the same time
 _CHECKED = pa.schema(
     {
         "row": pa.int64(),
@@ -108,7 +110,8 @@ class CheckedRows:
 
     def describe_errors(self, count: int = 5) -> str:
         """Return the most frequent reasons with their numbers."""
-        reasons = Counter(reason for reason in self.table.column("error").to_pylist() if reason)
+        errors = self.table.column("error").filter(pa.compute.equal(self.table.column("num_tokens"), 0))
+        reasons = Counter(errors.to_pylist())
         return "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(count))
 
 
@@ -117,12 +120,12 @@ def check_rows(output: str, num_rows: int, options: PrepareOptions, num_cpus: in
 
     A file that kills its process is found by halving: it becomes an error row. Raise StoreFault or StageFailed.
     """
-    found: list[CheckedRow] = []
+    tables = []
     with translate_ray_errors(), Progress("rows checked", num_rows) as progress:
-        for rows in _run_tasks(output, num_rows, options, num_cpus * _TASKS_PER_CPU):
-            found += rows
+        for rows in _CheckerPool(output, num_rows, options, num_cpus).check_all():
+            tables.append(pa.Table.from_pylist([row._asdict() for row in rows], _CHECKED))
             progress.advance(len(rows))
-    table = pa.Table.from_pylist([row._asdict() for row in sorted(found)], _CHECKED)
+    table = pa.concat_tables(tables).sort_by("row")
     _write(output, num_rows, table)
     return CheckedRows(table)
 
@@ -132,49 +135,77 @@ def read_checked_rows(output: str) -> CheckedRows:
     return CheckedRows(store.read_parquet(_locate(output)))
 
 
-def check_range(output: str, num_rows: int, rows: RowRange, options: PrepareOptions) -> list[CheckedRow]:
-    """Prepare rows and return what is known of each. Raise StoreFault."""
-    with RowTable(output, num_rows) as table:
-        listed = {number: table.get(number) for number in range(*rows)}
-    good = [number for number, row in listed.items() if row.dialogue is not None]
-    found = [
-        CheckedRow(number, row.data_set, 0, 0, "list", row.error)
-        for number, row in listed.items()
-        if row.dialogue is None
-    ]
-    dialogues = (row.dialogue for row in listed.values() if row.dialogue is not None)
-    for number, prepared in zip(good, options.make_preparer().prepare(dialogues), strict=True):
-        error = prepared.error or _find_wrong_kind(prepared.example, options.is_preference)
-        example = None if error else prepared.example
-        sizes = (count_tokens(example), len(example.tiles)) if example is not None else (0, 0)
-        stage, text = (error.stage, str(error)) if error else ("", "")
-        found.append(CheckedRow(number, listed[number].data_set, *sizes, stage, text))
-    return found
+class RowChecker:
+    """Prepares ranges of rows, in a Ray actor or in this process."""
+
+    def __init__(self, output: str, num_rows: int, options: PrepareOptions) -> None:
+        """Map the rows and load the tokenizer."""
+        register_fast_exit()
+        self._table = RowTable(output, num_rows)
+        self._preparer, self._is_preference = options.make_preparer(), options.is_preference
+
+    def check(self, rows: RowRange) -> list[CheckedRow]:
+        """Return what is known of each row. Raise StoreFault."""
+        listed = {number: self._table.get(number) for number in range(*rows)}
+        good = {number: row.dialogue for number, row in listed.items() if row.dialogue is not None}
+        found = [
+            CheckedRow(number, row.data_set, 0, 0, "list", row.error)
+            for number, row in listed.items()
+            if number not in good
+        ]
+        for number, (example, error) in zip(good, self._preparer.prepare(good.values()), strict=True):
+            found.append(_describe_example(number, listed[number].data_set, example, error, self._is_preference))
+        return found
+
+
+def _describe_example(
+    number: int, data_set: int, example: AnyExample | None, error: RowError | None, is_preference: bool
+) -> CheckedRow:
+    error = error or _find_wrong_kind(example, is_preference)
+    if error or example is None:
+        return CheckedRow(number, data_set, 0, 0, error.stage if error else "tile", str(error))
+    return CheckedRow(number, data_set, count_tokens(example), len(example.tiles))
 
 
 def _find_wrong_kind(example: AnyExample | None, is_preference: bool) -> RowError | None:
-    is_pair = hasattr(example, "chosen_ids")
+    is_pair = isinstance(example, PreferenceExample)
     return None if is_pair == is_preference else RowError("list", _WRONG_KIND[is_preference])
 
 
-def _run_tasks(output: str, num_rows: int, options: PrepareOptions, max_running: int) -> Iterator[list[CheckedRow]]:
-    import ray
+class _CheckerPool:
+    """Checkers in Ray actors, one per CPU; one that dies is replaced, and its range is cut in halves."""
 
-    task = ray.remote(check_range).options(num_cpus=1, max_retries=1)
-    waiting = [RowRange(at, min(at + _ROWS_PER_TASK, num_rows)) for at in range(0, num_rows, _ROWS_PER_TASK)][::-1]
-    running: dict[Any, RowRange] = {}
-    while waiting or running:
-        while waiting and len(running) < max_running:
-            rows = waiting.pop()
-            running[task.remote(output, num_rows, rows, options)] = rows
-        [done], _ = ray.wait(list(running))
-        rows = running.pop(done)
-        try:
-            yield ray.get(done)
-        except ray.exceptions.WorkerCrashedError:
-            if rows.stop - rows.start == 1:
-                yield [CheckedRow(rows.start, 0, 0, 0, "decode", "the process died when it prepared the row")]
-            waiting += _halve(rows)
+    def __init__(self, output: str, num_rows: int, options: PrepareOptions, num_cpus: int) -> None:
+        self._arguments = output, num_rows, options
+        per_task = max(1, min(_MAX_ROWS_PER_TASK, num_rows // (num_cpus * _TASKS_PER_CHECKER)))
+        self._waiting = [RowRange(at, min(at + per_task, num_rows)) for at in range(0, num_rows, per_task)][::-1]
+        self._num_actors = min(num_cpus, len(self._waiting))
+
+    def check_all(self) -> Iterator[list[CheckedRow]]:
+        """Yield the rows of each range, in any order. Raise what a checker raises."""
+        import ray
+
+        running: dict[Any, tuple[Any, RowRange]] = {}
+        idle = [self._start_actor() for _ in range(self._num_actors)]
+        while self._waiting or running:
+            while self._waiting and idle:
+                checker, rows = idle.pop(), self._waiting.pop()
+                running[checker.check.remote(rows)] = checker, rows
+            [done], _ = ray.wait(list(running))
+            checker, rows = running.pop(done)
+            try:
+                yield ray.get(done)
+                idle.append(checker)
+            except ray.exceptions.RayActorError:
+                idle.append(self._start_actor())
+                if rows.stop - rows.start == 1:
+                    yield [CheckedRow(rows.start, 0, 0, 0, "decode", "the process died when it prepared the row")]
+                self._waiting += _halve(rows)
+
+    def _start_actor(self) -> Any:
+        import ray
+
+        return ray.remote(RowChecker).options(num_cpus=1).remote(*self._arguments)
 
 
 def _halve(rows: RowRange) -> Sequence[RowRange]:
