@@ -77,7 +77,8 @@ def estimate_training_memory(
         states=(TRAINED_BYTES * num_trained + width * num_frozen) // num_shards,
         checkpoints=_count_checkpoint_bytes(config, chosen, num_tokens, num_tiles, width),
         working=max(
-            _count_layer_bytes(config.language, num_tokens, width),
+            _count_layer_bytes(config.language, num_tokens, width)
+            + _count_stacked_bytes(config.language, width, is_trained="llm" in chosen),
             _count_block_bytes(config.vision, num_tiles, width) if any(map(_is_visual, chosen)) else 0,
             _count_head_bytes(config, num_tiles) if any(map(_is_visual, chosen)) else 0,
             _count_logit_bytes(config.language, num_tokens),
@@ -154,6 +155,13 @@ def _count_layer_bytes(config: LanguageConfig, num_tokens: int, width: int) -> i
     """
     kv_size = config.num_key_value_heads * config.head_dim
     return num_tokens * width * (16 * config.hidden_size + 4 * kv_size + 6 * config.intermediate_size)
+
+
+def _count_stacked_bytes(config: LanguageConfig, width: int, *, is_trained: bool) -> int:
+    """Count the copies of a layer's weights that share an input: stacked, cast, and the gradients of both."""
+    kv_size = config.num_key_value_heads * config.head_dim
+    weights = config.hidden_size * (config.hidden_size + 2 * kv_size + 2 * config.intermediate_size)
+    return weights * (2 * (4 + width) if is_trained else width)
 
 
 def _count_block_bytes(config: VisionConfig, num_tiles: int, width: int) -> int:

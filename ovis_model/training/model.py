@@ -70,7 +70,9 @@ class TrainingModel(nn.Module):
     def compute_losses(self, batch: Batch) -> Tensor:
         """Return the negative log-probability of each learnt id, float32[K], in nats."""
         device = self.network.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+        # Without layers in memory, a cache of all weights in bfloat16 would be the largest thing of a forward pass.
+        is_half, caches = self._dtype == torch.bfloat16, not self._checkpoint_layers
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_half, cache_enabled=caches):
             batch = batch.to(device)
             hidden = self._run_decoder(self._embed(batch), batch)
             losses = [hidden[:0, 0].float()]  # keeps the gradients of a batch that teaches nothing
