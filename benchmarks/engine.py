@@ -38,10 +38,11 @@ from PIL import Image
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.roofline import compute_cost, measure_ceilings
+from benchmarks.roofline import measure_ceilings
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import NUM_INDICATORS, SIZES, LanguageConfig, OvisConfig, VisionConfig
 from ovis_model.engine.calls import Stats
+from ovis_model.engine.cost import compute_cost
 from ovis_model.engine.decode_step import CudaGraphs, run_eagerly
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.kv_cache import compute_bytes_per_token

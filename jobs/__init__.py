@@ -12,6 +12,8 @@ if sys.argv[:1] == ["-m"]:
 JOBS = {
     "caption": "write a text about each image or video: a caption or the answer to a question",
     "annotate": "ask several questions about each image or video; each answer gets a typed column",
+    "plan": "say before a run what limits it, how long it takes and what it costs; changes nothing",
+    "list": "list the rows of a run once, for several drivers that each do a part of them",
     "evaluate": "ask and score the benchmarks of the Ovis2 release as VLMEvalKit does",
     "train": "train or fine-tune a model: by Ovis2's stages, with LoRA, or on preferences",
     "report": "write one HTML page about a run: counts, errors, distributions, a contact sheet",

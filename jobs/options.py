@@ -21,6 +21,7 @@ _ALLOWED = {
     "LOCAL_FILE": "a local path",
     "NAME|NAME": "names of parts, joined by |",
     "PART=RATE,...": "PART=RATE pairs, separated by commas",
+    "I/N": "two whole numbers such as 2/8",
     "TASK=COLUMN": "TASK=COLUMN, the names of a task and of a kept column",
 }
 _BOUNDS = {"gt": "above {}", "ge": "of at least {}", "le": "at most {}"}

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jobs import compact, demo, evaluate, report, train
+from jobs import compact, demo, evaluate, plan, report, train
 from jobs.cli import EXIT_CODES
 from jobs.command_line import Command
 from jobs.options import Option, join_with_or, list_sections
@@ -65,6 +65,9 @@ def _render_parts() -> Iterator[str]:
     for name, kind in kinds.items():
         yield f"### {kind.title} (only {name})\n"
         yield _render_options(dict(list_sections(kind))[kind.title])
+    about = f"{plan.COMMAND.description} It also has all options of caption or annotate."
+    yield f"## plan\n\n{textwrap.fill(about, _WIDTH)}\n"
+    yield _render_options(dict(list_sections(plan.PlanCaptionConfig))["plan"], tells_effect=False)
     others: list[Command[Any]] = [
         train.COMMAND,
         train.RECIPE,

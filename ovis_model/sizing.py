@@ -47,12 +47,20 @@ def estimate_device_bytes(
     language = config.language
     kv_heads = max(language.num_key_value_heads / ranks, 1)
     kv_values = 2 * language.num_hidden_layers * kv_heads * language.head_dim * _SEQUENCES * _TOKENS_PER_SEQUENCE
-    values = count_vision_parameters(config) + count_language_parameters(language) / ranks + kv_values
+    weight_bytes = estimate_weight_bytes(config, ranks, bytes_per_value, quantization)
+    return int(weight_bytes + kv_values * bytes_per_value + _ACTIVATION_BYTES)
+
+
+def estimate_weight_bytes(
+    config: OvisConfig, ranks: int, bytes_per_value: int, quantization: Quantization = "none"
+) -> int:
+    """Estimate the bytes of the weights on each of `ranks` devices."""
+    values = count_vision_parameters(config) + count_language_parameters(config.language) / ranks
     saved = 0.0
     if quantization == "fp8":
-        quantized = _count_block_matrices(config.vision) + _count_layer_matrices(language) / ranks
+        quantized = _count_block_matrices(config.vision) + _count_layer_matrices(config.language) / ranks
         saved = quantized * (bytes_per_value - 1)  # scales are less than 0.5 % of it
-    return int(values * bytes_per_value - saved + _ACTIVATION_BYTES)
+    return int(values * bytes_per_value - saved)
 
 
 def find_min_ranks(

@@ -93,14 +93,34 @@ class SourceOptions(Section):
     limit: PositiveInt | None = declare_option(
         None, description="use only the first N rows of the input", unset="all rows"
     )
+    shard: Annotated[str, "I/N"] | None = declare_option(
+        None,
+        since="0.2",
+        pattern=r"^[1-9][0-9]{0,4}/[1-9][0-9]{0,4}$",
+        description="do part I of N of the rows, next to drivers that do the others, each in a directory of OUTPUT",
+        unset="all rows",
+    )
     allow_private_addresses: bool = _declare_execution(
         False, description="also read http(s) URLs of hosts inside your own network"
     )
 
     @property
+    def shard_numbers(self) -> tuple[int, int]:
+        """The numbers I, from 1, and N of --shard; 1 of 1 without it."""
+        index, _, count = (self.shard or "1/1").partition("/")
+        return int(index), int(count)
+
+    @property
     def cuts_videos(self) -> bool:
         """Whether videos are cut into several rows."""
         return self.split is not None or self.window_s is not None
+
+    @field_validator("shard")
+    @classmethod
+    def _check_shard(cls, value: str | None) -> str | None:
+        if value is not None and int(value.partition("/")[0]) > int(value.partition("/")[2]):
+            raise ValueError(f"{value} has no such part; I is from 1 to N")
+        return value
 
     @field_validator("keep_columns", mode="before")
     @classmethod
@@ -366,6 +386,9 @@ class RunConfig(
     def _check_output(self) -> Self:
         if taken := sorted(set(self.keep_columns).intersection(self.questionnaire.schema.names)):
             raise ValueError(f"--keep-columns: the output already has {', '.join(taken)}; rename yours in the input")
+        if self.shard is not None and (self.extend or self.cuts_videos):
+            other = "--extend" if self.extend else "--split and --window-s"
+            raise ValueError(f"--shard does not work with {other}; leave out one of them")
         if self.extend and self.on_duplicate_id == "suffix":
             raise ValueError(
                 "--extend needs stable ids, and --on-duplicate-id suffix depends on the order of the input; "

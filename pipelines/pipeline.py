@@ -40,11 +40,21 @@ from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, Ranges, count_rows, split_ranges
 from pipelines.output.manifest import KeptColumns
 from pipelines.output.monitor import RunMonitor
-from pipelines.output.run_record import PreparedRun, Run, acquire_lease, check_dtype, note_unchanged, prepare_run
+from pipelines.output.parts import check_undivided, open_part
+from pipelines.output.run_record import (
+    Lister,
+    PreparedRun,
+    Run,
+    acquire_lease,
+    check_dtype,
+    note_unchanged,
+    prepare_run,
+)
 from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import Plan, plan_run
 from pipelines.preprocess import Preprocess
 from pipelines.sources import KnownRows, Listing, list_rows
+from pipelines.storage import store
 from pipelines.storage.preflight import check_stores
 from pipelines.tasks.questionnaire import Questionnaire
 
@@ -79,8 +89,9 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
         config = resolve_model_paths(config)
         check_model(config)
         models = describe_models(config)
+    config, lister = _choose_rows(config)
     with acquire_lease(config.output) as lease, ExitStack() as session:
-        run, ledger, plan = _start_run(config, models, lease, session, phases)
+        run, ledger, plan = _start_run(config, models, lister, lease, session, phases)
         try:
             ledger, progress = _write_missing_rows(config, run, ledger, plan, lease, phases, make_engine)
         except BaseException:
@@ -93,12 +104,26 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
     return _summarize(run, ledger, progress, time.monotonic() - started_s)
 
 
+def _choose_rows(config: RunConfig) -> tuple[RunConfig, Lister]:
+    """Return the configuration of the OUTPUT to write, and what lists its rows; with --shard those of a part."""
+    if config.shard is None:
+        check_undivided(store.make_absolute(config.output))
+        return config, list_rows
+    part, listed = open_part(config)
+    return config.model_copy(update={"output": part.output}), lambda *_, **__: listed
+
+
 def _start_run(
-    config: RunConfig, models: dict[str, str | None], lease: Lease, session: ExitStack, phases: Phases
+    config: RunConfig,
+    models: dict[str, str | None],
+    lister: Lister,
+    lease: Lease,
+    session: ExitStack,
+    phases: Phases,
 ) -> tuple[Run, Ledger, Plan | None]:
     """Change OUTPUT only after all checks, those of the cluster too. Start Ray only if rows are missing."""
     with note_unchanged():
-        lister = partial(_list_cut_rows, session, lease) if config.cuts_videos else list_rows
+        lister = partial(_list_cut_rows, session, lease) if config.cuts_videos else lister
         prepared = prepare_run(config, models, lister)
     with prepared:
         num_rows = count_rows(prepared.missing) + config.retry_errors * prepared.ledger.num_errors
@@ -174,7 +199,7 @@ def _write_in_passes(
                 plan = _plan_again(config, run, missing) if number else plan
                 with (
                     Sink(run.data_uri, ledger, lease, rows_per_file=config.rows_per_file, kept=kept) as sink,
-                    closing(_stream(config, run, plan, missing, monitor, make_engine)) as stream,
+                    closing(stream_results(config, run, plan, missing, monitor, make_engine)) as stream,
                 ):
                     for results in stream:
                         with monitor.handle_rows():
@@ -201,10 +226,10 @@ def _plan_again(config: RunConfig, run: Run, missing: Ranges) -> Plan:
     return plan
 
 
-def _stream(
+def stream_results(
     config: RunConfig, run: Run, plan: Plan, missing: Ranges, monitor: RunMonitor, make_engine: EngineFactory
 ) -> Generator[pa.Table, None, None]:
-    """Yield tables of the result schema in the order in which replicas finish them; close it, see `stream_tables`."""
+    """Run the missing rows and yield tables of the result schema as replicas finish them; close it afterwards."""
     import ray
     from ray.data import ActorPoolStrategy
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.engine import read_commit
-from benchmarks.roofline import Ceilings, compute_cost
 from ovis_model.config import SIZES
+from ovis_model.engine.cost import Ceilings, compute_cost
 from tests.support.golden_data import checkpoint_dir
 from tests.support.roots import ROOT
 

@@ -115,7 +115,7 @@ class RunProgress(Progress):
         self._tokens, self._num_errors = Rate(), 0
 
     def begin(self, seconds_ago: float) -> None:
-        """Count rates from then on, because the first replica was ready."""
+        """Count rates from then on, because the first replica got rows."""
         self._rate.begin(seconds_ago)
         self._tokens.begin(seconds_ago)
 

@@ -18,9 +18,9 @@ REPORT_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Reading:
-    """What actors have done since they were ready; several actors add up.
+    """What actors have done since their first call; several actors add up.
 
-    ready_s: time since the actor was ready. busy_s: the part of it with work in hand.
+    ready_s: time since the first call. busy_s: the part of it with work in hand.
     waiting_s: the part of `busy_s` that waited for bytes of a store. full_s: the part with as many calls as it may run.
     peak_bytes: largest memory of a process. engine: totals of `Engine.measure`.
     """
@@ -63,7 +63,8 @@ class Meter:
 
     def __init__(self, max_calls: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_calls, self._clock, self._lock = max_calls, clock, threading.Lock()
-        self._ready_s = self._seen_s = clock()
+        self._ready_s: float | None = None  # when the first call came
+        self._seen_s = clock()
         self._busy_s = self._waiting_s = self._full_s = 0.0
         self._calls = self._rows = 0
 
@@ -106,7 +107,7 @@ class Meter:
         with self._lock:
             now_s = self._advance()
             return Reading(
-                now_s - self._ready_s,
+                0.0 if self._ready_s is None else now_s - self._ready_s,
                 self._busy_s,
                 self._waiting_s,
                 self._full_s,
@@ -117,7 +118,8 @@ class Meter:
 
     def _change_calls(self, number: int) -> None:
         with self._lock:
-            self._advance()
+            now_s = self._advance()
+            self._ready_s = now_s if self._ready_s is None else self._ready_s
             self._calls += number
 
     def _advance(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ from pipelines.errors import RunError
 from pipelines.output.file_swap import commit_exchange, finish_exchange
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import FileEntry, Ranges, RowRange, count_rows, merge_ranges, read_entries
+from pipelines.output.parts import OutputPart, list_output_parts
 from pipelines.output.run_record import acquire_lease
 from pipelines.output.sink import encode_file, read_file
 from pipelines.storage import store
@@ -49,11 +50,18 @@ def compact_run(output: str, file_bytes: int) -> Compacted:
     """
     output = store.make_absolute(output)
     check_stores([output])
+    if (parts := list_output_parts(output)) != [OutputPart(output)]:
+        return _sum_up([compact_run(part.output, file_bytes) for part in parts], output)
     if store.find_file(store.join(output, "run.json")) is None:
         raise RunError(f"{output} holds no run (no run.json)")
     with acquire_lease(output) as lease:
         finish_exchange(output)
         return compact(output, file_bytes, lease)
+
+
+def _sum_up(compacted: Sequence[Compacted], output: str) -> Compacted:
+    counts = ("rows", "files_before", "files_after", "bytes_before", "bytes_after")
+    return Compacted(**{name: sum(getattr(part, name) for part in compacted) for name in counts}, output=output)
 
 
 def drop_error_rows(output: str, lease: Lease) -> int:

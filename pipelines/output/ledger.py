@@ -94,6 +94,10 @@ class FileEntry:
         data = json.loads(text)
         return cls(tuple(RowRange(*pair) for pair in data["ranges"]), data["num_errors"])
 
+    def shift(self, first_row: int) -> FileEntry:
+        """Return the entry with row numbers that begin at `first_row`."""
+        return FileEntry(tuple(RowRange(a + first_row, b + first_row) for a, b in self.ranges), self.num_errors)
+
     @property
     def rows(self) -> NDArray[np.int64]:
         """The row numbers, ascending."""

@@ -50,6 +50,14 @@ def read_columns(output: str, num_rows: int, columns: list[str]) -> Iterator[pa.
         yield store.read_parquet(_locate_file(output, start), columns).slice(0, num_rows - start)
 
 
+def read_range(output: str, rows: RowRange, columns: list[str]) -> Iterator[pa.Table]:
+    """Yield some columns of the rows in a range of any length, one table per file."""
+    for start in range(rows.start - rows.start % ROWS_PER_FILE, rows.stop, ROWS_PER_FILE):
+        table = store.read_parquet(_locate_file(output, start), columns)
+        first = max(rows.start - start, 0)
+        yield table.slice(first, rows.stop - start - first)
+
+
 def read_rows(output: str, rows: RowRange) -> pa.Table:
     """Return rows in the schema MANIFEST. They must lie in one row group: cut at ROWS_PER_GROUP or a divisor of it."""
     first, last = rows.start // ROWS_PER_GROUP, (rows.stop - 1) // ROWS_PER_GROUP

@@ -37,7 +37,7 @@ class RunMonitor:
         self._written_s = time.monotonic()
         self._object_store = 0.0
         self._metrics: RunMetrics | None = None
-        self.ready_s: float | None = None  # when the first replica was ready, on the monotonic clock
+        self.ready_s: float | None = None  # when the first replica got rows, on the monotonic clock
 
     @contextmanager
     def handle_rows(self) -> Iterator[None]:
@@ -58,8 +58,7 @@ class RunMonitor:
         self._object_store = max(self._object_store, object_store)
         driver = {"driver": {"": self._driver.read()}}
         self._window.add({**{stage: dict(found) for stage, found in self._totals.items()}, **driver}, now_s)
-        if replicas := self._totals["replica"].values():
-            ready_for_s = max(reading.ready_s for reading in replicas)
+        if ready_for_s := max((reading.ready_s for reading in self._totals["replica"].values()), default=0.0):
             self.ready_s = now_s - ready_for_s if self.ready_s is None else self.ready_s
             self.progress.begin(ready_for_s)
         use = self._measure_window(object_store)

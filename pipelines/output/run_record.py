@@ -23,7 +23,7 @@ from pipelines.output.file_swap import PLACE, RECORD, commit_exchange, finish_ex
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, Ranges
 from pipelines.output.manifest import KeptColumns, encode_manifest, read_columns
-from pipelines.sources import KnownRows, Listing, list_rows
+from pipelines.sources import KnownRows, Listing, RowListing, list_rows
 from pipelines.storage import store
 
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
@@ -31,7 +31,7 @@ _REPLACED = "replaced"
 _MAX_SESSIONS = 20  # kept in run.json
 _EXTENDABLE = frozenset({"input", "limit"})  # the options that --extend may change
 
-Lister = Callable[..., Listing]
+Lister = Callable[..., RowListing]
 """Lists the rows of a run, called as `list_rows`."""
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class PreparedRun:
     output: str
     record: Json
     ledger: Ledger
-    listing: Listing | None = None
+    listing: RowListing | None = None
     first_row: int = 0
     replaced: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ class PreparedRun:
         finish_exchange(self.output)
         return run
 
-    def _encode_files(self, listing: Listing, record: Json) -> Iterator[tuple[str, bytes]]:
+    def _encode_files(self, listing: RowListing, record: Json) -> Iterator[tuple[str, bytes]]:
         if listing.num_rows:
             yield from encode_manifest(self.output, listing.read_tables(), self.first_row)
         yield RECORD, _encode_record(record)  # last: run.json means that the manifest is complete
@@ -143,6 +143,18 @@ def prepare_run(config: RunConfig, models: Json, lister: Lister | None = None) -
         if config.extend:
             return _prepare_extension(output, config, identity, record, ledger, lister)
         return PreparedRun(output, record, ledger)
+
+
+def check_output(config: RunConfig, models: Json) -> Ledger:
+    """Return the rows that OUTPUT has and a run would keep. Change nothing. Raise RunError as `prepare_run` does."""
+    output, identity = store.make_absolute(config.output), _identify_run(config, models)
+    with _refuse_unusable(output):
+        record = read_record(output)
+        if config.overwrite or record is None:
+            _check_foreign(output, identity["config"]["input"], record)
+            return Ledger()
+        _check_same(output, record, identity, config, except_for=_EXTENDABLE if config.extend else frozenset())
+        return Ledger.read(store.join(output, "data"))
 
 
 def check_resumable(config: RunConfig, models: Json) -> None:
@@ -213,6 +225,7 @@ def _prepare_extension(
     known = KnownRows(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
     with ExitStack() as unless_accepted:
         listing = unless_accepted.enter_context(lister(config, config.questionnaire, known, output=output))
+        assert isinstance(listing, Listing)  # parts of a list are not extended
         if listing.num_rows:
             listing.kept = _check_kept_types(KeptColumns(output).schema, listing.kept)
         unless_accepted.pop_all()

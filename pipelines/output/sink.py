@@ -16,6 +16,7 @@ from pipelines import schema
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import FOOTER_KEY, FileEntry, Ledger, to_ranges
 from pipelines.output.manifest import KeptColumns
+from pipelines.output.parts import list_output_parts
 from pipelines.storage import store
 
 FLUSH_S = 30.0  # how much finished work a killed run may lose
@@ -131,7 +132,13 @@ def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
 
 
 def read_results(output: str) -> pa.Table:
-    """Return all rows of a run in the order of the input."""
+    """Return all rows of a run in the order of the input; of a divided run, those of all parts."""
+    return pa.concat_tables(
+        [_read_part(part.output) for part in list_output_parts(output)] or [schema.OUTPUT.empty_table()]
+    )
+
+
+def _read_part(output: str) -> pa.Table:
     listed = store.list_files(store.join(output, "data"))
     files = [read_file(info.uri) for info in listed if info.uri.endswith(".parquet")]
     whole = pa.concat_tables([table for _, table in files] or [schema.OUTPUT.empty_table()])

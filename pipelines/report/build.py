@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines.errors import RunError
 from pipelines.monitoring.progress import Progress
 from pipelines.output.ledger import FileEntry, count_rows, merge_ranges, read_entries
-from pipelines.output.run_record import read_record
+from pipelines.output.parts import list_output_parts, locate_manifest, read_whole_record
 from pipelines.report.answers import Answers
 from pipelines.report.columns import OutputColumns, interpret_columns
 from pipelines.report.page import render
@@ -126,14 +126,18 @@ def resolve_report_uri(options: ReportOptions) -> str:
 
 
 def _load_record(output: str) -> Json:
-    record = read_record(output)
+    record = read_whole_record(output)
     if record is None or "num_rows" not in record:
         raise RunError(f"{output} holds no run (no run.json)")
     return record
 
 
 def _list_files(output: str) -> list[OutputFile]:
-    files = read_entries(store.join(output, "data"))
+    files = [
+        (info, entry.shift(part.first_row))
+        for part in list_output_parts(output)
+        for info, entry in read_entries(store.join(part.output, "data"))
+    ]
     if not files:
         raise RunError(f"{output} holds no rows yet")
     every_range = [r for _, entry in files for r in entry.ranges]
@@ -167,7 +171,7 @@ def _read_answers(files: list[OutputFile], columns: OutputColumns) -> Iterator[A
 def _build_rows(output: str, picked: list[PickedRow], columns: OutputColumns, limit_s: float) -> list[Json]:
     """Return the rows as JSON, each with its media, all together within the limits of a page."""
     max_bytes = _MAX_PICTURE_BYTES // max(1, len(picked))
-    pictures = read_media(output, picked, max_bytes=max_bytes, limit_s=limit_s)
+    pictures = read_media(locate_manifest(output), picked, max_bytes=max_bytes, limit_s=limit_s)
     max_bytes = _MAX_ROW_BYTES // max(1, len(picked))
     rows = []
     with Progress("rows with their media", len(picked)) as progress:

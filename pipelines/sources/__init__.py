@@ -2,6 +2,6 @@
 
 from pipelines.errors import SourceError
 from pipelines.sources.ids import KnownRows
-from pipelines.sources.listing import Listing, list_rows
+from pipelines.sources.listing import Listing, RowListing, list_rows
 
-__all__ = ["KnownRows", "Listing", "SourceError", "list_rows"]
+__all__ = ["KnownRows", "Listing", "RowListing", "SourceError", "list_rows"]

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import pyarrow as pa
 
@@ -125,6 +126,33 @@ class KeyGroups:
             )
 
 
+class RowListing(Protocol):
+    """What a run needs of its rows: a context manager with tables of schema `schema.build_manifest_schema(kept)`."""
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        ...
+
+    @property
+    def kept(self) -> pa.Schema:
+        """The names and types of the kept columns."""
+        ...
+
+    @property
+    def groups(self) -> KeyGroups:
+        """The keys in tars with several images."""
+        ...
+
+    def read_tables(self) -> Iterator[pa.Table]:
+        """Yield the rows without their numbers."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
 class Listing:
     """All rows, in order, as a context manager. `kept` has the type of each kept column over the whole input."""
 
@@ -136,6 +164,11 @@ class Listing:
         self._lengths: list[int] = []
         self._ids = IdIndex()
         self._changes = Changes()
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of rows that were left out, because their id occurs before or is known."""
+        return len(self._changes.skipped)
 
     def __enter__(self) -> Listing:
         return self

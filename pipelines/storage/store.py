@@ -9,6 +9,7 @@ import bisect
 import logging
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -392,6 +393,15 @@ def remove(uri: str) -> None:
     fs, path = open_store(uri)
     with suppress(FileNotFoundError):
         _retry(fs, lambda: fs.rm_file(path))
+
+
+def remove_all(uri: str) -> None:
+    """Remove all files below a directory, and the directory itself. Raise OSError."""
+    for info in list_files(uri):
+        remove(info.uri)
+    fs, path = open_store(uri)
+    if isinstance(fs, LocalFileSystem):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def create_directory(uri: str) -> list[str]:

@@ -1,0 +1,1 @@
+"""Say before a run what is there, what limits it and what it costs: `forecast.forecast.make_forecast`."""
