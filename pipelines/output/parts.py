@@ -23,10 +23,12 @@ from pipelines.errors import LeaseError, LeaseLost, RunError
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import RowRange
 from pipelines.output.manifest import KeptColumns, encode_manifest, read_range
-from pipelines.output.run_record import Json, acquire_lease, read_record
+from pipelines.output.run_record import acquire_lease, read_record
 from pipelines.sources import Listing, list_rows
 from pipelines.sources.listing import KeyGroups
 from pipelines.storage import store
+
+Json = dict[str, Any]
 
 _LIST, _LIST_RECORD, _PARTS = "list", "list/list.json", "parts.json"
 _LOOK_S = 2.0
@@ -157,7 +159,7 @@ def read_whole_record(output: str) -> Json | None:
         "num_rows": listed["num_rows"],
         "status": "finished" if is_finished else "running",
         "started_at": min(record["started_at"] for record in records),
-        "updated_at": max(record.get("updated_at", record["started_at"]) for record in records),
+        "updated_at": max(str(record.get("updated_at") or record["started_at"]) for record in records),
         "sessions": [session for record in records for session in record.get("sessions", [])],
     }
 
