@@ -24,7 +24,7 @@ from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
 from tests.support.jsonl_files import write_lines
 from tests.support.pictures import draw, write_demo_pictures
-from tests.support.processes import run_job
+from tests.support.processes import against_the_clock, run_job
 
 MODEL = str(checkpoint_dir("tiny56-tied"))
 
@@ -129,6 +129,7 @@ def test_a_trial_measures_the_rate_and_the_limit(
     assert sorted(os.listdir(tmp_path)) == ["out", "plan.html"] and os.listdir(tmp_path / "out") == []  # noqa: PTH208
 
 
+@against_the_clock
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["small pictures", "large pictures", "slow engine"])
 def test_the_run_that_follows_takes_as_long_as_planned(tmp_path: Path, kind: str) -> None:

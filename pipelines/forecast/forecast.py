@@ -16,7 +16,7 @@ from pipelines.cluster.resources import PREPROCESSORS_PER_GPU
 from pipelines.config import RunConfig
 from pipelines.errors import ResourceError, RunError
 from pipelines.forecast.contents import PartOfListing, describe_contents, spread
-from pipelines.forecast.sample import Sample, prepare_sample
+from pipelines.forecast.sample import PreparedSample, prepare_sample
 from pipelines.forecast.trial import MAX_ROWS, Trial, run_trial
 from pipelines.generate import EngineFactory, load_engine
 from pipelines.monitoring.limits import Limit, find_limit
@@ -139,7 +139,7 @@ def _find_refusals(config: RunConfig, models: dict[str, str | None], listing: Li
         return [*refused, str(error)], Ledger()
 
 
-def _find_sample_refusals(config: RunConfig, sample: Sample) -> list[str]:
+def _find_sample_refusals(config: RunConfig, sample: PreparedSample) -> list[str]:
     share = 1 - len(sample.ok) / max(1, len(sample.rows))
     if share > config.stop_error_rate:
         return [f"the run would stop: {share:.0%} of the sample are error rows, over --stop-error-rate"]
@@ -212,7 +212,7 @@ def _describe_stages(trial: Trial) -> dict[str, float]:
     return {stage: found.rows_per_s / found.busy for stage, found in use.items() if found.busy > 0}
 
 
-def _estimate(config: RunConfig, sample: Sample, estimator: Estimator, refused: list[str]) -> _Rates:
+def _estimate(config: RunConfig, sample: PreparedSample, estimator: Estimator, refused: list[str]) -> _Rates:
     """Reckon from the GPU's figures, and from the CPU time of the sample on this machine."""
     ok = sample.ok or sample.rows
     tiles, prompt = (sum(getattr(row, name) for row in ok) / len(ok) for name in ("num_tiles", "num_prompt_tokens"))
@@ -242,7 +242,7 @@ def _plan_memory(config: RunConfig, estimator: Estimator, refused: list[str]) ->
 def _assemble(
     contents: Json,
     num_rows: int,
-    sample: Sample,
+    sample: PreparedSample,
     refused: list[str],
     rates: _Rates,
     memory: Json,

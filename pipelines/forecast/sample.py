@@ -21,7 +21,7 @@ MAX_SAMPLE, MAX_SAMPLE_S = 200, 60.0
 
 
 @dataclass(frozen=True)
-class Sample:
+class PreparedSample:
     """Rows that were prepared, and the CPU seconds that each took, in all threads of this process."""
 
     rows: list[PreparedRow]
@@ -52,7 +52,7 @@ class Sample:
         }
 
 
-def prepare_sample(config: RunConfig, place: str, revision: str | None, num_rows: int) -> Sample:
+def prepare_sample(config: RunConfig, place: str, revision: str | None, num_rows: int) -> PreparedSample:
     """Prepare up to MAX_SAMPLE rows of the manifest in `place`, spread over it, for at most MAX_SAMPLE_S.
 
     Frames that an encoder would choose are spread evenly instead, which costs nearly the same on a CPU.
@@ -72,4 +72,4 @@ def prepare_sample(config: RunConfig, place: str, revision: str | None, num_rows
         for batch in stage({"start": np.array([number]), "stop": np.array([number + 1])}):
             rows += PreparedRow.from_columns(batch)
         cpu_s.append(time.process_time() - started_s)
-    return Sample(rows, cpu_s)
+    return PreparedSample(rows, cpu_s)
