@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ovis_model.config import SIZES, OvisConfig
 from ovis_model.engine.kv_cache import PagedKVCache, Prefill
 from ovis_model.network import attention
-from ovis_model.network.attention import PAGE_TOKENS, Varlen
+from ovis_model.network.attention import PAGE_TOKENS, PackedSequences, Varlen
 from ovis_model.network.kernels import TORCH, LayerKernels
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.weights import allocate_model
@@ -92,13 +92,15 @@ def _count_all(config: OvisConfig, make_kernels: Callable[[Launches], LayerKerne
     vision, language = config.vision, config.language
     features = torch.empty(ROWS, vision.num_patches, vision.hidden_size, dtype=torch.bfloat16, device=META)
     rows = torch.arange(ROWS, device=META)
-    positions = torch.arange(LENGTH, device=META).expand(ROWS, -1)
-    embeds = torch.empty(ROWS, LENGTH, language.hidden_size, dtype=torch.bfloat16, device=META)
+    tokens = torch.arange(ROWS * LENGTH, device=META)
+    embeds = torch.empty(1, ROWS * LENGTH, language.hidden_size, dtype=torch.bfloat16, device=META)
+    sequences = PackedSequences((LENGTH,) * ROWS, rows.int(), torch.arange(ROWS + 1, device=META).int())
+    prefill = Prefill(cache, tokens, tokens, sequences)
     work: dict[str, Callable[[], object]] = {
         "tower block": lambda: model.visual_tokenizer.backbone.trunk(features),
-        "prefill layer": lambda: model.llm.model(embeds, positions, Prefill(cache, rows, LENGTH)),
+        "prefill layer": lambda: model.llm.model(embeds, tokens[None], prefill),
         "decode layer": lambda: model.llm.model(
-            embeds[:, :1].contiguous(), rows[:, None], cache.begin_step(rows, LENGTH - 1)
+            embeds[0, :ROWS, None], rows[:, None], cache.begin_step(rows, LENGTH - 1)
         ),
     }
     return {kind: _count(model, make_kernels, run) for kind, run in work.items()}

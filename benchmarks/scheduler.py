@@ -3,7 +3,8 @@
     python -m benchmarks.scheduler [--rows 4000] [--memory-gb 80]
     python -m benchmarks.scheduler --plans
 
-Each line is a mix of requests on one model, with a cache in pages and in slots of one capacity. "x uniform" compares
+Each line is a mix of requests on one model, with a cache in pages and in slots of one capacity; "one by one" admits
+each short prompt at once. "Passes" are those over prompts. "x uniform" compares
 the steps with those of as many requests of one length and as many tokens in total; the first lines are those requests
 themselves. `--plans` prints the memory plan of all sizes on usual GPUs instead. The last line is JSON.
 """
@@ -23,9 +24,15 @@ from numpy.typing import NDArray
 
 from ovis_model.config import SIZES
 from ovis_model.engine.kv_cache import compute_bytes_per_token
-from ovis_model.engine.memory_plan import bound_transient_bytes, divide_into_pages, fix_slots, plan_budget
+from ovis_model.engine.memory_plan import (
+    MIN_PREFILL_TOKENS,
+    bound_transient_bytes,
+    divide_into_pages,
+    fix_slots,
+    plan_budget,
+)
 from ovis_model.engine.requests import RequestState, make_states
-from ovis_model.engine.scheduler import Budget, Scheduler
+from ovis_model.engine.scheduler import Budget, Scheduler, pack_into_passes
 from ovis_model.network.tensor_parallel import Shard
 from ovis_model.sizing import count_language_parameters, count_vision_parameters
 from ovis_model.types import Request, SamplingParams
@@ -41,9 +48,10 @@ Draw = Callable[[np.random.Generator, int], Prompts]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Steps until all requests were done, and the mean number of sequences in a step."""
+    """Steps until all requests were done, passes over prompts, and the mean number of sequences in a step."""
 
     steps: int
+    passes: int
     rows_per_step: float
     slots: int
 
@@ -71,7 +79,8 @@ def plan_memory(size: str, ranks: int, memory_gb: float) -> Budget:
     config = SIZES[size]
     weights = (count_vision_parameters(config) + count_language_parameters(config.language) / ranks) * 2
     local = replace(config, language=Shard(0, ranks).to_local(config.language))
-    return plan_budget(local, torch.bfloat16, max(0, int(memory_gb * 1e9 - weights - CONTEXT_BYTES)))
+    budget = plan_budget(local, torch.bfloat16, max(0, int(memory_gb * 1e9 - weights - CONTEXT_BYTES)))
+    return replace(budget, min_prefill_tokens=MIN_PREFILL_TOKENS)
 
 
 def list_plans() -> Iterator[dict[str, Any]]:
@@ -121,8 +130,14 @@ def draw_videos(rng: np.random.Generator, count: int) -> Prompts:
     return np.where(rng.random(count) < 0.02, 120 + 256 * 32, PROMPT)
 
 
+def draw_small(rng: np.random.Generator, count: int) -> Prompts:
+    """Draw images of one tile."""
+    return np.full(count, 293)
+
+
 CASES: dict[str, Draw] = {
     "uniform": draw_uniform,
+    "1 tile each": draw_small,
     "1 to 10 tiles": draw_mixed,
     "1 % of 9,000 tokens": draw_one_percent_long,
     "one of 16,000 tokens": draw_one_very_long,
@@ -136,7 +151,9 @@ def simulate_all(rows: int, memory_gb: float) -> Iterator[dict[str, Any]]:
         plan = plan_memory(size, ranks, memory_gb)
         for name, draw in CASES.items():
             prompts = draw(np.random.default_rng(0), rows)
-            for kind, budget in (("pages", divide_into_pages(plan)), ("slots", fix_slots(SIZES[size], plan))):
+            pages, slots = divide_into_pages(plan), fix_slots(SIZES[size], plan)
+            each = replace(pages, min_prefill_tokens=0)
+            for kind, budget in {"pages": pages, "pages, one by one": each, "slots": slots}.items():
                 yield {
                     "model": f"{size} TP{ranks}",
                     "case": name,
@@ -151,6 +168,7 @@ def compare_with_uniform(budget: Budget, prompts: Prompts) -> dict[str, Any]:
     uniform = simulate(budget, np.full(len(prompts), round(float(prompts.mean()))))
     return {
         "steps": outcome.steps,
+        "passes": outcome.passes,
         "rows a step": round(outcome.rows_per_step, 1),
         "x uniform": round(outcome.steps / uniform.steps, 3),
     }
@@ -162,20 +180,21 @@ def simulate(budget: Budget, prompts: Prompts) -> Outcome:
     lengths = np.exp(rng.normal(math.log(MEDIAN_NEW_TOKENS), 0.6, len(prompts))).clip(1, MAX_NEW_TOKENS).astype(int)
     left = iter(list(zip(prompts.tolist(), lengths.tolist(), strict=True)))
     wanted: dict[RequestState, int] = {}
-    steps = sequence_steps = 0
+    steps = passes = sequence_steps = 0
     while _feed(scheduler, left, wanted) or scheduler.waiting or scheduler.running:
         admitted = scheduler.admit()
         scheduler.retire()
         if not admitted and scheduler.plan_cache():
             continue
-        scheduler.split_prompts(admitted)
+        whole, _ = scheduler.split_prompts(admitted)
+        passes += sum(1 for _ in pack_into_passes(whole, budget.prefill_tokens))
         for state in scheduler.running:
             state.append(0, 0.0)
             if len(state.output_ids) >= wanted[state]:
                 state.finish_reason = "stop"
         steps += bool(scheduler.running)
         sequence_steps += len(scheduler.running)
-    return Outcome(steps, sequence_steps / steps, scheduler.slots)
+    return Outcome(steps, passes, sequence_steps / steps, scheduler.slots)
 
 
 def _feed(scheduler: Scheduler, left: Iterator[tuple[int, int]], wanted: dict[RequestState, int]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ovis_model.network import attention
 from ovis_model.network.attention import (
     PAGE_TOKENS,
+    PackedSequences,
     PagedLengths,
     Sdpa,
     Varlen,
@@ -64,6 +65,24 @@ def test_attend_causal_equals_the_sum_over_earlier_keys(heads: tuple[int, int]) 
     for b in range(3):
         for t in range(7):
             assert_close(out[b, t], attend_exactly(query[b, t], key[b], value[b], num_seen=t + 1))
+
+
+@HEADS
+def test_attend_packed_equals_each_sequence_alone(heads: tuple[int, int]) -> None:
+    sizes = (5, 5, 4, 1, 1)
+    query, key, value = (draw_tensor(1, sum(sizes), h, 16) for h in (heads[0], heads[1], heads[1]))
+    starts = torch.tensor([0, *sizes]).cumsum(0).int()
+    sequences = PackedSequences(sizes, starts.diff(), starts)
+    found = [
+        kernels.attend_packed(query, key, value, sequences)[0].split(sizes)
+        for kernels in (choose_kernels(query), Varlen(partial(varlen_attn_2_12, enable_gqa=True), reads_pages=True))
+    ]
+    parts = (x[0].split(sizes) for x in (query, key, value))
+    for index, (q, k, v) in enumerate(zip(*parts, strict=True)):
+        for t in range(len(q)):
+            for out in found:
+                assert_close(out[index][t], attend_exactly(q[t], k, v, num_seen=t + 1))
+        assert torch.equal(found[0][index], choose_kernels(q).attend_causal(q[None], k[None], v[None])[0])
 
 
 @HEADS
@@ -227,6 +246,13 @@ def test_all_kernels_agree_on_cuda(heads: tuple[int, int], head_dim: int, name: 
     half, exact = [x.bfloat16() for x in (query, key, value)], Sdpa()
     longer = lengths.clamp(min=20)
     assert_close_in_half(found.attend_causal(*half), exact.attend_causal(query, key, value))
+    sizes = (256, 256, 200, 56)
+    starts = torch.tensor([0, *sizes], device="cuda").cumsum(0).int()
+    rows, sequences = (
+        [x.flatten(0, 1)[None] for x in (*half, query, key, value)],
+        PackedSequences(sizes, starts.diff(), starts),
+    )
+    assert_close_in_half(found.attend_packed(*rows[:3], sequences), exact.attend_packed(*rows[3:], sequences))
     assert_close_in_half(
         found.attend_cached(half[0][:, :1], half[1], half[2], lengths, mask),
         exact.attend_cached(query[:, :1], key, value, lengths, mask),

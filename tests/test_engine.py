@@ -53,7 +53,9 @@ def test_greedy_ids_equal_the_originals_alone_and_in_one_batch(checkpoint: str, 
 def test_order_batch_and_budget_do_not_change_the_ids(checkpoint: str) -> None:
     requests, wanted = make_golden_requests(checkpoint), load_greedy_ids(checkpoint)
     rng = random.Random(7)
-    for budget in (Budget(kv_tokens=600, slots=3), Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)):
+    gathering = Budget(kv_tokens=2000, slots=8, min_prefill_tokens=10_000)
+    small = Budget(kv_tokens=4000, prefill_tokens=100, vision_tiles=2)
+    for budget in (Budget(kv_tokens=600, slots=3), small, gathering):
         engine = OvisEngine.from_model(load_engine(checkpoint).model, budget=budget)
         for _ in range(3):
             order = rng.choices(range(len(requests)), k=13)

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from benchmarks.kernel_launches import count_launches, make_recording_kernels
 from ovis_model.config import SIZES
-from ovis_model.engine.kv_cache import DecodeStep, KVCache, Prefill
+from ovis_model.engine.kv_cache import DecodeStep, KVCache
 from ovis_model.engine.memory_plan import bound_prefill_bytes, bound_vision_bytes
 from ovis_model.network import kernels, kernels_triton
 from ovis_model.network.kernels import TORCH, LayerKernels, TorchKernels, choose_layer_kernels, list_layer_kernels
@@ -30,6 +30,7 @@ from ovis_model.network.layers import KernelModule
 from ovis_model.network.weights import allocate_model, load_model
 from tests.support.allocations import META, Allocations, make_shallow
 from tests.support.golden_data import checkpoint_dir
+from tests.support.prefills import make_prefill
 from tests.support.roots import ROOT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,13 +127,14 @@ def _compute_with(checkpoint: str, implementation: LayerKernels) -> list[Tensor]
     model.prepare(implementation)
     side, size = model.config.vision.image_size, model.config.language.hidden_size
     cache = KVCache(model.config.language, slots=2, capacity=8, device=DEVICE, dtype=torch.float16)
-    rows, positions = torch.arange(2, device=DEVICE), torch.arange(5, device=DEVICE).expand(2, -1)
-    embeds = draw(2, 5, size, dtype=torch.float16)
+    rows = torch.arange(2, device=DEVICE)
+    positions, context = make_prefill(cache, 2, 5)
+    embeds = draw(1, 10, size, dtype=torch.float16)
     with torch.inference_mode():
         visual = model.encode_tiles(draw(1, 3, side, side, dtype=torch.float16))
-        prompt = model.llm.model(embeds, positions, Prefill(cache, rows, 5))
+        prompt = model.llm.model(embeds, positions, context)
         step = model.llm.model(
-            embeds[:, :1].contiguous(), torch.full((2, 1), 5, device=DEVICE), DecodeStep(cache, rows * 0 + 5, 5)
+            embeds[0, ::5, None].contiguous(), torch.full((2, 1), 5, device=DEVICE), DecodeStep(cache, rows * 0 + 5, 5)
         )
         return [x.float() for x in (visual, prompt, model.llm.compute_logits(step))]
 
@@ -149,7 +151,7 @@ def test_a_layer_launches_few_kernels() -> None:
     counts = count_launches(SIZES["1B"], make_recording_kernels)
     assert {kind: launches.total() for kind, launches in counts.items()} == {
         "tower block": 10,
-        "prefill layer": 12,
+        "prefill layer": 11,
         "decode layer": 11,
     }
 
@@ -165,10 +167,10 @@ def test_passes_stay_within_the_memory_plan(size: str) -> None:
         model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=torch.bfloat16, device=META))
     assert 0.2 < vision.peak / bound_vision_bytes(config, torch.bfloat16, tiles) <= 1
     cache = KVCache(config.language, slots=4, capacity=width, device=META, dtype=torch.bfloat16)
-    positions = torch.arange(width, device=META).expand(4, -1)
+    positions, context = make_prefill(cache, 4, width)
     with torch.inference_mode(), Allocations() as prefill:
-        embeds = torch.zeros(4, width, config.language.hidden_size, dtype=torch.bfloat16, device=META)
-        model.llm.model(embeds, positions, Prefill(cache, torch.arange(4, device=META), width))
+        embeds = torch.zeros(1, 4 * width, config.language.hidden_size, dtype=torch.bfloat16, device=META)
+        model.llm.model(embeds, positions, context)
     assert 0.3 < prefill.peak / bound_prefill_bytes(config, torch.bfloat16, 4 * width, 4) <= 1
 
 

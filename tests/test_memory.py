@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ovis_model.config import SIZES
-from ovis_model.engine.kv_cache import Extend, KVCache, Prefill, compute_bytes_per_token
+from ovis_model.engine.kv_cache import Extend, KVCache, compute_bytes_per_token
 from ovis_model.engine.memory_plan import (
     _read_cgroup_bytes,
     bound_prefill_bytes,
@@ -28,6 +28,7 @@ from ovis_model.network.attention import PAGE_TOKENS, Sdpa, Varlen
 from ovis_model.network.tensor_parallel import ALONE
 from ovis_model.network.weights import allocate_model
 from tests.support.allocations import META, Allocations, make_shallow
+from tests.support.prefills import make_prefill
 
 WEIGHTS_AND_PASSES = pytest.mark.parametrize(
     ("dtype", "passes"),
@@ -56,12 +57,11 @@ def test_a_prefill_stays_within_its_formula(size: str, dtype: torch.dtype, passe
     config, rows, width = make_shallow(SIZES[size]), 4, 1024
     model = allocate_model(config, device=META, dtype=dtype)
     cache = KVCache(config.language, slots=rows, capacity=width, device=META, dtype=dtype)
-    positions = torch.arange(width, device=META).expand(rows, -1)
-    slots = torch.arange(rows, device=META)
+    positions, context = make_prefill(cache, rows, width)
     with torch.inference_mode(), Allocations() as allocations:
-        embeds = torch.zeros(rows, width, config.language.hidden_size, dtype=passes, device=META)
-        hidden = model.llm.model(embeds, positions, Prefill(cache, slots, width))
-        model.llm.compute_logits(hidden[:, -1]).float().softmax(-1)
+        embeds = torch.zeros(1, rows * width, config.language.hidden_size, dtype=passes, device=META)
+        hidden = model.llm.model(embeds, positions, context)
+        model.llm.compute_logits(hidden[0, width - 1 :: width]).float().softmax(-1)
     planned = bound_prefill_bytes(config, passes, rows * width, rows) + bound_widened_bytes(dtype, passes)
     assert 0.4 < allocations.peak / planned <= 1
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.quantization import compare
 from ovis_model.config import SIZES, Layout, OvisConfig
 from ovis_model.engine.engine import OvisEngine
-from ovis_model.engine.kv_cache import KVCache, Prefill
+from ovis_model.engine.kv_cache import KVCache
 from ovis_model.engine.memory_plan import bound_prefill_bytes, bound_vision_bytes, plan_budget
 from ovis_model.network.kernels import FP8, MAX_FP8, TORCH
 from ovis_model.network.ovis import Ovis
@@ -29,6 +29,7 @@ from pipelines.generate import Replica, load_engine
 from tests.support.allocations import META, Allocations, make_shallow
 from tests.support.engines import generate_ids, make_golden_requests
 from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir
+from tests.support.prefills import make_prefill
 
 CPU = torch.device("cpu")
 
@@ -124,10 +125,10 @@ def test_passes_stay_within_the_memory_plan(size: str) -> None:
         model.encode_tiles(torch.empty(tiles, 3, side, side, dtype=torch.bfloat16, device=META))
     assert vision.peak <= bound_vision_bytes(config, torch.bfloat16, tiles)
     cache = KVCache(config.language, slots=4, capacity=width, device=META, dtype=torch.bfloat16)
-    positions = torch.arange(width, device=META).expand(4, -1)
+    positions, context = make_prefill(cache, 4, width)
     with torch.inference_mode(), Allocations() as prefill:
-        embeds = torch.zeros(4, width, config.language.hidden_size, dtype=torch.bfloat16, device=META)
-        model.llm.model(embeds, positions, Prefill(cache, torch.arange(4, device=META), width))
+        embeds = torch.zeros(1, 4 * width, config.language.hidden_size, dtype=torch.bfloat16, device=META)
+        model.llm.model(embeds, positions, context)
     assert prefill.peak <= bound_prefill_bytes(config, torch.bfloat16, 4 * width, 4)
 
 

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovis_model.engine.requests import RequestState, make_states
-from ovis_model.engine.scheduler import CACHED_PER_TOKEN, Budget, Move, Scheduler, Span, pack_passes
+from ovis_model.engine.scheduler import (
+    CACHED_PER_TOKEN,
+    Budget,
+    Move,
+    Scheduler,
+    Span,
+    pack_into_passes,
+    pad_into_passes,
+)
 from ovis_model.types import Request, SamplingParams
 
 
@@ -83,12 +91,26 @@ ITEMS = st.lists(
 )
 
 
-@given(ITEMS, st.integers(1, 16), st.integers(110, 2000), st.integers(5, 200), st.sampled_from([0, 16]))
+@given(
+    ITEMS,
+    st.integers(1, 16),
+    st.integers(110, 2000),
+    st.integers(5, 200),
+    st.sampled_from([0, 16]),
+    st.sampled_from([0, 100]),
+)
 def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
-    items: list[tuple[int, list[tuple[int, int]]]], slots: int, kv_tokens: int, fault_at: int, page_tokens: int
+    items: list[tuple[int, list[tuple[int, int]]]],
+    slots: int,
+    kv_tokens: int,
+    fault_at: int,
+    page_tokens: int,
+    min_prefill_tokens: int,
 ) -> None:
     """This includes rows that restart; siblings copy their shared prefix from each other's slots."""
-    scheduler = Scheduler(Budget(kv_tokens=kv_tokens, slots=slots, page_tokens=page_tokens))
+    scheduler = Scheduler(
+        Budget(kv_tokens=kv_tokens, slots=slots, page_tokens=page_tokens, min_prefill_tokens=min_prefill_tokens)
+    )
     rows = [row for item in items for row in make_siblings(*item)]
     scheduler.enqueue(rows)
     cache = Slots()
@@ -106,7 +128,8 @@ def test_every_row_runs_to_its_end_in_a_slot_that_holds_its_prompt(
         cache.fill(scheduler, admitted)
         assert len(scheduler.running) <= scheduler.slots
         if len(scheduler.running) < scheduler.slots and scheduler.waiting:
-            assert is_next_too_large(scheduler) or scheduler._should_resize()
+            is_gathering = scheduler._should_gather([], scheduler.slots - len(scheduler.running))
+            assert is_next_too_large(scheduler) or scheduler._should_resize() or is_gathering
         for slot, row in enumerate(scheduler.running):
             assert cache.ids[slot][: row.num_prompt_tokens] == row.request.input_ids.tolist()[: len(cache.ids[slot])]
             row.append(0, -1.0)
@@ -161,13 +184,69 @@ def test_short_rows_do_not_wait_for_the_longest_one() -> None:
 )
 def test_passes_fit_their_budget(lengths: list[tuple[int, int]], max_tokens: int) -> None:
     spans = [Span(make_row(1, 1), np.zeros(length, np.int32), start, 0, 0) for length, start in lengths]
-    groups = list(pack_passes(spans, max_tokens))
+    groups = list(pad_into_passes(spans, max_tokens))
     assert sorted(id(span) for group in groups for span in group) == sorted(map(id, spans))
     for group in groups:
         widths = [len(span.ids) for span in group]
         cached = max(span.start for span in group)
         assert len(group) == 1 or (max(widths) + cached // CACHED_PER_TOKEN) * len(group) <= max_tokens
         assert widths[0] == max(widths) <= min(widths) + max(32, max(widths) // 5)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=50), st.integers(1, 2000))
+def test_prompts_of_any_lengths_share_a_pass(lengths: list[int], max_tokens: int) -> None:
+    spans = [Span(make_row(1, 1), np.zeros(length, np.int32), 0, 0, 0) for length in lengths]
+    groups = list(pack_into_passes(spans, max_tokens))
+    assert sorted(id(span) for group in groups for span in group) == sorted(map(id, spans))
+    sizes = [sum(len(span.ids) for span in group) for group in groups]
+    assert all(len(group) == 1 or size <= max_tokens for group, size in zip(groups, sizes, strict=True))
+    assert all(size + len(after[0].ids) > max_tokens for size, after in zip(sizes, groups[1:], strict=False))
+
+
+def run_rows(budget: Budget, rows: Sequence[RequestState]) -> tuple[list[int], list[int]]:
+    """Run rows to their end; return how many enter at once, each time that some do, and the rows of each step."""
+    scheduler, entered, running = Scheduler(budget), [], []
+    scheduler.enqueue(rows)
+    while scheduler.waiting or scheduler.running:
+        admitted = scheduler.admit()
+        scheduler.retire()
+        if scheduler.plan_cache():
+            continue
+        entered += [len(admitted)] if admitted else []
+        running += [len(scheduler.running)] if scheduler.running else []
+        for row in scheduler.running:
+            row.append(0, 0.0)
+            row.finish_reason = "length" if len(row.output_ids) == row.params.max_new_tokens else None
+    return entered, running
+
+
+def test_short_prompts_enter_together_and_long_ones_at_once() -> None:
+    rng = np.random.default_rng(0)
+    for prompt, fewest in ((300, 7), (2680, 1)):
+        rows = [make_row(prompt, int(n)) for n in rng.integers(20, 120, 600)]
+        budget = Budget(kv_tokens=400_000, slots=64, min_prefill_tokens=2048)
+        entered, running = run_rows(budget, rows)
+        assert min(entered[:-10]) == fewest
+        busy = running[: -(max(row.params.max_new_tokens for row in rows))]
+        assert min(busy) >= 64 - 64 // 8 and sum(busy) / len(busy) > 60
+
+
+def test_a_row_whose_prefix_would_be_lost_enters_at_once() -> None:
+    rows = [*(make_row(5, 40) for _ in range(7)), *make_siblings(50, [(3, 4)] * 6), *(make_row(5, 2) for _ in range(9))]
+    scheduler = Scheduler(Budget(kv_tokens=10_000, slots=8, min_prefill_tokens=500))
+    scheduler.enqueue(rows)
+    spans = []
+    while scheduler.waiting or scheduler.running:
+        admitted = scheduler.admit()
+        scheduler.retire()
+        if scheduler.plan_cache():
+            continue
+        spans += list(chain(*scheduler.split_prompts(admitted)))
+        for row in scheduler.running:
+            row.append(0, 0.0)
+            row.finish_reason = "length" if len(row.output_ids) == row.params.max_new_tokens else None
+    siblings = [span for span in spans if span.state in rows[7:13]]
+    assert [span.start for span in siblings] == [0] + [50] * 5
 
 
 def test_slots_reduced_for_a_long_row_come_back_after_it() -> None:

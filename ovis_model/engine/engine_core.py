@@ -20,7 +20,7 @@ from ovis_model.engine.memory_plan import describe_budget, halve, plan_for_devic
 from ovis_model.engine.model_runner import Masks, ModelRunner, answer_choices
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Choice
-from ovis_model.engine.scheduler import Budget, Scheduler, pack_passes
+from ovis_model.engine.scheduler import Budget, Scheduler, pack_into_passes, pad_into_passes
 from ovis_model.engine.tile_loader import make_tile_loader
 from ovis_model.engine.warm_up import run_largest_work
 from ovis_model.network.devices import choose_dtype, keep_float32_exact, resolve_device
@@ -189,7 +189,8 @@ class EngineCore:
             self.runner.encode(items, budget.vision_tiles)
         self.stats.tiles += sum(len(item.tiles) for item in items)
         with self._clock.measure("prefill_s"):
-            for group in chain(*(pack_passes(spans, budget.prefill_tokens) for spans in (whole, rest))):
+            passes = pack_into_passes(whole, budget.prefill_tokens), pad_into_passes(rest, budget.prefill_tokens)
+            for group in chain(*passes):
                 choice = self.runner.prefill(group, self._begin_masks([span.state for span in group]))
                 self.stats.prompt_tokens += sum(len(span.ids) for span in group)
                 if choice is not None:

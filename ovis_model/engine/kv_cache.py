@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovis_model.config import LanguageConfig
-from ovis_model.network.attention import AttentionContext, PagedLengths, choose_kernels
+from ovis_model.network.attention import AttentionContext, PackedSequences, PagedLengths, choose_kernels
 from ovis_model.network.uploads import upload
 
 Index = tuple[Tensor, Tensor | slice]
@@ -37,6 +37,10 @@ class KVCache:
     def locate(self, slots: Tensor, length: int) -> Index:
         """Return where the first `length` tokens of `slots` (int64[B]) are."""
         return slots, slice(length)
+
+    def locate_tokens(self, slots: Tensor, positions: Tensor) -> Index:
+        """Return where the tokens at `positions` of `slots` are, both int64[n]."""
+        return slots, positions
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
@@ -82,6 +86,10 @@ class PagedKVCache(KVCache):
         places = torch.arange(length, device=slots.device)
         return self.table[slots[:, None], places // self.page_tokens].long(), places % self.page_tokens
 
+    def locate_tokens(self, slots: Tensor, positions: Tensor) -> Index:
+        """Return where the tokens at `positions` of `slots` are, both int64[n]."""
+        return self.table[slots, positions // self.page_tokens].long(), positions % self.page_tokens
+
     def move(self, source: int, target: int, length: int) -> None:
         """Do nothing: the table that follows gives the pages of `source` to `target`."""
 
@@ -103,16 +111,19 @@ def _allocate_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.d
 
 
 class Prefill:
-    """The context of prompts, padded on the right to `width`, which are stored in `slots` (int64[B]) of a cache."""
+    """The context of prompts that stand next to each other in one row of tokens.
 
-    def __init__(self, cache: KVCache, slots: Tensor, width: int) -> None:
-        self._cache, self._at = cache, cache.locate(slots, width)
+    Token i is stored at `positions[i]` of slot `slots[i]` of a cache; both are int64[tokens].
+    """
+
+    def __init__(self, cache: KVCache, slots: Tensor, positions: Tensor, sequences: PackedSequences) -> None:
+        self._cache, self._at, self._sequences = cache, cache.locate_tokens(slots, positions), sequences
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store keys and values; let each token see its prompt up to itself."""
-        self._cache.keys[layer][self._at] = key
-        self._cache.values[layer][self._at] = value
-        return choose_kernels(query).attend_causal(query, key, value)
+        self._cache.keys[layer][self._at] = key[0]
+        self._cache.values[layer][self._at] = value[0]
+        return choose_kernels(query).attend_packed(query, key, value, self._sequences)
 
 
 class Extend:

@@ -21,6 +21,8 @@ from ovis_model.network.tensor_parallel import Shard
 from ovis_model.network.vision import HEAD_CHUNK_TOKENS
 
 _MAX_BUDGET = Budget(kv_tokens=0)
+MIN_PREFILL_TOKENS = 2048
+"""Prompt tokens that fill a GPU; with fewer, a pass takes as long as the launches of its kernels."""
 _MIN_KV_TOKENS = 1024
 """Room for one tile, a question and an answer; starting with less is pointless."""
 
@@ -45,6 +47,7 @@ def plan_for_device(config: OvisConfig, dtype: torch.dtype, device: torch.device
     budget = plan_budget(local, dtype, free, choose_pass_dtype(dtype, device))
     if not is_cuda:
         return budget
+    budget = replace(budget, min_prefill_tokens=MIN_PREFILL_TOKENS)
     reads_pages = shard.reduce_min(int(find_kernels(device, dtype).reads_pages))
     return divide_into_pages(budget) if reads_pages else fix_slots(config, budget)
 

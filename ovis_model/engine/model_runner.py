@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import chain, islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ from ovis_model.engine.kv_cache import Extend, KVCache, PagedKVCache, Prefill
 from ovis_model.engine.prefix_sharing import Item
 from ovis_model.engine.requests import RequestState
 from ovis_model.engine.sampling import Choice, Sampler
-from ovis_model.engine.scheduler import Budget, Move, Pages, Span, pack_passes
+from ovis_model.engine.scheduler import Budget, Move, Pages, Span, pad_into_passes
 from ovis_model.engine.tile_loader import TileLoader, split_into_passes
-from ovis_model.network.attention import AttentionContext
+from ovis_model.network.attention import PackedSequences
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.uploads import upload
 from ovis_model.types import IMAGE_ATOM_ID, SamplingParams
@@ -101,17 +100,51 @@ class ModelRunner:
         return choice
 
     def run_spans(self, group: list[Span], places: Sequence[tuple[int, int]]) -> Tensor:
-        """Run the decoder on spans, the longest first; return hidden states [n, hidden_size] at n (span, time) places.
+        """Run the decoder on spans; return hidden states [n, hidden_size] at n (span, time) places.
 
-        The spans are padded on the right.
+        Either all spans are whole prompts, or none is.
         """
-        batch = _upload_spans(group, places, self.model.device)
-        parts = torch.split(self._embed(group, batch.ids), [len(span.ids) for span in group])
+        run = self._run_prompts if group[0].is_whole_prompt else self._run_rests
+        return run(group, places)
+
+    def _run_prompts(self, group: list[Span], places: Sequence[tuple[int, int]]) -> Tensor:
+        """Run whole prompts, which stand next to each other in one row of tokens."""
+        sizes = [len(span.ids) for span in group]
+        starts = np.concatenate(([0], np.cumsum(sizes)))
+        ids, slots, positions, at, lengths, offsets = upload(
+            self.model.device,
+            _concatenate_ids(group),
+            np.repeat(np.array([span.target for span in group], np.int64), sizes),
+            np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
+            np.array([starts[index] + time for index, time in places], np.int64),
+            np.array(sizes, np.int32),
+            starts.astype(np.int32),
+        )
+        visual = [_make_empty_embeddings(self.model), *(span.state.item.visual for span in group)]
+        wanted, found = sum(int((span.ids == IMAGE_ATOM_ID).sum()) for span in group), sum(map(len, visual))
+        assert wanted == found, f"{wanted} placeholders for {found} visual tokens"
+        embeds = self.model.embed(ids, torch.cat(visual))[None]
+        context = Prefill(self.stepper.cache, slots, positions, PackedSequences(tuple(sizes), lengths, offsets))
+        hidden: Tensor = self.model.llm.model(embeds, positions[None], context)
+        return hidden[0, at]
+
+    def _run_rests(self, group: list[Span], places: Sequence[tuple[int, int]]) -> Tensor:
+        """Run what follows cached tokens, padded on the right; either all spans have a target or none has."""
+        width, longest = max(len(span.ids) for span in group), max(span.start for span in group)
+        ids, starts, sources, targets, at = upload(
+            self.model.device,
+            _concatenate_ids(group),
+            *(np.array([getattr(span, name) for span in group], np.int64) for name in ("start", "source")),
+            np.array([span.target for span in group if span.target is not None], np.int64),
+            np.array([index * width + time for index, time in places], np.int64),
+        )
+        parts = torch.split(self.model.llm.model.embed_tokens(ids), [len(span.ids) for span in group])
         embeds = pad_sequence(list(parts), batch_first=True)
-        width = embeds.shape[1]
-        position_ids = batch.starts[:, None] + torch.arange(width, device=embeds.device)
-        hidden: Tensor = self.model.llm.model(embeds, position_ids, self._make_context(group, batch, width))
-        return hidden[batch.places.unbind(1)]
+        kept = targets if len(targets) else None
+        context = Extend(self.stepper.cache, sources, starts, longest, width, kept)
+        position_ids = starts[:, None] + torch.arange(width, device=ids.device)
+        hidden: Tensor = self.model.llm.model(embeds, position_ids, context)
+        return hidden.flatten(0, 1)[at]
 
     def broadcast_choice(self, choice: Choice) -> Choice:
         """Replace the ids by those of rank 0, so that all ranks continue with the same tokens."""
@@ -123,41 +156,9 @@ class ModelRunner:
         assert self._stepper is not None, "the cache is not allocated"
         return self._stepper
 
-    def _embed(self, group: list[Span], ids: Tensor) -> Tensor:
-        """Return the embeddings [all tokens, hidden_size] of the spans; only whole prompts contain placeholders."""
-        visual = [_make_empty_embeddings(self.model), *(span.state.item.visual for span in group if not span.start)]
-        wanted, found = sum(int((span.ids == IMAGE_ATOM_ID).sum()) for span in group), sum(map(len, visual))
-        assert wanted == found, f"{wanted} placeholders for {found} visual tokens"
-        return self.model.embed(ids, torch.cat(visual))
 
-    def _make_context(self, group: list[Span], batch: _Batch, width: int) -> AttentionContext:
-        """Return the context of the tokens of `group`; either all of its spans have a target or none has."""
-        cache, longest = self.stepper.cache, max(span.start for span in group)
-        if len(batch.targets) and not longest:
-            return Prefill(cache, batch.targets, width)
-        targets = batch.targets if len(batch.targets) else None
-        return Extend(cache, batch.sources, batch.starts, longest, width, targets)
-
-
-class _Batch(NamedTuple):
-    """What the device needs of a group of spans: all ids int64[tokens], then int64[B] each, and places int64[n, 2]."""
-
-    ids: Tensor
-    starts: Tensor
-    sources: Tensor
-    targets: Tensor
-    places: Tensor
-
-
-def _upload_spans(group: Sequence[Span], places: Sequence[tuple[int, int]], device: torch.device) -> _Batch:
-    arrays = (
-        np.concatenate([span.ids for span in group]),
-        [span.start for span in group],
-        [span.source for span in group],
-        [span.target for span in group if span.target is not None],
-        np.reshape(places, (-1, 2)),
-    )
-    return _Batch(*upload(device, *(np.asarray(array, np.int64) for array in arrays)))
+def _concatenate_ids(group: Sequence[Span]) -> NDArray[np.int64]:
+    return np.concatenate([span.ids for span in group]).astype(np.int64)
 
 
 def _make_empty_embeddings(model: Ovis) -> Tensor:
@@ -174,7 +175,7 @@ def answer_choices(runner: ModelRunner, prompts: Sequence[Span], budget: Budget)
     """Finish the requests with choices: score each choice after the prompt, which is in the request's slot."""
     choice_of = {span: choice for prompt in prompts for span, choice in _make_choice_spans(prompt)}
     logliks: dict[Span, float] = {}
-    for group in pack_passes(choice_of, budget.prefill_tokens):
+    for group in pad_into_passes(choice_of, budget.prefill_tokens):
         logliks.update(zip(group, _score(runner, group, [choice_of[span] for span in group], budget), strict=True))
     of_states: dict[RequestState, list[float]] = {}
     for span in choice_of:

@@ -27,6 +27,7 @@ class Budget:
     slot_tokens: int = 0  # minimum capacity of a slot, used where spare memory has no other use
     page_tokens: int = 0  # a request gets as many pages of this size as it needs; 0: a slot of one capacity for all
     prefill_tokens: int = 8192  # per pass of several requests, including padding and `CACHED_PER_TOKEN`
+    min_prefill_tokens: int = 0  # short prompts wait until a pass has so many; 0: each enters at once
     prompt_tokens: int = 32768  # of one request, which may be the only one of a pass
     max_tokens: int = 32768  # of prompt and output of one request
     vision_tiles: int = 16  # per pass; a tile of a published size takes about 0.1 GB in the visual head
@@ -50,6 +51,11 @@ class Span:
     start: int
     source: int
     target: int | None = None
+
+    @property
+    def is_whole_prompt(self) -> bool:
+        """Whether nothing is cached before these tokens, and they are kept."""
+        return not self.start and self.target is not None
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class Scheduler:
         """Move waiting requests into free slots, preferably into the slot of a sibling that has left."""
         left = [slot for slot, state in enumerate(self.running) if state.has_left]
         free = [*left, *range(len(self.running), self.slots)]
-        admitted = self._choose_next(left, len(free))
+        admitted = [] if self._should_gather(left, len(free)) else self._choose_next(left, len(free))
         others = [state for state in admitted if not self._enter_after_sibling(state, free)]
         for slot, state in zip(free, others, strict=False):
             self.running[slot : slot + 1] = [state]
@@ -177,6 +183,16 @@ class Scheduler:
             wanted = {slot: state.max_cached for slot, state in enumerate(self.running) if state in entered}
             self.pages.resize({**dict.fromkeys(left, 0), **wanted})
         return admitted
+
+    def _should_gather(self, left: Sequence[int], num_free: int) -> bool:
+        """Whether the prompts that can enter now are too short for a pass, and more can enter with them soon.
+
+        Never while an eighth of the slots would be empty, nor if the next request would lose a prefix by it.
+        """
+        if len(left) == len(self.running) or 8 * num_free > self.slots or num_free >= len(self.waiting):
+            return False
+        num_tokens = sum(state.num_prompt_tokens for state in islice(self.waiting, num_free))
+        return num_tokens < self.budget.min_prefill_tokens and not self.is_next_sibling_of_left
 
     def _choose_next(self, left: Sequence[int], num_free: int) -> list[RequestState]:
         """Remove requests from the front of the queue, as many as there are slots and memory for.
@@ -298,7 +314,21 @@ class Scheduler:
         self.pages = None
 
 
-def pack_passes(spans: Iterable[Span], max_tokens: int) -> Iterator[list[Span]]:
+def pack_into_passes(prompts: Iterable[Span], max_tokens: int) -> Iterator[list[Span]]:
+    """Yield groups of whole prompts, longest first, with at most `max_tokens` tokens in total or one prompt."""
+    group: list[Span] = []
+    num_tokens = 0
+    for span in sorted(prompts, key=lambda span: -len(span.ids)):
+        num_tokens += len(span.ids)
+        if group and num_tokens > max_tokens:
+            yield group
+            group, num_tokens = [], len(span.ids)
+        group.append(span)
+    if group:
+        yield group
+
+
+def pad_into_passes(spans: Iterable[Span], max_tokens: int) -> Iterator[list[Span]]:
     """Yield groups of spans of similar length, longest first; a group has at most `max_tokens` tokens or one span.
 
     A span is padded by at most a fifth or 32 tokens, which costs less than one more pass.

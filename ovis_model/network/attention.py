@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,6 +67,27 @@ class PagedLengths(NamedTuple):
         return cls(lengths, table, query_starts, F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
+class PackedSequences(NamedTuple):
+    """Where sequences are that stand next to each other in one row of tokens, without padding.
+
+    `sizes` are their lengths on the host, `lengths` (int32[B]) those on the device, and `starts` (int32[B + 1]) counts
+    the tokens before each sequence.
+    """
+
+    sizes: tuple[int, ...]
+    lengths: Tensor
+    starts: Tensor
+
+    @property
+    def runs(self) -> Iterator[tuple[slice, int]]:
+        """Where sequences of one length follow each other, and that length."""
+        start = 0
+        for size, run in groupby(self.sizes):
+            stop = start + size * len(list(run))
+            yield slice(start, stop), size
+            start = stop
+
+
 class Kernels(Protocol):
     """One implementation. Queries and results are [B, T, heads, head_dim], keys and values [B, S, kv_heads, head_dim].
 
@@ -82,6 +104,10 @@ class Kernels(Protocol):
 
     def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Let each query see the keys up to its own position."""
+        ...
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
+        """Let each query see the keys of its sequence up to its own position; B = 1, sequences share the row."""
         ...
 
     def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
@@ -118,6 +144,14 @@ class Sdpa:
         """Run with torch's causal flag instead of a mask."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
+        """Run each length apart: a mask over all tokens would make each query compute with all keys."""
+        parts = [
+            self.attend_causal(*(x[0, run].view(-1, size, *x.shape[2:]) for x in (query, key, value))).flatten(0, 1)
+            for run, size in sequences.runs
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """Run with `mask`; `lengths` is unused."""
@@ -186,6 +220,22 @@ class Varlen(CudaSdpa):
     def __init__(self, attend: Callable[..., Any], *, reads_pages: bool) -> None:
         """Take a function like `varlen_attn` of torch 2.12, for fewer key heads than query heads."""
         self._call, self.reads_pages = attend, reads_pages
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
+        """Run with the starts and lengths of `sequences`."""
+        longest = max(sequences.sizes)
+        out: Tensor = self._call(
+            query[0],
+            key[0],
+            value[0],
+            sequences.starts,
+            sequences.starts,
+            longest,
+            longest,
+            window_size=(-1, 0),
+            seqused_k=sequences.lengths,
+        )
+        return out[None]
 
     def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """Run with `lengths`; `mask` is unused."""
@@ -294,6 +344,7 @@ class Flash:
 
     def __init__(self, package: Any) -> None:
         self._attend: Callable[..., Tensor] = package.flash_attn_func
+        self._attend_varlen: Callable[..., Tensor] = package.flash_attn_varlen_func
         self._attend_cache: Callable[..., Tensor] = package.flash_attn_with_kvcache
 
     def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -303,6 +354,12 @@ class Flash:
     def attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Call `flash_attn_func` with its causal flag."""
         return self._attend(query, key, value, causal=True)
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
+        """Call `flash_attn_varlen_func` with its causal flag."""
+        starts, longest = sequences.starts, max(sequences.sizes)
+        sizes = (starts, starts, longest, longest)
+        return self._attend_varlen(query[0], key[0], value[0], *sizes, causal=True)[None]
 
     def attend_cached(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """Call `flash_attn_with_kvcache`; `mask` is unused."""
@@ -391,7 +448,10 @@ def _attend_in_each_way(
 ) -> list[Tensor]:
     mask = (torch.arange(keys.shape[1], device=keys.device) < lengths[:, None])[:, None, None]
     newest = query[:, -1:].contiguous()
+    q, k, v = (x.flatten(0, 1)[None, :5] for x in (query, keys[:, :3], values[:, :3]))
+    places = torch.tensor([3, 2, 0, 3, 5], dtype=torch.int32, device=query.device)
     results = [
+        kernels.attend_packed(q, k, v, PackedSequences((3, 2), places[:2], places[2:]))[0],
         kernels.attend_causal(query, keys[:, :3], values[:, :3]),
         kernels.attend_cached(newest, keys, values, lengths, mask),
         kernels.attend_extended(query, keys, values, lengths),
