@@ -174,9 +174,12 @@ class StopRule:
         return "length" if len(state.output_ids) == state.params.max_new_tokens else None
 
     def _has_stop_string(self, state: RequestState) -> bool:
-        stops = state.params.stop
+        return self.has_stop_string(state.output_ids, state.params.stop)
+
+    def has_stop_string(self, output_ids: Sequence[int], stops: Sequence[str]) -> bool:
+        """Return whether the newest token ends one of `stops`."""
         if not stops or self.tokenizer is None:
             return False
         # A character takes up to four byte tokens, so only this tail can contain a new stop string.
-        text = detokenize(self.tokenizer, state.output_ids[-4 * (max(map(len, stops)) + 1) :])
+        text = detokenize(self.tokenizer, output_ids[-4 * (max(map(len, stops)) + 1) :])
         return cut_at_stop(text, stops) != text

@@ -6,8 +6,8 @@ A missing, unknown or misshapen tensor is an error that names the tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ def load_model(
         config, device=device, dtype=dtype, post_trunk_norm=post_trunk_norm, shard=shard, quantization=quantization
     )
     load_weights(model, directory, config.layout)
+    return model
+
+
+def load_embedder(directory: Path, *, device: torch.device, dtype: torch.dtype) -> Ovis:
+    """Load what turns ids and tiles into embeddings: tower, head and both tables, without a layer of the decoder."""
+    config = OvisConfig.from_directory(directory)
+    language = replace(config.language, num_hidden_layers=0, tie_word_embeddings=True)
+    model = allocate_model(replace(config, language=language), device=device, dtype=dtype)
+    decoder = re.compile(r"(llm\.)?(model\.)?(language_model\.)?(layers\.|lm_head\.)")
+    load_weights(model, directory, config.layout, ignores=decoder.match)
+    model.config = config
     return model
 
 
@@ -90,13 +101,18 @@ class Target:
         self.tensor.copy_(part)
 
 
-def load_weights(model: Ovis, directory: Path, layout: Layout) -> None:
-    """Fill every parameter of `model`. Raise WeightsError that names each missing, unknown or misshapen tensor."""
+def load_weights(
+    model: Ovis, directory: Path, layout: Layout, ignores: Callable[[str], object] = lambda _: False
+) -> None:
+    """Fill every parameter of `model` from the stored tensors that `ignores` does not accept the names of.
+
+    Raise WeightsError that names each missing, unknown or misshapen tensor.
+    """
     pending = find_targets(model, layout)
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": []}
     ignored = {_LM_HEAD[layout]} if model.config.language.tie_word_embeddings else set()
     for name, stored in _read_tensors(directory):
-        if name in ignored:
+        if name in ignored or ignores(name):
             continue
         target = pending.pop(name, None)
         if target is None:
