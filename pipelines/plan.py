@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
+from ovis_model.engine.vllm_engine.versions import check_shapes
 from pipelines.cluster.resources import (
     Hardware,
     Pools,
@@ -43,6 +44,8 @@ def plan_run(config: RunConfig, num_rows: int) -> Plan:
     hardware = Hardware.detect()
     check_quantization(config, hardware)
     encoders, pools = share_hardware(config, hardware, model)
+    if config.engine == "vllm":
+        check_shapes(model.language, pools.device, pools.tensor_parallel)
     sizes = plan_batches(
         num_rows,
         pools,

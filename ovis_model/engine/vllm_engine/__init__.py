@@ -3,7 +3,3 @@
 Tiles, vision tower, embedding table and placeholders are those of the first engine, so what vLLM's own Ovis2 does
 otherwise (the order of the indicators, a single thread that prepares images) has no part in it.
 """
-
-from ovis_model.engine.vllm_engine.versions import check_vllm
-
-__all__ = ["check_vllm"]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no embedding crosses a border between processes
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import SamplingParams as VllmParams
 from vllm.engine.arg_utils import EngineArgs
@@ -34,7 +35,7 @@ from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, ma
 from ovis_model.engine.sampling import Sampler
 from ovis_model.engine.vllm_engine.language import register, write_model_directory
 from ovis_model.engine.vllm_engine.rules import CHECKPOINT, AnswerRules
-from ovis_model.engine.vllm_engine.versions import check_vllm
+from ovis_model.engine.vllm_engine.versions import check_shapes, check_vllm
 from ovis_model.grammar.guides import Guides
 from ovis_model.network.devices import choose_dtype, resolve_device
 from ovis_model.network.ovis import Ovis
@@ -83,6 +84,7 @@ class VllmEngine:
         config = OvisConfig.from_directory(directory)
         place = resolve_device(device, ALONE)
         settled = choose_dtype(dtype, place)
+        check_shapes(config.language, place.type, tensor_parallel)
         if place.type == "cpu":
             _prepare_cpu(num_threads)
         embedder = load_embedder(directory, device=place, dtype=settled)
@@ -241,7 +243,7 @@ class _Core:
         self._inbox, self._fault = SimpleQueue[Sequence[_Job] | None](), ""
         self._jobs: dict[str, _Job] = {}
         self._numbers = count()
-        self._is_abandoned = threading.Event()
+        self._is_abandoned, self._lock = threading.Event(), threading.Lock()
         started: Future[LLMEngine] = Future()
         self._thread = threading.Thread(target=self._run, args=(start, started), name="vllm", daemon=True)
         self._thread.start()
@@ -256,9 +258,10 @@ class _Core:
 
     def submit(self, jobs: Sequence[_Job]) -> None:
         """Hand jobs to the thread; their futures get the answers."""
-        if self._fault:
-            raise EngineDied(self._fault)
-        self._inbox.put(jobs)
+        with self._lock:
+            if self._fault:
+                raise EngineDied(self._fault)
+            self._inbox.put(jobs)
 
     def abandon(self) -> None:
         """Fail all jobs so far."""
@@ -282,10 +285,10 @@ class _Core:
                     self._abort_all()
                 for output in self._engine.step() if self._jobs else ():
                     self._follow(output)
-            self._fail("the engine is closed")
+            self._end("the engine is closed")
             self._engine.engine_core.shutdown()
         except Exception as error:
-            self._fail(f"vLLM: {type(error).__name__}: {error}")
+            self._end(f"vLLM: {type(error).__name__}: {error}")
 
     def _receive(self) -> bool:
         """Add the jobs that have arrived, and wait for some if there is no work; return False to end."""
@@ -319,16 +322,19 @@ class _Core:
     def _abort_all(self) -> None:
         self._is_abandoned.clear()
         self._engine.abort_request([*self._jobs])
-        for job in self._jobs.values():
-            job.future.set_exception(RequestError("interrupted"))
-        self._jobs = {}
+        self._fail_jobs(RequestError("interrupted"))
 
-    def _fail(self, fault: str) -> None:
-        self._fault = fault
+    def _end(self, fault: str) -> None:
+        """Fail all jobs, and those that arrive from now on."""
+        with self._lock:
+            self._fault = fault
         while not self._inbox.empty():
             self._jobs.update({f"late {next(self._numbers)}": job for job in self._inbox.get() or ()})
+        self._fail_jobs(EngineDied(fault))
+
+    def _fail_jobs(self, error: Exception) -> None:
         for job in self._jobs.values():
-            job.future.set_exception(EngineDied(fault))
+            job.future.set_exception(error)
         self._jobs = {}
 
 

