@@ -149,11 +149,11 @@ def test_the_tensors_of_both_layouts_have_vllms_names() -> None:
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [0, 2])
+@pytest.mark.parametrize("kills", [0, 1])
 def test_a_job_with_two_replicas_writes_every_row_once(tmp_path: Path, kills: int) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for i in range(40):
+    for i in range(24):
         draw(pictures / f"{i:02}.png", seed=i, width=300, height=200)
     options = ["--model", MODEL, "--num-replicas", "2", "--max-new-tokens", "16", "--rows-per-file", "2"]
     expected = run_caption(pictures, tmp_path / "ours", *options)

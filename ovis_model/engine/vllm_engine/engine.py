@@ -6,12 +6,13 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.engine.calls import Device, Dtype
+from ovis_model.engine.calls import Device, Dtype, Stats
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
 from ovis_model.engine.sampling import Sampler
 from ovis_model.engine.vllm_engine.language import register, write_model_directory
@@ -115,6 +116,10 @@ class VllmEngine:
             raise
         return [state.make_completion() for state in states]
 
+    def measure(self) -> dict[str, float]:
+        """Return totals so far; vLLM's steps, which mix prefill and decoding, count as decoding."""
+        return asdict(self._core.stats)
+
     def rebuild(self) -> bool:
         """Return False: vLLM cannot start twice in a process."""
         return False
@@ -134,12 +139,18 @@ class VllmEngine:
         self.close()
 
     @torch.inference_mode()
-    def _embed(self, states: Sequence[RequestState]) -> Iterator[Tensor]:
+    def _embed(self, states: Sequence[RequestState]) -> list[Tensor]:
         """Return the embeddings [T, hidden_size] of each prompt; the images of a group are encoded once."""
+        stats = self._core.stats
         with self._vision_lock:
+            started_s = perf_counter()
             for item in dict.fromkeys(state.item for state in states):
                 item.visual = self._encode(item.tiles, item.tile_sizes)
-            return iter([self._embed_one(state) for state in states])
+            found = [self._embed_one(state) for state in states]
+            stats.vision_s += perf_counter() - started_s
+            stats.tiles += sum(len(item.tiles) for item in {state.item for state in states})
+            stats.prompt_tokens += sum(map(len, found))
+            return found
 
     def _encode(self, tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> Tensor:
         model, parts = self._embedder, []
@@ -241,6 +252,7 @@ class _Core:
     def __init__(self, start: Callable[[], LLMEngine]) -> None:
         """Start vLLM; raise what it raises."""
         self._inbox, self._fault = SimpleQueue[Sequence[_Job] | None](), ""
+        self.stats = Stats()
         self._jobs: dict[str, _Job] = {}
         self._numbers = count()
         self._is_abandoned, self._lock = threading.Event(), threading.Lock()
@@ -283,12 +295,22 @@ class _Core:
             while self._receive():
                 if self._is_abandoned.is_set():
                     self._abort_all()
-                for output in self._engine.step() if self._jobs else ():
-                    self._follow(output)
+                if self._jobs:
+                    self._step()
             self._end("the engine is closed")
             self._engine.engine_core.shutdown()
         except Exception as error:
             self._end(f"vLLM: {type(error).__name__}: {error}")
+
+    def _step(self) -> None:
+        started_s = perf_counter()
+        outputs = self._engine.step()
+        self.stats.decode_s += perf_counter() - started_s
+        self.stats.steps += 1
+        self.stats.sequence_steps += min(len(self._jobs), _MAX_SEQUENCES)
+        self.stats.slot_steps += _MAX_SEQUENCES
+        for output in outputs:
+            self._follow(output)
 
     def _receive(self) -> bool:
         """Add the jobs that have arrived, and wait for some if there is no work; return False to end."""
