@@ -27,7 +27,7 @@ from ovis_model.training.export import export_network, make_network
 from ovis_model.types import Request, SamplingParams
 
 SIDES = ("ovis", "vllm")
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "24x128": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 24},
     "114M": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
 }

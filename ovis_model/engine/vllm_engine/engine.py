@@ -266,7 +266,8 @@ class _Core:
         """Maximum of prompt and answer: what the model and the cache hold."""
         config = self._engine.vllm_config
         cached: int = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-        return min(config.model_config.max_model_len, cached)
+        limit: int = config.model_config.max_model_len
+        return min(limit, cached)
 
     def submit(self, jobs: Sequence[_Job]) -> None:
         """Hand jobs to the thread; their futures get the answers."""
