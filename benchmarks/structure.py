@@ -29,31 +29,31 @@ ENGINE_TOOLS = ("benchmarks/engine.py", "benchmarks/roofline.py")  # product: th
 CONFIGURATIONS = {"RunConfig", "CaptionConfig", "AnnotateConfig"}
 MAX_DOC_COLUMNS = 110
 _VERB_LIST = """
-abort accept acquire activate adapt add admit advance aggregate align allocate allow amend announce answer append
-apply arrange ask assemble assert assign attach attend await balance begin bind blend bound branch brighten broadcast
-build bump cache calculate call cancel capture cast catch chain change check choose clamp classify clean clear clip
-close collapse collect combine compact compare compile compute concatenate configure confirm connect consume convert
-copy count cover create crop cut cycle darken decide decode decorate decrement define delay delegate delete deliver
-demand deny derive describe detach detect determine detokenize diff disable discard dispatch divide download drain
-draw drop duplicate edit embed emit enable encode end enqueue ensure enter enumerate erase escape estimate evaluate
-exchange exclude execute exit expand expect explain export expose extend extract fail feed fetch fill filter find
-finish fit flatten flush fold follow forbid force forget format forward free freeze fuse gain gather generalize
-generate get give group grow guard guess halve handle hash highlight hint hold identify ignore import include increase
-increment index infer inform inherit initialize insert inspect install interleave interpolate interpret interrupt
-intersect invert invoke iterate join keep kill launch leave limit link list load locate lock log look lower maintain
-make manage map mark mask match measure merge migrate mirror move multiply name narrow normalize notify obtain occupy
-offer open order overlap overwrite pack pad paint parse partition pass pause permute persist pick ping place plan plot
-point poll pop predict prefer prefill prepare preserve prevent print probe proceed process produce promote propagate
-provide prune publish pull push put quantize query quiet quit quote raise reach read rebuild receive reconstruct
-record redact redirect redo reduce refill refresh refuse register reject relate release rely remember remove rename
-render repair repeat replace replay report request require rescale reserve reset resize resolve respond restart
+abort accept acquire activate adapt add admit advance aggregate align allocate allow amend announce answer append apply
+arrange ask assemble assert assign attach attend await balance begin bind blend bound branch brighten broadcast build
+bump cache calculate call cancel capture cast catch chain change check choose clamp classify clean clear clip close
+collapse collate collect combine compact compare compile compute concatenate configure confirm connect consume continue
+convert copy count cover create crop cut cycle darken decide decode decorate decrement define delay delegate delete
+deliver demand deny derive describe detach detect determine detokenize diff disable discard dispatch divide download
+drain draw drop duplicate edit embed emit enable encode end enqueue ensure enter enumerate erase escape estimate
+evaluate exchange exclude execute exit expand expect explain export expose extend extract fail feed fetch fill filter
+find fingerprint finish fit flatten flush fold follow forbid force forget format forward free freeze fuse gain gather
+generalize generate get give group grow guard guess halve handle hash highlight hint hold identify ignore import include
+increase increment index infer inform inherit initialize insert inspect install interleave interpolate interpret
+interrupt intersect invert invoke iterate join keep kill launch lay leave let limit link list load locate lock log look
+lower maintain make manage map mark mask match measure merge migrate mirror move multiply name narrow normalize notify
+obtain occupy offer open order overlap overwrite pack pad paint parse partition pass pause permute persist pick ping
+place plan plot point poll pop predict prefer prefill prepare preserve prevent print probe proceed process produce
+promote propagate provide prune publish pull push put quantize query quiet quit quote raise reach read rebuild receive
+reconstruct record redact redirect redo reduce refill refresh refuse register reject relate release rely remember remove
+rename render repair repeat replace replay report request require rescale reserve reset resize resolve respond restart
 restore resume retain retire retrieve retry return reuse reverse revert rewind rewrite rotate round route run sample
 satisfy save scale scan scatter schedule score search seed seek select send separate serialize serve set settle shard
 share shift shorten show shrink shuffle shut signal simplify simulate skip sleep slice smooth solve sort spawn split
-spread squeeze stack start steal step stop store stream strip submit substitute subtract suggest sum summarize
-suppress swap switch sync synchronize synthesize take tally tell terminate test throw tile time toggle tokenize trace
-track train transfer transform translate trim truncate try turn undo unify unite unlock unpack unwrap update upload
-use validate verify view visit wait wake walk warm warn watch widen wrap write yield zip
+spread squeeze stack start steal step stop store stream strip submit substitute subtract suggest sum summarize suppress
+swap switch sync synchronize synthesize take tally tell terminate test throw tile time toggle tokenize trace track train
+transfer transform translate trim truncate try turn undo unify unite unlock unpack unwrap update upload use validate
+verify view visit wait wake walk warm warn watch widen wrap write yield zip
 """
 VERBS = frozenset(_VERB_LIST.split())
 

@@ -63,6 +63,7 @@ class TrainingCost:
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
     if args.side:
+        torch.set_num_threads(1)
         print(json.dumps(asdict(run_side(args))))
         return
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -93,7 +94,6 @@ def run_in_process(side: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def run_side(args: argparse.Namespace) -> TrainingCost:
-    torch.set_num_threads(1)
     network = build_network(args)
     run = run_trainer if args.side.startswith("transformers") else run_ours
     return run(network, make_batches(network, args), args.side.endswith("recomputed"))

@@ -23,7 +23,7 @@ from ovis_model.training.parts import group_parameters
 from ovis_model.types import Request, SamplingParams
 from tests.support.engines import generate_ids, make_golden_requests
 from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir
-from tests.support.training import TINY, draw_images, load_training_model, make_batch, make_builder
+from tests.support.training import TINY, draw_images, load_training_model, make_batch, make_builder, make_examples
 
 FACTS = {"stage": "4", "data": "drawn", "steps": 3}
 
@@ -101,6 +101,13 @@ def test_a_new_network_depends_on_its_seed_alone() -> None:
     assert not torch.equal(first.vte.weight, other.vte.weight)
     torch.manual_seed(5)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_new_network_finds_all_words_about_as_probable() -> None:
+    config = OvisConfig.from_directory(TINY)
+    model = TrainingModel(make_network(config, 0))
+    loss, count = model.loss_sum(make_batch(model, make_examples()))
+    assert float(loss.detach()) / count == pytest.approx(np.log(config.language.vocab_size), abs=1.0)
 
 
 ROWS = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovis_model.checkpoint import WEIGHT_INDEX
 from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
@@ -40,10 +40,21 @@ def load_network(directory: Path, device: torch.device | None = None) -> Ovis:
 
 
 def make_network(config: OvisConfig, seed: int) -> Ovis:
-    """Make a network with random weights on the CPU, as torch draws them; the same for the same seed."""
+    """Make a network with random weights on the CPU; the same for the same seed.
+
+    Matrices are as torch draws them. The words of both tables have length 1, so that a new network gives all words
+    about the same probability. Positions and visual words differ enough to be told apart in bfloat16.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Ovis(config).train()
+        network = Ovis(config)
+        for table in (network.vte, network.llm.model.embed_tokens):
+            nn.init.normal_(table.weight, std=config.language.hidden_size**-0.5)
+        nn.init.normal_(network.visual_tokenizer.backbone.preprocessor.pos_embed, std=0.2)
+        head_norm = network.visual_tokenizer.head[1]
+        assert isinstance(head_norm, nn.LayerNorm)
+        nn.init.constant_(head_norm.weight, 2.0)
+        return network.train()
 
 
 def export_network(network: Ovis, source: Path, target: Path, facts: Mapping[str, Any]) -> None:
