@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from jobs.command_line import Command, parse_command_line
-from jobs.shell.signals import drain_when_signalled
+from jobs.shell.library_log import LibraryLog, divert_libraries
+from jobs.shell.signals import drain_when_signalled, leave_with, runs_alone
 from jobs.shell.streams import print_last_line
 from jobs.usage import BAD_USAGE
 from pipelines.config import RunConfig
@@ -35,7 +36,7 @@ EXIT_CODES = {
 }
 RUN_NOTES = "\n".join(["exit codes:", *(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())])
 
-_OUR_PACKAGES = ("__main__", "jobs", "pipelines", "ovis_model")
+_OUR_PACKAGES = ("__main__", "jobs", "demo", "pipelines", "ovis_model")
 
 Config = TypeVar("Config", bound=RunConfig)
 Report = TypeVar("Report")
@@ -48,8 +49,19 @@ def run_job(
 
     `is_resumable`: the same command continues what an interrupted one has done.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # prints the trace of each exception that it raises
+    is_whole_process = runs_alone()
+    with divert_libraries(_OUR_PACKAGES) if is_whole_process else nullcontext(LibraryLog()) as log:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        code = _run_and_report(job, exit_code, log, is_resumable=is_resumable)
+    if is_whole_process:
+        leave_with(code)
+    return code
+
+
+def _run_and_report(
+    job: Callable[[], Report], exit_code: Callable[[Report], int], log: LibraryLog, *, is_resumable: bool
+) -> int:
     try:
         # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
         with drain_when_signalled(), _stdout_to_stderr(), _translate_library_errors():
@@ -76,6 +88,8 @@ def run_job(
     else:
         print_last_line(report)
         return exit_code(report)
+    if path := log.save():
+        print(f"what libraries printed is in {path}", file=sys.stderr)
     print(message, file=sys.stderr)
     return FAILED
 

@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
@@ -17,7 +16,7 @@ from ovis_model.inputs.resample import load_resampler
 from ovis_model.wording import count_nouns
 from pipelines import schema
 from pipelines.checks import check_model, describe_models, resolve_model_paths
-from pipelines.cluster.attempts import RemoteAttempts, read_kept_rows, start_attempt_counts
+from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
 from pipelines.cluster.ray_session import (
     configure_ray_data,
     open_ray_session,
@@ -247,7 +246,7 @@ def stream_results(
         run_encoders(config.frame_encoder, found.get("frame encoder revision"), plan.encoders) as encoder,
         request_gpus([pools.replica_gpus] * pools.num_replicas if pools.waits_for_gpus else []),
     ):
-        of_preprocessors, of_replicas = map(start_attempt_counts, ("preprocessor", "replica"))
+        of_preprocessors, of_replicas = start_attempt_counts("preprocessor", "replica")
         attempts = {"preprocessor": of_preprocessors, "replica": of_replicas}
         watch = Watch(pools, attempts, monitor.observe, autoscale=config.autoscale)
         rows = (
@@ -259,7 +258,7 @@ def stream_results(
                     *model,
                     config,
                     questionnaire,
-                    RemoteAttempts(of_preprocessors),
+                    of_preprocessors,
                     encoder,
                 ),
                 fn_constructor_kwargs={"allow_private_addresses": config.allow_private_addresses},
@@ -270,7 +269,7 @@ def stream_results(
             )
             .map_batches(
                 Generate,
-                fn_constructor_args=(questionnaire, replica, make_engine, RemoteAttempts(of_replicas)),
+                fn_constructor_args=(questionnaire, replica, make_engine, of_replicas),
                 fn_constructor_kwargs={"max_calls": sizes.calls_per_replica},
                 batch_size=sizes.rows_per_batch,
                 num_cpus=pools.replica_cpus,
@@ -288,13 +287,15 @@ def stream_results(
             yield from _add_kept_rows(results, of_replicas, schema.build_result_schema(questionnaire.schema))
 
 
-def _add_kept_rows(results: Iterable[pa.Table], attempts: Any, result_schema: pa.Schema) -> Iterator[pa.Table]:
+def _add_kept_rows(
+    results: Iterable[pa.Table], attempts: RemoteAttempts, result_schema: pa.Schema
+) -> Iterator[pa.Table]:
     """Yield `results`; if they end with an error, also the rows that were tried alone and wait for their batch."""
     try:
         for table in results:
             yield table.cast(result_schema)
     except (Exception, KeyboardInterrupt):
-        yield from read_kept_rows(attempts)
+        yield from attempts.read_kept()
         raise
 
 

@@ -66,6 +66,8 @@ def test_a_folder_of_images_becomes_parquet(pictures: Path, tmp_path: Path) -> N
     assert summary["seconds"] > 0 and summary["rows_per_s"] > 0 and summary["output_tokens_per_s"] > 0
     assert "24/24 rows" in finished.stderr and "ETA" in finished.stderr
     assert finished.stderr.count("Pillow resizes the images") == (load_resampler() is None)
+    ours = ("plan: ", "event=", "Pillow resizes the images", *(f"{i}/24 rows" for i in range(1, 25)))
+    assert all(line.startswith(ours) for line in finished.stderr.splitlines()), finished.stderr
     files = sorted((output / "data").iterdir())
     assert len(files) >= 3 and all(pq.read_schema(file).equals(schema.OUTPUT) for file in files)
     for table in (pd.read_parquet(output / "data"), pyarrow.dataset.dataset(output / "data").to_table().to_pandas()):

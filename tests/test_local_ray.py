@@ -19,14 +19,32 @@ with open_ray_session():
     import ray
     print(ray.get(ray.remote(lambda: "started").remote()))
 """
+RUN = """
+from contextlib import suppress
+from pathlib import Path
+import ray.data
+from pipelines.cluster.ray_session import configure_ray_data, open_ray_session
+class Echo:
+    def __call__(self, batch):
+        return batch
+with open_ray_session():
+    configure_ray_data(2**20)
+    actors = ray.data.ActorPoolStrategy(size=1)
+    rows = ray.data.range(3).map_batches(Echo, compute=actors, batch_size=1).iter_batches(batch_size=None)
+    print(sum(len(batch["id"]) for batch in rows))
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"OVIS_TEST_RUN=local_ray" in (process / "environ").read_bytes():
+                print((process / "cmdline").read_bytes().replace(b"\\0", b" ").decode())
+"""
 WITHOUT_NAME = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
 SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
 
 
-def start_ray(*prefix: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def start_ray(*prefix: str, cwd: Path, program: str = START, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     settings.pop("RAY_ADDRESS", None)
-    command = (*prefix, sys.executable, "-c", START)
+    command = (*prefix, sys.executable, "-c", program)
     return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=150, check=False)
 
 
@@ -46,6 +64,14 @@ def test_a_long_tmpdir_and_a_user_without_name_do_not_keep_ray_from_starting(tmp
     ended = start_ray(*prefix, cwd=spaces, TMPDIR=str(long), HOME="/proc")
     assert "started" in ended.stdout.split(), ended.stderr
     assert ended.stderr.startswith("Ray runs in /tmp/ray: ") and "RAY_TMPDIR" in ended.stderr
+
+
+def test_a_local_ray_is_silent_and_runs_no_process_that_a_job_does_not_use(tmp_path: Path) -> None:
+    ended = start_ray(cwd=tmp_path, program=RUN, OVIS_TEST_RUN="local_ray")
+    assert (ended.stdout.splitlines()[0], ended.stderr) == ("3", "")
+    for name in ("dashboard/dashboard.py", "monitor.py", "_StatsActor", "_AutoscalingCoordinatorActor"):
+        assert name not in ended.stdout
+    assert "gcs_server" in ended.stdout
 
 
 def test_no_usable_directory_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

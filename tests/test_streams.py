@@ -79,3 +79,50 @@ def test_a_lossy_stream_escapes_what_it_cannot_encode(tmp_path: Path) -> None:
         stream = LossyStream(file.fileno(), "ascii")
         print("é and \udcff", file=stream)
     assert (tmp_path / "log").read_bytes() == b"\\xe9 and \\udcff\n" and stream.lost is None
+
+
+JOB = """
+import logging, os, sys, warnings
+from pathlib import Path
+from jobs.shell import prepare_process
+prepare_process()
+from jobs.cli import run_job
+from jobs.demo import Comparison
+def job():
+    os.write(2, b"TIFFReadDirectory: Warning\\n")
+    warnings.warn("this function is going away", FutureWarning)
+    logging.getLogger("s3fs.core").warning("request 7 was retried")
+    logging.getLogger("pipelines.pipeline").warning("waiting for a node")
+    print("half of it is done", file=sys.stderr)
+    if sys.argv[1] == "fail":
+        raise OSError("the disk is full")
+    return Comparison("0.png", "a", "a", 1)
+sys.exit(run_job(job))
+"""
+OURS = ["waiting for a node", "half of it is done"]
+
+
+def run_program(argument: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", JOB, argument],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_stderr_shows_our_lines_alone(tmp_path: Path) -> None:
+    done = run_program("succeed", TMPDIR=str(tmp_path))
+    assert (done.returncode, done.stderr.splitlines(), list(tmp_path.iterdir())) == (0, OURS, [])
+
+
+def test_a_failed_job_names_the_log_of_the_libraries(tmp_path: Path) -> None:
+    done = run_program("fail", TMPDIR=str(tmp_path))
+    *ours, place, error = done.stderr.splitlines()
+    [log] = tmp_path.iterdir()
+    assert done.returncode == 1 and ours == OURS and error.startswith("error: the disk is full")
+    assert place == f"what libraries printed is in {log}"
+    for words in ("TIFFReadDirectory", "going away", "s3fs.core: request 7 was retried"):
+        assert words in log.read_text()
+    assert "waiting" not in log.read_text()

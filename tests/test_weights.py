@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from ovis_model.config import Layout
 from ovis_model.network.weights import WeightsError, load_model
 from tests.support.golden_data import CHECKPOINTS, checkpoint_dir
+from tests.support.roots import ROOT
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]
@@ -28,6 +31,17 @@ def test_both_layouts_fill_the_same_model() -> None:
         )
         assert aidc.keys() == native.keys()
         assert all(torch.equal(aidc[name], native[name]) for name in aidc)
+
+
+def test_loading_does_not_import_the_compiler_of_torch() -> None:
+    """Its import takes as long as torch's own."""
+    program = (
+        "import sys\n"
+        "from ovis_model.engine.engine import OvisEngine\n"
+        f"OvisEngine.from_pretrained({str(checkpoint_dir('tiny56-tied'))!r}, device='cpu')\n"
+        "assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_parameters_have_the_checkpoints_names() -> None:

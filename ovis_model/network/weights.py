@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ovis_model.checkpoint import CheckpointError, read_weight_index
 from ovis_model.config import Layout, OvisConfig, Quantization
@@ -70,13 +71,26 @@ def allocate_model(
     quantization: Quantization = "none",
 ) -> Ovis:
     """Allocate an Ovis in eval mode on `device`, without initializing its parameters."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         model = Ovis(config, post_trunk_norm=post_trunk_norm, shard=shard).to(dtype)
         if quantization == "fp8":
             model.quantize_shapes()
     model = model.to_empty(device=device).eval().requires_grad_(False)
     model.prepare(choose_layer_kernels(dtype, device))
     return model
+
+
+class _Uninitialized(TorchFunctionMode):
+    """A context in which modules leave their parameters as they are.
+
+    On the meta device, `normal_` would import torch's compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor of a function of `torch.nn.init` unchanged; call other functions."""
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Alone:
 
 
 class AttemptCounts:
-    """Attempts and deaths of one stage. Lives in an actor, or in this process without Ray."""
+    """Attempts and deaths of one stage. Lives in an AttemptActor, or in this process without Ray."""
 
     def __init__(
         self,
@@ -202,32 +202,57 @@ class AttemptCounts:
         return bool(rate ** self._begun[row] < _MAX_CHANCE)
 
 
-def start_attempt_counts(stage: str) -> Any:
-    """Start an AttemptCounts actor on the driver's node, so that it survives the loss of any other node."""
+class AttemptActor:
+    """The AttemptCounts of all stages of a run, in one process."""
+
+    def __init__(self, stages: Sequence[str]) -> None:
+        self._counts = {stage: AttemptCounts(stage) for stage in stages}
+
+    def call(self, stage: str, method: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method of the AttemptCounts of `stage`."""
+        return getattr(self._counts[stage], method)(*arguments, **named)
+
+
+def start_attempt_counts(*stages: str) -> list[RemoteAttempts]:
+    """Start an AttemptActor and return its proxies. It runs on the driver's node, so that it survives all others."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(AttemptCounts).options(**options).remote(stage)
-
-
-def read_kept_rows(attempts: Any) -> list[Result]:
-    """Return `AttemptCounts.read_kept` of an actor; nothing if Ray is gone or does not answer."""
-    import ray
-
-    try:
-        kept: list[Result] = ray.get(attempts.read_kept.remote(), timeout=_ANSWER_S)
-    except (ray.exceptions.RayError, RuntimeError):
-        return []
-    return kept
+    actor = ray.remote(AttemptActor).options(**options).remote(stages)
+    return [RemoteAttempts(actor, stage) for stage in stages]
 
 
 class RemoteAttempts:
-    """Proxy of an AttemptCounts actor for the processes of its stage. Waits for the actor unless stated otherwise."""
+    """Proxy of a stage's AttemptCounts in an AttemptActor. Waits for the actor unless stated otherwise."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor, self._me = actor, ""
+    def __init__(self, actor: Any, stage: str) -> None:
+        self._actor, self._stage, self._me = actor, stage, ""
+
+    def read_kept(self) -> list[Result]:
+        """Return `AttemptCounts.read_kept`; nothing if Ray is gone or does not answer."""
+        import ray
+
+        try:
+            kept: list[Result] = ray.get(self._send("read_kept"), timeout=_ANSWER_S)
+        except (ray.exceptions.RayError, RuntimeError):
+            return []
+        return kept
+
+    def read_deaths(self) -> tuple[list[Exit], int]:
+        """Return `AttemptCounts.read_deaths`. Raise an exception of Ray if the actor does not answer."""
+        import ray
+
+        deaths: tuple[list[Exit], int] = ray.get(self._send("read_deaths"), timeout=_ANSWER_S)
+        return deaths
+
+    def read_use(self) -> tuple[dict[str, Reading], list[Event]]:
+        """Return `AttemptCounts.read_use`. Raise an exception of Ray if the actor does not answer."""
+        import ray
+
+        use: tuple[dict[str, Reading], list[Event]] = ray.get(self._send("read_use"), timeout=_ANSWER_S)
+        return use
 
     def start(self) -> None:
         """Register this process before it begins to work. Raise ProcessesDie."""
@@ -245,7 +270,7 @@ class RemoteAttempts:
 
     def end(self, work: str, *, reading: Reading | None = None) -> None:
         """Forget `work`, which is finished. Does not wait."""
-        self._actor.end.remote(work, self._me, reading=reading)
+        self._send("end", work, self._me, reading=reading)
 
     def follow(self, read: Callable[[], Reading]) -> None:
         """Report what this process measures every few seconds, also while it waits for work."""
@@ -254,7 +279,7 @@ class RemoteAttempts:
     def _report(self, read: Callable[[], Reading]) -> None:
         while True:
             time.sleep(REPORT_EVERY_S)
-            self._actor.report.remote(read(), self._me)
+            self._send("report", read(), self._me)
 
     def resume_alone(self, work: str, rows: Sequence[int]) -> Alone:
         """Return what is kept of a batch, and the order in which to try its other rows."""
@@ -277,9 +302,13 @@ class RemoteAttempts:
         import ray
 
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments))
+            return ray.get(self._send(method, *arguments))
         except ProcessesDie as error:  # without the trace of the actor
             raise ProcessesDie(str(error.cause)) from None  # type: ignore[attr-defined]
+
+    def _send(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method without waiting -> the reference of its result."""
+        return self._actor.call.remote(self._stage, method, *arguments, **named)
 
 
 Attempts = AttemptCounts | RemoteAttempts

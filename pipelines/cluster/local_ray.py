@@ -10,8 +10,13 @@ import traceback
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipelines.cluster.lean_ray import start_without_services
 from pipelines.errors import RayNotStarted, ResourceError
+
+if TYPE_CHECKING:
+    from ray._private.worker import RayContext
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +31,8 @@ _OPTIONS = {
 _MAX_ROOT_BYTES = 107 - len("/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
 
-def start_local_ray() -> None:
-    """Start Ray, with a second attempt if the first one takes too long: Ray gives its processes 30 s.
+def start_local_ray() -> RayContext:
+    """Start Ray and return its context, with a second attempt if the first one takes longer than Ray's 30 s.
 
     Raise ResourceError if no directory is suitable, RayNotStarted if Ray cannot start. Call it in the main thread:
     Ray's processes end with the thread that started them.
@@ -35,11 +40,11 @@ def start_local_ray() -> None:
     directory = choose_ray_directory(os.environ)
     _provide_token(os.environ)
     try:
-        _init_ray(directory)
+        return _init_ray(directory)
     except TimeoutError as error:
         logger.warning("%s; trying once more", error)
         try:
-            _init_ray(directory)
+            return _init_ray(directory)
         except TimeoutError as again:
             raise RayNotStarted(f"{again}; tried twice. {_describe_limits()}") from again
 
@@ -96,12 +101,13 @@ def _provide_token(environment: MutableMapping[str, str]) -> None:
     environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _init_ray(directory: str) -> None:
+def _init_ray(directory: str) -> RayContext:
     """Start Ray once. Raise TimeoutError if it was too slow, RayNotStarted for other reasons."""
     import ray
 
     try:
-        ray.init(**_OPTIONS, _temp_dir=directory)
+        with start_without_services():
+            return ray.init(**_OPTIONS, _temp_dir=directory)
     except Exception as error:  # Ray raises Exception itself if a process does not respond
         logs = _end_processes(error) or directory
         reason = f"Ray does not start on this machine ({_get_first_line(error)}); its logs are in {logs}"

@@ -6,18 +6,22 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from pipelines.cluster.address import check_address
+from pipelines.cluster.lean_ray import run_without_scaling
 from pipelines.cluster.local_ray import start_local_ray
 from pipelines.errors import ProcessesDie, StageFailed, StoreFault
 
 _EXECUTOR_END_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -33,16 +37,50 @@ def open_ray_session() -> Iterator[None]:
     if ray.is_initialized():  # by the calling program, which also ends it
         yield
         return
-    with _preserve_sigterm_handler():
+    _use_root_handlers("ray")
+    with _preserve_sigterm_handler(), _drop_level_line():
         if address := os.environ.get("RAY_ADDRESS"):
             check_address(address)
-            ray.init(address="auto", logging_level=logging.WARNING)
+            context = ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
         else:
-            start_local_ray()
+            context = start_local_ray()
     try:
-        yield
+        with nullcontext() if address else run_without_scaling():
+            yield
+    except (ProcessesDie, StageFailed):
+        logger.warning(
+            "Ray's logs are in %s/logs%s", context.address_info["session_dir"], " of each node" * bool(address)
+        )
+        raise
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _drop_level_line() -> Iterator[None]:
+    """Drop from descriptor 2 the line with which Ray's C++ reports RAY_BACKEND_LOG_LEVEL; pass on others at the end."""
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115  (closed below)
+    except OSError:  # no temporary directory: start_local_ray says so
+        yield
+        return
+    with file:
+        terminal = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            file.seek(0)
+            os.write(2, b"".join(line for line in file if b"RAY_BACKEND_LOG_LEVEL" not in line))
+
+
+def _use_root_handlers(name: str) -> None:
+    """Let the root logger's handlers decide where a library's records go, instead of a handler that prints them."""
+    library = logging.getLogger(name)
+    library.handlers = [handler for handler in library.handlers if not isinstance(handler, logging.StreamHandler)]
+    library.propagate = True
 
 
 @contextmanager
@@ -144,6 +182,7 @@ def configure_ray_data(max_block_bytes: int) -> None:
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.01
     # Ray's default fails a run after half an hour without a block; loading a large model can take longer.
     context.execution_no_progress_timeout_s = 4 * 3600
+    _use_root_handlers("ray.data")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # The driver reports an actor's error once; Ray would repeat it and ask the user to open an issue at its project.
     for name in ("ray.data.exceptions", "ray.data._internal.execution.operators.actor_pool_map_operator"):

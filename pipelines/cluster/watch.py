@@ -9,10 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Self
+from typing import Self
 
 from ovis_model.wording import count_nouns
-from pipelines.cluster.attempts import MAX_DEATHS, MIN_PATIENCE_S, WARN_DEATHS
+from pipelines.cluster.attempts import MAX_DEATHS, MIN_PATIENCE_S, WARN_DEATHS, RemoteAttempts
 from pipelines.cluster.census import Census, has_autoscaler, take_census
 from pipelines.cluster.exits import Exit
 from pipelines.cluster.resources import Pools
@@ -26,13 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class Watch:
-    """A context manager that watches the pools of a run; `attempts` are the AttemptCounts actors by stage.
+    """A context manager that watches the pools of a run; `attempts` by stage.
 
     `observe` gets what the actors have measured, and the share of the object store that is in use.
     """
 
     def __init__(
-        self, pools: Pools, attempts: Mapping[str, Any], observe: Callable[[Readings, float], None], *, autoscale: bool
+        self,
+        pools: Pools,
+        attempts: Mapping[str, RemoteAttempts],
+        observe: Callable[[Readings, float], None],
+        *,
+        autoscale: bool,
     ) -> None:
         self._attempts, self._observe, self._deaths = attempts, observe, DeathReports()
         self._waiting = WaitReports(
@@ -58,21 +63,17 @@ class Watch:
                 self._look(time.monotonic())
 
     def _look(self, now_s: float) -> None:
-        import ray
-
-        for stage, actor in self._attempts.items():
-            exits, in_a_row = ray.get(actor.read_deaths.remote(), timeout=_ANSWER_S)
+        for stage, attempts in self._attempts.items():
+            exits, in_a_row = attempts.read_deaths()
             self._log(*self._deaths.report(stage, exits, in_a_row, now_s))
         self._log(*self._waiting.report(take_census(), now_s))
         self._report_use()
 
     def _report_use(self) -> None:
         """Pass on what the actors have measured, and log what happened to them, unless stderr is a terminal."""
-        import ray
-
         readings = {}
-        for stage, actor in self._attempts.items():
-            readings[stage], events = ray.get(actor.read_use.remote(), timeout=_ANSWER_S)
+        for stage, attempts in self._attempts.items():
+            readings[stage], events = attempts.read_use()
             for event in [] if sys.stderr.isatty() else events:
                 logger.warning("%s", event)
         self._observe(readings, _read_object_store_share())

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 import pyarrow as pa
 
 from ovis_model.wording import count_nouns
-from pipelines.cluster.attempts import RemoteAttempts, start_attempt_counts
+from pipelines.cluster.attempts import start_attempt_counts
 from pipelines.cluster.ray_session import configure_ray_data, stream_tables, translate_ray_errors
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS, Hardware
 from pipelines.config import RunConfig, SourceOptions
@@ -117,7 +117,7 @@ def _stream_from_ray(config: RunConfig, run: Run, missing: Ranges) -> Generator[
     configure_ray_data(BATCH_BYTES)
     num_actors = max(1, int(Hardware.detect().cpus))
     units = [unit._asdict() for unit in split_ranges(missing, _choose_unit(count_rows(missing), num_actors))]
-    attempts = RemoteAttempts(start_attempt_counts("cutter"))
+    [attempts] = start_attempt_counts("cutter")
     with translate_ray_errors():
         tables = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS)).map_batches(
             FindCuts,
