@@ -1,6 +1,7 @@
 """Measure what grows with the number of rows: listing, resume and memory.
 
     python -m benchmarks.scale listing [--files 100000] [--tars 1000]
+    python -m benchmarks.scale tables [--rows 1000000]
     python -m benchmarks.scale resume [--rows 100000]
     python -m benchmarks.scale memory [--rows 3000]
 
@@ -14,6 +15,7 @@ import argparse
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -23,18 +25,23 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.config import CaptionConfig
-from pipelines.output.manifest import write_manifest
+from pipelines.output.manifest import encode_manifest, write_manifest
 from pipelines.pipeline import run_pipeline
 from pipelines.sources import list_rows
+from pipelines.storage.table_reader import get_processes
 from tests.support.fake_engine import FakeEngineFactory
+from tests.support.parquet_files import HF
 from tests.support.processes import OpenCounter
 from tests.support.roots import ROOT
 
 Figures = dict[str, float]
 _IMAGE_SIZE = (252, 252)  # nine tiles and the overview: 211 KB
+_LIST = "import sys; from benchmarks.scale import list_table as run; run(*sys.argv[1:])"
 _RUN = "import sys; from benchmarks.scale import caption_with_fake_engine as run; run(*sys.argv[1:])"
 
 
@@ -59,6 +66,48 @@ def measure_listing(place: Path, num_files: int, num_tars: int) -> Figures:
         "manifest: bytes per file": _measure_manifest_bytes(str(files), place / "manifest of files"),
         "manifest: bytes per member": _measure_manifest_bytes(f"{tars}/*.tar", place / "manifest of tars"),
     }
+
+
+def measure_tables(place: Path, num_rows: int) -> Figures:
+    """List Parquet files with images, Parquet files with URLs, and JSON lines; each with ids and prompts."""
+    texts = {name: [f"{name} {i}" for i in range(num_rows)] for name in ("id", "prompt")}
+    urls = [f"https://images.example.com/{i // 1000:04}/{i:09}.jpg" for i in range(num_rows)]
+    images = pa.array([{"bytes": b"", "path": None}] * num_rows, HF)
+    pq.write_table(pa.table({**texts, "image": images}), place / "images.parquet", row_group_size=10_000)
+    pq.write_table(pa.table({**texts, "url": urls}), place / "urls.parquet", row_group_size=10_000)
+    with (place / "lines.jsonl").open("w") as file:
+        for id_, prompt, url in zip(texts["id"], texts["prompt"], urls, strict=True):
+            file.write(json.dumps({"id": id_, "prompt": prompt, "url": url}) + "\n")
+    figures: Figures = {}
+    for name in ("images.parquet", "urls.parquet", "lines.jsonl"):
+        figures |= json.loads(_run_python("-c", _LIST, str(place / name), name).splitlines()[-1])
+    return figures
+
+
+def list_table(source: str, name: str) -> None:
+    """Print the figures of listing a file and encoding its manifest; called in a separate process."""
+    id_column = {} if source.endswith(".jsonl") else {"id_column": "id"}
+    config = CaptionConfig(input=(source,), output="none", model="demo", prompt_column="prompt", **id_column)  # type: ignore[arg-type]
+    started_s, before_mb = time.process_time(), _read_peak_mb()
+    with list_rows(config, config.questionnaire) as rows:
+        listed_s = time.process_time()
+        for _ in encode_manifest("none", rows.read_tables()):
+            pass
+    ended_s, peak_mb = time.process_time(), _read_peak_mb()
+    get_processes().close()
+    reader_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    figures = {
+        "listing, us a row": 1e6 * (listed_s - started_s) / rows.num_rows,
+        "the reader's process, us a row": 1e6 * reader_s / rows.num_rows,
+        "manifest, us a row": 1e6 * (ended_s - listed_s) / rows.num_rows,
+        "peak MB above the start": peak_mb - before_mb,
+    }
+    print(json.dumps({f"{name}: {key}": round(value, 2) for key, value in figures.items()}))
+
+
+def _read_peak_mb() -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def _measure_manifest_bytes(source: str, output: Path) -> float:
@@ -190,7 +239,7 @@ def _read_plasma_mb(descriptors: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["listing", "resume", "memory"])
+    parser.add_argument("what", choices=["listing", "tables", "resume", "memory"])
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--tars", type=int, default=1000)
     parser.add_argument("--rows", type=int)
@@ -200,6 +249,8 @@ def main() -> None:
         match args.what:
             case "listing":
                 figures = measure_listing(place, args.files, args.tars)
+            case "tables":
+                figures = measure_tables(place, args.rows or 1_000_000)
             case "resume":
                 figures = measure_resume(place, args.rows or 100_000)
             case _:

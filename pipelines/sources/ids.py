@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from array import array
 from collections import Counter
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from ovis_model.wording import count_nouns
 from pipelines.errors import SourceError
+from pipelines.sources.hashes import combine_hashes, hash_places, hash_texts
 from pipelines.storage import store
 
 OnDuplicate = Literal["error", "suffix", "skip"]
@@ -30,11 +30,9 @@ class KnownRows:
 
     def __init__(self, tables: Tables = tuple) -> None:
         self._tables = tables
-        ids, rows = array("Q"), array("Q")
-        for table in tables():
-            ids.extend(_hash_ids(table))
-            rows.extend(_hash_rows(table))
-        self._ids, self._rows = np.sort(_to_numpy(ids)), np.sort(_to_numpy(rows))
+        hashes = [(hash_texts(table.column("id")), _hash_rows(table)) for table in tables()]
+        self._ids = np.sort(_join(ids for ids, _ in hashes))
+        self._rows = np.sort(_join(rows for _, rows in hashes))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -48,7 +46,7 @@ class KnownRows:
 
         Two independent 64-bit hashes must match, so that a collision is negligible.
         """
-        return self.has_ids(hashes) & _is_in_sorted(_to_numpy(_hash_rows(table)), self._rows)
+        return self.has_ids(hashes) & _is_in_sorted(_hash_rows(table), self._rows)
 
     def find_ids(self, candidates: set[str]) -> set[str]:
         """Return the candidates that are ids of the run; this reads its manifest."""
@@ -71,7 +69,7 @@ class Changes:
             first, stop = np.searchsorted(self.skipped, [start, start + len(table)])
             keep[self.skipped[first:stop] - start] = False
             start += len(table)
-            if not self.new_ids.keys().isdisjoint(numbers.tolist()):
+            if self.new_ids and not self.new_ids.keys().isdisjoint(numbers.tolist()):
                 ids = map(self.new_ids.get, numbers.tolist(), table.column("id").to_pylist())
                 at = table.column_names.index("id")
                 table = table.set_column(at, table.schema.field("id"), pa.array(ids, pa.string()))
@@ -86,7 +84,7 @@ class IdIndex:
 
     def add(self, table: pa.Table) -> None:
         """Add the ids of the next rows."""
-        self._hashes.extend(_hash_ids(table))
+        self._hashes.frombytes(hash_texts(table.column("id")).tobytes())
 
     def resolve_duplicates(self, tables: Tables, on_duplicate: OnDuplicate, known: KnownRows) -> Changes:
         """Return the changes that make every id unique and leave no known row.
@@ -95,7 +93,7 @@ class IdIndex:
         """
         hashes = _to_numpy(self._hashes)
         is_known, taken = self._compare(tables, known) if len(known) else (np.zeros(len(hashes), bool), set())
-        suspicious = np.concatenate([_find_repeated(hashes), np.array([*map(_hash, taken)], np.uint64)])
+        suspicious = np.concatenate([_find_repeated(hashes), hash_texts(pa.array(list(taken), pa.string()))])
         rows = np.flatnonzero(np.isin(hashes, suspicious) & ~is_known) if len(suspicious) else np.empty(0, np.int64)
         ids = list(_read_ids(tables, rows))
         duplicates = _find_duplicates(rows, ids, taken)
@@ -176,16 +174,14 @@ def _to_numpy(hashes: array[int]) -> NDArray[np.uint64]:
     return np.frombuffer(hashes, np.uint64)
 
 
-def _hash_ids(table: pa.Table) -> array[int]:
-    return array("Q", map(_hash, table.column("id").to_pylist()))
-
-
-def _hash_rows(table: pa.Table) -> array[int]:
+def _hash_rows(table: pa.Table) -> NDArray[np.uint64]:
     """Hash the id and the image locations of each row, but not the sizes, which may change with the file."""
-    images = table.column("images").to_pylist()
-    places = ([(i["kind"], i["uri"], i["offset"], i["member"], i["row"]) for i in each] for each in images)
-    rows = zip(table.column("id").to_pylist(), table.column("uri").to_pylist(), places, strict=True)
-    return array("Q", (_hash(repr(row)) for row in rows))
+    texts = (hash_texts(table.column(name)) for name in ("id", "uri"))
+    return combine_hashes(*texts, hash_places(table.column("images")))
+
+
+def _join(hashes: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
 def _is_in_sorted(values: NDArray[np.uint64], sorted_values: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -198,4 +194,4 @@ def _is_in_sorted(values: NDArray[np.uint64], sorted_values: NDArray[np.uint64])
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return int(hash_texts(pa.array([text]))[0])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from ovis_model.wording import count_nouns
@@ -21,7 +22,9 @@ from pipelines.sources.conversations import (
 )
 from pipelines.sources.json_elements import Element, Read, split_file
 from pipelines.sources.json_images import ImageFinder, get_images, hide_inline, make_reference
+from pipelines.sources.plain_json import make_plain_chunk
 from pipelines.sources.rows import (
+    ROWS_PER_CHUNK,
     Chunk,
     ColumnRoles,
     SourceRow,
@@ -40,19 +43,21 @@ def list_jsonl(info: FileInfo, columns: ColumnRoles, *, max_line_bytes: int = 16
     """List one row per line that is not blank, or per element of an array; an invalid one becomes an error row."""
     parser = _RowParser(info.uri, columns)
     with raise_source_errors(info.uri):
-        yield from group_into_chunks(_read_rows(info.uri, parser, max_line_bytes), columns.keep)
+        elements = _read_elements(info.uri, max_line_bytes)
+        while some := list(islice(elements, ROWS_PER_CHUNK)):
+            yield from parser.make_chunks(some)
 
 
-def _read_rows(uri: str, parser: _RowParser, max_line_bytes: int) -> Iterator[SourceRow]:
+def _read_elements(uri: str, max_line_bytes: int) -> Iterator[Element]:
     number, unit = 0, "line"
     try:
         with store.open_file(uri, block_bytes=_BLOCK_BYTES) as file:
             for element in split_file(uri, _get_read(uri, file), max_line_bytes):
                 number, unit = element.number, element.unit
-                yield parser.parse(element)
+                yield element
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         text = f"the file is damaged after {unit} {number}; the rest is not read: {error}"
-        yield SourceRow(f"{uri}#{number + 1}", uri, error=text)
+        yield Element(number + 1, "", 0, b"", text)
 
 
 def _get_read(uri: str, file: Any) -> Read:
@@ -71,6 +76,13 @@ class _RowParser:
         self._wanted = self._columns.wanted
         self._finder = ImageFinder(uri)
 
+    def make_chunks(self, elements: Sequence[Element]) -> Iterator[Chunk]:
+        """Yield the rows of some elements."""
+        if plain := make_plain_chunk(self._uri, elements, self._columns):
+            yield plain
+        else:
+            yield from group_into_chunks(map(self.parse, elements), self._columns.keep)
+
     def parse(self, element: Element) -> SourceRow:
         """Return the row of an element, an error row if it is invalid. Raise SourceError if its images are unclear."""
         try:
@@ -80,7 +92,7 @@ class _RowParser:
         except SourceError:
             raise
         except ValueError as error:
-            text = f"{element.unit} {element.number}: {error}"
+            text = f"{element.unit} {element.number}: {error}" if element.unit else str(error)
             return SourceRow(f"{self._uri}#{element.number}", self._uri, error=text)
 
     def _parse_object(self, element: Element, values: dict[str, Any]) -> SourceRow:

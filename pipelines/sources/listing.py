@@ -69,7 +69,7 @@ def _list_into(listing: Listing, options: SourceOptions, questionnaire: Question
     for chunk in _limit_rows(rows, options.limit):
         listing.add(prompts.to_table(chunk), chunk.kept)
         if chunk.unreadable:
-            num_unreadable, error = num_unreadable + len(chunk.rows), error or chunk.rows[0].error
+            num_unreadable, error = num_unreadable + len(chunk), error or chunk.rows[0].error
         groups.count(chunk)
     if not listing.num_rows:
         raise SourceError(
@@ -96,7 +96,7 @@ def _limit_rows(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
     for chunk in chunks:
         yield chunk if left is None else chunk.take(left)
         if left is not None:
-            left -= len(chunk.rows)
+            left -= len(chunk)
             if left <= 0:
                 return
 

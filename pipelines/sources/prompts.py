@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ovis_model.wording import count_nouns
 from pipelines import schema
@@ -51,6 +52,8 @@ class PromptBuilder:
             self._names |= chunk.names
         else:
             self._num_without_columns += sum(not row.error for row in chunk.rows)
+        if chunk.columns is not None:
+            return self._complete(chunk.columns)
         self._num_text_only += sum(not row.images and self._has_own_prompt(row) and not row.error for row in chunk.rows)
         self._notes.update(note for row in chunk.rows for note in row.notes)
         chosen = [self._choose_prompts(row, has_columns=bool(chunk.names)) for row in chunk.rows]
@@ -61,6 +64,22 @@ class PromptBuilder:
             "prompt": [self._questionnaire.layout.join_prompts(prompts) for prompts, _ in chosen],
             "has_own_prompt": [self._has_own_prompt(row) for row in chunk.rows],
             "error": [error for _, error in chosen],
+        }
+        return pa.table(columns, schema=schema.MANIFEST.remove(0))
+
+    def _complete(self, plain: pa.Table) -> pa.Table:
+        """Return plain rows with prompts in schema MANIFEST without `row`."""
+        join = self._questionnaire.layout.join_prompts
+        own = plain.column("prompt")
+        has_own = own.is_valid() if self._questionnaire.prompt_column is not None else pa.repeat(False, len(plain))
+        self._num_text_only += pc.sum(pc.equal(pc.list_value_length(plain.column("images")), 0)).as_py() or 0
+        usual = join([template.fill({}) for template in self._templates])
+        joined = [usual if prompt is None else join([prompt]) for prompt in pc.if_else(has_own, own, None).to_pylist()]
+        columns = {
+            **{name: plain.column(name) for name in ("id", "uri", "images")},
+            "prompt": joined,
+            "has_own_prompt": has_own,
+            "error": pa.repeat("", len(plain)),
         }
         return pa.table(columns, schema=schema.MANIFEST.remove(0))
 

@@ -68,8 +68,9 @@ class ColumnRoles:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one source, the names of its columns, and a table of the kept columns (as long as `rows`).
+    """Some rows of one source, the names of its columns, and a table of the kept columns, one row each.
 
+    `columns` holds the rows instead of `rows` if all are plain: see `columns.make_columns`.
     `unreadable` chunks hold the error row of a shard of which no row could be listed.
     """
 
@@ -77,10 +78,15 @@ class Chunk:
     names: frozenset[str] = frozenset()
     kept: pa.Table | None = None
     unreadable: bool = False
+    columns: pa.Table | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows if self.columns is None else self.columns)
 
     def take(self, count: int) -> Chunk:
         """Return the first `count` rows."""
-        return replace(self, rows=self.rows[:count], kept=None if self.kept is None else self.kept.slice(0, count))
+        kept, columns = (None if table is None else table.slice(0, count) for table in (self.kept, self.columns))
+        return replace(self, rows=self.rows[:count], kept=kept, columns=columns)
 
 
 def group_into_chunks(

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import SourceError, TableError
 from pipelines.media.inline import is_inline
 from pipelines.media.reference import ByteRange, CellRef, FileRef, ImageRef, resolve_path
+from pipelines.sources.columns import make_columns, refer_to_cells, refer_to_files
 from pipelines.sources.image_columns import choose_image_columns
 from pipelines.sources.image_types import find_content, is_fixed_size, is_struct
 from pipelines.sources.kept_columns import normalize_column
@@ -45,7 +47,7 @@ def _end_at_damage(uri: str, form: str, columns: ColumnRoles, chunks: Iterator[C
         with raise_source_errors(uri, form):
             for chunk in chunks:
                 yield chunk
-                at += len(chunk.rows)
+                at += len(chunk)
     except SourceError as error:
         if not isinstance(error.__cause__, TableError):
             raise
@@ -61,8 +63,7 @@ def _read_parquet(uri: str, columns: ColumnRoles) -> Iterator[Chunk]:
         table, at = TableShard.from_schema(uri, file.schema, columns), 0
         check_ratio(uri, file, [*table.columns_to_read, *filter(None, [table.image])])
         for batch in file.iter_batches(table.columns_to_read, ROWS_PER_CHUNK):
-            numbers = range(at, at + len(batch))
-            yield table.make_chunk(batch, at, [CellRef(uri, table.image or "", i) for i in numbers])
+            yield table.make_chunk(batch, at, CellRef(uri, table.image or "", at))
             at += len(batch)
 
 
@@ -96,9 +97,8 @@ def _read_arrow(uri: str, columns: ColumnRoles) -> Iterator[Chunk]:
         for offset, num_bytes, batch in file.iter_batches(table.columns_to_read):
             byte_range = ByteRange(offset, num_bytes)
             for first in range(0, len(batch), ROWS_PER_CHUNK):
-                numbers = range(first, min(len(batch), first + ROWS_PER_CHUNK))
-                cells = [CellRef(uri, table.image or "", i, byte_range) for i in numbers]
-                yield table.make_chunk(batch.slice(first, len(numbers)), at + first, cells)
+                cell = CellRef(uri, table.image or "", first, byte_range)
+                yield table.make_chunk(batch.slice(first, ROWS_PER_CHUNK), at + first, cell)
             at += len(batch)
 
 
@@ -129,13 +129,26 @@ class TableShard:
         """The columns that the listing reads: that of the images only if it holds URIs."""
         return sorted(self.columns.wanted.union([self.image] if self.image and self.holds_uris else []))
 
-    def make_chunk(self, batch: pa.RecordBatch, at: int, cells: Sequence[CellRef]) -> Chunk:
-        """Make the rows of a batch of `columns_to_read`; the first is row number `at`, `cells` hold their images."""
+    def make_chunk(self, batch: pa.RecordBatch, at: int, first: CellRef) -> Chunk:
+        """Make the rows of a batch of `columns_to_read`; `first` holds the images of its first row, number `at`."""
+        if (plain := self._make_columns(batch, at, first)) is not None:
+            return Chunk((), self.names, self._keep_columns(batch), columns=plain)
+        cells = [CellRef(first.uri, first.column, first.row + i, first.batch) for i in range(batch.num_rows)]
         values = self._read_values(batch) or [{}] * len(cells)
         images = self._make_references(batch, cells)
         numbered = enumerate(zip(values, images, strict=True), at)
         rows = [self.columns.make_row(self.uri, i, *row, unit="row") for i, row in numbered]
         return Chunk(rows, self.names, self._keep_columns(batch))
+
+    def _make_columns(self, batch: pa.RecordBatch, at: int, first: CellRef) -> pa.Table | None:
+        """Return the rows of a batch as columns; None if some are not plain."""
+        images, numbers = None, np.arange(at, at + batch.num_rows)
+        if self.image:
+            is_uris = self.holds_uris
+            images = refer_to_files(batch[self.image], self.uri) if is_uris else refer_to_cells(first, len(numbers))
+            if images is None:
+                return None
+        return make_columns(self.columns, self.uri, numbers, batch, images)
 
     def _read_values(self, batch: pa.RecordBatch) -> list[dict[str, Any]]:
         texts = batch.select(sorted(self.columns.text_columns))

@@ -21,7 +21,7 @@ def strip_window(uri: str) -> str:
 def parse_windows(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     """Yield the chunks with `#t=start,stop` in the URIs of videos parsed; a wrong one makes an error row."""
     for chunk in chunks:
-        yield replace(chunk, rows=[_parse_row(row) for row in chunk.rows])
+        yield replace(chunk, rows=[_parse_row(row) for row in chunk.rows]) if chunk.rows else chunk
 
 
 def _parse_row(row: SourceRow) -> SourceRow:
