@@ -87,7 +87,7 @@ def measure_tables(place: Path, num_rows: int) -> Figures:
 def list_table(source: str, name: str) -> None:
     """Print the figures of listing a file and encoding its manifest; called in a separate process."""
     id_column = {} if source.endswith(".jsonl") else {"id_column": "id"}
-    config = CaptionConfig(input=(source,), output="none", model="demo", prompt_column="prompt", **id_column)  # type: ignore[arg-type]
+    config = CaptionConfig(input=(source,), output="none", model="demo", prompt_column="prompt", **id_column)
     started_s, before_mb = time.process_time(), _read_peak_mb()
     with list_rows(config, config.questionnaire) as rows:
         listed_s = time.process_time()
