@@ -3,6 +3,7 @@
     python -m benchmarks.scale listing [--files 100000] [--tars 1000]
     python -m benchmarks.scale tables [--rows 1000000]
     python -m benchmarks.scale resume [--rows 100000]
+    python -m benchmarks.scale finished [--rows 1000000]
     python -m benchmarks.scale memory [--rows 3000]
 
 `memory` measures two runs over small images: with that many rows, and with ten times as many. Prints a table, then JSON
@@ -29,12 +30,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipelines.checks import describe_models, resolve_model_paths
 from pipelines.config import CaptionConfig
 from pipelines.output.manifest import encode_manifest, write_manifest
+from pipelines.output.run_record import open_run
+from pipelines.output.sink import write_file
 from pipelines.pipeline import run_pipeline
 from pipelines.sources import list_rows
 from pipelines.storage.table_reader import get_processes
 from tests.support.fake_engine import FakeEngineFactory
+from tests.support.outputs import make_results
 from tests.support.parquet_files import HF
 from tests.support.processes import OpenCounter
 from tests.support.roots import ROOT
@@ -164,6 +169,30 @@ def measure_resume(place: Path, num_rows: int) -> Figures:
     }
 
 
+def measure_finished(place: Path, num_rows: int) -> Figures:
+    """Write the manifest and the files of a finished run, then start its command, which should open no input."""
+    source, output = place / "in" / "rows.jsonl", place / "out"
+    source.parent.mkdir()
+    with source.open("w") as file:
+        file.writelines(json.dumps({"prompt": f"What is {i} + 1?"}) + "\n" for i in range(num_rows))
+    config = CaptionConfig(input=(str(source),), output=str(output), model="demo")
+    config = resolve_model_paths(config)
+    run = open_run(config, describe_models(config))
+    for start in range(0, num_rows, 5000):
+        write_file(run.data_uri, make_results(range(start, min(start + 5000, num_rows))))
+    run.update(status="finished")
+    started_s, cpu_s = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    with OpenCounter(source.parent) as counter:
+        last_line = _run_python("-m", "jobs.caption", str(source), str(output), "--model", "demo").splitlines()[-1]
+    assert json.loads(last_line)["skipped_done"] == num_rows
+    return {
+        "again: seconds": round(time.monotonic() - started_s, 2),
+        "again: CPU seconds": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - cpu_s, 2),
+        "again: inputs opened": counter.opens.total(),
+        "output files": len(list((output / "data").iterdir())),
+    }
+
+
 def _run_python(*arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -239,7 +268,7 @@ def _read_plasma_mb(descriptors: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["listing", "tables", "resume", "memory"])
+    parser.add_argument("what", choices=["listing", "tables", "resume", "finished", "memory"])
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--tars", type=int, default=1000)
     parser.add_argument("--rows", type=int)
@@ -251,6 +280,8 @@ def main() -> None:
                 figures = measure_listing(place, args.files, args.tars)
             case "tables":
                 figures = measure_tables(place, args.rows or 1_000_000)
+            case "finished":
+                figures = measure_finished(place, args.rows or 1_000_000)
             case "resume":
                 figures = measure_resume(place, args.rows or 100_000)
             case _:

@@ -169,6 +169,11 @@ class ImageOptions(Section):
         description="colour behind transparent images: #rrggbb, three numbers such as 255,255,255, or a name",
         unset="the colour that the transparent pixels have, as in the original",
     )
+    fast_decode: bool = declare_option(
+        False,
+        since="0.2",
+        description="decode JPEG images much larger than their tiles at a fraction of their size; not exact",
+    )
     num_frames: PositiveInt = declare_option(12, description="maximum number of frames per video")
     fps: float | None = declare_option(
         None, gt=0, description="maximum number of frames, or candidates, per second of video", unset="no limit"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from ovis_model.inputs.processor import Processor
 from ovis_model.inputs.prompt import IMAGE_MARK, build_video_query, remove_marks
+from ovis_model.inputs.tiling import choose_reduction
 from ovis_model.types import IMAGE_ATOM_ID, Request
 from pipelines.cluster.actor import register_fast_exit
 from pipelines.cluster.attempts import CONTROL, GIVEN_UP, MAX_TRIES, Attempts
@@ -134,7 +136,12 @@ class Preprocess:
         if not encoded and not row.has_own_prompt:
             raise RowError("read", "the row has neither an image nor its own prompt")
         with convert_errors("decode", MediaError):
-            decoded = decode_images(encoded, self._images)
+            decoded = decode_images(
+                encoded,
+                self._images,
+                max_tiles=self._images.max_tiles_per_image(len(encoded)),
+                tile_size=self._requests.tile_size,
+            )
         with convert_errors("tile", ValueError):
             requests = self._requests.build_image_requests(row.prompt, [image.pixels for image in decoded])
         prepared = _make_row(row, requests, len(decoded))
@@ -221,14 +228,17 @@ def convert_errors(stage: Stage, expected: type[Exception]) -> Iterator[None]:
         raise RowError(stage, reason) from error
 
 
-def decode_images(encoded: Sequence[bytes], options: ImageOptions) -> list[DecodedImage]:
+def decode_images(
+    encoded: Sequence[bytes], options: ImageOptions, *, max_tiles: int, tile_size: int
+) -> list[DecodedImage]:
     """Decode the images of a row. Raise MediaError that names the image if there are several."""
     keep_partial, background = options.partial_images == "keep", options.background_colour
+    choose = partial(choose_reduction, max_tiles=max_tiles, tile_size=tile_size) if options.fast_decode else None
     decoded = []
     for number, data in enumerate(encoded, 1):
         place = f"image {number} of {len(encoded)}: " if len(encoded) > 1 else ""
         try:
-            image = read_image(data, keep_partial=keep_partial, background=background)
+            image = read_image(data, keep_partial=keep_partial, background=background, choose_reduction=choose)
         except MediaError as error:
             raise MediaError(f"{place}{error}") from error
         decoded.append(replace(image, warning=place + image.warning) if image.warning else image)
@@ -236,7 +246,7 @@ def decode_images(encoded: Sequence[bytes], options: ImageOptions) -> list[Decod
 
 
 def _describe_image(image: DecodedImage, data: bytes) -> MediaFacts:
-    return MediaFacts(*image.pixels.size, image.format, len(data))
+    return MediaFacts(*image.size, image.format, len(data))
 
 
 def _describe_video(info: VideoInfo) -> MediaFacts:

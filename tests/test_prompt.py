@@ -103,6 +103,15 @@ def test_ordinary_text_has_the_ids_of_the_whole_prompt(query: str, system: str) 
         assert CHATS[layout].encode_prompt(query, [], system) == whole
 
 
+def test_a_prompt_that_is_encoded_again_has_ids_of_its_own() -> None:
+    chat = ChatTokenizer(TOKENIZERS["native"])
+    first = chat.encode_prompt("<image> what?", [Grid(1, 2)])
+    expected = list(first)
+    first.clear()
+    assert chat.encode_prompt("<image> what?", [Grid(1, 2)]) == expected
+    assert chat.encode_prompt("<image> what?", [Grid(2, 2)]) != expected
+
+
 def test_a_mark_in_the_system_prompt_is_text() -> None:
     ids = CHATS["aidc"].encode_prompt("hello", [], f"Look at {IMAGE_MARK}")
     assert min(ids) >= 0

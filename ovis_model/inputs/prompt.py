@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -25,6 +26,7 @@ Turn = tuple[str, str | None]
 """A role ("system", "user" or "assistant") and its text."""
 
 IMAGE_MARK = "<image>"
+_MAX_CACHED_TEXTS = 64
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 CHAIN_OF_THOUGHT = (
     "Provide a step-by-step solution to the problem, and conclude with 'the answer is' followed by the final solution."
@@ -76,6 +78,8 @@ class ChatTokenizer:
         self._start = _find_control_id(tokenizer, "<|im_start|>")
         self._end = _find_control_id(tokenizer, "<|im_end|>")
         self._text = _make_text_tokenizer(tokenizer)
+        # Most rows share their prompt, and all share the parts around it.
+        self._encode = lru_cache(_MAX_CACHED_TEXTS)(self._encode_text)
 
     def encode_prompt(self, query: str, grids: Sequence[Grid], system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> list[int]:
         """Encode a prompt whose `<image>` marks become images cut by `grids`, with one atom per tile.
@@ -114,7 +118,7 @@ class ChatTokenizer:
         Return ids and which of them a model learns, as `encode_dialogue` does.
         """
         head, body = self._encode_query(template, grids), self._encode(caption)
-        return head + body, [False] * len(head) + [True] * len(body)
+        return [*head, *body], [False] * len(head) + [True] * len(body)
 
     def _encode_turn(self, role: str, text: str | None, grids: Sequence[Grid]) -> tuple[list[int], list[int]]:
         """Encode what opens a turn, and the rest, which a model learns if it is an answer."""
@@ -129,19 +133,18 @@ class ChatTokenizer:
     def _encode_query(self, query: str, grids: Sequence[Grid]) -> list[int]:
         first, *others = query.split(IMAGE_MARK)
         check_num_marks(len(others), len(grids))
-        ids = self._encode(first)
+        ids = [*self._encode(first)]
         for grid, text in zip(grids, others, strict=True):
             ids += [*make_placeholders(grid), *self._encode(text)]
         return ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_text(self, text: str) -> tuple[int, ...]:
         if surrogate := re.search("[\ud800-\udfff]", text):
             raise ValueError(
                 f"the text contains {surrogate[0]!r}, half of a surrogate pair, which is not a character; "
                 "decode the text with errors='replace'"
             )
-        ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
-        return ids
+        return tuple(self._text.encode(text, add_special_tokens=False).ids)
 
 
 def check_num_marks(num_marks: int, num_images: int) -> None:

@@ -5,6 +5,7 @@ A crop is a box of the image, shrunk to fit into a tile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -45,6 +46,22 @@ def count_tiles(grid: Grid) -> int:
     """Return the number of tiles of an image cut by `grid`; if there are several, the overview is one more."""
     count = grid.rows * grid.cols
     return count if count == 1 else count + 1
+
+
+@lru_cache(maxsize=65536)
+def choose_reduction(width: int, height: int, max_tiles: int, tile_size: int = TILE_SIZE_PX) -> int:
+    """Return the largest of 8, 4, 2 and 1 by which an image may be reduced before it is tiled.
+
+    The reduced image has the same grid, and no crop of it has fewer pixels than its tile.
+    """
+    grid = choose_grid(width, height, max_tiles, tile_size)
+    needed_px = min(tile_size, max(width // grid.cols, height // grid.rows))
+    for factor in (8, 4, 2):
+        reduced = math.ceil(width / factor), math.ceil(height / factor)
+        longer_px = max(reduced[0] // grid.cols, reduced[1] // grid.rows)
+        if longer_px >= needed_px and choose_grid(*reduced, max_tiles, tile_size) == grid:
+            return factor
+    return 1
 
 
 def tile_image(

@@ -39,21 +39,34 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTER_TURNS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 _BAND_PX = 256  # lines compared at once
 _WARNINGS_LOCK = threading.Lock()
 
 T = TypeVar("T")
 Colour = tuple[int, int, int]
+ChooseReduction = Callable[[int, int], int]
+"""Return the factor, 1, 2, 4 or 8, by which an upright image of (width_px, height_px) may be reduced."""
+
 _WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An upright RGB image. `format` is its name; `warning` says what is missing, or is ""."""
+    """An upright RGB image. `format` is its name; `warning` says what is missing, or is "".
+
+    size: (width_px, height_px) in the file; `pixels` are fewer if they were reduced.
+    """
 
     pixels: Image.Image
     format: str
     warning: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -62,7 +75,12 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def read_image(
-    data: bytes, *, keep_partial: bool = False, background: Colour | None = None, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    *,
+    keep_partial: bool = False,
+    background: Colour | None = None,
+    max_pixels: int = MAX_PIXELS,
+    choose_reduction: ChooseReduction | None = None,
 ) -> DecodedImage:
     """Return the upright RGB image in `data`, the first frame of an animation.
 
@@ -73,6 +91,7 @@ def read_image(
     Raise MediaError for everything else: data that is damaged or not an image, more than `max_pixels` (checked
     before decoding), integers beyond 16 bits, floats outside [0, 1]. With `keep_partial`, the part of a damaged image
     that can be decoded is returned with a warning; the rest has the colour of the background, or white.
+    With `choose_reduction`, a JPEG is decoded at a half, a quarter or an eighth of its size if that says so.
     """
     if not data:
         raise MediaError("not an image: the data is empty")
@@ -80,7 +99,7 @@ def read_image(
     with _WARNINGS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _raise_media_errors(lambda: _decode_whole(data, background, max_pixels), data)
+            return _raise_media_errors(lambda: _decode_whole(data, background, max_pixels, choose_reduction), data)
         except MediaError as error:
             partial = _decode_part(data, background, max_pixels, str(error)) if keep_partial else None
             if partial is None:
@@ -88,9 +107,23 @@ def read_image(
             return partial
 
 
-def _decode_whole(data: bytes, background: Colour | None, max_pixels: int) -> DecodedImage:
-    image = _load(_open_bounded(data, max_pixels), data, max_pixels)
-    return _finish(image, _convert_to_rgb(image, background), data)
+def _decode_whole(
+    data: bytes, background: Colour | None, max_pixels: int, choose_reduction: ChooseReduction | None
+) -> DecodedImage:
+    image = _open_bounded(data, max_pixels)
+    size = None
+    if choose_reduction is not None and image.format == "JPEG":
+        size = image.size
+        _reduce(image, choose_reduction, is_turned=_read_transpose(image, data) in _QUARTER_TURNS)
+    image = _load(image, data, max_pixels)
+    return _finish(image, _convert_to_rgb(image, background), data, size=size)
+
+
+def _reduce(image: Image.Image, choose_reduction: ChooseReduction, *, is_turned: bool) -> None:
+    """Let libjpeg decode the image at a fraction of its size: its cosine transforms are cut short."""
+    factor = choose_reduction(*(image.size[::-1] if is_turned else image.size))
+    if factor > 1:
+        image.draft(None, (image.width // factor, image.height // factor))
 
 
 def _decode_part(data: bytes, background: Colour | None, max_pixels: int, reason: str) -> DecodedImage | None:
@@ -113,10 +146,14 @@ def _has_several_colours(pixels: NDArray[np.uint8]) -> bool:
     return bool(len(pixels) and (pixels != pixels[0]).any())
 
 
-def _finish(image: Image.Image, rgb: Image.Image, data: bytes, warning: str = "") -> DecodedImage:
+def _finish(
+    image: Image.Image, rgb: Image.Image, data: bytes, warning: str = "", *, size: tuple[int, int] | None = None
+) -> DecodedImage:
     transpose = _read_transpose(image, data)
     upright = rgb if transpose is None else rgb.transpose(transpose)
-    return DecodedImage(upright, name_format(data) or image.format or "", warning)
+    stored = size or rgb.size
+    upright_size = stored[::-1] if transpose in _QUARTER_TURNS else stored
+    return DecodedImage(upright, name_format(data) or image.format or "", warning, upright_size)
 
 
 def _open_bounded(data: bytes, max_pixels: int) -> Image.Image:

@@ -74,10 +74,11 @@ class ExamplePreparer:
 
     def _tile_images(self, row: Dialogue, encoded: list[bytes]) -> TiledImages:
         with convert_errors("decode", MediaError):
-            pictures = [image.pixels for image in decode_images(encoded, self._images)]
+            max_tiles = self._choose_max_tiles(row, len(encoded))
+            decoded = decode_images(encoded, self._images, max_tiles=max_tiles, tile_size=self._tile_size)
         with convert_errors("tile", ValueError):
+            pictures = [image.pixels for image in decoded]
             place_marks(row, len(pictures))  # before tiling, which is slow
-            max_tiles = self._choose_max_tiles(row, len(pictures))
             tiles, sizes = tile_images(pictures, max_tiles, self._tile_size)
         grids = (choose_grid(*picture.size, max_tiles, self._tile_size) for picture in pictures)
         return TiledImages(tiles, sizes, tuple(grids))
