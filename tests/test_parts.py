@@ -155,6 +155,8 @@ def check_result(output: Path, count: int) -> None:
     assert repr(read_results(str(output)).to_pylist()) == repr(rows)
     report = write_report(ReportOptions(str(output)))
     assert (report.rows, report.ok, report.shown, report.without_media) == (NUM_ROWS, NUM_ROWS, NUM_ROWS, 0)
+    page = (output / "report.html").read_text()
+    assert page.count('"ended_at"') == count and '"limited_by"' in page, "the report shows the sessions of all parts"
     listed = json.loads((output / "list" / "list.json").read_text())
     assert listed["num_rows"] == NUM_ROWS
 
