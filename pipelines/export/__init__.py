@@ -1,0 +1,1 @@
+"""Write chosen rows of a run in the formats of other tools, with their media."""
