@@ -22,7 +22,10 @@ Config = TypeVar("Config", bound=Section)
 
 @dataclass(frozen=True)
 class Command(Generic[Config]):
-    """A job's command line. `examples` are arguments, `notes` end --help, `places` are fields given by place."""
+    """A job's command line. `examples` are arguments, `notes` end --help, `places` are fields given by place.
+
+    `optional_place`: a field that may follow them.
+    """
 
     name: str
     kind: type[Config]
@@ -31,6 +34,7 @@ class Command(Generic[Config]):
     examples: tuple[str, ...] = ()
     notes: str = ""
     places: tuple[str, ...] = ("input", "output")
+    optional_place: str = ""
 
     @cached_property
     def options(self) -> dict[str, Option]:
@@ -45,7 +49,8 @@ class Command(Generic[Config]):
     @property
     def positionals(self) -> list[str]:
         """The fields that are given by place, if the job requires them."""
-        return [name for name in self.places if name in self.options and self.options[name].is_required]
+        required = [name for name in self.places if name in self.options and self.options[name].is_required]
+        return [*required, *filter(None, [self.optional_place])]
 
 
 def parse_command_line(command: Command[Config], argv: Sequence[str] | None, prog: str) -> Config:

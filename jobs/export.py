@@ -23,9 +23,9 @@ class ExportFlags(Section):
 
     output: Location = declare_option(..., description="directory or URI of a run")
     target: Location = declare_option(..., description="directory or URI to write, which is empty or a stopped export")
-    format: FormatName = declare_option(..., description="format to write")
-    where: str = declare_option(
-        "",
+    format: FormatName = declare_option("jsonl", description="format to write")
+    where: str | None = declare_option(
+        None,
         description="SQL expression over the columns; only rows for which it is true (needs DuckDB)",
         unset="all rows",
     )
@@ -34,8 +34,8 @@ class ExportFlags(Section):
     min_confidence: tuple[Annotated[str, "TASK=P"], ...] = declare_option(
         (), description="only rows whose answer to the task is at least this probable, from 0 to 1", unset="none"
     )
-    text: str = declare_option(
-        "", description="task whose answer is the caption", unset="the first task with free text"
+    text: str | None = declare_option(
+        None, description="task whose answer is the caption", unset="the first task with free text"
     )
     media: bool = declare_option(True, description="copy images and videos")
     rows_per_file: PositiveInt = declare_option(1000, description="maximum number of rows per file or folder")
@@ -59,7 +59,7 @@ COMMAND = Command(
     "export",
     ExportFlags,
     "Write chosen rows of a run as WebDataset, Hugging Face dataset, LLaVA, COCO captions, CSV or JSON lines.",
-    "OUTPUT TARGET --format FORMAT",
+    "OUTPUT TARGET",
     (
         "captions shards --format webdataset",
         'answers dataset --format hf --where "is_outdoors and people > 3" --without-flags',
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.export")
     pairs = [pair.partition("=") for pair in given.pop("min_confidence")]
     confidences = {task: float(number) for task, _, number in pairs}
     given |= {name: store.make_absolute(given[name]) for name in ("output", "target")}
+    given |= {name: given[name] or "" for name in ("where", "text")}
     options = ExportOptions(**{**given, "min_confidence": confidences})
     return run_job(lambda: export_run(options))
 
