@@ -141,10 +141,10 @@ def _make_conversation(item: Item, paths: Sequence[str]) -> Json:
 
 def _measure(item: Item) -> tuple[int, int]:
     with Image.open(io.BytesIO(item.media[0].data)) as image:
-        return image.size
+        return image.width, image.height
 
 
-def _to_line(value: Json) -> str:
+def _to_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 

@@ -68,7 +68,7 @@ class Item:
     @property
     def num_bytes(self) -> int:
         """The size of the row's media and, about, of its columns."""
-        return sum(len(each.data) for each in self.media) + self.table.nbytes
+        return sum(len(each.data) for each in self.media) + int(self.table.nbytes)
 
 
 def to_json(value: Any) -> Any:
@@ -146,4 +146,4 @@ def _find_suffix(image: ImageRef) -> str:
 
 
 def _sniff_suffix(data: bytes) -> str:
-    return _SUFFIXES.get(name_format(data[:400]), "")
+    return _SUFFIXES.get(name_format(data[:400]) or "", "")
