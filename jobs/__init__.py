@@ -18,6 +18,7 @@ JOBS = {
     "train": "train or fine-tune a model: by Ovis2's stages, with LoRA, or on preferences",
     "report": "write one HTML page about a run: counts, errors, distributions, a contact sheet",
     "export": "write chosen rows as WebDataset, Hugging Face dataset, LLaVA, COCO, CSV or JSON lines",
+    "review": "accept or correct answers in a page on this machine, by keyboard",
     "compact": "merge the many Parquet files of a run into a few large ones",
     "demo": "caption drawn images with the bundled demo model and compare with the truth",
     "demo-answers": "annotate drawn images with the bundled demo model and write a report",

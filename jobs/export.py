@@ -37,6 +37,7 @@ class ExportFlags(Section):
     text: str | None = declare_option(
         None, description="task whose answer is the caption", unset="the first task with free text"
     )
+    corrected: bool = declare_option(False, description="take the answers that people corrected (`ovis2 review`)")
     media: bool = declare_option(True, description="copy images and videos")
     rows_per_file: PositiveInt = declare_option(1000, description="maximum number of rows per file or folder")
     file_size_mb: float = declare_option(512.0, gt=0, description="approximate maximum size of a file, in MiB")

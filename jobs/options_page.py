@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jobs import compact, demo, evaluate, export, plan, report, train
+from jobs import compact, demo, evaluate, export, plan, report, review, train
 from jobs.cli import EXIT_CODES
 from jobs.command_line import Command
 from jobs.options import Option, join_with_or, list_sections
@@ -73,6 +73,7 @@ def _render_parts() -> Iterator[str]:
         train.RECIPE,
         evaluate.SCORE,
         report.COMMAND,
+        review.COMMAND,
         export.COMMAND,
         compact.COMMAND,
         demo.COMMAND,

@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ Lines = Sequence[str]
 """What a part leaves for the file of all parts: a JSON object per line."""
 
 IMAGES = "images"
+_WRITES_AT_ONCE = 16
 _MEDIA_COLUMN = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -82,20 +84,23 @@ def write_parquet(target: str, part: int, items: Sequence[Item]) -> Lines:
 
 def write_jsonl(target: str, part: int, items: Sequence[Item]) -> Lines:
     """Write the images; leave an object per row with all columns and the paths of its images."""
-    return [_to_line({**item.values, **_name_media(_write_media(target, part, item), item)}) for item in items]
+    _write_all(target, part, items)
+    return [_to_line({**item.values, **_name_media(_list_paths(part, item), item)}) for item in items]
 
 
 def write_llava(target: str, part: int, items: Sequence[Item]) -> Lines:
     """Write the images; leave a conversation per row with a turn per task."""
-    return [_to_line(_make_conversation(item, _write_media(target, part, item))) for item in items]
+    _write_all(target, part, items)
+    return [_to_line(_make_conversation(item, _list_paths(part, item))) for item in items]
 
 
 def write_coco(target: str, part: int, items: Sequence[Item]) -> Lines:
     """Write the images; leave an entry of `images` with its caption per row."""
+    _write_all(target, part, items)
     lines = []
     for item in items:
         values = item.values
-        paths = _write_media(target, part, item) or [values["uri"]]
+        paths = _list_paths(part, item) or [values["uri"]]
         width, height = _measure(item) if item.media else (values.get("width"), values.get("height"))
         image = {"id": item.row, "file_name": paths[0], "width": width, "height": height, "row_id": values["id"]}
         lines.append(_to_line({"image": image, "caption": item.caption}))
@@ -113,13 +118,23 @@ def _number(place: int, item: Item) -> str:
     return f"{place}." if len(item.media) > 1 else ""
 
 
-def _write_media(target: str, part: int, item: Item) -> list[str]:
-    """Write the images of a row; return their paths below the target."""
+def _list_paths(part: int, item: Item) -> list[str]:
+    """Return the paths of a row's media below the target."""
     paths = []
     for place, media in enumerate(item.media):
         paths.append(f"{IMAGES}/{part:06}/{item.key}.{_number(place, item)}{media.suffix}".replace("..", "."))
-        store.write_bytes(store.join(target, *paths[-1].split("/")), media.data)
     return paths
+
+
+def _write_all(target: str, part: int, items: Sequence[Item]) -> None:
+    """Write the media of all items, several at once."""
+    files = [
+        (store.join(target, *path.split("/")), media.data)
+        for item in items
+        for path, media in zip(_list_paths(part, item), item.media, strict=True)
+    ]
+    with ThreadPoolExecutor(_WRITES_AT_ONCE) as pool:
+        list(pool.map(lambda file: store.write_bytes(*file), files))
 
 
 def _name_media(paths: Sequence[str], item: Item) -> Json:

@@ -20,9 +20,11 @@ from pipelines.export.selection import ROW
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.image_formats.names import name_format
 from pipelines.media.reference import FileRef, ImageRef, TarRef, parse_reference
+from pipelines.output.decisions import Decisions, read_decisions
 from pipelines.output.manifest import take_rows
 from pipelines.report.columns import OutputColumns
 from pipelines.storage import store
+from pipelines.tasks.answer_types import parse_answer
 
 _SUFFIXES = {
     "JPEG": "jpg",
@@ -96,10 +98,11 @@ def make_items(options: ExportOptions, columns: OutputColumns, chosen: pa.Table)
     numbers = chosen.column(ROW).to_numpy()
     stored = take_rows(options.output, np.sort(numbers), ["images", "prompt"]).to_pylist()
     plain = chosen.drop_columns([ROW])
+    decisions = read_decisions(options.output) if options.corrected else {}
     images = [[parse_reference(image) for image in row["images"]] if options.media else [] for row in stored]
     places = zip(range(len(numbers)), images, strict=True)
     for place, pending in Fetcher().fetch_ahead(places):
-        row = plain.slice(place, 1)
+        row = _correct(plain.slice(place, 1), int(numbers[place]), decisions, columns)
         turns = _make_turns(row.to_pylist()[0], stored[place]["prompt"], columns)
         media, error = _read_media(images[place], pending)
         yield Item(
@@ -111,6 +114,18 @@ def make_items(options: ExportOptions, columns: OutputColumns, chosen: pa.Table)
             media=media,
             error=error,
         )
+
+
+def _correct(row: pa.Table, number: int, decisions: Decisions, columns: OutputColumns) -> pa.Table:
+    """Return the row with the answers that a person decided on."""
+    wrong = {task.name: decisions.get((number, task.name)) for task in columns.tasks}
+    values: dict[str, Any] = {}
+    for task in columns.tasks:
+        decision = wrong[task.name]
+        if decision is not None and not decision.is_right:
+            answer = parse_answer(task.about.get("answer", "text"))
+            values |= {task.text: decision.text, task.value: answer.parse(decision.text)}
+    return pa.Table.from_pylist([{**row.to_pylist()[0], **values}], row.schema) if values else row
 
 
 def find_caption(name: str, columns: OutputColumns) -> int:

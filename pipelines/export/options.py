@@ -15,6 +15,7 @@ class ExportOptions:
 
     where: SQL expression over the columns of a row.
     min_confidence: {task: probability of the choice, or geometric mean of the probabilities of the tokens}.
+    corrected: take the answers that people corrected in a review.
     text: the task whose answer is the caption; "" takes the first task with free text.
     """
 
@@ -27,6 +28,7 @@ class ExportOptions:
     min_confidence: Mapping[str, float]
     text: str = ""
     media: bool = True
+    corrected: bool = False
     rows_per_file: int = 1000
     file_size_mb: float = 512.0
     overwrite: bool = False

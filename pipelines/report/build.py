@@ -16,6 +16,7 @@ from pipelines.output.parts import list_output_parts, locate_manifest, read_whol
 from pipelines.report.answers import Answers
 from pipelines.report.columns import OutputColumns, interpret_columns
 from pipelines.report.page import render
+from pipelines.report.reviewed import summarize_review
 from pipelines.report.rows import get_run_name, serialize_row, serialize_run
 from pipelines.report.sample import ContactSheet, PickedRow
 from pipelines.report.statistics import RunStatistics
@@ -92,7 +93,7 @@ def write_report(options: ReportOptions) -> Report:
     counts, picked = _count_rows(files, columns, options.rows)
     rows = _build_rows(output, picked, columns, options.media_limit_s)
     run = {**serialize_run(output, record), "score": options.scoring.summary if options.scoring else ""}
-    data = {"run": run, "statistics": counts, "rows": rows, "kept": columns.kept}
+    data = {"run": run, "statistics": counts, "rows": rows, "kept": columns.kept, "review": summarize_review(output)}
     page, uri = render(data), resolve_report_uri(options)
     store.write_bytes(uri, page)
     return Report(

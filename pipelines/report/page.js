@@ -397,6 +397,14 @@
 
   // ---- About this run
 
+  /** Accuracy of reviewed answers: a line per task, with the interval that holds the true one in 19 of 20 cases. */
+  function renderReview() {
+    if (!(data.review || []).length) return;
+    const percent = (share) => `${(100 * share).toFixed(1)} %`;
+    const line = (each) => [el("dt", {}, each.task), el("dd.text", {}, `${percent(each.accuracy)} right (${each.right} of ${each.reviewed} reviewed; 95 % interval ${percent(each.low)} to ${percent(each.high)})${each.error === null ? "" : `, calibration error ${each.error.toFixed(3)}`}`)];
+    byId("tasks").before(el("section", { id: "review" }, el("h2", {}, "Reviewed by people"), el("div.panel", {}, el("dl", {}, data.review.flatMap(line)))));
+  }
+
   function renderAbout() {
     const list = (pairs) => el("dl", {}, pairs.filter(([, value]) => value !== null && value !== undefined && toText(value) !== "").flatMap(([name, value]) => [el("dt", {}, name), el("dd.text", {}, toText(value))]));
     const setup = tasks.filter(() => run.has_tasks).map((task) => [task.name, JSON.stringify(task.about)]);
@@ -446,6 +454,7 @@
 
   renderHead();
   renderSummary();
+  renderReview();
   byId("sheet").prepend(el("h2", {}, "Contact sheet", el("small.hint", {}, rows.length < statistics.rows ? `a sample of ${formatNumber(rows.length)} rows` : "all rows")));
   renderTools();
   renderCards();

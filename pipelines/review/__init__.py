@@ -1,0 +1,1 @@
+"""Let a person accept or correct answers of a run in a local page."""
