@@ -60,6 +60,7 @@ def test_nearly_all_schemas_are_supported_and_no_answer_breaks_its_schema() -> N
     assert totals["served"] >= 0.9 * sum(map(len, FAMILIES.values()))
     assert totals["truncated"] < 0.05 * totals["valid"]
     assert counts["not supported"]["served"] == 0
+    assert not any(count["refused"] for kind, count in counts.items() if kind != "not supported")
 
 
 def check_answer(record: Record, schema: dict[str, Any], seed: int) -> str:
@@ -127,6 +128,17 @@ def test_properties_without_a_type_mean_an_object_and_names_beyond_them_are_kept
     assert closed.type == pa.struct({"a": pa.int64()})
     open_ = parse_answer({"json_schema": {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}}})
     assert json.loads(open_.parse('{"a": 1, "b": 2}')) == {"a": 1, "b": 2}
+
+
+def test_properties_next_to_a_union_mean_an_object_too() -> None:
+    either = {"properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+    for name in ("anyOf", "oneOf"):
+        answer = parse_answer({"json_schema": {**either, name: [{"required": ["a"]}, {"required": ["b"]}]}})
+        assert answer.type == pa.struct({"a": pa.int64(), "b": pa.int64()})
+        assert isinstance(answer, Record)
+        for seed in range(10):
+            text = draw_answer(answer, seed)
+            assert text is None or len(json.loads(text)) in ((1,) if name == "oneOf" else (1, 2))
 
 
 def test_names_that_differ_in_case_only_are_no_struct() -> None:

@@ -342,10 +342,12 @@ _STEPS = (
 
 def _infer_type(part: Json, *, is_branch: bool) -> None:
     """Add the type that a schema's keywords are about: one with `properties` means an object."""
+    if "properties" in part and not part.keys() & {"type", "enum", "const", "$ref"}:
+        part["type"] = "object"
     if part.keys() & {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}:
         return
     kinds = {_TYPE_OF[name] for name in part if name in _TYPE_OF}
-    if len(kinds) == 1 and ("properties" in part or not is_branch):
+    if len(kinds) == 1 and not is_branch:
         [part["type"]] = kinds
 
 

@@ -165,7 +165,7 @@ def _validator(schema: str) -> Any:
 def _rewrite(part: Json, root: Json) -> None:
     for name in keywords.IGNORED:
         part.pop(name, None)  # a `$ref` may not lead there: their values are not checked
-    parts = separate_parts(part["oneOf"], root) if "oneOf" in part and "anyOf" not in part else None
+    parts = separate_parts(part["oneOf"], root, part.get("type")) if "oneOf" in part and "anyOf" not in part else None
     if parts is not None:
         del part["oneOf"]
         part["anyOf"] = parts

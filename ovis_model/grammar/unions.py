@@ -7,8 +7,8 @@ one forbids a name that the other requires. Where that is so for all pairs, the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ovis_model.grammar.dialects import resolve_pointer
@@ -32,9 +32,13 @@ class _Part:
     is_closed: bool
 
 
-def separate_parts(parts: Sequence[Any], root: Json) -> list[Any] | None:
-    """Return the parts, narrowed so that no value matches two of them; None if that cannot be done."""
-    described = [_describe(part, root) for part in parts]
+def separate_parts(parts: Sequence[Any], root: Json, types: Any = None) -> list[Any] | None:
+    """Return the parts, narrowed so that no value matches two of them; None if that cannot be done.
+
+    `types`: the value of `type` next to the union, if it has one.
+    """
+    around = _TYPES if types is None else _to_types([types] if isinstance(types, str) else types)
+    described = [replace(own, types=own.types & around) for own in (_describe(part, root) for part in parts)]
     tag = _find_tag(described)
     narrowed = []
     for part, own in zip(parts, described, strict=True):
@@ -71,7 +75,7 @@ def _describe(part: Any, root: Json) -> _Part:
     listed = [types] if isinstance(types, str) else types
     kinds = listed if values is None else [_TYPE_OF.get(type(value), "other") for value in values]
     return _Part(
-        types=frozenset("number" if kind == "integer" else kind for kind in kinds),
+        types=_to_types(kinds),
         values=None if values is None else _to_texts(values),
         constants={
             name: _to_texts(each.get("enum", [each.get("const")]))
@@ -82,6 +86,10 @@ def _describe(part: Any, root: Json) -> _Part:
         required=frozenset(part.get("required", ())),
         is_closed=part.get("additionalProperties") is False and "patternProperties" not in part,
     )
+
+
+def _to_types(kinds: Iterable[str]) -> frozenset[str]:
+    return frozenset("number" if kind == "integer" else kind for kind in kinds)
 
 
 def _to_texts(values: Sequence[Any]) -> frozenset[str]:
