@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipelines.export.dataset_card import make_card
 from pipelines.export.features import describe_features
-from pipelines.export.items import Item
+from pipelines.export.items import ExportItem
 from pipelines.export.options import FormatName
 from pipelines.storage import store
 
@@ -37,12 +37,12 @@ _MEDIA_COLUMN = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 class Format:
     """write_part: write some items below a directory; return lines to join. join: yield the bytes of the joint file."""
 
-    write_part: Callable[[str, int, Sequence[Item]], Lines]
+    write_part: Callable[[str, int, Sequence[ExportItem]], Lines]
     file_name: str = ""
     join: Callable[[Iterator[str]], Iterator[bytes]] = lambda lines: iter(())
 
 
-def write_webdataset(target: str, part: int, items: Sequence[Item]) -> Lines:
+def write_webdataset(target: str, part: int, items: Sequence[ExportItem]) -> Lines:
     """Write a tar in which each row is KEY.SUFFIX per image, KEY.txt with the caption and KEY.json with all columns."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -55,7 +55,7 @@ def write_webdataset(target: str, part: int, items: Sequence[Item]) -> Lines:
     return ()
 
 
-def write_parquet(target: str, part: int, items: Sequence[Item]) -> Lines:
+def write_parquet(target: str, part: int, items: Sequence[ExportItem]) -> Lines:
     """Write a Parquet file of a Hugging Face dataset: all columns with their types, and the images as structs."""
     table = pa.concat_tables([item.table for item in items])
     if items[0].media or any(item.media for item in items):
@@ -82,19 +82,19 @@ def write_parquet(target: str, part: int, items: Sequence[Item]) -> Lines:
     return ()
 
 
-def write_jsonl(target: str, part: int, items: Sequence[Item]) -> Lines:
+def write_jsonl(target: str, part: int, items: Sequence[ExportItem]) -> Lines:
     """Write the images; leave an object per row with all columns and the paths of its images."""
     _write_all(target, part, items)
     return [_to_line({**item.values, **_name_media(_list_paths(part, item), item)}) for item in items]
 
 
-def write_llava(target: str, part: int, items: Sequence[Item]) -> Lines:
+def write_llava(target: str, part: int, items: Sequence[ExportItem]) -> Lines:
     """Write the images; leave a conversation per row with a turn per task."""
     _write_all(target, part, items)
     return [_to_line(_make_conversation(item, _list_paths(part, item))) for item in items]
 
 
-def write_coco(target: str, part: int, items: Sequence[Item]) -> Lines:
+def write_coco(target: str, part: int, items: Sequence[ExportItem]) -> Lines:
     """Write the images; leave an entry of `images` with its caption per row."""
     _write_all(target, part, items)
     lines = []
@@ -113,12 +113,12 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _number(place: int, item: Item) -> str:
+def _number(place: int, item: ExportItem) -> str:
     """Return what tells the images of a row apart; nothing if there is one."""
     return f"{place}." if len(item.media) > 1 else ""
 
 
-def _list_paths(part: int, item: Item) -> list[str]:
+def _list_paths(part: int, item: ExportItem) -> list[str]:
     """Return the paths of a row's media below the target."""
     paths = []
     for place, media in enumerate(item.media):
@@ -126,7 +126,7 @@ def _list_paths(part: int, item: Item) -> list[str]:
     return paths
 
 
-def _write_all(target: str, part: int, items: Sequence[Item]) -> None:
+def _write_all(target: str, part: int, items: Sequence[ExportItem]) -> None:
     """Write the media of all items, several at once."""
     files = [
         (store.join(target, *path.split("/")), media.data)
@@ -137,13 +137,13 @@ def _write_all(target: str, part: int, items: Sequence[Item]) -> None:
         list(pool.map(lambda file: store.write_bytes(*file), files))
 
 
-def _name_media(paths: Sequence[str], item: Item) -> Json:
+def _name_media(paths: Sequence[str], item: ExportItem) -> Json:
     if not paths:
         return {}
     return {"image": paths[0] if len(paths) == 1 else list(paths)}
 
 
-def _make_conversation(item: Item, paths: Sequence[str]) -> Json:
+def _make_conversation(item: ExportItem, paths: Sequence[str]) -> Json:
     is_video = bool(paths) and item.media[0].suffix in ("mp4", "webm", "mov", "mkv", "avi")
     mark = ("<video>" if is_video else "<image>") + "\n"
     turns = []
@@ -154,7 +154,7 @@ def _make_conversation(item: Item, paths: Sequence[str]) -> Json:
     return {"id": item.values["id"], **media, "conversations": turns}
 
 
-def _measure(item: Item) -> tuple[int, int]:
+def _measure(item: ExportItem) -> tuple[int, int]:
     with Image.open(io.BytesIO(item.media[0].data)) as image:
         return image.width, image.height
 

@@ -51,7 +51,7 @@ class Media:
 
 
 @dataclass(frozen=True)
-class Item:
+class ExportItem:
     """A row to export. `key`: a name without dots; `turns`: questions and answers; `caption`: the chosen answer."""
 
     row: int
@@ -91,7 +91,7 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def make_items(options: ExportOptions, columns: OutputColumns, chosen: pa.Table) -> Iterator[Item]:
+def make_items(options: ExportOptions, columns: OutputColumns, chosen: pa.Table) -> Iterator[ExportItem]:
     """Yield the items of chosen rows, in order, with media that are fetched in parallel and ahead."""
     if not len(chosen):
         return
@@ -105,7 +105,7 @@ def make_items(options: ExportOptions, columns: OutputColumns, chosen: pa.Table)
         row = _correct(plain.slice(place, 1), int(numbers[place]), decisions, columns)
         turns = _make_turns(row.to_pylist()[0], stored[place]["prompt"], columns)
         media, error = _read_media(images[place], pending)
-        yield Item(
+        yield ExportItem(
             row=int(numbers[place]),
             key=f"{int(numbers[place]):09}",
             table=row,

@@ -10,9 +10,9 @@ from typing import Any
 
 from pipelines.errors import RunError
 from pipelines.export.formats import FORMATS
-from pipelines.export.items import Item, find_caption, make_items
+from pipelines.export.items import ExportItem, find_caption, make_items
 from pipelines.export.options import Exported, ExportOptions
-from pipelines.export.selection import check_confidences, choose_rows, list_data_files, read_columns
+from pipelines.export.selection import check_confidences, choose_rows, list_data_files, read_output_columns
 from pipelines.output.run_record import read_record
 from pipelines.report.columns import OutputColumns
 from pipelines.storage import store
@@ -44,7 +44,7 @@ def export_run(options: ExportOptions) -> Exported:
     if record is None:
         raise RunError(f"{options.output} holds no run (no run.json)")
     files = list_data_files(options.output)
-    columns = read_columns(record, files[0][0])
+    columns = read_output_columns(record, files[0][0])
     check_confidences(options.min_confidence, columns)
     find_caption(options.text, columns)
     if (counts := _begin(options, files)) is not None:
@@ -69,7 +69,7 @@ def export_run(options: ExportOptions) -> Exported:
     return exported
 
 
-def _list_items(options: ExportOptions, columns: OutputColumns, num_done: int) -> Iterator[Item]:
+def _list_items(options: ExportOptions, columns: OutputColumns, num_done: int) -> Iterator[ExportItem]:
     """Yield the chosen rows after the first `num_done`, with their media."""
     to_skip = num_done
     for chosen in choose_rows(options, columns):
@@ -78,9 +78,9 @@ def _list_items(options: ExportOptions, columns: OutputColumns, num_done: int) -
         yield from make_items(options, columns, chosen.slice(skipped))
 
 
-def _group_items(options: ExportOptions, items: Iterator[Item]) -> Iterator[list[Item]]:
+def _group_items(options: ExportOptions, items: Iterator[ExportItem]) -> Iterator[list[ExportItem]]:
     """Yield the items of each part."""
-    waiting: list[Item] = []
+    waiting: list[ExportItem] = []
     num_bytes = 0
     for item in items:
         waiting.append(item)
@@ -143,7 +143,7 @@ def _locate_part(target: str, number: int) -> str:
     return store.join(target, _PARTS, f"{number:06}.jsonl")
 
 
-def _write_part(options: ExportOptions, number: int, items: Sequence[Item]) -> _Part:
+def _write_part(options: ExportOptions, number: int, items: Sequence[ExportItem]) -> _Part:
     """Write the items whose media were read, then the record of the part, which makes it count."""
     good = [item for item in items if not item.error]
     errors = [{"id": item.values["id"], "row": item.row, "error": item.error} for item in items if item.error]

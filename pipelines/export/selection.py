@@ -31,7 +31,7 @@ def list_data_files(output: str) -> list[tuple[str, int, int]]:
     return sorted(((info.uri, info.num_bytes, int(entry.rows[0])) for info, entry in found), key=lambda file: file[2])
 
 
-def read_columns(record: Json, uri: str) -> OutputColumns:
+def read_output_columns(record: Json, uri: str) -> OutputColumns:
     """Interpret the columns of the run from one of its files."""
     with store.open_file(uri) as file:
         return interpret_columns(record, pq.read_schema(file), {})

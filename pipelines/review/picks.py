@@ -20,7 +20,7 @@ Pick = Literal["uncertain", "flagged", "random"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class PickedAnswer:
     """An answer to review. `order`: answers with a lower one come first; `stratum`: the value of the column."""
 
     row: int
@@ -34,7 +34,7 @@ class Answer:
 
 def pick_answers(
     output: str, columns: OutputColumns, tasks: Sequence[str], pick: Pick, by: str | None, max_answers: int
-) -> list[Answer]:
+) -> list[PickedAnswer]:
     """Return the answers to review. Raise ValueError if a task or the column does not exist."""
     names = [task.name for task in columns.tasks]
     if unknown := sorted(set(tasks) - set(names)):
@@ -43,7 +43,7 @@ def pick_answers(
         raise ValueError(f"--by {by!r} is no column that can be shown; there are {', '.join(columns.names)}")
     wanted = [task for task in columns.tasks if not tasks or task.name in tasks]
     found = sorted(_list_answers(output, columns, wanted, pick, by), key=lambda answer: (answer.order, answer.row))
-    strata: dict[str, list[Answer]] = {}
+    strata: dict[str, list[PickedAnswer]] = {}
     for answer in found:
         strata.setdefault(answer.stratum, []).append(answer)
     rounds = zip_longest(*strata.values())  # the first of each stratum, then the second of each ...
@@ -52,7 +52,7 @@ def pick_answers(
 
 def _list_answers(
     output: str, columns: OutputColumns, tasks: Sequence[TaskColumns], pick: Pick, by: str | None
-) -> Iterator[Answer]:
+) -> Iterator[PickedAnswer]:
     for info, entry in read_entries(store.join(output, "data")):
         with store.open_file(info.uri) as file:
             at = 0
@@ -62,7 +62,7 @@ def _list_answers(
                 at += len(batch)
 
 
-def _list_batch(answers: Answers, tasks: Sequence[TaskColumns], pick: Pick, by: str | None) -> Iterator[Answer]:
+def _list_batch(answers: Answers, tasks: Sequence[TaskColumns], pick: Pick, by: str | None) -> Iterator[PickedAnswer]:
     chance = hash_row_numbers(answers.rows).astype(np.float64)
     strata: list[Any] = answers.get_column(by).to_pylist() if by else [""] * len(answers.rows)
     ids, flags = answers.get_column("id").to_pylist(), answers.flags.to_pylist()
@@ -72,7 +72,7 @@ def _list_batch(answers: Answers, tasks: Sequence[TaskColumns], pick: Pick, by: 
         for place in np.flatnonzero(answers.is_ok).tolist():
             if pick == "flagged" and not any(flag.startswith(f"{task.name}:") for flag in flags[place] or ()):
                 continue
-            yield Answer(
+            yield PickedAnswer(
                 row=int(answers.rows[place]),
                 id=ids[place],
                 task=task,

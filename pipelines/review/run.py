@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from pipelines.errors import RunError
-from pipelines.export.selection import list_data_files, read_columns
+from pipelines.export.selection import list_data_files, read_output_columns
 from pipelines.output.run_record import read_record
 from pipelines.review.picks import Pick, pick_answers
 from pipelines.review.server import Review, ReviewServer
@@ -32,7 +32,7 @@ def start_review(
     record = read_record(output)
     if record is None:
         raise RunError(f"{output} holds no run (no run.json)")
-    columns = read_columns(record, list_data_files(output)[0][0])
+    columns = read_output_columns(record, list_data_files(output)[0][0])
     answers = pick_answers(output, columns, tasks, pick, by, max_answers)
     return ReviewServer(Review(output, answers), port)
 

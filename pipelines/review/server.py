@@ -18,7 +18,7 @@ from pipelines.output.decisions import Decision, make_time_us, read_decisions, w
 from pipelines.report.page import encode_for_html
 from pipelines.report.sample import PickedRow
 from pipelines.report.thumbnails import read_media
-from pipelines.review.picks import Answer
+from pipelines.review.picks import PickedAnswer
 from pipelines.storage import store
 from pipelines.tasks.answer_types import parse_answer
 
@@ -31,7 +31,7 @@ _MAX_PICTURE_BYTES = 4_000_000
 class Review:
     """The answers to review and the decisions so far. Thread-safe."""
 
-    def __init__(self, output: str, answers: Sequence[Answer]) -> None:
+    def __init__(self, output: str, answers: Sequence[PickedAnswer]) -> None:
         self._output, self._answers = output, answers
         self._lock = threading.Lock()
         self._done = {(d.row, d.task): d.text for d in read_decisions(output).values()}
@@ -40,7 +40,7 @@ class Review:
         """Return the answers in their order, with the decisions that exist."""
         return [self._describe(place, answer) for place, answer in enumerate(self._answers)]
 
-    def _describe(self, place: int, answer: Answer) -> Json:
+    def _describe(self, place: int, answer: PickedAnswer) -> Json:
         about = answer.task.about
         choices = answer.task.choices or (["Yes", "No"] if answer.task.kind == "bool" else [])
         return {
