@@ -110,7 +110,7 @@ REFUSED = {
     "an empty answer": ([("user", "What?"), ("assistant", " \n")], "the answer in turn 2 is empty"),
     "an image in an answer": ([("user", "What?"), ("assistant", "<image>")], "only users show images"),
     "an unknown role": ([("function", "What?"), ("assistant", "Here")], "roles of the dialogue are function"),
-    "a mark too many": ([("user", "<image> <image>"), ("assistant", "Here")], "2 <image> marks for 1 images"),
+    "a mark too many": ([("user", "<image> <image>"), ("assistant", "Here")], "2 <image> marks for 1 image;"),
     "not Unicode": ([("user", "What?"), ("assistant", "\ud800")], "surrogate"),
 }
 

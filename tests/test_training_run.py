@@ -156,6 +156,7 @@ def test_workers_start_again_from_the_last_checkpoint_when_one_dies(
 ) -> None:
     kill_once(monkeypatch, at_step=10)
     train(data, tmp_path / "out", per_device_train_batch_size=8, dataloader_num_workers=1)
+    assert "assistant\n[[It is " in caplog.text and "M parameters are trained" in caplog.text
     assert "a worker died" in caplog.text and "all start again from the last checkpoint" in caplog.text
     assert_bitwise_equal(tmp_path / "out", undisturbed)
 

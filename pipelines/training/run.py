@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovis_model.checkpoint import describe_checkpoint, resolve_local_path
+from ovis_model.checkpoint import describe_checkpoint, fetch_checkpoint, resolve_local_path
+from ovis_model.tokenizer import load_tokenizer
+from ovis_model.training.examples import PreferenceExample, render_example
 from ovis_model.weight_files import check_weight_files
 from ovis_model.wording import count_nouns
 from pipelines.cluster.ray_session import open_ray_session, translate_ray_errors
@@ -29,7 +31,7 @@ from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.data.check import CheckedRows, PrepareOptions, check_rows, read_checked_rows
 from pipelines.training.data.data_sets import list_training_rows
-from pipelines.training.data.loader import RowSource
+from pipelines.training.data.loader import Loader, RowSource
 from pipelines.training.data.order import RowOrder, shuffle
 from pipelines.training.data.row_table import write_rows
 from pipelines.training.group import WorkerGroup
@@ -39,6 +41,7 @@ from pipelines.training.telemetry import Telemetry
 from pipelines.training.worker import WorkerSettings
 
 RESUME = "Checkpoints are kept; the same command without --overwrite continues from the last one"
+_MAX_PREVIEW_CHARACTERS = 2000
 _REFERENCE_ROWS = 256  # per worker and call, so that progress is seen
 
 logger = logging.getLogger(__name__)
@@ -133,6 +136,7 @@ def _train(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, lease: Lea
     memory = check_memory(config, plan, *checked.measure_largest(size, answers=1 + config.is_preference))
     logger.warning("%s", describe_memory(memory, plan))
     settings = make_settings(config, run, plan, checked)
+    logger.warning("the first row, with what is learnt in [[ ]]:\n%s", preview_row(settings))
     deaths, reached = 0, -1
     while True:
         step = settings.checkpoints.find_last() or 0
@@ -148,6 +152,14 @@ def _train(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, lease: Lea
                 times = count_nouns(deaths, "time")
                 raise ProcessesDie(f"workers died {times} without a new checkpoint, the last time: {death}") from death
             logger.warning("a worker died (%s); all start again from the last checkpoint", death)
+
+
+def preview_row(settings: WorkerSettings) -> str:
+    """Return the text of the first row as the model sees it, at most _MAX_PREVIEW_CHARACTERS of it."""
+    [example] = Loader(settings.source).load(settings.order.numbers[:1].tolist())
+    shown = example.split()[0] if isinstance(example, PreferenceExample) else example
+    directory = fetch_checkpoint(settings.config.model, settings.config.revision, weights=False)
+    return render_example(shown, load_tokenizer(directory))[:_MAX_PREVIEW_CHARACTERS]
 
 
 def make_settings(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, checked: CheckedRows) -> WorkerSettings:

@@ -171,11 +171,11 @@ class TrainingWorker:
                 upload_directory(Path(directory), model_uri)
 
     def _get_network(self) -> Any:
-        """Return the whole network, by a collective call if it is divided."""
-        from ovis_model.training.learning.parallel import gather_network
+        """Return the whole network; if it is divided, by a call of all workers, and on rank 0 only."""
+        from ovis_model.training.learning.parallel import World, gather_network
 
-        is_divided = self._settings.config.shard and self._size > 1
-        return gather_network(self._learner.network) if is_divided else self._learner.network
+        network, is_divided = self._learner.network, self._settings.config.shard and self._size > 1
+        return gather_network(network, World(self._rank, self._size)) if is_divided else network
 
     @property
     def _directory(self) -> Path:

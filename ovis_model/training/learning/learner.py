@@ -102,9 +102,10 @@ class Learner:
         """Load the checkpoint in `directory`. Raise ConfigError, WeightsError or PartError."""
         self._options, self._world, self._device = options, world, device
         torch.manual_seed(options.seed)
-        network = _load(directory, options, device)
+        # A model that is to be divided may not fit on one device: each layer is moved when it is divided.
+        network = _load(directory, options, torch.device("cpu") if self._is_sharded else device)
         self._model = TrainingModel(network, precision=options.precision, checkpoint_layers=options.checkpoint_layers)
-        if options.shard and world.size > 1:
+        if self._is_sharded:
             shard_model(self._model, world, device)
         groups = group_parameters(network, options.learning_rate, options.learning_rates, options.weight_decay)
         self._optimizer = Optimizer(groups, options.schedule, betas=options.betas, max_grad_norm=options.max_grad_norm)

@@ -121,10 +121,15 @@ def scatter(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gather_network(network: Ovis) -> Ovis:
-    """Return a whole copy on the CPU of a network that is divided; all workers must call it."""
-    whole = Ovis(network.config)
+def gather_network(network: Ovis, world: World) -> Ovis | None:
+    """Return a whole copy on the CPU of a network that is divided, on rank 0; all workers must call it."""
+    with torch.device("meta"):
+        whole = Ovis(network.config)
+    if world.rank == 0:
+        whole.to_empty(device="cpu")
     parameters = dict(whole.named_parameters())
     for name, parameter in network.named_parameters():
-        parameters[name].copy_(gather(parameter))
-    return whole
+        gathered = gather(parameter.detach())
+        if world.rank == 0:
+            parameters[name].copy_(gathered)
+    return whole if world.rank == 0 else None
