@@ -71,7 +71,7 @@ def assert_bitwise_equal(output: Path, other: Path) -> None:
 
 SHARES = {
     "two workers": {"per_device_train_batch_size": 4, "num_workers": 2},
-    "divided": {"per_device_train_batch_size": 4, "num_workers": 2, "shard": True},
+    "divided": {"per_device_train_batch_size": 4, "num_workers": 2, "fsdp": True},
 }
 
 

@@ -127,7 +127,7 @@ class WorkerOptions(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = declare_option(
         "auto", description="precision of products; weights are float32. auto is bfloat16 on CUDA, float32 on CPUs"
     )
-    shard: bool = declare_option(
+    fsdp: bool = declare_option(
         False, description="divide weights and optimizer between the workers (FSDP), for models that one cannot hold"
     )
     gradient_checkpointing: bool = declare_option(
@@ -203,8 +203,8 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
     def _check_stage(self) -> Self:
         if self.lora_rank and self.stage not in ("4", "dpo"):
             raise ValueError(f"--lora-rank trains the language model, which stage {self.stage} does not; use stage 4")
-        if self.lora_rank and self.shard:
-            raise ValueError("--shard divides whole models; leave it out with --lora-rank")
+        if self.lora_rank and self.fsdp:
+            raise ValueError("--fsdp divides whole models; leave it out with --lora-rank")
         return self
 
     @property

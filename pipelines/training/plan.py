@@ -71,7 +71,7 @@ def check_memory(config: TrainConfig, plan: TrainingPlan, num_tokens: int, num_t
         num_tiles=num_tiles,
         lora_rank=config.lora_rank,
         precision=plan.precision,
-        num_shards=config.num_workers if config.shard else 1,
+        num_shards=config.num_workers if config.fsdp else 1,
     )
     memory.check_fits(plan.device_bytes)
     return memory

@@ -174,7 +174,7 @@ class TrainingWorker:
         """Return the whole network; if it is divided, by a call of all workers, and on rank 0 only."""
         from ovis_model.training.learning.parallel import World, gather_network
 
-        network, is_divided = self._learner.network, self._settings.config.shard and self._size > 1
+        network, is_divided = self._learner.network, self._settings.config.fsdp and self._size > 1
         return gather_network(network, World(self._rank, self._size)) if is_divided else network
 
     @property
@@ -231,5 +231,5 @@ def make_learner_options(settings: WorkerSettings) -> LearnerOptions:
         beta=config.beta,
         nll_weight=config.rpo_alpha,
         seed=config.seed,
-        shard=config.shard,
+        shard=config.fsdp,
     )
