@@ -24,7 +24,7 @@ from pipelines.output.manifest import ROWS_PER_FILE, write_manifest
 from pipelines.report import build
 from pipelines.report.answers import spread_choices
 from pipelines.report.build import ReportOptions, resolve_report_uri, write_report
-from pipelines.report.counts import Calibration, Spread
+from pipelines.report.counts import Calibration, Spread, bin_integers
 from pipelines.report.page import encode_for_html
 from pipelines.report.sample import hash_row_numbers
 from pipelines.report.thumbnails import make_thumbnails
@@ -492,3 +492,22 @@ def test_probabilities_in_a_list_are_those_of_a_struct() -> None:
     pair = pa.struct([("choice", pa.string()), ("p", pa.float32())])
     spread = spread_choices(pa.array(listed, pa.list_(pair)), ["a", "b"])
     assert spread.to_pylist() == [{"a": 0.25, "b": 0.75}, None]
+
+
+def test_integers_of_many_values_are_a_histogram(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png")
+    few = write_run(
+        tmp_path / "few", [make_item(f"{n}", make_answers(count=n % 20), images=[image]) for n in range(40)]
+    )
+    many = [make_item(f"{n}", make_answers(count=n - 50), images=[image]) for n in range(100)]
+    assert read_data(write_report(ReportOptions(str(few))).report)["statistics"]["tasks"][2]["histogram"] is None
+    found = read_data(write_report(ReportOptions(str(write_run(tmp_path / "many", many)))).report)
+    assert found["statistics"]["tasks"][2]["histogram"] == {
+        "start": -50,
+        "width": 4,
+        "bins": [4] * 25,
+        "mean": -0.5,
+        "min": -50,
+        "max": 49,
+    }
+    assert bin_integers([(7, 2)]) == {"bins": [2], "start": 7, "width": 1, "mean": 7.0, "min": 7, "max": 7}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,20 @@ class Spread(Histogram):
         """Return the histogram up to the bin of the largest value; None if nothing was added."""
         found = super().to_json()
         return found and {**found, "bins": found["bins"][: int(self._largest // self._width) + 1]}
+
+
+def bin_integers(counts: Sequence[tuple[int, int]], num_bins: int = 32) -> Json | None:
+    """Return the histogram of integers from (value, count), in at most `num_bins` bins; None without values."""
+    if not counts:
+        return None
+    values = [value for value, _ in counts]
+    start, stop = min(values), max(values) + 1
+    width = -(-(stop - start) // num_bins)
+    bins = [0] * -(-(stop - start) // width)
+    for value, count in counts:
+        bins[(value - start) // width] += count
+    mean = sum(value * count for value, count in counts) / sum(bins)
+    return {"bins": bins, "start": start, "width": width, "mean": mean, "min": start, "max": stop - 1}
 
 
 class Calibration:

@@ -137,7 +137,8 @@
     if (others) notes.push(`${formatNumber(others)} others${distinct === null ? "" : `, ${formatNumber(distinct - Math.min(limit, of.length))} different`}`);
     if (task.unanswered) notes.push(`${formatNumber(task.unanswered)} without a valid answer`);
     if (max_missed) notes.push(`counts are too low by at most ${formatNumber(max_missed)}`);
-    return el("div", {}, task.kind === "list" ? el("div.label", {}, el("span", {}, "Most frequent"), el("span", {}, "share of answers")) : "", el(task.kind === "text" ? "div.bars.long" : "div.bars", {}, bars), notes.length ? el("p.note", {}, notes.join("; ")) : "");
+    const histogram = task.histogram ? renderHistogram(task.histogram, "Values", (value) => formatNumber(value)) : "";
+    return el("div", {}, histogram, task.kind === "list" ? el("div.label", {}, el("span", {}, "Most frequent"), el("span", {}, "share of answers")) : "", el(task.kind === "text" ? "div.bars.long" : "div.bars", {}, bars), notes.length ? el("p.note", {}, notes.join("; ")) : "");
   }
 
   const count = (top, key) => (top.find(([value]) => value === key) || [key, 0])[1];

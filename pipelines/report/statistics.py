@@ -15,11 +15,12 @@ from pipelines.monitoring.error_reasons import ReasonCounts
 from pipelines.monitoring.top_counts import TopCounts
 from pipelines.report.answers import Answers, to_floats, to_ints, to_keys, to_mask
 from pipelines.report.columns import OutputColumns, TaskColumns
-from pipelines.report.counts import Calibration, Histogram, Spread
+from pipelines.report.counts import Calibration, Histogram, Spread, bin_integers
 
 Json = dict[str, Any]
 
 SHOWN_VALUES = 40  # per task, most frequent first
+_MAX_BARS = 24  # of integers; more of them are a histogram
 _SHOWN_REASONS = 100
 _SHOWN_FIELD_VALUES, _MAX_FIELD_VALUES = 5, 500
 _LOWEST_LOGPROB = -4.0  # of the histogram: a token's probability of 2 %
@@ -144,10 +145,16 @@ class _TaskStatistics:
             "length": self._lengths.to_json(),
             "confidence": self._probability.to_json() if task.choices else _serialize_logprobs(self._surprise),
             "values": self._values.to_json(SHOWN_VALUES),
+            "histogram": self._bin_values(),
             "list_lengths": self._list_lengths.to_json(),
             "fields": self._fields.to_json(),
             "truth": self._truth.to_json() if task.truth else None,
         }
+
+    def _bin_values(self) -> Json | None:
+        """Return the histogram of integers with more values than there is room for bars."""
+        counts = self._values.list_counts() if self._task.kind == "int" else []
+        return bin_integers([(int(value), count) for value, count in counts]) if len(counts) > _MAX_BARS else None
 
 
 def _serialize_logprobs(surprise: Spread) -> Json | None:
