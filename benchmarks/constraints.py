@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.engine import load_or_build_model
+from benchmarks.workload import load_or_build_model
 from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.engine_core import EngineCore

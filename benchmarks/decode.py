@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.engine import load_or_build_model
+from benchmarks.workload import load_or_build_model
 from ovis_model.engine.engine_core import EngineCore
 from ovis_model.engine.requests import RequestState
 from ovis_model.types import Request, SamplingParams

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.engine import build_peer, load_or_build_model, normalize_tiles, translate_ids
+from benchmarks.peer import build_peer, normalize_tiles, translate_ids
+from benchmarks.workload import load_or_build_model
 from demo.benchmarks import write_benchmarks
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.inputs.processor import Processor

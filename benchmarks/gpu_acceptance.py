@@ -123,6 +123,8 @@ LINES = (
         ),
     ),
     Line("1B without graphs", 2, _time_engine("1B", 256, f"{ALONE} --no-graphs")),
+    Line("8B in FP8", 2, _time_engine("8B", 128, f"{ALONE} --quantization fp8"), (NO_CAPTURE, MEMORY)),
+    Line("1B in FP8", 2, _time_engine("1B", 256, f"{ALONE} --quantization fp8"), (NO_CAPTURE, MEMORY)),
     Line(
         "1B and transformers",
         3,
@@ -143,8 +145,14 @@ LINES = (
         (Threshold("images_per_s", at_least=1.2), NO_CAPTURE),
         min_memory_gb=130,
     ),
+    Line(
+        "34B in FP8",
+        3,
+        _time_engine("34B", 64, "--no-peer --rounds 1 --quantization fp8"),
+        (NO_CAPTURE, MEMORY),
+        min_memory_gb=75,
+    ),
 )
-GRAPHS = Threshold("decode_s without graphs / with", at_least=2)
 
 
 def main() -> int:
@@ -159,7 +167,7 @@ def main() -> int:
         result = _run(line, args, ends_s - time.monotonic())
         results.append(result)
         print(f"{line.name}: {result.verdict}  {_format_figures(result.figures)}", flush=True)
-    results += _compare_graphs(results)
+    results += _compare(results)
     print("\n".join(format_table(results)))
     ran = [result.verdict for result in results if result.status != "skipped"]
     passed = bool(ran) and set(ran) == {"pass"}
@@ -237,13 +245,33 @@ def _read_memory_gb(device: str) -> float:
     return torch.cuda.get_device_properties(0).total_memory / 1e9 if is_cuda else 0.0
 
 
-def _compare_graphs(results: list[Result]) -> Iterator[Result]:
-    """Yield the gain of CUDA graphs, if the lines with and without them have run."""
-    decode_s = {result.name: result.figures["decode_s"] for result in results if "decode_s" in result.figures}
-    if {"1B", "1B without graphs"} <= set(decode_s):
-        figures = {GRAPHS.figure: decode_s["1B without graphs"] / decode_s["1B"]}
-        fault = GRAPHS.find_fault(figures)
-        yield Result("graphs", "ok", faults=[fault] if fault else [], figures=figures)
+@dataclass(frozen=True)
+class Comparison:
+    """A figure of one line, divided by that of another, and the least ratio."""
+
+    name: str
+    figure: str
+    line: str
+    other: str
+    at_least: float
+
+
+COMPARISONS = (
+    Comparison("graphs", "decode_s", "1B without graphs", "1B", 2),
+    Comparison("FP8 on 8B", "images_per_s", "8B in FP8", "8B", 1.1),
+    Comparison("FP8 on 34B", "images_per_s", "34B in FP8", "34B", 1.1),
+)
+
+
+def _compare(results: list[Result]) -> Iterator[Result]:
+    """Yield the comparisons whose lines have run."""
+    figures = {result.name: result.figures for result in results if result.status == "ok"}
+    for each in COMPARISONS:
+        if {each.line, each.other} <= set(figures):
+            name = f"{each.figure}, {each.line} / {each.other}"
+            found = {name: figures[each.line][each.figure] / figures[each.other][each.figure]}
+            fault = Threshold(name, at_least=each.at_least).find_fault(found)
+            yield Result(each.name, "ok", faults=[fault] if fault else [], figures=found)
 
 
 COLUMNS: dict[str, str] = {

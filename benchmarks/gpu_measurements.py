@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.engine import ROOT, SHAPES, load_or_build_model, measure_engine, parse_options
+from benchmarks.engine import ROOT, measure_engine, parse_options
+from benchmarks.workload import SHAPES, load_or_build_model
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine

@@ -1,7 +1,7 @@
 """Simulate how the scheduler fills the cache of a GPU: real queue and memory plan, no model and no device.
 
     python -m benchmarks.scheduler [--rows 4000] [--memory-gb 80]
-    python -m benchmarks.scheduler --plans
+    python -m benchmarks.scheduler --plans [--quantization fp8]
 
 Each line is a mix of requests on one model, with a cache in pages and in slots of one capacity; "one by one" admits
 each short prompt at once. "Passes" are those over prompts. "x uniform" compares
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ovis_model.config import SIZES
+from ovis_model.config import SIZES, Quantization
 from ovis_model.engine.kv_cache import compute_bytes_per_token
 from ovis_model.engine.memory_plan import (
     MIN_PREFILL_TOKENS,
@@ -34,7 +34,7 @@ from ovis_model.engine.memory_plan import (
 from ovis_model.engine.requests import RequestState, make_states
 from ovis_model.engine.scheduler import Budget, Scheduler, pack_into_passes
 from ovis_model.network.tensor_parallel import Shard
-from ovis_model.sizing import count_language_parameters, count_vision_parameters
+from ovis_model.sizing import count_language_parameters, count_vision_parameters, estimate_device_bytes
 from ovis_model.types import Request, SamplingParams
 
 CONTEXT_BYTES = 700_000_000
@@ -61,8 +61,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--memory-gb", type=float, default=80)
     parser.add_argument("--plans", action="store_true", help="print the memory plans of all sizes")
+    parser.add_argument("--quantization", choices=("none", "fp8"), default="none", help="of the weights in the plans")
     args = parser.parse_args()
-    results = list(list_plans()) if args.plans else list(simulate_all(args.rows, args.memory_gb))
+    results = list(list_plans(args.quantization)) if args.plans else list(simulate_all(args.rows, args.memory_gb))
     for line in format_table(results):
         print(line)
     print(json.dumps(results))
@@ -74,21 +75,22 @@ def format_table(results: list[dict[str, Any]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def plan_memory(size: str, ranks: int, memory_gb: float) -> Budget:
+def plan_memory(size: str, ranks: int, memory_gb: float, quantization: Quantization = "none") -> Budget:
     """Plan a published size in bfloat16 on GPUs of `memory_gb` (1e9 bytes). Raise ValueError if it does not fit."""
     config = SIZES[size]
     weights = (count_vision_parameters(config) + count_language_parameters(config.language) / ranks) * 2
+    weights -= estimate_device_bytes(config, ranks, 2) - estimate_device_bytes(config, ranks, 2, quantization)
     local = replace(config, language=Shard(0, ranks).to_local(config.language))
     budget = plan_budget(local, torch.bfloat16, max(0, int(memory_gb * 1e9 - weights - CONTEXT_BYTES)))
     return replace(budget, min_prefill_tokens=MIN_PREFILL_TOKENS)
 
 
-def list_plans() -> Iterator[dict[str, Any]]:
+def list_plans(quantization: Quantization = "none") -> Iterator[dict[str, Any]]:
     """Yield the plan of each size on each GPU, in pages."""
     for size, config in SIZES.items():
         for ranks, memory_gb in ((1, 24), (1, 48), (1, 80), (1, 141), (2, 24), (2, 48), (2, 80)):
             try:
-                budget = divide_into_pages(plan_memory(size, ranks, memory_gb))
+                budget = divide_into_pages(plan_memory(size, ranks, memory_gb, quantization))
             except ValueError:
                 continue
             local = replace(config, language=Shard(0, ranks).to_local(config.language))

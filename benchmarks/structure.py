@@ -25,7 +25,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 Figures = dict[str, int | float | str]
 
 PACKAGES = ("jobs", "pipelines", "ovis_model", "demo", "benchmarks")
-ENGINE_TOOLS = ("benchmarks/engine.py", "benchmarks/roofline.py")  # product: they stood in jobs/ at first
+ENGINE_TOOLS = tuple(f"benchmarks/{name}.py" for name in ("engine", "peer", "ranks", "roofline", "workload"))
+"""Product: they stood in jobs/ at first."""
 CONFIGURATIONS = {"RunConfig", "CaptionConfig", "AnnotateConfig"}
 MAX_DOC_COLUMNS = 110
 _VERB_LIST = """

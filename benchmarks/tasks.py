@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.engine import SHAPES, load_or_build_model
+from benchmarks.workload import SHAPES, load_or_build_model
 from demo.drawings import make_picture
 from ovis_model.config import LanguageConfig, OvisConfig, VisionConfig
 from ovis_model.engine.calls import Stats

@@ -29,7 +29,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.engine import SHAPES, build_peer, translate_ids
+from benchmarks.peer import build_peer, translate_ids
+from benchmarks.workload import SHAPES
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.inputs.prompt import expand_atoms, make_placeholders
 from ovis_model.inputs.tiling import count_tiles

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.engine import read_commit
+from benchmarks.engine import measure_engine, parse_options, read_commit
 from ovis_model.config import SIZES
 from ovis_model.engine.cost import Ceilings, compute_cost
 from tests.support.golden_data import checkpoint_dir
@@ -55,6 +55,26 @@ def test_the_floor_of_a_published_size_matches_the_architecture() -> None:
     assert needed.decode_bytes == pytest.approx(31 * 2 * 494e6, rel=0.05)
     fast, slow = Ceilings(1e15, 1e12), Ceilings(1e12, 1e9)
     assert needed.compute_floor_s(slow) == pytest.approx(1000 * needed.compute_floor_s(fast))
+
+
+def test_a_shape_in_fp8_halves_its_layers_and_their_traffic() -> None:
+    command = "--model 24x128 --dtype bfloat16 --quantization fp8 --no-peer --rounds 1 --image-size 112x112 --rows 3"
+    args = parse_options([*command.split(), "--output-median", "3", "--output-cap", "4"])
+    fp8 = measure_engine(args)
+    args.quantization = "none"
+    bfloat16 = measure_engine(args)
+    assert fp8["sides"]["engine"]["rows"] == 3
+    assert 0.5 < fp8["weights_gb"] / bfloat16["weights_gb"] < 0.65
+    sizes = {"tiles": 1, "prompt": 293, "output_lengths": [32, 32], "slots": 2}
+    plain = compute_cost(SIZES["8B"], torch.bfloat16, **sizes).decode_bytes
+    halved = compute_cost(SIZES["8B"], torch.bfloat16, **sizes, layer_bytes=1).decode_bytes
+    assert 0.5 < halved / plain < 0.6
+
+
+def test_fp8_weights_are_not_compared_with_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--quantization", "fp8"])
+    assert "--quantization fp8 needs --no-peer" in capsys.readouterr().err
 
 
 def test_ranks_run_without_transformers_and_time_their_exchange() -> None:

@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.quantization import compare
 from ovis_model.config import SIZES, Layout, OvisConfig
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.kv_cache import KVCache
 from ovis_model.engine.memory_plan import bound_prefill_bytes, bound_vision_bytes, plan_budget
+from ovis_model.inputs.processor import Processor
 from ovis_model.network.kernels import FP8, MAX_FP8, TORCH
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.quantization import Fp8Matrix, check_fp8_device, get_scales
@@ -26,10 +29,13 @@ from pipelines.cluster.resources import Hardware, check_quantization
 from pipelines.config import CaptionConfig
 from pipelines.errors import ResourceError
 from pipelines.generate import Replica, load_engine
+from pipelines.output.sink import read_results
 from tests.support.allocations import META, Allocations, make_shallow
 from tests.support.engines import generate_ids, make_golden_requests
 from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir
+from tests.support.pictures import write_demo_pictures
 from tests.support.prefills import make_prefill
+from tests.support.processes import run_caption
 
 CPU = torch.device("cpu")
 
@@ -175,6 +181,18 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             check_fp8_device(torch.device("cuda"))
 
 
+def test_a_torch_that_cannot_simulate_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11 on a CPU takes only one scale per matrix."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("(scale_a.numel() == 1 && scale_b.numel() == 1) INTERNAL ASSERT FAILED")
+
+    check_fp8_device(CPU)
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    with pytest.raises(ValueError, match=r"cannot be simulated on a CPU with torch .*; use torch 2\.13 or later"):
+        check_fp8_device(CPU)
+
+
 def test_a_cluster_with_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = [("NVIDIA L4", (8, 9)), ("NVIDIA A100-SXM4-80GB", (8, 0))]
     monkeypatch.setattr(resources, "query_gpu_capabilities", lambda: mixed)
@@ -190,6 +208,24 @@ def test_the_driver_is_asked_per_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert resources._query_driver("name,compute_cap") == [["NVIDIA H100 80GB HBM3", "9.0"], ["NVIDIA L4", "8.9"]]
+
+
+def test_a_caption_job_with_fp8_writes_what_the_engine_generates(ray_address: str, tmp_path: Path) -> None:
+    """The demo on a CPU, in a replica of Ray; a run is not resumed without FP8."""
+    source, output = tmp_path / "pictures", tmp_path / "out"
+    source.mkdir()
+    write_demo_pictures(source, 6)
+    options = source, output, "--model", "demo", "--device", "cpu", "--max-new-tokens", 12
+    finished = run_caption(*options, "--quantization", "fp8", ray_address=ray_address)
+    assert finished.exit_code == 0 and finished.summary["ok"] == 6, finished.stderr
+    rows, processor = read_results(str(output)).to_pylist(), Processor.from_pretrained("demo")
+    images = [Image.open(row["uri"]).convert("RGB") for row in rows]
+    requests = [processor.build_request("Describe the image.", [image]) for image in images]
+    with OvisEngine.from_pretrained("demo", device="cpu", quantization="fp8") as engine:
+        ids = generate_ids(engine, requests, SamplingParams(max_new_tokens=12))
+    assert [row["text"] for row in rows] == [processor.detokenize(np.array(each)) for each in ids]
+    refused = run_caption(*options, ray_address=ray_address)
+    assert refused.exit_code == 2 and "quantization" in refused.stderr
 
 
 def test_the_accuracy_table_orders_the_kinds_of_weights() -> None:

@@ -47,14 +47,14 @@ HAND = {
 }
 
 
-def count_tokens_by_hand(size: str, memory_gb: float) -> int:
+def count_tokens_by_hand(size: str, memory_gb: float, quantized: float = 0.0) -> int:
     """Count the tokens in the cache: nine tenths of what weights and CUDA leave, without the largest pass.
 
     The pass is a prompt of 32,768 tokens and the logits of 128 rows, or of 16 tiles where that is more; if it takes
-    more than a third, it is halved until it does not.
+    more than a third, it is halved until it does not. So many of the parameters are `quantized` to one byte.
     """
     parameters, layers, kv_heads, head_dim, hidden, mlp, vocabulary = HAND[size]
-    usable = 0.9 * (memory_gb * 1e9 - 2 * parameters - CONTEXT_BYTES)
+    usable = 0.9 * (memory_gb * 1e9 - 2 * parameters + quantized - CONTEXT_BYTES)
     token = 2 * (8 * hidden + 2 * mlp) + 8 * hidden + 16 * head_dim
     row = vocabulary * 58 + 2 * (8 * hidden + 4 * mlp)
     part = 1.0
@@ -74,6 +74,15 @@ def test_the_plan_is_that_of_hand_arithmetic(size: str, memory_gb: int) -> None:
             plan_memory(size, 1, memory_gb)
         return
     assert divide_into_pages(plan_memory(size, 1, memory_gb)).kv_tokens == pytest.approx(wanted, rel=0.03)
+
+
+def test_34b_in_fp8_has_room_for_35_images_on_80_gb() -> None:
+    layers = 64 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 27_648)
+    blocks = 24 * 2048 * (4 * 2048 + 3 * 5632)
+    plan = divide_into_pages(plan_memory("34B", 1, 80, "fp8"))
+    assert plan.kv_tokens == pytest.approx(count_tokens_by_hand("34B", 80, layers + blocks), rel=0.03)
+    [listed] = (p for p in list_plans("fp8") if (p["size"], p["GPUs"]) == ("34B", "1 x 80 GB"))
+    assert listed["images at once"] == 35 and listed["longest prompt"] == 32_768
 
 
 def test_all_plans_are_listed() -> None:

@@ -35,13 +35,20 @@ class Cost:
 
 
 def compute_cost(
-    config: OvisConfig, dtype: torch.dtype, *, tiles: int, prompt: int, output_lengths: Sequence[int], slots: int
+    config: OvisConfig,
+    dtype: torch.dtype,
+    *,
+    tiles: int,
+    prompt: int,
+    output_lengths: Sequence[int],
+    slots: int,
+    layer_bytes: int | None = None,
 ) -> Cost:
     """Compute the work of a run.
 
     Each row has `tiles` tiles and `prompt` tokens. `output_lengths` are the output tokens of each row; `slots` rows
     decode at the same time. Decoding takes as few steps as possible; each step reads the decoder's weights once, and
-    the cache of each row.
+    the cache of each row. `layer_bytes` are those of a weight in the decoder's layers, if they have another dtype.
     """
     t, rows = config.language, len(output_lengths)
     layer, head = _count_layer_weights(config), t.hidden_size * t.vocab_size
@@ -50,12 +57,13 @@ def compute_cost(
     attended = sum((n - 1) * (prompt + n / 2) for n in output_lengths)
     tokens = sum(n - 1 for n in output_lengths)
     steps = max(max(output_lengths) - 1, tokens / slots)
+    read = (weights - head) * (layer_bytes or dtype.itemsize) + head * dtype.itemsize
     attention = 2 * t.num_hidden_layers * t.hidden_size
     return Cost(
         vision_flops=2.0 * rows * tiles * _count_tile_multiply_adds(config),
         prefill_flops=2.0 * rows * (prompt * (weights - head) + head + attention * prompt**2 / 2),
         decode_flops=2.0 * (tokens * weights + attention * attended),
-        decode_bytes=steps * weights * dtype.itemsize + attended * compute_bytes_per_token(t, dtype),
+        decode_bytes=steps * read + attended * compute_bytes_per_token(t, dtype),
     )
 
 

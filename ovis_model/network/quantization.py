@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ovis_model.network.kernels import FP8, LayerKernels
+from ovis_model.network.kernels import FP8, TORCH, LayerKernels
 from ovis_model.sizing import MIN_FP8_CAPABILITY, describe_missing_fp8
 
 _SCALE_NAME = "weight_scale"
@@ -75,9 +75,21 @@ def make_matrix(weight: Tensor, scales: Tensor | None, kernels: LayerKernels) ->
 
 
 def check_fp8_device(device: torch.device) -> None:
-    """Raise ValueError with the reason if `device` is a GPU without FP8 products."""
+    """Raise ValueError with the reason if `device` has no FP8 products of rows with scales of their own."""
     if device.type != "cuda":
+        _check_fp8_on_cpu()
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_FP8_CAPABILITY:
         raise ValueError(describe_missing_fp8(torch.cuda.get_device_name(device), capability))
+
+
+def _check_fp8_on_cpu() -> None:
+    values, scales = TORCH.quantize_rows(torch.ones(_WIDTH_MULTIPLE, _WIDTH_MULTIPLE))
+    try:
+        Fp8Matrix(values, scales, TORCH).multiply(torch.ones(2, _WIDTH_MULTIPLE, dtype=torch.bfloat16))
+    except RuntimeError as error:  # torch 2.11: only one scale per matrix
+        raise ValueError(
+            f"quantization='fp8' cannot be simulated on a CPU with torch {torch.__version__}; use torch 2.13 or later, "
+            "a GPU, or quantization='none'"
+        ) from error
