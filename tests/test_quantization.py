@@ -27,9 +27,10 @@ from ovis_model.types import SamplingParams
 from pipelines.cluster import resources
 from pipelines.cluster.resources import Hardware, check_quantization
 from pipelines.config import CaptionConfig
-from pipelines.errors import ResourceError
+from pipelines.errors import ResourceError, RunError
 from pipelines.generate import Replica, load_engine
 from pipelines.output.sink import read_results
+from pipelines.pipeline import run_pipeline
 from tests.support.allocations import META, Allocations, make_shallow
 from tests.support.engines import generate_ids, make_golden_requests
 from tests.support.golden_data import CHECKPOINTS, LAYOUTS, checkpoint_dir
@@ -224,8 +225,9 @@ def test_a_caption_job_with_fp8_writes_what_the_engine_generates(ray_address: st
     with OvisEngine.from_pretrained("demo", device="cpu", quantization="fp8") as engine:
         ids = generate_ids(engine, requests, SamplingParams(max_new_tokens=12))
     assert [row["text"] for row in rows] == [processor.detokenize(np.array(each)) for each in ids]
-    refused = run_caption(*options, ray_address=ray_address)
-    assert refused.exit_code == 2 and "quantization" in refused.stderr
+    plain = CaptionConfig(input=(str(source),), output=str(output), model="demo", device="cpu", max_new_tokens=12)
+    with pytest.raises(RunError, match="quantization"):
+        run_pipeline(plain)
 
 
 def test_the_accuracy_table_orders_the_kinds_of_weights() -> None:
