@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from ovis_model.config import EngineName, Quantization
 from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT
 from pipelines import schema
+from pipelines.storage import store
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire, TaskLayout
 from pipelines.tasks.task import Task, check_texts, read_tasks
 
@@ -72,6 +73,9 @@ class SourceOptions(Section):
     )
     on_duplicate_id: Literal["error", "suffix", "skip"] = declare_option(
         "error", description="if an id occurs again: refuse the input, rename the row to ID~2, or skip the row"
+    )
+    subtitle_column: Column | None = declare_option(
+        None, since="0.2", description="column of SRT or WebVTT for {subtitles}", unset="the video's own text track"
     )
     group_by: GroupBy = declare_option(
         "basename",
@@ -352,6 +356,12 @@ class OutputOptions(Section):
         since="0.2",
         description="add columns about the media: width, height, format, bytes; for videos also duration, fps, codec",
     )
+    save_frames: Annotated[str, "DIR"] | None = declare_option(
+        None,
+        since="0.2",
+        description="directory or URI for JPEG files of the images and frames that the model sees, named by row id",
+        unset="they are not saved",
+    )
     rows_per_file: PositiveInt = _declare_execution(10_000, description="maximum number of rows per output file")
     max_error_rate: float = _declare_execution(
         0.1, ge=0, le=1, description="exit with code 3 if a larger share of the rows are errors"
@@ -362,6 +372,11 @@ class OutputOptions(Section):
         le=1,
         description="stop early if a larger share of the rows so far, at least 500, are errors; 1 never stops",
     )
+
+    @field_validator("save_frames")
+    @classmethod
+    def _make_absolute(cls, value: str | None) -> str | None:  # so that any process of the cluster finds it
+        return None if value is None else store.make_absolute(value)
 
 
 class ResumeOptions(Section):
@@ -397,7 +412,8 @@ class RunConfig(
     def row_columns(self) -> pa.Schema:
         """The columns on request about a row and its media."""
         warning = schema.WARNING if self.partial_images == "keep" else ()
-        return pa.schema([*warning, *(schema.MEDIA if self.media_columns else ())])
+        saved = schema.SAVED_FRAMES if self.save_frames is not None else ()
+        return pa.schema([*warning, *saved, *(schema.MEDIA if self.media_columns else ())])
 
     @model_validator(mode="after")
     def _check_output(self) -> Self:
@@ -454,7 +470,8 @@ class CaptionConfig(RunConfig):
     title = "prompt"
 
     prompt: str = declare_option(
-        "Describe the image.", description="question for every row; {name} inserts a column if the input has columns"
+        "Describe the image.",
+        description="question for every row; {name} inserts a column if the input has columns, {subtitles} the video's",
     )
     prompt_column: Column | None = declare_option(
         None, description="column of questions; rows where it is empty get --prompt", unset="--prompt for all rows"

@@ -31,6 +31,7 @@ from pipelines.cutting.run import list_cut_rows
 from pipelines.errors import ClusterChanged, LeaseLost, ResourceError, RowsLost, RunError, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.media.frame_encoder import run_encoders
+from pipelines.media.saving import check_saved_frames
 from pipelines.monitoring.error_reasons import ErrorMonitor
 from pipelines.monitoring.phases import Phases
 from pipelines.monitoring.progress import RunProgress
@@ -84,8 +85,9 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
     """
     started_s, phases = time.monotonic(), Phases()
     with note_unchanged():
-        check_stores((*config.input, config.output, config.model))
+        check_stores(filter(None, (*config.input, config.output, config.model, config.save_frames)))
         config = resolve_model_paths(config)
+        check_saved_frames(config)
         check_model(config)
         models = describe_models(config)
     config, lister = _choose_rows(config)
@@ -261,7 +263,10 @@ def stream_results(
                     of_preprocessors,
                     encoder,
                 ),
-                fn_constructor_kwargs={"allow_private_addresses": config.allow_private_addresses},
+                fn_constructor_kwargs={
+                    "save_frames": config.save_frames,
+                    "allow_private_addresses": config.allow_private_addresses,
+                },
                 batch_size=1,
                 num_cpus=pools.preprocessor_cpus,
                 compute=ActorPoolStrategy(size=pools.num_preprocessors),

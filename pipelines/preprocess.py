@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,9 @@ from pipelines.errors import MediaError, RowError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.frame_selection import Encoder, FrameSelector
 from pipelines.media.images import DecodedImage, read_image
-from pipelines.media.reference import ImageRef, is_seekable_video, locate_video
+from pipelines.media.reference import ImageRef, Window, is_seekable_video, locate_video
+from pipelines.media.saving import FrameSaver, encode_jpeg
+from pipelines.media.subtitles import MARK_START, Cue, drop_subtitles, fill_subtitles
 from pipelines.media.video.container import has_video_signature
 from pipelines.media.video.frames import TiledFrame, VideoInfo
 from pipelines.monitoring.usage import Meter
@@ -48,18 +50,25 @@ class Preprocess:
         attempts: Attempts,
         encoder: Encoder | None = None,
         *,
+        save_frames: str | None = None,
         allow_private_addresses: bool = False,
     ) -> None:
-        """Load the processor of `model`. `encoder` scores video frames; None for uniform sampling and for images."""
+        """Load the processor of `model`. `encoder` scores video frames; None for uniform sampling and for images.
+
+        `save_frames` is the directory for JPEG files of what the model sees; None saves nothing.
+        """
         register_fast_exit()
         attempts.start()
         store.allow_private_addresses(allow_private_addresses)
         self._output, self._attempts = output, attempts
         self._requests = RequestBuilder(Processor.from_pretrained(model, revision), images, questionnaire)
         self._fetcher, self._images = Fetcher(), images
-        self._frames = FrameSelector(images, encoder, tile_size=self._requests.tile_size)
         self._meter = Meter()
         attempts.follow(self._meter.read)
+        self._saver = FrameSaver(save_frames) if save_frames is not None else None
+        self._frames = FrameSelector(
+            images, encoder, tile_size=self._requests.tile_size, with_jpeg=self._saver is not None
+        )
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Yield the columns of the prepared rows of each range, in batches of one row or at most BATCH_BYTES.
@@ -89,13 +98,18 @@ class Preprocess:
 
     def _prepare(self, row: ManifestRow, images: PendingImages) -> PreparedRow:
         try:
-            return self._prepare_or_raise(row, images)
+            prepared, files = self._prepare_or_raise(row, images)
         except RowError as error:
             return _make_error_row(row, error)
         except StoreFault as fault:
             if is_store_down(self._output, row.images):  # every further row would fail too: stop the run
                 raise
             return _make_error_row(row, RowError("read", f"{fault}; other files can be read"))
+        return self._save(prepared, files)
+
+    def _save(self, row: PreparedRow, files: Sequence[bytes]) -> PreparedRow:
+        """Write the JPEG files of a row before it is handed on, so that every finished row has them."""
+        return row if self._saver is None else replace(row, saved_frames=self._saver.save(row.id, files))
 
     def _prepare_each_alone(self, work: str, rows: Sequence[ManifestRow]) -> Iterator[PreparedRow]:
         """Prepare rows one by one that killed their process together, those first that are not suspicious.
@@ -123,8 +137,8 @@ class Preprocess:
         self._requests.build_image_requests("", [Image.new("RGB", (64, 64))])
         self._attempts.end_alone(work, CONTROL)
 
-    def _prepare_or_raise(self, row: ManifestRow, images: PendingImages) -> PreparedRow:
-        """Return the prepared row. Raise RowError or StoreFault."""
+    def _prepare_or_raise(self, row: ManifestRow, images: PendingImages) -> tuple[PreparedRow, list[bytes]]:
+        """Return the prepared row and the JPEG files to save. Raise RowError or StoreFault."""
         if row.error:
             raise RowError("list", row.error)
         with convert_errors("read", OSError), self._meter.wait():
@@ -135,6 +149,7 @@ class Preprocess:
             return self._prepare_video(row, encoded)
         if not encoded and not row.has_own_prompt:
             raise RowError("read", "the row has neither an image nor its own prompt")
+        row = self._fill_subtitles(row, Window(), list)
         with convert_errors("decode", MediaError):
             decoded = decode_images(
                 encoded,
@@ -146,16 +161,27 @@ class Preprocess:
             requests = self._requests.build_image_requests(row.prompt, [image.pixels for image in decoded])
         prepared = _make_row(row, requests, len(decoded))
         media = _describe_image(decoded[0], encoded[0]) if decoded else None
-        return replace(prepared, media=media, warning="; ".join(image.warning for image in decoded if image.warning))
+        warning = "; ".join(image.warning for image in decoded if image.warning)
+        files = [encode_jpeg(image.pixels) for image in decoded if self._saver]
+        return replace(prepared, media=media, warning=warning), files
 
-    def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> PreparedRow:
+    def _prepare_video(self, row: ManifestRow, encoded: list[bytes]) -> tuple[PreparedRow, list[bytes]]:
         with convert_errors("decode", MediaError), convert_errors("read", OSError):
             video, window = locate_video(row.images, encoded)
             frames, info = self._frames.select(video, window, self._requests.join_prompts(row.prompt))
+            row = self._fill_subtitles(row, window, lambda: self._frames.read_subtitles(video, window))
         with convert_errors("tile", ValueError):
             self._requests.check_num_images(len(frames))
             requests = self._requests.build_video_requests(row.prompt, frames)
-        return replace(_make_row(row, requests, len(frames), frames), media=_describe_video(info))
+        prepared = replace(_make_row(row, requests, len(frames), frames), media=_describe_video(info))
+        return prepared, [frame.jpeg for frame in frames if self._saver]
+
+    def _fill_subtitles(self, row: ManifestRow, window: Window, read_track: Callable[[], list[Cue]]) -> ManifestRow:
+        """Return the row with its subtitles in the window in its prompts; only a video has a text track to read."""
+        if MARK_START not in row.prompt:
+            return row
+        fill = partial(fill_subtitles, window=window, read_track=read_track)
+        return replace(row, prompt=self._requests.change_prompts(row.prompt, fill))
 
 
 class RequestBuilder:
@@ -170,8 +196,15 @@ class RequestBuilder:
         self.max_images = max(1, self._max_length // self._tokens_per_tile)
 
     def join_prompts(self, prompt: str) -> str:
-        """Return all prompts of a row as one text, to match frames against. `prompt`: as in the manifest."""
-        return remove_marks("\n".join(self._questionnaire.split_prompts(prompt)))
+        """Return all prompts of a row as one text without subtitles, to match frames against.
+
+        `prompt`: as in the manifest.
+        """
+        return remove_marks("\n".join(self._questionnaire.split_prompts(drop_subtitles(prompt))))
+
+    def change_prompts(self, prompt: str, change: Callable[[str], str]) -> str:
+        """Return `prompt`, as in the manifest, with each prompt in it changed."""
+        return self._questionnaire.change_prompts(prompt, change)
 
     def build_image_requests(self, prompt: str, pictures: Sequence[Image.Image]) -> list[Request]:
         """Return the requests of a row with these images, possibly none. Raise ValueError if one is too long."""
@@ -277,7 +310,8 @@ def _make_row(
 
 
 def _make_error_row(row: ManifestRow, error: RowError) -> PreparedRow:
-    return PreparedRow(row.row, row.id, row.uri, row.prompt, stage=error.stage, error=str(error))
+    prompt = drop_subtitles(row.prompt)
+    return PreparedRow(row.row, row.id, row.uri, prompt, stage=error.stage, error=str(error))
 
 
 def _group_into_batches(rows: Iterable[PreparedRow]) -> Iterator[Batch]:

@@ -70,6 +70,7 @@ class PreparedRow:
     frame_timestamps_s: float32[F] for the frames of a video; empty for images.
     media: facts about the video or the first image; None without one.
     warning: why the answer may be doubtful, or "".
+    saved_frames: paths of the JPEG files of the images or frames in the directory of --save-frames.
     """
 
     row: int
@@ -83,6 +84,7 @@ class PreparedRow:
     error: str = ""
     warning: str = ""
     media: MediaFacts | None = None
+    saved_frames: tuple[str, ...] = ()
 
     @property
     def num_tiles(self) -> int:
@@ -106,6 +108,7 @@ class PreparedRow:
         return {
             **{name: np.array([getattr(row, name) for row in rows], object) for name in _TEXTS},
             **{name: np.array([getattr(row, name) for row in rows], np.int64) for name in ("row", "num_images")},
+            "saved_frames": np.array([json.dumps(row.saved_frames) for row in rows], object),
             "media": np.array([json.dumps(row.media and asdict(row.media)) for row in rows], object),
             "frame_timestamps_s": _stack([row.frame_timestamps_s for row in rows]),
             "input_ids": _stack([np.concatenate([_NO_IDS, *(r.input_ids for r in each)]) for each in requests]),
@@ -124,6 +127,7 @@ class PreparedRow:
                 num_images=int(batch["num_images"][i]),
                 frame_timestamps_s=batch["frame_timestamps_s"][i],
                 media=_read_facts(batch["media"][i]),
+                saved_frames=tuple(json.loads(batch["saved_frames"][i])),
                 requests=_split_requests(int(batch["row"][i]), *(batch[name][i] for name in _REQUEST_COLUMNS)),
             )
             for i in range(len(batch["row"]))
@@ -140,6 +144,7 @@ _COPIED = (
     "num_prompt_tokens",
     "frame_timestamps_s",
     "warning",
+    "saved_frames",
 )
 _TEXTS = ("id", "uri", "prompt", "stage", "error", "warning")
 _REQUEST_COLUMNS = ("input_ids", "prompt_lengths", "tiles", "tile_sizes")

@@ -74,6 +74,11 @@ ITEM = pa.schema([field for field in OUTPUT if field.name not in _ANSWER_COLUMNS
 WARNING = pa.schema([_make_field("warning", pa.string())])
 """Column on request: why a row with status `ok` may be doubtful, or ""."""
 
+SAVED_FRAMES = pa.schema(
+    [_make_field("saved_frames", pa.list_(pa.field("item", pa.string(), nullable=False)))],
+)
+"""Column on request: paths of the JPEG files of a row's images or frames in the directory of --save-frames."""
+
 MEDIA = pa.schema(
     [
         pa.field("width", pa.int32()),  # px, upright

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.output.sink import read_results
 from tests.support.processes import Job, against_the_clock, run_caption
@@ -41,7 +42,9 @@ def kill_when(job: Job, pattern: str) -> None:
 @pytest.mark.slow
 def test_a_job_that_cuts_at_shots_is_killed_twice_and_resumed(clips: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
+    saved = tmp_path / "frames"
     options = ["--split", "shots", "--model", "demo", "--max-new-tokens", "4", "--num-frames", "3"]
+    options += ["--media-columns", "--save-frames", str(saved)]
     arguments = [str(clips), str(output), *options, "--max-error-rate", "0.3", "--rows-per-file", "4"]
     kill_when(Job(["jobs.caption", *arguments]), "cuts/data/*.parquet")
     assert not (output / "run.json").exists()
@@ -62,3 +65,8 @@ def test_a_job_that_cuts_at_shots_is_killed_twice_and_resumed(clips: Path, tmp_p
         if "#t=" in row["id"]:
             second = float(row["id"].rpartition("#t=")[2].split(",")[0])
             assert np.floor(row["frame_timestamps_s"]).tolist() == [second] * 3
+        if row["status"] == "ok":
+            assert (row["width"], row["height"], row["codec"]) == (96, 64, "h264")
+            assert [Image.open(saved / name).size for name in row["saved_frames"]] == [(96, 64)] * 3
+    names = [name for row in rows for name in row["saved_frames"]]
+    assert {str(path.relative_to(saved)) for path in saved.rglob("*.*")} == set(names)

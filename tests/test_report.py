@@ -158,6 +158,27 @@ def test_rows_show_their_media(mixed: Path) -> None:
     assert rows["bad-123"]["media"] == {"missing": "No such file or directory"}
 
 
+def test_pictures_are_shown_as_the_run_decoded_them(tmp_path: Path) -> None:
+    """A transparent picture over the run's background, and the part of a damaged one that the run kept."""
+    transparent, damaged = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGBA", (40, 30)).save(transparent)
+    Image.effect_noise((200, 100), 90).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-9000])
+    items = [make_item(path.name, make_answers(), images=[FileRef(str(path))]) for path in (transparent, damaged)]
+    output = write_run(tmp_path / "out", [{**item, "truth_kind": None, "truth_count": None} for item in items])
+    assert [read_corner(row["media"]) for row in make_report(output)["rows"]] == [(0, 0, 0), None]
+    record = json.loads((output / "run.json").read_text())
+    record["options"] = {"partial_images": "keep", "background": "#0000ff"}
+    (output / "run.json").write_text(json.dumps(record))
+    shown = [read_corner(row["media"]) for row in make_report(output)["rows"]]
+    assert all(corner is not None and corner[2] > 240 and corner[0] < 20 for corner in shown)
+
+
+def read_corner(media: dict[str, Any]) -> tuple[int, ...] | None:
+    """Return the colour of the last pixel of the first image, None if it is missing."""
+    return tuple(map(int, decode_pixels(media["images"][0]["src"])[-1, -1])) if "images" in media else None
+
+
 def test_frames_are_those_that_the_model_saw(tmp_path: Path) -> None:
     video = FileRef(str(write_video(tmp_path / "clip.mp4", 50)))
     clip = {**make_item("clip", make_answers(), images=[video]), "frame_timestamps_s": [0.4, 1.2]}

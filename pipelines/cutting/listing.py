@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,16 +12,21 @@ import pyarrow as pa
 
 from pipelines import schema
 from pipelines.config import RunConfig
+from pipelines.media.reference import Window
+from pipelines.media.subtitles import MARK_START, narrow_subtitles
 from pipelines.output.ledger import read_entries
 from pipelines.output.manifest import read_columns
 from pipelines.output.run_record import Run
 from pipelines.output.sink import read_file
 from pipelines.sources import KnownRows, Listing
 from pipelines.sources.videos import strip_window
+from pipelines.tasks.questionnaire import Questionnaire
 
 _COLUMNS = schema.MANIFEST.names[1:]
 
 Values = dict[str, Any]
+_Tables = tuple[pa.Table, pa.Table | None]
+"""Rows of the manifest, and the columns that they keep."""
 
 
 def list_parts(config: RunConfig, run: Run, known: KnownRows) -> Listing:
@@ -31,7 +37,7 @@ def list_parts(config: RunConfig, run: Run, known: KnownRows) -> Listing:
     with ExitStack() as unless_listed:
         listing = unless_listed.enter_context(Listing(config.keep_columns))
         listing.groups.num_keys = run.record["num_keys_with_several_images"]
-        for table, kept in _cut_tables(run, has_kept=bool(config.keep_columns)):
+        for table, kept in _cut_tables(run, config.questionnaire, has_kept=bool(config.keep_columns)):
             left = len(table) if config.limit is None else config.limit - listing.num_rows
             if left > 0:
                 listing.add(table.slice(0, left), None if kept is None else kept.slice(0, left))
@@ -41,19 +47,23 @@ def list_parts(config: RunConfig, run: Run, known: KnownRows) -> Listing:
     return listing
 
 
-def _cut_tables(run: Run, *, has_kept: bool) -> Iterator[tuple[pa.Table, pa.Table | None]]:
+def _cut_tables(run: Run, questionnaire: Questionnaire, *, has_kept: bool) -> Iterator[_Tables]:
     """Yield the parts as rows of the manifest's schema without `row`, with the columns that they keep."""
     cuts, start = _CutReader(run.data_uri), 0
     for table in read_columns(run.output, run.num_rows, [*_COLUMNS, *([schema.KEPT] if has_kept else [])]):
         found = cuts.read(start, start + len(table))
         start += len(table)
         for at in range(0, len(table), schema.ROWS_PER_GROUP):
-            yield _cut_table(table.slice(at, schema.ROWS_PER_GROUP), found[at : at + schema.ROWS_PER_GROUP])
+            some = slice(at, at + schema.ROWS_PER_GROUP)
+            yield _cut_table(table.slice(at, schema.ROWS_PER_GROUP), found[some], questionnaire)
 
 
-def _cut_table(table: pa.Table, cuts: Sequence[Values]) -> tuple[pa.Table, pa.Table | None]:
+def _cut_table(table: pa.Table, cuts: Sequence[Values], questionnaire: Questionnaire) -> _Tables:
     rows = table.select(_COLUMNS).to_pylist()
-    parts = [cut_row(row, found) for row, found in zip(rows, cuts, strict=True)]
+    parts = [
+        [_narrow_prompt(part, questionnaire) for part in cut_row(row, found)]
+        for row, found in zip(rows, cuts, strict=True)
+    ]
     origins = pa.array([number for number, some in enumerate(parts) for _ in some], pa.int64())
     cut = pa.Table.from_pylist([part for some in parts for part in some], schema.MANIFEST.remove(0))
     if schema.KEPT not in table.column_names:
@@ -78,6 +88,14 @@ def _make_part(row: Values, start_s: float, stop_s: float) -> Values:
     image = {**row["images"][0], "start_s": start_s, "stop_s": stop_s}
     uri = f"{image['uri']}{fragment}" if image["kind"] == "file" else row["uri"]
     return {**row, "id": f"{strip_window(row['id'])}{fragment}", "uri": uri, "images": [image]}
+
+
+def _narrow_prompt(part: Values, questionnaire: Questionnaire) -> Values:
+    """Leave the subtitles of other parts out of the prompt of a part."""
+    if MARK_START not in part["prompt"] or not part["images"]:
+        return part
+    window = Window(part["images"][0]["start_s"], part["images"][0]["stop_s"])
+    return {**part, "prompt": questionnaire.change_prompts(part["prompt"], partial(narrow_subtitles, window=window))}
 
 
 def _format_seconds(value: float) -> str:

@@ -218,6 +218,7 @@ def _make_run_config(config: EvaluateConfig, file: ItemFile) -> EvaluateConfig:
             "image_column": IMAGES,
             "keep_columns": kept,
             "limit": None,
+            "save_frames": config.save_frames and store.join(config.save_frames, file.dataset.name),
         }
     )
 

@@ -14,6 +14,7 @@ from ovis_model.inputs.keyframes import Rules, select_frames
 from ovis_model.inputs.tiling import TILE_SIZE_PX
 from pipelines.config import ImageOptions
 from pipelines.media.reference import VideoLocation, Window
+from pipelines.media.subtitles import Cue
 from pipelines.media.video.frames import Frame, TiledFrame, TiledVideo, Tiling
 from pipelines.media.video.process import VideoDecoder
 from pipelines.media.video.sampling import Sampling
@@ -67,16 +68,17 @@ class FrameSelector:
         encoder: Encoder | None = None,
         *,
         tile_size: int = TILE_SIZE_PX,
+        with_jpeg: bool = False,
         max_recent_bytes: int = 256 << 20,
     ) -> None:
         """Configure the choice; `encoder` is unused if frames are spread evenly, and by default compares thumbnails.
 
-        Frames become tiles of `tile_size` px. Up to `max_recent_bytes` of tiles and vectors are kept for further
-        questions about the same videos.
+        Frames become tiles of `tile_size` px, and JPEG files `with_jpeg`. Up to `max_recent_bytes` of them and of
+        vectors are kept for further questions about the same videos.
         """
         self._config, self._encoder = config, encoder or PixelEncoder()
         self._decoder = VideoDecoder()
-        self._tiling = Tiling(config.max_tiles_per_frame, tile_size)
+        self._tiling = Tiling(config.max_tiles_per_frame, tile_size, with_jpeg)
         self._recent = _RecentValues(max_recent_bytes)
 
     def select(self, video: VideoLocation, window: Window, question: str) -> TiledVideo:
@@ -95,6 +97,10 @@ class FrameSelector:
         )
         times_s = [candidate_times_s[i] for i in self._choose(vectors, question).tolist()]
         return self._recent.get((key, *times_s), lambda: self._decoder.tile_frames(video, times_s, self._tiling))
+
+    def read_subtitles(self, video: VideoLocation, window: Window) -> list[Cue]:
+        """Return the cues of the video's text track in the window. Raise as `select` does."""
+        return self._decoder.read_subtitles(video, window)
 
     def _encode_candidates(self, video: VideoLocation, window: Window) -> tuple[list[float], NDArray[np.float32]]:
         sampling = self._make_sampling(self._config.num_candidates)
@@ -144,7 +150,7 @@ class _RecentValues:
 
 def _count_bytes(value: Any) -> int:
     if isinstance(value, TiledFrame):
-        return value.tiles.nbytes
+        return value.tiles.nbytes + len(value.jpeg)
     if isinstance(value, np.ndarray):
         return value.nbytes
     return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 64

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipelines.config import ImageOptions
 from pipelines.errors import RunError
 from pipelines.monitoring.progress import Progress
 from pipelines.output.ledger import FileEntry, count_rows, merge_ranges, read_entries
@@ -91,7 +92,7 @@ def write_report(options: ReportOptions) -> Report:
     if options.scoring is not None:
         columns = _add_scores(columns, options.scoring)
     counts, picked = _count_rows(files, columns, options.rows)
-    rows = _build_rows(output, picked, columns, options.media_limit_s)
+    rows = _build_rows(output, picked, columns, _read_image_options(record), options.media_limit_s)
     run = {**serialize_run(output, record), "score": options.scoring.summary if options.scoring else ""}
     data = {"run": run, "statistics": counts, "rows": rows, "kept": columns.kept, "review": summarize_review(output)}
     page, uri = render(data), resolve_report_uri(options)
@@ -169,10 +170,18 @@ def _read_answers(files: list[OutputFile], columns: OutputColumns) -> Iterator[A
                 at += len(batch)
 
 
-def _build_rows(output: str, picked: list[PickedRow], columns: OutputColumns, limit_s: float) -> list[Json]:
+def _read_image_options(record: Json) -> ImageOptions:
+    """Return the run's options for images; a run of an earlier version has their defaults."""
+    given = record.get("options", {})
+    return ImageOptions(**{name: given[name] for name in ("partial_images", "background") if name in given})
+
+
+def _build_rows(
+    output: str, picked: list[PickedRow], columns: OutputColumns, images: ImageOptions, limit_s: float
+) -> list[Json]:
     """Return the rows as JSON, each with its media, all together within the limits of a page."""
     max_bytes = _MAX_PICTURE_BYTES // max(1, len(picked))
-    pictures = read_media(locate_manifest(output), picked, max_bytes=max_bytes, limit_s=limit_s)
+    pictures = read_media(locate_manifest(output), picked, images, max_bytes=max_bytes, limit_s=limit_s)
     max_bytes = _MAX_ROW_BYTES // max(1, len(picked))
     rows = []
     with Progress("rows with their media", len(picked)) as progress:

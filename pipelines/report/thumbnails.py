@@ -15,9 +15,10 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.cluster.attempts import DIED
+from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
-from pipelines.media.images import decode_image
+from pipelines.media.images import read_image
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video, parse_reference
 from pipelines.media.video.container import has_video_signature
 from pipelines.media.video.frames import Frame
@@ -39,9 +40,12 @@ _FRAMES_OF_A_FAILED_VIDEO = 4
 RowMedia = tuple[PickedRow, Json]
 
 
-def read_media(output: str, rows: Sequence[PickedRow], *, max_bytes: int, limit_s: float) -> Iterator[RowMedia]:
+def read_media(
+    output: str, rows: Sequence[PickedRow], images: ImageOptions, *, max_bytes: int, limit_s: float
+) -> Iterator[RowMedia]:
     """Yield the rows with their media: {"images": [...], "more": number of further images} or {"missing": reason}.
 
+    `images` are the options of the run, so that damaged and transparent images are shown as the model saw them.
     An image is {"src": data URI, "width": px, "height": px}, for a video frame also "time_s". The images of a row take
     at most `max_bytes` as text. Raises nothing: media that cannot be read, or not within `limit_s` in total, are
     reported as missing.
@@ -55,12 +59,12 @@ def read_media(output: str, rows: Sequence[PickedRow], *, max_bytes: int, limit_
         return
     references = (list(map(parse_reference, images)) for images in found.column("images").to_pylist())
     with closing(VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)) as decoder:
-        yield from _Reader(decoder, max_bytes, limit_s).read(zip(rows, references, strict=True))
+        yield from _Reader(decoder, images, max_bytes, limit_s).read(zip(rows, references, strict=True))
 
 
 class _Reader:
-    def __init__(self, decoder: VideoDecoder, max_bytes: int, limit_s: float) -> None:
-        self._decoder, self._max_bytes, self._limit_s = decoder, max_bytes, limit_s
+    def __init__(self, decoder: VideoDecoder, images: ImageOptions, max_bytes: int, limit_s: float) -> None:
+        self._decoder, self._images, self._max_bytes, self._limit_s = decoder, images, max_bytes, limit_s
         self._deadline_s = time.monotonic() + limit_s
         self._down: set[str] = set()  # stores that failed
 
@@ -106,7 +110,11 @@ class _Reader:
         if not encoded:
             return {"missing": "this row has no image"}
         num_images = max(len(encoded), len(images))
-        return make_thumbnails([decode_image(data) for data in encoded[:MAX_IMAGES]], self._max_bytes, num_images)
+        return make_thumbnails(list(map(self._decode, encoded[:MAX_IMAGES])), self._max_bytes, num_images)
+
+    def _decode(self, data: bytes) -> Image.Image:
+        keep_partial = self._images.partial_images == "keep"
+        return read_image(data, keep_partial=keep_partial, background=self._images.background_colour).pixels
 
     def _read_frames(self, picked: PickedRow, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
         """Return the frames that the model saw; for a video whose row failed, a few uniform ones."""

@@ -42,6 +42,7 @@ class ColumnRoles:
     id: str | None = None
     image: str | None = None
     prompt: str | None = None
+    subtitles: str | None = None
     keep: tuple[str, ...] = ()
     in_prompt: frozenset[str] = frozenset()
 
@@ -63,7 +64,7 @@ class ColumnRoles:
     @property
     def text_columns(self) -> frozenset[str]:
         """The columns whose values form ids and prompts."""
-        return self.in_prompt.union(filter(None, (self.id, self.prompt)))
+        return self.in_prompt.union(filter(None, (self.id, self.prompt, self.subtitles)))
 
 
 @dataclass(frozen=True)

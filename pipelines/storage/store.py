@@ -176,6 +176,12 @@ def make_absolute(uri: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
+def find_local_path(uri: str) -> str | None:
+    """Return the path of a local file, None for one in a store."""
+    fs, path = open_store(uri)
+    return path if isinstance(fs, LocalFileSystem) else None
+
+
 def normalize(uri: str) -> str:
     """Return a URI as listings spell it: a local path absolute, any other with its store's own prefix."""
     fs, path = open_store(uri)

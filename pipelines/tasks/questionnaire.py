@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,10 @@ class Questionnaire:
         """Return one prompt per task from the text that the manifest stores for a row."""
         return self.layout.split_prompts(stored)
 
+    def change_prompts(self, stored: str, change: Callable[[str], str]) -> str:
+        """Return the text that the manifest stores for a row with each of its prompts changed."""
+        return self.layout.change_prompts(stored, change)
+
     def make_columns(self, answers: Sequence[Answered]) -> Columns:
         """Return the columns of a row for its answers, one per task."""
         num_tokens = sum(answer.num_tokens for answer in answers)
@@ -85,6 +89,10 @@ class FlatLayout:
     def split_prompts(self, stored: str) -> Sequence[str]:
         """Return the prompts of a row from the text that the manifest stores."""
         return (stored,)
+
+    def change_prompts(self, stored: str, change: Callable[[str], str]) -> str:
+        """Return the text that the manifest stores for a row with its prompt changed."""
+        return change(stored)
 
     def make_columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
         """Return the columns that the answers to `tasks` fill."""
@@ -126,6 +134,10 @@ class TaskLayout:
         """Return the prompts of a row from the JSON array that the manifest stores."""
         prompts: list[str] = json.loads(stored)
         return prompts
+
+    def change_prompts(self, stored: str, change: Callable[[str], str]) -> str:
+        """Return the text that the manifest stores for a row with each of its prompts changed."""
+        return self.join_prompts([change(prompt) for prompt in self.split_prompts(stored)])
 
     def make_columns(self, tasks: Sequence[Task], answers: Sequence[Answered]) -> Columns:
         """Return the columns that the answers to `tasks` fill."""

@@ -25,7 +25,8 @@ def make_stage(config: RunConfig, encoder: Encoder | None = None) -> tuple[Prepr
     """List INPUT into OUTPUT's manifest; return the stage and the one unit that holds all rows."""
     with list_input(config) as listing:
         write_manifest(config.output, listing.read_tables())
-    stage = Preprocess(config.output, config.model, None, config, config.questionnaire, AttemptCounts(), encoder)
+    arguments = (config.output, config.model, None, config, config.questionnaire, AttemptCounts(), encoder)
+    stage = Preprocess(*arguments, save_frames=config.save_frames)
     return stage, {"start": np.array([0]), "stop": np.array([listing.num_rows])}
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from ovis_model.inputs.tiling import tile_image
 from pipelines.errors import MediaError
 from pipelines.media.images import check_num_pixels
+from pipelines.media.saving import encode_jpeg
 
 Pixels = NDArray[np.uint8]
 
@@ -29,21 +30,26 @@ class Frame(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How frames are cut into tiles of `tile_size` px; see `tile_image`."""
+    """How frames are cut into tiles of `tile_size` px, see `tile_image`, and whether a JPEG of each is kept."""
 
     max_tiles: int
     tile_size: int
+    with_jpeg: bool = False
 
 
 @dataclass(frozen=True)
 class TiledFrame:
-    """A frame of `width` x `height` px as tiles uint8[N, 3, S, S] and their sizes int32[N, 2]; see `tile_image`."""
+    """A frame of `width` x `height` px as tiles uint8[N, 3, S, S] and their sizes int32[N, 2]; see `tile_image`.
+
+    `jpeg` is the whole frame as a file, if asked for.
+    """
 
     tiles: Pixels
     sizes: NDArray[np.int32]
     width: int
     height: int
     timestamp_s: float
+    jpeg: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,10 @@ class TiledVideo(NamedTuple):
 
 def tile_frame(frame: Frame, tiling: Tiling) -> TiledFrame:
     """Cut a frame into its tiles, which need a hundredth of the memory of a large frame."""
-    tiles, sizes = tile_image(Image.fromarray(frame.pixels), *tiling)
-    height, width = frame.pixels.shape[:2]
-    return TiledFrame(tiles, sizes, width, height, frame.timestamp_s)
+    picture = Image.fromarray(frame.pixels)
+    tiles, sizes = tile_image(picture, tiling.max_tiles, tiling.tile_size)
+    jpeg = encode_jpeg(picture) if tiling.with_jpeg else b""
+    return TiledFrame(tiles, sizes, picture.width, picture.height, frame.timestamp_s, jpeg)
 
 
 def convert_to_pixels(frame: VideoFrame, size: tuple[int, int] | None) -> Pixels:

@@ -199,10 +199,10 @@ class Player:
     def _seek_if_worthwhile(self, time_s: float) -> None:
         """Seek towards `time_s` if that saves decoding frames."""
         current_s = self._source.get_time_s(self.shown) if self.shown else 0.0
-        key_s = self._source.find_key_frame_s(time_s)
+        key_s = self._source.index.find_key_frame_s(time_s)
         is_worth_it = time_s - current_s > _BLIND_SEEK_S if key_s is None else key_s > current_s
         if self._may_seek and is_worth_it:
-            if not self._source.has_sound_index(time_s):
+            if not self._source.index.is_sound_at(time_s):
                 self._may_seek = self._source.is_seekable = False
                 self.start_over()
                 return

@@ -14,17 +14,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from ovis_model.child_process import ChildProcess, Json, MessageStream, StreamEnded, end_with_parent
 from pipelines.errors import CredentialsRefused, MediaError, StoreFault
 from pipelines.media.reference import VideoLocation, Window
+from pipelines.media.subtitles import Cue
+from pipelines.media.video.container import NotReadable
 from pipelines.media.video.frames import Frame, Pixels, TiledFrame, TiledVideo, Tiling, VideoInfo
 from pipelines.media.video.sampling import Sampling, decode_frames_at, read_frame_times, sample_frames, tile_frames
 from pipelines.media.video.shots import Cutting, find_cuts
 from pipelines.media.video.source import FrameTimes
+from pipelines.media.video.text_track import read_track
+from pipelines.media.video.transcoding import RawFrames, transcode
 from pipelines.storage import store
 from pipelines.storage.sized_file import SizedFile
 
@@ -71,9 +75,18 @@ class VideoDecoder:
         """Return frames as tiles, which need a hundredth of the memory of large frames; see `sampling.tile_frames`."""
         which = {"sampling": asdict(wanted)} if isinstance(wanted, Sampling) else {"times_s": list(wanted)}
         reply, arrays = self._ask("tile", location, tiling=list(tiling), window=list(window or Window()), **which)
-        facts = zip(arrays, reply["sizes"], reply["frames"], strict=True)
-        frames = [TiledFrame(tiles, np.array(sizes, np.int32), *frame) for tiles, sizes, frame in facts]
+        tiles, jpegs = arrays[: len(arrays) // 2], map(bytes, arrays[len(arrays) // 2 :])
+        facts = zip(tiles, reply["sizes"], reply["frames"], jpegs, strict=True)
+        frames = [
+            TiledFrame(tile, np.array(sizes, np.int32), width, height, time_s, jpeg)
+            for tile, sizes, (width, height, time_s), jpeg in facts
+        ]
         return TiledVideo(frames, VideoInfo(**reply["info"]))
+
+    def read_subtitles(self, location: VideoLocation, window: Window) -> list[Cue]:
+        """Return the cues of the text track in the window; see `text_track.read_track`."""
+        reply, _ = self._ask("subtitles", location, window=list(window))
+        return [Cue(*cue) for cue in reply["cues"]]
 
     def find_cuts(self, location: VideoLocation, cutting: Cutting, window: Window) -> list[float]:
         """Return the times in seconds at which to cut the video; see `shots.find_cuts`."""
@@ -170,8 +183,14 @@ def _answer(request: Json, data: bytes) -> tuple[Json, list[Pixels]]:
     try:
         store.use_settings(request["stores"])
         uri, offset, num_bytes = request["location"]
-        with _open_video(VideoLocation(uri, offset, num_bytes, data)) as file:
-            return _run(request["action"], file, request["arguments"])
+        location = VideoLocation(uri, offset, num_bytes, data)
+        with _open_video(location) as file:
+            try:
+                return _run(request["action"], file, request["arguments"])
+            except NotReadable as reason:
+                path = store.find_local_path(uri) if not data and offset < 0 else None
+                with transcode(file, path, reason) as frames:
+                    return _run_transcoded(request["action"], frames, request["arguments"], reason)
     except MediaError as error:
         # Decoders hide a lack of memory behind other errors.
         return {"error": "memory" if _is_memory_short() else "decode", "reason": str(error)}, []
@@ -203,11 +222,24 @@ def _run(action: str, file: BinaryIO, arguments: Json) -> tuple[Json, list[Pixel
             return _pack_frames(_sample(file, **arguments))
         case "at":
             return _pack_frames(decode_frames_at(file, **arguments))
+        case "subtitles":
+            return {"cues": read_track(file, Window(*arguments["window"])), "shapes": []}, []
         case "cuts":
             cutting, window = Cutting(**arguments["cutting"]), Window(*arguments["window"])
             return {"cuts_s": find_cuts(file, cutting, window), "shapes": []}, []
         case _:
             return _pack_video(_tile(file, **arguments))
+
+
+def _run_transcoded(action: str, frames: RawFrames, arguments: Json, reason: NotReadable) -> tuple[Json, list[Pixels]]:
+    """Return what `_run` returns for frames that another ffmpeg decodes. Raise `reason` if it cannot either."""
+    try:
+        reply, arrays = _run(action, cast(BinaryIO, frames), arguments)
+    except NotReadable:
+        raise reason from None
+    if "info" in reply:
+        reply["info"] |= frames.describe()
+    return reply, arrays
 
 
 def _sample(file: BinaryIO, sampling: Json, window: list[float], size: list[int] | None) -> list[Frame]:
@@ -216,7 +248,7 @@ def _sample(file: BinaryIO, sampling: Json, window: list[float], size: list[int]
 
 def _tile(
     file: BinaryIO,
-    tiling: list[int],
+    tiling: list[Any],
     window: list[float],
     sampling: Json | None = None,
     times_s: Sequence[float] = (),
@@ -232,11 +264,11 @@ def _pack_frames(frames: list[Frame]) -> tuple[Json, list[Pixels]]:
 
 
 def _pack_video(clip: TiledVideo) -> tuple[Json, list[Pixels]]:
-    tiles = [frame.tiles for frame in clip.frames]
+    arrays = [frame.tiles for frame in clip.frames] + [np.frombuffer(frame.jpeg, np.uint8) for frame in clip.frames]
     sizes = [frame.sizes.tolist() for frame in clip.frames]
     frames = [(frame.width, frame.height, frame.timestamp_s) for frame in clip.frames]
-    shapes = [array.shape for array in tiles]
-    return {"shapes": shapes, "sizes": sizes, "frames": frames, "info": asdict(clip.info)}, tiles
+    shapes = [array.shape for array in arrays]
+    return {"shapes": shapes, "sizes": sizes, "frames": frames, "info": asdict(clip.info)}, arrays
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,7 +11,6 @@ from av.video.stream import VideoStream
 
 from pipelines.errors import MediaError
 from pipelines.media.video.container import (
-    INDEXED,
     MP4,
     NotReadable,
     choose_stream,
@@ -24,6 +22,7 @@ from pipelines.media.video.container import (
     read_stated_end_s,
 )
 from pipelines.media.video.frames import VideoInfo
+from pipelines.media.video.seek_index import SeekIndex
 
 ENCRYPTED = "the video is encrypted; decrypt it first"
 
@@ -38,14 +37,15 @@ class FrameTimes(NamedTuple):
 class VideoSource:
     """An open video, as a context manager; methods raise MediaError.
 
-    `stream` is the one that players show; `fps` and `duration_s` are the values that ffmpeg prints. `is_seekable` tells
-    whether the file is read with its index.
+    stream, index: the stream that players show, and its index.
+    fps, duration_s: the values that ffmpeg prints.
+    is_seekable: whether the file is read with its index.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._index, self.is_seekable = file, -1, True
+        self._file, self._number, self.is_seekable = file, -1, file.seekable()
         self.open()
-        if not all(map(self._is_sound, (0, 1, len(self.stream.index_entries) - 1))):
+        if not self.index.is_sound():
             self.is_seekable = False
             self.start_over()
         self.fps = read_fps(self.stream)
@@ -60,12 +60,13 @@ class VideoSource:
     def open(self) -> None:
         """Open the file at its start."""
         self._container = open_container(self._file, seekable=self.is_seekable)
-        if self._index < 0:
-            self._index = self._choose_stream()
-        self.stream: VideoStream = self._container.streams[self._index]  # type: ignore[assignment]
+        if self._number < 0:
+            self._number = self._choose_stream()
+        self.stream: VideoStream = self._container.streams[self._number]  # type: ignore[assignment]
         # Other cores decode other videos, and threads cost a quarter more CPU.
         self.stream.codec_context.thread_type = "NONE"
         self._start_s = (self._container.start_time or 0) / av.time_base
+        self.index = SeekIndex(self._file, self._container, self.stream, self._start_s)
 
     def _choose_stream(self) -> int:
         try:
@@ -77,7 +78,7 @@ class VideoSource:
     def close(self) -> None:
         """Free the codec and the file's buffers."""
         self._container.close()
-        del self.stream
+        del self.stream, self.index
 
     def start_over(self) -> None:
         """Open the file again, as some formats cannot seek to their start."""
@@ -91,45 +92,6 @@ class VideoSource:
     def get_time_s(self, timed: Any) -> float:
         """Return the time of a frame or packet, in seconds from the start of the video."""
         return float((timed.pts or 0) * (timed.time_base or 0)) - self._start_s
-
-    def find_key_frame_s(self, time_s: float) -> float | None:
-        """Return the time of the key frame before `time_s` in the index, None if the index does not reach so far.
-
-        Index entries are decoding times, which are a little early.
-        """
-        index, base = self.stream.index_entries, self.stream.time_base
-        if base is None or self._container.format.name not in INDEXED or len(index) < 2:
-            return None
-        wanted = round((time_s + self._start_s) / base)
-        if index[len(index) - 1].timestamp < wanted:
-            return None
-        entry = index.search_timestamp(wanted)
-        return None if entry < 0 else float(index[entry].timestamp * base) - self._start_s
-
-    def has_sound_index(self, time_s: float) -> bool:
-        """Return whether the index entry to seek to for `time_s` points at a frame of the size that it states."""
-        base = self.stream.time_base or 1
-        return self._is_sound(self.stream.index_entries.search_timestamp(round((time_s + self._start_s) / base)))
-
-    def _is_sound(self, number: int) -> bool:
-        """Return whether an entry of the index points at a frame of the size that it states.
-
-        Only an AVI has an index apart from what it describes and without a check: ffmpeg jumps to any place that an
-        entry names, and counts the frames from there by the entry's number.
-        """
-        index = self.stream.index_entries
-        if self._container.format.name != "avi" or not 0 <= number < len(index):
-            return True
-        name, num_bytes = struct.unpack("<4sI", self._peek(index[number].pos, 8))
-        return bool(name[:2] == b"%02d" % self.stream.index and num_bytes == index[number].size)
-
-    def _peek(self, offset: int, num_bytes: int) -> bytes:
-        """Return bytes of the file, zeros beyond its end, without moving the place where the demuxer reads on."""
-        place = self._file.tell()
-        self._file.seek(offset)
-        data = self._file.read(num_bytes)
-        self._file.seek(place)
-        return data.ljust(num_bytes, b"\0")
 
     def seek(self, time_s: float) -> bool:
         """Go to a key frame near `time_s`, with or without an index; return whether the file allows it."""
