@@ -41,11 +41,11 @@ RowMedia = tuple[PickedRow, Json]
 
 
 def read_media(
-    output: str, rows: Sequence[PickedRow], images: ImageOptions, *, max_bytes: int, limit_s: float
+    output: str, rows: Sequence[PickedRow], images: ImageOptions | None = None, *, max_bytes: int, limit_s: float
 ) -> Iterator[RowMedia]:
     """Yield the rows with their media: {"images": [...], "more": number of further images} or {"missing": reason}.
 
-    `images` are the options of the run, so that damaged and transparent images are shown as the model saw them.
+    With the run's options `images`, damaged and transparent images are shown as the model saw them.
     An image is {"src": data URI, "width": px, "height": px}, for a video frame also "time_s". The images of a row take
     at most `max_bytes` as text. Raises nothing: media that cannot be read, or not within `limit_s` in total, are
     reported as missing.
@@ -59,7 +59,9 @@ def read_media(
         return
     references = (list(map(parse_reference, images)) for images in found.column("images").to_pylist())
     with closing(VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)) as decoder:
-        yield from _Reader(decoder, images, max_bytes, limit_s).read(zip(rows, references, strict=True))
+        yield from _Reader(decoder, images or ImageOptions(), max_bytes, limit_s).read(
+            zip(rows, references, strict=True)
+        )
 
 
 class _Reader:
