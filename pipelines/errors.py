@@ -124,6 +124,10 @@ class ProcessesDie(RuntimeError):  # noqa: N818  (the name says what happened)
     """The processes of an actor died again and again while no row was finished; the message gives the last reason."""
 
 
+class NodeIncomplete(RuntimeError):  # noqa: N818  (the name says what happened)
+    """A node of the cluster lacks a package that an actor imports; the message names both."""
+
+
 class RowsLost(RuntimeError):  # noqa: N818  (the name says what happened)
     """Rows of the manifest are missing from the output: a bug, or a fault of the store."""
 

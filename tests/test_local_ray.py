@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pipelines.cluster.local_ray import choose_ray_directory, start_local_ray
+from pipelines.cluster.process_limits import list_descendants
 from pipelines.errors import RayNotStarted, ResourceError
 from tests.support.roots import ROOT
 
@@ -118,3 +122,30 @@ def test_64_mb_of_shared_memory_suffice(tmp_path: Path) -> None:
     skip_unless_permitted(*SMALL_SHM)
     ended = start_ray(*SMALL_SHM, cwd=tmp_path)
     assert "started" in ended.stdout.split() and "WARNING" not in ended.stderr, ended.stderr
+
+
+def test_a_user_with_too_few_processes_is_refused_at_once(tmp_path: Path) -> None:
+    """The limit does not apply to root, so another user starts Ray."""
+    limited = ("setpriv", "--reuid", "54321", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all")
+    skip_unless_permitted(*limited)
+    program = "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))" + START
+    command = (*limited, sys.executable, "-c", program)
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": "/proc"}
+    settings.pop("RAY_ADDRESS", None)
+    started_s = time.monotonic()
+    ended = subprocess.run(command, cwd="/", env=settings, capture_output=True, text=True, timeout=100, check=False)
+    if "Permission denied" in ended.stderr:
+        pytest.skip("another user cannot read this installation")
+    line = ended.stderr.strip().splitlines()[-1]
+    assert re.search(r"needs about 300 processes and threads, .* only \d+ more \(ulimit -u is 100\)", line), (
+        ended.stderr
+    )
+    assert time.monotonic() - started_s < 20
+
+
+def test_processes_that_a_process_has_started_are_found() -> None:
+    with subprocess.Popen(("sh", "-c", "sleep 30 & echo $!; wait"), stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        sleeper = int(shell.stdout.readline())
+        assert list_descendants(shell.pid) == [sleeper] and sleeper in list_descendants(os.getpid())
+        os.kill(sleeper, signal.SIGKILL)

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import secrets
+import signal
 import traceback
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.cluster.lean_ray import start_without_services
+from pipelines.cluster.process_limits import RAY_TASKS, check_process_limit, list_descendants
 from pipelines.errors import RayNotStarted, ResourceError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def start_local_ray() -> RayContext:
     Raise ResourceError if no directory is suitable, RayNotStarted if Ray cannot start. Call it in the main thread:
     Ray's processes end with the thread that started them.
     """
+    check_process_limit()
     directory = choose_ray_directory(os.environ)
     _provide_token(os.environ)
     try:
@@ -122,7 +125,12 @@ def _end_processes(error: Exception) -> str | None:
 
     for local in _list_selves(error):
         if isinstance(local, Node):
+            started = [info.process.pid for infos in local.all_processes.values() for info in infos]
+            descendants = list_descendants(*started)
             local.kill_all_processes(check_alive=False)
+            for pid in descendants:  # an agent without threads does not see that its parent has ended
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
             return str(local.get_logs_dir_path())
     return None
 
@@ -142,4 +150,7 @@ def _describe_limits() -> str:
     limits = {"ulimit -u": resource.RLIMIT_NPROC, "ulimit -n": resource.RLIMIT_NOFILE}
     soft = {name: resource.getrlimit(limit)[0] for name, limit in limits.items()}
     shown = [f"{name} is {'unlimited' if n == resource.RLIM_INFINITY else n}" for name, n in soft.items()]
-    return f"The machine is too busy, or a limit is too low: {', '.join(shown)}; Ray needs 300 processes and threads"
+    return (
+        f"The machine is too busy, or a limit is too low: {', '.join(shown)}; Ray needs {RAY_TASKS} processes and "
+        "threads"
+    )

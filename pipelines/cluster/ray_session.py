@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines.cluster.address import check_address
 from pipelines.cluster.lean_ray import run_without_scaling
 from pipelines.cluster.local_ray import start_local_ray
-from pipelines.errors import ProcessesDie, StageFailed, StoreFault
+from pipelines.errors import NodeIncomplete, ProcessesDie, StageFailed, StoreFault
 
 _EXECUTOR_END_S = 10.0
 
@@ -45,7 +45,7 @@ def open_ray_session() -> Iterator[None]:
         else:
             context = start_local_ray()
     try:
-        with nullcontext() if address else run_without_scaling():
+        with nullcontext() if address else run_without_scaling(), _shorten_raylet_messages():
             yield
     except (ProcessesDie, StageFailed):
         logger.warning(
@@ -84,6 +84,28 @@ def _use_root_handlers(name: str) -> None:
 
 
 @contextmanager
+def _shorten_raylet_messages() -> Iterator[None]:
+    """Print only the first sentence of what Ray itself reports, not the traces of actors: their errors are raised.
+
+    Ray has no setting for it: `log_to_driver` is about what actors print.
+    """
+    from ray._private import worker
+
+    print_message = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda data, **options: print_message(_shorten_message(data), **options)
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = print_message
+
+
+def _shorten_message(data: dict[str, Any]) -> dict[str, Any]:
+    if data.get("pid") != "raylet":
+        return data
+    return {**data, "lines": [re.split(r"\s*(?:Error: Traceback|\n)", line)[0] for line in data["lines"]]}
+
+
+@contextmanager
 def _preserve_sigterm_handler() -> Iterator[None]:
     """Restore the SIGTERM handler afterwards: Ray installs one that exits. Here, it stops the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
@@ -118,7 +140,10 @@ def request_gpus(bundles: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def translate_ray_errors() -> Iterator[None]:
-    """Raise an actor's StoreFault or ProcessesDie unchanged, its other errors as StageFailed with their message."""
+    """Raise an actor's StoreFault or ProcessesDie unchanged, its other errors as StageFailed with their message.
+
+    A package that an actor cannot import is NodeIncomplete.
+    """
     import ray
 
     try:
@@ -126,6 +151,8 @@ def translate_ray_errors() -> Iterator[None]:
     except ray.exceptions.RayError as error:
         if fault := find_cause(error, StoreFault) or find_cause(error, ProcessesDie):
             raise fault from error
+        if missing := describe_missing_package(str(error)):
+            raise NodeIncomplete(missing) from None
         raise StageFailed(extract_error_line(error)) from error
 
 
@@ -137,6 +164,19 @@ def find_cause(error: BaseException | None, kind: type[Cause]) -> Cause | None:
     while error is not None and not isinstance(error, kind):
         error = getattr(error, "cause", None) or error.__cause__
     return error
+
+
+def describe_missing_package(text: str) -> str:
+    """Return which node of a remote trace cannot import what; "" if the trace is about something else."""
+    found = re.search(r"^(?:ModuleNotFoundError|ImportError): (.+)$", text, re.MULTILINE)
+    if found is None:
+        return ""
+    place = re.search(r"\bip=([^\s,)]+)", text)
+    node = f"node {place[1]}" if place else "a node"
+    return (
+        f"{node} cannot import a package that the run needs ({found[1]}); install this project and all its packages "
+        "on every node, as docs/cluster.md says"
+    )
 
 
 def extract_error_line(error: Exception) -> str:

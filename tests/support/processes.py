@@ -44,7 +44,7 @@ class Job:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self) -> Job:
-        environment = {**os.environ, **self.environment, _MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **self.environment, _MARK: self.mark}
         environment.pop("RAY_ADDRESS", None)
         if self.ray_address:
             environment["RAY_ADDRESS"] = self.ray_address
