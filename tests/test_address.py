@@ -57,8 +57,7 @@ def test_a_silent_port_and_the_dashboard_end_a_job(silent: socket.socket, web: s
 def test_ctrl_c_ends_the_attempt(silent: socket.socket, tmp_path: Path) -> None:
     job = start_job(f"127.0.0.1:{silent.getsockname()[1]}", tmp_path)
     silent.settimeout(30)
-    silent.accept()[0].close()  # the job's own connection
-    waiting, _ = silent.accept()  # the probe's
+    waiting, _ = silent.accept()
     with waiting:
         started_s = time.monotonic()
         job.process.send_signal(signal.SIGINT)
@@ -82,6 +81,26 @@ def test_a_closed_port_is_refused() -> None:
             check_address(f"127.0.0.1:{unused.getsockname()[1]}")
 
 
-def test_a_head_and_auto_are_accepted(ray_address: str) -> None:
+def test_a_head_and_auto_are_accepted_at_once(ray_address: str) -> None:
+    started_s = time.process_time(), time.monotonic()
     check_address(ray_address)
     check_address("auto")
+    assert time.process_time() - started_s[0] < 0.1 and time.monotonic() - started_s[1] < 5
+
+
+def test_a_wrong_token_is_left_to_ray(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(ResourceError, match="not as a Ray head"):
+        check_address(ray_address)
+
+
+def test_ray_clients_port_is_refused(ray_address: str) -> None:
+    from ray.util.client.server.server import serve
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    server = serve("127.0.0.1", port)
+    with pytest.raises(ResourceError, match="not as a Ray head"):
+        check_address(f"127.0.0.1:{port}")
+    server.stop(0)

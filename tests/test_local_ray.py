@@ -137,7 +137,7 @@ def test_a_user_with_too_few_processes_is_refused_at_once(tmp_path: Path) -> Non
     if "Permission denied" in ended.stderr:
         pytest.skip("another user cannot read this installation")
     line = ended.stderr.strip().splitlines()[-1]
-    assert re.search(r"needs about 300 processes and threads, .* only \d+ more \(ulimit -u is 100\)", line), (
+    assert re.search(r"needs about 400 processes and threads, .* only \d+ more \(ulimit -u is 100\)", line), (
         ended.stderr
     )
     assert time.monotonic() - started_s < 20

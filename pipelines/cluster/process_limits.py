@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pipelines.errors import ResourceError
 
-RAY_TASKS = 300
-"""Processes and threads that Ray starts on a machine; with 150 it waits for itself until it gives up."""
+RAY_TASKS = 400
+"""Processes and threads of Ray and the actors of a small run: 377. With 150, Ray waits for itself until it gives up."""
 
 _PROC = Path("/proc")
 _EXEMPT = 1 << 21 | 1 << 24  # CAP_SYS_ADMIN, CAP_SYS_RESOURCE
