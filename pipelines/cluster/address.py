@@ -70,10 +70,10 @@ def _call_head(connection: socket.socket, address: str) -> bytes:
     token = _find_token(os.environ)
     fields = {**_CALL, **({"authorization": f"Bearer {token}"} if token else {})}
     headers = b"".join(map(_encode_field, fields.items()))
-    call = _frame(_HEADERS, _END_HEADERS, headers) + _frame(_DATA, _END_STREAM, bytes(5))
+    call = _pack_frame(_HEADERS, _END_HEADERS, headers) + _pack_frame(_DATA, _END_STREAM, bytes(5))
     data, ends_s = b"", time.monotonic() + _PROBE_S
     with suppress(TimeoutError, ConnectionError):
-        connection.sendall(_PREFACE + _frame(_SETTINGS, 0, b"", stream=0) + call)
+        connection.sendall(_PREFACE + _pack_frame(_SETTINGS, 0, b"", stream=0) + call)
         while not _read_status(data) and (left_s := ends_s - time.monotonic()) > 0:
             connection.settimeout(left_s)
             if not (received := connection.recv(1 << 16)):
@@ -88,7 +88,7 @@ def _call_head(connection: socket.socket, address: str) -> bytes:
     return _read_status(data)
 
 
-def _frame(kind: int, flags: int, payload: bytes, *, stream: int = 1) -> bytes:
+def _pack_frame(kind: int, flags: int, payload: bytes, *, stream: int = 1) -> bytes:
     return struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream) + payload
 
 
