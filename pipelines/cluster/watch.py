@@ -54,6 +54,8 @@ class Watch:
         self._closed.set()
         self._thread.join(timeout=_ANSWER_S)
         with suppress(Exception):  # Ray may be gone
+            for line in self._read_deaths(time.monotonic()):  # those since the last look
+                logger.warning("%s", line)
             self._report_use()
 
     def _watch(self) -> None:
@@ -63,11 +65,17 @@ class Watch:
                 self._look(time.monotonic())
 
     def _look(self, now_s: float) -> None:
-        for stage, attempts in self._attempts.items():
-            exits, in_a_row = attempts.read_deaths()
-            self._log(*self._deaths.report(stage, exits, in_a_row, now_s))
+        self._log(*self._read_deaths(now_s))
         self._log(*self._waiting.report(take_census(), now_s))
         self._report_use()
+
+    def _read_deaths(self, now_s: float) -> list[str]:
+        """Return the lines about deaths that are due."""
+        lines = []
+        for stage, attempts in self._attempts.items():
+            exits, in_a_row = attempts.read_deaths()
+            lines += self._deaths.report(stage, exits, in_a_row, now_s)
+        return lines
 
     def _report_use(self) -> None:
         """Pass on what the actors have measured, and log what happened to them, unless stderr is a terminal."""
