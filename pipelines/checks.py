@@ -10,6 +10,7 @@ from ovis_model.engine.vllm_engine.versions import check_vllm
 from ovis_model.grammar.guides import check
 from ovis_model.grammar.json_schema import find_ignored
 from ovis_model.inputs.processor import Processor
+from ovis_model.inputs.prompt import remove_marks
 from ovis_model.sizing import check_tensor_parallel
 from ovis_model.weight_files import check_weight_files
 from pipelines.config import RunConfig
@@ -57,7 +58,9 @@ def _check_task(task: Task, processor: Processor) -> None:
         print(
             f"{task.label}ignored in the schema, as they say nothing about answers: {', '.join(words)}", file=sys.stderr
         )
-    room = processor.config.max_length - len(processor.encode_prompt(task.prompt, system_prompt=task.system))
+    room = processor.config.max_length - len(
+        processor.encode_prompt(remove_marks(task.prompt), system_prompt=task.system)
+    )
     longest = max(params.choices, key=len, default=())
     if len(longest) >= room:
         raise ValueError(

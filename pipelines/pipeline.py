@@ -108,7 +108,6 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
 def _choose_rows(config: RunConfig) -> tuple[RunConfig, Lister]:
     """Return the configuration of the OUTPUT to write, and what lists its rows; with --shard those of a part."""
     if config.shard is None:
-        check_undivided(store.make_absolute(config.output))
         return config, list_rows
     part, listed = open_part(config)
     return config.model_copy(update={"output": part.output}), lambda *_, **__: listed
@@ -124,6 +123,8 @@ def _start_run(
 ) -> tuple[Run, Ledger, Plan | None]:
     """Change OUTPUT only after all checks, those of the cluster too. Start Ray only if rows are missing."""
     with note_unchanged():
+        if config.shard is None:
+            check_undivided(store.make_absolute(config.output))
         lister = partial(_list_cut_rows, session, lease) if config.cuts_videos else lister
         prepared = prepare_run(config, models, lister)
     with prepared:

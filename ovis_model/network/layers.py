@@ -87,7 +87,7 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     Under autocast, as in training, that decides the dtype.
     """
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == weight.dtype or _is_under_autocast(x):
         return F.linear(x, weight, bias)
     return _multiply_widened(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
 
@@ -96,9 +96,13 @@ def project(tokens: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tenso
     """Multiply tokens [N, in] by a matrix [in, out] like `apply_linear`, without the overhead of `F.linear`."""
     if not isinstance(matrix, Tensor):
         return matrix.multiply(tokens, bias)
-    if tokens.dtype != matrix.dtype and not torch.is_autocast_enabled(tokens.device.type):
+    if tokens.dtype != matrix.dtype and not _is_under_autocast(tokens):
         return _multiply_widened(tokens, matrix, bias)
     return torch.mm(tokens, matrix) if bias is None else torch.addmm(bias, tokens, matrix)
+
+
+def _is_under_autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # the meta device has no autocast
 
 
 def _multiply_widened(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -81,7 +81,13 @@ def make_columns(
     has_id, has_prompt = (name in batch.schema.names for name in (roles.id, roles.prompt))
     ids = read_texts(batch.column(roles.id)) if has_id else _number_rows(source, numbers)
     prompts = read_texts(batch.column(roles.prompt)) if has_prompt else pa.nulls(len(numbers), pa.string())
-    if roles.in_prompt or ids is None or prompts is None or (images is None and not has_prompt):
+    if (
+        not roles.may_be_columns
+        or roles.in_prompt
+        or ids is None
+        or prompts is None
+        or (images is None and not has_prompt)
+    ):
         return None
     if images is None:
         uris, images = pa.repeat(source, len(numbers)), pa.array([[]] * len(numbers), _IMAGES)

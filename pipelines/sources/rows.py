@@ -45,6 +45,7 @@ class ColumnRoles:
     subtitles: str | None = None
     keep: tuple[str, ...] = ()
     in_prompt: frozenset[str] = frozenset()
+    may_be_columns: bool = True  # False if each row must come from `make_row`
 
     def make_row(
         self, source: str, number: object, values: Mapping[str, Any], images: tuple[ImageRef, ...], *, unit: str

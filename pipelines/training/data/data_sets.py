@@ -178,7 +178,7 @@ def _refer(uri: str, image_root: str | None, element: Element, image: Any) -> Im
 
 
 def _list_table(info: FileInfo, kind: str, number: int, data_set: DataSet) -> Iterator[ListedRow]:
-    columns = _Columns(keep=tuple(_find_fields(info.uri, kind)))
+    columns = _Columns(keep=tuple(_find_fields(info.uri, kind)), may_be_columns=False)
     if kind in ("tar", "tgz"):
         chunks = list_tar(info, columns, is_gzip=kind == "tgz")
     else:
