@@ -144,7 +144,11 @@ class PromptBuilder:
             logger.warning("%s with %s", count_nouns(count, "row"), note)
         for template in () if self._names else self._templates:
             if named := ", ".join(
-                dict.fromkeys(match[0] for match in _TOKEN.finditer(template.text) if match[1] not in (None, SUBTITLES))
+                dict.fromkeys(
+                    match[0]
+                    for match in _TOKEN.finditer(template.text)
+                    if match[0] not in "{}" and match[1] != SUBTITLES
+                )
             ):
                 logger.warning(
                     "%sthe input has no columns, so the prompt's %s is sent as it is, braces included",
