@@ -54,6 +54,11 @@ def write_model(shape: str, target: Path) -> str:
     if language.num_attention_heads % language.num_key_value_heads:
         raise ValueError(f"{shape} does not divide its heads")
     export_network(make_network(replace(config, language=language), 0), demo, target, {"made by": "a benchmark"})
+    path = target / "config.json"  # export_network takes it from the demo model
+    written = json.loads(path.read_text("utf-8"))
+    written["llm_config"].update(SHAPES[shape])
+    written["hidden_size"] = language.hidden_size
+    path.write_text(json.dumps(written), "utf-8")
     return str(target)
 
 
