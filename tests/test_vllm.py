@@ -205,6 +205,12 @@ def test_a_job_without_vllm_ends_at_once(tmp_path: Path) -> None:
 
 
 @needs_vllm
+def test_an_interrupt_fails_no_later_request(ours: OvisEngine, theirs: Any, requests: list[Request]) -> None:
+    theirs._core.abandon()
+    assert count_equal(ours.generate(requests[:4], GREEDY), theirs.generate(requests[:4], GREEDY)) == 4
+
+
+@needs_vllm
 def test_a_closed_engine_says_so(requests: list[Request]) -> None:
     from ovis_model.engine.vllm_engine.engine import VllmEngine
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import chain, islice
 
@@ -205,11 +205,17 @@ def _score(runner: ModelRunner, group: list[Span], choices: Sequence[Sequence[in
 
 
 def _draw(runner: ModelRunner, logliks: dict[RequestState, list[float]]) -> list[int]:
-    """Return the index of each request's choice: the most probable, or a draw from its random stream."""
     if not logliks:
         return []
+    ids: list[int] = runner.broadcast_choice(sample_choices(logliks)).ids.tolist()
+    return ids
+
+
+def sample_choices(logliks: Mapping[RequestState, Sequence[float]]) -> Choice:
+    """Return as ids the index of each request's choice: the most probable, or a draw from its random stream.
+
+    `logliks` are the log-likelihoods of all choices of each request.
+    """
     params = [SamplingParams(temperature=state.params.temperature, logprobs=False) for state in logliks]
     scores = pad_sequence([torch.tensor(each) for each in logliks.values()], True, -math.inf)
-    sampler = Sampler(params, [state.stream for state in logliks], scores.shape[1], scores.device)
-    ids: list[int] = runner.broadcast_choice(sampler(scores)).ids.tolist()
-    return ids
+    return Sampler(params, [state.stream for state in logliks], scores.shape[1], scores.device)(scores)

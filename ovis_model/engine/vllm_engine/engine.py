@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no embedding crosses a border between processes
@@ -31,9 +30,11 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.engine.calls import Device, Dtype, Stats
+from ovis_model.engine.calls import Abandon, Close, Device, Dtype, Stats
+from ovis_model.engine.decode_step import run_eagerly
+from ovis_model.engine.model_runner import ModelRunner, sample_choices
 from ovis_model.engine.requests import RequestChecks, RequestState, StopRule, make_states
-from ovis_model.engine.sampling import Sampler
+from ovis_model.engine.tile_loader import make_tile_loader
 from ovis_model.engine.vllm_engine.language import register, write_model_directory
 from ovis_model.engine.vllm_engine.rules import CHECKPOINT, AnswerRules
 from ovis_model.engine.vllm_engine.versions import check_shapes, check_vllm
@@ -41,6 +42,7 @@ from ovis_model.grammar.guides import Guides
 from ovis_model.network.devices import choose_dtype, resolve_device
 from ovis_model.network.ovis import Ovis
 from ovis_model.network.tensor_parallel import ALONE
+from ovis_model.network.uploads import upload
 from ovis_model.network.weights import load_embedder
 from ovis_model.tokenizer import load_tokenizer
 from ovis_model.types import Completion, EngineDied, Request, RequestError, SamplingParams
@@ -59,13 +61,15 @@ class VllmEngine:
     and constraints do not, apart from ties in the last bits.
     """
 
-    def __init__(self, embedder: Ovis, directory: Path, core: _Core) -> None:
+    def __init__(self, embedder: Ovis, stop_rule: StopRule, core: _Core) -> None:
         self.config = embedder.config
         self._embedder, self._core = embedder, core
-        tokenizer = load_tokenizer(directory)
-        self._stop_rule = StopRule(self.config.eos_token_ids, tokenizer)
-        self._guides = Guides(tokenizer, self.config.language.vocab_size, self.config.eos_token_ids)
+        assert stop_rule.tokenizer is not None
+        self._stop_rule = stop_rule
+        self._guides = Guides(stop_rule.tokenizer, self.config.language.vocab_size, self.config.eos_token_ids)
         self._checks = RequestChecks(self.config, core.max_tokens, core.max_tokens, has_tokenizer=True)
+        tile_bytes = _TILES_PER_PASS * 3 * self.config.vision.image_size**2
+        self._vision = ModelRunner(embedder, lambda: run_eagerly, make_tile_loader(embedder.device, tile_bytes))
         self._vision_lock = threading.Lock()
 
     @classmethod
@@ -89,14 +93,14 @@ class VllmEngine:
         if place.type == "cpu":
             _prepare_cpu(num_threads)
         embedder = load_embedder(directory, device=place, dtype=settled)
-        register()
         arguments = {
             "dtype": str(settled).removeprefix("torch."),
             "tensor_parallel_size": tensor_parallel,
             "additional_config": {CHECKPOINT: str(directory)},
             **_plan_memory(place),
         }
-        return cls(embedder, directory, _Core(lambda: _start_vllm(directory, config, arguments)))
+        stop_rule = StopRule(config.eos_token_ids, load_tokenizer(directory))
+        return cls(embedder, stop_rule, _Core(lambda: _start_vllm(directory, config, arguments), stop_rule))
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]
@@ -144,38 +148,26 @@ class VllmEngine:
         stats = self._core.stats
         with self._vision_lock:
             started_s = perf_counter()
-            for item in dict.fromkeys(state.item for state in states):
-                item.visual = self._encode(item.tiles, item.tile_sizes)
+            items = list(dict.fromkeys(state.item for state in states))
+            self._vision.encode(items, _TILES_PER_PASS)
             found = [self._embed_one(state) for state in states]
             stats.vision_s += perf_counter() - started_s
-            stats.tiles += sum(len(item.tiles) for item in {state.item for state in states})
+            stats.tiles += sum(len(item.tiles) for item in items)
             stats.prompt_tokens += sum(map(len, found))
             return found
 
-    def _encode(self, tiles: NDArray[np.uint8], sizes: NDArray[np.int32]) -> Tensor:
-        model, parts = self._embedder, []
-        for start in range(0, len(tiles), _TILES_PER_PASS):
-            chunk = slice(start, start + _TILES_PER_PASS)
-            on_device = (
-                torch.from_numpy(np.ascontiguousarray(part[chunk])).to(model.device) for part in (tiles, sizes)
-            )
-            parts.append(model.encode_tiles(model.normalize(*on_device)).flatten(0, 1))
-        return torch.cat(parts) if parts else model.vte.weight.new_empty(0, model.config.language.hidden_size)
-
     def _embed_one(self, state: RequestState) -> Tensor:
-        ids = torch.from_numpy(state.request.input_ids.astype(np.int64)).to(self._embedder.device)
+        [ids] = upload(self._embedder.device, state.request.input_ids.astype(np.int64))
         return self._embedder.embed(ids, state.item.visual).clone()
 
     def _make_jobs(self, state: RequestState, embeds: Tensor) -> list[_Job]:
         """Return what vLLM has to generate for a request: its answer, or each of its choices, which are forced."""
         if not state.params.choices:
-            return [_Job(embeds, self._translate(state.params), self._stop_rule, state.params)]
-        forced = [replace(state.params, temperature=0.0, max_new_tokens=len(choice)) for choice in state.params.choices]
-        jobs = []
-        for own, choice in zip(forced, state.params.choices, strict=True):
-            translated = _make_params(own, (), {"forced": list(choice)}, wants_logprobs=True)
-            jobs.append(_Job(embeds, translated, self._stop_rule, replace(own, stop=())))
-        return jobs
+            return [_Job(embeds, self._translate(state.params), state.params.stop)]
+        return [
+            _Job(embeds, _make_params(SamplingParams(max_new_tokens=len(choice)), (), {"forced": list(choice)}))
+            for choice in state.params.choices
+        ]
 
     def _translate(self, params: SamplingParams) -> VllmParams:
         rule: dict[str, Any] = {}
@@ -183,12 +175,13 @@ class VllmEngine:
             rule["constraint"] = [params.constraint.kind, params.constraint.spec]
         if params.repetition_penalty != 1:
             rule["penalty"] = params.repetition_penalty
-        return _make_params(params, self.config.eos_token_ids, rule, wants_logprobs=params.logprobs)
+        return _make_params(params, self.config.eos_token_ids, rule)
 
     def _finish(self, state: RequestState, answers: Sequence[_Answer]) -> None:
         if state.params.choices:
-            logliks = np.array([answer.logprob_sum for answer in answers], np.float64)
-            state.choose(_draw(state, logliks), logliks)
+            logliks = [answer.logprob_sum for answer in answers]
+            [index] = sample_choices({state: logliks}).ids.tolist()
+            state.choose(index, np.array(logliks))
             return
         [answer] = answers
         for token_id in answer.output_ids:
@@ -213,12 +206,11 @@ class _Answer:
 
 @dataclass(eq=False)
 class _Job:
-    """One request of vLLM. Its own stop strings end it here, as vLLM has no tokenizer."""
+    """One request of vLLM. The strings of `stop` end it here, as vLLM has no tokenizer."""
 
     embeds: Tensor
     params: VllmParams
-    stop_rule: StopRule
-    own: SamplingParams
+    stop: Sequence[str] = ()
     future: Future[_Answer] = field(default_factory=Future)
 
 
@@ -249,13 +241,14 @@ class _Core:
     Both must be one thread: the number of OpenMP threads, which kernels for CPUs rely on, is a property of a thread.
     """
 
-    def __init__(self, start: Callable[[], LLMEngine]) -> None:
+    def __init__(self, start: Callable[[], LLMEngine], stop_rule: StopRule) -> None:
         """Start vLLM; raise what it raises."""
-        self._inbox, self._fault = SimpleQueue[Sequence[_Job] | None](), ""
+        self._stop_rule = stop_rule
+        self._inbox, self._fault = SimpleQueue[Sequence[_Job] | Abandon | Close](), ""
         self.stats = Stats()
         self._jobs: dict[str, _Job] = {}
         self._numbers = count()
-        self._is_abandoned, self._lock = threading.Event(), threading.Lock()
+        self._lock = threading.Lock()
         started: Future[LLMEngine] = Future()
         self._thread = threading.Thread(target=self._run, args=(start, started), name="vllm", daemon=True)
         self._thread.start()
@@ -278,11 +271,11 @@ class _Core:
 
     def abandon(self) -> None:
         """Fail all jobs so far."""
-        self._is_abandoned.set()
+        self._inbox.put(Abandon())
 
     def close(self) -> None:
         """End the thread."""
-        self._inbox.put(None)
+        self._inbox.put(Close())
         self._thread.join()
 
     def _run(self, start: Callable[[], LLMEngine], started: Future[LLMEngine]) -> None:
@@ -294,8 +287,6 @@ class _Core:
         started.set_result(self._engine)
         try:
             while self._receive():
-                if self._is_abandoned.is_set():
-                    self._abort_all()
                 if self._jobs:
                     self._step()
             self._end("the engine is closed")
@@ -316,34 +307,32 @@ class _Core:
     def _receive(self) -> bool:
         """Add the jobs that have arrived, and wait for some if there is no work; return False to end."""
         while not self._jobs or not self._inbox.empty():
-            if (jobs := self._inbox.get()) is None:
-                return False
-            for job in jobs:
-                self._add(job)
+            match self._inbox.get():
+                case Close():
+                    return False
+                case Abandon():
+                    self._abort_all()
+                case jobs:
+                    for job in jobs:
+                        self._add(job)
         return True
 
     def _add(self, job: _Job) -> None:
         number = str(next(self._numbers))
-        # vLLM may make the id longer; it returns the one that it uses.
-        known = self._engine.add_request(number, {"prompt_embeds": job.embeds}, job.params)
+        self._engine.add_request(number, {"prompt_embeds": job.embeds}, job.params)
         self._jobs[number] = job
-        assert known, "vLLM names the request"
 
     def _follow(self, output: Any) -> None:
         job, [answer] = self._jobs[output.request_id], output.outputs
         ids = list(answer.token_ids)
-        if output.finished or self._has_stopped(job, ids):
+        if output.finished or (ids and self._stop_rule.has_stop_string(ids, job.stop)):
             if not output.finished:
                 self._engine.abort_request([output.request_id])
             del self._jobs[output.request_id]
             logprob_sum = answer.cumulative_logprob
             job.future.set_result(_Answer(ids, math.nan if logprob_sum is None else logprob_sum))
 
-    def _has_stopped(self, job: _Job, ids: list[int]) -> bool:
-        return bool(ids) and job.stop_rule.has_stop_string(ids, job.own.stop)
-
     def _abort_all(self) -> None:
-        self._is_abandoned.clear()
         self._engine.abort_request([*self._jobs])
         self._fail_jobs(RequestError("interrupted"))
 
@@ -352,7 +341,8 @@ class _Core:
         with self._lock:
             self._fault = fault
         while not self._inbox.empty():
-            self._jobs.update({f"late {next(self._numbers)}": job for job in self._inbox.get() or ()})
+            if not isinstance(late := self._inbox.get(), Abandon | Close):
+                self._jobs.update({str(next(self._numbers)): job for job in late})
         self._fail_jobs(EngineDied(fault))
 
     def _fail_jobs(self, error: Exception) -> None:
@@ -361,9 +351,7 @@ class _Core:
         self._jobs = {}
 
 
-def _make_params(
-    params: SamplingParams, eos_token_ids: Sequence[int], rule: dict[str, Any], *, wants_logprobs: bool
-) -> VllmParams:
+def _make_params(params: SamplingParams, eos_token_ids: Sequence[int], rule: dict[str, Any]) -> VllmParams:
     return VllmParams(
         max_tokens=params.max_new_tokens,
         temperature=params.temperature,
@@ -373,17 +361,10 @@ def _make_params(
         stop_token_ids=list(eos_token_ids),
         ignore_eos=True,
         detokenize=False,
-        logprobs=0 if wants_logprobs else None,
+        logprobs=0 if params.logprobs else None,
         extra_args=rule or None,
         output_kind=RequestOutputKind.CUMULATIVE if params.stop else RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _draw(state: RequestState, logliks: NDArray[np.float64]) -> int:
-    """Return the index of the most probable choice, or of a draw from the request's random stream."""
-    own = SamplingParams(temperature=state.params.temperature, logprobs=False)
-    scores = torch.tensor(logliks, dtype=torch.float32)[None]
-    return int(Sampler([own], [state.stream], scores.shape[1], scores.device)(scores).ids[0])
 
 
 def _prepare_cpu(num_threads: int | None) -> None:
