@@ -47,6 +47,16 @@ def _declare_execution(default: Any, *, description: str, **bounds: Any) -> Any:
     return declare_option(default, description=description, decides_rows=False, **bounds)
 
 
+def split_at_commas(value: Any) -> Any:
+    """Split a text as flags have it into values; return anything else unchanged."""
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
+def wrap_one(value: Any) -> Any:
+    """Wrap a text that stands for a list of one; return anything else unchanged."""
+    return (value,) if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A group of options. Unknown options are errors."""
 
@@ -126,10 +136,7 @@ class SourceOptions(Section):
             raise ValueError(f"{value} has no such part; I is from 1 to N")
         return value
 
-    @field_validator("keep_columns", mode="before")
-    @classmethod
-    def _split_at_commas(cls, value: Any) -> Any:
-        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    _split_columns = field_validator("keep_columns", mode="before")(split_at_commas)
 
     @field_validator("keep_columns")
     @classmethod

@@ -8,7 +8,16 @@ from pydantic import PositiveInt, field_validator, model_validator
 
 from ovis_model.inputs.prompt import IMAGE_MARK
 from ovis_model.training.stages import STAGES, Stage
-from pipelines.config import ImageOptions, Location, ModelOptions, Section, declare_option, read_extra
+from pipelines.config import (
+    ImageOptions,
+    Location,
+    ModelOptions,
+    Section,
+    declare_option,
+    read_extra,
+    split_at_commas,
+    wrap_one,
+)
 from pipelines.training.data.data_sets import CAPTION_TEMPLATE, CaptionForm, DataSet, read_data_sets
 
 _LEARNING_RATES: dict[str, float] = {"1": 1e-4, "2": 5e-5, "3": 5e-5, "4": 1e-5, "dpo": 1e-6}  # Ovis 1.5; TRL for DPO
@@ -163,20 +172,14 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
 
     title: ClassVar[str] = "training"
 
-    @field_validator("input", mode="before")
-    @classmethod
-    def _wrap_one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    _wrap_input = field_validator("input", mode="before")(wrap_one)
 
     @field_validator("stage", mode="before")
     @classmethod
     def _read_number(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
 
-    @field_validator("learning_rates", mode="before")
-    @classmethod
-    def _split_at_commas(cls, value: Any) -> Any:
-        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    _split_rates = field_validator("learning_rates", mode="before")(split_at_commas)
 
     @field_validator("learning_rates")
     @classmethod

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, ValidationError, field_validator
 
 from ovis_model.inputs.prompt import IMAGE_MARK
-from pipelines.config import Section
+from pipelines.config import Section, wrap_one
 from pipelines.errors import SourceError
 from pipelines.media.inline import is_inline
 from pipelines.media.reference import FileRef, ImageRef, resolve_path
@@ -50,10 +50,7 @@ class DataSet(Section):
     caption_form: CaptionForm = "dialogue"
     weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
 
-    @field_validator("files", mode="before")
-    @classmethod
-    def _wrap_one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    _wrap_files = field_validator("files", mode="before")(wrap_one)
 
     @field_validator("image_root")
     @classmethod
