@@ -19,8 +19,10 @@ from ovis_model.types import Completion, Request, RequestError, SamplingParams
 from pipelines.answering import Answerer
 from pipelines.config import AnnotateConfig, CaptionConfig, RunConfig
 from pipelines.errors import RunError
-from pipelines.output.sink import read_results
+from pipelines.output.run_record import check_output, open_run
+from pipelines.output.sink import read_results, write_file
 from pipelines.pipeline import run_pipeline
+from pipelines.schema import build_result_schema
 from tests.support.engines import load_engine
 from tests.support.fake_engine import FakeEngineFactory
 from tests.support.golden_data import checkpoint_dir
@@ -242,6 +244,27 @@ def test_an_output_of_other_tasks_is_refused(ray_cluster: None, tmp_path: Path) 
     assert record["tasks"][1]["answer"] == "bool" and record["tasks"][3]["max_new_tokens"] == 3
     with pytest.raises(RunError, match=r"options: tasks \['caption', 'sharp', 'kind', 'mood'\] there, .* here\. Use"):
         run_pipeline(make_config(unread, tmp_path / "out", tasks=TASKS[:2]))
+
+
+def test_a_run_whose_columns_had_other_types_is_not_resumed(pictures: Path, tmp_path: Path) -> None:
+    """An earlier version wrote dates, tuples and maps of a schema as text: one OUTPUT never mixes both."""
+    day = {"name": "day", "prompt": "When?", "answer": {"json_schema": {"type": "string", "format": "date"}}}
+    config = make_config(pictures, tmp_path / "out", tasks=[day])
+    run = open_run(config, {"id": "demo"})
+    columns = build_result_schema(config.questionnaire.schema)
+    earlier = columns.set(columns.get_field_index("day"), pa.field("day", pa.string()))
+    rows = [{**dict.fromkeys(earlier.names), "row": n, "status": "ok", "day": "2024-02-29"} for n in range(6)]
+    nullable = pa.schema([field.with_nullable(True) for field in earlier])
+    write_file(run.data_uri, pa.Table.from_pylist(rows[:4], nullable))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out" / "data").iterdir()}
+    for resumed in (config, config.model_copy(update={"extend": True})):
+        with pytest.raises(RunError, match=r"other types: day is string there, date32\[day\] here\. Resume it with"):
+            open_run(resumed, {"id": "demo"})
+        with pytest.raises(RunError, match="other types"):
+            check_output(resumed, {"id": "demo"})
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out" / "data").iterdir()} == before
+    write_file(run.data_uri, pa.Table.from_pylist(rows[4:], nullable))
+    assert open_run(config, {"id": "demo"}).num_rows == 6  # nothing is left to write
 
 
 def test_the_annotate_command_writes_structs(ray_address: str, pictures: Path, tmp_path: Path) -> None:

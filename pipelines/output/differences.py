@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 Json = dict[str, Any]
 
 _TASK = "task {} "
@@ -21,6 +23,16 @@ def list_differences(record: Json, identity: Json, defaults: Json) -> dict[str, 
         for name in sorted(recorded.keys() | current.keys())
         if recorded.get(name) != current.get(name)
     }
+
+
+def list_type_differences(existing: pa.Schema, current: pa.Schema) -> list[str]:
+    """Return one phrase per column whose type in the files of a run is not the one that would be written now."""
+    types = {field.name: field.type for field in existing}
+    return [
+        f"{field.name} is {types[field.name]} there, {field.type} here"
+        for field in current
+        if not types.get(field.name, field.type).equals(field.type)
+    ]
 
 
 def _flatten(record: Json, defaults: Json) -> Json:

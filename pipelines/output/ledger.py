@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -154,6 +155,15 @@ def read_entries(data_uri: str) -> list[tuple[store.FileInfo, FileEntry]]:
     infos = [info for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(zip(infos, pool.map(lambda info: _read_entry(info.uri), infos), strict=True))
+
+
+def read_data_schema(data_uri: str) -> pa.Schema:
+    """Return the columns of the first output file; an empty schema if there is none."""
+    uris = [info.uri for info in store.list_files(data_uri) if info.uri.endswith(".parquet")]
+    if not uris:
+        return pa.schema([])
+    with store.open_file(uris[0]) as file:
+        return pq.read_schema(file)
 
 
 def _read_entry(uri: str) -> FileEntry:

@@ -18,10 +18,10 @@ from ovis_model.wording import count_nouns
 from pipelines import __version__
 from pipelines.config import RunConfig
 from pipelines.errors import RunError
-from pipelines.output.differences import Json, list_differences
+from pipelines.output.differences import Json, list_differences, list_type_differences
 from pipelines.output.file_swap import PLACE, RECORD, commit_exchange, finish_exchange, is_ours, locate_record
 from pipelines.output.lease import Lease
-from pipelines.output.ledger import Ledger, Ranges
+from pipelines.output.ledger import Ledger, Ranges, read_data_schema
 from pipelines.output.manifest import KeptColumns, encode_manifest, read_columns
 from pipelines.sources import KnownRows, Listing, RowListing, list_rows
 from pipelines.storage import store
@@ -139,7 +139,7 @@ def prepare_run(config: RunConfig, models: Json, lister: Lister | None = None) -
             return _prepare_new(output, config, identity, lister, replaces=record)
         _check_same(output, record, identity, config, except_for=_EXTENDABLE if config.extend else frozenset())
         finish_exchange(output)  # this run accepts the exchange that an earlier process committed
-        ledger = Ledger.read(store.join(output, "data"))
+        ledger = _read_ledger(output, record, config)
         if config.extend:
             return _prepare_extension(output, config, identity, record, ledger, lister)
         return PreparedRun(output, record, ledger)
@@ -154,7 +154,7 @@ def check_output(config: RunConfig, models: Json) -> Ledger:
             _check_foreign(output, identity["config"]["input"], record)
             return Ledger()
         _check_same(output, record, identity, config, except_for=_EXTENDABLE if config.extend else frozenset())
-        return Ledger.read(store.join(output, "data"))
+        return _read_ledger(output, record, config)
 
 
 def check_resumable(config: RunConfig, models: Json) -> None:
@@ -263,6 +263,20 @@ def _check_kept_types(existing: pa.Schema, added: pa.Schema) -> pa.Schema:
                 f"{old.type} in the input, or use another OUTPUT"
             )
     return existing
+
+
+def _read_ledger(output: str, record: Json, config: RunConfig) -> Ledger:
+    """Return the rows in OUTPUT. Raise RunError if new ones would get columns of other types, as in another version."""
+    data = store.join(output, "data")
+    ledger = Ledger.read(data)
+    is_complete = not config.extend and not ledger.find_missing(record["num_rows"])
+    existing = pa.schema([]) if is_complete else read_data_schema(data)
+    if differences := list_type_differences(existing, config.questionnaire.schema):
+        raise RunError(
+            f"{output} was begun by a version that writes other types: {'; '.join(differences)}. "
+            "Resume it with that version, or use another OUTPUT"
+        )
+    return ledger
 
 
 def _check_foreign(output: str, inputs: list[str], replaces: Json | None) -> None:
