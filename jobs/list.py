@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jobs.list") -
 
 
 def _list(config: RunConfig) -> Listed:
-    from pipelines.output.parts import prepare_list
+    from pipelines.row_lists import list_beforehand
     from pipelines.storage.preflight import check_stores
 
     check_stores((*config.input, config.output))
-    found = prepare_list(config)
+    found = list_beforehand(config)
     return Listed(found.num_rows, found.place)
 
 

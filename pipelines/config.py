@@ -426,9 +426,6 @@ class RunConfig(
     def _check_output(self) -> Self:
         if taken := sorted(set(self.keep_columns).intersection(self.questionnaire.schema.names)):
             raise ValueError(f"--keep-columns: the output already has {', '.join(taken)}; rename yours in the input")
-        if self.shard is not None and (self.extend or self.cuts_videos):
-            other = "--extend" if self.extend else "--split and --window-s"
-            raise ValueError(f"--shard does not work with {other}; leave out one of them")
         if self.extend and self.on_duplicate_id == "suffix":
             raise ValueError(
                 "--extend needs stable ids, and --on-duplicate-id suffix depends on the order of the input; "

@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from functools import partial
 
 import pyarrow as pa
 
@@ -27,7 +26,6 @@ from pipelines.cluster.ray_session import (
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.cluster.watch import Watch
 from pipelines.config import RunConfig
-from pipelines.cutting.run import list_cut_rows
 from pipelines.errors import ClusterChanged, LeaseLost, ResourceError, RowsLost, RunError, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.media.frame_encoder import run_encoders
@@ -40,7 +38,7 @@ from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, Ranges, count_rows, split_ranges
 from pipelines.output.manifest import KeptColumns
 from pipelines.output.monitor import RunMonitor
-from pipelines.output.parts import check_undivided, open_part
+from pipelines.output.parts import check_undivided
 from pipelines.output.run_record import (
     Lister,
     PreparedRun,
@@ -53,10 +51,9 @@ from pipelines.output.run_record import (
 from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import Plan, plan_run
 from pipelines.preprocess import Preprocess
-from pipelines.sources import KnownRows, Listing, list_rows
+from pipelines.row_lists import choose_rows
 from pipelines.storage import store
 from pipelines.storage.preflight import check_stores
-from pipelines.tasks.questionnaire import Questionnaire
 
 MAX_PASSES = 3  # the second retries rows that were lost with a node; rows missing after the third indicate a bug
 
@@ -90,9 +87,10 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
         check_saved_frames(config)
         check_model(config)
         models = describe_models(config)
-    config, lister = _choose_rows(config)
-    with acquire_lease(config.output) as lease, ExitStack() as session:
-        run, ledger, plan = _start_run(config, models, lister, lease, session, phases)
+    with ExitStack() as session:
+        config, make_lister = choose_rows(config, session)
+        lease = session.enter_context(acquire_lease(config.output))
+        run, ledger, plan = _start_run(config, models, make_lister(lease), lease, session, phases)
         try:
             ledger, progress = _write_missing_rows(config, run, ledger, plan, lease, phases, make_engine)
         except BaseException:
@@ -103,14 +101,6 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
         lease.check()
         run.update(status="finished", counts={"ok": run.num_rows - ledger.num_errors, "error": ledger.num_errors})
     return _summarize(run, ledger, progress, time.monotonic() - started_s)
-
-
-def _choose_rows(config: RunConfig) -> tuple[RunConfig, Lister]:
-    """Return the configuration of the OUTPUT to write, and what lists its rows; with --shard those of a part."""
-    if config.shard is None:
-        return config, list_rows
-    part, listed = open_part(config)
-    return config.model_copy(update={"output": part.output}), lambda *_, **__: listed
 
 
 def _start_run(
@@ -125,7 +115,6 @@ def _start_run(
     with note_unchanged():
         if config.shard is None:
             check_undivided(store.make_absolute(config.output))
-        lister = partial(_list_cut_rows, session, lease) if config.cuts_videos else lister
         prepared = prepare_run(config, models, lister)
     with prepared:
         num_rows = count_rows(prepared.missing) + config.retry_errors * prepared.ledger.num_errors
@@ -145,21 +134,6 @@ def _describe_done(prepared: PreparedRun) -> str:
     failed = count_nouns(prepared.ledger.num_errors, "error row")
     errors = f", {failed} among them; --retry-errors runs error rows again" if prepared.ledger.num_errors else ""
     return f"nothing to do: {done} in OUTPUT already{errors}"
-
-
-def _list_cut_rows(
-    session: ExitStack,
-    lease: Lease,
-    config: RunConfig,
-    questionnaire: Questionnaire,
-    known: KnownRows | None = None,
-    *,
-    output: str,
-) -> Listing:
-    """Return `list_cut_rows` with Ray started, after the checks of what the run itself needs of the cluster."""
-    session.enter_context(open_ray_session())
-    plan_run(config, 1)
-    return list_cut_rows(config, questionnaire, known, output=output, lease=lease)
 
 
 def _write_missing_rows(

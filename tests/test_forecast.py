@@ -15,6 +15,7 @@ from jobs.gpu_estimates import GpuEstimator
 from ovis_model.config import SIZES
 from ovis_model.engine.forecast import GPUS, choose_ranks, estimate_rate, plan_gpu_memory
 from pipelines.config import CaptionConfig
+from pipelines.errors import RunError
 from pipelines.forecast import trial
 from pipelines.forecast.contents import PartOfListing, describe_contents, spread
 from pipelines.forecast.forecast import Forecast, ForecastOptions, make_forecast
@@ -170,3 +171,19 @@ def test_a_plan_of_a_run_that_cannot_resume_is_refused(pictures: Path, tmp_path:
     other = make_forecast(config.model_copy(update={"seed": 7}), options, GpuEstimator("h100-80", 1, 10))
     assert len(other.refused) == 1 and "seed" in other.refused[0]
     assert np.isfinite(other.eta_s or 0.0)
+
+
+def test_the_plan_of_a_shard_is_about_its_rows(pictures: Path, tmp_path: Path, ray_cluster: None) -> None:
+    """Before there is a list, and afterwards from the list, when the part has rows already."""
+    config = make_config(pictures, tmp_path / "out", shard="2/3")
+    options, estimator = ForecastOptions(gpu="h100-80"), GpuEstimator("h100-80", 1, 10)
+    planned = make_forecast(config, options, estimator)
+    assert (planned.rows, planned.rows_to_do) == (20, 20) and list(tmp_path.iterdir()) == []
+    run_pipeline(config, make_engine=FakeEngineFactory())
+    found = make_forecast(config, options, estimator)
+    assert (found.rows, found.rows_to_do, found.refused) == (20, 0, [])
+    assert found.contents["kinds"] == planned.contents["kinds"]
+    last = make_forecast(config.model_copy(update={"shard": "3/3"}), options, estimator)
+    assert (last.rows, last.rows_to_do) == (21, 21)
+    with pytest.raises(RunError, match="give --shard I/3"):
+        make_forecast(config.model_copy(update={"shard": "1/2"}), options, estimator)

@@ -60,7 +60,7 @@ def _prepare(config: RunConfig, output: str) -> PreparedRun:
     place = store.join(output, PLACE)
     record, user = read_record(place), read_record(output)
     is_used = bool(record and user and user["started_at"] >= record["started_at"])
-    options = {"output": place, "extend": config.extend and record is not None, "retry_errors": False}
+    options = {"output": place, "extend": config.extend and record is not None, "retry_errors": False, "shard": None}
     # The command may be repeated with --overwrite until the run begins: then the cuts found so far are kept.
     resumed = config.model_copy(update={**options, "overwrite": config.overwrite and is_used})
     try:

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.sources import Listing
-from pipelines.sources.listing import KeyGroups
+from pipelines.sources.listing import KeyGroups, RowListing
 
 Json = dict[str, Any]
 
@@ -20,7 +19,7 @@ _NAMES = {"file": "files", "tar": "members of tars", "tgz": "members of tar.gz",
 _SHARES = (0.05, 0.5, 0.95)
 
 
-def describe_contents(listing: Listing) -> Json:
+def describe_contents(listing: RowListing) -> Json:
     """Return rows by kind of their first image, bytes as far as listed, and how many ids were skipped as duplicates."""
     kinds: dict[str, list[NDArray[Any]]] = {}
     for table in listing.read_tables():
@@ -73,13 +72,18 @@ def spread(length: int, count: int) -> NDArray[np.int64]:
 class PartOfListing:
     """Some rows of a listing, in its order; `listing` stays open until this part is closed."""
 
-    listing: Listing
+    listing: RowListing
     rows: NDArray[np.int64]
 
     @property
     def num_rows(self) -> int:
         """The number of rows."""
         return len(self.rows)
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of rows that the whole listing leaves out."""
+        return self.listing.num_skipped
 
     @property
     def kept(self) -> pa.Schema:

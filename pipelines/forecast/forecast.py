@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from ovis_model.wording import count_nouns
 from pipelines.checks import check_model, describe_models, resolve_model_paths
@@ -22,10 +24,12 @@ from pipelines.generate import EngineFactory, load_engine
 from pipelines.monitoring.limits import Limit, find_limit
 from pipelines.output.lease import Lease
 from pipelines.output.ledger import Ledger, count_rows
+from pipelines.output.parts import ListedRows, cut_part, find_part
 from pipelines.output.run_record import Run, acquire_lease, check_output, prepare_run
 from pipelines.plan import plan_run
 from pipelines.report.build import ReportOptions, write_report
-from pipelines.sources import Listing, list_rows
+from pipelines.sources import list_rows
+from pipelines.sources.listing import RowListing
 from pipelines.storage import store
 from pipelines.storage.preflight import check_stores
 
@@ -108,8 +112,9 @@ def make_forecast(
     models = describe_models(config)
     started_s = time.monotonic()
     # A run that cuts videos lists more rows; how many is not known before the videos are read.
-    listed = config.model_copy(update={"on_duplicate_id": "skip", "split": None, "window_s": None})
-    with list_rows(listed, listed.questionnaire, output=store.make_absolute(config.output)) as listing:
+    listed = config.model_copy(update={"on_duplicate_id": "skip", "split": None, "window_s": None, "shard": None})
+    with ExitStack() as closing:
+        config, listing = _list_rows(config, listed, closing)
         listing_s = time.monotonic() - started_s
         refused, ledger = _find_refusals(config, models, listing)
         num_rows = max(0, listing.num_rows - count_rows(ledger.done))
@@ -122,12 +127,25 @@ def make_forecast(
                 rates, report = _measure(trial_config, run, lease, options, num_rows, make_engine, refused)
             memory = _plan_memory(config, estimator, refused)
         contents = describe_contents(listing)
-    if config.cuts_videos:
+    if config.cuts_videos and not isinstance(listing, ListedRows):
         contents["note"] = "videos are counted whole: cuts are found when the run begins"
     return _assemble(contents, num_rows, sample, refused, rates, memory, options, listing_s, report)
 
 
-def _find_refusals(config: RunConfig, models: dict[str, str | None], listing: Listing) -> tuple[list[str], Ledger]:
+def _list_rows(config: RunConfig, listed: RunConfig, closing: ExitStack) -> tuple[RunConfig, RowListing]:
+    """Return the configuration of the OUTPUT that the run would write, and its rows; with --shard those of a part."""
+    if config.shard is not None and (found := find_part(config)) is not None:
+        part, rows = found
+        return config.model_copy(update={"output": part.output}), rows
+    whole = closing.enter_context(list_rows(listed, listed.questionnaire, output=store.make_absolute(config.output)))
+    if config.shard is None:
+        return config, whole
+    part = cut_part(config, whole.num_rows)
+    numbers = np.concatenate([np.arange(start, stop) for start, stop in part.pieces])
+    return config.model_copy(update={"output": part.output}), PartOfListing(whole, numbers)
+
+
+def _find_refusals(config: RunConfig, models: dict[str, str | None], listing: RowListing) -> tuple[list[str], Ledger]:
     """Return why the run would be refused, and the rows that OUTPUT has already."""
     refused = []
     if listing.num_skipped and config.on_duplicate_id == "error":
@@ -150,11 +168,11 @@ def _find_sample_refusals(config: RunConfig, sample: PreparedSample) -> list[str
 
 @contextmanager
 def _open_trial(
-    config: RunConfig, models: dict[str, str | None], listing: Listing
+    config: RunConfig, models: dict[str, str | None], listing: RowListing
 ) -> Iterator[tuple[RunConfig, Run, Lease]]:
     """Yield a run of rows spread over the listing, in a directory next to OUTPUT that is removed afterwards."""
     place = f"{store.make_absolute(config.output).rstrip('/')}-plan-{uuid.uuid4().hex[:8]}"
-    changes = {"output": place, "overwrite": False, "extend": False, "retry_errors": False}
+    changes: Json = {"output": place, "overwrite": False, "extend": False, "retry_errors": False}
     trial = config.model_copy(update=changes)
 
     def list_part(*_: object, **__: object) -> PartOfListing:

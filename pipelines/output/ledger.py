@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,25 @@ def split_ranges(ranges: Ranges, size: int) -> Iterator[RowRange]:
             start = end
 
 
+def drop_rows(ranges: Ranges, count: int) -> Ranges:
+    """Return ranges without their first `count` rows."""
+    ends = [0, *accumulate(stop - start for start, stop in ranges)]
+    starts = (start + max(0, count - end) for (start, _), end in zip(ranges, ends, strict=False))
+    left = (RowRange(first, stop) for first, (_, stop) in zip(starts, ranges, strict=True))
+    return tuple(found for found in left if found.start < found.stop)
+
+
+def _place_ranges(ranges: Ranges, pieces: Ranges) -> Ranges:
+    """Return the place in a whole of rows that are numbered along its `pieces`."""
+    placed, first = [], 0
+    for start, stop in pieces:
+        shift, end = start - first, first + stop - start
+        cut = (RowRange(max(a, first) + shift, min(b, end) + shift) for a, b in ranges)
+        placed += [found for found in cut if found.start < found.stop]
+        first = end
+    return merge_ranges(placed)
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """The footer of an output file: which rows it holds and how many of them are error rows."""
@@ -95,9 +115,9 @@ class FileEntry:
         data = json.loads(text)
         return cls(tuple(RowRange(*pair) for pair in data["ranges"]), data["num_errors"])
 
-    def shift(self, first_row: int) -> FileEntry:
-        """Return the entry with row numbers that begin at `first_row`."""
-        return FileEntry(tuple(RowRange(a + first_row, b + first_row) for a, b in self.ranges), self.num_errors)
+    def place(self, pieces: Ranges) -> FileEntry:
+        """Return the entry with the numbers that its rows have in a whole, of which the rows are `pieces`, in order."""
+        return FileEntry(_place_ranges(self.ranges, pieces), self.num_errors) if pieces else self
 
     @property
     def rows(self) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from pipelines.storage import store
 _VERSIONS_OF = ("ray", "torch", "tokenizers", "pillow", "pyarrow", "numpy")
 _REPLACED = "replaced"
 _MAX_SESSIONS = 20  # kept in run.json
-_EXTENDABLE = frozenset({"input", "limit"})  # the options that --extend may change
+EXTENDABLE = frozenset({"input", "limit"})  # the options that --extend may change
 
 Lister = Callable[..., RowListing]
 """Lists the rows of a run, called as `list_rows`."""
@@ -137,7 +137,7 @@ def prepare_run(config: RunConfig, models: Json, lister: Lister | None = None) -
         record = read_record(output)
         if config.overwrite or record is None:
             return _prepare_new(output, config, identity, lister, replaces=record)
-        _check_same(output, record, identity, config, except_for=_EXTENDABLE if config.extend else frozenset())
+        _check_same(output, record, identity, config, except_for=EXTENDABLE if config.extend else frozenset())
         finish_exchange(output)  # this run accepts the exchange that an earlier process committed
         ledger = _read_ledger(output, record, config)
         if config.extend:
@@ -153,7 +153,7 @@ def check_output(config: RunConfig, models: Json) -> Ledger:
         if config.overwrite or record is None:
             _check_foreign(output, identity["config"]["input"], record)
             return Ledger()
-        _check_same(output, record, identity, config, except_for=_EXTENDABLE if config.extend else frozenset())
+        _check_same(output, record, identity, config, except_for=EXTENDABLE if config.extend else frozenset())
         return _read_ledger(output, record, config)
 
 
@@ -163,7 +163,7 @@ def check_resumable(config: RunConfig, models: Json) -> None:
     with _refuse_unusable(output):
         record = read_record(output)
         if record is not None and not config.overwrite:
-            except_for = _EXTENDABLE if config.extend else frozenset[str]()
+            except_for = EXTENDABLE if config.extend else frozenset[str]()
             _check_same(output, record, _identify_run(config, models), config, except_for)
 
 
@@ -225,9 +225,8 @@ def _prepare_extension(
     known = KnownRows(lambda: read_columns(output, num_rows, ["id", "uri", "images"]))
     with ExitStack() as unless_accepted:
         listing = unless_accepted.enter_context(lister(config, config.questionnaire, known, output=output))
-        assert isinstance(listing, Listing)  # parts of a list are not extended
-        if listing.num_rows:
-            listing.kept = _check_kept_types(KeptColumns(output).schema, listing.kept)
+        if isinstance(listing, Listing) and listing.num_rows:  # the rows of a list have its types
+            listing.kept = check_kept_types(KeptColumns(output).schema, listing.kept)
         unless_accepted.pop_all()
     new, earlier = count_nouns(listing.num_rows, "new row"), count_nouns(num_rows, "row was", "rows were")
     logger.warning("%s in the input; %s listed before", new, earlier)
@@ -254,7 +253,7 @@ def check_dtype(output: str, record: Json, dtype: str) -> None:
         )
 
 
-def _check_kept_types(existing: pa.Schema, added: pa.Schema) -> pa.Schema:
+def check_kept_types(existing: pa.Schema, added: pa.Schema) -> pa.Schema:
     """Return the schema of the existing rows. Raise RunError if it differs from that of the new rows."""
     for old, new in zip(existing, added, strict=True):
         if new.type != old.type and not pa.types.is_null(new.type):
@@ -312,7 +311,7 @@ def _check_same(
         raise RunError(
             f"{output} holds a run with other options: {'; '.join(shown)}. "
             "Use another OUTPUT, the same options, or --overwrite"
-            + (", or --extend to add rows" if differences.keys() <= _EXTENDABLE else "")
+            + (", or --extend to add rows" if differences.keys() <= EXTENDABLE else "")
         )
 
 

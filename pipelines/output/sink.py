@@ -133,14 +133,13 @@ def read_file(uri: str) -> tuple[NDArray[np.int64], pa.Table]:
 
 def read_results(output: str) -> pa.Table:
     """Return all rows of a run in the order of the input; of a divided run, those of all parts."""
-    return pa.concat_tables(
-        [_read_part(part.output) for part in list_output_parts(output)] or [schema.OUTPUT.empty_table()]
-    )
-
-
-def _read_part(output: str) -> pa.Table:
-    listed = store.list_files(store.join(output, "data"))
-    files = [read_file(info.uri) for info in listed if info.uri.endswith(".parquet")]
+    files = [
+        (FileEntry(to_ranges(rows), 0).place(part.pieces).rows, table)
+        for part in list_output_parts(output)
+        for info in store.list_files(store.join(part.output, "data"))
+        if info.uri.endswith(".parquet")
+        for rows, table in [read_file(info.uri)]
+    ]
     whole = pa.concat_tables([table for _, table in files] or [schema.OUTPUT.empty_table()])
     return whole.take(np.argsort(np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in files)])))
 

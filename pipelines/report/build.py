@@ -136,7 +136,7 @@ def _load_record(output: str) -> Json:
 
 def _list_files(output: str) -> list[OutputFile]:
     files = [
-        (info, entry.shift(part.first_row))
+        (info, entry.place(part.pieces))
         for part in list_output_parts(output)
         for info, entry in read_entries(store.join(part.output, "data"))
     ]

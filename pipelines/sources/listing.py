@@ -135,6 +135,11 @@ class RowListing(Protocol):
         ...
 
     @property
+    def num_skipped(self) -> int:
+        """The number of rows that were left out, because their id occurs before or is known."""
+        ...
+
+    @property
     def kept(self) -> pa.Schema:
         """The names and types of the kept columns."""
         ...
