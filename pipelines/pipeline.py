@@ -51,7 +51,7 @@ from pipelines.output.run_record import (
 from pipelines.output.sink import Sink, remove_temporaries
 from pipelines.plan import Plan, plan_run
 from pipelines.preprocess import Preprocess
-from pipelines.row_lists import choose_rows
+from pipelines.row_lists import choose_lister
 from pipelines.storage import store
 from pipelines.storage.preflight import check_stores
 
@@ -88,7 +88,7 @@ def run_pipeline(config: RunConfig, *, make_engine: EngineFactory = load_engine)
         check_model(config)
         models = describe_models(config)
     with ExitStack() as session:
-        config, make_lister = choose_rows(config, session)
+        config, make_lister = choose_lister(config, session)
         lease = session.enter_context(acquire_lease(config.output))
         run, ledger, plan = _start_run(config, models, make_lister(lease), lease, session, phases)
         try:

@@ -19,14 +19,14 @@ from pipelines.tasks.questionnaire import Questionnaire
 logger = logging.getLogger(__name__)
 
 
-def choose_rows(config: RunConfig, session: ExitStack) -> tuple[RunConfig, MakeLister]:
+def choose_lister(config: RunConfig, session: ExitStack) -> tuple[RunConfig, MakeLister]:
     """Return the configuration of the OUTPUT to write, and what lists its rows; with --shard those of a part.
 
     Ray starts within `session` if videos are to be cut.
     """
     if config.shard is None:
-        return config, _choose_lister(config, session)
-    part, listed = open_part(config, _choose_lister(config, session))
+        return config, _choose_input_lister(config, session)
+    part, listed = open_part(config, _choose_input_lister(config, session))
     return config.model_copy(update={"output": part.output}), lambda _: partial(_list_part, listed)
 
 
@@ -34,11 +34,11 @@ def list_beforehand(config: RunConfig) -> RowList:
     """List the rows for drivers with --shard that come later; with --extend, add those that the list lacks."""
     with ExitStack() as session:
         config = resolve_model_paths(config)  # as the drivers do, which compare options
-        make_lister = _choose_lister(config, session)
+        make_lister = _choose_input_lister(config, session)
         return extend_list(config, make_lister) if config.extend else prepare_list(config, make_lister)
 
 
-def _choose_lister(config: RunConfig, session: ExitStack) -> MakeLister:
+def _choose_input_lister(config: RunConfig, session: ExitStack) -> MakeLister:
     return partial(partial, _list_cut_rows, session) if config.cuts_videos else lambda _: list_rows
 
 
