@@ -25,7 +25,7 @@ from pipelines.report import build
 from pipelines.report.answers import spread_choices
 from pipelines.report.build import ReportOptions, resolve_report_uri, write_report
 from pipelines.report.counts import Calibration, Spread, bin_integers
-from pipelines.report.page import encode_for_html
+from pipelines.report.page import _SCRIPTS, encode_for_html
 from pipelines.report.sample import hash_row_numbers
 from pipelines.report.thumbnails import make_thumbnails
 from pipelines.storage import store
@@ -414,7 +414,8 @@ def test_the_page_is_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     build_py = package.get_command_obj("build_py")
     build_py.ensure_finalized()
     built = {Path(name).relative_to(build_py.build_lib).as_posix() for name in build_py.get_outputs()}
-    assert {f"pipelines/report/page.{kind}" for kind in ("html", "css", "js")} <= built
+    shown = {f"pipelines/report/page.{kind}" for kind in ("html", "css")}
+    assert shown | {f"pipelines/report/script/{name}.js" for name in _SCRIPTS} <= built
     packages = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("pipelines/**/__init__.py")}
     assert packages <= {Path(name).parent.as_posix() for name in built}
 

@@ -152,7 +152,12 @@ def test_keys_select_open_and_close_rows(opened: Any) -> None:
     assert see("dialog[open] .bar .name", ["picture-2"])
     press(opened, Keys.ESCAPE)
     assert see("dialog[open]", [])
-    assert opened.switch_to.active_element.get_attribute("aria-label") == "Row 2: picture-2"
+
+    def find_focus() -> str:
+        return str(opened.switch_to.active_element.get_attribute("aria-label"))
+
+    wait_for(lambda: find_focus() == "Row 2: picture-2", 5)
+    assert find_focus() == "Row 2: picture-2"
 
 
 def test_foreign_text_is_shown_and_does_not_run(opened: Any) -> None:

@@ -119,8 +119,8 @@ def normalize_answers(kind: Kind, values: pa.Array) -> pa.Array:
     """Convert answers or truths to text that can be compared. Raise ValueError if a value does not fit the kind."""
     if kind == "bool":
         return _format_yes_no(values)
-    if kind == "int":
-        return values.cast(pa.int64()).cast(pa.string())
+    if kind in ("int", "float"):
+        return values.cast(pa.int64() if kind == "int" else pa.float64()).cast(pa.string())
     if pa.types.is_nested(values.type):
         raise ValueError("--truth compares single values; tasks whose answers are lists or records cannot have one")
     return pc.utf8_trim_whitespace(values.cast(pa.string()))
@@ -150,4 +150,4 @@ def to_ints(values: pa.Array) -> NDArray[np.int64]:
 
 def to_keys(kind: Kind, values: pa.Array) -> pa.Array:
     """Convert single answers to the text to count: as `normalize_answers`, but leave text unchanged."""
-    return normalize_answers(kind, values) if kind in ("bool", "int") else values.cast(pa.string())
+    return normalize_answers(kind, values) if kind in ("bool", "int", "float") else values.cast(pa.string())

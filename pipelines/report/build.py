@@ -15,8 +15,9 @@ from pipelines.monitoring.progress import Progress
 from pipelines.output.ledger import FileEntry, count_rows, merge_ranges, read_entries
 from pipelines.output.parts import list_output_parts, locate_manifest, read_whole_record
 from pipelines.report.answers import Answers
-from pipelines.report.columns import OutputColumns, interpret_columns
+from pipelines.report.columns import OutputColumns, interpret_columns, list_filters
 from pipelines.report.page import render
+from pipelines.report.questions import Questions, read_questions
 from pipelines.report.reviewed import summarize_review
 from pipelines.report.rows import get_run_name, serialize_row, serialize_run
 from pipelines.report.sample import ContactSheet, PickedRow
@@ -88,13 +89,21 @@ def write_report(options: ReportOptions) -> Report:
     store.allow_private_addresses(options.allow_private_addresses)
     files = _list_files(output)
     with store.open_file(files[0][0].uri) as file:  # all have one schema
-        columns = interpret_columns(record, pq.read_schema(file), options.truths)
+        found = pq.read_schema(file)
+    columns = interpret_columns(record, found, options.truths)
     if options.scoring is not None:
         columns = _add_scores(columns, options.scoring)
     counts, picked = _count_rows(files, columns, options.rows)
     rows = _build_rows(output, picked, columns, _read_image_options(record), options.media_limit_s)
     run = {**serialize_run(output, record), "score": options.scoring.summary if options.scoring else ""}
-    data = {"run": run, "statistics": counts, "rows": rows, "kept": columns.kept, "review": summarize_review(output)}
+    data = {
+        "run": run,
+        "statistics": counts,
+        "rows": rows,
+        "kept": columns.kept,
+        "filters": list_filters(columns, found),
+        "review": summarize_review(output),
+    }
     page, uri = render(data), resolve_report_uri(options)
     store.write_bytes(uri, page)
     return Report(
@@ -180,12 +189,16 @@ def _build_rows(
     output: str, picked: list[PickedRow], columns: OutputColumns, images: ImageOptions, limit_s: float
 ) -> list[Json]:
     """Return the rows as JSON, each with its media, all together within the limits of a page."""
-    max_bytes = _MAX_PICTURE_BYTES // max(1, len(picked))
-    pictures = read_media(locate_manifest(output), picked, images, max_bytes=max_bytes, limit_s=limit_s)
+    max_bytes, manifest = _MAX_PICTURE_BYTES // max(1, len(picked)), locate_manifest(output)
+    if columns.has_prompts:
+        questions: Questions = {row.row: [row.values["prompt"]] for row in picked}
+    else:
+        questions = read_questions(manifest, [row.row for row in picked], columns)
+    pictures = read_media(manifest, picked, images, max_bytes=max_bytes, limit_s=limit_s)
     max_bytes = _MAX_ROW_BYTES // max(1, len(picked))
     rows = []
     with Progress("rows with their media", len(picked)) as progress:
         for row, media in pictures:
-            rows.append({**serialize_row(row, columns, max_bytes), "media": media})
+            rows.append({**serialize_row(row, columns, questions.get(row.row, []), max_bytes), "media": media})
             progress.advance(1)
     return rows

@@ -1,8 +1,8 @@
-"""Interpret the columns of an output: tasks, kinds of answers, kept columns."""
+"""Interpret the columns of an output: tasks, kinds of answers, kept columns, and what a page can filter by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,14 +11,17 @@ import pyarrow as pa
 from pipelines import schema
 
 Json = dict[str, Any]
-Kind = Literal["text", "bool", "int", "choices", "list", "record"]
+Kind = Literal["text", "bool", "int", "float", "choices", "list", "record"]
 
 CAPTION = "text"
 """Name of the only task of a captioning run, after its column."""
 
+COUNTS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
+"""The columns of sizes, in the order in which a page has them."""
+
 _ROW_COLUMNS = (
     *("id", "uri", "status", "stage", "error", "frame_timestamps_s"),
-    *("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens"),
+    *COUNTS,
 )
 _TASK_SUFFIXES = ("", "_text", "_finish_reason", "_confidence", "_alternative")
 
@@ -119,8 +122,8 @@ def _classify(type_: pa.DataType, choices: tuple[str, ...]) -> Kind:
     """Return the kind by the Arrow type. Answers to a pattern or to a schema without a type are text too."""
     if pa.types.is_boolean(type_):
         return "bool"
-    if pa.types.is_integer(type_):
-        return "int"
+    if pa.types.is_integer(type_) or pa.types.is_floating(type_):
+        return "int" if pa.types.is_integer(type_) else "float"
     if pa.types.is_list(type_) and pa.types.is_string(type_.value_type):
         return "list"
     if pa.types.is_nested(type_):
@@ -133,3 +136,51 @@ def _select_kept(found: pa.Schema, own: Iterable[str]) -> tuple[str, ...]:
     hidden = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
     others = [column for column in found if column.name not in set(own)]
     return tuple(column.name for column in others if not any(is_hidden(column.type) for is_hidden in hidden))
+
+
+def list_filters(columns: OutputColumns, found: pa.Schema) -> list[Json]:
+    """Return the columns that a page can filter by: {"name", "type", "place"}.
+
+    type: "number", "date", "bool" or "text". place: the keys that lead to the values in the page's JSON of a row.
+    """
+    return [
+        {"name": name, "type": kind, "place": [*place, *path]}
+        for name, place in _list_places(columns)
+        for name, kind, path in _list_leaves(name, _find_type(found, name), [])
+    ]
+
+
+def _list_places(columns: OutputColumns) -> Iterator[tuple[str, list[str | int]]]:
+    for number, task in enumerate(columns.tasks):
+        yield task.value, ["answers", number, "value"]
+        yield f"{task.name} confidence", ["answers", number, "confidence"]
+    yield from ((name, ["kept", number]) for number, name in enumerate(columns.kept))
+    yield from ((name, ["counts", number]) for number, name in enumerate(COUNTS))
+
+
+def _find_type(found: pa.Schema, name: str) -> pa.DataType:
+    return found.field(name).type if name in found.names else pa.float64()  # a confidence
+
+
+def _list_leaves(name: str, type_: pa.DataType, path: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield (name, type, path) of the values inside a column. Items of lists have the path of their list."""
+    if pa.types.is_struct(type_):
+        for child in type_:
+            yield from _list_leaves(f"{name}.{child.name}", child.type, [*path, child.name])
+    elif pa.types.is_list(type_):
+        yield from _list_leaves(name, type_.value_type, path)
+    elif kind := next((kind for kind, is_kind in _FILTER_TYPES if is_kind(type_)), None):
+        yield name, kind, path
+
+
+_FILTER_TYPES: tuple[tuple[str, Callable[[pa.DataType], bool]], ...] = (
+    ("bool", pa.types.is_boolean),
+    ("number", pa.types.is_integer),
+    ("number", pa.types.is_floating),
+    ("number", pa.types.is_decimal),
+    ("date", pa.types.is_date),
+    ("date", pa.types.is_timestamp),
+    ("text", pa.types.is_string),
+    ("text", pa.types.is_large_string),
+    ("text", pa.types.is_dictionary),
+)

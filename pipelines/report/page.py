@@ -9,6 +9,8 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+_SCRIPTS = ("elements", "summary", "filters", "sheet", "export", "row", "start")
+"""The files in script/, in their order; together they are one function, which the page runs."""
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
@@ -20,7 +22,9 @@ def render(data: dict[str, Any]) -> bytes:
     hashes of the page's own script and style.
     """
     folder = resources.files("pipelines.report")
-    skeleton, style, script = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    skeleton, style = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css"))
+    parts = [folder.joinpath(f"script/{name}.js").read_text("utf-8") for name in _SCRIPTS]
+    script = "\n".join(['"use strict";', "(() => {", *parts, "})();", ""])
     page = Template(skeleton).substitute(
         policy=_build_policy(style, script), style=style, script=script, data=encode_for_html(data)
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from pipelines.monitoring.error_reasons import normalize_reason
-from pipelines.report.columns import OutputColumns, TaskColumns
+from pipelines.report.columns import COUNTS, OutputColumns, TaskColumns
 from pipelines.report.page import encode_for_html
 from pipelines.report.sample import PickedRow
 from pipelines.storage import store
@@ -20,14 +20,17 @@ Json = dict[str, Any]
 _MAX_INPUTS = 20
 _MAX_ABOUT_CHARACTERS = 4_000
 _FEWEST_CHARACTERS = 8
-_COUNTS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
 
 
-def serialize_row(picked: PickedRow, columns: OutputColumns, max_bytes: int) -> Json:
-    """Serialize a row, with texts and lists shortened until it takes at most about `max_bytes` of the page."""
+def serialize_row(picked: PickedRow, columns: OutputColumns, questions: Sequence[str | None], max_bytes: int) -> Json:
+    """Serialize a row, with texts and lists shortened until it takes at most about `max_bytes` of the page.
+
+    questions: of each task, null for the task's own prompt; empty if they are unknown.
+    """
     limit = max_bytes
     while True:
-        row = _build_row(picked, columns, partial(simplify, limit=limit))
+        cut = partial(simplify, limit=limit)
+        row = {**_build_row(picked, columns, cut), "questions": [cut(question) for question in questions]}
         if limit <= _FEWEST_CHARACTERS or len(encode_for_html(row).encode("utf-8", "backslashreplace")) <= max_bytes:
             return row
         limit //= 2
@@ -84,8 +87,7 @@ def _build_row(picked: PickedRow, columns: OutputColumns, cut: Callable[[Any], A
         "stage": values["stage"],
         "error": cut(values["error"]),
         "reason": normalize_reason(values["stage"], values["error"]) if values["status"] == "error" else "",
-        "prompt": cut(values.get("prompt")),
-        "counts": [values[name] for name in _COUNTS],
+        "counts": [values[name] for name in COUNTS],
         "timestamps_s": cut(values["frame_timestamps_s"]),
         "groups": picked.groups,
         "flags": cut(picked.flags),

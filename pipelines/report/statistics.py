@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.monitoring.error_reasons import ReasonCounts
 from pipelines.monitoring.top_counts import TopCounts
 from pipelines.report.answers import Answers, to_floats, to_ints, to_keys, to_mask
-from pipelines.report.columns import OutputColumns, TaskColumns
+from pipelines.report.columns import COUNTS, OutputColumns, TaskColumns
 from pipelines.report.counts import Calibration, Histogram, Spread, bin_integers
 
 Json = dict[str, Any]
@@ -25,7 +25,6 @@ _SHOWN_REASONS = 100
 _SHOWN_FIELD_VALUES, _MAX_FIELD_VALUES = 5, 500
 _LOWEST_LOGPROB = -4.0  # of the histogram: a token's probability of 2 %
 _LOGPROB_STEPS = 1000  # per unit of log-probability
-_SUMS = ("num_images", "num_tiles", "num_prompt_tokens", "num_output_tokens")
 _COUNTABLE = (pa.types.is_string, pa.types.is_boolean, pa.types.is_integer)
 
 
@@ -46,7 +45,7 @@ class RunStatistics:
         self._reasons.add(*answers.list_failures())
         self._flagged += int(to_mask(pc.greater(pc.list_value_length(answers.flags), 0)).sum())
         self._flags.add(answers.flags.flatten())
-        for name in _SUMS:
+        for name in COUNTS:
             self._sums[name] += pc.sum(answers.get_column(name)).as_py() or 0
         self._tokens.add(to_ints(answers.get_column("num_output_tokens").filter(answers.is_ok)))
         for task in self._tasks:

@@ -56,9 +56,33 @@ def start_chromium(width_px: int = 1500, height_px: int = 1000) -> Iterator[Any]
 
 
 def open_page(driver: Any, page: Path | str, *, dark: bool = False) -> None:
+    show(driver, Path(page).resolve().as_uri(), dark=dark)
+
+
+def show(driver: Any, url: str, *, dark: bool = False) -> None:
+    """Load a page in the light or the dark scheme, also if it is the one that is shown."""
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    driver.get(Path(page).resolve().as_uri())
+    driver.get("about:blank")
+    driver.get(url)
+
+
+def set_width(driver: Any, width_px: int, height_px: int = 900) -> None:
+    """Lay pages out for a screen of this width; below 500 px for a phone."""
+    size = {"width": width_px, "height": height_px, "deviceScaleFactor": 1, "mobile": width_px < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def find_overflow(driver: Any) -> list[str]:
+    """Return the elements that make the page scroll sideways."""
+    script = """
+        const [room, root] = [document.documentElement.clientWidth, document.documentElement];
+        if (root.scrollWidth <= room) return [];
+        return [...document.querySelectorAll("body *")].filter((one) => one.getBoundingClientRect().right > room + 0.5)
+            .map((one) => `${one.tagName} ${one.className} ${one.textContent.slice(0, 40)}`).slice(0, 20);
+    """
+    found: list[str] = driver.execute_script(script)
+    return found
 
 
 def take_requests(driver: Any) -> list[str]:
