@@ -9,11 +9,14 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from pipelines import schema
 from pipelines.report.build import ReportOptions, write_report
 from tests.support import browser
-from tests.support.annotations import HOSTILE, make_answers, make_item, write_run
+from tests.support.annotations import HOSTILE, TASKS, make_answers, make_item, write_record, write_run
+from tests.support.annotations import write_rows as write_output_rows
 from tests.support.pictures import write_image
 from tests.support.processes import wait_for
 
@@ -198,3 +201,34 @@ def test_the_link_is_copied(page: Any) -> None:
     page.find_element("css selector", "dialog .copy").click()
     wait_for(lambda: page.find_element("css selector", "dialog .copy").text == "Copied", 5)
     assert page.find_element("css selector", "dialog .copy").text == "Copied"
+
+
+def test_a_row_without_an_image_shows_its_question(driver: Any, tmp_path: Path) -> None:
+    """Questions that differ from row to row are on all cards; that of a task is not repeated on each."""
+    image = write_image(tmp_path / "a.png")
+    own = [f"Is {n} even? {HOSTILE}" for n in range(3)]
+    questions = [[TASKS[0]["prompt"], question, *(task["prompt"] for task in TASKS[2:])] for question in own]
+    texts = [make_item(f"text-{n}", make_answers(), questions=questions[n], num_images=0) for n in (0, 1)]
+    pictured = make_item("pictured", make_answers(), images=[image], questions=questions[2])
+    output = write_run(tmp_path / "out", [*texts, pictured])
+    browser.open_page(driver, write_report(ReportOptions(str(output))).report)
+    read = "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)"
+    assert driver.execute_script(read, ".asked span") == own[:2]
+    assert driver.execute_script(read, ".card .question") == own[2:]
+    choose_option = "const s = document.querySelector('[aria-label=Task]'); s.value = 'caption'; s.dispatchEvent("
+    driver.execute_script(f"{choose_option}new Event('change'))")
+    assert driver.execute_script(read, ".asked span") == ["Describe the image."] * 2
+    driver.find_element("css selector", ".card").click()
+    asked = driver.execute_script(read, "dialog .prompt")
+    assert asked[:3] == ["Describe the image.", own[0], "How many objects are there?"]
+
+
+def test_a_caption_without_an_image_shows_its_question(driver: Any, tmp_path: Path) -> None:
+    row = {**dict.fromkeys(schema.OUTPUT.names, ""), "num_images": 0, "num_tiles": 0, "num_prompt_tokens": 9}
+    row |= {"status": "ok", "num_output_tokens": 3, "mean_logprob": -0.5, "frame_timestamps_s": []}
+    rows = [{**row, "id": f"{n}", "prompt": f"What is {n} + {n}?", "text": f"{2 * n}"} for n in (1, 2)]
+    write_output_rows(str(tmp_path), 0, pa.Table.from_pylist(rows, schema.OUTPUT))
+    write_record(tmp_path, 2, [])
+    browser.open_page(driver, write_report(ReportOptions(str(tmp_path))).report)
+    cards = [card.text.split("\n")[:2] for card in driver.find_elements("css selector", ".card")]
+    assert cards == [["What is 1 + 1?", "2"], ["What is 2 + 2?", "4"]]

@@ -68,7 +68,10 @@ def make_answers(
 
 
 def make_item(name: str, answers: Sequence[Json], *, images: Sequence[ImageRef] = (), **columns: Any) -> Json:
-    """Return an ok row, or an error row if `stage` and `error` are given; other columns are kept columns."""
+    """Return an ok row, or an error row if `stage` and `error` are given; other columns are kept columns.
+
+    `questions`, one per task, are the prompts in the manifest.
+    """
     return {"id": name, "uri": images[0].uri if images else name, "images": images, "answers": answers, **columns}
 
 
@@ -125,7 +128,7 @@ def _make_fields(task: Json) -> list[pa.Field]:
 
 
 def _make_table(rows: Sequence[Json], tasks: Sequence[Json]) -> pa.Table:
-    own = {"id", "uri", "images", "answers", "stage", "error", "flags", "frame_timestamps_s"}
+    own = {"id", "uri", "images", "answers", "questions", "num_images", "stage", "error", "flags", "frame_timestamps_s"}
     kept = pa.Table.from_pylist([{k: v for k, v in row.items() if k not in own} for row in rows])
     fields = [kept.schema.field(name) for name in kept.column_names]
     return pa.Table.from_pylist([_flatten(row, tasks) for row in rows], make_output_schema(tasks, fields))
@@ -149,7 +152,7 @@ def _flatten(row: Json, tasks: Sequence[Json]) -> Json:
         failed = {**nothing, "": None, "_confidence": None if read_kind(task) in ("bool", "choices") else math.nan}
         answer = failed if is_error else row["answers"][number]
         flat |= {f"{task['name']}{end}": value for end, value in answer.items()}
-    return flat | {key: value for key, value in row.items() if key not in ("images", "answers")}
+    return flat | {key: value for key, value in row.items() if key not in ("images", "answers", "questions")}
 
 
 def _make_manifest(rows: Sequence[Json]) -> pa.Table:
@@ -157,7 +160,7 @@ def _make_manifest(rows: Sequence[Json]) -> pa.Table:
         {
             **{name: row[name] for name in ("id", "uri")},
             "images": [image.to_struct() for image in row["images"]],
-            "prompt": "",
+            "prompt": json.dumps(row["questions"]) if "questions" in row else "",
             "has_own_prompt": False,
             "error": "",
         }

@@ -40,7 +40,8 @@ function measureText(element, style, text) {
   const [under, [red, green, blue, alpha]] = [readBackground(element), read(style.color)];
   const size = parseFloat(style.fontSize), isLarge = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
   const ratio = compare(lay([red, green, blue, alpha * readOpacity(element)], under), under);
-  return { what: text.trim().slice(0, 40), of: `${element.tagName} ${element.className}`, ratio, needed: isLarge ? 3 : 4.5 };
+  const of = `${element.tagName} ${element.className}`;
+  return { what: text.trim().slice(0, 40), of, ratio, needed: isLarge ? 3 : 4.5 };
 }
 function* measureTexts() {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
