@@ -150,12 +150,12 @@ def list_filters(columns: OutputColumns, found: pa.Schema) -> list[Json]:
     ]
 
 
-def _list_places(columns: OutputColumns) -> Iterator[tuple[str, list[str | int]]]:
+def _list_places(columns: OutputColumns) -> Iterator[tuple[str, tuple[str | int, ...]]]:
     for number, task in enumerate(columns.tasks):
-        yield task.value, ["answers", number, "value"]
-        yield f"{task.name} confidence", ["answers", number, "confidence"]
-    yield from ((name, ["kept", number]) for number, name in enumerate(columns.kept))
-    yield from ((name, ["counts", number]) for number, name in enumerate(COUNTS))
+        yield task.value, ("answers", number, "value")
+        yield f"{task.name} confidence", ("answers", number, "confidence")
+    yield from ((name, ("kept", number)) for number, name in enumerate(columns.kept))
+    yield from ((name, ("counts", number)) for number, name in enumerate(COUNTS))
 
 
 def _find_type(found: pa.Schema, name: str) -> pa.DataType:
