@@ -6,6 +6,7 @@ import ast
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipelines.evaluation.items import select_illustrated, write_items
 from pipelines.evaluation.predictions import Prediction, write_predictions
 from pipelines.evaluation.run import EvaluationReport, find_data, find_size, run_evaluation
 from pipelines.evaluation.scoring.scores import Item, ScoringRules
-from pipelines.evaluation.summary import bootstrap_error
+from pipelines.evaluation.summary import bootstrap_error, join_parts, summarize_result
 from pipelines.output.sink import read_results
 from tests.support.benchmark_files import encode_image, make_question, write_tsv
 from tests.support.fake_engine import FakeEngineFactory
@@ -137,10 +138,10 @@ def check_export(stem: Path, data: Path, scores: dict[str, Any]) -> None:
 
 
 def test_an_error_row_is_wrong_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An option with the text of the error would be found in it; nothing else may be."""
+    """Whatever its options are: the mark that stands for an answer is none of them."""
     rows = [
         make_question(0, B="-"),
-        make_question(1, image="x" * 99),
+        make_question(1, image="x" * 99, B="-", A="~"),
         make_question(2, image=encode_image()[:-40]),
         make_question(3, image=""),
         make_question(4, image="0"),
@@ -152,7 +153,46 @@ def test_an_error_row_is_wrong_and_counted(tmp_path: Path, caplog: pytest.LogCap
     assert (report.rows, report.error) == (5, 2)
     assert scores["error_rows"].keys() == {"1", "2"} and all(scores["error_rows"].values())
     assert scores["rows"] == dict.fromkeys("01245", 0)
+    assert scores["unread"]["count"] == 3  # of the others
+    page = (tmp_path / "out" / "scores.md").read_text()
+    assert "- MMStar, index 1: error row: not an image" in page and "| not the published file |" in page
+    exported = pd.read_csv(tmp_path / "out" / "predictions" / "Ovis2_MMStar.tsv", sep="\t")
+    assert exported["prediction"].to_list()[1:3] == ["^", "-"]
     assert "left out 1 row of" in caplog.text and "without an image" in caplog.text
+
+
+def test_an_error_row_names_its_file(tmp_path: Path) -> None:
+    rows = [{name: value for name, value in make_question(i).items() if name != "image"} for i in range(2)]
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (30, 20)).save(tmp_path / "in" / "here.png")
+    names = ["here.png", "nowhere.png"]
+    write_tsv(tmp_path / "in" / "MMStar.tsv", *({**row, "image_path": n} for row, n in zip(rows, names, strict=True)))
+    run(make_config(tmp_path))
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["MMStar"]
+    assert scores["error_rows"] == {"1": "nowhere.png: No such file or directory"}
+
+
+def make_part(task: str, dim: str, right: int, wrong: int) -> tuple[list[Item], dict[str, Prediction]]:
+    kinds = {"task_type": task, "dim": dim, "question": "?", "candidates": "['A. x', 'B. y']"}
+    answers = ["yes" if task == "yes_no" else "A. x"] * right + ["no" if task == "yes_no" else "B. y"] * wrong
+    items = [{**kinds, "index": index, "answer": answer} for index, answer in enumerate(answers)]
+    return items, {str(index): Prediction(answers[0], "" if index else "unreadable") for index in range(len(items))}
+
+
+def test_parts_of_a_benchmark_are_scored_together() -> None:
+    """The published value of TempCompass is of all three parts; a part alone is compared with nothing."""
+    given = {
+        "TempCompass_MCQ": make_part("multi-choice", "order", 3, 1),
+        "TempCompass_YorN": make_part("yes_no", "speed", 1, 3),
+    }
+    parts = [summarize_result(DATASETS[name], *part, ScoringRules(), "1B") for name, part in given.items()]
+    assert [(part.score, part.difference) for part in parts] == [(75.0, None), (25.0, None)]
+    assert join_parts(parts) == parts
+    captions = replace(parts[0], dataset=DATASETS["TempCompass_Captioning"])
+    *_, whole = join_parts([*parts, captions])
+    cells = ["TempCompass", "50.0", "51.43", "-1.4"]
+    assert whole.list_cells()[:4] == cells and whole.num_rows == 12 and len(whole.errors) == 3
+    assert whole.to_json()["rows"]["TempCompass_YorN 0"] == 1
 
 
 def test_benchmarks_that_need_a_judge_are_exported(tmp_path: Path) -> None:
@@ -190,11 +230,38 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda tmp: list_items("MMMU_DEV_VAL", write_tsv(tmp / "a.tsv", make_question(1, question="See <image 2>"))),
         "index 1: the question names <image 2>",
     ),
+    "no column of options": (
+        lambda tmp: check(tmp, "MMStar", make_question(1, A="", B="")),
+        "no item has an option",
+    ),
+    "no column of categories": (lambda tmp: check(tmp, "OCRBench", make_question(1)), "has no column category"),
+    "no column that a judge needs": (
+        lambda tmp: check(tmp, "MMBench-Video", make_question(1)),
+        "has no column (dimensions|video)",
+    ),
+    "no column of videos": (
+        lambda tmp: check(tmp, "MLVU_MCQ", {**make_question(1), "candidates": "['x', 'y']", "task_type": "count"}),
+        "has no column video",
+    ),
+    "accepted answers that are no list": (
+        lambda tmp: check(tmp, "OCRBench", {**make_question(1), "category": "Doc-oriented VQA"}),
+        "is not a Python literal",
+    ),
+    "some rotations": (lambda tmp: check(tmp, "MMBench_DEV_EN", make_question(1)), "has the rotations"),
     "a list that is none": (
         lambda tmp: list_items("MMStar", write_tsv(tmp / "a.tsv", make_question(1, image="[" + "x" * 99))),
         "is not a Python literal",
     ),
 }
+
+
+def check(tmp_path: Path, name: str, row: dict[str, str]) -> None:
+    """Run a benchmark whose file has this row; nothing may be written."""
+    write_tsv(tmp_path / "in" / f"{name}.tsv", row)
+    try:
+        run(make_config(tmp_path, benchmark=name))
+    finally:
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -43,7 +43,7 @@ class Dataset:
     scorer: None if each answer needs a judge, which then grades it as `grading` says.
     list_options: what a judge may read in an answer: item -> {an answer that the scorer reads: text of the option}.
     headline: the number to compare with the published one, from the table of the scores; None if no table has it.
-    published_place: which of several published values is this file's, from 0.
+    published_place: which of several published values is this file's, from 0; None if they are of all parts together.
     score_scale: 100 if scores of rows are shown in percent.
     split: value of the column `split` whose items the headline is about, None for all.
     reasons: the sizes that are asked to reason before they answer.
@@ -58,7 +58,7 @@ class Dataset:
     grading: Grading | None = None
     list_options: Callable[[Item], Mapping[str, Any]] = options.get_options
     split: str | None = None
-    published_place: int = 0
+    published_place: int | None = 0
     score_scale: float = 100.0
     headline: Callable[[Any, ScoringRules], float | None] = lambda _table, _rules: None
     max_tiles: int = _SINGLE
@@ -129,7 +129,8 @@ def _read_mlvu(table: Any, rules: ScoringRules) -> float | None:
 
 
 def _read_temp_compass(table: Any, _rules: ScoringRules) -> float:
-    return float(summarize_temp_compass(table)[-1]["acc"])
+    [overall] = (line for line in summarize_temp_compass(table) if line["dim.task_type"] == "overall")
+    return float(overall["acc"])
 
 
 def _read_mvbench(table: Any, _rules: ScoringRules) -> float:
@@ -161,6 +162,7 @@ _TEMP_COMPASS = replace(
     scorer=score_temp_compass,
     list_options=options.list_temp_compass_options,
     headline=_read_temp_compass,
+    published_place=None,
 )
 
 BENCHMARKS: tuple[Benchmark, ...] = (

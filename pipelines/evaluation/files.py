@@ -73,8 +73,11 @@ def read_predictions(path: str) -> Answers:
     An answer that pandas takes for missing ("", "None", "nan" ...) is None. Raise ValueError.
     """
     rows = _read_rows(Path(path))
-    if lacking := [i for i, row in enumerate(rows, 1) if not isinstance(row, dict) or not row.keys() >= _COLUMNS]:
-        raise ValueError(f"row {lacking[0]} of {path} has no index or no prediction")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.keys() >= _COLUMNS:
+            raise ValueError(f"row {number} of {path} has no index or no prediction")
+        if isinstance(row["prediction"], dict | list):
+            raise ValueError(f"row {number} of {path}: the prediction is {row['prediction']!r:.80}, not a text")
     answers = {str(row["index"]): clean_answer(row["prediction"]) for row in rows}
     if len(answers) < len(rows):
         raise ValueError(f"{path} has several predictions for the same index")
@@ -84,9 +87,14 @@ def read_predictions(path: str) -> Answers:
 def select_answered(items: Sequence[Item], answers: Answers, path: str) -> list[Item]:
     """Return the items without those that have neither an image nor an answer: VLMEvalKit leaves them out.
 
-    Raise ValueError if another item has no answer.
+    Raise ValueError if another item has no answer, or an answer belongs to no item.
     """
     answered = [item for item in items if get_index(item) in answers]
+    if strangers := list(answers.keys() - {get_index(item) for item in answered}):
+        raise ValueError(
+            f"{path} has {count_nouns(len(strangers), 'prediction')} for an index that the benchmark's file lacks, "
+            f"such as {min(strangers)}; give the file that was asked"
+        )
     lacking = [item for item in items if get_index(item) not in answers and not is_missing(item.get("image", ""))]
     if lacking:
         raise ValueError(
@@ -102,7 +110,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         match path.suffix.lower():
             case ".jsonl":
-                return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+                # Not `splitlines`: a text in JSON may hold other line separators, such as U+2028.
+                return [json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
             case ".tsv":
                 table = pd.read_csv(path, sep="\t", dtype={"prediction": str}, usecols=["index", "prediction"])
             case ".xlsx":

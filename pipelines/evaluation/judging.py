@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipelines.evaluation.benchmarks import Dataset
 from pipelines.evaluation.judge import Judge, Reply
-from pipelines.evaluation.predictions import EMPTY
+from pipelines.evaluation.predictions import BLANKS
 from pipelines.evaluation.score import describe_scores
 from pipelines.evaluation.scoring.scores import Answers, Item, Scores, ScoringRules, get_index
 
@@ -29,21 +29,32 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def judge_answers(
-    judge: Judge, dataset: Dataset, items: Sequence[Item], answers: Answers, rules: ScoringRules
+    judge: Judge,
+    dataset: Dataset,
+    items: Sequence[Item],
+    answers: Answers,
+    rules: ScoringRules,
+    error_rows: Collection[str] = frozenset(),
 ) -> dict[str, Any]:
     """Score answers with the judge's help and return the scores as `describe_scores` does, and the cost.
 
-    Raise ValueError if the benchmark's file cannot be scored, RunError if the judge does not answer.
+    error_rows: indices of items without an answer to read. Raise ValueError if the benchmark's file cannot be scored,
+    RunError if the judge does not answer.
     """
     if dataset.grading is not None:
         content, replies = _grade(judge, dataset, items, answers)
     else:
-        content, replies = _read_unread(judge, dataset, items, answers, rules)
+        content, replies = _read_unread(judge, dataset, items, answers, rules, error_rows)
     return {**content, "judge": judge.endpoint.model, "judge_cost": judge.compute_cost(replies)}
 
 
 def _read_unread(
-    judge: Judge, dataset: Dataset, items: Sequence[Item], answers: Answers, rules: ScoringRules
+    judge: Judge,
+    dataset: Dataset,
+    items: Sequence[Item],
+    answers: Answers,
+    rules: ScoringRules,
+    error_rows: Collection[str],
 ) -> tuple[dict[str, Any], list[Reply]]:
     """Replace each answer that no rule can read by the option that the judge reads in it, and score again."""
     assert dataset.scorer is not None
@@ -52,7 +63,8 @@ def _read_unread(
     prompts = {index: _ask_to_read(dataset, item, answers[index] or "") for index, item in asked.items()}
     replies = judge.ask({index: prompt for index, prompt in prompts.items() if prompt})
     read = {index: _read_choice(dataset, asked[index], reply.text) for index, reply in replies.items()}
-    content = describe_scores(dataset, items, {**answers, **{i: text for i, text in read.items() if text}}, rules)
+    known = {**answers, **{index: text for index, text in read.items() if text}}
+    content = describe_scores(dataset, items, known, rules, error_rows)
     return content, list(replies.values())
 
 
@@ -103,7 +115,7 @@ def _or_lowest(grade: float | None, lowest: float) -> float:
 
 def _select_answered(items: Sequence[Item], answers: Answers) -> dict[str, Item]:
     """Return {index: item} of the items that have an answer."""
-    return {get_index(item): item for item in items if answers[get_index(item)] not in (None, EMPTY)}
+    return {get_index(item): item for item in items if answers[get_index(item)] not in (None, *BLANKS)}
 
 
 def _describe_grades(dataset: Dataset, scores: Scores, replies: Mapping[str, Reply]) -> dict[str, Any]:

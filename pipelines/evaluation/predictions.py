@@ -13,8 +13,8 @@ from pipelines.evaluation.benchmarks import Dataset
 from pipelines.evaluation.scoring.scores import Item, get_index, is_missing
 from pipelines.storage import store
 
-EMPTY = "-"
-"""Stands for an empty answer and an error row: an answer that is wrong everywhere, where VLMEvalKit might stop."""
+BLANKS = ("-", "~", "^")
+"""Texts for an empty answer and an error row, where VLMEvalKit might stop: they are wrong everywhere."""
 
 _MAX_CELL = 32_767
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -26,6 +26,18 @@ class Prediction:
 
     text: str
     error: str = ""
+
+
+def choose_blank(item: Item) -> str:
+    """Return the first of BLANKS that no option and no accepted answer of the item is."""
+    texts = [str(value).strip(" .") for value in item.values()]
+    free = (blank for blank in BLANKS if not any(_holds(text, blank) for text in texts))
+    return next(free, BLANKS[0])
+
+
+def _holds(text: str, blank: str) -> bool:
+    """Return whether a cell is the blank, or a list with it."""
+    return text == blank or f"'{blank}'" in text or f'"{blank}"' in text
 
 
 def write_predictions(

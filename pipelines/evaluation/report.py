@@ -38,6 +38,8 @@ def write_evaluation_report(options: ReportOptions) -> EvaluationPages:
 def _write_pages(options: ReportOptions) -> Iterator[tuple[str, Report]]:
     output = store.make_absolute(options.output)
     for name, content in json.loads(store.read_bytes(store.join(output, _SCORES))).items():
+        if "parts" in content:  # each has a page of its own
+            continue
         run = store.join(output, "runs", name)
         scoring = Scoring(_read_scores(content), CATEGORIES, _summarize(name, content))
         truths = {"text": "answer"} if scoring.rows else {}

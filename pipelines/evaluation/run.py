@@ -18,14 +18,14 @@ from pipelines.checks import check_model, describe_models, resolve_model_paths
 from pipelines.cluster.ray_session import open_ray_session
 from pipelines.evaluation.benchmarks import SIZES, Dataset, Size
 from pipelines.evaluation.config import CATEGORIES, IMAGES, EvaluateConfig
-from pipelines.evaluation.files import read_items
+from pipelines.evaluation.files import clean_answer, read_items
 from pipelines.evaluation.items import select_illustrated, write_items, write_video_items
 from pipelines.evaluation.judge import Judge, check_endpoint
-from pipelines.evaluation.predictions import EMPTY, Prediction, write_predictions
+from pipelines.evaluation.predictions import Prediction, choose_blank, write_predictions
 from pipelines.evaluation.prompts import cut_reasoning
-from pipelines.evaluation.score import compute_md5, dump_json
+from pipelines.evaluation.score import check_items, compute_md5, dump_json, name_missing_column
 from pipelines.evaluation.scoring.scores import Item, get_index
-from pipelines.evaluation.summary import Result, render_html, render_markdown, summarize_result
+from pipelines.evaluation.summary import Result, join_parts, render_html, render_markdown, summarize_result
 from pipelines.evaluation.videos import Frames, UnreadableVideo, extract_frames, find_clip
 from pipelines.generate import EngineFactory, load_engine
 from pipelines.output.run_record import acquire_lease, check_resumable, note_unchanged
@@ -40,13 +40,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """The data of a benchmark, what identifies the items made of it, and the folder for them.
+    """The data of a benchmark with its items, what identifies the file made of them, and the folder for it.
 
-    unreadable: index -> why its video cannot be shown, if an earlier run made the items.
+    unreadable: index -> why its video cannot be shown, if an earlier run made the file.
     """
 
     dataset: Dataset
     data: str
+    items: Sequence[Item]
     size: Size
     identity: Mapping[str, Any]
     folder: str
@@ -62,12 +63,13 @@ class Source:
 class ItemFile:
     """The items of a benchmark, and the folder with the Parquet file that holds them for the pipeline.
 
-    unreadable: index -> why its video cannot be shown; the Parquet file lacks these items.
+    unreadable: index -> why its video cannot be shown; the Parquet file lacks these items. md5: of the TSV file.
     """
 
     dataset: Dataset
     items: Sequence[Item]
     folder: str
+    md5: str
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -111,9 +113,10 @@ def run_evaluation(config: EvaluateConfig, *, make_engine: EngineFactory = load_
         for file, run in zip(files, runs, strict=True):
             seconds += run_pipeline(run, make_engine=make_engine).seconds
             results.append(_score(config, file, run.output, size))
-    _write_summary(config.output, results)
     num_errors = sum(result.num_errors for result in results)
     rows = sum(result.num_rows for result in results)
+    results = join_parts(results)
+    _write_summary(config.output, results)
     scores = {result.dataset.name: result.score for result in results}
     return EvaluationReport(rows, rows - num_errors, num_errors, round(seconds, 3), scores, config.output)
 
@@ -139,19 +142,30 @@ def find_data(inputs: tuple[str, ...], dataset: Dataset, *, is_only: bool) -> st
 
 
 def _find_source(config: EvaluateConfig, dataset: Dataset, size: Size) -> Source:
-    """Return the data of a benchmark. Raise ValueError if it is missing, or OUTPUT holds items of other data."""
+    """Return the data of a benchmark. Raise ValueError if it cannot be used, or OUTPUT holds items of other data."""
     data = find_data(config.input, dataset, is_only=len(config.datasets) == 1)
     identity = _identify_items(config, dataset, data, size)
+    items = read_items(data) if dataset.frames else select_illustrated(read_items(data), data)
+    _check_items(config, dataset, items)
     folder = store.join(store.make_absolute(config.output), "items")
     note = store.join(folder, f"{dataset.name}.json")
     if store.find_file(note) is None or config.overwrite:
-        return Source(dataset, data, size, identity, folder)
+        return Source(dataset, data, items, size, identity, folder)
     found = json.loads(store.read_bytes(note))
     unreadable = found.pop("unreadable", {})
     if differing := [name for name in identity.keys() | found.keys() if found.get(name) != identity.get(name)]:
         there, here = ({name: values.get(name) for name in sorted(differing)} for values in (found, identity))
         raise ValueError(f"{config.output} holds {dataset.name} with {there}, not {here}; use --overwrite")
-    return Source(dataset, data, size, identity, folder, unreadable)
+    return Source(dataset, data, items, size, identity, folder, unreadable)
+
+
+def _check_items(config: EvaluateConfig, dataset: Dataset, items: Sequence[Item]) -> None:
+    """Raise ValueError if the items cannot be asked and scored, which would be found after the model's work only."""
+    check_items(dataset, items, config.scoring)
+    if dataset.frames:
+        with name_missing_column(dataset):
+            for item in items:
+                find_clip(item)
 
 
 def _check_resources(config: EvaluateConfig, session: ExitStack) -> None:
@@ -163,10 +177,9 @@ def _check_resources(config: EvaluateConfig, session: ExitStack) -> None:
 
 
 def _prepare(config: EvaluateConfig, source: Source) -> ItemFile:
-    """Write the file of items, or use that of an earlier run. Raise ValueError if the data has no usable item."""
-    data, dataset = source.data, source.dataset
-    items = read_items(data) if dataset.frames else select_illustrated(read_items(data), data)
-    file = ItemFile(dataset, items[: config.limit], source.folder, source.unreadable or {})
+    """Write the file of items, or use that of an earlier run. Raise ValueError if no item can be asked."""
+    data, dataset, md5 = source.data, source.dataset, source.identity["md5"]
+    file = ItemFile(dataset, source.items[: config.limit], source.folder, md5, source.unreadable or {})
     if source.is_prepared:
         return file
     root = store.make_absolute(config.image_root or str(Path(data).parent))
@@ -224,9 +237,12 @@ def _make_run_config(config: EvaluateConfig, file: ItemFile) -> EvaluateConfig:
 
 
 def _score(config: EvaluateConfig, file: ItemFile, output: str, size: Size) -> Result:
-    unreadable = {index: Prediction(EMPTY, reason) for index, reason in file.unreadable.items()}
-    predictions = {**_read_predictions(output), **unreadable}
-    answered = [item for item in file.items if get_index(item) in predictions]
+    found = {
+        **_read_predictions(output),
+        **{index: Prediction("", reason) for index, reason in file.unreadable.items()},
+    }
+    answered = [item for item in file.items if get_index(item) in found]
+    predictions = {get_index(item): _fill_blank(item, found[get_index(item)]) for item in answered}
     write_predictions(config.output, file.dataset, answered, predictions)
     return summarize_result(
         file.dataset,
@@ -234,9 +250,17 @@ def _score(config: EvaluateConfig, file: ItemFile, output: str, size: Size) -> R
         predictions,
         config.scoring,
         size,
+        md5=file.md5,
         subtitles=config.subtitles,
         judge=_make_judge(config, file.dataset),
     )
+
+
+def _fill_blank(item: Item, prediction: Prediction) -> Prediction:
+    """Return the prediction with a wrong answer in place of none, and with the image's path in its error."""
+    path = f"{item['image_path']}: " if prediction.error and "image" not in item and "image_path" in item else ""
+    text = choose_blank(item) if clean_answer(prediction.text) is None else prediction.text
+    return Prediction(text, f"{path}{prediction.error}")
 
 
 def _make_judge(config: EvaluateConfig, dataset: Dataset) -> Judge | None:
@@ -247,12 +271,12 @@ def _make_judge(config: EvaluateConfig, dataset: Dataset) -> Judge | None:
 
 
 def _read_predictions(output: str) -> Mapping[str, Prediction]:
-    """Return {index: prediction} of a run; an error row and an empty answer count as an answer that is wrong."""
+    """Return {index: prediction} of a run."""
     table = read_results(output).select(["id", "prompt", "text", "status", "error"]).to_pylist()
-    return {row["id"]: Prediction(cut_reasoning(row["prompt"], row["text"]) or EMPTY, row["error"]) for row in table}
+    return {row["id"]: Prediction(cut_reasoning(row["prompt"], row["text"]), row["error"]) for row in table}
 
 
-def _write_summary(output: str, results: list[Result]) -> None:
+def _write_summary(output: str, results: Sequence[Result]) -> None:
     contents = {
         "scores.json": dump_json({result.dataset.name: result.to_json() for result in results}) + "\n",
         "scores.md": render_markdown(results),

@@ -66,6 +66,7 @@ _MMT_NAMES = {
 
 def score_choices(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
     """Score each question by itself: 1 if the option that the answer names is the right one, else 0."""
+    _check_options(items)
     found = read_answers(items, answers, lambda item, answer: read_option(item, answer, rules))
     rows = {get_index(item): int(found[get_index(item)] == item["answer"]) for item in items}
     return Scores(rows, summarize(items, rows), unread=[index for index, letter in found.items() if letter is None])
@@ -91,6 +92,7 @@ def score_rotations(items: Sequence[Item], answers: Answers, rules: ScoringRules
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(_get_group(item), []).append(item)
+    _check_options(items)
     if not rules.kit_artefacts:
         _check_rotations(groups)
     found = read_answers(items, answers, lambda item, answer: read_option(item, answer, rules))
@@ -105,6 +107,11 @@ def score_rotations(items: Sequence[Item], answers: Answers, rules: ScoringRules
 def read_option(item: Item, answer: str | None, rules: ScoringRules) -> str | None:
     """Return the letter that the answer to `item` names, None if the rules find none."""
     return find_option(read_as_text(answer), get_options(item), rules.version)
+
+
+def _check_options(items: Sequence[Item]) -> None:
+    if not any(map(get_options, items)):
+        raise ValueError("no item has an option; the columns A, B, C ... are missing or empty")
 
 
 def _close_question(item: Item) -> Item:

@@ -59,7 +59,7 @@ def _summarize(name: str, items: Sequence[Item], rows: dict[str, Any]) -> Line:
     figures: dict[tuple[Any, ...], list[int]] = {}
     questions: dict[tuple[Any, ...], list[int]] = {}
     for item in items:
-        _, _, _, set_id, figure, question, *_ = get_index(item).split("_")
+        set_id, figure, question = _split_index(get_index(item))
         hit = hits[get_index(item)]
         figures.setdefault((item["l2-category"], set_id, figure), []).append(hit)
         questions.setdefault((item["l2-category"], set_id, question), []).append(hit)
@@ -69,3 +69,11 @@ def _summarize(name: str, items: Sequence[Item], rows: dict[str, Any]) -> Line:
         "fAcc": average(map(all, figures.values())) * 100,
         "qAcc": average(map(all, questions.values())) * 100,
     }
+
+
+def _split_index(index: str) -> list[str]:
+    """Return set, figure and question. Raise ValueError for an index that does not name them."""
+    parts = index.split("_")
+    if len(parts) < 6:
+        raise ValueError(f"the index {index} names no set, figure and question, as hb_VD_chart_0_1_0 does")
+    return parts[3:6]

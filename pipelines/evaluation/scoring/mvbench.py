@@ -20,6 +20,7 @@ from pipelines.evaluation.scoring.scores import (
 _IS_SUBSTRING = 'a substring of "(x)" counts as right'
 _IS_EMPTY = "empty prediction: row without score, counted as right in the table"
 _IS_FAILED = "score -1, counted as right in the table"
+_IS_BRACKET = 'its first word is a substring of "(x)", whatever follows'
 
 
 def score_mvbench(items: Sequence[Item], answers: Answers, rules: ScoringRules) -> Scores:
@@ -29,16 +30,18 @@ def score_mvbench(items: Sequence[Item], answers: Answers, rules: ScoringRules) 
     `rules.kit_artefacts` asks for its numbers: then an empty answer has no score (None) and a failed one -1.
     """
     rows: dict[str, float | None] = {}
-    unread, artefacts = [], {}
+    unread, artefacts, doubtful = [], {}, {}
     for item in items:
         index, answer = get_index(item), answers[get_index(item)]
         score, is_read, artefact = _score(item, answer, rules)
+        if score == 1 and not artefact and _is_bracket(item, str(answer), rules):
+            doubtful[index] = _IS_BRACKET
         rows[index] = score if rules.kit_artefacts or not artefact else 0.0
         if artefact:
             artefacts[index] = artefact
         if not is_read:
             unread.append(index)
-    return Scores(rows, _summarize(items, rows), unread, artefacts)
+    return Scores(rows, _summarize(items, rows), unread, artefacts, doubtful)
 
 
 def find_key(item: Item) -> tuple[str, dict[str, Any]]:
@@ -76,6 +79,12 @@ def _score(item: Item, answer: str | None, rules: ScoringRules) -> tuple[float |
         return 1.0, True, "" if any(map(str.isalnum, answer)) else _IS_SUBSTRING
     is_right = find_answered_option(item, answer, options, rules)
     return float(is_right or False), is_right is not None, ""
+
+
+def _is_bracket(item: Item, answer: str, rules: ScoringRules) -> bool:
+    """Return whether a bracket before the answer is what makes it right: the words after it do not."""
+    is_word = any(map(str.isalnum, answer.split()[0]))
+    return not is_word and not find_answered_option(item, answer, find_key(item)[1], rules)
 
 
 def _summarize(items: Sequence[Item], rows: dict[str, float | None]) -> dict[str, list[Any]]:
