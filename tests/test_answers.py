@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ovis_model.grammar.json_schema import drop_repeats, validate_answer
 from pipelines.tasks.answer_types import find_flags, is_repetitive, parse_answer
 from pipelines.tasks.arrow_types import close_objects, infer_shape
 
@@ -209,6 +210,13 @@ def test_any_value_of_any_schema_fits_its_column_or_is_refused(schema: Any, valu
     except ValueError:
         return
     pa.array([converted], shape.type)
+
+
+def test_repeated_items_are_dropped_as_json_schema_counts_them() -> None:
+    schema = json.dumps({"type": "array", "uniqueItems": True})
+    given = [1, 1.0, True, "1", {"a": [1, 2.5], "b": 2}, {"b": 2.0, "a": [1.0, 2.5]}, [0], [False]]
+    assert drop_repeats(given, schema) == [1.0, True, "1", {"b": 2.0, "a": [1.0, 2.5]}, [0], [False]]
+    validate_answer(drop_repeats(given, schema), schema)
 
 
 def test_flags_report_cut_empty_invalid_and_repetitive_answers() -> None:

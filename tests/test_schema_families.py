@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator as Validator
 
 from ovis_model.grammar import guides as guides_module
 from ovis_model.grammar.dialects import translate_schema
-from ovis_model.grammar.guides import check
+from ovis_model.grammar.guides import allows, check
 from ovis_model.grammar.json_schema import drop_repeats, find_ignored, parse_schema
 from pipelines.tasks.answer_types import Record, parse_answer
 from tests.support.schema_families import FIELD_TYPES, list_families
@@ -155,6 +155,43 @@ def test_numbers_have_few_digits_and_no_exponent(bounds: dict[str, float]) -> No
         text = draw_answer(record, seed, 60)
         assert text is not None and len(text) <= 32 and "e" not in text.lower()
         Validator({"type": "number", **bounds}).validate(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({}, "{}"),
+        ({}, '[true, {{"a": [{}]}}]'),
+        ({"type": ["array", "null"]}, '["", {}]'),
+        ({"type": "object"}, '{{"a": {{"b": {}}}}}'),
+        ({"properties": {"a": True}}, '{{"a": {}}}'),
+        ({"properties": {"a": {"type": "null"}}, "additionalProperties": True}, '{{"a": null, "b": {}}}'),
+        ({"type": "object", "patternProperties": {"^a$": {"type": "null"}}}, '{{"a": null, "b": {}}}'),
+        (
+            {"properties": {"a": {}}, "patternProperties": {"^[a-c]$": {"minimum": -9}, "^d$": {}}},
+            '{{"b": {}, "d": {{"e": {}}}}}',
+        ),
+        ({"type": "array", "prefixItems": [{"type": "null"}]}, "[null, {}]"),
+        ({"anyOf": [{"minLength": 2, "minItems": 2}, {"type": "null"}]}, "[null, {}]"),
+        ({"$defs": {"any": {}}, "properties": {"a": {"$ref": "#/$defs/any"}}}, '{{"a": [{}]}}'),
+        ({"allOf": [{"required": ["a"]}, {"properties": {"b": {"type": "object"}}}]}, '{{"b": {{}}, "a": {}}}'),
+        ({"allOf": [{"type": "object"}, {"properties": {"a": {}}}]}, '{{"a": {{"b": {{"c": {}}}}}}}'),
+    ],
+)
+def test_numbers_are_bounded_where_a_schema_leaves_them_open(schema: Any, text: str) -> None:
+    record = parse_answer({"json_schema": schema})
+    assert isinstance(record, Record)
+    check(record.constraint)
+    for number in ("1", "-2.5", "123456789012", "0.000001"):
+        assert allows(record.constraint, text.format(number, number)), number
+        record.parse(text.format(number, number))
+    for number in ("1e5", "1E-5", "1e400", "-1.5e308", "0.12345678901", "12345678901234567890"):
+        assert not allows(record.constraint, text.format(number, number)), number
+
+
+def test_items_beyond_a_tuple_may_be_of_any_type() -> None:
+    answer = parse_answer({"json_schema": {"type": "array", "prefixItems": [{"type": "boolean"}]}})
+    assert answer.type == pa.string() and answer.parse("[true, 5]") == "[true, 5]"
 
 
 def test_words_without_a_meaning_are_listed_once() -> None:

@@ -98,8 +98,8 @@ class _Translator:
         _infer_type(known, is_branch=is_branch)
         self._translate_format(known)
         _translate_decimal(known)
-        known = {name: _copy_group(value) if name in _GROUPS else value for name, value in known.items()}
-        for name, key, inner_place in list(_list_inner(known, place)):
+        known = {name: copy_group(value) if name in _GROUPS else value for name, value in known.items()}
+        for name, key, inner_place in list(list_inner(known, place)):
             holder, at = (known, name) if key is None else (known[name], key)
             holder[at] = self.translate(holder[at], inner_place, is_branch=name in ("allOf", "anyOf", "oneOf"))
         return _translate_nullable(known)
@@ -186,7 +186,7 @@ class _Translator:
             del part["format"]
 
 
-def _list_inner(part: Json, place: str) -> Iterator[tuple[str, Any, str]]:
+def list_inner(part: Json, place: str) -> Iterator[tuple[str, Any, str]]:
     """Yield (keyword, key in its value or None, place) of all schemas in a schema."""
     for name in _SINGLES:
         if isinstance(part.get(name), dict):
@@ -199,7 +199,7 @@ def _list_inner(part: Json, place: str) -> Iterator[tuple[str, Any, str]]:
             yield from ((name, number, f"{place}/{name}/{number}") for number in range(len(part[name])))
 
 
-def _copy_group(value: Any) -> Any:
+def copy_group(value: Any) -> Any:
     """Return a copy of what holds several schemas: the original is only read."""
     return value.copy() if isinstance(value, dict | list) else value
 

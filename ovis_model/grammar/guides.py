@@ -70,6 +70,18 @@ def check(constraint: Constraint, tokenizer: Tokenizer | None = None) -> None:
             raise ValueError(f"{part.kind} {shorten(part.spec)}: answers exceed its limits: {_describe_stop(stuck)}")
 
 
+def allows(constraint: Constraint, text: str) -> bool:
+    """Return whether a text is a whole answer. Raise ValueError if the constraint is not supported."""
+    state = _start_matcher(constraint, _make_byte_trie())
+    return bool(state.try_consume_tokens(list(text.encode())) == len(text.encode()) and state.is_accepting())
+
+
+def can_compile(schema: str) -> bool:
+    """Return whether the library itself compiles a JSON schema as it is written, right or wrong."""
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
+    return not llguidance.LLMatcher(_make_byte_trie(), grammar, log_level=0, limits=_LIMITS).is_error()
+
+
 def _list_trials(constraint: Constraint) -> Iterator[Constraint]:
     """Yield the constraint, and each text in its schema: a walk through the whole may miss some of them."""
     yield constraint

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,7 @@ from referencing.jsonschema import DRAFT202012
 from ovis_model.grammar import keywords
 from ovis_model.grammar.dialects import translate_schema
 from ovis_model.grammar.keywords import MAX_SAFE_INTEGER
+from ovis_model.grammar.open_values import spell_out
 from ovis_model.grammar.regex import check_pattern
 from ovis_model.grammar.unions import follow, separate_parts
 
@@ -59,7 +59,7 @@ def find_ignored(text: str) -> tuple[str, ...]:
 
 def adapt_schema(schema: Json) -> Json:
     """Return the schema for llguidance to compile."""
-    adapted = deepcopy(schema)
+    adapted = spell_out(schema, walk_schemas(schema))
     for part in list(walk_schemas(adapted)):
         _rewrite(part, schema)
     return adapted
@@ -87,8 +87,12 @@ def _drop_repeats(value: Any, part: Any, root: Json) -> Any:
         _drop_repeats(each, firsts[number] if number < len(firsts) else part.get("items"), root)
         for number, each in enumerate(value)
     ]
-    by_text = {json.dumps(item, sort_keys=True): item for item in items}
-    return list(by_text.values()) if part.get("uniqueItems") else items
+    return list({_write_canonically(item): item for item in items}.values()) if part.get("uniqueItems") else items
+
+
+def _write_canonically(value: Any) -> str:
+    """Return a text that is the same for equal values: JSON Schema has one 1, which may be written 1.0."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=_parse_float), sort_keys=True)
 
 
 def validate_answer(value: Any, schema: str) -> None:

@@ -99,10 +99,12 @@ def _infer_map(schema: Mapping[str, Json], root: Json, above: tuple[str, ...]) -
 
 def _infer_list(schema: Mapping[str, Json], root: Json, above: tuple[str, ...]) -> Shape:
     firsts, rest = schema.get("prefixItems") or [], schema.get("items")
-    shapes = [_infer_shape(part, root, above) for part in [*firsts, *[rest] * isinstance(rest, Mapping)]]
-    if shapes and all(shape.type.equals(shapes[0].type) for shape in shapes):
-        return _make_list(shapes)
     is_tuple = rest is False or 0 < schema.get("maxItems", len(firsts) + 1) <= len(firsts)
+    shapes = [_infer_shape(part, root, above) for part in [*firsts, *[rest] * isinstance(rest, Mapping)]]
+    if not shapes or not (is_tuple or isinstance(rest, Mapping)):
+        return _JSON_TEXT
+    if all(shape.type.equals(shapes[0].type) for shape in shapes):
+        return _make_list(shapes)
     return _make_tuple(shapes[: len(firsts)]) if firsts and is_tuple else _JSON_TEXT
 
 
