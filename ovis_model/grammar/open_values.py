@@ -48,16 +48,15 @@ def _nest_open_value(depth: int) -> Json:
     return {"type": [*_TYPES], **({"items": inner, "additionalProperties": inner} if inner else {})}
 
 
-def _fill(given: Any, inner: Json) -> Any:
-    """Return a schema in which `inner` stands for the values of open lists and objects."""
-    if given is False:
-        return False
+def _fill(given: Any, inner: Json) -> Json:
+    """Return a schema, which is not false, in which `inner` stands for the values of open lists and objects."""
     part: Json = {} if given is True else {name: copy_group(value) for name, value in given.items()}
     if not part.keys() & {"type", "enum", "const", *_GROUPS}:
         part["type"] = [*_TYPES]
     for name, key, _ in list(list_inner(part, "")):
         holder, at = (part, name) if key is None else (part[name], key)
-        holder[at] = _fill(holder[at], inner)
+        if holder[at] is not False:
+            holder[at] = _fill(holder[at], inner)
     for kind, name in (("array", "items"), ("object", "additionalProperties")):
         if kind in part.get("type", "") and part.get(name, True) is True:
             part[name] = deepcopy(inner)
