@@ -95,6 +95,14 @@ def test_decisions_are_kept_and_a_review_resumes(output: Path) -> None:
     assert len(list((output / "review").iterdir())) == 3  # nothing is changed, only added
 
 
+def test_an_answer_with_the_value_of_the_right_text_is_right(output: Path) -> None:
+    compact = '{"colour":"red","size":{"width":4},"parts":["a","b"]}'
+    with serve(output, tasks=("record",)) as server:
+        assert server.review.describe()[0]["text"] != compact
+        assert post(server.url, place=0, text=compact) == post(server.url, place=1, text='{"colour": "blue"}') == 200
+    assert sorted(d.is_right for d in read_decisions(str(output)).values()) == [False, True]
+
+
 def test_only_this_page_reaches_the_answers(output: Path) -> None:
     with serve(output) as server:
         assert server.server_address[0] == "127.0.0.1"

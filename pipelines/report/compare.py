@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipelines.errors import RunError
-from pipelines.output.ledger import read_entries
-from pipelines.output.run_record import read_record
-from pipelines.report.columns import OutputColumns, interpret_columns
+from pipelines.report.columns import OutputColumns
 from pipelines.report.comparison_page import render_comparison
+from pipelines.report.opened import OpenedRun, open_output
 from pipelines.report.rows import get_run_name, simplify
-from pipelines.report.sample import PickedRow
+from pipelines.report.sample import make_picked
 from pipelines.report.thumbnails import read_media
 from pipelines.storage import store
-from pipelines.storage.preflight import check_stores
 
 Json = dict[str, Any]
 
-_MAX_PICTURE_BYTES = 12_000_000
+_MAX_PICTURE_BYTES = 6_000_000  # per run
 _MAX_VALUES = 12  # per side of a table of answers
 _MAX_CHARACTERS = 600
 _OTHER = "(other)"
@@ -46,11 +42,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of one run: its number, its status, and {task: answer}."""
+    """A row of one run: its number, its status, {task: answer}, and the times of the frames that the model saw."""
 
     number: int
     status: str
     answers: Mapping[str, Any]
+    times_s: tuple[float, ...]
+
+
+_Pair = tuple[_Row, _Row]
 
 
 def write_comparison(first: str, second: str, to: str | None, *, max_rows: int, limit_s: float) -> Compared:
@@ -59,37 +59,32 @@ def write_comparison(first: str, second: str, to: str | None, *, max_rows: int, 
     Raise RunError if one of them is no run, or if they have no task or no id in common.
     """
     started_s = time.monotonic()
-    first, second = store.make_absolute(first), store.make_absolute(second)
-    check_stores([first, second])
-    columns = [_read_columns(first), _read_columns(second)]
-    tasks = [task for task in columns[0].tasks if task.name in {other.name for other in columns[1].tasks}]
-    rows = [_read_rows(output, own) for output, own in zip((first, second), columns, strict=True)]
-    shared = [name for name in rows[0] if name in rows[1]]
-    if not tasks or not shared:
+    runs = open_output(first), open_output(second)
+    names = get_run_name(runs[0].output), get_run_name(runs[1].output)
+    tasks = [task for task in runs[0].columns.tasks if task.name in {other.name for other in runs[1].columns.tasks}]
+    rows = [_read_rows(run) for run in runs]
+    pairs = {name: (row, rows[1][name]) for name, row in rows[0].items() if name in rows[1]}
+    if not tasks or not pairs:
         raise RunError(f"{first} and {second} have no {'id' if tasks else 'task'} in common")
-    pairs = {name: (rows[0][name], rows[1][name]) for name in shared}
     tables = [_compare_task(task.name, task.kind, pairs.values()) for task in tasks]
     different = [name for name, pair in pairs.items() if _find_differences(pair, tables)]
     shown = different[:: max(1, len(different) // max(1, max_rows))][:max_rows]
-    media = _read_pictures(first, [(name, pairs[name][0].number) for name in shown], limit_s)
+    counts = {
+        "rows of both": len(pairs),
+        "only in the first": len(rows[0]) - len(pairs),
+        "only in the second": len(rows[1]) - len(pairs),
+        "rows that differ": len(different),
+    }
     page = render_comparison(
-        names=(get_run_name(first), get_run_name(second)),
-        figures={
-            "rows of both": len(shared),
-            "only in the first": len(rows[0]) - len(shared),
-            "only in the second": len(rows[1]) - len(shared),
-            "rows that differ": len(different),
-        },
+        names=names,
+        figures=counts,
         tables=tables,
-        rows=[_serialize(name, pairs[name], tables, media[name]) for name in shown],
+        rows=_serialize_rows(runs, {name: pairs[name] for name in shown}, tables, limit_s),
     )
-    uri = store.make_absolute(to) if to else store.make_absolute(f"{get_run_name(first)}-{get_run_name(second)}.html")
+    uri = store.make_absolute(to) if to else store.make_absolute(f"{names[0]}-{names[1]}.html")
     store.write_bytes(uri, page)
     return Compared(
-        rows=len(shared),
-        only_first=len(rows[0]) - len(shared),
-        only_second=len(rows[1]) - len(shared),
-        differ=len(different),
+        *counts.values(),
         shown=len(shown),
         agreement={table["task"]: table["agreement"] for table in tables},
         seconds=round(time.monotonic() - started_s, 3),
@@ -97,30 +92,17 @@ def write_comparison(first: str, second: str, to: str | None, *, max_rows: int, 
     )
 
 
-def _read_columns(output: str) -> OutputColumns:
-    record = read_record(output)
-    files = read_entries(store.join(output, "data"))
-    if record is None or not files:
-        raise RunError(f"{output} holds no run with rows")
-    with store.open_file(files[0][0].uri) as file:
-        return interpret_columns(record, pq.read_schema(file), {})
-
-
-def _read_rows(output: str, columns: OutputColumns) -> dict[str, _Row]:
-    """Return {id: row} with only the columns that are compared."""
+def _read_rows(run: OpenedRun) -> dict[str, _Row]:
+    """Return {id: row} with only the columns that are compared or shown."""
     found = {}
-    wanted = ["id", "status", *dict.fromkeys(task.value for task in columns.tasks)]
-    for info, entry in read_entries(store.join(output, "data")):
-        for number, values in zip(entry.rows.tolist(), _read_values(info.uri, wanted), strict=True):
-            answers = {task.name: values[task.value] for task in columns.tasks}
-            found[values["id"]] = _Row(number, values["status"], answers)
+    tasks = run.columns.tasks
+    wanted = ["id", "status", "frame_timestamps_s", *dict.fromkeys(task.value for task in tasks)]
+    for numbers, batch in run.read_batches(wanted):
+        for number, values in zip(numbers.tolist(), batch.to_pylist(), strict=True):
+            answers = {task.name: values[task.value] for task in tasks}
+            times_s = tuple(values["frame_timestamps_s"] or ())
+            found[values["id"]] = _Row(number, values["status"], answers, times_s)
     return found
-
-
-def _read_values(uri: str, columns: Sequence[str]) -> Iterator[Json]:
-    with store.open_file(uri) as file:
-        for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(4096, columns=list(columns)):
-            yield from batch.to_pylist()
 
 
 def _compare_task(name: str, kind: str, pairs: Any) -> Json:
@@ -169,17 +151,38 @@ def _to_text(value: Any) -> str:
     return ("Yes" if value else "No") if isinstance(value, bool) else str(value)
 
 
-def _find_differences(pair: tuple[_Row, _Row], tables: Sequence[Json]) -> list[str]:
+def _find_differences(pair: _Pair, tables: Sequence[Json]) -> list[str]:
     one, other = pair
     return [table["task"] for table in tables if one.answers[table["task"]] != other.answers[table["task"]]]
 
 
-def _serialize(name: str, pair: tuple[_Row, _Row], tables: Sequence[Json], media: Json) -> Json:
-    """Return a row with its picture and the answers of both runs that differ."""
-    answers = [
-        (task, *(_shorten(row.answers[task], row.status) for row in pair)) for task in _find_differences(pair, tables)
+def _serialize_rows(
+    runs: tuple[OpenedRun, OpenedRun], pairs: Mapping[str, _Pair], tables: Sequence[Json], limit_s: float
+) -> list[Json]:
+    """Return the rows with the answers that differ, the first run's questions, and what the models saw."""
+    first = {name: one for name, (one, _) in pairs.items()}
+    has_other_look = runs[0].images != runs[1].images
+    second = {name: two for name, (one, two) in pairs.items() if has_other_look or one.times_s != two.times_s}
+    media = [_read_pictures(run, rows, limit_s) for run, rows in zip(runs, (first, second), strict=True)]
+    questions = runs[0].read_questions([row.number for row in first.values()])
+    asked = {name: _name_questions(runs[0].columns, questions.get(row.number, [])) for name, row in first.items()}
+    return [
+        {
+            "id": store.redact(name),
+            "media": [found[name] for found in media if name in found],
+            "answers": [
+                (task, asked[name].get(task), *(_shorten(row.answers[task], row.status) for row in pair))
+                for task in _find_differences(pair, tables)
+            ],
+        }
+        for name, pair in pairs.items()
     ]
-    return {"id": store.redact(name), "media": media, "answers": answers}
+
+
+def _name_questions(columns: OutputColumns, questions: Sequence[str | None]) -> dict[str, str]:
+    """Return {task: its question in this row} for the questions that are not the task's own prompt."""
+    pairs = zip(columns.tasks, questions, strict=False)
+    return {task.name: str(simplify(question, _MAX_CHARACTERS)) for task, question in pairs if question}
 
 
 def _shorten(value: Any, status: str) -> str:
@@ -188,12 +191,10 @@ def _shorten(value: Any, status: str) -> str:
     return str(simplify(_to_text(value), _MAX_CHARACTERS))
 
 
-def _read_pictures(output: str, rows: Sequence[tuple[str, int]], limit_s: float) -> dict[str, Json]:
-    """Return {id: thumbnails} for rows of the first run."""
-    ordered = sorted(rows, key=lambda row: row[1])
-    picked = [
-        PickedRow(number, {"id": name, "error": "", "frame_timestamps_s": []}, {}, [], {}, [])
-        for name, number in ordered
-    ]
+def _read_pictures(run: OpenedRun, rows: Mapping[str, _Row], limit_s: float) -> dict[str, Json]:
+    """Return {id: thumbnails}, as this run's model saw the images and videos."""
+    picked = [make_picked(name, row.number, row.times_s) for name, row in rows.items()]
+    picked.sort(key=lambda one: one.row)
     max_bytes = _MAX_PICTURE_BYTES // max(1, len(picked))
-    return {row.values["id"]: media for row, media in read_media(output, picked, max_bytes=max_bytes, limit_s=limit_s)}
+    media = read_media(run.manifest, picked, run.images, max_bytes=max_bytes, limit_s=limit_s)
+    return {row.values["id"]: found for row, found in media}

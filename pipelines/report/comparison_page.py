@@ -29,8 +29,9 @@ th { font-weight: 600; overflow-wrap: normal } td.same { background: var(--same)
 .row { display: grid; grid-template-columns: 200px 1fr; gap: 16px; background: var(--panel); padding: 12px;
   border: 1px solid var(--line); border-radius: 6px; margin: 10px 0 }
 .row img { max-width: 100%; height: auto; display: block; margin-bottom: 4px }
+.strip { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; align-items: start } .row p { margin: 0 0 4px }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px 16px } .pair p { margin: 0; white-space: pre-wrap }
-.pair h3 { grid-column: 1 / -1; margin-top: 6px }
+.pair h3, .pair .asked { grid-column: 1 / -1 } .pair h3 { margin-top: 6px }
 @media (max-width: 640px) { .row { grid-template-columns: 1fr } .row img { max-height: 200px; width: auto } }
 """
 
@@ -92,17 +93,27 @@ def _render_confusion(confusion: Json) -> str:
 
 
 def _render_row(row: Json, names: tuple[str, str]) -> str:
-    media = row["media"]
-    pictures = "".join(f'<img alt="" src="{_to_html(image["src"])}">' for image in media.get("images", ()))
-    missing = f'<p class="soft">{_to_html(media["missing"])}</p>' if "missing" in media else ""
     answers = "".join(
-        f"<h3>{_to_html(task)}</h3>" + "".join(_render_answer(*pair) for pair in zip(names, (one, other), strict=True))
-        for task, one, other in row["answers"]
+        f"<h3>{_to_html(task)}</h3>"
+        + (f'<p class="soft asked">{_to_html(question)}</p>' if question else "")
+        + "".join(_render_answer(*pair) for pair in zip(names, (one, other), strict=True))
+        for task, question, one, other in row["answers"]
     )
+    seen = [_render_media(media) for media in row["media"]]
+    if len(seen) > 1:  # the runs did not see the same
+        seen = [f'<p class="soft">{_to_html(name)}</p>{part}' for name, part in zip(names, seen, strict=True)]
     return (
-        f'<article class="row"><div>{pictures}{missing}<p class="soft">{_to_html(row["id"])}</p></div>'
+        f'<article class="row"><div>{"".join(seen)}<p class="soft">{_to_html(row["id"])}</p></div>'
         f'<div class="pair">{answers}</div></article>'
     )
+
+
+def _render_media(media: Json) -> str:
+    if "missing" in media:
+        return f'<p class="soft">{_to_html(media["missing"])}</p>'
+    pictures = "".join(f'<img alt="" src="{_to_html(image["src"])}">' for image in media["images"])
+    more = f'<p class="soft">and {media["more"]:,} more</p>' if media["more"] else ""
+    return f'<div class="{"strip" if len(media["images"]) > 1 else "single"}">{pictures}</div>{more}'
 
 
 def _render_answer(name: str, answer: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, zip_longest
@@ -36,6 +36,11 @@ class PickedRow:
     truth: Mapping[str, str | None]
     wrong: list[str]
     groups: tuple[Group, ...] = ()
+
+
+def make_picked(name: str, row: int, times_s: Sequence[float]) -> PickedRow:
+    """Return a row of which only the media are shown: its id, number, and the times of its frames in seconds."""
+    return PickedRow(row, {"id": name, "error": "", "frame_timestamps_s": list(times_s)}, {}, [], {}, [])
 
 
 class ContactSheet:

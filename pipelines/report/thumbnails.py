@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from ovis_model.inputs.keyframes import select_uniform
 from pipelines.cluster.attempts import DIED
 from pipelines.config import ImageOptions
 from pipelines.errors import MediaError, StoreFault
@@ -41,14 +42,15 @@ RowMedia = tuple[PickedRow, Json]
 
 
 def read_media(
-    output: str, rows: Sequence[PickedRow], images: ImageOptions | None = None, *, max_bytes: int, limit_s: float
+    output: str, rows: Sequence[PickedRow], images: ImageOptions, *, max_bytes: int, limit_s: float
 ) -> Iterator[RowMedia]:
-    """Yield the rows with their media: {"images": [...], "more": number of further images} or {"missing": reason}.
+    """Yield the rows, which are in order, with their media as the model saw them.
 
-    With the run's options `images`, damaged and transparent images are shown as the model saw them.
-    An image is {"src": data URI, "width": px, "height": px}, for a video frame also "time_s". The images of a row take
-    at most `max_bytes` as text. Raises nothing: media that cannot be read, or not within `limit_s` in total, are
-    reported as missing.
+    output: where the manifest is. images: the run's options.
+
+    Media are {"images": [...], "more": number of further images} or {"missing": reason}. An image is {"src": data URI,
+    "width": px, "height": px}, for a video frame also "time_s". The images of a row take at most `max_bytes` as text.
+    Raises nothing: media that cannot be read, or not within `limit_s` in total, are reported as missing.
     """
     if not rows:
         return
@@ -59,9 +61,7 @@ def read_media(
         return
     references = (list(map(parse_reference, images)) for images in found.column("images").to_pylist())
     with closing(VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)) as decoder:
-        yield from _Reader(decoder, images or ImageOptions(), max_bytes, limit_s).read(
-            zip(rows, references, strict=True)
-        )
+        yield from _Reader(decoder, images, max_bytes, limit_s).read(zip(rows, references, strict=True))
 
 
 class _Reader:
@@ -105,7 +105,8 @@ class _Reader:
         encoded = pending.result()
         if is_seekable_video(images) or any(map(has_video_signature, encoded)):
             frames = self._read_frames(picked, images, encoded)
-            media = make_thumbnails([Image.fromarray(frame.pixels) for frame in frames], self._max_bytes)
+            pictures, times_s = [Image.fromarray(frame.pixels) for frame in frames], picked.values["frame_timestamps_s"]
+            media = make_thumbnails(pictures, self._max_bytes, len(times_s))
             for image, frame in zip(media["images"], frames, strict=False):
                 image["time_s"] = round(frame.timestamp_s, 3)
             return media
@@ -119,11 +120,11 @@ class _Reader:
         return read_image(data, keep_partial=keep_partial, background=self._images.background_colour).pixels
 
     def _read_frames(self, picked: PickedRow, images: list[ImageRef], encoded: list[bytes]) -> list[Frame]:
-        """Return the frames that the model saw; for a video whose row failed, a few uniform ones."""
+        """Return the frames that the model saw, of many an even choice; of a row that failed, a few uniform ones."""
         video, window = locate_video(images, encoded)
         if times_s := picked.values["frame_timestamps_s"]:
-            return self._decoder.decode_frames_at(video, times_s[:MAX_IMAGES])
-        return self._decoder.sample_frames(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO), window)
+            return self._decoder.decode_frames_at(video, [times_s[i] for i in select_uniform(len(times_s), MAX_IMAGES)])
+        return self._decoder.sample_frames(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO, take_truncated=True), window)
 
 
 def make_thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0) -> Json:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from pipelines.errors import RunError
-from pipelines.export.selection import list_data_files, read_output_columns
-from pipelines.output.run_record import read_record
+from pipelines.report.opened import open_output
 from pipelines.review.picks import Pick, pick_answers
 from pipelines.review.server import Review, ReviewServer
-from pipelines.storage import store
-from pipelines.storage.preflight import check_stores
 
 
 @dataclass(frozen=True)
@@ -27,14 +23,8 @@ def start_review(
     output: str, *, tasks: tuple[str, ...], pick: Pick, by: str | None, max_answers: int, port: int
 ) -> ReviewServer:
     """Pick the answers and return a server that does not run yet. Raise RunError if OUTPUT holds no run."""
-    output = store.make_absolute(output)
-    check_stores([output])
-    record = read_record(output)
-    if record is None:
-        raise RunError(f"{output} holds no run (no run.json)")
-    columns = read_output_columns(record, list_data_files(output)[0][0])
-    answers = pick_answers(output, columns, tasks, pick, by, max_answers)
-    return ReviewServer(Review(output, answers), port)
+    run = open_output(output)
+    return ReviewServer(Review(run, pick_answers(run, tasks, pick, by, max_answers)), port)
 
 
 def serve_review(server: ReviewServer, output: str) -> Reviewed:

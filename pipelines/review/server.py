@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
 from pipelines.output.decisions import Decision, make_time_us, read_decisions, write_decision
+from pipelines.report.opened import OpenedRun
 from pipelines.report.page import encode_for_html
-from pipelines.report.sample import PickedRow
+from pipelines.report.sample import make_picked
 from pipelines.report.thumbnails import read_media
 from pipelines.review.picks import PickedAnswer
 from pipelines.storage import store
@@ -31,10 +33,10 @@ _MAX_PICTURE_BYTES = 4_000_000
 class Review:
     """The answers to review and the decisions so far. Thread-safe."""
 
-    def __init__(self, output: str, answers: Sequence[PickedAnswer]) -> None:
-        self._output, self._answers = output, answers
+    def __init__(self, run: OpenedRun, answers: Sequence[PickedAnswer]) -> None:
+        self._run, self._answers = run, answers
         self._lock = threading.Lock()
-        self._done = {(d.row, d.task): d.text for d in read_decisions(output).values()}
+        self._done = {(d.row, d.task): d.text for d in read_decisions(run.output).values()}
 
     def describe(self) -> list[Json]:
         """Return the answers in their order, with the decisions that exist."""
@@ -47,7 +49,7 @@ class Review:
             "place": place,
             "id": store.redact(answer.id),
             "task": answer.task.name,
-            "question": about.get("prompt") or "",
+            "question": answer.question or about.get("prompt") or "",
             "text": answer.text,
             "choices": list(choices),
             "confidence": answer.confidence if answer.confidence == answer.confidence else None,
@@ -57,32 +59,40 @@ class Review:
     def decide(self, place: int, text: str) -> None:
         """Record that `text` is the right answer. Raise ValueError if the task does not allow it."""
         answer = self._answers[place]
-        parse_answer(answer.task.about.get("answer", "text")).parse(text)
+        parse = parse_answer(answer.task.about.get("answer", "text")).parse
+        parse(text)
         decision = Decision(
             row=answer.row,
             id=answer.id,
             task=answer.task.name,
             answer=answer.text,
             text=text,
-            is_right=text == answer.text,
+            is_right=_is_same(parse, text, answer.text),
             confidence=answer.confidence,
             at_us=make_time_us(),
         )
         with self._lock:
-            write_decision(self._output, decision)
+            write_decision(self._run.output, decision)
             self._done[answer.row, answer.task.name] = text
 
     def read_pictures(self, place: int) -> Json:
         """Return the thumbnails of a row, or why there are none."""
         answer = self._answers[place]
-        picked = PickedRow(answer.row, {"error": "", "frame_timestamps_s": []}, {}, [], {}, [])
-        [(_, media)] = read_media(self._output, [picked], max_bytes=_MAX_PICTURE_BYTES, limit_s=60.0)
+        rows, run = [make_picked(answer.id, answer.row, answer.times_s)], self._run
+        [(_, media)] = read_media(run.manifest, rows, run.images, max_bytes=_MAX_PICTURE_BYTES, limit_s=60.0)
         return media
 
     @property
     def num_decided(self) -> int:
         """How many of the answers have a decision."""
         return sum((answer.row, answer.task.name) in self._done for answer in self._answers)
+
+
+def _is_same(parse: Callable[[str], Any], text: str, answer: str) -> bool:
+    """Return whether the model's answer has the value of the right text; an invalid answer only if it is that text."""
+    with suppress(ValueError):
+        return bool(parse(answer) == parse(text))
+    return text == answer
 
 
 class ReviewServer(ThreadingHTTPServer):
