@@ -84,7 +84,10 @@ def write_comparison(first: str, second: str, to: str | None, *, max_rows: int, 
     uri = store.make_absolute(to) if to else store.make_absolute(f"{names[0]}-{names[1]}.html")
     store.write_bytes(uri, page)
     return Compared(
-        *counts.values(),
+        rows=counts["rows of both"],
+        only_first=counts["only in the first"],
+        only_second=counts["only in the second"],
+        differ=counts["rows that differ"],
         shown=len(shown),
         agreement={table["task"]: table["agreement"] for table in tables},
         seconds=round(time.monotonic() - started_s, 3),
