@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipelines.media.similarity import group_similar
 from pipelines.monitoring.progress import Progress
 from pipelines.report.answers import Answers
 from pipelines.report.columns import OutputColumns, list_filters
@@ -147,4 +148,13 @@ def _build_rows(run: OpenedRun, picked: list[PickedRow], limit_s: float) -> list
             content = serialize_row(row, run.columns, questions.get(row.row, []), max_bytes)
             rows.append({**content, "media": media})
             progress.advance(1)
-    return rows
+    return _mark_similar(rows)
+
+
+def _mark_similar(rows: list[Json]) -> list[Json]:
+    """Return the rows, each with `similar`: the number of its group of pictures that look alike, null without one."""
+    with_media = [place for place, row in enumerate(rows) if "hash" in row["media"]]
+    found = dict(
+        zip(with_media, group_similar([rows[place]["media"].pop("hash") for place in with_media]), strict=True)
+    )
+    return [{**row, "similar": found.get(place)} for place, row in enumerate(rows)]

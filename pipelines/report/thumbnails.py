@@ -21,6 +21,7 @@ from pipelines.errors import MediaError, StoreFault
 from pipelines.media.fetch import Fetcher, PendingImages
 from pipelines.media.images import read_image
 from pipelines.media.reference import ImageRef, is_seekable_video, locate_video, parse_reference
+from pipelines.media.similarity import hash_picture
 from pipelines.media.video.container import has_video_signature
 from pipelines.media.video.frames import Frame
 from pipelines.media.video.process import VideoDecoder
@@ -48,8 +49,10 @@ def read_media(
 
     output: where the manifest is. images: the run's options.
 
-    Media are {"images": [...], "more": number of further images} or {"missing": reason}. An image is {"src": data URI,
-    "width": px, "height": px}, for a video frame also "time_s". The images of a row take at most `max_bytes` as text.
+    Media are {"images": [...], "more": number of further images, "hash": of the image in the middle} or
+    {"missing": reason}. An image is {"src": data URI, "width": px, "height": px}, for a video frame also "time_s". The
+    images of a row take at most `max_bytes` as text.
+
     Raises nothing: media that cannot be read, or not within `limit_s` in total, are reported as missing.
     """
     if not rows:
@@ -128,11 +131,15 @@ class _Reader:
 
 
 def make_thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0) -> Json:
-    """Encode RGB images as data URIs of at most `max_bytes` characters in total; count those that do not fit."""
-    shown = pictures[:MAX_IMAGES]
-    side_px = _SINGLE_PX if len(shown) == 1 else _STRIP_PX
+    """Encode RGB images as data URIs of at most `max_bytes` characters in total; count those that do not fit.
+
+    `hash` is that of the image in the middle, for `group_similar`.
+    """
+    side_px = _SINGLE_PX if len(pictures) == 1 else _STRIP_PX
+    shown = [_shrink(picture, side_px) for picture in pictures[:MAX_IMAGES]]
     sources = [source for picture in shown if (source := _make_thumbnail(picture, side_px, max_bytes // len(shown)))]
-    return {"images": sources, "more": max(num_images, len(pictures)) - len(sources)}
+    more = max(num_images, len(pictures)) - len(sources)
+    return {"images": sources, "more": more, "hash": hash_picture(shown[len(shown) // 2])}
 
 
 def _make_thumbnail(picture: Image.Image, side_px: int, max_bytes: int) -> Json | None:

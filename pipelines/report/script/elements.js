@@ -1,7 +1,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const { run, statistics, rows, kept } = data;
 const tasks = statistics.tasks;
-const GROUPS = { random: "Random", unsure: "Least confident", flagged: "Flagged", wrong: "Wrong", errors: "Errors" };
+const GROUPS = { random: "Random", unsure: "Least confident", flagged: "Flagged", wrong: "Wrong", errors: "Errors", similar: "Similar pictures" };
 const NO_FILTERS = { group: "", task: "", flag: "", columns: {}, reason: "", text: "" };
 const state = { ...NO_FILTERS, order: "row" };
 let shown = []; // the rows that match the filters, in order

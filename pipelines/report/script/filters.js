@@ -31,7 +31,7 @@ function matchesFilters(row, at) {
     && state.text.toLowerCase().split(/\s+/).every((word) => haystack[at].includes(word));
 }
 
-const isInGroup = (row, group) => row.groups.includes(group);
+const isInGroup = (row, group) => (group === "similar" ? row.similar !== null : row.groups.includes(group));
 
 /** Return what a bar of the summary filters by: `go` turns the filter on or off. */
 function pickValue(task, value) {
@@ -97,7 +97,7 @@ function renderAddFilter() {
 
 function renderGroup(group) {
   const times = rows.filter((row) => !group || isInGroup(row, group)).length;
-  const go = () => applyFilters({ group, order: group === "unsure" ? "unsure" : "row" });
+  const go = () => applyFilters({ group, order: ["unsure", "similar"].includes(group) ? group : "row" });
   return el("button", { type: "button", "data-group": group, "aria-pressed": String(state.group === group), onclick: go }, group ? GROUPS[group] : "All", el("small", {}, formatNumber(times)));
 }
 
@@ -111,7 +111,7 @@ function renderTools() {
     search,
     tasks.length > 1 ? renderSelect("Task", [["", "All tasks"], ...tasks.map((task) => [task.name, task.name])], state.task, (task) => applyFilters({ task, flag: "" })) : "",
     flags.length ? renderSelect("Flag", [["", "Any flag"], ...flags.map((flag) => [flag, flag])], state.flag, (flag) => applyFilters({ flag })) : "",
-    renderSelect("Order", [["row", "By row"], ["unsure", "Least confident first"], ["sure", "Most confident first"]], state.order, (order) => applyFilters({ order })),
+    renderSelect("Order", [["row", "By row"], ["unsure", "Least confident first"], ["sure", "Most confident first"], ...(groups.includes("similar") ? [["similar", "Similar pictures together"]] : [])], state.order, (order) => applyFilters({ order })),
     ...Object.keys(state.columns).map(renderFilter),
     renderAddFilter(),
     el("button.plain.clear", { type: "button", onclick: () => applyFilters({ ...NO_FILTERS }) }, "Clear"),

@@ -24,6 +24,12 @@ function renderFacts(row) {
   return el("dl", {}, pairs.filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd.text", {}, value)]));
 }
 
+function renderSimilar(row) {
+  const others = rows.filter((other) => other !== row && row.similar !== null && other.similar === row.similar);
+  const links = others.slice(0, MANY_VALUES).map((other) => el("li", {}, el("a.text", { href: linkTo(other) }, other.id)));
+  return others.length ? el("div", {}, el("div.label", {}, `Similar pictures: ${formatNumber(others.length)}`), el("ul.links", {}, links)) : "";
+}
+
 function renderRowBar(row, at) {
   const move = (by, name, sign) => el("button", { type: "button", title: name, disabled: !shown[at + by], onclick: () => openRow(at + by) }, sign);
   const copy = el("button.copy", { type: "button", onclick: () => navigator.clipboard.writeText(location.href).then(() => { copy.textContent = "Copied"; }, () => { copy.textContent = "Not allowed"; }) }, "Copy link");
@@ -43,7 +49,7 @@ function openRow(at) {
   const row = shown[at];
   byId("details").replaceChildren(renderRowBar(row, at), el("div.open", {},
     renderMedia(row.media),
-    el("div.facts", {}, row.status === "error" ? el("p.error.text", {}, `${row.stage}: ${row.error}`) : tasks.map((task, i) => renderAnswer(task, row, i)), renderFacts(row))));
+    el("div.facts", {}, row.status === "error" ? el("p.error.text", {}, `${row.stage}: ${row.error}`) : tasks.map((task, i) => renderAnswer(task, row, i)), renderSimilar(row), renderFacts(row))));
   if (!byId("details").open) byId("details").showModal();
   byId("close").focus();
   history.replaceState(null, "", linkTo(row));

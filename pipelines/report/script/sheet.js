@@ -10,7 +10,7 @@ const isAskedInFull = tasks.map((_, i) => new Set(rows.map((row) => row.question
 function renderMarks(row) {
   const wrong = row.answers.filter((answer) => answer.wrong).length;
   const flags = [...new Set(row.flags.map((flag) => (run.has_tasks ? flag : flag.split(":")[1])))];
-  return el("div.marks", {}, row.status === "error" ? el("span.pill.bad", {}, row.stage || "error") : "", wrong ? el("span.pill.bad", {}, "wrong") : "", flags.slice(0, 3).map((flag) => el("span.pill.warn", {}, flag)), flags.length > 3 ? el("span.pill.warn", {}, `+${flags.length - 3}`) : "");
+  return el("div.marks", {}, row.status === "error" ? el("span.pill.bad", {}, row.stage || "error") : "", state.group === "similar" ? el("span.pill", { title: "rows with this number have similar pictures" }, `≈ ${row.similar + 1}`) : "", wrong ? el("span.pill.bad", {}, "wrong") : "", flags.slice(0, 3).map((flag) => el("span.pill.warn", {}, flag)), flags.length > 3 ? el("span.pill.warn", {}, `+${flags.length - 3}`) : "");
 }
 
 function renderMeter(confidence) {
@@ -65,9 +65,16 @@ function renderCard(row, at) {
     renderFrame(row), renderCardAnswers(row), el("div.foot", {}, el("span.name", { title: row.id }, el("bdi", {}, name)), confidence <= 1 ? [formatRounded(confidence), renderMeter(confidence)] : ""));
 }
 
+/** What rows are sorted by, lowest first; a row without a confidence or without similar pictures comes last. */
+const ORDERS = {
+  unsure: minConfidence,
+  sure: (row) => (minConfidence(row) > 1 ? 2 : -minConfidence(row)),
+  similar: (row) => row.similar ?? rows.length,
+};
+
 function renderCards() {
   shown = rows.filter(matchesFilters);
-  if (state.order !== "row") shown = shown.map((row) => [minConfidence(row), row]).sort((a, b) => (state.order === "sure" ? (b[0] > 1 ? -1 : b[0]) - (a[0] > 1 ? -1 : a[0]) : a[0] - b[0])).map(([, row]) => row);
+  if (state.order !== "row") shown = shown.map((row) => [ORDERS[state.order](row), row]).sort((a, b) => a[0] - b[0]).map(([, row]) => row);
   byId("count").textContent = `${formatNumber(shown.length)} shown`;
   const none = el("p.none", {}, rows.length ? "No row on this page matches. The page shows a sample; the counts above cover all rows." : "This page shows no rows.");
   byId("cards").replaceChildren(...(shown.length ? shown.slice(0, AT_ONCE).map(renderCard) : [none]));
