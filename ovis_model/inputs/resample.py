@@ -14,7 +14,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-_ROWS_PER_STRIP = 64  # 4 MB of a 16,000 px wide image, which fit into a core's cache
+_ROWS_PER_STRIP = 64  # a multiple of 32; 4 MB of a 16,000 px wide image, which fit into a core's cache
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,18 @@ def _equals_pillow(resampler: ModuleType) -> bool:
     return True
 
 
-def _read_strips(image: Image.Image) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yield the planes of some rows at a time: planes of the whole image cost 3 times as long, and its size again."""
-    for top in range(0, image.height, _ROWS_PER_STRIP):
-        strip = image.crop((0, top, image.width, min(top + _ROWS_PER_STRIP, image.height)))
-        yield strip.tobytes("raw", "R"), strip.tobytes("raw", "G"), strip.tobytes("raw", "B")
+def _read_strips(image: Image.Image) -> Iterator[object]:
+    """Yield the pixels of some rows at a time, 4 bytes each: views of Pillow's memory, where it has them in one piece."""
+    try:
+        yield _view_pixels(image)
+    except ValueError:  # beyond 16 MB, Pillow's memory is in several pieces
+        for top in range(0, image.height, _ROWS_PER_STRIP):
+            yield _view_pixels(image.crop((0, top, image.width, min(top + _ROWS_PER_STRIP, image.height))))
+
+
+def _view_pixels(image: Image.Image) -> object:
+    """Return an Arrow array in a capsule, for which nothing is copied. Raise ValueError if memory is in pieces."""
+    return image.__arrow_c_array__()[1]
 
 
 def _resize_with_pillow(crop: Image.Image, width: int, height: int) -> Image.Image:

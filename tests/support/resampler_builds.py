@@ -14,7 +14,8 @@ from types import ModuleType
 from tests.support.roots import ROOT
 
 NAME = "_ovis_resample"
-_NEEDED = ("pyproject.toml", "README.md", "LICENSE", "pipelines/__init__.py", "ovis_model/inputs/resample.c")
+SOURCES = tuple(f"ovis_model/inputs/resample{suffix}" for suffix in (".c", ".h", "_kernels.h"))
+_NEEDED = ("pyproject.toml", "README.md", "LICENSE", "pipelines/__init__.py", *SOURCES)
 
 
 def build_resampler(
@@ -24,8 +25,9 @@ def build_resampler(
     for name in _NEEDED:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, directory / name)
-    source = directory / "ovis_model/inputs/resample.c"
-    source.write_text(edit(source.read_text()))
+    for name in SOURCES:
+        source = directory / name
+        source.write_text(edit(source.read_text()))
     finished = subprocess.run(
         [sys.executable, "-c", "from setuptools import setup; setup()", "build_ext", "--inplace"],
         cwd=directory,
