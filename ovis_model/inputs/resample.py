@@ -85,7 +85,7 @@ def _equals_pillow(resampler: ModuleType) -> bool:
 
 
 def _read_strips(image: Image.Image) -> Iterator[object]:
-    """Yield the pixels of some rows at a time, 4 bytes each: views of Pillow's memory, where it has them in one piece."""
+    """Yield the pixels of some rows at a time, 4 bytes each: all of them where Pillow has them in one piece."""
     try:
         yield _view_pixels(image)
     except ValueError:  # beyond 16 MB, Pillow's memory is in several pieces
