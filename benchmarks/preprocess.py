@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ovis_model.inputs.resample import load_resampler, resize_crops_with_pillow
-from ovis_model.inputs.tiling import choose_grid, fit_in_tile, list_crops, tile_image
+from benchmarks.pillow_equality import tile_with_pillow
+from ovis_model.inputs.resample import load_resampler
+from ovis_model.inputs.tiling import choose_grid, fit_in_tile, tile_image
 from ovis_model.network.ovis import build_normalization_table
 from pipelines.media.images import decode_image
 
@@ -82,13 +83,6 @@ def measure_cpu_ms(step: Callable[[], object]) -> float:
     return (time.process_time() - start_s) * 1e3
 
 
-def tile_with_pillow(image: Image.Image) -> NDArray[np.uint8]:
-    crops = list_crops(image, MAX_TILES, SIDE_PX)
-    tiles = np.zeros((len(crops), 3, SIDE_PX, SIDE_PX), np.uint8)
-    resize_crops_with_pillow(image, crops, tiles)
-    return tiles
-
-
 def measure_median_ms(*steps: Callable[[], object]) -> list[float]:
     """Return the median CPU ms of each step; they alternate so that other load on the machine slows all of them."""
     rounds = [[measure_cpu_ms(step) for step in steps] for _ in range(ROUNDS)]
@@ -100,10 +94,10 @@ def measure_image_size(width: int, height: int, processor: CLIPImageProcessorPil
     image = decode_image(jpeg)
     tiles, _ = tile_image(image, MAX_TILES, SIDE_PX)
     assert (tile_like_original(image, processor).numpy() == tile_and_normalize(image)).all(), "not bitwise equal"
-    assert (tile_with_pillow(image) == tiles).all(), "not bitwise equal"
+    assert (tile_with_pillow(image, MAX_TILES) == tiles).all(), "not bitwise equal"
     decode, pillow, compiled = measure_median_ms(
         lambda: decode_image(jpeg),
-        lambda: tile_with_pillow(decode_image(jpeg)),
+        lambda: tile_with_pillow(decode_image(jpeg), MAX_TILES),
         lambda: tile_image(decode_image(jpeg), MAX_TILES, SIDE_PX),
     )
     # Separately: torch's allocations would give the others page faults that preprocessors, without torch, do not have.

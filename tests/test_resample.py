@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,22 +13,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.pillow_equality import draw_cases, draw_random, is_equal, tile_with_pillow
 from ovis_model.inputs import resample
 from ovis_model.inputs.tiling import list_crops, tile_image
 from tests.support.golden_data import CHECKPOINTS, draw_picture, load_expected
 from tests.support.photographs import find_photographs
-from tests.support.resampler_builds import NAME, build_resampler, load_build
+from tests.support.resampler_builds import NAME, build_resampler, load_build, needs_compiler
 from tests.support.roots import ROOT
-
-TILE_SIZES = (56, 112, 448)
-MAX_SIDES_PX = ((60, 60), (1800, 1800), (30, 1500), (1500, 30), (1, 3000), (3000, 1))
-
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine"
-)
 
 
 def remove_x86_code(source: str) -> str:
@@ -63,32 +55,9 @@ def install(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     resample.load_resampler.cache_clear()
 
 
-def tile_with_pillow(image: Image.Image, max_tiles: int, tile_size: int) -> NDArray[np.uint8]:
-    crops = list_crops(image, max_tiles, tile_size)
-    tiles = np.zeros((len(crops), 3, tile_size, tile_size), np.uint8)
-    resample.resize_crops_with_pillow(image, crops, tiles)
-    return tiles
-
-
-def draw_random(rng: np.random.Generator) -> Image.Image:
-    """Draw noise, black and white noise, or a gradient, often thin, small or of one colour in an axis."""
-    width, height = (int(rng.integers(1, side, endpoint=True)) for side in MAX_SIDES_PX[rng.integers(6)])
-    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
-    kind = rng.integers(4)
-    if kind == 0:
-        pixels = np.where(pixels < 128, 0, 255).astype(np.uint8)
-    elif kind == 1:
-        pixels[:] = np.linspace(0, 255, width).astype(np.uint8)[:, None]
-    return Image.fromarray(pixels)
-
-
 def assert_equal_to_pillow(images: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for i in range(images):
-        image, max_tiles, tile_size = draw_random(rng), int(rng.integers(1, 12)), int(rng.choice(TILE_SIZES))
-        tiles = tile_image(image, max_tiles, tile_size)[0]
-        expected = tile_with_pillow(image, max_tiles, tile_size)
-        assert np.array_equal(tiles, expected), f"{i}: {image.size}, {max_tiles=}, {tile_size=}"
+    for i, (image, max_tiles, tile_size) in enumerate(draw_cases(images, seed)):
+        assert is_equal(image, max_tiles, tile_size), f"{i}: {image.size}, {max_tiles=}, {tile_size=}"
 
 
 @needs_compiler
@@ -108,7 +77,7 @@ def test_photographs_equal_pillows(compiled: ModuleType) -> None:
     for path in find_photographs():
         with Image.open(path) as file:
             image = file.convert("RGB")
-        assert np.array_equal(tile_image(image, 9)[0], tile_with_pillow(image, 9, 448)), path.name
+        assert is_equal(image), path.name
 
 
 @needs_compiler
@@ -117,8 +86,7 @@ def test_golden_pictures_equal_pillows(compiled: ModuleType, checkpoint: str) ->
     """Pillow's tiles of these pictures equal the original's: see test_tiling.py."""
     data = load_expected(checkpoint)
     for case in data["preprocessing"]:
-        image, sizes = draw_picture(case).convert("RGB"), (case["max_partition"], data["image_size"])
-        assert np.array_equal(tile_image(image, *sizes)[0], tile_with_pillow(image, *sizes)), case
+        assert is_equal(draw_picture(case).convert("RGB"), case["max_partition"], data["image_size"]), case
 
 
 @needs_compiler
@@ -127,7 +95,7 @@ def test_an_image_in_pieces_equals_pillows(compiled: ModuleType) -> None:
     image = draw_random(np.random.default_rng(0)).resize((2501, 1801))
     with pytest.raises(ValueError, match="blocks"):
         image.__arrow_c_array__()
-    assert np.array_equal(tile_image(image, 9)[0], tile_with_pillow(image, 9, 448))
+    assert is_equal(image)
 
 
 @needs_compiler
@@ -146,7 +114,7 @@ def test_strips_may_be_bytes_of_several_heights(compiled: ModuleType, rows: int)
 def test_images_beyond_the_compiled_limit_are_resized_by_pillow(compiled: ModuleType) -> None:
     width = compiled.MAX_SIDE_PX + 1
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, width, 3), np.uint8))
-    assert np.array_equal(tile_image(image, 2, 56)[0], tile_with_pillow(image, 2, 56))
+    assert is_equal(image, 2, 56)
     with pytest.raises(ValueError, match=str(width)):
         call(compiled, width=width, height=1)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.pillow_equality import draw_cases, tile_with_pillow
 from ovis_model.inputs.tiling import list_crops
+from tests.support.resampler_builds import needs_compiler
 from tests.support.roots import ROOT
-from tests.test_resample import draw_random, needs_compiler, tile_with_pillow
 
 INPUTS = ROOT / "ovis_model" / "inputs"
 ARM_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -33,9 +34,7 @@ def build(directory: Path, compiler: str, *flags: str) -> Path:
 
 
 def assert_equals_pillow(command: list[str | Path], count: int) -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(count):
-        image, max_tiles, tile_size = draw_random(rng), int(rng.integers(1, 12)), int(rng.choice((56, 112)))
+    for image, max_tiles, tile_size in draw_cases(count, seed=0):
         crops = list_crops(image, max_tiles, tile_size)
         header = (
             np.array([*image.size, tile_size, len(crops)], np.int32).tobytes() + np.array(crops, np.int32).tobytes()
@@ -51,7 +50,7 @@ def assert_equals_pillow(command: list[str | Path], count: int) -> None:
 @pytest.mark.parametrize("processor", ["neoverse-n1", "cortex-a57"], ids=["dot products", "without dot products"])
 def test_arm_equals_pillow(tmp_path: Path, processor: str) -> None:
     program = build(tmp_path, ARM_COMPILER, "-static")
-    assert_equals_pillow([EMULATOR, "-cpu", processor, program], 20)
+    assert_equals_pillow([EMULATOR, "-cpu", processor, program], 12)
 
 
 @needs_arm_tools
@@ -66,4 +65,4 @@ def test_the_module_compiles_for_arm(tmp_path: Path) -> None:
 @needs_compiler
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     program = build(tmp_path, "cc", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    assert_equals_pillow([program], 20)
+    assert_equals_pillow([program], 12)

@@ -11,11 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from tests.support.roots import ROOT
 
 NAME = "_ovis_resample"
 SOURCES = tuple(f"ovis_model/inputs/resample{suffix}" for suffix in (".c", ".h", "_kernels.h"))
 _NEEDED = ("pyproject.toml", "README.md", "LICENSE", "pipelines/__init__.py", *SOURCES)
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine"
+)
 
 
 def build_resampler(
