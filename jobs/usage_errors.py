@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from jobs.options import Option
 from jobs.usage import suggest
-from pipelines.tasks.task import Task, find_place, read_tasks
+from pipelines.tasks.task import Task, list_places, read_tasks
 
 _MAX_QUOTED = 60
 _CONSTANTS = {None: "null", True: "true", False: "false"}
@@ -29,7 +29,7 @@ def describe_errors(
         if not name:
             lines.append(_read_own_words(part))
         elif name == "tasks" and inner:
-            file = find_place(tasks, int(inner[0])) if isinstance(tasks, str) else label(name)
+            file = list_places(tasks)[int(inner[0])] if isinstance(tasks, str) else label(name)
             lines.append(f"{file}, {_describe_task_error(part, inner, tasks)}")
         else:
             lines.append(f"{label(str(name))}{_describe_error(part, options[str(name)])}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from ovis_model.inputs.prompt import CHAIN_OF_THOUGHT
 from pipelines import schema
 from pipelines.storage import store
 from pipelines.tasks.questionnaire import FlatLayout, Questionnaire, TaskLayout
-from pipelines.tasks.task import Task, check_texts, read_tasks
+from pipelines.tasks.task import Task, check_texts, list_places, read_tasks
 
 SINGLE_IMAGE_MAX_TILES, MULTI_IMAGE_MAX_TILES, FRAME_MAX_TILES = 9, 4, 1  # the model card's
 PIXELS = "pixels"  # the frame encoder that needs no model
@@ -508,10 +508,13 @@ class AnnotateConfig(RunConfig):
         None, description="generate flagged answers again with other sampling; keeps both answers", unset="off"
     )
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", mode="wrap")
     @classmethod
-    def _read_file(cls, value: Any) -> Any:
-        return read_tasks(value) if isinstance(value, str) else value
+    def _read_file(cls, value: Any, build: Callable[[Any], tuple[Task, ...]]) -> tuple[Task, ...]:
+        if not isinstance(value, str):
+            return build(value)
+        tasks = build(read_tasks(value))
+        return tuple(task.locate(place) for task, place in zip(tasks, list_places(value), strict=True))
 
     @field_validator("tasks")
     @classmethod
@@ -524,7 +527,9 @@ class AnnotateConfig(RunConfig):
     def _check_names(self) -> Self:
         names = Counter(schema.build_result_schema(self.questionnaire.schema).names)
         if twice := sorted(name for name, count in names.items() if count > 1):
-            raise ValueError(f"--tasks: two columns of the output would be named {', '.join(twice)}; rename a task")
+            last = [task for task in self.tasks if any(name.startswith(task.name) for name in twice)][-1]
+            named = ", ".join(twice)
+            raise ValueError(f"{last.place_label}two columns of the output would be named {named}; rename a task")
         return self
 
     def fingerprint_fields(self) -> dict[str, Any]:

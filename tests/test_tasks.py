@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from jobs import annotate
 from jobs.command_line import parse_command_line
 from ovis_model.types import Constraint
 from pipelines import schema
+from pipelines.checks import check_model
 from pipelines.config import AnnotateConfig
 from pipelines.errors import SourceError
 from pipelines.sources import list_rows
+from tests.support.golden_data import checkpoint_dir
 from tests.support.pictures import draw
 
+MODEL = checkpoint_dir("tiny56-tied")
 TASKS = """
 tasks:
   - name: caption
@@ -81,7 +85,8 @@ def test_tasks_survive_the_way_through_a_config_file(tasks_file: Path, tmp_path:
     written.write_text(yaml.safe_dump({"tasks": config.questionnaire.describe()["tasks"]}, sort_keys=False))
     again = parse("--config", str(written))
     assert (
-        again.questionnaire.tasks == config.questionnaire.tasks
+        [task.model_dump() for task in again.questionnaire.tasks]
+        == [task.model_dump() for task in config.questionnaire.tasks]
         and again.questionnaire.schema == config.questionnaire.schema
     )
     assert pickle.loads(pickle.dumps(config)) == config
@@ -121,12 +126,12 @@ def test_each_task_adds_its_columns_to_the_output(tasks_file: Path) -> None:
             "task 'a': max_tokens is not a field of a task; did you mean max_new_tokens?",
         ),
         ("tasks: [{name: a, prompt: b}, {name: a, prompt: c}]", "would be named a, a_confidence"),
-        ("tasks: [{name: a, prompt: b}, {name: a_text, prompt: c}]", "would be named a_text; rename a task"),
+        ("tasks: [{name: a, prompt: b}, {name: a_text, prompt: c}]", "line 1, task a_text: two columns of"),
         ("tasks: [{name: status, prompt: b}]", "would be named status"),
         ("tasks: [{name: row, prompt: b}]", "would be named row"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: {enum: [2030-12-31]}}}]", "quote them"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: {properties: {yes: {}}}}}]", "quote them"),
-        ("tasks: [{name: a, prompt: b, answer: {json_schema: no.json}}]", "no.json"),
+        ("tasks: [{name: a, prompt: b, answer: {json_schema: no.json}}]", "line 1, task 'a': cannot read"),
         ("tasks: [{name: a, prompt: b, answer: {json_schema: tasks.yaml}}]", "is not JSON"),
         ("tasks: [{name: a, prompt: ''}]", "task 'a': prompt: got ''"),
         ("tasks:\n- name: a\n  prompt: b\n  prompt: c", "line 4, task 'a': 'prompt' is given twice"),
@@ -161,6 +166,42 @@ def test_braces_in_the_prompt_of_an_input_without_columns_are_reported(
     task = {"name": "rec", "prompt": prompt}
     list_task_rows(AnnotateConfig(input=(str(tmp_path / "a.png"),), output="b", model="demo", tasks=[task]))
     assert "task rec: the input has no columns, so the prompt's {" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("answer: {json_schema: {not: {type: string}}}", "the keyword 'not' is not supported"),
+        ("answer: {choices: [a, 'cafe\u0301']}", "the model's tokenizer reads the choice"),
+        ("max_new_tokens: 99999", "leaves no room for a prompt"),
+        (f"answer: {{choices: [a, {'b ' * 33000}]}}", "leave no room for an image"),
+        ("answer: {json_schema: {x-a: 1, type: integer}}", "ignored in the schema, as they say nothing"),
+        ("system: Be brief", "sent as it is, braces included"),
+    ],
+)
+def test_messages_before_the_run_name_the_file_the_line_and_the_task(
+    tmp_path: Path, task: str, message: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(tmp_path / "a.png", seed=1)
+    file = tmp_path / "tasks.yaml"
+    file.write_text(f"tasks:\n- {{name: a, prompt: b}}\n- {{name: c, prompt: 'The {{kind}}?', {task}}}", "utf-8")
+    config = AnnotateConfig.model_validate(
+        {"input": (str(tmp_path / "a.png"),), "output": "b", "model": str(MODEL), "tasks": str(file)}
+    )
+    refused = ""
+    try:
+        check_model(config)
+        list_task_rows(config)
+    except ValueError as error:
+        refused = str(error)
+    said = f"{refused}\n{caplog.text}\n{capsys.readouterr().err}"
+    assert re.search(rf"{re.escape(str(file))}, line 3, task c: .*{re.escape(message)}", said), said
+
+
+def test_rows_do_not_hold_the_file_of_their_tasks(tmp_path: Path, tasks_file: Path) -> None:
+    config = parse("--tasks", str(tasks_file))
+    assert [task.label for task in config.questionnaire.tasks][:2] == ["task caption: ", "task has_red: "]
+    assert str(tasks_file) not in json.dumps(config.model_dump(mode="json"))
 
 
 def test_kept_columns_may_not_clash_with_tasks(tasks_file: Path) -> None:

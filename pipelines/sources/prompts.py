@@ -35,7 +35,7 @@ class PromptBuilder:
 
     def __init__(self, options: SourceOptions, questionnaire: Questionnaire) -> None:
         self._questionnaire = questionnaire
-        self._templates = [Template(task.prompt, task.label or "--prompt ") for task in questionnaire.tasks]
+        self._templates = [Template(task.prompt, task.label or "--prompt ", task.place_label) for task in questionnaire.tasks]
         names = frozenset[str]().union(*(template.names for template in self._templates))
         if options.subtitle_column is not None and SUBTITLES not in names:
             raise SourceError("--subtitle-column is for prompts with {subtitles}, and none has it")
@@ -152,15 +152,16 @@ class PromptBuilder:
             ):
                 logger.warning(
                     "%sthe input has no columns, so the prompt's %s is sent as it is, braces included",
-                    template.label if template.label != "--prompt " else "",
+                    template.place,
                     named,
                 )
         requested = self.columns.wanted.union(filter(None, [self.columns.image]))
         wanted = requested if self._names else requested - in_prompt
         if unknown := sorted(wanted - self._names):
+            place = next((template.place for template in self._templates if template.names & {*unknown}), "")
             known = ", ".join(sorted(self._names)) or "none: files and tars without .json or .txt have no columns"
             raise SourceError(
-                f"the input has no column {', '.join(unknown)}; its columns: {known} "
+                f"{place}the input has no column {', '.join(unknown)}; its columns: {known} "
                 "(in prompts, write {{ and }} for braces)"
             )
         if self._names and self._num_without_columns and in_prompt:
@@ -174,11 +175,12 @@ class PromptBuilder:
 class Template:
     """A prompt in which `{name}` means the row's value and `{{`, `}}` mean braces; nothing else is allowed in braces.
 
-    Messages about the template begin with `label`.
+    Errors of rows begin with `label`, messages before the run with `place`, if it is known.
     """
 
     text: str
     label: str = "--prompt "
+    place: str = ""
 
     @property
     def names(self) -> frozenset[str]:
@@ -189,7 +191,7 @@ class Template:
         """Raise SourceError for a single brace."""
         if any(match[0] in ("{", "}") for match in _TOKEN.finditer(self.text)):
             raise SourceError(
-                f"{self.label}{self.text!r} has a single brace; write {{{{ and }}}} for braces: {{name}} means the "
+                f"{self.place or self.label}{self.text!r} has a single brace; write {{{{ and }}}} for braces: {{name}} means the "
                 "value of a column"
             )
 

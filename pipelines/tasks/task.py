@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PositiveInt,
+    PrivateAttr,
+    field_validator,
+)
 
 from ovis_model.types import SamplingParams
 from pipelines.storage.yaml_file import find_faults, read_item_lines, read_key_lines, read_yaml
@@ -50,6 +59,7 @@ class Task(BaseModel):
     repetition_penalty: float | None = Field(None, gt=0)
     stop: tuple[str, ...] | None = None
     seed: int | None = None
+    _place: str = PrivateAttr("")
 
     _check_texts = field_validator("prompt", "system", "stop")(check_texts)
 
@@ -57,10 +67,21 @@ class Task(BaseModel):
         """Return the task with `defaults` in the fields that are None."""
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
+    def locate(self, place: str) -> Task:
+        """Return the task with the file and line where it is written, for messages before the run."""
+        located = self.model_copy()
+        located._place = place
+        return located
+
     @property
     def label(self) -> str:
-        """The prefix of messages about this task: `task NAME: `, or "" if the task has no name."""
+        """The prefix of messages in rows about this task: `task NAME: `, or "" if the task has no name."""
         return f"task {self.name}: " if self.name else ""
+
+    @property
+    def place_label(self) -> str:
+        """The prefix of messages before the run: `FILE, line N, task NAME: `, without the file if it is not known."""
+        return f"{self._place}, {self.label}" if self._place else self.label
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -93,13 +114,13 @@ def read_tasks(path: str) -> list[dict[str, Any]]:
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ValueError(f"{path} must hold `tasks:` and a list of them, each with a name and a prompt")
     _check_words(path, values, tasks)
-    return [_load_schema(task, Path(path).parent) for task in tasks]
+    places = list_places(path)
+    return [_load_schema(task, Path(path).parent, place) for task, place in zip(tasks, places, strict=True)]
 
 
-def find_place(path: str, number: int) -> str:
-    """Return "FILE, line N" of the task with this number, from 0."""
-    lines = read_item_lines(path, "tasks")
-    return f"{path}, line {lines[number]}" if number < len(lines) else path
+def list_places(path: str) -> list[str]:
+    """Return "FILE, line N" of each task in a file."""
+    return [f"{path}, line {line}" for line in read_item_lines(path, "tasks")]
 
 
 def _check_words(path: str, values: Any, tasks: Sequence[dict[str, Any]]) -> None:
@@ -119,12 +140,14 @@ def _check_words(path: str, values: Any, tasks: Sequence[dict[str, Any]]) -> Non
         )
 
 
-def _load_schema(task: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _load_schema(task: dict[str, Any], directory: Path, place: str) -> dict[str, Any]:
     answer = task.get("answer")
     if not isinstance(answer, dict) or not isinstance(answer.get("json_schema"), str):
         return task
-    path = directory / answer["json_schema"]
+    label, path = f"{place}, task {task.get('name')!r}", directory / answer["json_schema"]
     try:
         return {**task, "answer": {"json_schema": json.loads(path.read_text("utf-8"))}}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"task {task.get('name')}: {path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{label}: {path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{label}: cannot read the schema {path}: {error.strerror}") from error
