@@ -48,7 +48,9 @@ def _check_task(task: Task, processor: Processor) -> None:
     params = task.make_sampling_params("", processor.encode_answer)
     for option in task.answer.options:
         if (read := processor.detokenize(processor.encode_answer(option))) != option:
-            raise ValueError(f"{task.place_label}the model's tokenizer reads the choice {option!a} as {read!a}; write it so")
+            raise ValueError(
+                f"{task.place_label}the model's tokenizer reads the choice {option!a} as {read!a}; write it so"
+            )
     if params.constraint is not None:
         try:
             check(params.constraint)
@@ -56,7 +58,8 @@ def _check_task(task: Task, processor: Processor) -> None:
             raise ValueError(f"{task.place_label}{error}") from error
     if isinstance(task.answer, Record) and (words := find_ignored(task.answer.schema)):
         print(
-            f"{task.place_label}ignored in the schema, as they say nothing about answers: {', '.join(words)}", file=sys.stderr
+            f"{task.place_label}ignored in the schema, as they say nothing about answers: {', '.join(words)}",
+            file=sys.stderr,
         )
     room = processor.config.max_length - len(
         processor.encode_prompt(remove_marks(task.prompt), system_prompt=task.system)

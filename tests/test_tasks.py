@@ -84,11 +84,9 @@ def test_tasks_survive_the_way_through_a_config_file(tasks_file: Path, tmp_path:
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump({"tasks": config.questionnaire.describe()["tasks"]}, sort_keys=False))
     again = parse("--config", str(written))
-    assert (
-        [task.model_dump() for task in again.questionnaire.tasks]
-        == [task.model_dump() for task in config.questionnaire.tasks]
-        and again.questionnaire.schema == config.questionnaire.schema
-    )
+    assert [task.model_dump() for task in again.questionnaire.tasks] == [
+        task.model_dump() for task in config.questionnaire.tasks
+    ] and again.questionnaire.schema == config.questionnaire.schema
     assert pickle.loads(pickle.dumps(config)) == config
     assert json.loads(json.dumps(config.fingerprint_fields()))["tasks"][1]["answer"] == "bool"
 

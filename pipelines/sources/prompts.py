@@ -35,7 +35,9 @@ class PromptBuilder:
 
     def __init__(self, options: SourceOptions, questionnaire: Questionnaire) -> None:
         self._questionnaire = questionnaire
-        self._templates = [Template(task.prompt, task.label or "--prompt ", task.place_label) for task in questionnaire.tasks]
+        self._templates = [
+            Template(task.prompt, task.label or "--prompt ", task.place_label) for task in questionnaire.tasks
+        ]
         names = frozenset[str]().union(*(template.names for template in self._templates))
         if options.subtitle_column is not None and SUBTITLES not in names:
             raise SourceError("--subtitle-column is for prompts with {subtitles}, and none has it")
