@@ -45,20 +45,18 @@ def describe_models(config: RunConfig) -> dict[str, str | None]:
 
 
 def _check_task(task: Task, processor: Processor) -> None:
-    params = task.make_sampling_params("", processor.encode_answer)
+    label, params = task.place_label, task.make_sampling_params("", processor.encode_answer)
     for option in task.answer.options:
         if (read := processor.detokenize(processor.encode_answer(option))) != option:
-            raise ValueError(
-                f"{task.place_label}the model's tokenizer reads the choice {option!a} as {read!a}; write it so"
-            )
+            raise ValueError(f"{label}the model's tokenizer reads the choice {option!a} as {read!a}; write it so")
     if params.constraint is not None:
         try:
             check(params.constraint)
         except ValueError as error:
-            raise ValueError(f"{task.place_label}{error}") from error
+            raise ValueError(f"{label}{error}") from error
     if isinstance(task.answer, Record) and (words := find_ignored(task.answer.schema)):
         print(
-            f"{task.place_label}ignored in the schema, as they say nothing about answers: {', '.join(words)}",
+            f"{label}ignored in the schema, as they say nothing about answers: {', '.join(words)}",
             file=sys.stderr,
         )
     room = processor.config.max_length - len(
@@ -67,11 +65,11 @@ def _check_task(task: Task, processor: Processor) -> None:
     longest = max(params.choices, key=len, default=())
     if len(longest) >= room:
         raise ValueError(
-            f"{task.place_label}a prompt of {processor.config.max_length - room} tokens and a choice of {len(longest)} leave "
+            f"{label}a prompt of {processor.config.max_length - room} tokens and a choice of {len(longest)} leave "
             f"no room for an image in the model's context of {processor.config.max_length} tokens; shorten them"
         )
     if params.max_new_tokens >= processor.config.max_length:
         raise ValueError(
-            f"{task.place_label}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's context "
+            f"{label}--max-new-tokens {params.max_new_tokens} leaves no room for a prompt in the model's context "
             f"of {processor.config.max_length} tokens; lower it"
         )
