@@ -193,8 +193,8 @@ class Template:
         """Raise SourceError for a single brace."""
         if any(match[0] in ("{", "}") for match in _TOKEN.finditer(self.text)):
             raise SourceError(
-                f"{self.place or self.label}{self.text!r} has a single brace; write {{{{ and }}}} for braces: {{name}} means the "
-                "value of a column"
+                f"{self.place or self.label}{self.text!r} has a single brace; write {{{{ and }}}} for braces: {{name}} "
+                "means the value of a column"
             )
 
     def fill(self, values: Mapping[str, Any], subtitles: str = TRACK_MARK) -> str:
