@@ -24,7 +24,7 @@ from pipelines.output.manifest import ROWS_PER_FILE, write_manifest
 from pipelines.report import build
 from pipelines.report.answers import spread_choices
 from pipelines.report.build import ReportOptions, resolve_report_uri, write_report
-from pipelines.report.counts import Calibration, Spread, bin_integers
+from pipelines.report.counts import Calibration, NumberHistogram, Spread
 from pipelines.report.page import _SCRIPTS, encode_for_html
 from pipelines.report.sample import hash_row_numbers
 from pipelines.report.thumbnails import make_thumbnails
@@ -525,11 +525,48 @@ def test_integers_of_many_values_are_a_histogram(tmp_path: Path) -> None:
     assert read_data(write_report(ReportOptions(str(few))).report)["statistics"]["tasks"][2]["histogram"] is None
     found = read_data(write_report(ReportOptions(str(write_run(tmp_path / "many", many)))).report)
     assert found["statistics"]["tasks"][2]["histogram"] == {
-        "start": -50,
+        "start": -52,
         "width": 4,
-        "bins": [4] * 25,
+        "bins": [2, *[4] * 24, 2],
         "mean": -0.5,
         "min": -50,
         "max": 49,
     }
-    assert bin_integers([(7, 2)]) == {"bins": [2], "start": 7, "width": 1, "mean": 7.0, "min": 7, "max": 7}
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("scale", [1e-9, 0.1, 1, 1e6, 1e15, 1e300])
+def test_a_histogram_of_numbers_is_exact_for_any_range_and_order(is_whole: bool, scale: float) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=20_000) * scale + scale / 3
+    values = np.rint(values) if is_whole else values
+    histogram = NumberHistogram(is_whole=is_whole)
+    for part in np.split(values, 50):
+        histogram.add(np.append(part, np.nan))
+    found = histogram.to_json()
+    assert found and len(found["bins"]) <= 33
+    edges = found["start"] + found["width"] * np.arange(len(found["bins"]) + 1)
+    assert found["bins"] == np.histogram(values, edges)[0].tolist()
+    assert found["width"] >= 1 or not is_whole
+    assert (found["min"], found["max"]) == (values.min(), values.max())
+    assert found["mean"] == pytest.approx(values.mean())
+    assert NumberHistogram(is_whole=is_whole).to_json() is None
+
+
+def test_more_values_than_are_counted_have_an_exact_histogram(tmp_path: Path) -> None:
+    task = {"name": "count", "prompt": "How many?", "answer": "int"}
+    rows = [make_item(f"{n}", [make_answer(n)]) for n in range(30_000)]
+    counted = make_report(write_run(tmp_path / "out", rows, tasks=[task], rows_per_file=10_000), rows=1)
+    histogram = counted["statistics"]["tasks"][0]["histogram"]
+    assert histogram["bins"] == [1024] * 29 + [30_000 - 29 * 1024] and histogram["mean"] == 14_999.5
+
+
+def test_fractions_are_numbers(tmp_path: Path) -> None:
+    task = {"name": "price", "prompt": "Price?", "answer": "float"}
+    for count, has_histogram in ((60, True), (3, False)):
+        rows = [make_item(f"{n}", [make_answer(n % count / 8 - 2)]) for n in range(60)]
+        data = make_report(write_run(tmp_path / f"{count}", rows, tasks=[task]), truths={})
+        [found] = data["statistics"]["tasks"]
+        assert found["kind"] == "float" and (found["histogram"] is not None) == has_histogram
+        assert found["values"]["distinct"] == count
+        assert {"name": "price", "type": "number", "place": ["answers", 0, "value"]} in data["filters"]

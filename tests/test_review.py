@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 
 from pipelines.export.options import ExportOptions
 from pipelines.export.run import export_run
-from pipelines.output.decisions import read_decisions
+from pipelines.output.decisions import Decision, read_decisions, write_decision
 from pipelines.report.build import ReportOptions, write_report
 from pipelines.report.reviewed import compute_interval
 from pipelines.review.run import start_review
@@ -118,10 +119,7 @@ def test_the_report_and_an_export_use_the_decisions(output: Path, tmp_path: Path
     with serve(output) as server:
         for place in range(20):
             post(server.url, place=place, text="square" if place < 4 else "circle")
-    page = Path(write_report(ReportOptions(str(output))).report).read_text()
-    found = re.search(r'"review":(\[.*?\])', page)
-    assert found
-    [figures] = json.loads(found[1])
+    [figures] = read_figures(output)
     assert (figures["task"], figures["reviewed"], figures["right"]) == ("kind", 20, 16)
     assert (figures["low"], figures["high"]) == pytest.approx((0.584, 0.919), abs=1e-3)
     for is_corrected in (False, True):
@@ -138,6 +136,36 @@ def test_the_report_and_an_export_use_the_decisions(output: Path, tmp_path: Path
         rows = [json.loads(line) for line in (target / "rows.jsonl").read_text().splitlines()]
         assert [row["kind"] for row in rows] == ["square"] * 4 * is_corrected + ["circle"] * (23 - 4 * is_corrected)
         assert all(row["kind_text"] == row["kind"] for row in rows)
+
+
+def read_figures(output: Path) -> list[dict[str, Any]]:
+    """Return what a report says about the review."""
+    page = Path(write_report(ReportOptions(str(output))).report).read_text()
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found
+    figures: list[dict[str, Any]] = json.loads(found[1])["review"]
+    return figures
+
+
+def test_accuracy_and_calibration_are_those_of_a_case_by_hand(output: Path) -> None:
+    """Ten answers: 5 of 5 right at 0.95, 2 of 3 at 0.65, 1 of 2 at 0.35, and one right without a confidence.
+
+    Wilson's interval of 9 of 11 is 0.523 to 0.949. The gaps are 5 - 4.75, 2 - 1.95 and 1 - 0.7, in sum 0.6 of 10.
+    A first decision about answer 0 does not count.
+    """
+    sure = [0.95] * 5 + [0.65] * 3 + [0.35] * 2 + [math.nan]
+    right = [True] * 5 + [True, True, False] + [True, False] + [True]
+    write_decision(str(output), Decision(0, "id-0", "kind", "circle", "square", False, 0.95, 1))
+    for row, (confidence, is_right) in enumerate(zip(sure, right, strict=True)):
+        text = "circle" if is_right else "square"
+        write_decision(str(output), Decision(row, f"id-{row}", "kind", "circle", text, is_right, confidence, 2 + row))
+    [found] = read_figures(output)
+    assert (found["right"], found["reviewed"], found["accuracy"]) == (9, 11, pytest.approx(9 / 11))
+    assert (found["low"], found["high"]) == pytest.approx((0.5230, 0.9486), abs=1e-4)
+    calibration = found["calibration"]
+    assert calibration["expected_error"] == pytest.approx(0.06)
+    used = {place / 10: (b["count"], b["right"]) for place, b in enumerate(calibration["bins"]) if b["count"]}
+    assert used == {0.9: (5, 1), 0.6: (3, pytest.approx(2 / 3)), 0.3: (2, 0.5)}
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -164,6 +192,13 @@ def test_twenty_answers_by_keyboard_killed_and_resumed(output: Path) -> None:
         assert json.loads(out.splitlines()[-1]) == {"picked": 20, "decided": 20, "output": str(output)}
     wrong = [decision.text for decision in read_decisions(str(output)).values() if not decision.is_right]
     assert sorted(wrong) == ["square", "triangle", "triangle"]
+    [figures] = read_figures(output)
+    assert (figures["task"], figures["right"], figures["reviewed"]) == ("kind", 17, 20)
+    assert (figures["low"], figures["high"]) == pytest.approx(compute_interval(17, 20))
+    with browser.start_chromium() as driver:
+        browser.open_page(driver, output / "report.html")
+        shown = driver.find_element("css selector", "#review .panel").text
+    assert all(text in shown for text in ("17 of 20 right", "85.0", "interval 64.0", "94.8", "calibration error"))
 
 
 def start_command(output: Path) -> tuple[Any, str]:

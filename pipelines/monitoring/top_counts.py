@@ -43,9 +43,10 @@ class TopCounts:
         """Return the `count` most frequent keys with their counts; ties are sorted by key."""
         return sorted(self._counts.items(), key=lambda item: (-item[1], str(item[0])))[:count]
 
-    def list_counts(self) -> list[tuple[Any, int]]:
-        """Return all keys that are kept, with their counts."""
-        return list(self._counts.items())
+    @property
+    def num_kept(self) -> int:
+        """The number of keys that are kept."""
+        return len(self._counts)
 
     def to_json(self, count: int) -> Json:
         """Return the `count` most frequent keys as `top`.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Json = dict[str, Any]
+
+_MAX_BINS = 32
+_SMALLEST_WIDTH = 2.0**-40  # of a bin of fractions, before the range is known
 
 
 class Histogram:
@@ -59,18 +62,54 @@ class Spread(Histogram):
         return found and {**found, "bins": found["bins"][: int(self._largest // self._width) + 1]}
 
 
-def bin_integers(counts: Sequence[tuple[int, int]], num_bins: int = 32) -> Json | None:
-    """Return the histogram of integers from (value, count), in at most `num_bins` bins; None without values."""
-    if not counts:
-        return None
-    values = [value for value, _ in counts]
-    start, stop = min(values), max(values) + 1
-    width = -(-(stop - start) // num_bins)
-    bins = [0] * -(-(stop - start) // width)
-    for value, count in counts:
-        bins[(value - start) // width] += count
-    mean = sum(value * count for value, count in counts) / sum(bins)
-    return {"bins": bins, "start": start, "width": width, "mean": mean, "min": start, "max": stop - 1}
+class NumberHistogram:
+    """A histogram of any numbers, exact for any number of them, in at most 33 bins.
+
+    The bins' width is a power of two that grows with the range, and their ends are multiples of it.
+    """
+
+    def __init__(self, *, is_whole: bool) -> None:
+        self._width = 1.0 if is_whole else _SMALLEST_WIDTH
+        self._counts: Counter[int] = Counter()  # {place of the bin: values}
+        self._sum, self._smallest, self._largest = 0.0, math.inf, -math.inf
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Count an array of values; those that are not finite are ignored."""
+        values = values[np.isfinite(values)]
+        if not len(values):
+            return
+        self._sum += values.sum().item()
+        self._smallest = min(self._smallest, values.min().item())
+        self._largest = max(self._largest, values.max().item())
+        self._widen()
+        places, counts = np.unique(np.floor(values / self._width).astype(np.int64), return_counts=True)
+        self._counts.update(dict(zip(places.tolist(), counts.tolist(), strict=True)))
+
+    def _widen(self) -> None:
+        """Join pairs of bins until few hold all values, and until their places are whole numbers of a float."""
+        while (
+            self._largest - self._smallest >= _MAX_BINS * self._width
+            or max(-self._smallest, self._largest) >= self._width * 2.0**50
+        ):
+            self._width *= 2
+            joined: Counter[int] = Counter()
+            for place, count in self._counts.items():
+                joined[place // 2] += count
+            self._counts = joined
+
+    def to_json(self) -> Json | None:
+        """Return the bins, the start of the first, their width, mean, minimum and maximum; None without values."""
+        if not self._counts:
+            return None
+        first, last = min(self._counts), max(self._counts)
+        return {
+            "bins": [self._counts[place] for place in range(first, last + 1)],
+            "start": first * self._width,
+            "width": self._width,
+            "mean": self._sum / self._counts.total(),
+            "min": self._smallest,
+            "max": self._largest,
+        }
 
 
 class Calibration:

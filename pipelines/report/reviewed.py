@@ -40,7 +40,7 @@ def _summarize(task: str, decisions: Sequence[Decision]) -> Json:
         "accuracy": right / len(decisions),
         "low": low,
         "high": high,
-        "error": calibration.expected_error if known else None,
+        "calibration": calibration.to_json() if known else None,
     }
 
 

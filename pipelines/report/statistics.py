@@ -15,12 +15,12 @@ from pipelines.monitoring.error_reasons import ReasonCounts
 from pipelines.monitoring.top_counts import TopCounts
 from pipelines.report.answers import Answers, to_floats, to_ints, to_keys, to_mask
 from pipelines.report.columns import COUNTS, OutputColumns, TaskColumns
-from pipelines.report.counts import Calibration, Histogram, Spread, bin_integers
+from pipelines.report.counts import Calibration, Histogram, NumberHistogram, Spread
 
 Json = dict[str, Any]
 
 SHOWN_VALUES = 40  # per task, most frequent first
-_MAX_BARS = 24  # of integers; more of them are a histogram
+_MAX_BARS = 24  # of numbers; more of them are a histogram
 _SHOWN_REASONS = 100
 _SHOWN_FIELD_VALUES, _MAX_FIELD_VALUES = 5, 500
 _LOWEST_LOGPROB = -4.0  # of the histogram: a token's probability of 2 %
@@ -96,7 +96,7 @@ class _TaskStatistics:
         self._answered = self._unanswered = 0
         self._finish: Counter[str] = Counter()
         self._values, self._list_lengths, self._fields = TopCounts(), Spread(), _Fields()
-        self._lengths = Spread()
+        self._lengths, self._numbers = Spread(), NumberHistogram(is_whole=task.kind == "int")
         self._probability, self._surprise = Histogram(num_bins=20, width=0.05), Spread()
         self._truth = _Truth()
 
@@ -130,6 +130,8 @@ class _TaskStatistics:
                 self._fields.add(values)
             case kind:
                 self._values.add(to_keys(kind, values))
+                if kind in ("int", "float"):
+                    self._numbers.add(to_floats(values))
 
     def to_json(self) -> Json:
         task = self._task
@@ -151,9 +153,8 @@ class _TaskStatistics:
         }
 
     def _bin_values(self) -> Json | None:
-        """Return the histogram of integers with more values than there is room for bars."""
-        counts = self._values.list_counts() if self._task.kind == "int" else []
-        return bin_integers([(int(value), count) for value, count in counts]) if len(counts) > _MAX_BARS else None
+        """Return the histogram of numbers with more values than there is room for bars."""
+        return self._numbers.to_json() if self._values.num_kept > _MAX_BARS else None
 
 
 def _serialize_logprobs(surprise: Spread) -> Json | None:

@@ -27,6 +27,7 @@ TYPES: dict[str, pa.DataType] = {
     "text": pa.string(),
     "bool": pa.bool_(),
     "int": pa.int64(),
+    "float": pa.float64(),
     "choices": pa.string(),
     "list": pa.list_(pa.string()),
     "record": RECORD,

@@ -23,7 +23,8 @@ function renderHead() {
 
 // ---- Distributions
 
-function renderHistogram(counts, label, format) {
+/** Render bins; `go(start, stop)` is what a click on one does. */
+function renderHistogram(counts, label, format, go = null) {
   if (!counts) return el("figure", {}, el("div.label", {}, label), el("p.note", {}, "no data"));
   const { bins, start, width } = counts;
   const most = Math.max(...bins);
@@ -31,9 +32,11 @@ function renderHistogram(counts, label, format) {
     const height = count ? Math.max(0.02, count / most) : 0;
     const title = svg("title", {});
     title.textContent = `${format(start + i * width)} to ${format(start + (i + 1) * width)}: ${formatNumber(count)}`;
-    return svg("rect", { x: i + 0.06, width: 0.88, y: 1 - height, height }, title);
+    const rect = svg("rect", { x: i + 0.06, width: 0.88, y: 1 - height, height }, title);
+    if (go) rect.addEventListener("click", () => go(start + i * width, start + (i + 1) * width));
+    return rect;
   });
-  const drawing = svg("svg", { viewBox: `0 0 ${bins.length} 1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, ...rects);
+  const drawing = svg("svg", { class: go ? "pick" : "", viewBox: `0 0 ${bins.length} 1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, ...rects);
   const ends = [format(start), format(start + bins.length * width)].map((text) => el("span", {}, text));
   return el("figure", {}, el("div.label", {}, label), drawing, el("div.axis", {}, ends[0], el("span", {}, `mean ${format(counts.mean)}`), ends[1]));
 }
@@ -53,7 +56,8 @@ function renderDistribution(task) {
   if (task.kind === "record") return renderFields(task);
   if (task.kind === "text" && !top.some(([, count]) => count > 1)) return el("p.note", {}, top.length ? `${formatNumber(distinct ?? top.length)} different answers, each given once.` : "No answers.");
   const of = task.kind === "choices" ? orderChoices(task) : task.kind === "bool" ? [["Yes", count(top, "Yes")], ["No", count(top, "No")]] : top;
-  if (task.kind === "int" && !rest && top.length > 1 && top.length <= 24) return renderColumns(task, top);
+  if (task.kind === "int" && !task.histogram && !rest && top.length > 1) return renderColumns(task, top);
+  if (task.histogram) return renderNumbers(task);
   const limit = task.kind === "text" ? 6 : 12;
   const most = Math.max(1, ...of.map(([, times]) => times));
   const bars = of.slice(0, limit).map(([value, times]) => renderBar(value, times, most, total, pickValue(task, value)));
@@ -62,8 +66,18 @@ function renderDistribution(task) {
   if (others) notes.push(`${formatNumber(others)} others${distinct === null ? "" : `, ${formatNumber(distinct - Math.min(limit, of.length))} different`}`);
   if (task.unanswered) notes.push(`${formatNumber(task.unanswered)} without a valid answer`);
   if (max_missed) notes.push(`counts are too low by at most ${formatNumber(max_missed)}`);
-  const histogram = task.histogram ? renderHistogram(task.histogram, "Values", (value) => formatNumber(value)) : "";
-  return el("div", {}, histogram, task.kind === "list" ? el("div.label", {}, el("span", {}, "Most frequent"), el("span", {}, "share of answers")) : "", el(task.kind === "text" ? "div.bars.long" : "div.bars", {}, bars), notes.length ? el("p.note", {}, notes.join("; ")) : "");
+  return el("div", {}, task.kind === "list" ? el("div.label", {}, el("span", {}, "Most frequent"), el("span", {}, "share of answers")) : "", el(task.kind === "text" ? "div.bars.long" : "div.bars", {}, bars), notes.length ? el("p.note", {}, notes.join("; ")) : "");
+}
+
+/** Render numbers of many values: bins, which are filters, and the few values that are given more than once. */
+function renderNumbers(task) {
+  const { histogram, values } = task;
+  const digits = task.kind === "int" ? 0 : Math.min(6, Math.max(0, 1 - Math.floor(Math.log10(histogram.width))));
+  const go = (from, stop) => applyFilters({ columns: { [task.name]: { ...EMPTY, from: String(from), to: String(task.kind === "int" ? stop - 1 : stop) } } }, true);
+  const frequent = values.top.filter(([, times]) => times > 1).slice(0, 5);
+  const bars = frequent.map(([value, times]) => renderBar(value, times, frequent[0][1], task.answered, pickValue(task, value)));
+  const notes = [values.distinct === null ? "" : `${formatNumber(values.distinct)} different values`, task.unanswered ? `${formatNumber(task.unanswered)} without a valid answer` : "", values.max_missed ? `counts of values are too low by at most ${formatNumber(values.max_missed)}` : ""];
+  return el("div", {}, renderHistogram(histogram, "Values", (value) => formatNumber(value, digits), go), bars.length ? [el("div.label", {}, "Most frequent"), el("div.bars", {}, bars)] : "", el("p.note", {}, notes.filter(Boolean).join("; ")));
 }
 
 const count = (top, key) => (top.find(([value]) => value === key) || [key, 0])[1];
@@ -160,12 +174,15 @@ function renderSummary() {
 
 // ---- About this run
 
-/** Accuracy of reviewed answers: a line per task, with the interval that holds the true one in 19 of 20 cases. */
+/** Render what people decided: accuracy with the interval that holds the true one in 19 of 20 cases, and calibration. */
 function renderReview() {
-  if (!(data.review || []).length) return;
-  const percent = (share) => `${(100 * share).toFixed(1)} %`;
-  const line = (each) => [el("dt", {}, each.task), el("dd.text", {}, `${percent(each.accuracy)} right (${each.right} of ${each.reviewed} reviewed; 95 % interval ${percent(each.low)} to ${percent(each.high)})${each.error === null ? "" : `, calibration error ${each.error.toFixed(3)}`}`)];
-  byId("tasks").before(el("section", { id: "review" }, el("h2", {}, "Reviewed by people"), el("div.panel", {}, el("dl", {}, data.review.flatMap(line)))));
+  if (!data.review.length) return;
+  const percent = (share) => `${(100 * share).toFixed(1)}\u2009%`;
+  const panel = ({ task, accuracy, right, reviewed, low, high, calibration }) => el("article.panel", {},
+    el("div.title", {}, el("h3", {}, task), el("span.end", {}, `${formatNumber(right)} of ${formatNumber(reviewed)} right`)),
+    el("p", {}, el("strong", {}, percent(accuracy)), ` right, 95\u2009% interval ${percent(low)} to ${percent(high)}`),
+    calibration ? el("div", {}, el("div.label", {}, el("span", {}, "Accuracy by confidence"), el("span", {}, `calibration error ${calibration.expected_error.toFixed(3)}`)), renderCalibration(calibration)) : "");
+  byId("tasks").before(el("section", { id: "review" }, el("h2", {}, "Reviewed by people", el("small", {}, "of the reviewed answers; it holds for all answers if they were picked at random")), el("div.panels", {}, data.review.map(panel))));
 }
 
 function renderAbout() {
