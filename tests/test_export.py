@@ -132,6 +132,50 @@ READERS: Any = {
 }
 
 
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_a_store_is_a_target_like_a_directory(
+    answers: Path, tmp_path: Path, bucket: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_export(answers, tmp_path / "here", kind, rows_per_file=3)
+    target = "s3://bucket/some/export"
+    write = run_module._write_part
+    monkeypatch.setattr(run_module, "_write_part", lambda *given: write(*given) if given[1] < 1 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_export(answers, target, kind, rows_per_file=3)  # type: ignore[arg-type]
+    monkeypatch.setattr(run_module, "_write_part", write)
+    resumed = run_export(answers, target, kind, rows_per_file=3)  # type: ignore[arg-type]
+    assert (resumed.chosen, resumed.error, resumed.skipped_done, resumed.files) == (9, 1, 3, 3)
+    bucket.get("bucket/some/export/", f"{tmp_path}/there/", recursive=True)
+    assert list_files(tmp_path / "there") == list_files(tmp_path / "here")
+    assert READERS[kind](tmp_path / "there") == READERS[kind](tmp_path / "here")
+    with pytest.raises(RunError, match="other options"):
+        run_export(answers, target, kind, rows_per_file=2)  # type: ignore[arg-type]
+
+
+def list_files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def test_webdataset_reads_the_shards(answers: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    run_export(answers, tmp_path / "shards", "webdataset", rows_per_file=3)
+    shards = f"{tmp_path}/shards/shard-{{000000..000002}}.tar"
+    rows = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil"))
+    assert [row["json"]["id"] for row in rows] == [f"id {n}" for n in (0, 1, 2, 3, 4, 5, 6, 9)]
+    assert [row["png"].width - 20 for row in rows] == [row["json"]["count"] for row in rows]
+    assert all(row["txt"] == row["json"]["caption"] for row in rows)
+
+
+def test_pycocotools_reads_the_captions(answers: Path, tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+    run_export(answers, tmp_path / "coco", "coco", rows_per_file=3)
+    found = coco.COCO(str(tmp_path / "coco" / "captions.json"))
+    assert sorted(found.getImgIds()) == [0, 1, 2, 3, 4, 5, 6, 9]
+    for image in found.loadImgs(found.getImgIds()):
+        [caption] = found.loadAnns(found.getAnnIds(imgIds=[image["id"]]))
+        assert caption["caption"] == f'Ça, "{image["id"]}".\nNo.' and image["width"] == 20 + image["id"]
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("webdataset", ""), ("hf", ""), ("jsonl", "rows.jsonl"), ("llava", "llava.json"), ("coco", "")]
 )
