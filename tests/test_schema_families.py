@@ -194,6 +194,36 @@ def test_items_beyond_a_tuple_may_be_of_any_type() -> None:
     assert answer.type == pa.string() and answer.parse("[true, 5]") == "[true, 5]"
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"$id": "#/properties/a", "type": "integer"},
+        {"$id": "https://example.com/a.json", "type": "integer"},
+        {"type": "integer", "then": {"minimum": 5}, "else": False},
+        {"type": "integer", "if": {"minimum": 5}, "minContains": 2, "maxContains": 1},
+    ],
+)
+def test_words_that_change_nothing_where_they_stand_are_ignored(part: Any) -> None:
+    record = parse_answer({"json_schema": {"type": "object", "properties": {"a": part}}})
+    assert isinstance(record, Record)
+    check(record.constraint)
+    assert record.type == pa.struct({"a": pa.int64()}) and allows(record.constraint, '{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"$id": "https://example.com/a.json", "properties": {"b": {"$ref": "#/$defs/b"}}},
+        {"if": {"minimum": 5}, "then": {"maximum": 9}},
+        {"contains": {"type": "integer"}, "minContains": 2},
+    ],
+)
+def test_words_that_change_answers_are_refused(part: Any) -> None:
+    record = parse_answer({"json_schema": {"properties": {"a": part}, "$defs": {"b": {"type": "string"}}}})
+    with pytest.raises(ValueError, match=r"the keyword '(\$id|if|contains)' is not supported|then|minContains"):
+        check(record.constraint)  # type: ignore[arg-type]
+
+
 def test_words_without_a_meaning_are_listed_once() -> None:
     schema = {"x-a": 1, "self": {}, "properties": {"b": {"x-a": 2, "type": "string", "format": "iban"}}}
     assert find_ignored(json.dumps(schema)) == ("x-a", "self", "format 'iban'")

@@ -6,6 +6,7 @@ that look like a misspelt keyword are refused. What is left is checked against t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ class _Translator:
         if part.get("not") in ({}, True):
             return False
         known = {name: value for name, value in part.items() if self._is_known(name, place)}
+        if _is_harmless_id(known):
+            del known["$id"]
         for step in _STEPS:
             step(known, self.root)
         self._translate_reference(known)
@@ -199,6 +202,12 @@ def list_inner(part: Json, place: str) -> Iterator[tuple[str, Any, str]]:
             yield from ((name, number, f"{place}/{name}/{number}") for number in range(len(part[name])))
 
 
+def _is_harmless_id(part: Json) -> bool:
+    """Return whether a schema's `$id` changes no reference: it only names a place, or nothing refers from there."""
+    own = part.get("$id")
+    return isinstance(own, str) and (own.startswith("#") or '"$ref"' not in json.dumps(part))
+
+
 def copy_group(value: Any) -> Any:
     """Return a copy of what holds several schemas: the original is only read."""
     return value.copy() if isinstance(value, dict | list) else value
@@ -272,6 +281,16 @@ def _translate_unevaluated(part: Json, root: Json) -> None:
                 part.setdefault(other, value)
 
 
+def _translate_lone_words(part: Json, root: Json) -> None:
+    """Drop keywords that say nothing without others: `then` without `if`, `minContains` without `contains`."""
+    if "if" not in part or not part.keys() & {"then", "else"}:
+        for name in ("if", "then", "else"):
+            part.pop(name, None)
+    if "contains" not in part:
+        for name in ("minContains", "maxContains"):
+            part.pop(name, None)
+
+
 def _translate_names(part: Json, root: Json) -> None:
     """Replace `propertyNames` of an object whose names are not listed."""
     names = part.get("propertyNames")
@@ -336,7 +355,7 @@ def _forbid(name: str) -> Json:
 
 _STEPS = (
     *(_translate_bounds, _translate_items, _translate_any, _translate_unevaluated, _translate_names),
-    *(_translate_dependencies, _translate_not),
+    *(_translate_dependencies, _translate_not, _translate_lone_words),
 )
 
 
