@@ -18,6 +18,8 @@ from tests.support.annotations import make_answers, make_item, write_run
 from tests.support.contrast import find_weak, measure_contrasts
 from tests.support.pictures import write_image
 from tests.support.processes import wait_for
+from tests.support.roots import ROOT
+from tests.support.screenshots import MAX_BYTES, take_screenshots
 
 pytestmark = pytest.mark.skipif(bool(browser.describe_missing()), reason=browser.describe_missing() or "there is one")
 
@@ -123,11 +125,31 @@ def test_no_page_scrolls_sideways(driver: Any, pages: dict[str, Any], name: str,
     browser.show(driver, pages[name])
     driver.execute_script(SHOW[name])
     assert browser.find_overflow(driver) == []
+    assert driver.execute_script(_BEYOND_PANELS) == []
     if name == "report":
         open_all_parts(driver)
         assert browser.find_overflow(driver) == []
         inside = "const all = [...document.querySelectorAll('dialog *')]; return all.length && Math.max(...all.map("
         assert 0 < driver.execute_script(f"{inside}(one) => one.getBoundingClientRect().right))") <= width
+
+
+_BEYOND_PANELS = """
+    return [...document.querySelectorAll(".panel")].flatMap((panel) => [...panel.querySelectorAll("*")]
+        .filter((one) => one.getBoundingClientRect().right > panel.getBoundingClientRect().right)
+        .map((one) => one.textContent));
+"""
+
+
+@pytest.mark.slow
+def test_the_screenshots_can_be_taken_again(tmp_path: Path) -> None:
+    take_screenshots(tmp_path, tmp_path)
+    committed = sorted(path.name for path in (ROOT / "docs" / "pages").glob("*.png"))
+    assert sorted(path.name for path in tmp_path.glob("*-[13]*0.png")) == committed
+
+
+def test_the_screenshots_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "docs" / "pages").glob("*.png")}
+    assert len(sizes) == 10 and max(sizes.values()) <= MAX_BYTES
 
 
 def press(driver: Any, *keys: str) -> None:

@@ -346,6 +346,12 @@ def test_pictures_that_do_not_fit_are_counted() -> None:
     assert make_thumbnails(pictures, 100_000)["more"] == 4
 
 
+def test_thumbnails_of_another_scale_are_never_larger_than_the_picture() -> None:
+    pictures = [Image.new("RGB", (2000, 1000)), Image.new("RGB", (600, 300))]
+    for picture, scale, width in zip(pictures * 2, (1.0, 1.0, 4.0, 4.0), (320, 320, 1280, 600), strict=True):
+        assert [i["width"] for i in make_thumbnails([picture], 10**6, scale=scale)["images"]] == [width]
+
+
 def test_an_unfinished_run_reports_its_done_and_total_rows(mixed: Path) -> None:
     sorted((mixed / "data").iterdir())[1].unlink()
     data = make_report(mixed)

@@ -19,13 +19,16 @@ _STYLE = """
 body { margin: 0 auto; max-width: 1280px; padding: 16px; background: var(--page); color: var(--ink);
   font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 21px } h2 { font-size: 16px; margin: 28px 0 8px } h3 { font-size: 14px; margin: 0 }
-.soft { color: var(--soft) }
+.soft { color: var(--soft) } h2 .soft { font-weight: 400; font-size: 13px }
+.tasks { display: flex; flex-wrap: wrap; gap: 0 40px; align-items: start } .tasks section { max-width: 100% }
 .figures { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 0 }
 .figures dt { color: var(--soft); font-size: 12px }
 .figures dd { margin: 0; font-size: 18px }
 .wide { overflow-x: auto } table { border-collapse: collapse; background: var(--panel) }
 th, td { border: 1px solid var(--line); padding: 3px 8px; text-align: right; font-variant-numeric: tabular-nums }
-th { font-weight: 600; overflow-wrap: normal } td.same { background: var(--same) } td.other { background: var(--other) }
+th { font-weight: 600; overflow-wrap: normal }
+td.none { color: var(--soft) }
+td.same { background: var(--same) } td.other { background: var(--other) }
 .row { display: grid; grid-template-columns: 200px 1fr; gap: 16px; background: var(--panel); padding: 12px;
   border: 1px solid var(--line); border-radius: 6px; margin: 10px 0 }
 .row img { max-width: 100%; height: auto; display: block; margin-bottom: 4px }
@@ -47,8 +50,9 @@ def render_comparison(
         f"<h1>{first} and {second}</h1>",
         f'<p class="soft">Rows of a table are answers of {first}, columns those of {second}.</p>',
         _render_figures({name: f"{count:,}" for name, count in figures.items()}),
-        "<main>",
+        '<main><div class="tasks">',
         *map(_render_task, tables),
+        "</div>",
         f"<h2>Rows that differ <span class='soft'>{len(rows):,} shown</span></h2>",
         *(_render_row(row, names) for row in rows),
         "</main>",
@@ -76,7 +80,7 @@ def _render_task(table: Json) -> str:
     share = "no row has both answers" if table["agreement"] is None else f"{table['agreement']:.1%} agree"
     counts = f"{table['agree']:,} of {table['both']:,}; {table['unanswered']:,} answered by one run only"
     title = f"<h2>{_to_html(table['task'])} <span class='soft'>{share} ({counts})</span></h2>"
-    return title + (_render_confusion(table["confusion"]) if table["confusion"] else "")
+    return f"<section>{title}{_render_confusion(table['confusion']) if table['confusion'] else ''}</section>"
 
 
 def _render_confusion(confusion: Json) -> str:
@@ -85,7 +89,7 @@ def _render_confusion(confusion: Json) -> str:
     lines = [f"<tr><td></td>{head}</tr>"]
     for place, (value, counts) in enumerate(zip(values, confusion["counts"], strict=True)):
         cells = "".join(
-            f'<td class="{"same" if place == other else "other" if count else ""}">{count:,}</td>'
+            f'<td class="{"same" if place == other else "other" if count else "none"}">{count:,}</td>'
             for other, count in enumerate(counts)
         )
         lines.append(f'<tr><th scope="row">{_to_html(value)}</th>{cells}</tr>')

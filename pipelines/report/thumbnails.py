@@ -33,7 +33,7 @@ from pipelines.storage import store
 Json = dict[str, Any]
 
 MAX_IMAGES = 16  # per row; further images are only counted
-_SINGLE_PX, _STRIP_PX = 320, 192  # the longer side
+_SINGLE_PX, _STRIP_PX = 320, 192  # the longer side of a thumbnail, and of one of several in a row
 _QUALITY = 75  # of WebP
 _MIN_PX = 24
 _VIDEO_TIMEOUT_S = 60.0
@@ -43,11 +43,18 @@ RowMedia = tuple[PickedRow, Json]
 
 
 def read_media(
-    output: str, rows: Sequence[PickedRow], images: ImageOptions, *, max_bytes: int, limit_s: float
+    output: str,
+    rows: Sequence[PickedRow],
+    images: ImageOptions,
+    *,
+    max_bytes: int,
+    limit_s: float,
+    scale: float = 1.0,
 ) -> Iterator[RowMedia]:
     """Yield the rows, which are in order, with their media as the model saw them.
 
-    output: where the manifest is. images: the run's options.
+    output: where the manifest is. images: the run's options. scale: of the thumbnails; they are never larger than the
+    image.
 
     Media are {"images": [...], "more": number of further images, "hash": of the image in the middle} or
     {"missing": reason}. An image is {"src": data URI, "width": px, "height": px}, for a video frame also "time_s". The
@@ -64,12 +71,15 @@ def read_media(
         return
     references = (list(map(parse_reference, images)) for images in found.column("images").to_pylist())
     with closing(VideoDecoder(timeout_s=_VIDEO_TIMEOUT_S)) as decoder:
-        yield from _Reader(decoder, images, max_bytes, limit_s).read(zip(rows, references, strict=True))
+        yield from _Reader(decoder, images, max_bytes, limit_s, scale).read(zip(rows, references, strict=True))
 
 
 class _Reader:
-    def __init__(self, decoder: VideoDecoder, images: ImageOptions, max_bytes: int, limit_s: float) -> None:
-        self._decoder, self._images, self._max_bytes, self._limit_s = decoder, images, max_bytes, limit_s
+    def __init__(
+        self, decoder: VideoDecoder, images: ImageOptions, max_bytes: int, limit_s: float, scale: float
+    ) -> None:
+        self._decoder, self._images, self._limit_s = decoder, images, limit_s
+        self._max_bytes, self._scale = max_bytes, scale
         self._deadline_s = time.monotonic() + limit_s
         self._down: set[str] = set()  # stores that failed
 
@@ -109,14 +119,14 @@ class _Reader:
         if is_seekable_video(images) or any(map(has_video_signature, encoded)):
             frames = self._read_frames(picked, images, encoded)
             pictures, times_s = [Image.fromarray(frame.pixels) for frame in frames], picked.values["frame_timestamps_s"]
-            media = make_thumbnails(pictures, self._max_bytes, len(times_s))
+            media = make_thumbnails(pictures, self._max_bytes, len(times_s), self._scale)
             for image, frame in zip(media["images"], frames, strict=False):
                 image["time_s"] = round(frame.timestamp_s, 3)
             return media
         if not encoded:
             return {"missing": "this row has no image"}
         num_images = max(len(encoded), len(images))
-        return make_thumbnails(list(map(self._decode, encoded[:MAX_IMAGES])), self._max_bytes, num_images)
+        return make_thumbnails(list(map(self._decode, encoded[:MAX_IMAGES])), self._max_bytes, num_images, self._scale)
 
     def _decode(self, data: bytes) -> Image.Image:
         keep_partial = self._images.partial_images == "keep"
@@ -130,12 +140,12 @@ class _Reader:
         return self._decoder.sample_frames(video, Sampling(_FRAMES_OF_A_FAILED_VIDEO, take_truncated=True), window)
 
 
-def make_thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0) -> Json:
+def make_thumbnails(pictures: Sequence[Image.Image], max_bytes: int, num_images: int = 0, scale: float = 1.0) -> Json:
     """Encode RGB images as data URIs of at most `max_bytes` characters in total; count those that do not fit.
 
     `hash` is that of the image in the middle, for `group_similar`.
     """
-    side_px = _SINGLE_PX if len(pictures) == 1 else _STRIP_PX
+    side_px = round(scale * (_SINGLE_PX if len(pictures) == 1 else _STRIP_PX))
     shown = [_shrink(picture, side_px) for picture in pictures[:MAX_IMAGES]]
     sources = [source for picture in shown if (source := _make_thumbnail(picture, side_px, max_bytes // len(shown)))]
     more = max(num_images, len(pictures)) - len(sources)

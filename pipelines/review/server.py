@@ -28,6 +28,7 @@ Json = dict[str, Any]
 
 _MAX_BODY_BYTES = 1 << 20
 _MAX_PICTURE_BYTES = 4_000_000
+_SCALE = 4.0  # of the pictures, against those of a report: 1,280 px, to judge fine print
 
 
 class Review:
@@ -79,7 +80,8 @@ class Review:
         """Return the thumbnails of a row, or why there are none."""
         answer = self._answers[place]
         rows, run = [make_picked(answer.id, answer.row, answer.times_s)], self._run
-        [(_, media)] = read_media(run.manifest, rows, run.images, max_bytes=_MAX_PICTURE_BYTES, limit_s=60.0)
+        pictures = read_media(run.manifest, rows, run.images, max_bytes=_MAX_PICTURE_BYTES, limit_s=60.0, scale=_SCALE)
+        [(_, media)] = pictures
         return media
 
     @property
