@@ -75,7 +75,9 @@ def allocate_model(
         model = Ovis(config, post_trunk_norm=post_trunk_norm, shard=shard).to(dtype)
         if quantization == "fp8":
             model.quantize_shapes()
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    # As `to_empty` does, which imports torch's symbolic shapes for tensors of the meta device.
+    model = model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
+    model = model.eval().requires_grad_(False)
     model.prepare(choose_layer_kernels(dtype, device))
     return model
 
