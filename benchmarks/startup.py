@@ -1,10 +1,13 @@
 """Measure what a captioning job costs around its rows: wall time, and CPU seconds of each of its processes.
 
     python -m benchmarks.startup [--rows 16] [--rounds 3] [--against CHECKOUT]
+    python -m benchmarks.startup --imports [--against CHECKOUT]
 
 Captions drawn images with the demo model, as a shell runs the job. `--against` names another checkout of the project,
 whose runs alternate with those of this one. "exit" is the time from the last written file to the end of the process.
 /proc is read every 50 ms, so that much of each process may be missing. Prints a table of medians, then JSON.
+
+With `--imports`: what the processes of a job import, as `python -X importtime` lists it, and the CPU time.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,18 @@ Figures = dict[str, float]
 _MARK = "OVIS_STARTUP_RUN"
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _KINDS = ("gcs_server", "raylet", "dashboard", "runtime_env/agent", "log_monitor", "autoscaler/_private/monitor")
+
+
+_IMPORT = re.compile(r"^import time: +\d+ \| +\d+ \| +(\S+)$", re.MULTILINE)
+_PACKAGES = 6  # shown per process, the largest
+_LOAD = (
+    "pipelines.generate.load_engine(pipelines.generate.Replica(resolve_local_path('demo'), None, 'float32', 'cpu', 1))"
+)
+_PROGRAMS = {
+    "driver": "import jobs.caption, pipelines.pipeline, ray.data",
+    "Preprocess": "import ray.data, pipelines.preprocess",
+    "Generate": f"import ray.data, pipelines.generate; from ovis_model.checkpoint import resolve_local_path; {_LOAD}",
+}
 
 
 class ProcessWatch:
@@ -117,6 +133,27 @@ def measure_rounds(checkouts: list[Path], place: Path, rows: int, rounds: int) -
     return [_take_medians(figures) for figures in runs]
 
 
+def measure_imports(checkout: Path, rounds: int) -> Figures:
+    """Return what each process of a job imports: the modules, by package, and the least CPU seconds that it takes."""
+    figures: Figures = {}
+    for process, program in _PROGRAMS.items():
+        least_s, modules = min(_import_once(checkout, program) for _ in range(rounds))
+        by_package = Counter(name.partition(".")[0] for name in modules)
+        figures |= {f"{process}: CPU s": least_s, f"{process}: modules": len(modules)}
+        figures |= {f"{process}: {name}": count for name, count in by_package.most_common(_PACKAGES)}
+    return figures
+
+
+def _import_once(checkout: Path, program: str) -> tuple[float, list[str]]:
+    """Return the CPU seconds of a program, and the modules that it imports."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    command = [sys.executable, "-X", "importtime", "-c", program]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=checkout, env=environment, stderr=subprocess.PIPE, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(sum(after[:2]) - sum(before[:2]), 3), _IMPORT.findall(done.stderr)
+
+
 def _take_medians(figures: list[Figures]) -> Figures:
     names = dict.fromkeys(name for run in figures for name in run)
     return {name: round(statistics.median(run.get(name, 0.0) for run in figures), 2) for name in names}
@@ -127,10 +164,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", type=Path, nargs="*", default=[])
+    parser.add_argument("--imports", action="store_true")
     args = parser.parse_args()
     checkouts = [*(path.absolute() for path in args.against), ROOT]
+    if args.imports:
+        print_figures(checkouts, [measure_imports(checkout, args.rounds) for checkout in checkouts])
+        return
     with tempfile.TemporaryDirectory() as directory:
         figures = measure_rounds(checkouts, Path(directory), args.rows, args.rounds)
+    print_figures(checkouts, figures)
+
+
+def print_figures(checkouts: list[Path], figures: list[Figures]) -> None:
+    """Print a table with a column per checkout, then JSON."""
     print(f"{'':28}" + "".join(f"{path.name:>14}" for path in checkouts))
     for name in dict.fromkeys(name for each in figures for name in each):
         print(f"{name:28}" + "".join(f"{each.get(name, 0.0):14.2f}" for each in figures))

@@ -14,11 +14,13 @@ from jobs import plan
 from jobs.gpu_estimates import GpuEstimator
 from ovis_model.config import SIZES
 from ovis_model.engine.forecast import GPUS, choose_ranks, estimate_rate, plan_gpu_memory
+from pipelines.cluster.attempts import DIED
 from pipelines.config import CaptionConfig
 from pipelines.errors import RunError
-from pipelines.forecast import trial
+from pipelines.forecast import sample, trial
 from pipelines.forecast.contents import PartOfListing, describe_contents, spread
 from pipelines.forecast.forecast import Forecast, ForecastOptions, make_forecast
+from pipelines.output.run_record import open_run
 from pipelines.pipeline import run_pipeline
 from pipelines.sources import list_rows
 from tests.support.fake_engine import FakeEngineFactory
@@ -187,3 +189,16 @@ def test_the_plan_of_a_shard_is_about_its_rows(pictures: Path, tmp_path: Path, r
     assert (last.rows, last.rows_to_do) == (21, 21)
     with pytest.raises(RunError, match="give --shard I/3"):
         make_forecast(config.model_copy(update={"shard": "1/2"}), options, estimator)
+
+
+def test_a_crash_of_a_decoder_is_a_row_that_cannot_be_read(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sample is prepared in a child process, which is started again."""
+    monkeypatch.setattr(sample, "MAX_SAMPLE_S", 600)
+    config = make_config(pictures, tmp_path / "out")
+    run = open_run(config, {"id": MODEL, "revision": None})
+    found = sample.prepare_sample(config, run.output, None, run.num_rows, module="tests.support.crashing_decoder")
+    assert len(found.rows) == 61 and found.describe()["unreadable"] == 3
+    assert [row.error for row in found.rows].count(DIED) == 2
+    assert len(found.cpu_s) == 58 and 0 < found.mean_cpu_s < 1

@@ -42,6 +42,13 @@ def list_descendants(*pids: int) -> list[int]:
     return found[len(pids) :]
 
 
+def read_descendants_cpu_s(pid: int) -> float:
+    """Return the CPU seconds of the running processes that a process has started, and of those that these have."""
+    descendants = set(list_descendants(pid))
+    ticks = sum(int(fields[11]) + int(fields[12]) for pid, fields in _read_stats() if pid in descendants)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _is_exempt() -> bool:
     """Return whether the limit does not apply to this process."""
     with suppress(OSError):
