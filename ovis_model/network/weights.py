@@ -76,7 +76,7 @@ def allocate_model(
         if quantization == "fp8":
             model.quantize_shapes()
     # As `to_empty` does, which imports torch's symbolic shapes for tensors of the meta device.
-    model = model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
+    model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))  # type: ignore[no-untyped-call]
     model = model.eval().requires_grad_(False)
     model.prepare(choose_layer_kernels(dtype, device))
     return model
