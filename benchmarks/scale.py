@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,7 +75,10 @@ def measure_listing(place: Path, num_files: int, num_tars: int) -> Figures:
 
 
 def measure_tables(place: Path, num_rows: int) -> Figures:
-    """List Parquet files with images, Parquet files with URLs, and JSON lines; each with ids and prompts."""
+    """List Parquet files with images, Parquet files with URLs, and JSON lines; each with ids and prompts.
+
+    Also files whose rows have further fields, one of which is kept and another one named in the prompt.
+    """
     texts = {name: [f"{name} {i}" for i in range(num_rows)] for name in ("id", "prompt")}
     urls = [f"https://images.example.com/{i // 1000:04}/{i:09}.jpg" for i in range(num_rows)]
     images = pa.array([{"bytes": b"", "path": None}] * num_rows, HF)
@@ -83,16 +87,27 @@ def measure_tables(place: Path, num_rows: int) -> Figures:
     with (place / "lines.jsonl").open("w") as file:
         for id_, prompt, url in zip(texts["id"], texts["prompt"], urls, strict=True):
             file.write(json.dumps({"id": id_, "prompt": prompt, "url": url}) + "\n")
+    scores = [None if i % 5 == 0 else i / 7 for i in range(num_rows)]
+    pq.write_table(pa.table({**texts, "url": urls, "score": scores}), place / "fields.parquet", row_group_size=10_000)
+    with (place / "fields.jsonl").open("w") as file:
+        for id_, title, url, score in zip(texts["id"], texts["prompt"], urls, scores, strict=True):
+            fields = {"id": id_, "title": title, "url": url, "score": score, "meta": {"tags": ["a"], "width": None}}
+            file.write(json.dumps(fields) + "\n")
     figures: Figures = {}
-    for name in ("images.parquet", "urls.parquet", "lines.jsonl"):
+    for name in ("images.parquet", "urls.parquet", "lines.jsonl", "fields.parquet", "fields.jsonl"):
         figures |= json.loads(_run_python("-c", _LIST, str(place / name), name).splitlines()[-1])
     return figures
 
 
 def list_table(source: str, name: str) -> None:
     """Print the figures of listing a file and encoding its manifest; called in a separate process."""
-    id_column = {} if source.endswith(".jsonl") else {"id_column": "id"}
-    config = CaptionConfig(input=(source,), output="none", model="demo", prompt_column="prompt", **id_column)
+    options: dict[str, Any] = {} if source.endswith(".jsonl") else {"id_column": "id"}
+    if name.startswith("fields"):
+        title = "title" if source.endswith(".jsonl") else "prompt"
+        options |= {"keep_columns": ("score",), "prompt": f"Describe {{{title}}}."}
+    else:
+        options |= {"prompt_column": "prompt"}
+    config = CaptionConfig(input=(source,), output="none", model="demo", **options)
     started_s, before_mb = time.process_time(), _read_peak_mb()
     with list_rows(config, config.questionnaire) as rows:
         listed_s = time.process_time()

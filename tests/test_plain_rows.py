@@ -13,9 +13,11 @@ import pyarrow as pa
 import pytest
 
 from pipelines.errors import SourceError
+from pipelines.media.subtitles import MARK_START, MARK_STOP
 from pipelines.sources import jsonl, tables
 from pipelines.sources.hashes import combine_hashes, hash_places, hash_texts
 from pipelines.sources.rows import Chunk
+from tests.support.jsonl_files import write_lines
 from tests.support.parquet_files import HF, write
 from tests.support.pictures import encode_picture
 from tests.support.rows import list_input
@@ -46,6 +48,27 @@ LINES = {
     "list of images": b'{"id": "x", "image": ["x.jpg", "y.jpg"], "prompt": "p"}',
     "second image field": b'{"id": "x", "image": "x.jpg", "images": "y.jpg", "prompt": "p"}',
     "further field": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": 1.5}',
+    "float": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": 0.1, "n": 3}',
+    "whole float": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": 1}\n'
+    b'{"id": "y", "image": "y.jpg", "prompt": "p", "score": 1.5}',
+    "huge whole float": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": 9007199254740993}\n'
+    b'{"id": "y", "image": "y.jpg", "prompt": "p", "score": 1.5}',
+    "huge score": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": 123456789012345678901234567890}',
+    "infinite": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": 1e999}',
+    "negative zero": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": -0, "n": [-0 ]}',
+    "null score": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": null}',
+    "text and number": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": "a"}\n'
+    b'{"id": "y", "image": "y.jpg", "prompt": "p", "score": 1.5}',
+    "nested field": b'{"id": "x", "image": "x.jpg", "prompt": "p", "score": {"a": [1, {"b": null}]}, "tags": ["t"]}',
+    "other nested field": b'{"id": "x", "image": "x.jpg", "prompt": "p", "meta": {"url": "y.jpg"}, "tags": []}',
+    "deep field": b'{"id": "x", "image": "x.jpg", "prompt": "p", "meta": ' + b"[" * 45 + b"]" * 45 + b"}",
+    "nested image": b'{"id": "x", "image": {"path": "x.jpg"}, "prompt": "p"}',
+    "nested prompt": b'{"id": "x", "image": "x.jpg", "prompt": {"a": 1}}',
+    "null url": b'{"id": "x", "image": "x.jpg", "prompt": "p", "url": null}',
+    "null id": b'{"id": null, "image": "x.jpg", "prompt": "p"}',
+    "mark of subtitles": f'{{"id": "x", "image": "x.jpg", "prompt": "a{MARK_START}b{MARK_STOP}"}}'.encode(),
+    "null turns": b'{"id": "x", "image": "x.jpg", "prompt": "p", "messages": null}',
+    "plain body": b'{"id": "x", "image": "x.jpg", "prompt": "p", "body": {"a": 1}}',
     "repeated field": b'{"id": "x", "id": "y", "image": "x.jpg", "prompt": "p"}',
     "conversation": b'{"id": "x", "image": "x.jpg", "messages": [{"role": "user", "content": "q"}]}',
     "dots": b'{"id": "x", "image": "../b/./x.jpg", "prompt": "p"}',
@@ -85,13 +108,31 @@ def list_or_fail(*inputs: object, **options: object) -> Any:
         return str(error)
 
 
-@pytest.mark.parametrize("options", [{"prompt_column": "prompt"}, {}, {"keep_columns": ("image",)}], ids=str)
+OPTIONS: list[dict[str, object]] = [
+    {"prompt_column": "prompt"},
+    {},
+    {"keep_columns": ("image",)},
+    {"keep_columns": ("score",)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", LINES)
 def test_lines_are_listed_alike(
     name: str, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(make_lines(LINES[name]))
     plain, others = list_both_ways(monkeypatch, tmp_path / "rows.jsonl", **options)
+    assert plain == others
+
+
+@pytest.mark.parametrize("prompt", ["{{{{{id}}}}} is {question}?", "{score} of {id}"])
+@pytest.mark.parametrize("name", LINES)
+def test_lines_that_fill_prompts_are_listed_alike(
+    name: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(make_lines(LINES[name]).replace(b'"prompt"', b'"question"'))
+    plain, others = list_both_ways(monkeypatch, tmp_path / "rows.jsonl", prompt=prompt)
     assert plain == others
 
 
@@ -146,8 +187,13 @@ def test_tables_are_listed_alike(name: str, tmp_path: Path, monkeypatch: pytest.
     options |= {"image_column": ""} if columns.keys() == {"prompt"} else {}
     kept = tuple(columns.keys() & {"label", "url"})
     options |= {"on_duplicate_id": "suffix", "keep_columns": kept}
-    plain, others = list_both_ways(monkeypatch, path, **options)
+    with monkeypatch.context() as patch:
+        plain, others = list_both_ways(patch, path, **options)
     assert plain == others
+    if "image" in columns and len(columns) > 1:
+        prompt = " and ".join(f"{{{name}}}" for name in sorted(columns.keys() - {"image"}))
+        plain, others = list_both_ways(monkeypatch, path, prompt=prompt, prompt_column="", image_column="image")
+        assert plain == others
 
 
 def test_plain_rows_take_the_short_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,9 +202,16 @@ def test_plain_rows_take_the_short_way(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("pipelines.sources.rows.ColumnRoles.make_row", refuse)
     (tmp_path / "rows.jsonl").write_bytes(make_lines(LINES["plain"], LINES["url"].replace(b"x", b"y", 1)))
-    for name in ("bytes", "bytes and ids", "urls", "long texts"):
+    for name in ("bytes", "bytes and ids", "urls", "long texts", "null id", "null prompt"):
         write(tmp_path / f"{name}.parquet", COLUMNS[name])
     assert len(list_input(tmp_path / "rows.jsonl", prompt_column="prompt")) == 8
+    write_lines(tmp_path / "asked.jsonl", *({"id": str(i), "image": f"{i}.jpg", "question": "q"} for i in range(3)))
+    [row, *_] = list_input(tmp_path / "asked.jsonl", prompt="{{{{{id}}}}} {question}")
+    assert row["prompt"] == "{{0}} q"
+    names = ("float", "null score", "other nested field", "null prompt", "null id")
+    lines = [LINES[name].replace(b'"x"', f'"{i}"'.encode(), 1) for i, name in enumerate(names)]
+    (tmp_path / "more.jsonl").write_bytes(make_lines(*lines))
+    assert len(list_input(tmp_path / "more.jsonl", prompt_column="prompt", keep_columns=("score",))) == 11
     for path in tmp_path.glob("*.parquet"):
         assert len(list_input(path)) == 5
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines import schema
 from pipelines.media.reference import VIDEO_SUFFIXES, CellRef, resolve_path
+from pipelines.media.subtitles import MARK_START, MARK_STOP
 from pipelines.sources.rows import ColumnRoles
 
 _IMAGES = schema.MANIFEST.field("images").type
@@ -58,11 +59,23 @@ def _make_lists(fields: dict[str, object], count: int) -> pa.Array:
 
 def read_texts(column: pa.Array) -> pa.Array | None:
     """Return a column as strings, None unless each of its values is a text that is not empty, or an integer."""
-    if pa.types.is_integer(column.type):
-        return None if column.null_count else column.cast(pa.string())
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
-        return None
-    if pc.any(pc.equal(pc.binary_length(column), 0)).as_py():
+    texts = _read_optional_texts(column)
+    return None if texts is None or texts.null_count else texts
+
+
+def _read_optional_texts(column: pa.Array) -> pa.Array | None:
+    """Return a column as strings, null where it is null or empty; None unless its values are texts or integers."""
+    texts = _read_any_texts(column)
+    if texts is None or not pc.any(is_empty := pc.equal(pc.binary_length(texts), 0)).as_py():
+        return texts
+    return pc.if_else(is_empty, pa.scalar(None, pa.string()), texts)
+
+
+def _read_any_texts(column: pa.Array) -> pa.Array | None:
+    """Return a column as strings, None unless its values are texts, possibly empty, integers, or null."""
+    if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
+        return column.cast(pa.string())
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return None
     try:
         column.validate(full=True)  # as UTF-8
@@ -76,24 +89,42 @@ def make_columns(
 ) -> pa.Table | None:
     """Return the columns of the rows at `numbers` of `source`: id, uri, images and prompt, null without its own.
 
-    Return None if a value is not plain, or if a row has neither an image nor a prompt.
+    The columns that prompts name follow, as texts. Return None if a value is not plain, or if a row has neither an
+    image nor a prompt.
     """
-    has_id, has_prompt = (name in batch.schema.names for name in (roles.id, roles.prompt))
-    ids = read_texts(batch.column(roles.id)) if has_id else _number_rows(source, numbers)
-    prompts = read_texts(batch.column(roles.prompt)) if has_prompt else pa.nulls(len(numbers), pa.string())
-    if (
-        not roles.may_be_columns
-        or roles.in_prompt
-        or ids is None
-        or prompts is None
-        or (images is None and not has_prompt)
-    ):
+    numbered, has_prompt = _number_rows(source, numbers), roles.prompt in batch.schema.names
+    ids = _read_optional_texts(batch.column(roles.id)) if roles.id in batch.schema.names else numbered
+    prompts = _read_optional_texts(batch.column(roles.prompt)) if has_prompt else pa.nulls(len(numbers), pa.string())
+    named = _read_named(batch, roles)
+    if not roles.may_be_columns or ids is None or prompts is None or named is None or _has_marks(prompts):
         return None
     if images is None:
+        if prompts.null_count or not has_prompt:
+            return None
         uris, images = pa.repeat(source, len(numbers)), pa.array([[]] * len(numbers), _IMAGES)
     else:
         uris = images.flatten().field("uri")
-    return pa.table([ids, uris, images, prompts], ["id", "uri", "images", "prompt"])
+    columns = {"id": pc.coalesce(ids, numbered), "uri": uris, "images": images, "prompt": prompts}
+    return pa.table({**columns, **named})
+
+
+def name_value(column: str) -> str:
+    """Return the name that a column of the input has in the result of `make_columns`."""
+    return f"value {column}"
+
+
+def _read_named(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, pa.Array] | None:
+    """Return the columns that prompts name, None unless each has a text or an integer in every row."""
+    if roles.subtitles is not None or roles.in_prompt - {*batch.schema.names}:
+        return None
+    texts = {name_value(name): _read_any_texts(batch.column(name)) for name in roles.in_prompt}
+    is_plain = all(text is not None and not text.null_count and not _has_marks(text) for text in texts.values())
+    return texts if is_plain else None
+
+
+def _has_marks(texts: pa.Array) -> bool:
+    """Return whether a text has a mark of subtitles, which is removed from texts of the input."""
+    return any(pc.any(pc.match_substring(texts, mark)).as_py() for mark in (MARK_START, MARK_STOP))
 
 
 def _number_rows(source: str, numbers: NDArray[np.int64]) -> pa.Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 _TURNS = ("messages", "conversations", "conversation", "input")
 _TURN_SET = frozenset(_TURNS)
+SPECIAL_FIELDS = _TURN_SET | {"body"}  # an object with one may be a conversation
 _USERS = ("user", "human")
 _TEXT_TYPES = ("text", "input_text")
 _MEDIA_KEYS = ("image_url", "video_url", "image", "video", "input_image", "source", "url", "path")

@@ -1,4 +1,4 @@
-"""Read JSON lines as Arrow columns, for the plain case: flat objects, all with the same fields, none of them null.
+"""Read JSON lines as Arrow columns, for the plain case: objects whose wanted fields are texts and numbers.
 
 What Arrow reads differently from Python's json, or what needs a rule of its own, is refused.
 """
@@ -10,16 +10,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import json as pa_json
 
 from pipelines.sources.columns import make_columns, refer_to_files
+from pipelines.sources.conversations import SPECIAL_FIELDS
 from pipelines.sources.image_columns import choose_image_columns
 from pipelines.sources.json_elements import Element
-from pipelines.sources.rows import Chunk, ColumnRoles
+from pipelines.sources.rows import MAX_DEPTH, Chunk, ColumnRoles
 
-_SPECIAL = re.compile(rb"data:|\\u[dD]|\xef\xbb\xbf")  # images as text, surrogates, a byte order mark
+# Images as text, surrogates, a byte order mark, and a zero whose sign Python drops.
+_SPECIAL = re.compile(rb"data:|\\u[dD]|\xef\xbb\xbf|-0\s*[,}\]]")
 _MAX_BYTES = 4096  # a longer line may hold images as text
-_KEPT = (pa.string(), pa.int64(), pa.bool_())  # read as Python's json and pa.array do
+_KEPT = (pa.string(), pa.int64(), pa.bool_(), pa.float64(), pa.null())  # read as Python's json and pa.array do
+_MAX_EXACT = 2**53  # integers among floats, and integers that Arrow reads as floats
 
 
 def make_plain_chunk(uri: str, elements: Sequence[Element], columns: ColumnRoles) -> Chunk | None:
@@ -45,7 +49,7 @@ def make_plain_chunk(uri: str, elements: Sequence[Element], columns: ColumnRoles
 
 
 def _read_objects(lines: Sequence[bytes]) -> pa.Table | None:
-    """Parse one flat object per line; return None if there is anything else."""
+    """Parse one object per line; return None if there is anything else, or a conversation."""
     if not all(len(line) <= _MAX_BYTES and line[:1] == b"{" and line.rstrip()[-1:] == b"}" for line in lines):
         return None
     data = b"\n".join(lines)
@@ -56,8 +60,10 @@ def _read_objects(lines: Sequence[bytes]) -> pa.Table | None:
         table = pa_json.read_json(pa.BufferReader(data), options)
     except pa.ArrowException:
         return None
-    is_flat = not any(pa.types.is_nested(column.type) or column.null_count for column in table.columns)
-    return table if is_flat and len(table) == len(lines) else None
+    if len(table) != len(lines) or not SPECIAL_FIELDS.isdisjoint(table.column_names):
+        return None
+    is_flat = not any(pa.types.is_nested(column.type) for column in table.columns)
+    return table if is_flat or max(line.count(b"[") + line.count(b"{") for line in lines) <= MAX_DEPTH else None
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -71,5 +77,10 @@ def _is_utf8(data: bytes) -> bool:
 def _keep_columns(batch: pa.RecordBatch, names: Sequence[str]) -> pa.Table | None:
     """Return the kept columns, null where the objects have no such field; None for a type that needs a rule."""
     kept = {name: batch.column(name) if name in batch.schema.names else pa.nulls(len(batch)) for name in names}
-    is_plain = all(column.type in (*_KEPT, pa.null()) for column in kept.values())
-    return pa.table(kept) if is_plain else None
+    return pa.table(kept) if all(map(_is_kept_plainly, kept.values())) else None
+
+
+def _is_kept_plainly(column: pa.Array) -> bool:
+    if pa.types.is_floating(column.type) and pc.any(pc.greater_equal(pc.abs(column), _MAX_EXACT)).as_py():
+        return False
+    return column.type in _KEPT

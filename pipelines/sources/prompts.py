@@ -19,6 +19,7 @@ from pipelines.config import SourceOptions
 from pipelines.errors import NoValue, SourceError
 from pipelines.media.reference import is_video
 from pipelines.media.subtitles import TRACK_MARK, mark_subtitles, remove_subtitle_marks
+from pipelines.sources.columns import name_value
 from pipelines.sources.rows import Chunk, ColumnRoles, SourceRow, to_text
 from pipelines.tasks.questionnaire import Questionnaire
 
@@ -84,8 +85,14 @@ class PromptBuilder:
         own = plain.column("prompt")
         has_own = own.is_valid() if self._questionnaire.prompt_column is not None else pa.repeat(False, len(plain))
         self._num_text_only += pc.sum(pc.equal(pc.list_value_length(plain.column("images")), 0)).as_py() or 0
-        usual = join([template.fill({}) for template in self._templates])
-        joined = [usual if prompt is None else join([prompt]) for prompt in pc.if_else(has_own, own, None).to_pylist()]
+        owned = pc.if_else(has_own, own, None).to_pylist()
+        if self.columns.in_prompt:
+            filled = zip(*(template.fill_columns(plain).to_pylist() for template in self._templates), strict=True)
+            pairs = zip(owned, filled, strict=True)
+            joined = [join(prompts) if prompt is None else join([prompt]) for prompt, prompts in pairs]
+        else:
+            usual = join([template.fill({}) for template in self._templates])
+            joined = [usual if prompt is None else join([prompt]) for prompt in owned]
         columns = {
             **{name: plain.column(name) for name in ("id", "uri", "images")},
             "prompt": joined,
@@ -206,6 +213,16 @@ class Template:
             return remove_subtitle_marks(_format_value(values, match[1])) if match[1] else match[0][0]
 
         return _TOKEN.sub(replace_token, self.text)
+
+    def fill_columns(self, plain: pa.Table) -> pa.ChunkedArray:
+        """Replace the names by the values of each of some plain rows."""
+        parts: list[Any] = [pa.repeat("", len(plain))]
+        at = 0
+        for match in _TOKEN.finditer(self.text):
+            named = TRACK_MARK if match[1] == SUBTITLES else match[1] and plain.column(name_value(match[1]))
+            parts += [self.text[at : match.start()], match[0][0] if named is None else named]
+            at = match.end()
+        return pc.binary_join_element_wise(*parts, self.text[at:], "")
 
 
 def _format_value(values: Mapping[str, Any], name: str) -> str:
