@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from jobs.config_file import ConfigFile
 from jobs.options import Option, list_options, list_sections
-from jobs.usage import HelpFormatter, Parser
+from jobs.usage import Advise, HelpFormatter, Parser
 from jobs.usage_errors import describe_errors, describe_os_error
 from ovis_model.wording import count_nouns
 from pipelines.config import ModelOptions, Section
@@ -24,7 +24,7 @@ Config = TypeVar("Config", bound=Section)
 class Command(Generic[Config]):
     """A job's command line. `examples` are arguments, `notes` end --help, `places` are fields given by place.
 
-    `optional_place`: a field that may follow them.
+    `optional_place`: a field that may follow them. `advise`: what to do in place of an option that other programs have.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Command(Generic[Config]):
     notes: str = ""
     places: tuple[str, ...] = ("input", "output")
     optional_place: str = ""
+    advise: Advise = lambda _: ""
 
     @cached_property
     def options(self) -> dict[str, Option]:
@@ -74,6 +75,7 @@ def parse_command_line(command: Command[Config], argv: Sequence[str] | None, pro
 def build_parser(command: Command[Any], prog: str) -> Parser:
     """Return the parser of a job's flags. Values stay text: the configuration checks them, as it does those of YAML."""
     parser = Parser(
+        advise=command.advise,
         prog=prog,
         usage=f"{prog} {command.usage} [OPTIONS]",
         description=command.description,
@@ -154,7 +156,7 @@ def _describe_paths(paths: list[str], positionals: list[str]) -> str:
 
 def _validate(command: Command[Config], values: dict[str, Any], file: ConfigFile, parser: Parser) -> Config:
     known = {name: value for name, value in values.items() if name in command.options}
-    lines = file.describe_unknown(command.options)
+    lines = file.describe_unknown(command.options, command.advise)
 
     def label(name: str) -> str:
         if name in file.keys and values[name] == file.values[name]:

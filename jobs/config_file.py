@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.usage import suggest
+from jobs.usage import Advise, describe_other
 from pipelines.storage.yaml_file import read_key_lines, read_yaml
 
 
@@ -35,11 +35,11 @@ class ConfigFile:
         """Return where the file has an option: FILE, line N: KEY."""
         return f"{self.path}, line {self.lines[name]}: {self.keys[name]}"
 
-    def describe_unknown(self, known: Iterable[str]) -> list[str]:
-        """Return a line for each key that is no option."""
-        names = list(known)
+    def describe_unknown(self, known: Iterable[str], advise: Advise) -> list[str]:
+        """Return a line for each key that is no option, with the advice about it."""
+        names = {name: name.replace("_", "-") for name in known}
         return [
-            f"{self.label(name)} is not an option{suggest(name, names).replace('_', '-')}"
+            f"{self.label(name)} is not an option{describe_other(name.replace('_', '-'), names.values(), advise)}"
             for name in self.keys
             if name not in names
         ]

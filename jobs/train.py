@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jobs.cli import EXIT_CODES, FAILED, OK, run_job
 from jobs.command_line import Command, parse_command_line
+from jobs.trainer_names import advise
 from jobs.usage import BAD_USAGE
 from pipelines.training.config import TrainConfig
 from pipelines.training.recipe import RecipeOptions
@@ -35,6 +36,7 @@ COMMAND = Command(
         "--recipe recipe.yaml made",
     ),
     _NOTES,
+    advise=advise,
 )
 RECIPE = Command(
     "train --recipe",

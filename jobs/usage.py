@@ -7,9 +7,11 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
+
+Advise: TypeAlias = Callable[[str], str]
 
 BAD_USAGE = 2
 _MAX_WIDTH, _MAX_FLAG_WIDTH = 110, 32
@@ -19,7 +21,14 @@ _SWITCH_VALUE = re.compile(r"argument (\S+): ignored explicit argument (.*)")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports each usage error in one line and exits with 2."""
+    """A parser that reports each usage error in one line and exits with 2.
+
+    advise: name of an unknown option -> what to do in its place, "" if that is not known.
+    """
+
+    def __init__(self, *, advise: Advise = lambda _: "", **options: Any) -> None:
+        super().__init__(**options)
+        self._advise = advise
 
     def fail(self, lines: Sequence[str]) -> NoReturn:
         """Print the errors and where to find help, and exit."""
@@ -42,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     def describe_unknown(self, argument: str) -> str:
         """Return the line about a flag that does not exist."""
         flag = argument.partition("=")[0]
-        return f"{flag} is not an option{suggest(flag, self._option_string_actions)}"
+        return f"{flag} is not an option{describe_other(flag, self._option_string_actions, self._advise)}"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -54,6 +63,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+def describe_other(name: str, known: Iterable[str], advise: Advise) -> str:
+    """Return "; " and the advice about an unknown name, or else the known name that is most similar, or ""."""
+    advice = advise(name)
+    return f"; {advice}" if advice else suggest(name, known)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

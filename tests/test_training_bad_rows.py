@@ -18,6 +18,7 @@ from pipelines.training.data.check import CheckedRow, RowChecker
 from pipelines.training.data.data_sets import DataSet, list_training_rows
 from pipelines.training.data.row_table import write_rows
 from pipelines.training.run import make_prepare_options
+from tests.support.roots import ROOT
 from tests.support.training_files import TINY, make_train_config, write_pictures
 from tests.support.web_server import WebServer
 
@@ -38,6 +39,7 @@ def ask(*turns: tuple[str, str], **fields: Any) -> dict[str, Any]:
 
 GOOD = ask(("human", "<image>\nColour?"), ("gpt", "Red."), image="0.png")
 BAD = {
+    "damaged image": (ask(("human", "?"), ("gpt", "Red."), image="half.png"), "decode", ""),
     "missing image": (ask(("human", "?"), ("gpt", "Red."), image="none.png"), "read", "No such file or directory"),
     "image count": (
         ask(("human", "<image> <image>?"), ("gpt", "Red."), image="0.png"),
@@ -65,6 +67,8 @@ BAD = {
 def test_a_bad_row_is_an_error_row_and_its_neighbours_are_good(tmp_path: Path, kind: str) -> None:
     row, stage, reason = BAD[kind]
     (tmp_path / "empty.mp4").touch()
+    write_pictures(tmp_path)
+    (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     first, bad, last = check(tmp_path, GOOD, row, GOOD, max_length=100)
     assert first.num_tokens == last.num_tokens > 20 and not first.error
     assert (bad.num_tokens, bad.stage) == (0, stage) and reason in bad.error, bad
@@ -74,7 +78,7 @@ def test_an_identical_pair_is_an_error_row(tmp_path: Path) -> None:
     pair = {"image": "0.png", "prompt": "Colour?", "chosen": "Red.", "rejected": "Blue."}
     good, same = check(tmp_path, pair, {**pair, "rejected": "Red."}, stage="dpo")
     assert good.num_tokens > 20 and same.stage == "list"
-    assert same.error == "the chosen and the rejected answer are identical: the pair carries no preference"
+    assert same.error == IDENTICAL
 
 
 def test_rows_of_the_other_kind_are_error_rows(tmp_path: Path) -> None:
@@ -104,8 +108,30 @@ def test_images_by_url_are_read_and_hosts_inside_the_network_only_on_request(tmp
     assert allowed.num_tokens > 20 and refused.stage == "read" and "not a public address" in refused.error
 
 
-def test_a_truncated_image_is_an_error_row(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
-    (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
-    [row] = check(tmp_path, {**GOOD, "image": "half.png"})
-    assert row.stage == "decode" and row.num_tokens == 0
+IDENTICAL = "the chosen and the rejected answer are identical: the pair carries no preference"
+ON_THE_PAGE = {
+    "an image that is missing": "missing image",
+    "a damaged image": "damaged image",
+    "marks and images differ": "image count",
+    "an empty answer": "empty answer",
+    "system turns only": "only system turns",
+    "no answer": "label-free",
+    "too long": "over-long",
+    "not JSON": "wrong JSON",
+    "a video without frames": "video without frames",
+}
+
+
+def test_the_page_lists_each_kind_with_its_stage_and_reason() -> None:
+    """The tests above check that rows of these kinds have these stages and reasons."""
+    page = (
+        (ROOT / "docs" / "training.md").read_text().partition("### What is wrong with a row")[2].partition("\n## ")[0]
+    )
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    table = {what: (stage, reason.replace("`", "").removesuffix(" ...")) for what, stage, reason in lines[1:]}
+    wanted = {what: BAD[kind][1:] for what, kind in ON_THE_PAGE.items()}
+    wanted["equal answers in a pair"] = "list", IDENTICAL
+    assert table.keys() == wanted.keys() and len(table) == 10
+    for what, (stage, reason) in table.items():
+        assert stage == wanted[what][0]
+        assert reason == "what the decoder says" or wanted[what][1].startswith(reason)

@@ -10,16 +10,22 @@ import torch
 
 from ovis_model.training.learning.learner import Learner, LearnerOptions, MicroBatch
 from ovis_model.training.learning.parallel import World
+from ovis_model.training.lora import LoraConfig
 from ovis_model.training.optimizer import Schedule
 from ovis_model.training.parts import STAGES
+from tests.support.divided_learner import take_steps, take_steps_together
 from tests.support.training import TINY, make_examples
 
 NUM_STEPS = 20
 
 
+def make_options(parts: str, **options: Any) -> LearnerOptions:
+    given = {"learning_rate": 1e-4, **options}
+    return LearnerOptions(parts=parts, schedule=Schedule(num_steps=NUM_STEPS), **given)
+
+
 def make_learner(parts: str = "all", **options: Any) -> Learner:
-    given = LearnerOptions(parts=parts, schedule=Schedule(num_steps=NUM_STEPS), learning_rate=1e-4, **options)
-    return Learner(TINY, given, torch.device("cpu"), World())
+    return Learner(TINY, make_options(parts, **options), torch.device("cpu"), World())
 
 
 def step(learner: Learner, *sizes: int) -> dict[str, float]:
@@ -51,6 +57,16 @@ def test_a_learner_continues_from_its_state_to_the_bit() -> None:
     assert [step(resumed, 2, 2) for _ in range(3)] == lines[3:]
     wanted, found = get_weights(whole), get_weights(resumed)
     assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+
+
+def test_a_divided_model_with_adapters_takes_the_steps_of_a_whole_one() -> None:
+    options = make_options("lora", learning_rate=1e-3, lora=LoraConfig(4), shard=True)
+    losses, weights = take_steps_together(options, NUM_STEPS)
+    whole = Learner(TINY, options, torch.device("cpu"), World())
+    assert losses == pytest.approx(take_steps(whole, list(make_examples()), NUM_STEPS), rel=1e-5)
+    wanted = {name: x.detach().numpy() for name, x in whole.network.named_parameters()}
+    assert weights.keys() == wanted.keys() and any(".adapter." in name for name in wanted)
+    assert max(np.abs(weights[name] - wanted[name]).max() for name in wanted) < 1e-5
 
 
 def test_a_filler_changes_nothing() -> None:

@@ -85,7 +85,6 @@ def test_learning_rates_are_those_of_the_stage_unless_given() -> None:
         ({"learning_rates": "vte"}, "must be PART=RATE"),
         ({"learning_rates": "vte=nan"}, "must be PART=RATE"),
         ({"lora_rank": 8, "stage": 1}, "which stage 1 does not"),
-        ({"lora_rank": 8, "fsdp": True}, "leave it out with --lora-rank"),
         ({"frame_selection": "top-k"}, "not supported in training"),
         ({"learning_rate": 0}, "greater than 0"),
     ],

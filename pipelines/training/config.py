@@ -57,6 +57,9 @@ class DataOptions(Section):
     eval_rows: int = declare_option(
         0, ge=0, description="number of rows to hold out, chosen by the seed, for the validation loss and the samples"
     )
+    eval_input: tuple[Location, ...] = declare_option(
+        (), description="data of rows that are only held out, in the forms of INPUT", unset="none"
+    )
     max_error_rate: float = _declare_execution(
         0.1, ge=0, le=1, description="do not start if a larger share of the rows are errors"
     )
@@ -172,7 +175,7 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
 
     title: ClassVar[str] = "training"
 
-    _wrap_input = field_validator("input", mode="before")(wrap_one)
+    _wrap_input = field_validator("input", "eval_input", mode="before")(wrap_one)
 
     @field_validator("stage", mode="before")
     @classmethod
@@ -206,8 +209,6 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
     def _check_stage(self) -> Self:
         if self.lora_rank and self.stage not in ("4", "dpo"):
             raise ValueError(f"--lora-rank trains the language model, which stage {self.stage} does not; use stage 4")
-        if self.lora_rank and self.fsdp:
-            raise ValueError("--fsdp divides whole models; leave it out with --lora-rank")
         return self
 
     @property
@@ -241,9 +242,16 @@ class TrainConfig(LogOptions, WorkerOptions, StepOptions, StageOptions, ImageOpt
 
     def read_data_sets(self) -> list[DataSet]:
         """Return the data sets of INPUT. Raise ValueError."""
+        return self._read(self.input)
+
+    def read_eval_sets(self) -> list[DataSet]:
+        """Return the data sets of --eval-input. Raise ValueError."""
+        return self._read(self.eval_input)
+
+    def _read(self, uris: tuple[str, ...]) -> list[DataSet]:
         form = self.caption_form or ("plain" if self.stage == "1" else "dialogue")
         template = self.caption_template or CAPTION_TEMPLATE
-        return read_data_sets(self.input, image_root=self.image_root, caption_template=template, caption_form=form)
+        return read_data_sets(uris, image_root=self.image_root, caption_template=template, caption_form=form)
 
     def identify(self) -> dict[str, Any]:
         """Return the options that decide the weights, as JSON values: a resumed run may not change them."""

@@ -10,7 +10,7 @@ from pipelines.training.metrics import MetricLog, Metrics
 
 _WIDTH_PX, _HEIGHT_PX, _LEFT_PX, _BOTTOM_PX = 560, 220, 64, 24
 _MAX_POINTS = 600
-_COLOURS = ("#1f5fa8", "#c4501b")
+_COLOURS = ("#1f5fa8", "#c4501b", "#3c8d40", "#8a4fa3", "#b8860b", "#2a9d9d", "#7a5c4f", "#555555")
 _STYLE = (
     "body{font:15px system-ui;margin:2rem;max-width:1200px}svg{background:#fafafa;margin:0 1rem 1rem 0}"
     "h2{font-size:1rem;margin:.5rem 0}figure{display:inline-block;margin:0}td,th{padding:.2rem .8rem;text-align:left;"
@@ -40,13 +40,26 @@ _CURVES = (
 def render_training_page(title: str, facts: Mapping[str, str], log: MetricLog) -> str:
     """Return the page. `facts`: what to show above the curves, by name."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    figures = (_render_figure(curve, [log.list_points(name) for name in curve.names]) for curve in _CURVES)
+    curves = [*_CURVES, *_list_data_set_curves(log)]
+    figures = (_render_figure(curve, [log.list_points(name) for name in curve.names]) for curve in curves)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{_STYLE}</style>'
         f"<h1>{html.escape(title)}</h1><table>{rows}</table>{''.join(figures)}{_render_samples(log.lines)}</html>\n"
     )
+
+
+def _list_data_set_curves(log: MetricLog) -> list[Curve]:
+    """Return the validation losses of the data sets, as many in a figure as there are colours."""
+    found = (name for line in log.lines if line["kind"] == "eval" for name in line)
+    names = [name for name in dict.fromkeys(found) if name.endswith("_loss") and name != "eval_loss"]
+    groups = [names[at : at + len(_COLOURS)] for at in range(0, len(names), len(_COLOURS))]
+    return [Curve(f"validation: {', '.join(map(_shorten, group))}", tuple(group)) for group in groups]
+
+
+def _shorten(name: str) -> str:
+    return name.removeprefix("eval_").removesuffix("_loss")
 
 
 def _render_figure(curve: Curve, lines: Sequence[Points]) -> str:

@@ -69,8 +69,8 @@ def read_run(config: TrainConfig, model: Json) -> TrainingRun | None:
 
 def identify_run(config: TrainConfig, model: Json) -> Json:
     """Return what decides the weights, as JSON values."""
-    inputs = [store.make_absolute(uri) for uri in config.input]
-    identity: Json = json.loads(json.dumps({**config.identify(), "input": inputs, "model weights": model["weights"]}))
+    data = {name: [store.make_absolute(uri) for uri in getattr(config, name)] for name in ("input", "eval_input")}
+    identity: Json = json.loads(json.dumps({**config.identify(), **data, "model weights": model["weights"]}))
     return identity
 
 

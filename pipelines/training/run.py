@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,9 @@ from pipelines.storage.preflight import check_stores
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.data.check import CheckedRows, PrepareOptions, check_rows, read_checked_rows
-from pipelines.training.data.data_sets import list_training_rows
+from pipelines.training.data.data_sets import list_short_names, list_training_rows
 from pipelines.training.data.loader import Loader, RowSource
-from pipelines.training.data.order import RowOrder, shuffle
+from pipelines.training.data.order import RowOrder, Rows, shuffle
 from pipelines.training.data.row_table import write_rows
 from pipelines.training.group import WorkerGroup
 from pipelines.training.plan import TrainingPlan, check_memory, describe_memory, plan_training
@@ -69,7 +70,7 @@ def run_training(config: TrainConfig) -> TrainingReport:
     started_s = time.monotonic()
     config = config.model_copy(update={"model": resolve_local_path(config.model)})
     with note_unchanged():
-        check_stores((*config.input, config.output, config.model))
+        check_stores((*config.input, *config.eval_input, config.output, config.model))
         store.allow_private_addresses(config.allow_private_addresses)
         if config.initialize != "all":
             check_weight_files(config.model, config.revision)
@@ -96,8 +97,8 @@ def run_training(config: TrainConfig) -> TrainingReport:
 def _freeze_rows(config: TrainConfig, model: dict[str, Any], plan: TrainingPlan) -> TrainingRun:
     """List and check all rows, then write the run's record. Raise SourceError if too many are errors."""
     output = store.make_absolute(config.output)
-    data_sets = config.read_data_sets()
-    num_rows = write_rows(output, list_training_rows(data_sets))
+    data_sets, eval_sets = config.read_data_sets(), config.read_eval_sets()
+    num_rows = write_rows(output, list_training_rows([*data_sets, *eval_sets]))
     if not num_rows:
         raise SourceError(f"{', '.join(map(store.redact, config.input))} holds no row")
     checked = check_rows(output, num_rows, make_prepare_options(config), plan.num_cpus)
@@ -110,10 +111,12 @@ def _freeze_rows(config: TrainConfig, model: dict[str, Any], plan: TrainingPlan)
             f"({checked.describe_errors(3)}); see "
             f"{store.join(config.output, 'errors.jsonl')}, correct the data or raise --max-error-rate"
         )
-    if len(checked.good) <= config.eval_rows:
-        raise RunError(f"--eval-rows {config.eval_rows} leaves no row to train on; {len(checked.good)} can be used")
+    num_good = int(checked.is_of_first(len(data_sets)).sum())
+    if num_good <= config.eval_rows:
+        raise RunError(f"--eval-rows {config.eval_rows} leaves no row to train on; {num_good} can be used")
     weights = [data_set.weight for data_set in data_sets]
-    return begin_run(config, model, num_rows=num_rows, weights=weights, threads=plan.threads)
+    names = list_short_names([*data_sets, *eval_sets])
+    return begin_run(config, model, num_rows=num_rows, weights=weights, data_sets=names, threads=plan.threads)
 
 
 def make_prepare_options(config: TrainConfig) -> PrepareOptions:
@@ -164,14 +167,16 @@ def preview_row(settings: WorkerSettings) -> str:
 
 def make_settings(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, checked: CheckedRows) -> WorkerSettings:
     """Return what all workers share: the order of rows, those held out, and the number of steps."""
-    good = checked.good
-    held_out = np.sort(good[shuffle(len(good), config.seed, 0, "held out")[: config.eval_rows]])
-    trained = np.setdiff1d(good, held_out)
+    weights = run.record["weights"]
+    is_trained = checked.is_of_first(len(weights))
+    good, only_held_out = checked.good[is_trained], checked.good[~is_trained]
+    drawn = good[shuffle(len(good), config.seed, 0, "held out")[: config.eval_rows]]
+    held_out, trained = np.sort(np.concatenate([drawn, only_held_out])), np.setdiff1d(good, drawn)
     order = RowOrder(
         numbers=trained,
         lengths=checked.get_lengths()[trained],
         data_sets=checked.get_data_sets()[trained],
-        weights=tuple(run.record["weights"]),
+        weights=tuple(weights),
         batch_size=config.batch_size,
         seed=config.seed,
     )
@@ -180,7 +185,7 @@ def make_settings(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, che
         config=config,
         source=RowSource(run.output, run.num_rows, make_prepare_options(config)),
         order=order,
-        held_out=tuple(held_out.tolist()),
+        held_out=_group_rows(held_out, checked.get_data_sets()[held_out], run.record["data_sets"]),
         shown=tuple(shown[: config.num_samples].tolist()),
         num_steps=config.max_steps or config.num_train_epochs * order.steps_per_epoch,
         device=plan.device,
@@ -188,6 +193,11 @@ def make_settings(config: TrainConfig, run: TrainingRun, plan: TrainingPlan, che
         threads=run.record["threads"],
         checkpoints=Checkpoints(run.state_uri),
     )
+
+
+def _group_rows(rows: Rows, data_sets: Rows, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return {name of a data set: its rows}, of those that have some."""
+    return {names[n]: tuple(rows[data_sets == n].tolist()) for n in np.unique(data_sets).tolist()}
 
 
 def _take_steps(
@@ -249,7 +259,7 @@ def _get_reference(run: TrainingRun, settings: WorkerSettings, group: WorkerGrou
 
 
 def _write_reference(uri: str, settings: WorkerSettings, group: WorkerGroup) -> None:
-    rows = [*settings.order.numbers.tolist(), *settings.held_out]
+    rows = [*settings.order.numbers.tolist(), *chain.from_iterable(settings.held_out.values())]
     found = []
     per_call = _REFERENCE_ROWS * settings.config.num_workers
     with Progress("pairs measured", len(rows)) as progress:

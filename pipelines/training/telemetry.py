@@ -64,7 +64,7 @@ class Telemetry:
             "start": config.model + (f" at {config.revision}" if config.revision else ""),
             "data": ", ".join(map(store.redact, config.input)),
             "rows": len(order.numbers),
-            "held_out_rows": len(self._settings.held_out),
+            "held_out_rows": sum(map(len, self._settings.held_out.values())),
             "steps": losses[-1][0] if losses else 0,
             "rows_per_step": config.batch_size,
             "learning_rate": config.peak_learning_rate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -24,21 +24,21 @@ from pipelines.training.data.prepare import AnyExample
 from pipelines.training.metrics import Metrics
 
 if TYPE_CHECKING:
-    from ovis_model.training.learning.learner import LearnerOptions, MicroBatch
+    from ovis_model.training.learning.learner import LearnerOptions, MicroBatch, Totals
 
 
 @dataclass(frozen=True, eq=False)
 class WorkerSettings:
     """What all workers of a run share.
 
-    held_out: rows for the validation loss. shown: rows to answer.
+    held_out: rows for the validation loss, by their data set. shown: rows to answer.
     threads: of torch on a CPU; their number decides the last bits of sums.
     """
 
     config: TrainConfig
     source: RowSource
     order: RowOrder
-    held_out: tuple[int, ...]
+    held_out: Mapping[str, tuple[int, ...]]
     shown: tuple[int, ...]
     num_steps: int
     device: Literal["cpu", "cuda"]
@@ -115,9 +115,16 @@ class TrainingWorker:
         return lines
 
     def evaluate(self) -> Metrics:
-        """Return the means over all held-out rows."""
-        rows = np.array(self._settings.held_out, np.int64)
-        shares = ((share, share.rows) for share in self._share(0, rows))
+        """Return the means over all held-out rows, and the loss of each data set if there are several."""
+        from ovis_model.training.learning.learner import add_totals
+
+        found = {name: self._sum_losses(rows) for name, rows in self._settings.held_out.items()}
+        means = add_totals(found.values()).describe(is_preference=self._settings.config.is_preference, prefix="eval_")
+        losses = {f"eval_{name}_loss": totals.loss / max(1.0, totals.num_targets) for name, totals in found.items()}
+        return {**means, **losses} if len(found) > 1 else means
+
+    def _sum_losses(self, rows: Sequence[int]) -> Totals:
+        shares = ((share, share.rows) for share in self._share(0, np.array(rows, np.int64)))
         return self._learner.evaluate(self._make_micro_batch(*pair) for pair in self._loaders.load_ahead(shares))
 
     def measure_reference(self, rows: Sequence[int]) -> list[tuple[int, float, float]]:
@@ -175,7 +182,8 @@ class TrainingWorker:
         from ovis_model.training.learning.parallel import World, gather_network
 
         network, is_divided = self._learner.network, self._settings.config.fsdp and self._size > 1
-        return gather_network(network, World(self._rank, self._size)) if is_divided else network
+        lora = make_learner_options(self._settings).lora
+        return gather_network(network, World(self._rank, self._size), lora) if is_divided else network
 
     @property
     def _directory(self) -> Path:

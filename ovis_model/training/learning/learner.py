@@ -138,11 +138,10 @@ class Learner:
             "num_tokens": totals.num_tokens,
         }
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
-        """Return the means over the micro-batches of all workers, without learning."""
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Totals:
+        """Return the sums over the micro-batches of all workers, without learning."""
         with torch.no_grad():
-            totals = self._sum(self._run(micro_batches, trains=False))
-        return totals.describe(is_preference=self._options.is_preference, prefix="eval_")
+            return self._sum(self._run(micro_batches, trains=False))
 
     def measure_reference(self, pairs: Sequence[PreferenceExample]) -> Reference:
         """Return the log-probabilities of pairs under the present weights."""
@@ -224,6 +223,14 @@ def _load(directory: Path, options: LearnerOptions, device: torch.device) -> Ovi
         add_adapters(network, options.lora, generator)
     choose_trainable(network, options.parts)
     return network
+
+
+def add_totals(parts: Iterable[Totals]) -> Totals:
+    """Return the sums of sums."""
+    whole = Totals()
+    for part in parts:
+        _add(whole, part)
+    return whole
 
 
 def _add(totals: Totals, added: Totals) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ovis_model.network.ovis import Ovis
+from ovis_model.training.lora import LoraConfig, add_adapters
 from ovis_model.training.model import TrainingModel
 
 _TIMEOUT = timedelta(minutes=30)  # of one exchange; the slowest worker may read a long video meanwhile
@@ -121,10 +122,15 @@ def scatter(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gather_network(network: Ovis, world: World) -> Ovis | None:
-    """Return a whole copy on the CPU of a network that is divided, on rank 0; all workers must call it."""
+def gather_network(network: Ovis, world: World, lora: LoraConfig | None = None) -> Ovis | None:
+    """Return a whole copy on the CPU of a network that is divided, on rank 0; all workers must call it.
+
+    lora: the network's adapters, None if it has none.
+    """
     with torch.device("meta"):
         whole = Ovis(network.config)
+        if lora is not None:
+            add_adapters(whole, lora)
     if world.rank == 0:
         whole.to_empty(device="cpu")
     parameters = dict(whole.named_parameters())

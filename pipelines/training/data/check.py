@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
+from numpy.typing import NDArray
 
 from ovis_model.training.examples import PreferenceExample
 from pipelines.cluster.actor import register_fast_exit
@@ -92,6 +93,10 @@ class CheckedRows:
     def num_errors(self) -> int:
         """The number of the other rows."""
         return len(self.table) - len(self.good)
+
+    def is_of_first(self, num_data_sets: int) -> NDArray[np.bool_]:
+        """Return for each good row whether it is of one of the first so many data sets: the others are held out."""
+        return np.asarray(self.get_data_sets()[self.good] < num_data_sets)
 
     def get_lengths(self) -> Rows:
         """Return the number of tokens of each row; 0 for an error."""

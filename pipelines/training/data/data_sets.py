@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -107,6 +108,12 @@ def _read_entry(path: str, name: str, values: Any, defaults: Mapping[str, Any]) 
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {name}, {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def list_short_names(data_sets: Sequence[DataSet]) -> list[str]:
+    """Return a name for each data set that fits into that of a metric: a file's without directory and suffix."""
+    names = [re.sub(r"[^\w-]+", "_", data_set.name.rpartition("/")[2].partition(".")[0]) for data_set in data_sets]
+    return [f"{name}_{at}" if not name or name in names[:at] else name for at, name in enumerate(names)]
 
 
 def list_training_rows(data_sets: Sequence[DataSet]) -> Iterator[ListedRow]:
