@@ -17,6 +17,7 @@ from jobs.usage import BAD_USAGE
 from pipelines.config import RunConfig
 from pipelines.errors import (
     ClusterChanged,
+    EngineNotStarted,
     EverythingFails,
     LeaseLost,
     LibraryError,
@@ -67,7 +68,7 @@ def _run_and_report(
         # `ray job stop` terminates: leave as on Ctrl-C, so that finished rows are written and actors ended.
         with drain_when_signalled(), _stdout_to_stderr(), _translate_library_errors():
             report = job()
-    except ValueError as error:
+    except (ValueError, EngineNotStarted) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
     except (StageFailed, EverythingFails) as error:

@@ -334,12 +334,6 @@ class ResourceOptions(Section):
     )
 
     @model_validator(mode="after")
-    def _check_engine(self) -> Self:
-        if self.engine == "vllm" and self.quantization != "none":
-            raise ValueError("--engine vllm has no --quantization; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
     def _check_quantization(self) -> Self:
         if self.quantization == "fp8" and self.dtype == "float32":
             raise ValueError("--quantization fp8 computes in bfloat16; leave out --dtype float32")

@@ -28,6 +28,7 @@
       LibraryError    a library raised an exception that no other entry covers
       ClusterChanged  after nodes were lost, the cluster no longer fits the run
       RayNotStarted   Ray does not start on this machine
+      EngineNotStarted  a replica's engine does not start, and the user can fix it: exit 2
       WorkersDied     a worker of a training run died; all start again from the last checkpoint
 
 The model's exceptions (`CheckpointError`, `RequestError`, `EngineDied` ...) are in `ovis_model`.
@@ -126,6 +127,10 @@ class ProcessesDie(RuntimeError):  # noqa: N818  (the name says what happened)
 
 class NodeIncomplete(RuntimeError):  # noqa: N818  (the name says what happened)
     """A node of the cluster lacks a package that an actor imports; the message names both."""
+
+
+class EngineNotStarted(RuntimeError):  # noqa: N818  (the name says what happened)
+    """A replica's engine does not start on its node with this model; the message includes the remedy."""
 
 
 class RowsLost(RuntimeError):  # noqa: N818  (the name says what happened)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ovis_model.config import EngineName, Quantization
 from ovis_model.engine.engine import OvisEngine
+from ovis_model.engine.vllm_engine.versions import import_vllm
 from ovis_model.inputs.processor import Processor
 from ovis_model.types import Engine, EngineDied, RequestError, SamplingParams
 from pipelines import schema
@@ -20,6 +21,7 @@ from pipelines.answering import Answerer
 from pipelines.cluster.actor import register_fast_exit
 from pipelines.cluster.attempts import CONTROL, GIVEN_UP, MAX_TRIES, Attempts
 from pipelines.cluster.lock import SharedExclusiveLock
+from pipelines.errors import EngineNotStarted
 from pipelines.monitoring.usage import Meter, Reading
 from pipelines.rows import Batch, PreparedRow, ResultRow
 from pipelines.tasks.questionnaire import Questionnaire
@@ -43,21 +45,26 @@ EngineFactory = Callable[[Replica], Engine]
 
 
 def load_engine(replica: Replica) -> Engine:
-    """Load the real engine in the replica's process."""
+    """Load the real engine in the replica's process. Raise EngineNotStarted if vLLM does not start."""
     # Waiting OpenMP threads would otherwise spin and occupy the cores that decode images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options: dict[str, Any] = {
         "device": replica.device,
         "dtype": replica.dtype,
         "tensor_parallel": replica.tensor_parallel,
+        "quantization": replica.quantization,
         "revision": replica.revision,
         "num_threads": replica.num_threads,
     }
     if replica.engine == "ovis":
-        return OvisEngine.from_pretrained(replica.model, quantization=replica.quantization, **options)
-    from ovis_model.engine.vllm_engine.engine import VllmEngine  # loads vLLM
+        return OvisEngine.from_pretrained(replica.model, **options)
+    try:
+        import_vllm()
+        from ovis_model.engine.vllm_engine.engine import VllmEngine
 
-    return VllmEngine.from_pretrained(replica.model, **options)
+        return VllmEngine.from_pretrained(replica.model, **options)
+    except ValueError as error:
+        raise EngineNotStarted(str(error)) from error
 
 
 class Generate:

@@ -26,7 +26,7 @@ from pipelines.cluster.ray_session import (
 from pipelines.cluster.resources import BATCH_BYTES, MAX_BLOCKS
 from pipelines.cluster.watch import Watch
 from pipelines.config import RunConfig
-from pipelines.errors import ClusterChanged, LeaseLost, ResourceError, RowsLost, RunError, StoreFault
+from pipelines.errors import ClusterChanged, EngineNotStarted, LeaseLost, ResourceError, RowsLost, RunError, StoreFault
 from pipelines.generate import EngineFactory, Generate, Replica, load_engine
 from pipelines.media.frame_encoder import run_encoders
 from pipelines.media.saving import check_saved_frames
@@ -154,6 +154,10 @@ def _write_missing_rows(
             monitor = RunMonitor(run.output, lease, progress, phases)
             try:
                 _write_in_passes(config, run, ledger, plan, lease, monitor, make_engine)
+            except EngineNotStarted as error:
+                if progress.num_new:
+                    raise ClusterChanged(f"a replica does not start again: {error}") from error
+                raise
             finally:
                 run.note_session(monitor.finish())
     return ledger, progress

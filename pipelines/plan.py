@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
-from ovis_model.engine.vllm_engine.versions import check_shapes
+from ovis_model.engine.vllm_engine.versions import check_kernels
 from pipelines.cluster.resources import (
     Hardware,
     Pools,
@@ -45,7 +45,7 @@ def plan_run(config: RunConfig, num_rows: int) -> Plan:
     check_quantization(config, hardware)
     encoders, pools = share_hardware(config, hardware, model)
     if config.engine == "vllm":
-        check_shapes(model.language, pools.device, pools.tensor_parallel)
+        check_kernels(model.language, pools.device, config.quantization)
     sizes = plan_batches(
         num_rows,
         pools,

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import OvisConfig
 from ovis_model.engine.engine import OvisEngine
 from ovis_model.engine.vllm_engine import versions
-from ovis_model.engine.vllm_engine.versions import check_shapes, check_vllm
+from ovis_model.engine.vllm_engine.versions import check_kernels, check_vllm
 from ovis_model.inputs.processor import Processor
-from ovis_model.types import Completion, Constraint, EngineDied, Request, SamplingParams
+from ovis_model.network.weights import load_embedder, load_model
+from ovis_model.types import Completion, Constraint, Request, SamplingParams
 from pipelines.output.sink import read_results
 from tests.support.golden_data import checkpoint_dir
-from tests.support.job_configs import make_job_config
 from tests.support.pictures import draw
-from tests.support.processes import Job, list_files, run_caption, wait_for
+from tests.support.processes import Job, is_alive, list_files, run_caption, wait_for
+from tests.support.roots import ROOT
 
 MODEL = "demo"  # its heads have a size that vLLM's attention on CPUs supports
 GREEDY = SamplingParams(max_new_tokens=24)
@@ -147,27 +154,75 @@ def test_the_tensors_of_both_layouts_have_vllms_names() -> None:
     assert all(name.startswith("model.layers.") or name.count(".") <= 2 for name in names)
 
 
+def draw_many(directory: Path, count: int) -> Path:
+    directory.mkdir()
+    for i in range(count):
+        draw(directory / f"{i:02}.png", seed=i, width=300, height=200)
+    return directory
+
+
+def read_answers(output: Path) -> Any:
+    return read_results(str(output)).sort_by("id").select(["id", "text", "status"])
+
+
+OPTIONS = ["--model", MODEL, "--num-replicas", "2", "--max-new-tokens", "16", "--rows-per-file", "2"]
+
+
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [0, 1])
-def test_a_job_with_two_replicas_writes_every_row_once(tmp_path: Path, kills: int) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i in range(24):
-        draw(pictures / f"{i:02}.png", seed=i, width=300, height=200)
-    options = ["--model", MODEL, "--num-replicas", "2", "--max-new-tokens", "16", "--rows-per-file", "2"]
-    expected = run_caption(pictures, tmp_path / "ours", *options)
-    job = Job(["jobs.caption", str(pictures), str(tmp_path / "theirs"), *options, "--engine", "vllm"]).start()
-    for i in range(kills):
-        wait_for(lambda i=i: len(list_files(tmp_path / "theirs")) > i, 240)
-        for pid in job.find_actors("Generate")[:1]:
-            os.kill(pid, signal.SIGKILL)
+def test_a_job_with_two_replicas_writes_every_row_once(tmp_path: Path) -> None:
+    pictures = draw_many(tmp_path / "pictures", 24)
+    expected = run_caption(pictures, tmp_path / "ours", *OPTIONS)
+    found = run_caption(pictures, tmp_path / "theirs", *OPTIONS, "--engine", "vllm")
+    assert (expected.exit_code, found.exit_code) == (0, 0), found.stderr
+    assert read_answers(tmp_path / "ours").equals(read_answers(tmp_path / "theirs"))
+
+
+def find_workers(job: Job) -> dict[int, list[int]]:
+    """Return the processes of vLLM's workers of each replica; vLLM names them."""
+    found = {}
+    for replica in job.find_actors("Generate"):
+        with suppress(OSError):  # it has just ended
+            threads = [int(path.name) for path in Path(f"/proc/{replica}/task").iterdir()]
+            texts = [Path(f"/proc/{replica}/task/{thread}/children").read_text() for thread in threads]
+            children = [int(pid) for text in texts for pid in text.split()]
+            found[replica] = [pid for pid in children if b"VLLM" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_killed_workers_and_replicas_cost_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL a worker of one replica's vLLM, and then the other replica, whose workers end with it."""
+    pictures = draw_many(tmp_path / "pictures", 40)
+    expected = run_caption(pictures, tmp_path / "ours", *OPTIONS)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    command = ["jobs.caption", str(pictures), str(tmp_path / "theirs"), *OPTIONS, "--engine", "vllm"]
+    job = Job([*command, "--tensor-parallel", "2"]).start()
+    wait_for(lambda: len(list_files(tmp_path / "theirs")) > 0, 280)
+    workers = {replica: pids for replica, pids in find_workers(job).items() if len(pids) == 2}
+    assert workers, "no replica has started its workers"
+    [(first, pids), *others] = workers.items()
+    os.kill(pids[1], signal.SIGKILL)
+    killed, orphans = others[0] if others else (first, pids)
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: not any(map(is_alive, orphans)), 60)
+    assert not any(map(is_alive, orphans))
     found = job.finish()
     job.wait_until_all_gone()
+    assert not any(map(is_alive, [*pids, *orphans]))
     assert (expected.exit_code, found.exit_code) == (0, 0), found.stderr
-    columns = ["id", "text", "status"]
-    answers = [read_results(str(tmp_path / side)).sort_by("id").select(columns) for side in ("ours", "theirs")]
-    assert answers[0].equals(answers[1])
+    assert read_answers(tmp_path / "ours").equals(read_answers(tmp_path / "theirs"))
+
+
+@needs_vllm
+def test_too_little_memory_ends_a_job_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
+    pictures = draw_many(tmp_path / "pictures", 1)
+    found = run_caption(pictures, tmp_path / "out", "--model", MODEL, "--engine", "vllm")
+    assert found.exit_code == 2 and "Traceback" not in found.stderr, found.stderr
+    assert "error: vLLM has too little memory to start (" in found.stderr.splitlines()[-1]
+    assert "lower VLLM_CPU_KVCACHE_SPACE" in found.stderr.splitlines()[-1]
 
 
 def test_a_missing_or_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,14 +241,23 @@ def test_a_missing_or_untested_version_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_a_model_without_kernels_is_refused() -> None:
     tiny = OvisConfig.from_directory(checkpoint_dir("tiny56-tied")).language
+    demo = OvisConfig.from_directory(fetch_checkpoint(MODEL)).language
     with pytest.raises(ValueError, match="multiple of 32, and this model has 16"):
-        check_shapes(tiny, "cpu", 1)
-    check_shapes(tiny, "cuda", 2)
+        check_kernels(tiny, "cpu", "none")
+    with pytest.raises(ValueError, match="no fp8 products on CPUs"):
+        check_kernels(demo, "cpu", "fp8")
+    check_kernels(tiny, "cuda", "fp8")
+    check_kernels(demo, "cpu", "none")
 
 
-def test_options_that_it_has_not_are_refused() -> None:
-    with pytest.raises(ValueError, match="--engine vllm has no --quantization"):
-        make_job_config(["pictures"], "out", engine="vllm", quantization="fp8")
+def test_the_tower_beside_vllm_is_quantized_as_ours_is() -> None:
+    options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "quantization": "fp8"}
+    whole, part = (load(checkpoint_dir("tiny56-tied"), **options).state_dict() for load in (load_model, load_embedder))
+    assert {name for name in whole if not re.search(r"llm\..*(layers|lm_head)", name)} == {*part} - {
+        "llm.lm_head.weight"
+    }
+    assert any(tensor.dtype == torch.float8_e4m3fn for tensor in part.values())
+    assert all(torch.equal(tensor.float(), whole[name].float()) for name, tensor in part.items())
 
 
 @pytest.mark.skipif(versions._find_version() is not None, reason="vLLM is installed")
@@ -210,11 +274,42 @@ def test_an_interrupt_fails_no_later_request(ours: OvisEngine, theirs: Any, requ
     assert count_equal(ours.generate(requests[:4], GREEDY), theirs.generate(requests[:4], GREEDY)) == 4
 
 
-@needs_vllm
-def test_a_closed_engine_says_so(requests: list[Request]) -> None:
-    from ovis_model.engine.vllm_engine.engine import VllmEngine
+CLOSED = """
+from ovis_model.engine.vllm_engine.engine import VllmEngine
+from ovis_model.inputs.processor import Processor
+from ovis_model.types import EngineDied, SamplingParams
 
-    engine = VllmEngine.from_pretrained(MODEL, device="cpu", dtype="float32", num_threads=1)
-    engine.close()
-    with pytest.raises(EngineDied, match="closed"):
-        engine.generate(requests[:1], GREEDY)
+request = Processor.from_pretrained("demo").build_request("Hello")
+with VllmEngine.from_pretrained("demo", device="cpu", dtype="float32", num_threads=1) as engine:
+    assert len(engine.generate([request], SamplingParams(max_new_tokens=3))[0].output_ids) <= 3
+try:
+    engine.generate([request], SamplingParams())
+except EngineDied as error:
+    assert "closed" in str(error)
+else:
+    raise AssertionError("a closed engine answers")
+"""
+
+
+@needs_vllm
+def test_a_closed_engine_says_so_and_leaves_no_file(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CLOSED], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir() if "vllm" in path.name] == []
+
+
+FP8 = """
+from ovis_model.engine.vllm_engine import engine
+
+engine.check_kernels = lambda *_: None
+engine.VllmEngine.from_pretrained("demo", device="cpu", dtype="bfloat16", quantization="fp8", num_threads=1)
+"""
+
+
+@needs_vllm
+def test_the_decoders_fp8_is_handed_to_vllm() -> None:
+    """Without our refusal, vLLM for CPUs quantizes the weights and finds no product for them."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", FP8], env=environment, capture_output=True, text=True, timeout=200)
+    assert "ValueError: vLLM does not start" in done.stderr and "fp8" in done.stderr.splitlines()[-1], done.stderr

@@ -50,11 +50,13 @@ def load_model(
     return model
 
 
-def load_embedder(directory: Path, *, device: torch.device, dtype: torch.dtype) -> Ovis:
+def load_embedder(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, quantization: Quantization = "none"
+) -> Ovis:
     """Load what turns ids and tiles into embeddings: tower, head and both tables, without a layer of the decoder."""
     config = OvisConfig.from_directory(directory)
     language = replace(config.language, num_hidden_layers=0, tie_word_embeddings=True)
-    model = allocate_model(replace(config, language=language), device=device, dtype=dtype)
+    model = allocate_model(replace(config, language=language), device=device, dtype=dtype, quantization=quantization)
     decoder = re.compile(r"(llm\.)?(model\.)?(language_model\.)?(layers\.|lm_head\.)")
     load_weights(model, directory, config.layout, ignores=decoder.match)
     model.config = config

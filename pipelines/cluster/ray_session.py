@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines.cluster.address import check_address
 from pipelines.cluster.lean_ray import run_without_scaling
 from pipelines.cluster.local_ray import start_local_ray
-from pipelines.errors import NodeIncomplete, ProcessesDie, StageFailed, StoreFault
+from pipelines.errors import EngineNotStarted, NodeIncomplete, ProcessesDie, StageFailed, StoreFault
 
 _EXECUTOR_END_S = 10.0
 
@@ -142,7 +142,7 @@ def request_gpus(bundles: Sequence[int]) -> Iterator[None]:
 def translate_ray_errors() -> Iterator[None]:
     """Raise an actor's StoreFault or ProcessesDie unchanged, its other errors as StageFailed with their message.
 
-    A package that an actor cannot import is NodeIncomplete.
+    A package that an actor cannot import is NodeIncomplete. An engine that does not start is EngineNotStarted.
     """
     import ray
 
@@ -151,6 +151,8 @@ def translate_ray_errors() -> Iterator[None]:
     except ray.exceptions.RayError as error:
         if fault := find_cause(error, StoreFault) or find_cause(error, ProcessesDie):
             raise fault from error
+        if found := re.search(rf"^[\w.]*\b{EngineNotStarted.__name__}: (.+)$", str(error), re.MULTILINE):
+            raise EngineNotStarted(found[1]) from None
         if missing := describe_missing_package(str(error)):
             raise NodeIncomplete(missing) from None
         raise StageFailed(extract_error_line(error)) from error

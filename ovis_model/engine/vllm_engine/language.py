@@ -56,7 +56,7 @@ def write_model_directory(target: Path, checkpoint: Path, config: OvisConfig) ->
         "num_key_value_heads": language.num_key_value_heads,
         "vocab_size": language.vocab_size,
         "tie_word_embeddings": language.tie_word_embeddings,
-        "max_position_embeddings": language.max_position_embeddings,
+        "max_position_embeddings": config.max_length,
         "rms_norm_eps": language.rms_norm_eps,
         "rope_theta": language.rope_theta,
         "torch_dtype": config.dtype,
