@@ -88,7 +88,7 @@ def test_contrast_is_that_of_level_aa(driver: Any, pages: dict[str, Any], name: 
         open_all_parts(driver)
         assert find_weak(driver) == []
         driver.execute_script("location.hash = '#bad'")
-        wait_for(lambda: bool(driver.find_elements("css selector", "dialog[open] .error")), 5)
+        wait_for(lambda: bool(driver.find_elements("css selector", "dialog[open] .error")), 20)
         assert find_weak(driver) == []
 
 
@@ -168,7 +168,7 @@ def sees(driver: Any, focus: str, title: str | None = None) -> bool:
         names = [bar.get_attribute("title") for bar in driver.find_elements("css selector", "dialog[open] .bar a")]
         return find_focus(driver) == focus and names == ([title] if title else [])
 
-    wait_for(is_there, 5)
+    wait_for(is_there, 20)
     return is_there()
 
 

@@ -1,6 +1,7 @@
 // ---- One row, which has a link: the page's address with its id after #
 
-const linkTo = (row) => `#${encodeURIComponent(row.id.toWellFormed()).replaceAll("%2F", "/")}`;
+const repair = (id) => id.toWellFormed?.() ?? id; // a name that is no valid text has no address
+const linkTo = (row) => `#${encodeURIComponent(repair(row.id)).replaceAll("%2F", "/")}`;
 
 function renderAnswer(task, row, i) {
   const answer = row.answers[i];
@@ -60,7 +61,7 @@ function openLinked() {
   const named = location.hash.slice(1);
   byId("notice").textContent = "";
   if (!named) return byId("details").close();
-  const row = rows.find(({ id }) => id === named || id.toWellFormed() === decode(named));
+  const row = rows.find(({ id }) => id === named || repair(id) === decode(named));
   if (!row) { byId("notice").textContent = `${decode(named)} is not on this page${rows.length < statistics.rows ? ", which shows a sample of the rows" : ""}.`; return; }
   if (!shown.includes(row)) applyFilters({ ...NO_FILTERS });
   openRow(shown.indexOf(row));
