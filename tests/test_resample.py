@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import pillow_equality
 from benchmarks.pillow_equality import draw_cases, draw_random, is_equal, tile_with_pillow
 from ovis_model.inputs import resample
 from ovis_model.inputs.tiling import list_crops, tile_image
@@ -69,6 +70,20 @@ def test_random_images_equal_pillows(compiled: ModuleType) -> None:
 @pytest.mark.slow
 def test_thousands_of_random_images_equal_pillows(compiled: ModuleType) -> None:
     assert_equal_to_pillow(2000, seed=1)
+
+
+@needs_compiler
+def test_the_command_that_compares_folders_finds_a_difference(
+    compiled: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_random(np.random.default_rng(0)).save(tmp_path / "noise.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    monkeypatch.setattr(sys, "argv", ["pillow_equality", "--sizes", "2", str(tmp_path)])
+    assert pillow_equality.main() == 0
+    assert "'not decoded': 1" in capsys.readouterr().out
+    monkeypatch.setattr(pillow_equality, "tile_with_pillow", lambda *_: np.zeros(1))
+    assert pillow_equality.main() == 1
+    assert "noise.png" in capsys.readouterr().out
 
 
 @needs_compiler

@@ -24,7 +24,7 @@ from pipelines.schema import ROWS_PER_GROUP
 
 BATCH_BYTES = 64 << 20  # maximum bytes of tiles that are passed on at once: a small share of any object store
 
-PREPROCESSORS_PER_GPU = 12  # one core prepares about 40 full-HD images per second, but 10 of 12 MP and 20 by Pillow
+PREPROCESSORS_PER_GPU = 12  # a core prepares 50 to 90 full-HD JPEGs per second; half are for slow formats and videos
 _PREPROCESSORS_PER_CPU = 4  # at most: more than one only helps if they wait for the store
 _CPUS_PER_CPU_REPLICA = 8
 MAX_BLOCKS = 20_000  # of Ray Data, one or more units each: the driver holds an object per block
