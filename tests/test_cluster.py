@@ -14,7 +14,7 @@ from ovis_model.network.ovis import Ovis
 from ovis_model.sizing import count_language_parameters, count_vision_parameters
 from ovis_model.types import MAX_CONCURRENT_SEQUENCES
 from pipelines.cluster import resources
-from pipelines.cluster.ray_session import extract_error_line, open_ray_session
+from pipelines.cluster.ray_session import extract_error_line, find_cause, open_ray_session
 from pipelines.cluster.resources import (
     BATCH_BYTES,
     Hardware,
@@ -30,6 +30,16 @@ from pipelines.schema import ROWS_PER_GROUP
 
 def make_config(**options: object) -> CaptionConfig:
     return CaptionConfig(input=("in",), output="out", model="demo", **options)  # type: ignore[arg-type]
+
+
+def test_the_cause_of_a_remote_failure_is_the_exception_that_was_raised_there() -> None:
+    """Ray's wrapper is of the same class, but its text is the remote trace."""
+    from ray.exceptions import RayTaskError
+
+    raised = ResourceError("the model is too large")
+    wrapped = RayTaskError("start", "ray::Worker.start()\n  a trace\nResourceError: ...", raised).as_instanceof_cause()
+    assert isinstance(wrapped, ValueError) and find_cause(wrapped, ValueError) is raised
+    assert find_cause(wrapped, OSError) is None
 
 
 def make_machine(cpus: float, gpus: int) -> Hardware:

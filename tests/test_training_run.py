@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jobs import caption
+from jobs.train import main as run_command
 from pipelines.errors import ProcessesDie
 from pipelines.output.sink import read_results
 from pipelines.training.checkpoints import Checkpoints
@@ -77,7 +79,7 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("share", ["two workers", pytest.param("divided", marks=pytest.mark.slow)])
 def test_rows_shared_in_another_way_give_the_same_steps(
     share: str, data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +94,27 @@ def assert_equal_steps(output: Path, other: Path) -> None:
             assert found.get(name, 0) == pytest.approx(wanted.get(name, 0), rel=tolerance)
     weights, others = read_weights(other), read_weights(output)
     assert max(np.abs(others[n] - w).max() for n, w in weights.items() if n.startswith("model.")) < 1e-5
+
+
+def test_a_checkpoint_with_nan_ends_the_command_with_2(
+    data: Path, tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = poison(tmp_path / "model")
+    arguments = [str(data), str(tmp_path / "out"), "--model", str(path), "--max-tiles", "2", "--device", "cpu"]
+    assert run_command([*arguments, "--max-steps", "1"]) == 2
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last == f"error: {path} has NaN or infinite values in vte.weight; use a sound checkpoint"
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def poison(directory: Path) -> Path:
+    """Write a checkpoint with a weight that is NaN."""
+    shutil.copytree(TINY, directory)
+    path = next(directory.glob("*.safetensors"))
+    weights = load_file(path)
+    weights["vte.weight"].flat[7] = np.nan
+    save_file(weights, path)
+    return directory
 
 
 def test_the_model_is_used_at_once_and_its_card_says_how_it_was_made(

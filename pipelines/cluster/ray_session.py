@@ -162,8 +162,11 @@ Cause = TypeVar("Cause", bound=Exception)
 
 
 def find_cause(error: BaseException | None, kind: type[Cause]) -> Cause | None:
-    """Return the exception of this kind that an actor raised, inside Ray's wrappers; None if there is none."""
-    while error is not None and not isinstance(error, kind):
+    """Return the exception of this kind that an actor raised, inside Ray's wrappers; None if there is none.
+
+    A wrapper may be of this kind too, but its text is a remote trace.
+    """
+    while error is not None and (not isinstance(error, kind) or isinstance(getattr(error, "cause", None), kind)):
         error = getattr(error, "cause", None) or error.__cause__
     return error
 
