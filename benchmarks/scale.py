@@ -5,6 +5,7 @@
     python -m benchmarks.scale resume [--rows 100000]
     python -m benchmarks.scale finished [--rows 1000000]
     python -m benchmarks.scale memory [--rows 3000]
+    python -m benchmarks.scale prepare [--rows 2000]
 
 `memory` measures two runs over small images: with that many rows, and with ten times as many. Prints a table, then JSON
 as its last line.
@@ -27,16 +28,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ovis_model.inputs.processor import Processor
 from pipelines.checks import describe_models, resolve_model_paths
+from pipelines.cluster.attempts import AttemptCounts
 from pipelines.config import CaptionConfig
+from pipelines.media.images import decode_image
 from pipelines.output.manifest import encode_manifest, write_manifest
 from pipelines.output.run_record import open_run
 from pipelines.output.sink import write_file
 from pipelines.pipeline import run_pipeline
+from pipelines.preprocess import Preprocess, RequestBuilder
 from pipelines.sources import list_rows
 from pipelines.storage.table_reader import get_processes
 from tests.support.fake_engine import FakeEngineFactory
@@ -208,6 +214,36 @@ def measure_finished(place: Path, num_rows: int) -> Figures:
     }
 
 
+def measure_prepare(place: Path, num_rows: int) -> Figures:
+    """Prepare rows of small pictures in this process; of three rounds the one with the least CPU time counts."""
+    source = place / "in"
+    source.mkdir()
+    for i in range(num_rows):
+        Image.new("RGB", (64, 48), (i % 256, 90, 90)).save(source / f"{i:07}.png")
+    config = resolve_model_paths(CaptionConfig(input=(str(source),), output=str(place / "out"), model="demo"))
+    run, questionnaire = open_run(config, describe_models(config)), config.questionnaire
+    stage = Preprocess(run.output, config.model, None, config, questionnaire, AttemptCounts())
+    units = [{"start": np.array([at]), "stop": np.array([min(at + 64, num_rows)])} for at in range(0, num_rows, 64)]
+    requests = RequestBuilder(Processor.from_pretrained(config.model, None), config, questionnaire)
+    pictures, prompt = [path.read_bytes() for path in sorted(source.iterdir())], questionnaire.tasks[0].prompt
+    whole_s = min(_measure_cpu_s(lambda: [list(stage(unit)) for unit in units]) for _ in range(3))
+    alone_s = min(
+        _measure_cpu_s(lambda: [requests.build_image_requests(prompt, [decode_image(data)]) for data in pictures])
+        for _ in range(3)
+    )
+    return {
+        "prepare: CPU ms a row": 1e3 * whole_s / num_rows,
+        "decode, tile, ids alone: CPU ms a row": 1e3 * alone_s / num_rows,
+        "the rest: CPU ms a row": 1e3 * (whole_s - alone_s) / num_rows,
+    }
+
+
+def _measure_cpu_s(action: Callable[[], object]) -> float:
+    started_s = time.process_time()
+    action()
+    return time.process_time() - started_s
+
+
 def _run_python(*arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -283,7 +319,7 @@ def _read_plasma_mb(descriptors: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["listing", "tables", "resume", "finished", "memory"])
+    parser.add_argument("what", choices=["listing", "tables", "resume", "finished", "memory", "prepare"])
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--tars", type=int, default=1000)
     parser.add_argument("--rows", type=int)
@@ -297,6 +333,8 @@ def main() -> None:
                 figures = measure_tables(place, args.rows or 1_000_000)
             case "finished":
                 figures = measure_finished(place, args.rows or 1_000_000)
+            case "prepare":
+                figures = measure_prepare(place, args.rows or 2000)
             case "resume":
                 figures = measure_resume(place, args.rows or 100_000)
             case _:

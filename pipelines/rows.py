@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ class PreparedRow:
             **{name: np.array([getattr(row, name) for row in rows], object) for name in _TEXTS},
             **{name: np.array([getattr(row, name) for row in rows], np.int64) for name in ("row", "num_images")},
             "saved_frames": np.array([json.dumps(row.saved_frames) for row in rows], object),
-            "media": np.array([json.dumps(row.media and asdict(row.media)) for row in rows], object),
+            "media": np.array([json.dumps(row.media and vars(row.media)) for row in rows], object),
             "frame_timestamps_s": _stack([row.frame_timestamps_s for row in rows]),
             "input_ids": _stack([np.concatenate([_NO_IDS, *(r.input_ids for r in each)]) for each in requests]),
             "prompt_lengths": _stack([np.array([len(r.input_ids) for r in each], np.int32) for each in requests]),
@@ -201,6 +201,6 @@ class ResultRow:
             "status": self.status,
             "stage": self.stage,
             "error": self.error,
-            **(asdict(self.prepared.media) if self.prepared.media and self.status == "ok" else {}),
+            **(vars(self.prepared.media) if self.prepared.media and self.status == "ok" else {}),
             **self.answers,
         }

@@ -45,7 +45,8 @@ class Fetcher:
 
     def submit(self, images: Sequence[ImageRef]) -> PendingImages:
         """Start to fetch the images of a row, up to the limit on bytes ahead."""
-        return PendingImages(self, images, self._start(images, is_ahead=True), self._estimate_bytes(images))
+        is_listed = all(get_listed_bytes(image) >= 0 for image in images)
+        return PendingImages(self, images, self._start(images, is_ahead=True), self._estimate_bytes(images), is_listed)
 
     def fetch(self, images: Sequence[ImageRef]) -> list[bytes]:
         """Fetch the images of a row completely and return their bytes. Raise OSError if one cannot be read."""
@@ -98,11 +99,12 @@ class PendingImages:
     _images: Sequence[ImageRef]
     _future: Future[list[bytes]]
     _expected_bytes: int
+    _is_listed: bool  # then the expected bytes are those of the listing, which need no look at the future
 
     @property
     def num_bytes(self) -> int:
         """The bytes that the images take in memory, an estimate until they are fetched."""
-        if self._future.done() and self._future.exception() is None:
+        if not self._is_listed and self._future.done() and self._future.exception() is None:
             return sum(map(len, self._future.result()))
         return self._expected_bytes
 

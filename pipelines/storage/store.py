@@ -276,9 +276,10 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
 
 
 def _read_local(path: str, start: int | None, end: int | None) -> bytes:
-    if not stat.S_ISREG(Path(path).stat().st_mode):
+    place = Path(path)
+    if not stat.S_ISREG(place.stat().st_mode):
         raise FinalFault(f"{path} is not a regular file")  # a pipe may never end
-    with Path(path).open("rb") as file:
+    with place.open("rb") as file:
         file.seek(start or 0)
         return file.read(-1 if end is None else end - file.tell())
 
