@@ -312,4 +312,4 @@ def test_the_decoders_fp8_is_handed_to_vllm() -> None:
     """Without our refusal, vLLM for CPUs quantizes the weights and finds no product for them."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", FP8], env=environment, capture_output=True, text=True, timeout=200)
-    assert "ValueError: vLLM does not start" in done.stderr and "fp8" in done.stderr.splitlines()[-1], done.stderr
+    assert re.search("ValueError: vLLM does not start with this model .*fp8", done.stderr), done.stderr
