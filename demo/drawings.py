@@ -41,6 +41,7 @@ POSITIONS = (
 )
 COUNTS = ("Two", "Three", "Four", "Five", "Six")
 RELATIONS = ("left of", "above")
+DIRECTIONS = ("right", "left", "down", "up")
 
 ONE_TILE_SIZES_PX = ((84, 84), (84, 63), (63, 84))
 """(width, height) of images that fit into one 84 px tile."""
@@ -91,6 +92,15 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """The frames of a clip, the object in the first one, and where it moves."""
+
+    frames: list[Image.Image]
+    thing: Thing
+    direction: str
+
+
+@dataclass(frozen=True)
 class SceneQuestion:
     """A question about a scene; `answer` is the only true one of `choices`."""
 
@@ -132,6 +142,39 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return _add_noise(canvas.reduce(_SUPERSAMPLING), rng)
 
 
+def make_scattered_picture(seed: int, *, held_out: bool) -> tuple[Image.Image, Scene]:
+    """Return an image of two to six different small objects in some of nine cells; its caption lists nothing."""
+    rng = np.random.default_rng([seed, int(held_out), 1])
+    cells = sorted(rng.choice(9, size=int(rng.integers(2, 7)), replace=False))
+    things = tuple(_sample_thing(rng, _CENTRES[i % 3], _CENTRES[i // 3], size="small") for i in cells)
+    width_px, height_px = ONE_TILE_SIZES_PX[rng.integers(len(ONE_TILE_SIZES_PX))]
+    scene = replace(_make_scene("count", "Objects", rng, things), width_px=width_px, height_px=height_px)
+    return draw(scene, rng), scene
+
+
+def make_clip(seed: int, *, held_out: bool, num_frames: int) -> Clip:
+    """Return frames of one object that crosses the image."""
+    rng = np.random.default_rng([seed, int(held_out), 2])
+    thing, direction = _sample_thing(rng, 0, 0), _pick(rng, DIRECTIONS)
+    while is_held_out(f"{_describe(thing)} moves {direction}") is not held_out:
+        thing, direction = _sample_thing(rng, 0, 0), _pick(rng, DIRECTIONS)
+    across, background = float(rng.uniform(0.35, 0.65)), _pick(rng, tuple(BACKGROUNDS))
+    path = np.linspace(0.25, 0.75, num_frames) + rng.uniform(-_JITTER, _JITTER, num_frames)
+    path = path if direction in ("right", "down") else 1 - path
+    is_level = direction in ("left", "right")
+    things = [replace(thing, x=at if is_level else across, y=across if is_level else at) for at in path.tolist()]
+    scenes = [Scene("one", "", background, *ONE_TILE_SIZES_PX[0], (moved,)) for moved in things]
+    seed_of_noise = int(rng.integers(1 << 62))
+    return Clip([draw(scene, np.random.default_rng(seed_of_noise)) for scene in scenes], things[0], direction)
+
+
+def find_place(thing: Thing) -> tuple[int, int]:
+    """Return the column and the row, from 0 to 2, of the cell that an object is in."""
+    return min(range(3), key=lambda i: abs(thing.x - _CENTRES[i])), min(
+        range(3), key=lambda i: abs(thing.y - _CENTRES[i])
+    )
+
+
 def make_questions(scene: Scene, seed: int) -> tuple[SceneQuestion, ...]:
     """Return NUM_QUESTIONS questions: one with the answer Yes, one with No, two counts and two choices.
 
@@ -168,8 +211,8 @@ def _list_false(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
 
 def _ask_presence(colour: str, shape: str) -> tuple[str, ...]:
     """Return questions about an object; the first and hardest one is listed twice, so that it is drawn more often."""
-    sort = f"Is there {_add_article(colour)} {shape}?"
-    return sort, sort, f"Is there {_add_article(colour)} object?", f"Is there a {shape}?"
+    sort = f"Is there {add_article(colour)} {shape}?"
+    return sort, sort, f"Is there {add_article(colour)} object?", f"Is there a {shape}?"
 
 
 def _choose_absent_sort(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -242,7 +285,8 @@ def _pick_other(rng: np.random.Generator, options: Iterable[str], present: Itera
     return _pick(rng, tuple(option for option in options if option not in present))
 
 
-def _add_article(word: str) -> str:
+def add_article(word: str) -> str:
+    """Return the word with `a` or `an`."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 

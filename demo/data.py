@@ -1,0 +1,198 @@
+"""Make what the demo model learns from: images, clips or text, each with questions and their true answers.
+
+    python -m demo.data DIRECTORY
+
+The files of the recipe (`demo/recipe.yaml`) are JSON lines in the forms of `ovis2 train`, with images in base64. Every
+row follows from its seed; `held_out` rows have captions or motions that no row of training has.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from demo import questions
+from demo.drawings import Kind, Scene, make_clip, make_picture, make_scattered_picture
+from demo.questions import Asked, write_scan
+
+Form = Literal["text", "scan", "plain", "caption", "large", "picture", "pair", "clip", "preference"]
+FORMS: tuple[Form, ...] = ("text", "scan", "plain", "caption", "large", "picture", "pair", "clip", "preference")
+"""Text alone; lists of objects; captions, also without a chat, and of images of several tiles; questions about an
+image, two images, or a clip; and two true answers, of which the longer one is preferred."""
+_STREAM = 9  # of random numbers; those of images and questions have other ones
+_NUM_QUESTIONS = 3
+_NUM_FRAMES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """Images, or the frames of a clip, and what is asked about them; text alone begins with `preface`.
+
+    rejected: an answer to the only question that is as true, and not preferred.
+    is_plain: the answer is a caption without a chat.
+    """
+
+    asked: Sequence[Asked]
+    images: Sequence[Image.Image] = ()
+    is_clip: bool = False
+    preface: str = ""
+    rejected: str = ""
+    is_plain: bool = False
+
+
+class DataFile(NamedTuple):
+    """A file of rows: their number, and the form and the share of each kind."""
+
+    num_rows: int
+    shares: dict[Form, float]
+
+
+FILES = {
+    "language": DataFile(30_000, {"text": 1}),
+    "vision": DataFile(60_000, {"scan": 1}),
+    "captions": DataFile(12_800, {"plain": 1}),
+    "details": DataFile(19_200, {"large": 0.5, "scan": 0.5}),
+    "dialogues": DataFile(12_800, {"caption": 0.7, "large": 0.3}),
+    "instructions": DataFile(150_000, {"picture": 0.6, "caption": 0.12, "pair": 0.12, "clip": 0.08, "text": 0.08}),
+    "preferences": DataFile(6_400, {"preference": 1}),
+}
+"""What each stage learns from."""
+
+
+def main() -> None:
+    """Write all files that are not there."""
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, (name, file) in enumerate(FILES.items()):
+        path = directory / f"{name}.jsonl"
+        if not path.exists():
+            write_rows(path, file, first_seed=number * 10_000_000)
+            print(f"{path}: {file.num_rows} rows", flush=True)
+
+
+def write_rows(path: Path, file: DataFile, first_seed: int) -> None:
+    """Write the rows to a file that is there only when it is whole."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as lines:
+        for row in make_rows(file, first_seed):
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def make_rows(file: DataFile, first_seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows, as `ovis2 train` reads them."""
+    forms = np.random.default_rng(first_seed).choice(
+        list(file.shares), size=file.num_rows, p=list(file.shares.values())
+    )
+    for seed, form in enumerate(forms.tolist(), first_seed):
+        yield to_row(make_lesson(form, seed, held_out=False), seed)
+
+
+def to_row(lesson: Lesson, seed: int) -> dict[str, Any]:
+    """Return a lesson as a row of training data. One image in four is compressed as JPEG."""
+    encoded = [_encode(image, "JPEG" if seed % 4 == 3 else "PNG") for image in lesson.images]
+    row: dict[str, Any] = {"video_frames" if lesson.is_clip else "image": encoded} if encoded else {}
+    if lesson.is_plain:
+        return row | {"caption": lesson.asked[0].answer}
+    questioned = [lesson.preface + lesson.asked[0].text, *(asked.text for asked in lesson.asked[1:])]
+    turns = [{"role": "user", "content": questioned[0]}]
+    if lesson.rejected:
+        return row | {"prompt": turns, "chosen": lesson.asked[0].answer, "rejected": lesson.rejected}
+    turns = [
+        turn
+        for text, asked in zip(questioned, lesson.asked, strict=True)
+        for turn in ({"role": "user", "content": text}, {"role": "assistant", "content": asked.answer})
+    ]
+    return row | {"messages": turns}
+
+
+def _encode(image: Image.Image, kind: str) -> str:
+    image.save(file := BytesIO(), kind, quality=90, compress_level=1)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def make_lesson(form: Form, seed: int, *, held_out: bool, num_questions: int = _NUM_QUESTIONS) -> Lesson:
+    """Make the lesson of a seed."""
+    rng = np.random.default_rng([seed, int(held_out), _STREAM])
+    if form == "text":
+        return _make_text(seed, rng, held_out, num_questions)
+    if form == "clip":
+        clip = make_clip(seed, held_out=held_out, num_frames=_NUM_FRAMES)
+        asked = questions.ask_motion(clip.thing, clip.direction)
+        return Lesson(_pick(asked, rng, num_questions), clip.frames, is_clip=True)
+    if form == "pair":
+        (one, first), (other, second) = (
+            make_picture(2 * seed + i, held_out=held_out, many_tiles=False) for i in range(2)
+        )
+        return Lesson(_pick(questions.ask_comparison(first, second, rng), rng, num_questions), [one, other])
+    image, scene = _draw(form, seed, held_out)
+    if form == "preference":
+        preferred = questions.ask_freely(scene, rng, is_brief=False)
+        return Lesson(preferred, [image], rejected=questions.answer_briefly(scene))
+    if form == "scan":
+        return Lesson([questions.ask_scan(scene)], [image])
+    if form == "plain":
+        return Lesson(questions.ask_caption(scene, rng), [image], is_plain=True)
+    if form == "picture":
+        return Lesson(ask_about(scene, rng, num_questions), [image])
+    return Lesson(
+        _pick([*questions.ask_caption(scene, rng), *questions.ask_chinese_caption(scene, rng)], rng, 1), [image]
+    )
+
+
+def _draw(form: Form, seed: int, held_out: bool) -> tuple[Image.Image, Scene]:
+    """Draw the image of a form; lists of objects are learnt from many single objects, and from objects at random."""
+    if form == "scan" and seed % 3 == 0:
+        return make_scattered_picture(seed, held_out=held_out)
+    if form == "scan" and seed % 3 == 1:
+        return make_picture(seed, held_out=held_out, kind="one")
+    is_cut = True if form == "large" else None
+    return make_picture(seed, held_out=held_out, kind=_choose_kind(seed), many_tiles=is_cut)
+
+
+def ask_about(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Asked]:
+    """Draw questions about a scene: each of another skill, but for the shorter ones."""
+    found = [ask(scene, rng) for ask in questions.SKILLS]
+    drawn = [asked for some in found for asked in _pick(some, rng, 2 if len(some) > 2 else 1)]
+    return _pick(drawn, rng, num_questions)
+
+
+def _make_text(seed: int, rng: np.random.Generator, held_out: bool, num_questions: int) -> Lesson:
+    """Write scenes as lists, and ask what is asked about images; or ask for sums and words."""
+    share = rng.random()
+    if share < 0.1:
+        return Lesson([questions.ask_sum(rng), questions.ask_word(rng)])
+    if share < 0.25:
+        first, second = (_make_scene(2 * seed + i, held_out) for i in range(2))
+        preface = f"Image 1: {write_scan(first)}\nImage 2: {write_scan(second)}\n"
+        return Lesson(_pick(questions.ask_comparison(first, second, rng), rng, num_questions), preface=preface)
+    scene = _make_scene(seed, held_out)
+    preface = f"{write_scan(scene)}\n"
+    asked = [questions.ask_scan(scene)] if share < 0.35 else ask_about(scene, rng, num_questions)
+    return Lesson(asked, preface=preface)
+
+
+def _make_scene(seed: int, held_out: bool) -> Scene:
+    return make_picture(seed, held_out=held_out, kind=_choose_kind(seed))[1]
+
+
+def _choose_kind(seed: int) -> Kind | None:
+    """Draw more scenes of two objects, which take longest to learn."""
+    return "two" if seed // 3 % 3 == 0 else None
+
+
+def _pick(asked: Sequence[Asked], rng: np.random.Generator, count: int) -> list[Asked]:
+    return [asked[i] for i in rng.permutation(len(asked))[:count]]
+
+
+if __name__ == "__main__":
+    main()
