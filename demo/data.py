@@ -30,7 +30,7 @@ FORMS: tuple[Form, ...] = ("text", "scan", "plain", "caption", "large", "picture
 image, two images, or a clip; and two true answers, of which the longer one is preferred."""
 _STREAM = 9  # of random numbers; those of images and questions have other ones
 _NUM_QUESTIONS = 3
-_NUM_FRAMES = 4
+NUM_FRAMES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ FILES = {
     "captions": DataFile(12_800, {"plain": 1}),
     "details": DataFile(19_200, {"large": 0.5, "scan": 0.5}),
     "dialogues": DataFile(12_800, {"caption": 0.7, "large": 0.3}),
-    "instructions": DataFile(150_000, {"picture": 0.6, "caption": 0.12, "pair": 0.12, "clip": 0.08, "text": 0.08}),
+    "instructions": DataFile(128_000, {"picture": 0.6, "caption": 0.12, "pair": 0.12, "clip": 0.08, "text": 0.08}),
     "preferences": DataFile(6_400, {"preference": 1}),
 }
 """What each stage learns from."""
@@ -126,7 +126,7 @@ def make_lesson(form: Form, seed: int, *, held_out: bool, num_questions: int = _
     if form == "text":
         return _make_text(seed, rng, held_out, num_questions)
     if form == "clip":
-        clip = make_clip(seed, held_out=held_out, num_frames=_NUM_FRAMES)
+        clip = make_clip(seed, held_out=held_out, num_frames=NUM_FRAMES)
         asked = questions.ask_motion(clip.thing, clip.direction)
         return Lesson(_pick(asked, rng, num_questions), clip.frames, is_clip=True)
     if form == "pair":

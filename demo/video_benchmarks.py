@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -20,14 +20,19 @@ MakeVideoRows = Callable[[str, SceneQuestion, tuple[str, ...]], Iterator[Row]]
 
 
 def write_video(path: Path, image: Image.Image) -> None:
-    """Write a video that shows an image, without its last row or column if their number is odd."""
+    """Write a video that shows an image."""
+    write_frames(path, [image] * NUM_FRAMES)
+
+
+def write_frames(path: Path, frames: Sequence[Image.Image]) -> None:
+    """Write a video of frames of one size, without their last row or column if their number is odd."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    width, height = image.width // 2 * 2, image.height // 2 * 2
-    pixels = np.asarray(image.convert("RGB").crop((0, 0, width, height)))
+    width, height = frames[0].width // 2 * 2, frames[0].height // 2 * 2
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", 2_000_000
-        for _ in range(NUM_FRAMES):
+        for frame in frames:
+            pixels = np.asarray(frame.convert("RGB").crop((0, 0, width, height)))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
 
