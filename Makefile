@@ -22,7 +22,7 @@ EVAL_DEMO := MMStar,MMBench_DEV_EN,MMMU_DEV_VAL,HallusionBench,OCRBench,MTVQA_TE
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 
-.PHONY: demo eval-demo test test-vllm check setup clean
+.PHONY: demo eval-demo demo-model test test-vllm check setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(RUNTIME)
@@ -34,6 +34,13 @@ eval-demo: $(RUNTIME)
 	@$(RUN) jobs.evaluate $(EVAL_DEMO) demo_evaluation/files demo_evaluation/scores --model demo --size 1B \
 		--num-frames 8 --max-new-tokens 64
 	@cat demo_evaluation/scores/scores.md
+
+demo-model: $(RUNTIME)
+	@test -e demo_model/start/model.safetensors || $(RUN) demo.start demo_model/start
+	@test -e demo_model/start/model.safetensors || $(RUN) demo.vision demo_model/start
+	@$(RUN) demo.data demo_model/data
+	@$(RUN) jobs.train --recipe demo/recipe.yaml demo_model/made
+	@$(RUN) demo.skills demo_model/made/*/model
 
 test: $(DEV)
 	@$(RUN) pytest $(SHARED_OUT) --durations 25

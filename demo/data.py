@@ -29,7 +29,7 @@ FORMS: tuple[Form, ...] = ("text", "scan", "plain", "caption", "large", "picture
 """Text alone; lists of objects; captions, also without a chat, and of images of several tiles; questions about an
 image, two images, or a clip; and two true answers, of which the longer one is preferred."""
 _STREAM = 9  # of random numbers; those of images and questions have other ones
-_NUM_QUESTIONS = 3
+_NUM_QUESTIONS = 4
 NUM_FRAMES = 4
 
 
@@ -58,11 +58,10 @@ class DataFile(NamedTuple):
 
 FILES = {
     "language": DataFile(30_000, {"text": 1}),
-    "vision": DataFile(60_000, {"scan": 1}),
-    "captions": DataFile(12_800, {"plain": 1}),
-    "details": DataFile(19_200, {"large": 0.5, "scan": 0.5}),
+    "captions": DataFile(25_600, {"plain": 0.4, "scan": 0.6}),
+    "details": DataFile(19_200, {"large": 0.4, "scan": 0.6}),
     "dialogues": DataFile(12_800, {"caption": 0.7, "large": 0.3}),
-    "instructions": DataFile(128_000, {"picture": 0.6, "caption": 0.12, "pair": 0.12, "clip": 0.08, "text": 0.08}),
+    "instructions": DataFile(128_000, {"picture": 0.62, "caption": 0.12, "pair": 0.11, "clip": 0.07, "text": 0.08}),
     "preferences": DataFile(6_400, {"preference": 1}),
 }
 """What each stage learns from."""
@@ -150,19 +149,23 @@ def make_lesson(form: Form, seed: int, *, held_out: bool, num_questions: int = _
 
 
 def _draw(form: Form, seed: int, held_out: bool) -> tuple[Image.Image, Scene]:
-    """Draw the image of a form; lists of objects are learnt from many single objects, and from objects at random."""
-    if form == "scan" and seed % 3 == 0:
-        return make_scattered_picture(seed, held_out=held_out)
-    if form == "scan" and seed % 3 == 1:
-        return make_picture(seed, held_out=held_out, kind="one")
+    """Draw the image of a form; lists of objects are learnt from many objects at random, and from many numbers."""
+    if form == "scan":
+        turn = seed % 4
+        if turn in (0, 2):
+            return make_scattered_picture(seed, held_out=held_out)
+        return make_picture(seed, held_out=held_out, kind="number" if turn == 1 else None)
     is_cut = True if form == "large" else None
     return make_picture(seed, held_out=held_out, kind=_choose_kind(seed), many_tiles=is_cut)
 
 
 def ask_about(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Asked]:
-    """Draw questions about a scene: each of another skill, but for the shorter ones."""
-    found = [ask(scene, rng) for ask in questions.SKILLS]
-    drawn = [asked for some in found for asked in _pick(some, rng, 2 if len(some) > 2 else 1)]
+    """Draw questions about a scene: one of each kind, but four truths, counts and choices, which are of many kinds."""
+    drawn = [
+        asked
+        for ask in questions.SKILLS
+        for asked in _pick(ask(scene, rng), rng, 4 if ask is questions.ask_answers else 1)
+    ]
     return _pick(drawn, rng, num_questions)
 
 

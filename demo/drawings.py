@@ -143,9 +143,9 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def make_scattered_picture(seed: int, *, held_out: bool) -> tuple[Image.Image, Scene]:
-    """Return an image of two to six different small objects in some of nine cells; its caption lists nothing."""
+    """Return an image of four to nine different small objects in some of nine cells; its caption lists nothing."""
     rng = np.random.default_rng([seed, int(held_out), 1])
-    cells = sorted(rng.choice(9, size=int(rng.integers(2, 7)), replace=False))
+    cells = sorted(rng.choice(9, size=int(rng.integers(4, 10)), replace=False))
     things = tuple(_sample_thing(rng, _CENTRES[i % 3], _CENTRES[i // 3], size="small") for i in cells)
     width_px, height_px = ONE_TILE_SIZES_PX[rng.integers(len(ONE_TILE_SIZES_PX))]
     scene = replace(_make_scene("count", "Objects", rng, things), width_px=width_px, height_px=height_px)

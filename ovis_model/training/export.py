@@ -64,7 +64,7 @@ def export_network(network: Ovis, source: Path, target: Path, facts: Mapping[str
     """
     target.mkdir(parents=True, exist_ok=True)
     for name in _COPIED_FILES:
-        if (source / name).exists():
+        if (source / name).exists() and source != target:
             shutil.copy(source / name, target / name)
     _write_json(target / "config.json", _make_config(network.config, source))
     _write_weights(network, target)
