@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from demo.drawings import make_picture
-from demo.train import PROMPT, evaluate
+from demo.questions import CAPTION_PROMPT
+from demo.skills import mark_answers
 from ovis_model.checkpoint import fetch_checkpoint
 from ovis_model.config import Quantization
 from ovis_model.engine.engine import OvisEngine
@@ -75,7 +76,9 @@ def main() -> None:
 def compare(name: str, num_images: int) -> list[Accuracy]:
     """Return the accuracy of float32, bfloat16 and FP8, in this order."""
     processor = Processor.from_pretrained(name)
-    requests = [processor.build_request(PROMPT, [make_picture(seed, held_out=True)[0]]) for seed in range(num_images)]
+    requests = [
+        processor.build_request(CAPTION_PROMPT, [make_picture(seed, held_out=True)[0]]) for seed in range(num_images)
+    ]
     exact = _load(name, torch.float32)
     answers = [_compute(exact, request, ids) for request, ids in zip(requests, _generate(exact, requests), strict=True)]
     with mock.patch.object(layers, "_is_slow_in_bfloat16", lambda: False):  # on a GPU, passes are in bfloat16
@@ -116,14 +119,15 @@ def _measure(label: str, model: Ovis, wanted: Sequence[Answered], processor: Pro
     right: dict[str, str] = {}
     if name == "demo":
         with OvisEngine.from_model(model, tokenizer=load_tokenizer(fetch_checkpoint(name))) as engine:
-            right = evaluate(engine, processor, range(len(wanted)))
+            marks = mark_answers(engine, processor, len(wanted))
+            right = {skill: f"{sum(right)}/{len(right)}" for skill, right in marks.items()}
     return Accuracy(
         label,
         100 * _compare([answer.visual for answer in found], [answer.visual for answer in wanted]),
         100 * _compare([answer.logits for answer in found], [answer.logits for answer in wanted]),
         100 * float((ours == theirs).float().mean()),
         100 * sum(is_equal) / len(is_equal),
-        {kind: count for kind, count in right.items() if "," not in kind},
+        right,
     )
 
 

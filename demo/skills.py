@@ -27,7 +27,7 @@ from ovis_model.training.examples import ExampleBuilder, PreferenceExample, Tile
 from ovis_model.training.export import load_network
 from ovis_model.training.model import TrainingModel
 from ovis_model.training.preference import collate_pairs, compute_reference
-from ovis_model.types import Request, SamplingParams
+from ovis_model.types import Engine, Request, SamplingParams
 
 MEASURED: tuple[Form, ...] = ("caption", "large", "picture", "pair", "clip", "text")
 FIRST_SEED = 500_000_000
@@ -47,15 +47,22 @@ def main() -> None:
 
 def measure_skills(model: str, count: int) -> dict[str, float]:
     """Return {skill: share of right answers} of a checkpoint, by `count` held-out rows of each form."""
-    engine = OvisEngine.from_pretrained(model, device="cpu", dtype="float32")
-    processor, marks = Processor.from_pretrained(model), defaultdict[str, list[bool]](list)
+    with OvisEngine.from_pretrained(model, device="cpu", dtype="float32") as engine:
+        marks = mark_answers(engine, Processor.from_pretrained(model), count)
+    shares = {skill: sum(right) / len(right) for skill, right in marks.items()}
+    return {**shares, "prefers the longer answer": measure_preference(model, count)}
+
+
+def mark_answers(engine: Engine, processor: Processor, count: int) -> dict[str, list[bool]]:
+    """Return for each skill whether the greedy answers about `count` held-out rows of each form are right."""
+    marks = defaultdict[str, list[bool]](list)
     for form in MEASURED:
         asked = [pair for i in range(count) for pair in ask(processor, _make_lesson(form, i))]
         completions = engine.generate([request for _, _, request in asked], SamplingParams(max_new_tokens=64))
         for (skill, answer, _), completion in zip(asked, completions, strict=True):
             marks[_name_skill(form, skill)].append(processor.detokenize(completion.output_ids) == answer)
-    shares = {skill: sum(right) / len(right) for skill, right in sorted(marks.items()) if skill != "free"}
-    return {**shares, "prefers the longer answer": measure_preference(model, count)}
+    del marks["free"]  # has two true answers
+    return dict(sorted(marks.items()))
 
 
 def ask(processor: Processor, lesson: Lesson) -> Iterator[tuple[str, str, Request]]:

@@ -67,7 +67,7 @@ def train_tower(network: Ovis, num_steps: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * compute_factor(step, num_steps)
         losses, right = readers.read(network, *draw_batch(FIRST_SEED + step * NUM_IMAGES, network))
-        (losses * torch.tensor(_WEIGHTS)).sum().backward()
+        (losses * torch.tensor(_WEIGHTS)).sum().backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

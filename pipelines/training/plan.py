@@ -56,7 +56,7 @@ def plan_training(config: TrainConfig, hardware: Hardware) -> TrainingPlan:
         precision=dtype,
         num_workers=config.num_workers,
         cpus_per_worker=min(1.0, int(hardware.cpus / config.num_workers * 100) / 100),
-        threads=max(1, (os.cpu_count() or 1) // config.num_workers),
+        threads=max(1, len(os.sched_getaffinity(0)) // config.num_workers),  # of those that this process may use
         num_cpus=max(1, int(hardware.cpus)),
     )
 
