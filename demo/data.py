@@ -74,11 +74,11 @@ def main() -> None:
     for number, (name, file) in enumerate(FILES.items()):
         path = directory / f"{name}.jsonl"
         if not path.exists():
-            write_rows(path, file, first_seed=number * 10_000_000)
+            write_lessons(path, file, first_seed=number * 10_000_000)
             print(f"{path}: {file.num_rows} rows", flush=True)
 
 
-def write_rows(path: Path, file: DataFile, first_seed: int) -> None:
+def write_lessons(path: Path, file: DataFile, first_seed: int) -> None:
     """Write the rows to a file that is there only when it is whole."""
     partial = path.with_suffix(".partial")
     with partial.open("w") as lines:

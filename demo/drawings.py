@@ -92,7 +92,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Clip:
+class MovingThing:
     """The frames of a clip, the object in the first one, and where it moves."""
 
     frames: list[Image.Image]
@@ -152,7 +152,7 @@ def make_scattered_picture(seed: int, *, held_out: bool) -> tuple[Image.Image, S
     return draw(scene, rng), scene
 
 
-def make_clip(seed: int, *, held_out: bool, num_frames: int) -> Clip:
+def make_clip(seed: int, *, held_out: bool, num_frames: int) -> MovingThing:
     """Return frames of one object that crosses the image."""
     rng = np.random.default_rng([seed, int(held_out), 2])
     thing, direction = _sample_thing(rng, 0, 0), _pick(rng, DIRECTIONS)
@@ -165,7 +165,7 @@ def make_clip(seed: int, *, held_out: bool, num_frames: int) -> Clip:
     things = [replace(thing, x=at if is_level else across, y=across if is_level else at) for at in path.tolist()]
     scenes = [Scene("one", "", background, *ONE_TILE_SIZES_PX[0], (moved,)) for moved in things]
     seed_of_noise = int(rng.integers(1 << 62))
-    return Clip([draw(scene, np.random.default_rng(seed_of_noise)) for scene in scenes], things[0], direction)
+    return MovingThing([draw(scene, np.random.default_rng(seed_of_noise)) for scene in scenes], things[0], direction)
 
 
 def find_place(thing: Thing) -> tuple[int, int]:

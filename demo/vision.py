@@ -59,7 +59,7 @@ def main() -> None:
 
 def train_tower(network: Ovis, num_steps: int) -> None:
     """Train the tower of `network` in place; print the loss and the shares of right labels."""
-    readers = Readers(network)
+    readers = LabelReaders(network)
     backbone = network.visual_tokenizer.backbone
     parameters = [*backbone.parameters(), *readers.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
@@ -81,7 +81,7 @@ def compute_factor(step: int, num_steps: int) -> float:
     return min(1.0, (step + 1) / _WARM_UP_STEPS, max(0.02, (num_steps - step) / (num_steps * (1 - _FALL))))
 
 
-class Readers(nn.Module):
+class LabelReaders(nn.Module):
     """Linear layers that read labels from merged features, [T, K, 4H]."""
 
     def __init__(self, network: Ovis) -> None:
@@ -126,19 +126,19 @@ def _measure(found: Tensor, true: Tensor) -> float:
 def draw_batch(first_seed: int, network: Ovis) -> tuple[Tensor, Tensor, Labels]:
     """Draw images from NUM_IMAGES seeds: uint8[T, 3, S, S], int32[T, 2] and their labels."""
     side = network.config.vision.image_size
-    drawn = [draw(seed) for seed in range(first_seed, first_seed + NUM_IMAGES)]
+    drawn = [draw_seed(seed) for seed in range(first_seed, first_seed + NUM_IMAGES)]
     parts = [(*tile_images([image], _MAX_TILES, side), image, scene) for image, scene in drawn]
     labels = [
-        label_tile(scene, frame, size, side)
+        label_tile(scene, crop, size, side)
         for _, sizes, image, scene in parts
-        for frame, size in zip(list_frames(image, side), sizes.tolist(), strict=True)
+        for crop, size in zip(list_crops(image, side), sizes.tolist(), strict=True)
     ]
     tiles, sizes = (np.concatenate([part[i] for part in parts]) for i in range(2))
     joined = Labels(np.stack([x.objects for x in labels]), np.stack([x.digits for x in labels]))
     return torch.from_numpy(tiles), torch.from_numpy(sizes), joined
 
 
-def draw(seed: int) -> tuple[Image.Image, Scene]:
+def draw_seed(seed: int) -> tuple[Image.Image, Scene]:
     """Draw many small objects, a number, or what captions are about."""
     turn = seed % 4
     if turn in (0, 2):
@@ -146,7 +146,7 @@ def draw(seed: int) -> tuple[Image.Image, Scene]:
     return make_picture(seed, held_out=False, kind="number" if turn == 1 else None)
 
 
-class Frame(NamedTuple):
+class Crop(NamedTuple):
     """The part of an image that a tile shows, in shares of width and height."""
 
     left: float
@@ -155,23 +155,23 @@ class Frame(NamedTuple):
     height: float
 
 
-def list_frames(image: Image.Image, side: int) -> Iterator[Frame]:
-    """Yield the frame of each tile of an image: those of the grid after the overview, if there is one."""
+def list_crops(image: Image.Image, side: int) -> Iterator[Crop]:
+    """Yield the crop of each tile of an image: those of the grid after the overview, if there is one."""
     grid = choose_grid(*image.size, _MAX_TILES, side)
-    yield Frame(0, 0, 1, 1)
+    yield Crop(0, 0, 1, 1)
     if grid.rows * grid.cols > 1:
         for row in range(grid.rows):
             for column in range(grid.cols):
-                yield Frame(column / grid.cols, row / grid.rows, 1 / grid.cols, 1 / grid.rows)
+                yield Crop(column / grid.cols, row / grid.rows, 1 / grid.cols, 1 / grid.rows)
 
 
-def label_tile(scene: Scene, frame: Frame, size: Sequence[int], side: int) -> Labels:
-    """Label the visual tokens of a tile that shows `frame` in its middle, in a `size` of (height, width) pixels."""
+def label_tile(scene: Scene, crop: Crop, size: Sequence[int], side: int) -> Labels:
+    """Label the visual tokens of a tile that shows `crop` in its middle, in a `size` of (height, width) pixels."""
     per_side = 3
     objects = np.full((per_side, per_side, len(_NAMES)), _NOTHING, np.int64)
     height, width = size
     for thing in scene.things:
-        x, y = (thing.x - frame.left) / frame.width, (thing.y - frame.top) / frame.height
+        x, y = (thing.x - crop.left) / crop.width, (thing.y - crop.top) / crop.height
         if 0 <= x < 1 and 0 <= y < 1:
             named = zip(_NAMES, (thing.colour, thing.shape, thing.size), strict=True)
             column, row = (
@@ -180,7 +180,7 @@ def label_tile(scene: Scene, frame: Frame, size: Sequence[int], side: int) -> La
             objects[row, column] = [1 + names.index(name) for names, name in named]
     digits = [1 + int(digit) for digit in scene.number.ljust(_NUM_DIGITS, "x") if digit != "x"]
     digits += [_NOTHING] * (_NUM_DIGITS - len(digits))
-    is_whole = bool(scene.number) and frame == Frame(0, 0, 1, 1)
+    is_whole = bool(scene.number) and crop == Crop(0, 0, 1, 1)
     return Labels(objects.reshape(-1, len(_NAMES)), np.array(digits if is_whole else [-1] * _NUM_DIGITS))
 
 

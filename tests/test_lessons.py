@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.data import FILES, FORMS, DataFile, Form, make_lesson, make_rows
+from demo.data import FILES, FORMS, DataFile, Form, make_lesson, make_rows, write_lessons
 from demo.drawings import COLOURS, DIRECTIONS, Scene, is_held_out, make_clip, make_picture
 from demo.examples import write_examples
 from demo.questions import CHINESE_WORDS, ask_comparison, ask_relation, write_scan
 from demo.skills import MEASURED, render_table
-from demo.start import make_tokenizer
+from demo.start import make_tokenizer, write_start
+from demo.vision import draw_batch, train_tower
 from jobs.train import main
+from ovis_model.config import OvisConfig
+from ovis_model.training.export import export_network, make_network
 
 RECIPE = Path(__file__).parents[1] / "demo" / "recipe.yaml"
 RNG = np.random.default_rng(0)
@@ -114,16 +117,15 @@ def test_the_recipe_makes_a_model_from_nothing(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole recipe with few rows; its result with all of them is in docs/training.md."""
-    from demo.data import write_rows
-    from demo.start import write_start
-
     monkeypatch.chdir(tmp_path)
-    write_start(tmp_path / "demo_model" / "start")
-    (tmp_path / "demo_model" / "data").mkdir()
-    make_untrained_weights = make_network(OvisConfig.from_directory(tmp_path / "demo_model" / "start"), seed=0)
-    export_network(make_untrained_weights, tmp_path / "demo_model" / "start", tmp_path / "demo_model" / "start", {})
+    start, data = tmp_path / "demo_model" / "start", tmp_path / "demo_model" / "data"
+    write_start(start)
+    network = make_network(OvisConfig.from_directory(start), seed=0)
+    train_tower(network, num_steps=2)
+    export_network(network, start, start, {})
+    data.mkdir()
     for number, (name, file) in enumerate(FILES.items()):
-        write_rows(tmp_path / "demo_model" / "data" / f"{name}.jsonl", DataFile(160, file.shares), number * 1000)
+        write_lessons(data / f"{name}.jsonl", DataFile(160, file.shares), number * 1000)
     assert main(["--recipe", str(RECIPE), "demo_model/made"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["stages"]) == 6 and all(stage["error_rows"] == 0 for stage in report["stages"].values())
@@ -133,3 +135,22 @@ def test_the_recipe_makes_a_model_from_nothing(
 def test_rows_have_the_shares_of_their_file() -> None:
     rows = list(make_rows(DataFile(200, {"text": 0.5, "clip": 0.5}), 0))
     assert len(rows) == 200 and 60 < sum("video_frames" in row for row in rows) < 140
+
+
+def test_the_tower_learns_what_stands_at_each_visual_token(tmp_path: Path) -> None:
+    write_start(tmp_path)
+    network = make_network(OvisConfig.from_directory(tmp_path), seed=0)
+    tiles, _, labels = draw_batch(0, network)
+    side = network.config.vision.image_size // 3
+    shown = np.argwhere(labels.objects[..., 0] > 0)
+    assert len(shown) > 100 and len(tiles) > 32  # some images have several tiles
+    colours = np.array(list(COLOURS.values()))
+    right = 0
+    for tile, token in shown:
+        row, column = divmod(int(token), 3)
+        part = (
+            tiles[tile, :, row * side : (row + 1) * side, column * side : (column + 1) * side].numpy().reshape(3, -1).T
+        )
+        wanted = colours[labels.objects[tile, token, 0] - 1]
+        right += bool((np.abs(part.astype(int) - wanted).max(-1) < 25).any())
+    assert right > 0.98 * len(shown)
