@@ -129,9 +129,9 @@ def draw_batch(first_seed: int, network: Ovis) -> tuple[Tensor, Tensor, Labels]:
     drawn = [draw_seed(seed) for seed in range(first_seed, first_seed + NUM_IMAGES)]
     parts = [(*tile_images([image], _MAX_TILES, side), image, scene) for image, scene in drawn]
     labels = [
-        label_tile(scene, crop, size, side)
+        label_tile(scene, view, size, side)
         for _, sizes, image, scene in parts
-        for crop, size in zip(list_crops(image, side), sizes.tolist(), strict=True)
+        for view, size in zip(list_views(image, side), sizes.tolist(), strict=True)
     ]
     tiles, sizes = (np.concatenate([part[i] for part in parts]) for i in range(2))
     joined = Labels(np.stack([x.objects for x in labels]), np.stack([x.digits for x in labels]))
@@ -146,7 +146,7 @@ def draw_seed(seed: int) -> tuple[Image.Image, Scene]:
     return make_picture(seed, held_out=False, kind="number" if turn == 1 else None)
 
 
-class Crop(NamedTuple):
+class TileView(NamedTuple):
     """The part of an image that a tile shows, in shares of width and height."""
 
     left: float
@@ -155,23 +155,23 @@ class Crop(NamedTuple):
     height: float
 
 
-def list_crops(image: Image.Image, side: int) -> Iterator[Crop]:
-    """Yield the crop of each tile of an image: those of the grid after the overview, if there is one."""
+def list_views(image: Image.Image, side: int) -> Iterator[TileView]:
+    """Yield the view of each tile of an image: those of the grid after the overview, if there is one."""
     grid = choose_grid(*image.size, _MAX_TILES, side)
-    yield Crop(0, 0, 1, 1)
+    yield TileView(0, 0, 1, 1)
     if grid.rows * grid.cols > 1:
         for row in range(grid.rows):
             for column in range(grid.cols):
-                yield Crop(column / grid.cols, row / grid.rows, 1 / grid.cols, 1 / grid.rows)
+                yield TileView(column / grid.cols, row / grid.rows, 1 / grid.cols, 1 / grid.rows)
 
 
-def label_tile(scene: Scene, crop: Crop, size: Sequence[int], side: int) -> Labels:
-    """Label the visual tokens of a tile that shows `crop` in its middle, in a `size` of (height, width) pixels."""
+def label_tile(scene: Scene, view: TileView, size: Sequence[int], side: int) -> Labels:
+    """Label the visual tokens of a tile that shows `view` in its middle, in a `size` of (height, width) pixels."""
     per_side = 3
     objects = np.full((per_side, per_side, len(_NAMES)), _NOTHING, np.int64)
     height, width = size
     for thing in scene.things:
-        x, y = (thing.x - crop.left) / crop.width, (thing.y - crop.top) / crop.height
+        x, y = (thing.x - view.left) / view.width, (thing.y - view.top) / view.height
         if 0 <= x < 1 and 0 <= y < 1:
             named = zip(_NAMES, (thing.colour, thing.shape, thing.size), strict=True)
             column, row = (
@@ -180,7 +180,7 @@ def label_tile(scene: Scene, crop: Crop, size: Sequence[int], side: int) -> Labe
             objects[row, column] = [1 + names.index(name) for names, name in named]
     digits = [1 + int(digit) for digit in scene.number.ljust(_NUM_DIGITS, "x") if digit != "x"]
     digits += [_NOTHING] * (_NUM_DIGITS - len(digits))
-    is_whole = bool(scene.number) and crop == Crop(0, 0, 1, 1)
+    is_whole = bool(scene.number) and view == TileView(0, 0, 1, 1)
     return Labels(objects.reshape(-1, len(_NAMES)), np.array(digits if is_whole else [-1] * _NUM_DIGITS))
 
 
