@@ -61,7 +61,7 @@ FILES = {
     "captions": DataFile(25_600, {"plain": 0.4, "scan": 0.6}),
     "details": DataFile(19_200, {"large": 0.4, "scan": 0.6}),
     "dialogues": DataFile(12_800, {"caption": 0.7, "large": 0.3}),
-    "instructions": DataFile(128_000, {"picture": 0.62, "caption": 0.12, "pair": 0.11, "clip": 0.07, "text": 0.08}),
+    "instructions": DataFile(80_000, {"picture": 0.62, "caption": 0.12, "pair": 0.11, "clip": 0.07, "text": 0.08}),
     "preferences": DataFile(6_400, {"preference": 1}),
 }
 """What each stage learns from."""
