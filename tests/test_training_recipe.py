@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from jobs.train import main
 from pipelines.cluster.resources import Hardware
-from pipelines.errors import ResourceError
+from pipelines.errors import ResourceError, RunError
 from pipelines.training.config import TrainConfig
 from pipelines.training.plan import TrainingPlan, check_memory, plan_training
 from pipelines.training.recipe import RecipeOptions, read_recipe
+from pipelines.training.record import begin_run, read_run
 from tests.support.training_files import TINY, write_data
 
 
@@ -112,3 +113,13 @@ def test_a_model_that_does_not_fit_is_refused_with_the_shortfall() -> None:
     plan = SmallPlan("cuda", "bfloat16", 1, 1.0, 1, 4)
     with pytest.raises(ValueError, match=r"0\.0 of 0\.0 GB are usable: \d+\.\d GB too few"):
         check_memory(make_config(), plan, num_tokens=2600, num_tiles=10)
+
+
+def test_a_run_of_a_version_that_lacked_an_option_has_its_default(tmp_path: Path) -> None:
+    model = {"weights": "w"}
+    run = begin_run(make_config(output=str(tmp_path)), model, num_rows=1)
+    del run.record["identity"]["eval_input"], run.record["identity"]["beta"]
+    run.update()
+    assert read_run(make_config(output=str(tmp_path)), model) is not None
+    with pytest.raises(RunError, match=r"beta 0\.1 there, 0\.2 here"):
+        read_run(make_config(output=str(tmp_path), beta=0.2), model)

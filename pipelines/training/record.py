@@ -63,8 +63,18 @@ def read_run(config: TrainConfig, model: Json) -> TrainingRun | None:
     record = json.loads(store.read_bytes(uri))
     if record.get("kind") != _KIND:
         raise RunError(f"{config.output} holds a run of another job; give another OUTPUT")
-    _check_same(record["identity"], identify_run(config, model), config.output)
+    # An option that an earlier version did not have counts as its default.
+    here = identify_run(config, model)
+    defaults = {name: value for name, value in _get_defaults().items() if name in here}
+    _check_same({**defaults, **record["identity"]}, here, config.output)
     return TrainingRun(output, record)
+
+
+def _get_defaults() -> Json:
+    """Return the defaults of all options, as JSON values."""
+    fields = TrainConfig.model_fields.items()
+    defaults: Json = json.loads(json.dumps({name: x.default for name, x in fields if not x.is_required()}, default=str))
+    return defaults
 
 
 def identify_run(config: TrainConfig, model: Json) -> Json:
