@@ -234,4 +234,4 @@ def test_the_accuracy_table_orders_the_kinds_of_weights() -> None:
     exact, half, fp8 = compare("demo", 4)
     assert (exact.visual_error, exact.logit_error, exact.equal_tokens) == (0, 0, 100)
     assert 0 < half.logit_error < fp8.logit_error < 10 and 0 < half.visual_error < fp8.visual_error < 10
-    assert set(fp8.right) == {"bool", "caption", "choice", "count"} and fp8.equal_tokens > 95
+    assert set(fp8.right) >= {"bool", "caption", "choice", "count"} and fp8.equal_tokens > 95
