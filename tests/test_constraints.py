@@ -398,7 +398,10 @@ def test_masks_unpack_their_lowest_bits_first() -> None:
         ),
         ({"$dynamicRef": "#a"}, "'\\$dynamicRef'"),
         ({"x-guidance": {"lenient": True}}, "'x-guidance'"),
-        ({"$defs": {"a": {"$id": "https://a.com", "items": {"$ref": "#/$defs/b"}}}}, "#/\\$defs/a: the keyword '\\$id'"),
+        (
+            {"$defs": {"a": {"$id": "https://a.com", "items": {"$ref": "#/$defs/b"}}}},
+            "#/\\$defs/a: the keyword '\\$id'",
+        ),
         ({"$ref": "https://example.com/a.json"}, "#/\\$ref: .* others are not fetched"),
         ({"$ref": "#/$defs/none"}, "does not exist"),
         ({"oneOf": [{"type": "integer", "minimum": 0}, {"type": "integer", "maximum": 9}]}, "or use 'anyOf'"),
