@@ -1,5 +1,6 @@
 # make demo    caption drawn images with the demo model, on a laptop's CPU
 # make eval-demo  score the demo model on tiny drawn benchmarks, in a few minutes
+# make demo-model  make a model like the demo's from nothing, in about an hour
 # make test    run the tests
 # make test-vllm  run the tests of the engine vllm, in an environment of its own
 # make check   check format, lint, types and import rules
@@ -87,5 +88,5 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build _ovis_resample.* demo_output demo_answers *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build _ovis_resample.* demo_output demo_answers demo_model *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find jobs demo benchmarks pipelines ovis_model examples tests -name __pycache__ -prune -exec rm -rf {} +

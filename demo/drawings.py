@@ -170,9 +170,11 @@ def make_clip(seed: int, *, held_out: bool, num_frames: int) -> MovingThing:
 
 def find_place(thing: Thing) -> tuple[int, int]:
     """Return the column and the row, from 0 to 2, of the cell that an object is in."""
-    return min(range(3), key=lambda i: abs(thing.x - _CENTRES[i])), min(
-        range(3), key=lambda i: abs(thing.y - _CENTRES[i])
-    )
+    return _find_nearest(thing.x), _find_nearest(thing.y)
+
+
+def _find_nearest(at: float) -> int:
+    return min(range(len(_CENTRES)), key=lambda i: abs(at - _CENTRES[i]))
 
 
 def make_questions(scene: Scene, seed: int) -> tuple[SceneQuestion, ...]:

@@ -56,9 +56,14 @@ def plan_training(config: TrainConfig, hardware: Hardware) -> TrainingPlan:
         precision=dtype,
         num_workers=config.num_workers,
         cpus_per_worker=min(1.0, int(hardware.cpus / config.num_workers * 100) / 100),
-        threads=max(1, len(os.sched_getaffinity(0)) // config.num_workers),  # of those that this process may use
+        threads=max(1, _count_cpus() // config.num_workers),
         num_cpus=max(1, int(hardware.cpus)),
     )
+
+
+def _count_cpus() -> int:
+    """Return the number of CPUs that this process may use; macOS says only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_memory(config: TrainConfig, plan: TrainingPlan, num_tokens: int, num_tiles: int) -> TrainingMemory:
