@@ -29,7 +29,7 @@ FORMS: tuple[Form, ...] = ("text", "scan", "plain", "caption", "large", "picture
 """Text alone; lists of objects; captions, also without a chat, and of images of several tiles; questions about an
 image, two images, or a clip; and two true answers, of which the longer one is preferred."""
 _STREAM = 9  # of random numbers; those of images and questions have other ones
-_NUM_QUESTIONS = 4
+_NUM_QUESTIONS = 12
 NUM_FRAMES = 4
 
 
@@ -57,11 +57,11 @@ class DataFile(NamedTuple):
 
 
 FILES = {
-    "language": DataFile(30_000, {"text": 1}),
+    "language": DataFile(96_000, {"text": 1}),
     "captions": DataFile(25_600, {"plain": 0.4, "scan": 0.6}),
     "details": DataFile(19_200, {"large": 0.4, "scan": 0.6}),
     "dialogues": DataFile(12_800, {"caption": 0.7, "large": 0.3}),
-    "instructions": DataFile(80_000, {"picture": 0.62, "caption": 0.12, "pair": 0.11, "clip": 0.07, "text": 0.08}),
+    "instructions": DataFile(128_000, {"picture": 0.4, "caption": 0.3, "pair": 0.16, "clip": 0.06, "text": 0.08}),
     "preferences": DataFile(6_400, {"preference": 1}),
 }
 """What each stage learns from."""
@@ -119,20 +119,20 @@ def _encode(image: Image.Image, kind: str) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def make_lesson(form: Form, seed: int, *, held_out: bool, num_questions: int = _NUM_QUESTIONS) -> Lesson:
+def make_lesson(form: Form, seed: int, *, held_out: bool) -> Lesson:
     """Make the lesson of a seed."""
     rng = np.random.default_rng([seed, int(held_out), _STREAM])
     if form == "text":
-        return _make_text(seed, rng, held_out, num_questions)
+        return _make_text(seed, rng, held_out)
     if form == "clip":
         clip = make_clip(seed, held_out=held_out, num_frames=NUM_FRAMES)
         asked = questions.ask_motion(clip.thing, clip.direction)
-        return Lesson(_pick(asked, rng, num_questions), clip.frames, is_clip=True)
+        return Lesson(_pick(asked, rng), clip.frames, is_clip=True)
     if form == "pair":
         (one, first), (other, second) = (
             make_picture(2 * seed + i, held_out=held_out, many_tiles=False) for i in range(2)
         )
-        return Lesson(_pick(questions.ask_comparison(first, second, rng), rng, num_questions), [one, other])
+        return Lesson(_pick(questions.ask_comparison(first, second), rng), [one, other])
     image, scene = _draw(form, seed, held_out)
     if form == "preference":
         preferred = questions.ask_freely(scene, rng, is_brief=False)
@@ -142,10 +142,8 @@ def make_lesson(form: Form, seed: int, *, held_out: bool, num_questions: int = _
     if form == "plain":
         return Lesson(questions.ask_caption(scene, rng), [image], is_plain=True)
     if form == "picture":
-        return Lesson(ask_about(scene, rng, num_questions), [image])
-    return Lesson(
-        _pick([*questions.ask_caption(scene, rng), *questions.ask_chinese_caption(scene, rng)], rng, 1), [image]
-    )
+        return Lesson(ask_about(scene, rng), [image])
+    return Lesson(_pick(_ask_at_length(scene, rng), rng, 2), [image])
 
 
 def _draw(form: Form, seed: int, held_out: bool) -> tuple[Image.Image, Scene]:
@@ -159,29 +157,28 @@ def _draw(form: Form, seed: int, held_out: bool) -> tuple[Image.Image, Scene]:
     return make_picture(seed, held_out=held_out, kind=_choose_kind(seed), many_tiles=is_cut)
 
 
-def ask_about(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Asked]:
-    """Draw questions about a scene: one of each kind, but four truths, counts and choices, which are of many kinds."""
-    drawn = [
-        asked
-        for ask in questions.SKILLS
-        for asked in _pick(ask(scene, rng), rng, 4 if ask is questions.ask_answers else 1)
-    ]
-    return _pick(drawn, rng, num_questions)
+def ask_about(scene: Scene, rng: np.random.Generator) -> list[Asked]:
+    """Draw a dozen questions about a scene, no two alike; no answer gives away the others, as a caption would."""
+    return _pick(list(dict.fromkeys(asked for ask in questions.SHORT for asked in ask(scene, rng))), rng)
 
 
-def _make_text(seed: int, rng: np.random.Generator, held_out: bool, num_questions: int) -> Lesson:
+def _ask_at_length(scene: Scene, rng: np.random.Generator) -> list[Asked]:
+    return [asked for ask in questions.LONG for asked in ask(scene, rng)]
+
+
+def _make_text(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     """Write scenes as lists, and ask what is asked about images; or ask for sums and words."""
     share = rng.random()
-    if share < 0.1:
-        return Lesson([questions.ask_sum(rng), questions.ask_word(rng)])
+    if share < 0.05:
+        return Lesson([ask(rng) for ask in (questions.ask_sum, questions.ask_word) for _ in range(_NUM_QUESTIONS // 2)])
     if share < 0.25:
         first, second = (_make_scene(2 * seed + i, held_out) for i in range(2))
         preface = f"Image 1: {write_scan(first)}\nImage 2: {write_scan(second)}\n"
-        return Lesson(_pick(questions.ask_comparison(first, second, rng), rng, num_questions), preface=preface)
+        return Lesson(_pick(questions.ask_comparison(first, second), rng), preface=preface)
     scene = _make_scene(seed, held_out)
-    preface = f"{write_scan(scene)}\n"
-    asked = [questions.ask_scan(scene)] if share < 0.35 else ask_about(scene, rng, num_questions)
-    return Lesson(asked, preface=preface)
+    at_length = [questions.ask_scan(scene), *_ask_at_length(scene, rng)]
+    asked = _pick(at_length, rng, 1) if share < 0.4 else ask_about(scene, rng)
+    return Lesson(asked, preface=f"{write_scan(scene)}\n")
 
 
 def _make_scene(seed: int, held_out: bool) -> Scene:
@@ -193,7 +190,7 @@ def _choose_kind(seed: int) -> Kind | None:
     return "two" if seed // 3 % 3 == 0 else None
 
 
-def _pick(asked: Sequence[Asked], rng: np.random.Generator, count: int) -> list[Asked]:
+def _pick(asked: Sequence[Asked], rng: np.random.Generator, count: int = _NUM_QUESTIONS) -> list[Asked]:
     return [asked[i] for i in rng.permutation(len(asked))[:count]]
 
 

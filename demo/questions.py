@@ -82,8 +82,9 @@ def ask_caption(scene: Scene, rng: np.random.Generator) -> list[Asked]:
 
 
 def ask_answers(scene: Scene, rng: np.random.Generator) -> list[Asked]:
-    """Ask for truths, counts and choices."""
-    return [Asked(q.kind, q.text, q.answer) for q in make_questions(scene, int(rng.integers(1 << 62)))]
+    """Ask for truths, counts and choices: many, of which some are alike."""
+    seeds = [int(seed) for seed in rng.integers(1 << 62, size=8)]
+    return [Asked(q.kind, q.text, q.answer) for seed in seeds for q in make_questions(scene, seed)]
 
 
 def ask_relation(scene: Scene, rng: np.random.Generator) -> list[Asked]:
@@ -137,18 +138,15 @@ def ask_in_chinese(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     return [Asked("chinese answer", *pair) for pair in asked]
 
 
-def ask_comparison(first: Scene, second: Scene, rng: np.random.Generator) -> list[Asked]:
-    """Ask about two images: their backgrounds, their numbers of objects, and which one shows a colour."""
+def ask_comparison(first: Scene, second: Scene) -> list[Asked]:
+    """Ask about two images: their backgrounds, their numbers of objects, and which one shows each colour."""
     asked = [("Do both have the same background?", "Yes" if first.background == second.background else "No")]
     counts = len(first.things), len(second.things)
     if counts[0] != counts[1]:
         asked.append(("Which image shows more objects?", ("The first", "The second")[counts[1] > counts[0]]))
     shown = [sorted({t.colour for t in s.things} | ({s.number_colour} - {""})) for s in (first, second)]
-    only = [(c, "The first") for c in shown[0] if c not in shown[1]]
-    only += [(c, "The second") for c in shown[1] if c not in shown[0]]
-    if only:
-        colour, answer = only[rng.integers(len(only))]
-        asked.append((f"Which image shows {colour}?", answer))
+    for this, other, answer in zip(shown, shown[::-1], ("The first", "The second"), strict=True):
+        asked += [(f"Which image shows {colour}?", answer) for colour in this if colour not in other]
     return [Asked("compare", *pair) for pair in asked]
 
 
@@ -195,10 +193,11 @@ def ask_word(rng: np.random.Generator) -> Asked:
     return Asked("text", f"What is {chinese} in English?", english)
 
 
-SKILLS: Sequence[Callable[[Scene, np.random.Generator], list[Asked]]] = (
-    ask_caption, ask_answers, ask_relation, ask_number, ask_chinese_caption, ask_in_chinese, ask_freely,
+SHORT: Sequence[Callable[[Scene, np.random.Generator], list[Asked]]] = (
+    ask_answers, ask_relation, ask_number, ask_in_chinese,
 )  # fmt: skip
-"""What can be asked about one scene."""
+LONG = (ask_caption, ask_chinese_caption, ask_freely)
+"""What can be asked about one scene: what has a short answer, and what tells most of the scene."""
 
 
 def _name(thing: Thing) -> str:

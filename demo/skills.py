@@ -102,7 +102,7 @@ def _build_pair(builder: ExampleBuilder, lesson: Lesson, tile_size: int) -> Pref
 
 
 def _make_lesson(form: Form, number: int) -> Lesson:
-    return make_lesson(form, FIRST_SEED + number, held_out=True, num_questions=9)
+    return make_lesson(form, FIRST_SEED + number, held_out=True)
 
 
 def _choose_max_tiles(lesson: Lesson) -> int:

@@ -66,7 +66,7 @@ def test_relations_name_the_other_object() -> None:
 def test_comparisons_are_true() -> None:
     scenes, seen = list_scenes(200), set()
     for first, second in pairwise(scenes):
-        for asked in ask_comparison(first, second, RNG):
+        for asked in ask_comparison(first, second):
             seen.add((asked.text[0], "more" in asked.text, asked.answer))
             named = {"The first": (first, second), "The second": (second, first)}.get(asked.answer)
             if named is None:
