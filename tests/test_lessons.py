@@ -33,7 +33,7 @@ def list_scenes(count: int = 60, **options: object) -> list[Scene]:
 @pytest.mark.parametrize("held_out", [False, True])
 def test_captions_of_held_out_rows_are_never_learnt(form: Form, held_out: bool) -> None:
     answers = chain.from_iterable(make_lesson(form, seed, held_out=held_out).asked for seed in range(40))
-    english = [asked.answer for asked in answers if asked.answer.isascii()]
+    english = [asked.answer for asked in answers if asked.answer.isascii() and len(asked.answer.split()) > 2]
     assert english and {is_held_out(answer) for answer in english} == {held_out}
 
 
