@@ -21,7 +21,7 @@ _FORMS: dict[Skill, Form] = {
     "number": "picture",
     "compare": "pair",
     "motion": "clip",
-    "chinese caption": "picture",
+    "chinese caption": "caption",
     "chinese answer": "picture",
     "text": "text",
 }
