@@ -1,6 +1,7 @@
 """The job `ovis2 demo`: caption drawn images with the demo model, and report the share that is exactly right.
 
-It draws the images and runs the captioning job on them as a user would.
+It draws the images and runs the captioning job on them as a user would. A second run answers one question of each kind
+that the model has learnt: about an image, two images, a clip, or text alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 
 from pydantic import PositiveInt, field_validator
 
+from demo.data import NUM_FRAMES
 from demo.drawings import make_picture
+from demo.examples import Example, write_examples
 from jobs.command_line import Command, parse_command_line
 from jobs.usage import BAD_USAGE
 from ovis_model.wording import count_nouns
@@ -95,6 +98,8 @@ def run_demo(output: Path, count: int, seed: int) -> int:
         print(f"error: the captioning job failed with exit code {exit_code}; its messages are above")
         return 1
     _print_comparisons(compare(captions, truths))
+    if exit_code := _answer_examples(output, seed):
+        return exit_code
     print(f"images: {pictures}\ncaptions: {captions / 'data'}/*.parquet")
     print("next: run the command above on your own directories; use --model AIDC-AI/Ovis2-1B for photographs")
     return 0
@@ -102,6 +107,26 @@ def run_demo(output: Path, count: int, seed: int) -> int:
 
 def _run_captioning(pictures: Path, captions: Path) -> int:
     return run_module("jobs.caption", str(pictures), str(captions), "--model", "demo", "--overwrite")
+
+
+def _answer_examples(output: Path, seed: int) -> int:
+    """Ask one question of each skill -> the exit code of the job."""
+    questions, answers = output / "questions", output / "answers"
+    examples = write_examples(questions, seed)
+    options = ["--model", "demo", "--num-frames", str(NUM_FRAMES), "--overwrite"]
+    if exit_code := run_module("jobs.caption", str(questions / "questions.jsonl"), str(answers), *options):
+        return exit_code
+    _print_answers(examples, {row["id"]: row["text"] for row in read_results(str(answers)).to_pylist()})
+    return 0
+
+
+def _print_answers(examples: Sequence[Example], answers: dict[str, str]) -> None:
+    for example in examples:
+        answer = answers[example.skill]
+        mark = "right" if answer == example.truth else f"WRONG, it is {example.truth}"
+        print(f"\n{example.skill}: {', '.join(example.files) or 'text alone'}")
+        print(f"  {example.prompt.replace(chr(10), ' | ')}\n  {answer}  ({mark})")
+    print()
 
 
 def run_module(*command: str) -> int:
