@@ -106,6 +106,15 @@ def ray_cluster(endpoint: str) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    """Yield a selenium driver of a Chromium of the module's own."""
+    from tests.support.browser import start_chromium
+
+    with start_chromium() as driver:
+        yield driver
+
+
 @pytest.fixture
 def ray_address(ray_cluster: None) -> str:
     """Return the address of this process's Ray, so that jobs in separate processes need not start one."""

@@ -26,12 +26,6 @@ pytestmark = pytest.mark.skipif(bool(browser.describe_missing()), reason=browser
 Open = Callable[[Any, bool], None]
 
 
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with browser.start_chromium() as driver:
-        yield driver
-
-
 def write_rows(directory: Path, shift: int) -> Path:
     """Write a run with all that a page can show: long names, flags, errors, wrong and missing answers."""
     image = write_image(directory / "a.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +158,6 @@ image.onload = image.onerror = () => {
 };
 image.src = source;
 """
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with browser.start_chromium() as driver:
-        driver.get("about:blank")
-        yield driver
 
 
 def show_in_browser(driver: Any, data: bytes, kind: str) -> NDArray[np.uint8]:

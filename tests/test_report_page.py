@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,6 @@ pytestmark = pytest.mark.skipif(bool(browser.describe_missing()), reason=browser
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 HOSTILE_NAME = "</script><script>window.hacked=1<\\script><img src=x onerror='window.hacked=1'>.png"  # no / in a name
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with browser.start_chromium() as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,6 @@ CAPTIONS = (
     *('=HYPERLINK("http://evil.example")', "+1", "-2+3", "@SUM(1)", "\tTab", 'Plain, with "quotes"\r\nand lines'),
     *("-5", "\uff1dwide"),
 )
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with browser.start_chromium() as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")

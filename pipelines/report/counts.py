@@ -15,27 +15,40 @@ _MAX_BINS = 32
 _SMALLEST_WIDTH = 2.0**-40  # of a bin of fractions, before the range is known
 
 
-class Histogram:
-    """A histogram of values >= 0 in bins of equal width; the last bin includes all larger values, NaN is ignored."""
+class _Numbers:
+    """Finite numbers, of which sum, smallest and largest are known; a histogram adds how often each occurs."""
 
-    def __init__(self, num_bins: int, width: float) -> None:
-        self._bins, self._width = np.zeros(num_bins, np.int64), width
+    def __init__(self) -> None:
         self._sum, self._smallest, self._largest = 0, math.inf, -math.inf
 
     def add(self, values: NDArray[Any]) -> None:
-        """Count an array of values."""
-        values = values[~np.isnan(values)]
+        """Count an array of values; those that are not finite are ignored."""
+        values = values[np.isfinite(values)]
         if not len(values):
             return
         self._sum += values.sum().item()
         self._smallest = min(self._smallest, values.min().item())
         self._largest = max(self._largest, values.max().item())
         self._widen()
-        places = np.minimum(values / self._width, len(self._bins) - 1).astype(np.int64)
-        self._bins += np.bincount(places, minlength=len(self._bins))
+        self._count(values)
 
     def _widen(self) -> None:
-        """Make room for the largest value; a histogram with fixed bins needs none."""
+        """Make room for the smallest and the largest value; a histogram with fixed bins needs none."""
+
+    def _count(self, values: NDArray[Any]) -> None:
+        raise NotImplementedError
+
+
+class Histogram(_Numbers):
+    """A histogram of values >= 0 in bins of equal width; the last bin includes all larger values."""
+
+    def __init__(self, num_bins: int, width: float) -> None:
+        super().__init__()
+        self._bins, self._width = np.zeros(num_bins, np.int64), width
+
+    def _count(self, values: NDArray[Any]) -> None:
+        places = np.minimum(values / self._width, len(self._bins) - 1).astype(np.int64)
+        self._bins += np.bincount(places, minlength=len(self._bins))
 
     def to_json(self) -> Json | None:
         """Return the bins, their width, and the mean, minimum and maximum; None if nothing was added."""
@@ -62,26 +75,18 @@ class Spread(Histogram):
         return found and {**found, "bins": found["bins"][: int(self._largest // self._width) + 1]}
 
 
-class NumberHistogram:
+class NumberHistogram(_Numbers):
     """A histogram of any numbers, exact for any number of them, in at most 33 bins.
 
     The bins' width is a power of two that grows with the range, and their ends are multiples of it.
     """
 
     def __init__(self, *, is_whole: bool) -> None:
+        super().__init__()
         self._width = 1.0 if is_whole else _SMALLEST_WIDTH
         self._counts: Counter[int] = Counter()  # {place of the bin: values}
-        self._sum, self._smallest, self._largest = 0.0, math.inf, -math.inf
 
-    def add(self, values: NDArray[np.float64]) -> None:
-        """Count an array of values; those that are not finite are ignored."""
-        values = values[np.isfinite(values)]
-        if not len(values):
-            return
-        self._sum += values.sum().item()
-        self._smallest = min(self._smallest, values.min().item())
-        self._largest = max(self._largest, values.max().item())
-        self._widen()
+    def _count(self, values: NDArray[Any]) -> None:
         places, counts = np.unique(np.floor(values / self._width).astype(np.int64), return_counts=True)
         self._counts.update(dict(zip(places.tolist(), counts.tolist(), strict=True)))
 
