@@ -16,6 +16,8 @@ import pytest
 
 from pipelines.config import CaptionConfig
 from pipelines.errors import RunError
+from pipelines.export.options import ExportOptions
+from pipelines.export.run import export_run
 from pipelines.output.compact import compact_run
 from pipelines.output.lease import Lease
 from pipelines.output.manifest import read_columns
@@ -231,6 +233,12 @@ def check_result(output: Path, count: int) -> None:
     assert (report.rows, report.ok, report.shown, report.without_media) == (NUM_ROWS, NUM_ROWS, NUM_ROWS, 0)
     page = (output / "report.html").read_text()
     assert page.count('"ended_at"') == count and '"limited_by"' in page, "the report shows the sessions of all parts"
+    target = output.parent / "exported"
+    exported = export_run(ExportOptions(output=str(output), target=str(target), format="jsonl", min_confidence={}))
+    assert (exported.rows, exported.written, exported.error) == (NUM_ROWS, NUM_ROWS, 0)
+    lines = [json.loads(line) for line in (target / "rows.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    assert len([*(target / "images").rglob("*.png")]) == NUM_ROWS
     listed = json.loads((output / "list" / "list.json").read_text())
     assert listed["ends"] == [NUM_ROWS]
 

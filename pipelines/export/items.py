@@ -23,6 +23,7 @@ from pipelines.media.reference import FileRef, ImageRef, TarRef, parse_reference
 from pipelines.output.decisions import Decisions, read_decisions
 from pipelines.output.manifest import take_rows
 from pipelines.report.columns import OutputColumns
+from pipelines.report.opened import OpenedRun
 from pipelines.storage import store
 from pipelines.tasks.answer_types import parse_answer
 
@@ -91,14 +92,14 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def make_items(options: ExportOptions, columns: OutputColumns, chosen: pa.Table) -> Iterator[ExportItem]:
+def make_items(options: ExportOptions, run: OpenedRun, chosen: pa.Table) -> Iterator[ExportItem]:
     """Yield the items of chosen rows, in order, with media that are fetched in parallel and ahead."""
     if not len(chosen):
         return
-    numbers = chosen.column(ROW).to_numpy()
-    stored = take_rows(options.output, np.sort(numbers), ["images", "prompt"]).to_pylist()
+    numbers, columns = chosen.column(ROW).to_numpy(), run.columns
+    stored = take_rows(run.manifest, np.sort(numbers), ["images", "prompt"]).to_pylist()
     plain = chosen.drop_columns([ROW])
-    decisions = read_decisions(options.output) if options.corrected else {}
+    decisions = read_decisions(run.output) if options.corrected else {}
     images = [[parse_reference(image) for image in row["images"]] if options.media else [] for row in stored]
     places = zip(range(len(numbers)), images, strict=True)
     for place, pending in Fetcher().fetch_ahead(places):

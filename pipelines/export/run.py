@@ -12,9 +12,8 @@ from pipelines.errors import RunError
 from pipelines.export.formats import FORMATS
 from pipelines.export.items import ExportItem, find_caption, make_items
 from pipelines.export.options import Exported, ExportOptions
-from pipelines.export.selection import check_confidences, choose_rows, list_data_files, read_output_columns
-from pipelines.output.run_record import read_record
-from pipelines.report.columns import OutputColumns
+from pipelines.export.selection import check_confidences, choose_rows, sort_files
+from pipelines.report.opened import OpenedRun, open_output
 from pipelines.storage import store
 from pipelines.storage.preflight import check_stores
 
@@ -40,23 +39,19 @@ def export_run(options: ExportOptions) -> Exported:
     """
     started_s = time.monotonic()
     check_stores([options.output, options.target])
-    record = read_record(options.output)
-    if record is None:
-        raise RunError(f"{options.output} holds no run (no run.json)")
-    files = list_data_files(options.output)
-    columns = read_output_columns(record, files[0][0])
-    check_confidences(options.min_confidence, columns)
-    find_caption(options.text, columns)
-    if (counts := _begin(options, files)) is not None:
+    run = open_output(options.output)
+    check_confidences(options.min_confidence, run.columns)
+    find_caption(options.text, run.columns)
+    if (counts := _begin(options, run)) is not None:
         return Exported(**{**counts, "skipped_done": counts["chosen"]})
     parts = _read_parts(options.target)
     num_skipped = sum(part.chosen for part in parts)
-    for items in _group_items(options, _list_items(options, columns, num_skipped)):
+    for items in _group_items(options, _list_items(options, run, num_skipped)):
         parts.append(_write_part(options, len(parts), items))
-    errors = _finish(options, record, columns, parts)
+    errors = _finish(options, run, parts)
     chosen = sum(part.chosen for part in parts)
     exported = Exported(
-        rows=record["num_rows"],
+        rows=run.record["num_rows"],
         chosen=chosen,
         written=chosen - len(errors),
         error=len(errors),
@@ -65,17 +60,17 @@ def export_run(options: ExportOptions) -> Exported:
         seconds=round(time.monotonic() - started_s, 3),
         target=options.target,
     )
-    _end(options, files, exported)
+    _end(options, run, exported)
     return exported
 
 
-def _list_items(options: ExportOptions, columns: OutputColumns, num_done: int) -> Iterator[ExportItem]:
+def _list_items(options: ExportOptions, run: OpenedRun, num_done: int) -> Iterator[ExportItem]:
     """Yield the chosen rows after the first `num_done`, with their media."""
     to_skip = num_done
-    for chosen in choose_rows(options, columns):
+    for chosen in choose_rows(options, run):
         skipped = min(to_skip, len(chosen))
         to_skip -= skipped
-        yield from make_items(options, columns, chosen.slice(skipped))
+        yield from make_items(options, run, chosen.slice(skipped))
 
 
 def _group_items(options: ExportOptions, items: Iterator[ExportItem]) -> Iterator[list[ExportItem]]:
@@ -92,12 +87,12 @@ def _group_items(options: ExportOptions, items: Iterator[ExportItem]) -> Iterato
         yield waiting
 
 
-def _begin(options: ExportOptions, files: Sequence[tuple[str, int, int]]) -> Json | None:
+def _begin(options: ExportOptions, run: OpenedRun) -> Json | None:
     """Write the state of the export; return the counts of an earlier call that has finished it.
 
     Raise RunError if an earlier call had other options or rows.
     """
-    uri, identity = store.join(options.target, _STATE), _identify(options, files)
+    uri, identity = store.join(options.target, _STATE), _identify(options, run)
     if store.find_file(uri) is not None and not options.overwrite:
         found = json.loads(store.read_bytes(uri))
         if found["identity"] != identity:
@@ -116,17 +111,18 @@ def _begin(options: ExportOptions, files: Sequence[tuple[str, int, int]]) -> Jso
     return None
 
 
-def _end(options: ExportOptions, files: Sequence[tuple[str, int, int]], exported: Exported) -> None:
+def _end(options: ExportOptions, run: OpenedRun, exported: Exported) -> None:
     """Record the counts and remove what was kept to resume."""
-    state = {"identity": _identify(options, files), "counts": asdict(exported)}
+    state = {"identity": _identify(options, run), "counts": asdict(exported)}
     store.write_bytes(store.join(options.target, _STATE), json.dumps(state, indent=2).encode())
     for info in store.list_files(store.join(options.target, _PARTS)):
         store.remove(info.uri)
     store.remove_if_empty(store.join(options.target, _PARTS))
 
 
-def _identify(options: ExportOptions, files: Sequence[tuple[str, int, int]]) -> Json:
-    identity: Json = json.loads(json.dumps({"options": options.identity, "files": [list(file) for file in files]}))
+def _identify(options: ExportOptions, run: OpenedRun) -> Json:
+    files = [[info.uri, info.num_bytes, int(entry.rows[0])] for info, entry in sort_files(run)]
+    identity: Json = json.loads(json.dumps({"options": options.identity, "files": files}))
     return identity
 
 
@@ -154,7 +150,7 @@ def _write_part(options: ExportOptions, number: int, items: Sequence[ExportItem]
     return part
 
 
-def _finish(options: ExportOptions, record: Json, columns: OutputColumns, parts: Sequence[_Part]) -> Sequence[Json]:
+def _finish(options: ExportOptions, run: OpenedRun, parts: Sequence[_Part]) -> Sequence[Json]:
     """Join the lines of all parts, write the errors and return them."""
     kind = FORMATS[options.format]
     errors = [error for part in parts for error in part.errors]
@@ -163,7 +159,7 @@ def _finish(options: ExportOptions, record: Json, columns: OutputColumns, parts:
         text = "".join(f"{json.dumps(error)}\n" for error in errors)
         store.write_bytes(store.join(options.target, ERRORS), text.encode())
     if kind.file_name:
-        lines = iter([_describe_run(options, record, columns, num_written)])
+        lines = iter([_describe_run(options, run, num_written)])
         joined = kind.join(lines if options.format == "hf" else _read_lines(options.target, len(parts)))
         _write_stream(store.join(options.target, kind.file_name), joined)
     return errors
@@ -174,9 +170,9 @@ def _read_lines(target: str, num_parts: int) -> Iterator[str]:
         yield from store.read_bytes(_locate_part(target, number)).decode().split("\n")[1:]
 
 
-def _describe_run(options: ExportOptions, record: Json, columns: OutputColumns, num_written: int) -> str:
-    questions = [(task.name, str(task.about.get("prompt"))) for task in columns.tasks]
-    model = record.get("model") or {}
+def _describe_run(options: ExportOptions, run: OpenedRun, num_written: int) -> str:
+    questions = [(task.name, str(task.about.get("prompt"))) for task in run.columns.tasks]
+    model = run.record.get("model") or {}
     about = {
         "name": options.target.rstrip("/").rsplit("/", 1)[-1],
         "rows": f"{num_written:,}",

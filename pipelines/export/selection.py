@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.errors import RunError
 from pipelines.export.options import ExportOptions
-from pipelines.output.ledger import read_entries
 from pipelines.report.answers import Answers, to_mask
-from pipelines.report.columns import OutputColumns, interpret_columns
+from pipelines.report.columns import OutputColumns
+from pipelines.report.opened import OpenedRun, OutputFile
 from pipelines.storage import store
-
-Json = dict[str, Any]
 
 ROW = "__row"
 _ROWS_AT_ONCE = 4096
 
 
-def list_data_files(output: str) -> list[tuple[str, int, int]]:
-    """Return (URI, bytes, first row number) of the files of a run, in the order of their rows."""
-    found = [(info, entry) for info, entry in read_entries(store.join(output, "data")) if len(entry.rows)]
-    if not found:
-        raise RunError(f"{output} holds no rows yet")
-    return sorted(((info.uri, info.num_bytes, int(entry.rows[0])) for info, entry in found), key=lambda file: file[2])
+def sort_files(run: OpenedRun) -> list[OutputFile]:
+    """Return the files of a run, of all its parts, in the order of their rows."""
+    return sorted((file for file in run.files if len(file[1].rows)), key=lambda file: int(file[1].rows[0]))
 
 
-def read_output_columns(record: Json, uri: str) -> OutputColumns:
-    """Interpret the columns of the run from one of its files."""
-    with store.open_file(uri) as file:
-        return interpret_columns(record, pq.read_schema(file), {})
-
-
-def choose_rows(options: ExportOptions, columns: OutputColumns) -> Iterator[pa.Table]:
+def choose_rows(options: ExportOptions, run: OpenedRun) -> Iterator[pa.Table]:
     """Yield the chosen rows, with their numbers in the column ROW, in row order.
 
     Raise ValueError for an expression that DuckDB cannot evaluate.
     """
     query = Query(options.where) if options.where else None
-    entries = {info.uri: entry for info, entry in read_entries(store.join(options.output, "data"))}
-    for uri, _, _ in list_data_files(options.output):
-        rows, at = entries[uri].rows, 0
-        with store.open_file(uri) as file:
+    for info, entry in sort_files(run):
+        rows, at = entry.rows, 0
+        with store.open_file(info.uri) as file:
             for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(_ROWS_AT_ONCE, use_threads=False):
-                answers = Answers(columns, rows[at : at + len(batch)], batch)
+                answers = Answers(run.columns, rows[at : at + len(batch)], batch)
                 table = pa.table({**dict(zip(batch.schema.names, batch.columns, strict=True)), ROW: answers.rows})
                 chosen = table.filter(pa.array(_find_wanted(answers, options)))
                 yield query.filter(chosen) if query else chosen
