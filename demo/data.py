@@ -24,10 +24,22 @@ from demo import questions
 from demo.drawings import Kind, Scene, make_clip, make_picture, make_scattered_picture
 from demo.questions import Asked, write_scan
 
-Form = Literal["text", "scan", "plain", "caption", "large", "picture", "pair", "clip", "preference"]
-FORMS: tuple[Form, ...] = ("text", "scan", "plain", "caption", "large", "picture", "pair", "clip", "preference")
-"""Text alone; lists of objects; captions, also without a chat, and of images of several tiles; questions about an
-image, two images, or a clip; and two true answers, of which the longer one is preferred."""
+Form = Literal["text", "search", "scan", "plain", "caption", "large", "picture", "pair", "clip", "preference"]
+FORMS: tuple[Form, ...] = (
+    "text",
+    "search",
+    "scan",
+    "plain",
+    "caption",
+    "large",
+    "picture",
+    "pair",
+    "clip",
+    "preference",
+)
+"""Text alone, also with the hardest questions only; lists of objects; captions, also without a chat, and of images of
+several tiles; questions about an image, two images, or a clip; and two true answers, of which the longer one is
+preferred."""
 _STREAM = 9  # of random numbers; those of images and questions have other ones
 _NUM_QUESTIONS = 12
 NUM_FRAMES = 4
@@ -50,19 +62,23 @@ class Lesson:
 
 
 class DataFile(NamedTuple):
-    """A file of rows: their number, and the form and the share of each kind."""
+    """A file of rows: the seed of the first, their number, and the form and the share of each kind."""
 
+    first_seed: int
     num_rows: int
     shares: dict[Form, float]
 
 
 FILES = {
-    "language": DataFile(96_000, {"text": 1}),
-    "captions": DataFile(25_600, {"plain": 0.4, "scan": 0.6}),
-    "details": DataFile(19_200, {"large": 0.4, "scan": 0.6}),
-    "dialogues": DataFile(12_800, {"caption": 0.7, "large": 0.3}),
-    "instructions": DataFile(128_000, {"picture": 0.4, "caption": 0.3, "pair": 0.16, "clip": 0.06, "text": 0.08}),
-    "preferences": DataFile(6_400, {"preference": 1}),
+    "language": DataFile(0, 96_000, {"text": 1}),
+    "searches": DataFile(60_000_000, 38_400, {"search": 1}),
+    "captions": DataFile(10_000_000, 25_600, {"plain": 0.4, "scan": 0.6}),
+    "details": DataFile(20_000_000, 19_200, {"large": 0.4, "scan": 0.6}),
+    "dialogues": DataFile(30_000_000, 12_800, {"caption": 0.7, "large": 0.3}),
+    "instructions": DataFile(
+        40_000_000, 128_000, {"picture": 0.4, "caption": 0.3, "pair": 0.16, "clip": 0.06, "text": 0.08}
+    ),
+    "preferences": DataFile(50_000_000, 6_400, {"preference": 1}),
 }
 """What each stage learns from."""
 
@@ -71,28 +87,27 @@ def main() -> None:
     """Write all files that are not there."""
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    for number, (name, file) in enumerate(FILES.items()):
+    for name, file in FILES.items():
         path = directory / f"{name}.jsonl"
         if not path.exists():
-            write_lessons(path, file, first_seed=number * 10_000_000)
+            write_lessons(path, file)
             print(f"{path}: {file.num_rows} rows", flush=True)
 
 
-def write_lessons(path: Path, file: DataFile, first_seed: int) -> None:
+def write_lessons(path: Path, file: DataFile) -> None:
     """Write the rows to a file that is there only when it is whole."""
     partial = path.with_suffix(".partial")
     with partial.open("w") as lines:
-        for row in make_rows(file, first_seed):
+        for row in make_rows(file):
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     partial.replace(path)
 
 
-def make_rows(file: DataFile, first_seed: int) -> Iterator[dict[str, Any]]:
+def make_rows(file: DataFile) -> Iterator[dict[str, Any]]:
     """Yield the rows, as `ovis2 train` reads them."""
-    forms = np.random.default_rng(first_seed).choice(
-        list(file.shares), size=file.num_rows, p=list(file.shares.values())
-    )
-    for seed, form in enumerate(forms.tolist(), first_seed):
+    rng = np.random.default_rng(file.first_seed)
+    forms = rng.choice(list(file.shares), size=file.num_rows, p=list(file.shares.values()))
+    for seed, form in enumerate(forms.tolist(), file.first_seed):
         yield to_row(make_lesson(form, seed, held_out=False), seed)
 
 
@@ -124,6 +139,8 @@ def make_lesson(form: Form, seed: int, *, held_out: bool) -> Lesson:
     rng = np.random.default_rng([seed, int(held_out), _STREAM])
     if form == "text":
         return _make_text(seed, rng, held_out)
+    if form == "search":
+        return _make_search(seed, rng, held_out)
     if form == "clip":
         clip = make_clip(seed, held_out=held_out, num_frames=NUM_FRAMES)
         asked = questions.ask_motion(clip.thing, clip.direction)
@@ -159,7 +176,11 @@ def _draw(form: Form, seed: int, held_out: bool) -> tuple[Image.Image, Scene]:
 
 def ask_about(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     """Draw a dozen questions about a scene, no two alike; no answer gives away the others, as a caption would."""
-    return _pick(list(dict.fromkeys(asked for ask in questions.SHORT for asked in ask(scene, rng))), rng)
+    return _pick(_ask_briefly(scene, rng), rng)
+
+
+def _ask_briefly(scene: Scene, rng: np.random.Generator) -> list[Asked]:
+    return list(dict.fromkeys(asked for ask in questions.SHORT for asked in ask(scene, rng)))
 
 
 def _ask_at_length(scene: Scene, rng: np.random.Generator) -> list[Asked]:
@@ -172,13 +193,28 @@ def _make_text(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     if share < 0.05:
         return Lesson([ask(rng) for ask in (questions.ask_sum, questions.ask_word) for _ in range(_NUM_QUESTIONS // 2)])
     if share < 0.25:
-        first, second = (_make_scene(2 * seed + i, held_out) for i in range(2))
-        preface = f"Image 1: {write_scan(first)}\nImage 2: {write_scan(second)}\n"
-        return Lesson(_pick(questions.ask_comparison(first, second), rng), preface=preface)
+        return _compare_texts(seed, rng, held_out)
     scene = _make_scene(seed, held_out)
     at_length = [questions.ask_scan(scene), *_ask_at_length(scene, rng)]
     asked = _pick(at_length, rng, 1) if share < 0.4 else ask_about(scene, rng)
     return Lesson(asked, preface=f"{write_scan(scene)}\n")
+
+
+def _make_search(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
+    """Write scenes of two objects as lists, and ask what needs one of them to be found, seldom whether it is there."""
+    if rng.random() < 0.25:
+        return _compare_texts(seed, rng, held_out)
+    scene = make_picture(seed, held_out=held_out, kind="two")[1]
+    pool = [*filter(questions.needs_search, _ask_briefly(scene, rng))]
+    harder, truths = ([asked for asked in pool if (asked.skill == "bool") == is_bool] for is_bool in (False, True))
+    asked = [*_pick(harder, rng, _NUM_QUESTIONS - 3), *_pick(truths, rng, 3)]
+    return Lesson(_pick(asked, rng), preface=f"{write_scan(scene)}\n")
+
+
+def _compare_texts(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
+    first, second = (_make_scene(2 * seed + i, held_out) for i in range(2))
+    preface = f"Image 1: {write_scan(first)}\nImage 2: {write_scan(second)}\n"
+    return Lesson(_pick(questions.ask_comparison(first, second), rng), preface=preface)
 
 
 def _make_scene(seed: int, held_out: bool) -> Scene:

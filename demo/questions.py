@@ -200,6 +200,14 @@ LONG = (ask_caption, ask_chinese_caption, ask_freely)
 """What can be asked about one scene: what has a short answer, and what tells most of the scene."""
 
 
+def needs_search(asked: Asked) -> bool:
+    """Return whether a question is about some of the objects, not about the background, a number or all objects."""
+    return asked.text not in _ABOUT_ALL and not any(word in asked.text for word in ("background", "number", "背景"))
+
+
+_ABOUT_ALL = ("How many objects are there?", "有多少个物体？")
+
+
 def _name(thing: Thing) -> str:
     return f"{thing.colour} {thing.shape}"
 
