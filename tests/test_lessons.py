@@ -125,15 +125,15 @@ def test_the_recipe_makes_a_model_from_nothing(
     export_network(network, start, start, {})
     data.mkdir()
     for number, (name, file) in enumerate(FILES.items()):
-        write_lessons(data / f"{name}.jsonl", DataFile(160, file.shares), number * 1000)
+        write_lessons(data / f"{name}.jsonl", DataFile(number * 1000, 160, file.shares))
     assert main(["--recipe", str(RECIPE), "demo_model/made"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["stages"]) == 6 and all(stage["error_rows"] == 0 for stage in report["stages"].values())
+    assert len(report["stages"]) == 7 and all(stage["error_rows"] == 0 for stage in report["stages"].values())
     assert Path(report["model"], "model.safetensors").stat().st_size < 10_000_000
 
 
 def test_rows_have_the_shares_of_their_file() -> None:
-    rows = list(make_rows(DataFile(200, {"text": 0.5, "clip": 0.5}), 0))
+    rows = list(make_rows(DataFile(0, 200, {"text": 0.5, "clip": 0.5})))
     assert len(rows) == 200 and 60 < sum("video_frames" in row for row in rows) < 140
 
 
