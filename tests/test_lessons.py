@@ -13,7 +13,7 @@ from PIL import Image
 from demo.data import FILES, FORMS, DataFile, Form, make_lesson, make_rows, write_lessons
 from demo.drawings import COLOURS, DIRECTIONS, Scene, is_held_out, make_clip, make_picture
 from demo.examples import write_examples
-from demo.questions import CHINESE_WORDS, ask_comparison, ask_relation, write_scan
+from demo.questions import CHINESE_WORDS, Asked, ask_comparison, ask_relation, needs_search, write_scan
 from demo.skills import MEASURED, render_table
 from demo.start import make_tokenizer, write_start
 from demo.vision import draw_batch, train_tower
@@ -77,6 +77,16 @@ def test_comparisons_are_true() -> None:
                 colour = asked.text.removesuffix("?").rpartition(" ")[2]
                 assert colour in COLOURS and [colour in write_scan(scene).split() for scene in named] == [True, False]
     assert len(seen) == 6
+
+
+def test_searches_need_an_object_to_be_found_and_no_question_is_asked_twice() -> None:
+    for seed in range(40):
+        lesson = make_lesson("search", seed, held_out=False)
+        texts = [asked.text for asked in lesson.asked]
+        assert len(set(texts)) == len(texts) > 0
+        if lesson.asked[0].skill != "compare":
+            assert all(map(needs_search, lesson.asked)) and len(texts) == 12
+    assert not needs_search(Asked("count", "How many objects are there?", "2"))
 
 
 def test_words_are_single_tokens() -> None:
