@@ -24,22 +24,13 @@ from demo import questions
 from demo.drawings import Kind, Scene, make_clip, make_picture, make_scattered_picture
 from demo.questions import Asked, write_scan
 
-Form = Literal["text", "search", "scan", "plain", "caption", "large", "picture", "pair", "clip", "preference"]
+Form = Literal["text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "clip", "preference"]
 FORMS: tuple[Form, ...] = (
-    "text",
-    "search",
-    "scan",
-    "plain",
-    "caption",
-    "large",
-    "picture",
-    "pair",
-    "clip",
-    "preference",
-)
+    "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "clip", "preference",
+)  # fmt: skip
 """Text alone, also with the hardest questions only; lists of objects; captions, also without a chat, and of images of
-several tiles; questions about an image, two images, or a clip; and two true answers, of which the longer one is
-preferred."""
+several tiles; questions about an image, two images, one image with the hardest only, or a clip; and two true answers,
+of which the longer one is preferred."""
 _STREAM = 9  # of random numbers; those of images and questions have other ones
 _NUM_QUESTIONS = 12
 NUM_FRAMES = 4
@@ -77,6 +68,11 @@ FILES = {
     "dialogues": DataFile(30_000_000, 12_800, {"caption": 0.7, "large": 0.3}),
     "instructions": DataFile(
         40_000_000, 128_000, {"picture": 0.4, "caption": 0.3, "pair": 0.16, "clip": 0.06, "text": 0.08}
+    ),
+    "refinements": DataFile(
+        70_000_000,
+        64_000,
+        {"find": 0.35, "picture": 0.1, "caption": 0.25, "pair": 0.2, "clip": 0.03, "search": 0.07},
     ),
     "preferences": DataFile(50_000_000, 6_400, {"preference": 1}),
 }
@@ -158,8 +154,8 @@ def make_lesson(form: Form, seed: int, *, held_out: bool) -> Lesson:
         return Lesson([questions.ask_scan(scene)], [image])
     if form == "plain":
         return Lesson(questions.ask_caption(scene, rng), [image], is_plain=True)
-    if form == "picture":
-        return Lesson(ask_about(scene, rng), [image])
+    if form in ("picture", "find"):
+        return Lesson((ask_about if form == "picture" else _ask_for_one)(scene, rng), [image])
     return Lesson(_pick(_ask_at_length(scene, rng), rng, 2), [image])
 
 
@@ -170,6 +166,8 @@ def _draw(form: Form, seed: int, held_out: bool) -> tuple[Image.Image, Scene]:
         if turn in (0, 2):
             return make_scattered_picture(seed, held_out=held_out)
         return make_picture(seed, held_out=held_out, kind="number" if turn == 1 else None)
+    if form == "find":
+        return make_picture(seed, held_out=held_out, kind="two")
     is_cut = True if form == "large" else None
     return make_picture(seed, held_out=held_out, kind=_choose_kind(seed), many_tiles=is_cut)
 
@@ -205,10 +203,13 @@ def _make_search(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     if rng.random() < 0.25:
         return _compare_texts(seed, rng, held_out)
     scene = make_picture(seed, held_out=held_out, kind="two")[1]
+    return Lesson(_ask_for_one(scene, rng), preface=f"{write_scan(scene)}\n")
+
+
+def _ask_for_one(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     pool = [*filter(questions.needs_search, _ask_briefly(scene, rng))]
     harder, truths = ([asked for asked in pool if (asked.skill == "bool") == is_bool] for is_bool in (False, True))
-    asked = [*_pick(harder, rng, _NUM_QUESTIONS - 3), *_pick(truths, rng, 3)]
-    return Lesson(_pick(asked, rng), preface=f"{write_scan(scene)}\n")
+    return _pick([*_pick(harder, rng, _NUM_QUESTIONS - 3), *_pick(truths, rng, 3)], rng)
 
 
 def _compare_texts(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
