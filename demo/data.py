@@ -72,7 +72,7 @@ FILES = {
     "refinements": DataFile(
         70_000_000,
         64_000,
-        {"find": 0.35, "picture": 0.1, "caption": 0.25, "pair": 0.2, "clip": 0.03, "search": 0.07},
+        {"find": 0.3, "picture": 0.05, "caption": 0.35, "pair": 0.2, "clip": 0.04, "search": 0.06},
     ),
     "preferences": DataFile(50_000_000, 6_400, {"preference": 1}),
 }
