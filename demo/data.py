@@ -24,13 +24,16 @@ from demo import questions
 from demo.drawings import Kind, Scene, make_clip, make_picture, make_scattered_picture
 from demo.questions import Asked, write_scan
 
-Form = Literal["text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "clip", "preference"]
+Form = Literal[
+    "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "lookup", "clip", "preference"
+]
 FORMS: tuple[Form, ...] = (
-    "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "clip", "preference",
+    "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "lookup", "clip",
+    "preference",
 )  # fmt: skip
 """Text alone, also with the hardest questions only; lists of objects; captions, also without a chat, and of images of
-several tiles; questions about an image, two images, one image with the hardest only, or a clip; and two true answers,
-of which the longer one is preferred."""
+several tiles; questions about an image, two images, one image with the hardest only, text or images with those that are
+learnt last only, or a clip; and two true answers, of which the longer one is preferred."""
 _STREAM = 9  # of random numbers; those of images and questions have other ones
 _NUM_QUESTIONS = 12
 NUM_FRAMES = 4
@@ -73,6 +76,9 @@ FILES = {
         70_000_000,
         64_000,
         {"find": 0.3, "picture": 0.05, "caption": 0.35, "pair": 0.2, "clip": 0.04, "search": 0.06},
+    ),
+    "lookups": DataFile(
+        80_000_000, 38_400, {"lookup": 0.5, "caption": 0.3, "find": 0.08, "picture": 0.08, "clip": 0.04}
     ),
     "preferences": DataFile(50_000_000, 6_400, {"preference": 1}),
 }
@@ -137,6 +143,8 @@ def make_lesson(form: Form, seed: int, *, held_out: bool) -> Lesson:
         return _make_text(seed, rng, held_out)
     if form == "search":
         return _make_search(seed, rng, held_out)
+    if form == "lookup":
+        return _make_lookup(seed, rng, held_out)
     if form == "clip":
         clip = make_clip(seed, held_out=held_out, num_frames=NUM_FRAMES)
         asked = questions.ask_motion(clip.thing, clip.direction)
@@ -212,10 +220,26 @@ def _ask_for_one(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     return _pick([*_pick(harder, rng, _NUM_QUESTIONS - 3), *_pick(truths, rng, 3)], rng)
 
 
+def _make_lookup(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
+    """Ask what has a colour or is at a place, of one scene or two, in words or as images."""
+    is_text, is_pair = rng.random() < 0.5, rng.random() < 0.4
+    kind: Kind | None = None if is_pair else "two"
+    drawn = [make_picture(2 * seed + i, held_out=held_out, kind=kind, many_tiles=False) for i in range(1 + is_pair)]
+    scenes = [scene for _, scene in drawn]
+    pool = questions.ask_comparison(*scenes) if is_pair else _ask_briefly(scenes[0], rng)
+    asked = _pick([*filter(questions.names_colour_or_place, pool)] or pool, rng)
+    if not is_text:
+        return Lesson(asked, [image for image, _ in drawn])
+    return Lesson(asked, preface=_write_pair(*scenes) if is_pair else f"{write_scan(scenes[0])}\n")
+
+
+def _write_pair(first: Scene, second: Scene) -> str:
+    return f"Image 1: {write_scan(first)}\nImage 2: {write_scan(second)}\n"
+
+
 def _compare_texts(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     first, second = (_make_scene(2 * seed + i, held_out) for i in range(2))
-    preface = f"Image 1: {write_scan(first)}\nImage 2: {write_scan(second)}\n"
-    return Lesson(_pick(questions.ask_comparison(first, second), rng), preface=preface)
+    return Lesson(_pick(questions.ask_comparison(first, second), rng), preface=_write_pair(first, second))
 
 
 def _make_scene(seed: int, held_out: bool) -> Scene:

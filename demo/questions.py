@@ -205,6 +205,12 @@ def needs_search(asked: Asked) -> bool:
     return asked.text not in _ABOUT_ALL and not any(word in asked.text for word in ("background", "number", "背景"))
 
 
+def names_colour_or_place(asked: Asked) -> bool:
+    """Return whether a question names no more of what it asks for than its colour, also with a shape, or its place."""
+    is_which = asked.text.startswith(("Which shape is ", "Which image shows ")) and asked.text != "Which shape is it?"
+    return is_which or any(asked.text.startswith(f"How many {colour} ") for colour in COLOURS)
+
+
 _ABOUT_ALL = ("How many objects are there?", "有多少个物体？")
 
 

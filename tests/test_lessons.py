@@ -138,7 +138,7 @@ def test_the_recipe_makes_a_model_from_nothing(
         write_lessons(data / f"{name}.jsonl", DataFile(number * 1000, 160, file.shares))
     assert main(["--recipe", str(RECIPE), "demo_model/made"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["stages"]) == 7 and all(stage["error_rows"] == 0 for stage in report["stages"].values())
+    assert len(report["stages"]) == 9 and all(stage["error_rows"] == 0 for stage in report["stages"].values())
     assert Path(report["model"], "model.safetensors").stat().st_size < 10_000_000
 
 
