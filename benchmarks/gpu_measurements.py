@@ -243,7 +243,8 @@ def run_soak(setting: Setting, size: str) -> Figures:
 
     Raise EngineDied, or RuntimeError if the engine had to shrink its budget.
     """
-    model = load_or_build_model("24x128" if setting.is_tiny else size, setting.device, setting.dtype)
+    # Constraints need a model with at least the words of the demo's tokenizer.
+    model = load_or_build_model("demo" if setting.is_tiny else size, setting.device, setting.dtype)
     can_constrain = importlib.util.find_spec("llguidance") is not None
     demo = fetch_checkpoint("demo")
     tokenizer = load_tokenizer(demo) if can_constrain else None
