@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image
@@ -27,10 +27,7 @@ from demo.questions import Asked, write_scan
 Form = Literal[
     "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "lookup", "clip", "preference"
 ]
-FORMS: tuple[Form, ...] = (
-    "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "lookup", "clip",
-    "preference",
-)  # fmt: skip
+FORMS: tuple[Form, ...] = get_args(Form)
 """Text alone, also with the hardest questions only; lists of objects; captions, also without a chat, and of images of
 several tiles; questions about an image, two images, one image with the hardest only, text or images with those that are
 learnt last only, or a clip; and two true answers, of which the longer one is preferred."""
@@ -162,8 +159,10 @@ def make_lesson(form: Form, seed: int, *, held_out: bool) -> Lesson:
         return Lesson([questions.ask_scan(scene)], [image])
     if form == "plain":
         return Lesson(questions.ask_caption(scene, rng), [image], is_plain=True)
-    if form in ("picture", "find"):
-        return Lesson((ask_about if form == "picture" else _ask_for_one)(scene, rng), [image])
+    if form == "picture":
+        return Lesson(_ask_about(scene, rng), [image])
+    if form == "find":
+        return Lesson(_ask_for_one(scene, rng), [image])
     return Lesson(_pick(_ask_at_length(scene, rng), rng, 2), [image])
 
 
@@ -180,7 +179,7 @@ def _draw(form: Form, seed: int, held_out: bool) -> tuple[Image.Image, Scene]:
     return make_picture(seed, held_out=held_out, kind=_choose_kind(seed), many_tiles=is_cut)
 
 
-def ask_about(scene: Scene, rng: np.random.Generator) -> list[Asked]:
+def _ask_about(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     """Draw a dozen questions about a scene, no two alike; no answer gives away the others, as a caption would."""
     return _pick(_ask_briefly(scene, rng), rng)
 
@@ -202,7 +201,7 @@ def _make_text(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
         return _compare_texts(seed, rng, held_out)
     scene = _make_scene(seed, held_out)
     at_length = [questions.ask_scan(scene), *_ask_at_length(scene, rng)]
-    asked = _pick(at_length, rng, 1) if share < 0.4 else ask_about(scene, rng)
+    asked = _pick(at_length, rng, 1) if share < 0.4 else _ask_about(scene, rng)
     return Lesson(asked, preface=f"{write_scan(scene)}\n")
 
 
