@@ -25,12 +25,14 @@ from demo.drawings import Kind, Scene, make_clip, make_picture, make_scattered_p
 from demo.questions import Asked, write_scan
 
 Form = Literal[
-    "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "lookup", "clip", "preference"
-]
+    "text", "search", "scan", "plain", "caption", "large", "picture", "pair", "find", "lookup", "which",
+    "which in words", "clip", "preference",
+]  # fmt: skip
 FORMS: tuple[Form, ...] = get_args(Form)
 """Text alone, also with the hardest questions only; lists of objects; captions, also without a chat, and of images of
 several tiles; questions about an image, two images, one image with the hardest only, text or images with those that are
-learnt last only, or a clip; and two true answers, of which the longer one is preferred."""
+learnt last only, which of two images or texts shows what, or a clip; and two true answers, of which the longer one is
+preferred."""
 _STREAM = 9  # of random numbers; those of images and questions have other ones
 _NUM_QUESTIONS = 12
 NUM_FRAMES = 4
@@ -76,6 +78,22 @@ FILES = {
     ),
     "lookups": DataFile(
         80_000_000, 38_400, {"lookup": 0.5, "caption": 0.3, "find": 0.08, "picture": 0.08, "clip": 0.04}
+    ),
+    "comparisons": DataFile(90_000_000, 134_400, {"which in words": 1}),
+    "images": DataFile(
+        100_000_000,
+        96_000,
+        {
+            "which": 0.31,
+            "which in words": 0.07,
+            "caption": 0.25,
+            "picture": 0.12,
+            "find": 0.07,
+            "lookup": 0.06,
+            "pair": 0.02,
+            "clip": 0.06,
+            "text": 0.04,
+        },
     ),
     "preferences": DataFile(50_000_000, 6_400, {"preference": 1}),
 }
@@ -142,6 +160,8 @@ def make_lesson(form: Form, seed: int, *, held_out: bool) -> Lesson:
         return _make_search(seed, rng, held_out)
     if form == "lookup":
         return _make_lookup(seed, rng, held_out)
+    if form in ("which", "which in words"):
+        return _make_which(seed, rng, held_out, is_text=form != "which")
     if form == "clip":
         clip = make_clip(seed, held_out=held_out, num_frames=NUM_FRAMES)
         asked = questions.ask_motion(clip.thing, clip.direction)
@@ -229,7 +249,27 @@ def _make_lookup(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     asked = _pick([*filter(questions.names_colour_or_place, pool)] or pool, rng)
     if not is_text:
         return Lesson(asked, [image for image, _ in drawn])
-    return Lesson(asked, preface=_write_pair(*scenes) if is_pair else f"{write_scan(scenes[0])}\n")
+    return Lesson(asked, preface=_write_scenes(scenes))
+
+
+def _make_which(seed: int, rng: np.random.Generator, held_out: bool, is_text: bool) -> Lesson:
+    """Ask once which of two scenes shows what, or which shape is where or has a colour.
+
+    A second answer could be read off the first one: what is next to it is in the same image.
+    """
+    is_pair = rng.random() < 0.65
+    kind: Kind | None = None if is_pair and seed % 3 == 0 else "two"
+    drawn = [make_picture(2 * seed + i, held_out=held_out, kind=kind, many_tiles=False) for i in range(1 + is_pair)]
+    scenes = [scene for _, scene in drawn]
+    pool = (
+        questions.ask_which(*scenes) or questions.ask_comparison(*scenes) if is_pair else _ask_briefly(scenes[0], rng)
+    )
+    asked = _pick([*filter(questions.asks_which, pool)] or pool, rng, 1)
+    return Lesson(asked, preface=_write_scenes(scenes)) if is_text else Lesson(asked, [image for image, _ in drawn])
+
+
+def _write_scenes(scenes: Sequence[Scene]) -> str:
+    return _write_pair(*scenes) if len(scenes) > 1 else f"{write_scan(scenes[0])}\n"
 
 
 def _write_pair(first: Scene, second: Scene) -> str:

@@ -144,10 +144,22 @@ def ask_comparison(first: Scene, second: Scene) -> list[Asked]:
     counts = len(first.things), len(second.things)
     if counts[0] != counts[1]:
         asked.append(("Which image shows more objects?", ("The first", "The second")[counts[1] > counts[0]]))
-    shown = [sorted({t.colour for t in s.things} | ({s.number_colour} - {""})) for s in (first, second)]
-    for this, other, answer in zip(shown, shown[::-1], ("The first", "The second"), strict=True):
-        asked += [(f"Which image shows {colour}?", answer) for colour in this if colour not in other]
-    return [Asked("compare", *pair) for pair in asked]
+    return [*(Asked("compare", *pair) for pair in asked), *_ask_which_shows(*map(_list_colours, (first, second)))]
+
+
+def ask_which(first: Scene, second: Scene) -> list[Asked]:
+    """Ask which of two images shows each colour and each shape."""
+    return _ask_which_shows(*(_list_colours(s) | {f"a {thing.shape}" for thing in s.things} for s in (first, second)))
+
+
+def _ask_which_shows(first: set[str], second: set[str]) -> list[Asked]:
+    """Ask for each name that only one of two images shows."""
+    shown = ((first - second, "The first"), (second - first, "The second"))
+    return [Asked("compare", f"Which image shows {name}?", answer) for names, answer in shown for name in sorted(names)]
+
+
+def _list_colours(scene: Scene) -> set[str]:
+    return {thing.colour for thing in scene.things} | ({scene.number_colour} - {""})
 
 
 def ask_motion(thing: Thing, direction: str) -> list[Asked]:
@@ -207,8 +219,12 @@ def needs_search(asked: Asked) -> bool:
 
 def names_colour_or_place(asked: Asked) -> bool:
     """Return whether a question names no more of what it asks for than its colour, also with a shape, or its place."""
-    is_which = asked.text.startswith(("Which shape is ", "Which image shows ")) and asked.text != "Which shape is it?"
-    return is_which or any(asked.text.startswith(f"How many {colour} ") for colour in COLOURS)
+    return asks_which(asked) or any(asked.text.startswith(f"How many {colour} ") for colour in COLOURS)
+
+
+def asks_which(asked: Asked) -> bool:
+    """Return whether a question asks which shape or which image has something."""
+    return asked.text.startswith(("Which shape is ", "Which image shows ")) and asked.text != "Which shape is it?"
 
 
 _ABOUT_ALL = ("How many objects are there?", "有多少个物体？")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from demo.data import FILES, FORMS, DataFile, Form, make_lesson, make_rows, write_lessons
-from demo.drawings import COLOURS, DIRECTIONS, Scene, is_held_out, make_clip, make_picture
+from demo.drawings import COLOURS, DIRECTIONS, SHAPES, Scene, is_held_out, make_clip, make_picture
 from demo.examples import write_examples
-from demo.questions import CHINESE_WORDS, Asked, ask_comparison, ask_relation, needs_search, write_scan
+from demo.questions import CHINESE_WORDS, Asked, ask_comparison, ask_relation, ask_which, needs_search, write_scan
 from demo.skills import MEASURED, render_table
 from demo.start import make_tokenizer, write_start
 from demo.vision import draw_batch, train_tower
@@ -66,7 +66,7 @@ def test_relations_name_the_other_object() -> None:
 def test_comparisons_are_true() -> None:
     scenes, seen = list_scenes(200), set()
     for first, second in pairwise(scenes):
-        for asked in ask_comparison(first, second):
+        for asked in ask_comparison(first, second) + ask_which(first, second):
             seen.add((asked.text[0], "more" in asked.text, asked.answer))
             named = {"The first": (first, second), "The second": (second, first)}.get(asked.answer)
             if named is None:
@@ -74,9 +74,20 @@ def test_comparisons_are_true() -> None:
             elif "more" in asked.text:
                 assert len(named[0].things) > len(named[1].things)
             else:
-                colour = asked.text.removesuffix("?").rpartition(" ")[2]
-                assert colour in COLOURS and [colour in write_scan(scene).split() for scene in named] == [True, False]
+                name = asked.text.removesuffix("?").rpartition(" ")[2]
+                assert name in (*COLOURS, *SHAPES)
+                assert [name in write_scan(scene).split() for scene in named] == [True, False]
     assert len(seen) == 6
+
+
+def test_which_of_two_is_asked_once_in_a_row_in_words_or_of_images() -> None:
+    seen = set()
+    for seed in range(40):
+        image, words = (make_lesson(form, seed, held_out=False) for form in ("which", "which in words"))
+        assert image.asked == words.asked and len(words.asked) == 1
+        assert len(image.images) == (2 if words.preface.startswith("Image 1: ") else 1) and not words.images
+        seen.add(words.asked[0].text.split()[1])
+    assert {"image", "shape"} <= seen
 
 
 def test_searches_need_an_object_to_be_found_and_no_question_is_asked_twice() -> None:
@@ -138,7 +149,7 @@ def test_the_recipe_makes_a_model_from_nothing(
         write_lessons(data / f"{name}.jsonl", DataFile(number * 1000, 160, file.shares))
     assert main(["--recipe", str(RECIPE), "demo_model/made"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["stages"]) == 9 and all(stage["error_rows"] == 0 for stage in report["stages"].values())
+    assert len(report["stages"]) == 11 and all(stage["error_rows"] == 0 for stage in report["stages"].values())
     assert Path(report["model"], "model.safetensors").stat().st_size < 10_000_000
 
 
