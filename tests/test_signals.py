@@ -28,9 +28,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def start_job(pictures: Path, output: Path, ray_address: str | None = None) -> Job:
+def start_job(
+    pictures: Path, output: Path, ray_address: str | None = None, hangups: signal.Handlers = signal.SIG_DFL
+) -> Job:
+    """Start a job; it inherits how hangups are handled, which `nohup` around the tests changes."""
     options = ["--model", MODEL, "--max-new-tokens", "64", "--rows-per-file", "2"]
-    return Job(["jobs.caption", str(pictures), str(output), *options], ray_address).start()
+    before = signal.signal(signal.SIGHUP, hangups)
+    try:
+        return Job(["jobs.caption", str(pictures), str(output), *options], ray_address).start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def check_stopped(job: Job) -> Finished:
@@ -107,25 +114,18 @@ def test_a_second_interrupt_leaves_no_process_of_a_local_ray(
 
 
 @against_the_clock
-@pytest.mark.parametrize("number", [signal.SIGHUP])
-def test_a_hangup_writes_finished_rows_as_a_termination_does(
-    ray_address: str, pictures: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_hangup_writes_finished_rows_as_a_termination_does(ray_address: str, pictures: Path, tmp_path: Path) -> None:
     job = start_job(pictures, tmp_path / "out", ray_address)
     wait_for(lambda: bool(list_files(tmp_path / "out")), 120)
-    job.process.send_signal(number)
-    job.process.send_signal(number)  # a terminal that closes signals a job twice
+    job.process.send_signal(signal.SIGHUP)
+    job.process.send_signal(signal.SIGHUP)  # a terminal that closes signals a job twice
     assert "Finished rows are saved" in check_stopped(job).stderr
     assert not (tmp_path / "out" / "driver.json").exists()
 
 
 def test_signals_that_the_caller_ignores_stay_ignored(pictures: Path, tmp_path: Path) -> None:
     """As `nohup` has it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        job = start_job(pictures, tmp_path / "out")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    job = start_job(pictures, tmp_path / "out", hangups=signal.SIG_IGN)
     wait_for(lambda: b"pyarrow" in Path(f"/proc/{job.process.pid}/maps").read_bytes(), 30)
     os.kill(job.process.pid, signal.SIGHUP)
     time.sleep(0.2)
