@@ -1,6 +1,6 @@
 # make demo    caption drawn images with the demo model, on a laptop's CPU
 # make eval-demo  score the demo model on tiny drawn benchmarks, in a few minutes
-# make demo-model  make a model like the demo's from nothing, in about 80 minutes on two cores
+# make demo-model  make a model like the demo's from nothing, in about 100 minutes on two cores
 # make test    run the tests
 # make test-vllm  run the tests of the engine vllm, in an environment of its own
 # make check   check format, lint, types and import rules

@@ -167,10 +167,8 @@ def make_lesson(form: Form, seed: int, *, held_out: bool) -> Lesson:
         asked = questions.ask_motion(clip.thing, clip.direction)
         return Lesson(_pick(asked, rng), clip.frames, is_clip=True)
     if form == "pair":
-        (one, first), (other, second) = (
-            make_picture(2 * seed + i, held_out=held_out, many_tiles=False) for i in range(2)
-        )
-        return Lesson(_pick(questions.ask_comparison(first, second), rng), [one, other])
+        drawn = _draw_scenes(seed, 2, None, held_out)
+        return _show(drawn, _pick(questions.ask_comparison(*(scene for _, scene in drawn)), rng), is_text=False)
     image, scene = _draw(form, seed, held_out)
     if form == "preference":
         preferred = questions.ask_freely(scene, rng, is_brief=False)
@@ -222,7 +220,7 @@ def _make_text(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     scene = _make_scene(seed, held_out)
     at_length = [questions.ask_scan(scene), *_ask_at_length(scene, rng)]
     asked = _pick(at_length, rng, 1) if share < 0.4 else _ask_about(scene, rng)
-    return Lesson(asked, preface=f"{write_scan(scene)}\n")
+    return Lesson(asked, preface=_write_scenes(scene))
 
 
 def _make_search(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
@@ -230,7 +228,7 @@ def _make_search(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     if rng.random() < 0.25:
         return _compare_texts(seed, rng, held_out)
     scene = make_picture(seed, held_out=held_out, kind="two")[1]
-    return Lesson(_ask_for_one(scene, rng), preface=f"{write_scan(scene)}\n")
+    return Lesson(_ask_for_one(scene, rng), preface=_write_scenes(scene))
 
 
 def _ask_for_one(scene: Scene, rng: np.random.Generator) -> list[Asked]:
@@ -242,14 +240,10 @@ def _ask_for_one(scene: Scene, rng: np.random.Generator) -> list[Asked]:
 def _make_lookup(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
     """Ask what has a colour or is at a place, of one scene or two, in words or as images."""
     is_text, is_pair = rng.random() < 0.5, rng.random() < 0.4
-    kind: Kind | None = None if is_pair else "two"
-    drawn = [make_picture(2 * seed + i, held_out=held_out, kind=kind, many_tiles=False) for i in range(1 + is_pair)]
+    drawn = _draw_scenes(seed, 1 + is_pair, None if is_pair else "two", held_out)
     scenes = [scene for _, scene in drawn]
     pool = questions.ask_comparison(*scenes) if is_pair else _ask_briefly(scenes[0], rng)
-    asked = _pick([*filter(questions.names_colour_or_place, pool)] or pool, rng)
-    if not is_text:
-        return Lesson(asked, [image for image, _ in drawn])
-    return Lesson(asked, preface=_write_scenes(scenes))
+    return _show(drawn, _pick([*filter(questions.names_colour_or_place, pool)] or pool, rng), is_text)
 
 
 def _make_which(seed: int, rng: np.random.Generator, held_out: bool, is_text: bool) -> Lesson:
@@ -258,27 +252,36 @@ def _make_which(seed: int, rng: np.random.Generator, held_out: bool, is_text: bo
     A second answer could be read off the first one: what is next to it is in the same image.
     """
     is_pair = rng.random() < 0.65
-    kind: Kind | None = None if is_pair and seed % 3 == 0 else "two"
-    drawn = [make_picture(2 * seed + i, held_out=held_out, kind=kind, many_tiles=False) for i in range(1 + is_pair)]
+    drawn = _draw_scenes(seed, 1 + is_pair, None if is_pair and seed % 3 == 0 else "two", held_out)
     scenes = [scene for _, scene in drawn]
-    pool = (
-        questions.ask_which(*scenes) or questions.ask_comparison(*scenes) if is_pair else _ask_briefly(scenes[0], rng)
-    )
-    asked = _pick([*filter(questions.asks_which, pool)] or pool, rng, 1)
-    return Lesson(asked, preface=_write_scenes(scenes)) if is_text else Lesson(asked, [image for image, _ in drawn])
+    if is_pair:
+        pool = questions.ask_which(*scenes) or questions.ask_comparison(*scenes)
+    else:
+        pool = _ask_briefly(scenes[0], rng)
+    return _show(drawn, _pick([*filter(questions.asks_which, pool)] or pool, rng, 1), is_text)
 
 
-def _write_scenes(scenes: Sequence[Scene]) -> str:
-    return _write_pair(*scenes) if len(scenes) > 1 else f"{write_scan(scenes[0])}\n"
+def _draw_scenes(seed: int, count: int, kind: Kind | None, held_out: bool) -> list[tuple[Image.Image, Scene]]:
+    """Draw scenes of one tile."""
+    return [make_picture(2 * seed + i, held_out=held_out, kind=kind, many_tiles=False) for i in range(count)]
 
 
-def _write_pair(first: Scene, second: Scene) -> str:
-    return f"Image 1: {write_scan(first)}\nImage 2: {write_scan(second)}\n"
+def _show(drawn: Sequence[tuple[Image.Image, Scene]], asked: Sequence[Asked], is_text: bool) -> Lesson:
+    """Return the lesson about scenes in words or as images."""
+    if is_text:
+        return Lesson(asked, preface=_write_scenes(*(scene for _, scene in drawn)))
+    return Lesson(asked, [image for image, _ in drawn])
+
+
+def _write_scenes(*scenes: Scene) -> str:
+    """Return a line per scene, numbered if there are several."""
+    titles = [f"Image {number}: " for number in range(1, len(scenes) + 1)] if len(scenes) > 1 else [""]
+    return "".join(f"{title}{write_scan(scene)}\n" for title, scene in zip(titles, scenes, strict=True))
 
 
 def _compare_texts(seed: int, rng: np.random.Generator, held_out: bool) -> Lesson:
-    first, second = (_make_scene(2 * seed + i, held_out) for i in range(2))
-    return Lesson(_pick(questions.ask_comparison(first, second), rng), preface=_write_pair(first, second))
+    scenes = [_make_scene(2 * seed + i, held_out) for i in range(2)]
+    return Lesson(_pick(questions.ask_comparison(*scenes), rng), preface=_write_scenes(*scenes))
 
 
 def _make_scene(seed: int, held_out: bool) -> Scene:

@@ -13,10 +13,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from demo import questions
-from demo.data import FORMS, make_lesson
+from demo.data import FORMS, Form, make_lesson
 from demo.drawings import SHAPES
 
 VOCAB_SIZE = 1280
+_WITHOUT_NEW_WORDS: tuple[Form, ...] = ("search", "find", "lookup", "which", "which in words")
 _TURNS = ("system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n", "Image 1: ")
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -69,9 +70,7 @@ def _list_texts(count: int = 600) -> Iterator[str]:
     """Yield the words and sentences of lessons."""
     shapes = [plural for shape in SHAPES for plural in (f" {shape}s", f" {shape}es")]
     yield from [*shapes, *questions.CHINESE_WORDS] * 50
-    for form in (
-        form for form in FORMS if form not in ("search", "find", "lookup", "which", "which in words")
-    ):  # which ask nothing new
+    for form in (form for form in FORMS if form not in _WITHOUT_NEW_WORDS):
         for seed in range(count):
             lesson = make_lesson(form, seed, held_out=False)
             for text in (lesson.preface, *(part for asked in lesson.asked for part in (asked.text, asked.answer))):
